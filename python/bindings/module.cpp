@@ -1,0 +1,11 @@
+// The Python extension headwise._C. Loading it also loads libheadwise, which registers the
+// operators (torch.ops.headwise.*). Each bind_* function stands in the file of its subject.
+#include <torch/extension.h>
+
+#include "headwise/version.h"
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "C++ core of headwise";
+  m.attr("__version__") = headwise::version();
+  m.attr("compiled_torch_version") = headwise::compiled_torch_version();
+}

@@ -1,0 +1,60 @@
+// Every operator of headwise, declared once. Kernels register themselves beside their code:
+// src/ops/cpu, src/ops/cuda and src/ops/autograd; composites (no kernel of their own) in src/.
+//
+// Shapes: B sequences, L queries, S keys, H heads, Hkv key/value heads, d head width, D model width,
+// E = H * d. Masks follow torch.nn.MultiheadAttention: boolean True means 'may not attend', a
+// floating mask is added to the scores. index/count/weight are a Selection (selection.h).
+#include <torch/library.h>
+
+TORCH_LIBRARY(headwise, m) {
+  // relevance [B, H], count int [B] -> index int32 [B, H]
+  m.def("select_heads(Tensor relevance, Tensor count) -> Tensor");
+  // index, count -> [B, H] of ones and zeros
+  m.def("selection_mask(Tensor index, Tensor count, ScalarType dtype) -> Tensor");
+
+  // The layer. x [B, L, D], in_proj_weight [3E, D], in_proj_bias [3E], out_proj_weight [D, E],
+  // out_proj_bias [D]; key_padding_mask bool or float [B, L]; attn_mask bool or float, broadcastable
+  // to [B, H, L, L]; dropout_seed int64 [1], required when dropout_p > 0 -> y [B, L, D]
+  m.def(
+      "selected_self_attention(Tensor x, Tensor in_proj_weight, Tensor? in_proj_bias, "
+      "Tensor out_proj_weight, Tensor? out_proj_bias, int num_heads, "
+      "Tensor index, Tensor count, Tensor weight, "
+      "Tensor? key_padding_mask=None, Tensor? attn_mask=None, bool is_causal=False, "
+      "float dropout_p=0.0, Tensor? dropout_seed=None, float? scale=None) -> Tensor");
+
+  // The general form. query [B, L, D], key [B, S, Dk], value [B, S, Dv]; q_weight [E, D],
+  // k_weight [E, Dk], v_weight [E, Dv]; biases [E]; bias_k, bias_v [E]: one more key/value row;
+  // add_zero_attn: one more row of zeros (after bias_k/bias_v). key_padding_mask [B, S] and
+  // attn_mask broadcastable to [B, H, L, S] cover the S given keys; the added rows are always visible.
+  m.def(
+      "selected_multihead_attention(Tensor query, Tensor key, Tensor value, "
+      "Tensor q_weight, Tensor k_weight, Tensor v_weight, "
+      "Tensor? q_bias, Tensor? k_bias, Tensor? v_bias, "
+      "Tensor out_proj_weight, Tensor? out_proj_bias, int num_heads, "
+      "Tensor index, Tensor count, Tensor weight, "
+      "Tensor? bias_k=None, Tensor? bias_v=None, bool add_zero_attn=False, "
+      "Tensor? key_padding_mask=None, Tensor? attn_mask=None, bool is_causal=False, "
+      "float dropout_p=0.0, Tensor? dropout_seed=None, float? scale=None) -> Tensor");
+
+  // The core, for models that project, rotate or cache for themselves. q [B, H, L, d],
+  // k [B, Hkv, S, d], v [B, Hkv, S, dv], Hkv divides H -> [B, H, L, dv], zeros where not chosen;
+  // weight (optional) multiplies each head's output.
+  m.def(
+      "selected_attention(Tensor q, Tensor k, Tensor v, Tensor index, Tensor count, "
+      "Tensor? weight=None, Tensor? key_padding_mask=None, Tensor? attn_mask=None, "
+      "bool is_causal=False, float dropout_p=0.0, Tensor? dropout_seed=None, "
+      "float? scale=None) -> Tensor");
+
+  // Mean over query rows of (entropy of the row / ln(number of keys it can see)), in [0, 1], and of
+  // the row's largest probability; padded queries are left out (query_padding_mask bool [B, L],
+  // True = padding). q [B, H, L, d], k [B, Hkv, S, d] -> float32 or float64 [B, H] each.
+  // O(L) memory a head: the L x S map is never materialised.
+  m.def(
+      "attention_statistics(Tensor q, Tensor k, Tensor? key_padding_mask=None, "
+      "Tensor? query_padding_mask=None, Tensor? attn_mask=None, bool is_causal=False, "
+      "float? scale=None) -> (Tensor entropy, Tensor confidence)");
+  m.def(
+      "attention_entropy(Tensor q, Tensor k, Tensor? key_padding_mask=None, "
+      "Tensor? query_padding_mask=None, Tensor? attn_mask=None, bool is_causal=False, "
+      "float? scale=None) -> Tensor");
+}
