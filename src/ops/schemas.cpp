@@ -57,4 +57,31 @@ TORCH_LIBRARY(headwise, m) {
       "attention_entropy(Tensor q, Tensor k, Tensor? key_padding_mask=None, "
       "Tensor? query_padding_mask=None, Tensor? attn_mask=None, bool is_causal=False, "
       "float? scale=None) -> Tensor");
+
+  // Every head, in plain ATen calls (src/dense_attention.cpp). added_keys: how many of the last keys
+  // bias_k/bias_v and add_zero_attn added; masks do not cover them.
+  m.def(
+      "project_heads(Tensor query, Tensor key, Tensor value, "
+      "Tensor q_weight, Tensor k_weight, Tensor v_weight, "
+      "Tensor? q_bias, Tensor? k_bias, Tensor? v_bias, int num_heads, "
+      "Tensor? bias_k=None, Tensor? bias_v=None, bool add_zero_attn=False) "
+      "-> (Tensor q, Tensor k, Tensor v)");
+  m.def(
+      "dense_attention(Tensor q, Tensor k, Tensor v, Tensor? key_padding_mask=None, "
+      "Tensor? attn_mask=None, bool is_causal=False, float dropout_p=0.0, float? scale=None, "
+      "int added_keys=0) -> Tensor");
+  m.def(
+      "attention_probabilities(Tensor q, Tensor k, Tensor? key_padding_mask=None, "
+      "Tensor? attn_mask=None, bool is_causal=False, float? scale=None, int added_keys=0) "
+      "-> Tensor");
+  m.def(
+      "combine_heads(Tensor context, Tensor? weight, Tensor out_proj_weight, "
+      "Tensor? out_proj_bias) -> Tensor");
+
+  // Gates (src/gates). masked_mean: x [B, L, D], mask bool or floating [B, L] -> [B, D].
+  m.def("masked_mean(Tensor x, Tensor? key_padding_mask=None) -> Tensor");
+  // budget [B] in (0, 1] -> int32 [B]; rounding 'round' (half up) or 'ceil'
+  m.def("budget_count(Tensor budget, int num_heads, int min_heads, str rounding) -> Tensor");
+  // weight [B, H] -> the heads whose weight is not 0
+  m.def("select_nonzero(Tensor weight) -> (Tensor index, Tensor count)");
 }

@@ -1,0 +1,7 @@
+"""Gates: modules that turn a layer's input into a selection of heads."""
+
+from headwise.gates.base import Gate, anneal, gate_from_config, penalty
+from headwise.gates.fixed import FixedGate
+from headwise.gates.random import RandomGate
+
+__all__ = ["FixedGate", "Gate", "RandomGate", "anneal", "gate_from_config", "penalty"]

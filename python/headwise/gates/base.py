@@ -1,0 +1,189 @@
+"""What every gate has in common, and the functions that act on all the gates of a model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headwise.selection import Selection
+
+EXECUTIONS = ("all", "selected")
+_GATES: dict[str, type[Gate]] = {}
+
+
+class Gate(nn.Module):
+    """Chooses the heads of one attention layer, for every sequence of a batch.
+
+    A gate is built *bound* to a layer's sizes (``embed_dim=768, num_heads=12``) or *unbound*, as a
+    prototype that :meth:`bind` makes bound copies of: one prototype serves every layer of a model.
+
+    Attributes:
+        execution: in training, ``"all"`` runs every head, so that gradients reach the weights of
+            heads that were not chosen; ``"selected"`` runs only the chosen ones, which makes a
+            training step cheaper. In evaluation only the chosen heads ever run.
+        embed_dim: width of the layer's input, or None where unbound.
+        num_heads: heads of the layer, or None where unbound.
+        expected_heads: ``[B]``, differentiable: the expected number of heads of the last training
+            forward, or None.
+    """
+
+    #: Arguments of ``__init__`` that describe the layer, not the gate.
+    _BINDING = ("embed_dim", "num_heads", "device", "dtype")
+
+    embed_dim: int | None
+    num_heads: int | None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _GATES[cls.__name__] = cls
+
+    def __init__(
+        self,
+        options: Mapping[str, Any],
+        *,
+        execution: str,
+        embed_dim: int | None = None,
+        num_heads: int | None = None,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        if execution not in EXECUTIONS:
+            raise ValueError(f"execution must be one of {', '.join(EXECUTIONS)}, got {execution!r}")
+        if (embed_dim is None) != (num_heads is None):
+            raise ValueError("embed_dim and num_heads must be given together, or neither")
+        if embed_dim is not None and (embed_dim <= 0 or num_heads < 0):
+            raise ValueError(
+                "embed_dim must be positive and num_heads not negative, "
+                f"got embed_dim={embed_dim} and num_heads={num_heads}"
+            )
+        self._options = {**options, "execution": execution}
+        self.execution = execution
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.expected_heads: Tensor | None = None
+        if embed_dim is not None:
+            self._build(device, dtype)
+            self.reset_parameters()
+
+    def _build(self, device, dtype) -> None:
+        """Creates the parameters and buffers of a bound gate."""
+
+    def reset_parameters(self) -> None:
+        """Puts the gate back to its initial state."""
+
+    def bind(self, embed_dim: int, num_heads: int, device=None, dtype=None) -> Gate:
+        """A new gate of the same configuration, with fresh parameters for a layer of these sizes.
+
+        Raises:
+            ValueError: the configuration does not fit the sizes.
+        """
+        options = {key: value for key, value in self.config().items() if key != "type"}
+        bound = type(self)(
+            **options, embed_dim=embed_dim, num_heads=num_heads, device=device, dtype=dtype
+        )
+        return bound.train(self.training)
+
+    def config(self) -> dict[str, Any]:
+        """The gate's configuration, tagged with its type; JSON can hold it.
+
+        :func:`gate_from_config` builds an unbound gate from it.
+        """
+        return {"type": type(self).__name__, **self._options}
+
+    def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Selection:
+        """Chooses heads.
+
+        Args:
+            x: the layer's input ``[B, L, D]``.
+            key_padding_mask: ``[B, L]``; boolean (True = padding) or floating (added to scores).
+
+        Returns:
+            The selection. Its ``weight`` has the dtype of ``x``.
+        """
+        raise NotImplementedError
+
+    def penalty(self) -> Tensor:
+        """The gate's regulariser for the last training forward: a scalar, 0 where it has none."""
+        for tensor in (*self.parameters(), *self.buffers()):
+            if tensor.is_floating_point():
+                return tensor.new_zeros(())
+        return torch.zeros(())
+
+    def anneal(self, progress: float) -> None:
+        """Sets how far training has come, from 0 (exploration) to 1 (exploitation).
+
+        Raises:
+            ValueError: ``progress`` is outside [0, 1].
+        """
+        if not 0.0 <= progress <= 1.0:
+            raise ValueError(f"progress must be between 0 and 1, got {progress}")
+
+    def _check_bound(self, x: Tensor) -> None:
+        if self.num_heads is None:
+            raise RuntimeError(
+                f"{type(self).__name__} is not bound to a layer: call bind(embed_dim, num_heads)"
+            )
+        if x.dim() != 3 or x.size(2) != self.embed_dim:
+            raise ValueError(f"x must have shape [B, L, {self.embed_dim}], got {list(x.shape)}")
+
+    #: Attributes that hold tensors of the last forward's graph: not part of a copy or a file.
+    _RECORDED: tuple[str, ...] = ("expected_heads",)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, **dict.fromkeys(self._RECORDED)}
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{key}={value!r}" for key, value in self._options.items())
+
+
+def gate_from_config(config: Mapping[str, Any]) -> Gate:
+    """An unbound gate from what :meth:`Gate.config` returned.
+
+    Raises:
+        ValueError: no or an unknown ``type``, or a key that the type does not have, by name.
+    """
+    name = config.get("type")
+    if name not in _GATES:
+        raise ValueError(f"gate type must be one of {', '.join(sorted(_GATES))}, got {name!r}")
+    accepted = set(inspect.signature(_GATES[name].__init__).parameters)
+    accepted -= {"self", *Gate._BINDING}
+    options = {key: value for key, value in config.items() if key != "type"}
+    for key in options:
+        if key not in accepted:
+            raise ValueError(f"{name} has no option {key!r}; it has {', '.join(sorted(accepted))}")
+    return _GATES[name](**options)
+
+
+def gates(model: nn.Module) -> list[Gate]:
+    """The bound gates of a model, in the order of its modules."""
+    return [m for m in model.modules() if isinstance(m, Gate) and m.num_heads is not None]
+
+
+def penalty(model: nn.Module) -> Tensor:
+    """The sum of the gates' regularisers for the last training forward: add it to the loss.
+
+    Returns:
+        A scalar; 0 where the model has no gate with a penalty.
+    """
+    total: Tensor | None = None
+    for gate in gates(model):
+        term = gate.penalty()
+        total = term if total is None else total + term.to(total.device)
+    return torch.zeros(()) if total is None else total
+
+
+def anneal(model: nn.Module, progress: float) -> None:
+    """Tells every gate of the model how far training has come, from 0 to 1.
+
+    Raises:
+        ValueError: ``progress`` is outside [0, 1].
+    """
+    if not 0.0 <= progress <= 1.0:
+        raise ValueError(f"progress must be between 0 and 1, got {progress}")
+    for gate in gates(model):
+        gate.anneal(progress)

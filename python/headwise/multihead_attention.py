@@ -1,0 +1,516 @@
+"""Multi-head attention that runs only the heads its gate chooses."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import init
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import Parameter
+
+from headwise.gates.base import Gate
+from headwise.selection import Selection
+
+_ops = torch.ops.headwise
+
+
+class AttentionProbe(NamedTuple):
+    """What a recorder set as ``MultiheadAttention._probe`` is handed in each forward.
+
+    ``context`` is part of the graph that gives the output, before the gate's weight.
+    """
+
+    q: Tensor  # [B, H, L, d]
+    k: Tensor  # [B, H, S', d]
+    v: Tensor  # [B, H, S', d]
+    context: Tensor  # [B, H, L, d]
+    weight: Tensor | None  # [B, H]
+    key_padding_mask: Tensor | None  # [B, S]
+    attn_mask: Tensor | None  # [L, S] or [B, H, L, S]
+    is_causal: bool
+
+
+class _Inputs(NamedTuple):
+    """A forward's arguments in one form: batched, batch first, masks checked."""
+
+    query: Tensor  # [B, L, D]
+    key: Tensor  # [B, S, Dk]
+    value: Tensor  # [B, S, Dv]
+    key_padding_mask: Tensor | None  # [B, S]
+    attn_mask: Tensor | None  # [L, S] or [B, H, L, S]
+    is_causal: bool
+    query_is_key: bool
+    self_attention: bool
+
+
+def _unsqueeze(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.unsqueeze(0)
+
+
+class MultiheadAttention(nn.MultiheadAttention):
+    r"""``torch.nn.MultiheadAttention`` in which every input chooses its heads.
+
+    The arguments, their defaults, the parameters and the keys of ``state_dict`` are those of
+    :class:`torch.nn.MultiheadAttention` ("Attention Is All You Need", arXiv 1706.03762); without a
+    gate it *is* that module. With a gate, a layer computes for each sequence
+
+    .. math:: y = W_O\,[w_1 A_1(x), \dots, w_H A_H(x)] + b_O
+
+    where :math:`w_h` is 0 for a head that the gate did not choose; in evaluation such a head is not
+    computed at all. The gate sees the query and, in self-attention, its padding.
+
+    Args:
+        embed_dim: width of the model, D.
+        num_heads: heads of the layer, H.
+        dropout: dropout probability on the attention probabilities.
+        bias: whether the input and output projections have a bias.
+        add_bias_kv: one more, learned, row of keys and values.
+        add_zero_attn: one more row of zeros in keys and values.
+        kdim: features of the keys; default ``embed_dim``.
+        vdim: features of the values; default ``embed_dim``.
+        batch_first: inputs and output are ``[B, L, D]`` instead of ``[L, B, D]``.
+        device: of the parameters.
+        dtype: of the parameters.
+        gate: a gate; an unbound one (``hw.BudgetGate(target=0.5)``) is bound to this layer's sizes.
+        head_dim: width of a head, where it is not ``embed_dim / num_heads`` (a pruned layer).
+            ``num_heads`` may then be 0: the output is the output bias.
+
+    Raises:
+        ValueError: sizes that are not positive, a head count that does not divide ``embed_dim``
+            (when ``head_dim`` is not given), or a gate bound to other sizes.
+
+    Note:
+        The attention weights that ``need_weights=True`` (torch's default) returns are zeros for
+        heads that did not run. They cost a dense ``[B, H, L, S]`` computation of their own;
+        pass ``need_weights=False`` where they are not needed. They are the probabilities before
+        dropout.
+
+    Example:
+        >>> mha = MultiheadAttention(768, 12, gate=BudgetGate(target=0.5), batch_first=True)
+        >>> y, _ = mha(x, x, x, key_padding_mask=mask, need_weights=False)
+    """
+
+    gate: Gate | None
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device=None,
+        dtype=None,
+        *,
+        gate: Gate | None = None,
+        head_dim: int | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        _check_sizes(embed_dim, num_heads, head_dim, dropout)
+        factory = {"device": device, "dtype": dtype}
+        self.embed_dim = embed_dim
+        self.kdim = embed_dim if kdim is None else kdim
+        self.vdim = embed_dim if vdim is None else vdim
+        self._same_embed_dim = self.kdim == embed_dim and self.vdim == embed_dim
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.batch_first = batch_first
+        self.head_dim = embed_dim // num_heads if head_dim is None else head_dim
+        self.add_zero_attn = add_zero_attn
+
+        width = self.num_heads * self.head_dim  # E
+        # Registered in torch's order: the keys of state_dict come in the same order too.
+        if self._same_embed_dim:
+            self.in_proj_weight = Parameter(torch.empty((3 * width, embed_dim), **factory))
+            for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
+                self.register_parameter(name, None)
+        else:
+            self.q_proj_weight = Parameter(torch.empty((width, embed_dim), **factory))
+            self.k_proj_weight = Parameter(torch.empty((width, self.kdim), **factory))
+            self.v_proj_weight = Parameter(torch.empty((width, self.vdim), **factory))
+            self.register_parameter("in_proj_weight", None)
+        self.register_parameter(
+            "in_proj_bias", Parameter(torch.empty(3 * width, **factory)) if bias else None
+        )
+        if width > 0:
+            self.out_proj = NonDynamicallyQuantizableLinear(width, embed_dim, bias=bias, **factory)
+        else:  # the initialisation of an empty matrix divides by its width
+            self.out_proj = NonDynamicallyQuantizableLinear(1, embed_dim, bias=bias, **factory)
+            self.out_proj.in_features = 0
+            self.out_proj.weight = Parameter(torch.empty((embed_dim, 0), **factory))
+        if add_bias_kv:
+            self.bias_k = Parameter(torch.empty((1, 1, width), **factory))
+            self.bias_v = Parameter(torch.empty((1, 1, width), **factory))
+        else:
+            self.bias_k = self.bias_v = None
+        if width > 0:
+            self._reset_parameters()
+        elif bias:
+            init.constant_(self.out_proj.bias, 0.0)
+
+        self._observers: list[Any] = []
+        self._probe: Any = None
+        self.set_gate(gate)
+
+    def set_gate(self, gate: Gate | None) -> None:
+        """Puts ``gate`` in the layer (bound to its sizes where it is not yet), or takes it out."""
+        if gate is not None and not isinstance(gate, Gate):
+            raise TypeError(f"gate must be a headwise.Gate or None, got {type(gate).__name__}")
+        if gate is not None and gate.num_heads is None:
+            parameter = self.out_proj.weight
+            gate = gate.bind(
+                self.embed_dim, self.num_heads, device=parameter.device, dtype=parameter.dtype
+            )
+        if gate is not None and (gate.embed_dim, gate.num_heads) != (
+            self.embed_dim,
+            self.num_heads,
+        ):
+            raise ValueError(
+                f"gate must be bound to embed_dim={self.embed_dim} and num_heads={self.num_heads}, "
+                f"got embed_dim={gate.embed_dim} and num_heads={gate.num_heads}"
+            )
+        self.gate = gate
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether torch's own module computes the same thing."""
+        return self.gate is None and self._probe is None
+
+    # torch.nn.TransformerEncoderLayer reads this attribute, and where it is True it may hand this
+    # layer's weights to one fused kernel without calling this module. A layer that a gate or a
+    # recorder stands in must be called, so here it says False.
+    @property
+    def _qkv_same_embed_dim(self) -> bool:
+        return self._same_embed_dim and self._is_plain and self._has_standard_width
+
+    @_qkv_same_embed_dim.setter
+    def _qkv_same_embed_dim(self, value: bool) -> None:
+        self._same_embed_dim = value
+
+    @property
+    def _has_standard_width(self) -> bool:
+        return self.num_heads > 0 and self.num_heads * self.head_dim == self.embed_dim
+
+    def _reset_parameters(self) -> None:
+        if self._same_embed_dim:
+            init.xavier_uniform_(self.in_proj_weight)
+        else:
+            init.xavier_uniform_(self.q_proj_weight)
+            init.xavier_uniform_(self.k_proj_weight)
+            init.xavier_uniform_(self.v_proj_weight)
+        if self.in_proj_bias is not None:
+            init.constant_(self.in_proj_bias, 0.0)
+            init.constant_(self.out_proj.bias, 0.0)
+        if self.bias_k is not None:
+            init.xavier_normal_(self.bias_k)
+        if self.bias_v is not None:
+            init.xavier_normal_(self.bias_v)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Recorders belong to whoever set them, not to a copy or a file.
+        return {**self.__dict__, "_observers": [], "_probe": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        nn.Module.__setstate__(self, state)
+
+    def extra_repr(self) -> str:
+        return (
+            f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, head_dim={self.head_dim}, "
+            f"dropout={self.dropout}, batch_first={self.batch_first}"
+        )
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As :meth:`torch.nn.MultiheadAttention.forward`, on the chosen heads.
+
+        Args:
+            query: ``[L, B, D]``, ``[B, L, D]`` with ``batch_first``, or ``[L, D]`` unbatched.
+            key: the same with S rows of ``kdim`` features.
+            value: the same with S rows of ``vdim`` features.
+            key_padding_mask: ``[B, S]`` (``[S]`` unbatched); boolean (True = padding) or floating
+                (added to the scores).
+            need_weights: also return the attention weights.
+            attn_mask: ``[L, S]`` or ``[B * H, L, S]``; boolean (True = may not attend) or floating.
+            average_attn_weights: return one map, averaged over the H heads, not one a head.
+            is_causal: a hint that ``attn_mask`` is the causal mask.
+
+        Returns:
+            The output, shaped as ``query``, and the weights: ``[B, L, S']`` averaged, ``[B, H, L,
+            S']`` a head, without B where the input is unbatched, or None.
+
+        Raises:
+            ValueError: a shape that does not fit, or (on a CPU) a gate whose relevance is not
+                finite.
+            TypeError: a mask that is neither boolean nor floating.
+            RuntimeError: ``is_causal`` without ``attn_mask``.
+        """
+        if self._is_plain and self._has_standard_width:
+            return super().forward(
+                query,
+                key,
+                value,
+                key_padding_mask=key_padding_mask,
+                need_weights=need_weights,
+                attn_mask=attn_mask,
+                average_attn_weights=average_attn_weights,
+                is_causal=is_causal,
+            )
+        if query.is_nested:
+            return self._forward_nested(query, key, value, key_padding_mask, attn_mask)
+
+        inputs = self._canonical(query, key, value, key_padding_mask, attn_mask, is_causal)
+        selection = self._select(inputs)
+        if self._probe is not None or selection is None:
+            output = self._run_all(inputs, selection)
+        else:
+            output = self._run_selected(inputs, selection)  # [B, L, D]
+        weights = self._attention_weights(inputs, selection) if need_weights else None
+        if weights is not None and average_attn_weights:
+            weights = weights.mean(1) if self.num_heads else weights.sum(1)  # [B, L, S']
+
+        if query.dim() == 2:
+            return output.squeeze(0), None if weights is None else weights.squeeze(0)
+        return output if self.batch_first else output.transpose(0, 1), weights
+
+    def _canonical(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+    ) -> _Inputs:
+        """Checks a forward's arguments and brings them to one form."""
+        if query.dim() not in (2, 3) or key.dim() != query.dim() or value.dim() != query.dim():
+            raise ValueError(
+                "query, key and value must all have 3 dimensions, or 2 for an unbatched input, got "
+                f"{query.dim()}, {key.dim()} and {value.dim()}"
+            )
+        query_is_key = query is key
+        self_attention = query_is_key and key is value
+        if query.dim() == 2:
+            query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
+            key_padding_mask = _unsqueeze(key_padding_mask)
+        elif not self.batch_first:
+            query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
+        for name, tensor, width in (
+            ("query", query, self.embed_dim),
+            ("key", key, self.kdim),
+            ("value", value, self.vdim),
+        ):
+            if tensor.size(2) != width:
+                raise ValueError(f"{name} must have {width} features, got {tensor.size(2)}")
+        if key.shape[:2] != value.shape[:2] or key.size(0) != query.size(0):
+            raise ValueError(
+                "query, key and value must agree in batch, and key and value in length, got "
+                f"{tuple(query.shape[:2])}, {tuple(key.shape[:2])} and {tuple(value.shape[:2])}"
+            )
+        if is_causal and attn_mask is None:
+            raise RuntimeError("is_causal is a hint about attn_mask, which must be given with it")
+        for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
+            if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
+                raise TypeError(f"{name} must be boolean or floating, got {mask.dtype}")
+        batch, length, keys = query.size(0), query.size(1), key.size(1)
+        if key_padding_mask is not None and key_padding_mask.shape != (batch, keys):
+            raise ValueError(
+                f"key_padding_mask must have shape {(batch, keys)}, "
+                f"got {tuple(key_padding_mask.shape)}"
+            )
+        if attn_mask is not None and attn_mask.dim() == 2:
+            if attn_mask.shape != (length, keys):
+                raise ValueError(
+                    f"attn_mask must have shape {(length, keys)}, got {tuple(attn_mask.shape)}"
+                )
+        elif attn_mask is not None:
+            expected = (batch * self.num_heads, length, keys)
+            if attn_mask.shape != expected:
+                raise ValueError(
+                    f"attn_mask of 3 dimensions must have shape {expected}, "
+                    f"got {tuple(attn_mask.shape)}"
+                )
+            attn_mask = attn_mask.view(batch, self.num_heads, length, keys)
+        return _Inputs(
+            query=query,
+            key=key,
+            value=value,
+            key_padding_mask=key_padding_mask,
+            attn_mask=None if is_causal else attn_mask,
+            is_causal=is_causal,
+            query_is_key=query_is_key,
+            self_attention=self_attention,
+        )
+
+    def _select(self, inputs: _Inputs) -> Selection | None:
+        """The gate's choice; the observers see it."""
+        if self.gate is None:
+            return None
+        # The mask is about keys: it says which queries are padding only where they are the same.
+        padding = inputs.key_padding_mask if inputs.query_is_key else None
+        selection = self.gate(inputs.query, padding)
+        if self._observers:
+            for observer in tuple(self._observers):
+                observer(self, selection, inputs.query, padding)
+        return selection
+
+    def _projections(self) -> tuple[Tensor | None, ...]:
+        """Query, key and value weights, each ``[E, features]``, and biases ``[E]`` or None."""
+        if self._same_embed_dim:
+            weights = self.in_proj_weight.chunk(3) if self.num_heads else (self.in_proj_weight,) * 3
+        else:
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        if self.in_proj_bias is None:
+            return (*weights, None, None, None)
+        biases = self.in_proj_bias.chunk(3) if self.num_heads else (self.in_proj_bias,) * 3
+        return (*weights, *biases)
+
+    @property
+    def _added_keys(self) -> int:
+        return int(self.bias_k is not None) + int(self.add_zero_attn)
+
+    def _project(self, inputs: _Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        return _ops.project_heads(
+            inputs.query,
+            inputs.key,
+            inputs.value,
+            *self._projections(),
+            self.num_heads,
+            self.bias_k,
+            self.bias_v,
+            self.add_zero_attn,
+        )
+
+    def _run_all(self, inputs: _Inputs, selection: Selection | None) -> Tensor:
+        """Every head, with plain operators; a recorder sees each head's output."""
+        q, k, v = self._project(inputs)
+        context = _ops.dense_attention(
+            q,
+            k,
+            v,
+            inputs.key_padding_mask,
+            inputs.attn_mask,
+            inputs.is_causal,
+            self.dropout if self.training else 0.0,
+            added_keys=self._added_keys,
+        )
+        weight = None if selection is None else selection.weight
+        if self._probe is not None:
+            probe = AttentionProbe(
+                q,
+                k,
+                v,
+                context,
+                weight,
+                inputs.key_padding_mask,
+                inputs.attn_mask,
+                inputs.is_causal,
+            )
+            self._probe(self, probe)
+        return _ops.combine_heads(context, weight, self.out_proj.weight, self.out_proj.bias)
+
+    def _run_selected(self, inputs: _Inputs, selection: Selection) -> Tensor:
+        """The chosen heads and no others."""
+        dropout = self.dropout if self.training else 0.0
+        seed = None
+        if dropout > 0.0:
+            seed = torch.randint(2**63 - 1, (1,), device=inputs.query.device)
+        chosen = (selection.index, selection.count, selection.weight)
+        masks = (inputs.key_padding_mask, inputs.attn_mask, inputs.is_causal, dropout, seed)
+        if inputs.self_attention and self._same_embed_dim and self._added_keys == 0:
+            return _ops.selected_self_attention(
+                inputs.query,
+                self.in_proj_weight,
+                self.in_proj_bias,
+                self.out_proj.weight,
+                self.out_proj.bias,
+                self.num_heads,
+                *chosen,
+                *masks,
+            )
+        return _ops.selected_multihead_attention(
+            inputs.query,
+            inputs.key,
+            inputs.value,
+            *self._projections(),
+            self.out_proj.weight,
+            self.out_proj.bias,
+            self.num_heads,
+            *chosen,
+            None if self.bias_k is None else self.bias_k.reshape(-1),
+            None if self.bias_v is None else self.bias_v.reshape(-1),
+            self.add_zero_attn,
+            *masks,
+        )
+
+    def _attention_weights(self, inputs: _Inputs, selection: Selection | None) -> Tensor:
+        """``[B, H, L, S']``, zeros for the heads that did not run."""
+        q, k, _ = self._project(inputs)
+        weights = _ops.attention_probabilities(
+            q,
+            k,
+            inputs.key_padding_mask,
+            inputs.attn_mask,
+            inputs.is_causal,
+            added_keys=self._added_keys,
+        )
+        if selection is None:
+            return weights
+        mask = _ops.selection_mask(selection.index, selection.count, weights.dtype)  # [B, H]
+        return weights * mask[:, :, None, None]
+
+    def _forward_nested(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+    ) -> tuple[Tensor, None]:
+        """A nested batch, as ``nn.TransformerEncoder`` makes of a padded one in evaluation."""
+        if query is not key or key is not value:
+            raise ValueError("nested tensors are supported in self-attention only")
+        if key_padding_mask is not None or attn_mask is not None:
+            raise ValueError(
+                "a nested query carries its own lengths; masks cannot be given with it"
+            )
+        lengths = [sequence.size(0) for sequence in query.unbind()]
+        padded = query.to_padded_tensor(0.0)  # [B, L, D]
+        position = torch.arange(padded.size(1), device=padded.device)
+        padding = position >= torch.tensor(lengths, device=padded.device)[:, None]  # [B, L]
+        x = padded if self.batch_first else padded.transpose(0, 1)
+        output, _ = self.forward(x, x, x, key_padding_mask=padding, need_weights=False)
+        rows = output if self.batch_first else output.transpose(0, 1)
+        kept = [row[:length] for row, length in zip(rows.unbind(0), lengths, strict=True)]
+        return torch.nested.as_nested_tensor(kept, layout=query.layout), None
+
+
+def _check_sizes(embed_dim: int, num_heads: int, head_dim: int | None, dropout: float) -> None:
+    if embed_dim <= 0:
+        raise ValueError(f"embed_dim must be positive, got {embed_dim}")
+    if num_heads < 0 or (num_heads == 0 and head_dim is None):
+        raise ValueError(
+            f"num_heads must be positive (or 0 where head_dim is given), got {num_heads}"
+        )
+    if head_dim is not None and head_dim <= 0:
+        raise ValueError(f"head_dim must be positive, got {head_dim}")
+    if head_dim is None and embed_dim % num_heads != 0:
+        raise ValueError(
+            f"num_heads must divide embed_dim={embed_dim} (or head_dim be given), got {num_heads}"
+        )
+    if not 0.0 <= dropout <= 1.0:
+        raise ValueError(f"dropout must be between 0 and 1, got {dropout}")

@@ -1,0 +1,57 @@
+"""Which heads of a layer run, for every sequence of a batch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Selection(NamedTuple):
+    """The heads that a gate chose.
+
+    All shapes are fixed, so nothing that consumes a selection waits for the device or recompiles.
+
+    Attributes:
+        index: int32 ``[B, H]``. Row ``b`` starts with ``count[b]`` head numbers, ascending;
+            the rest is -1.
+        count: int32 ``[B]``, ``0 <= count <= H``. Zero heads is legal: the layer's output is then
+            its output bias.
+        weight: floating ``[B, H]``, multiplies a head's output before the output projection; 0
+            where a head was not chosen. Differentiable.
+        relevance: floating ``[B, H]``, what the heads were ranked by, or None.
+        budget: floating ``[B]``, the fraction of heads that was asked for, or None.
+    """
+
+    index: Tensor
+    count: Tensor
+    weight: Tensor
+    relevance: Tensor | None = None
+    budget: Tensor | None = None
+
+
+def select_heads(relevance: Tensor, count: Tensor) -> Tensor:
+    """The ``count[b]`` heads of largest ``relevance[b]``; ties go to the lower head.
+
+    Args:
+        relevance: floating ``[B, H]``.
+        count: int32 or int64 ``[B]``, ``0 <= count <= H``.
+
+    Returns:
+        int32 ``[B, H]``: the ``index`` of a :class:`Selection`.
+
+    Raises:
+        ValueError: wrong shapes, a count out of range or (on a CPU) relevance that is not finite.
+    """
+    return torch.ops.headwise.select_heads(relevance, count)
+
+
+def select_all(batch: int, num_heads: int, *, device=None, dtype=None) -> Selection:
+    """Every head of every sequence, with weight one."""
+    index = torch.arange(num_heads, dtype=torch.int32, device=device)
+    return Selection(
+        index=index.expand(batch, num_heads).contiguous(),
+        count=torch.full((batch,), num_heads, dtype=torch.int32, device=device),
+        weight=torch.ones(batch, num_heads, dtype=dtype, device=device),
+    )
