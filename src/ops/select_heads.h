@@ -1,0 +1,38 @@
+// Checks that select_heads and selection_mask share on every device (shapes and dtypes; values are
+// checked where reading them costs nothing, on the CPU). Sizes are SymInts: Meta uses these too.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+namespace headwise::ops {
+
+inline void check_count(const at::Tensor& count, const c10::SymInt& batch) {
+  TORCH_CHECK_TYPE(count.scalar_type() == at::kInt || count.scalar_type() == at::kLong,
+                   "count must be int32 or int64, got ", count.scalar_type());
+  TORCH_CHECK_VALUE(count.dim() == 1 && count.sym_size(0) == batch, "count must have shape [",
+                    batch, "], one number per sequence, got ", count.sym_sizes());
+}
+
+inline void check_select_heads(const at::Tensor& relevance, const at::Tensor& count) {
+  TORCH_CHECK_VALUE(relevance.dim() == 2, "relevance must have shape [batch, heads], got ",
+                    relevance.sym_sizes());
+  TORCH_CHECK_TYPE(relevance.is_floating_point(), "relevance must be a floating-point tensor, got ",
+                   relevance.scalar_type());
+  check_count(count, relevance.sym_size(0));
+  TORCH_CHECK_VALUE(relevance.device() == count.device(),
+                    "relevance and count must be on one device, got ", relevance.device(), " and ",
+                    count.device());
+}
+
+inline void check_selection_mask(const at::Tensor& index, const at::Tensor& count) {
+  TORCH_CHECK_VALUE(index.dim() == 2, "index must have shape [batch, heads], got ",
+                    index.sym_sizes());
+  TORCH_CHECK_TYPE(index.scalar_type() == at::kInt || index.scalar_type() == at::kLong,
+                   "index must be int32 or int64, got ", index.scalar_type());
+  check_count(count, index.sym_size(0));
+  TORCH_CHECK_VALUE(index.device() == count.device(), "index and count must be on one device, got ",
+                    index.device(), " and ", count.device());
+}
+
+}  // namespace headwise::ops
