@@ -4,8 +4,11 @@
 
 #include "headwise/version.h"
 
+void bind_trace(pybind11::module_& m);
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ core of headwise";
   m.attr("__version__") = headwise::version();
   m.attr("compiled_torch_version") = headwise::compiled_torch_version();
+  bind_trace(m);
 }

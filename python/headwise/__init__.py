@@ -3,9 +3,12 @@
 import torch  # noqa: F401  (LibTorch must be loaded before the extension)
 
 from headwise import _C  # noqa: F401  (registers torch.ops.headwise.*)
+from headwise.convert import convert
 from headwise.gates import FixedGate, Gate, RandomGate, anneal, gate_from_config, penalty
+from headwise.layers import attention_layers
 from headwise.multihead_attention import MultiheadAttention
 from headwise.selection import Selection, select_all, select_heads
+from headwise.trace import Trace, trace
 
 __all__ = [
     "FixedGate",
@@ -13,9 +16,13 @@ __all__ = [
     "MultiheadAttention",
     "RandomGate",
     "Selection",
+    "Trace",
     "anneal",
+    "attention_layers",
+    "convert",
     "gate_from_config",
     "penalty",
     "select_all",
     "select_heads",
+    "trace",
 ]

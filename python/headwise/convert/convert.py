@@ -1,0 +1,94 @@
+"""``headwise.convert``: a model's attention, swapped in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from headwise.convert.discovery import find_attention, refusals_text
+from headwise.gates.base import Gate
+from headwise.layers import attention_layers, replace_module
+from headwise.multihead_attention import MultiheadAttention
+
+GateFactory = Callable[[str, MultiheadAttention], Gate | None]
+
+
+def convert(
+    model: nn.Module, gate: Gate | GateFactory | None = None, *, strict: bool = True
+) -> nn.Module:
+    """Swaps the attention of ``model`` in place for layers that choose their heads.
+
+    Weights are kept: with ``gate=None`` the converted model computes what it computed before.
+    Hooks on a swapped module and modules that are tied stay as they were. Build the optimizer after
+    converting: some architectures keep query, key and value as one parameter.
+
+    Args:
+        model: any module with ``torch.nn.MultiheadAttention`` in it (alone or inside
+            ``torch.nn.TransformerEncoder``, ``TransformerDecoder``, ``Transformer``), or an
+            encoder of transformers that ``docs/convert.md`` lists. Layers that are already
+            converted keep their weights and, where ``gate`` is None, their gate.
+        gate: a prototype, of which every layer gets its own copy
+            (``convert(model, hw.BudgetGate(target=0.5))``); or a function of the layer's name and
+            the layer, which returns the layer's gate or None; or None: no gates.
+        strict: refuse a model of which only a part can be converted. With False, that part is
+            converted.
+
+    Returns:
+        ``model``, or its successor if it is itself a ``torch.nn.MultiheadAttention``.
+
+    Raises:
+        TypeError: ``model`` is not a module, or ``gate`` is neither a gate nor a function.
+        ValueError: there is no attention in ``model`` that can be converted, or (``strict``) some
+            that cannot; the text lists each and why. ``model`` is then unchanged.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if gate is not None and not isinstance(gate, Gate) and not callable(gate):
+        raise TypeError(
+            f"gate must be a headwise.Gate, a function (name, layer) -> gate, or None, "
+            f"got {type(gate).__name__}"
+        )
+    found = find_attention(model)
+    if found.refused and (strict or not (found.supported or found.converted)):
+        raise ValueError(refusals_text(model, found))
+    if not found.supported and not found.converted:
+        raise ValueError(
+            f"model has no attention module that headwise can convert: "
+            f"{type(model).__name__} has neither torch.nn.MultiheadAttention nor any module that "
+            f"looks like attention"
+        )
+
+    by_architecture: dict[int, tuple] = {}
+    for candidate in found.supported:
+        successor, _ = candidate.architecture.convert(candidate.module)
+        if successor is not candidate.module:
+            model = replace_module(model, candidate.module, successor)
+        _, modules = by_architecture.setdefault(
+            id(candidate.architecture), (candidate.architecture, [])
+        )
+        modules.append(candidate.module)
+    for architecture, modules in by_architecture.values():
+        architecture.finish(model, modules)
+
+    if gate is not None:
+        _set_gates(model, gate)
+    return model
+
+
+def _set_gates(model: nn.Module, gate: Gate | GateFactory) -> None:
+    for name, layer in attention_layers(model).items():
+        if isinstance(gate, Gate):
+            parameter = layer.out_proj.weight
+            layer.set_gate(
+                gate.bind(
+                    layer.embed_dim,
+                    layer.num_heads,
+                    device=parameter.device,
+                    dtype=parameter.dtype,
+                )
+            )
+        else:
+            layer.set_gate(gate(name, layer))
+        if layer.gate is not None:
+            layer.gate.train(layer.training)

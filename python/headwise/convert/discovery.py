@@ -1,0 +1,129 @@
+"""What a model has in the way of attention, and what can be done with each piece."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from headwise.convert.registry import (
+    Architecture,
+    class_path,
+    find_architecture,
+    supported_classes,
+)
+from headwise.multihead_attention import MultiheadAttention
+
+# Names that projections to queries, keys and values go by, apart or fused.
+_PROJECTIONS = frozenset(
+    "q k v q_proj k_proj v_proj query key value q_lin k_lin v_lin to_q to_k to_v wq wk wv Wqkv "
+    "qkv qkv_proj c_attn query_key_value in_proj to_qkv in_proj_qkv attn_qkv q_a_proj "
+    "query_proj key_proj value_proj".split()
+)
+
+
+@dataclass
+class Candidate:
+    """A module that can be converted, and by what."""
+
+    name: str
+    module: nn.Module
+    architecture: Architecture
+
+
+@dataclass
+class Refused:
+    """A module that looks like attention and cannot be converted."""
+
+    name: str
+    kind: str
+    reason: str
+
+
+@dataclass
+class Found:
+    """The attention of a model; every module once, however often it stands there."""
+
+    supported: list[Candidate] = field(default_factory=list)
+    converted: list[MultiheadAttention] = field(default_factory=list)
+    refused: list[Refused] = field(default_factory=list)
+
+
+def _looks_like_attention(module: nn.Module) -> bool:
+    """A class that says so, with projections to queries, keys or values of its own."""
+    if isinstance(module, nn.MultiheadAttention):
+        return True
+    if "attention" not in type(module).__name__.lower():
+        return False
+    names = {name for name, child in module.named_children() if hasattr(child, "weight")}
+    names |= {name.removesuffix("_weight") for name, _ in module.named_parameters(recurse=False)}
+    return bool(names & _PROJECTIONS)
+
+
+def _owners(model: nn.Module) -> dict[int, int]:
+    """How many modules hold each parameter."""
+    counts: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                counts[id(parameter)] = counts.get(id(parameter), 0) + 1
+    return counts
+
+
+def find_attention(model: nn.Module) -> Found:
+    """Walks ``model`` from the outside in; what stands inside a module that was found is its."""
+    found = Found()
+    seen: set[int] = set()
+    owners = _owners(model)
+
+    def walk(module: nn.Module, name: str) -> None:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        if isinstance(module, MultiheadAttention):
+            found.converted.append(module)
+            return
+        architecture = find_architecture(module)
+        if architecture is not None and not architecture.is_converted(module):
+            reason = architecture.refusal(module)
+            if reason is None and any(
+                owners[id(p)] > 1 for p in architecture.copied_parameters(module)
+            ):
+                reason = "it shares a parameter with another module"
+            if reason is None:
+                found.supported.append(Candidate(name, module, architecture))
+            else:
+                found.refused.append(Refused(name, type(module).__name__, reason))
+            return
+        if _looks_like_attention(module):
+            found.refused.append(Refused(name, type(module).__name__, _why_unknown(module)))
+            return
+        for child_name, child in module.named_children():
+            walk(child, f"{name}.{child_name}" if name else child_name)
+
+    walk(model, "")
+    return found
+
+
+def _why_unknown(module: nn.Module) -> str:
+    for base in type(module).__mro__[1:]:
+        if class_path(base) in supported_classes():
+            return f"a subclass of {base.__name__} may compute something else in its forward"
+    return f"no conversion is known for {class_path(type(module))}"
+
+
+def refusals_text(model: nn.Module, found: Found) -> str:
+    """The error message: one line, then each kind of refusal with the modules it fell on."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for refused in found.refused:
+        groups.setdefault((refused.kind, refused.reason), []).append(refused.name or "(the model)")
+    lines = [
+        f"model ({type(model).__name__}) has attention that headwise cannot convert "
+        f"({len(found.refused)} of {len(found.refused) + len(found.supported)} modules):"
+    ]
+    for (kind, reason), names in groups.items():
+        lines.append(f"  {kind}: {reason}")
+        lines.extend(f"    {name}" for name in names)
+    if found.supported:
+        lines.append("strict=False converts the others and leaves these as they are.")
+    return "\n".join(lines)

@@ -1,0 +1,89 @@
+"""The architectures that :func:`headwise.convert` knows, one file each.
+
+An architecture is found by the exact class of the module that holds the attention, so a subclass
+with a forward of its own is never mistaken for it, and its file is imported only when a model has
+such a module: headwise does not need transformers to convert a ``torch.nn`` model.
+"""
+
+from __future__ import annotations
+
+import abc
+import importlib
+
+from torch import nn
+
+from headwise.multihead_attention import MultiheadAttention
+
+# Class of the module that holds the attention -> file whose ARCHITECTURE converts it.
+_FILES = {
+    "torch.nn.modules.activation.MultiheadAttention": "headwise.convert.torch_attention",
+    "transformers.models.bert.modeling_bert.BertAttention": "headwise.convert.bert",
+}
+_REGISTERED: dict[str, Architecture] = {}
+
+
+class Architecture(abc.ABC):
+    """How one class of attention module becomes a :class:`headwise.MultiheadAttention`."""
+
+    #: What the support matrix calls it.
+    name: str
+
+    def is_converted(self, module: nn.Module) -> bool:
+        """Whether ``module``, of the class this architecture stands for, was converted before (of
+        use where :meth:`convert` changes a module in place)."""
+        return False
+
+    @abc.abstractmethod
+    def refusal(self, module: nn.Module) -> str | None:
+        """Why this ``module`` cannot be converted (completes 'refused: ...'); None if it can."""
+
+    @abc.abstractmethod
+    def convert(self, module: nn.Module) -> tuple[nn.Module, MultiheadAttention]:
+        """``module``'s successor, and the ungated layer in it. Parameters are kept, not copied,
+        where their layout allows. The successor may be ``module`` itself, changed in place."""
+
+    def copied_parameters(self, module: nn.Module) -> list[nn.Parameter]:
+        """The parameters of ``module`` that are copied, and so must belong to it alone."""
+        return []
+
+    def finish(self, model: nn.Module, converted: list[nn.Module]) -> None:  # noqa: B027
+        """Called once after all of a model's modules of this class, the old ones in ``converted``,
+        were replaced."""
+
+
+def class_path(kind: type) -> str:
+    """The qualified name of a class, ``package.module.Class``."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def register_architecture(path: str, architecture: Architecture) -> None:
+    """Teaches :func:`headwise.convert` the attention modules of class ``path``.
+
+    Args:
+        path: qualified name of the module's class, ``package.module.Class``.
+        architecture: converts modules of exactly that class.
+
+    Raises:
+        TypeError: ``architecture`` is not an :class:`Architecture`.
+    """
+    if not isinstance(architecture, Architecture):
+        raise TypeError(
+            f"architecture must be a headwise.convert.Architecture, got "
+            f"{type(architecture).__name__}"
+        )
+    _REGISTERED[path] = architecture
+
+
+def find_architecture(module: nn.Module) -> Architecture | None:
+    """The architecture that stands for exactly the class of ``module``."""
+    path = class_path(type(module))
+    if path in _REGISTERED:
+        return _REGISTERED[path]
+    if path in _FILES:
+        return importlib.import_module(_FILES[path]).ARCHITECTURE
+    return None
+
+
+def supported_classes() -> list[str]:
+    """The classes of attention module that can be converted."""
+    return sorted({*_FILES, *_REGISTERED})

@@ -1,0 +1,339 @@
+"""``headwise.save`` and ``headwise.load``: a model as a folder that describes itself.
+
+The folder holds ``headwise.json`` (the attention layers with their sizes and gates, and for a model
+of transformers its class and configuration) and ``model.safetensors`` (every tensor). C++ reads the
+same folder (``headwise/model.h``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headwise import _C
+from headwise.convert import convert
+from headwise.gates import gate_from_config
+from headwise.layers import attention_layers, replace_module
+from headwise.multihead_attention import MultiheadAttention
+from headwise.weights import load_safetensors, save_safetensors
+
+__all__ = ["load", "save"]
+
+FORMAT = "headwise.model"
+VERSION = 1
+DESCRIPTION = "headwise.json"
+WEIGHTS = "model.safetensors"
+
+_DOCUMENT_KEYS = {"format", "version", "headwise_version", "architecture", "layers", "aliases"}
+# What describes a layer, and the type of each value.
+_LAYER_TYPES = {
+    "name": str,
+    "embed_dim": int,
+    "num_heads": int,
+    "head_dim": int,
+    "kdim": int,
+    "vdim": int,
+    "dropout": (int, float),
+    "bias": bool,
+    "add_bias_kv": bool,
+    "add_zero_attn": bool,
+    "batch_first": bool,
+    "gate": (dict, type(None)),
+}
+_SIZES = tuple(key for key in _LAYER_TYPES if key not in ("name", "gate"))
+
+
+def _describe_layer(name: str, layer: MultiheadAttention) -> dict[str, Any]:
+    return {
+        "name": name,
+        "embed_dim": layer.embed_dim,
+        "num_heads": layer.num_heads,
+        "head_dim": layer.head_dim,
+        "kdim": layer.kdim,
+        "vdim": layer.vdim,
+        "dropout": layer.dropout,
+        "bias": layer.in_proj_bias is not None,
+        "add_bias_kv": layer.bias_k is not None,
+        "add_zero_attn": layer.add_zero_attn,
+        "batch_first": layer.batch_first,
+        "gate": None if layer.gate is None else layer.gate.config(),
+    }
+
+
+def _describe_architecture(model: nn.Module) -> dict[str, Any]:
+    kind = type(model)
+    try:
+        import transformers
+    except ImportError:
+        transformers = None
+    if (
+        transformers is not None
+        and isinstance(model, transformers.PreTrainedModel)
+        and getattr(transformers, kind.__name__, None) is kind
+    ):
+        return {
+            "library": "transformers",
+            "library_version": transformers.__version__,
+            "class": kind.__name__,
+            "config": json.loads(model.config.to_json_string(use_diff=True)),
+        }
+    return {"library": "torch", "class": f"{kind.__module__}.{kind.__qualname__}"}
+
+
+def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The state of ``model`` with each tied tensor once, and where the others point."""
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[tuple, str] = {}
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"model must have only tensors in its state, got {type(value).__name__} at '{name}'"
+            )
+        value = value.detach()
+        key = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
+        if value.numel() > 0 and key in first:
+            aliases[name] = first[key]
+        else:
+            first[key] = name
+            tensors[name] = value.cpu().contiguous()
+    return tensors, aliases
+
+
+@contextlib.contextmanager
+def _written_whole(target: Path) -> Iterator[Path]:
+    """A folder beside ``target`` that takes its place when the block ends well, and goes if not."""
+    if target.exists() and not (target.is_dir() and _may_replace(target)):
+        raise ValueError(
+            f"dir must not exist, be empty, or be a folder that headwise.save wrote, got '{target}'"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(f".{target.name}.{os.getpid()}.part")
+    replaced = target.with_name(f".{target.name}.{os.getpid()}.old")
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
+        yield beside
+        if target.exists():
+            os.replace(target, replaced)
+        try:
+            os.replace(beside, target)
+        except BaseException:
+            if replaced.exists():
+                os.replace(replaced, target)
+            raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _may_replace(folder: Path) -> bool:
+    return (folder / DESCRIPTION).is_file() or not any(folder.iterdir())
+
+
+def save(model: nn.Module, dir: str | os.PathLike, *, tokenizer: Any = None) -> None:
+    """Writes ``model`` to the folder ``dir``: ``headwise.json`` and ``model.safetensors``.
+
+    A folder that :func:`save` wrote before is replaced. Everything is written beside ``dir`` and
+    renamed, so ``dir`` is never half a model.
+
+    Args:
+        model: a module with :class:`headwise.MultiheadAttention` layers, pruned or not. A model
+            of transformers is described by its class and configuration, and :func:`load` needs
+            nothing else; of any other module the weights are kept, and :func:`load` needs
+            ``model=``.
+        dir: the folder.
+        tokenizer: a tokenizer of transformers to keep in the folder too.
+
+    Raises:
+        ValueError: ``model`` has no converted layer, or ``dir`` is something else.
+        OSError: it cannot be written; nothing is left behind.
+    """
+    layers = attention_layers(model)
+    if not layers:
+        raise ValueError(
+            f"model ({type(model).__name__}) has no headwise.MultiheadAttention to save: "
+            f"call headwise.convert first"
+        )
+    tensors, aliases = _unique_tensors(model)
+    document = {
+        "format": FORMAT,
+        "version": VERSION,
+        "headwise_version": _C.__version__,
+        "architecture": _describe_architecture(model),
+        "layers": [_describe_layer(name, layer) for name, layer in layers.items()],
+        "aliases": aliases,
+    }
+    text = json.dumps(document, indent=1, allow_nan=False)
+    with _written_whole(Path(os.path.abspath(dir))) as folder:
+        save_safetensors(folder / WEIGHTS, tensors)
+        (folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+
+def load(dir: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
+    """The model in the folder ``dir`` that :func:`save` wrote.
+
+    Args:
+        dir: the folder.
+        model: a module of the architecture that was saved, converted or not; it is changed in place
+            and returned. Needed unless the saved model was one of transformers. Layers that were
+            pruned are made smaller to fit.
+
+    Returns:
+        The model; one of transformers that was built here is in evaluation mode.
+
+    Raises:
+        FileNotFoundError: ``dir`` or one of its two files does not exist.
+        ValueError: a file is not what :func:`save` writes (by key), or ``model`` does not fit
+            (by layer or tensor). ``model`` is then unusable.
+    """
+    folder = Path(dir)
+    document = _read_description(folder)
+    if not (folder / WEIGHTS).is_file():
+        raise FileNotFoundError(f"dir has no weights: '{folder / WEIGHTS}' does not exist")
+    tensors = load_safetensors(folder / WEIGHTS)
+    for alias, name in document["aliases"].items():
+        if name not in tensors:
+            raise ValueError(f"aliases of '{folder / DESCRIPTION}' name '{name}', which is missing")
+        tensors[alias] = tensors[name]
+
+    built_here = model is None
+    if built_here:
+        model = _build(document["architecture"], folder)
+    model = convert(model, strict=False)
+    layers = attention_layers(model)
+    for entry in document["layers"]:
+        name = entry["name"]
+        if name not in layers:
+            raise ValueError(
+                f"model ({type(model).__name__}) has no attention layer '{name}'; "
+                f"it has {', '.join(map(repr, layers))}"
+            )
+        model = _fit_layer(model, layers[name], entry)
+    _load_tensors(model, tensors, folder / WEIGHTS)
+    return model.eval() if built_here else model
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    path = folder / DESCRIPTION
+    if not folder.is_dir():
+        raise FileNotFoundError(f"dir must be a folder, got '{folder}', which is not one")
+    if not path.is_file():
+        raise FileNotFoundError(f"dir is not a headwise model: '{path}' does not exist")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"'{path}' is not valid JSON: {error}") from None
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise ValueError(f"'{path}' must have format '{FORMAT}'")
+    if document.get("version") != VERSION:
+        raise ValueError(f"'{path}' must have version {VERSION}, got {document.get('version')!r}")
+    _check_keys(document, _DOCUMENT_KEYS, f"'{path}'")
+    for key, kind in (("architecture", dict), ("layers", list), ("aliases", dict)):
+        if not isinstance(document[key], kind):
+            raise ValueError(
+                f"'{key}' of '{path}' must be a {kind.__name__}, got {document[key]!r}"
+            )
+    for i, layer in enumerate(document["layers"]):
+        where = f"layer {i} of '{path}'"
+        if not isinstance(layer, dict):
+            raise ValueError(f"{where} must be an object, got {layer!r}")
+        _check_keys(layer, set(_LAYER_TYPES), where)
+        for key, kind in _LAYER_TYPES.items():
+            is_number = kind is int or kind == (int, float)
+            if not isinstance(layer[key], kind) or (is_number and isinstance(layer[key], bool)):
+                raise ValueError(f"'{key}' of {where} has the wrong type: {layer[key]!r}")
+    return document
+
+
+def _check_keys(document: Mapping[str, Any], expected: set[str], where: str) -> None:
+    unknown, missing = sorted(set(document) - expected), sorted(expected - set(document))
+    if unknown:
+        raise ValueError(f"{where} has an unknown key '{unknown[0]}'")
+    if missing:
+        raise ValueError(f"{where} lacks the key '{missing[0]}'")
+
+
+def _build(architecture: dict[str, Any], folder: Path) -> nn.Module:
+    """A fresh model of transformers, from its class and configuration."""
+    name = architecture.get("class")
+    if architecture.get("library") != "transformers":
+        raise ValueError(
+            f"'{folder}' holds the weights of a {name}, which only its own code can build: "
+            f"pass model="
+        )
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError(
+            f"'{folder}' holds a {name} of transformers, which is not installed"
+        ) from None
+    kind = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise ValueError(
+            f"architecture of '{folder / DESCRIPTION}' must be a model class of transformers "
+            f"{transformers.__version__}, got {name!r}"
+        )
+    if not isinstance(architecture.get("config"), dict):
+        raise ValueError(f"architecture of '{folder / DESCRIPTION}' lacks the key 'config'")
+    return kind(kind.config_class.from_dict(architecture["config"]))
+
+
+def _fit_layer(model: nn.Module, layer: MultiheadAttention, entry: dict[str, Any]) -> nn.Module:
+    """Gives ``layer`` the sizes and the gate of ``entry``."""
+    found = _describe_layer(entry["name"], layer)
+    sizes = {key: entry[key] for key in _SIZES}
+    parameter = layer.out_proj.weight
+    if any(found[key] != sizes[key] for key in _SIZES):
+        for key in ("embed_dim", "kdim", "vdim"):
+            if found[key] != sizes[key]:
+                raise ValueError(
+                    f"{key} of layer '{entry['name']}' is {found[key]} in model "
+                    f"and {sizes[key]} in the file"
+                )
+        fitted = MultiheadAttention(**sizes, device=parameter.device, dtype=parameter.dtype)
+        fitted.train(layer.training)
+        model = replace_module(model, layer, fitted)
+        layer = fitted
+    try:
+        gate = None if entry["gate"] is None else gate_from_config(entry["gate"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"gate of layer '{entry['name']}': {error}") from None
+    layer.set_gate(gate)
+    if layer.gate is not None:
+        layer.gate.train(layer.training)
+    return model
+
+
+def _load_tensors(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    state = model.state_dict()
+    missing = [name for name in state if name not in tensors]
+    unknown = [name for name in tensors if name not in state]
+    if missing or unknown:
+        what = f"lacks '{missing[0]}'" if missing else f"has '{unknown[0]}', which model has not"
+        raise ValueError(
+            f"'{path}' does not fit model ({type(model).__name__}): it {what} "
+            f"({len(missing)} tensors missing, {len(unknown)} unknown)"
+        )
+    for name, tensor in tensors.items():
+        if tensor.shape != state[name].shape:
+            raise ValueError(
+                f"'{name}' has shape {list(tensor.shape)} in '{path}' and "
+                f"{list(state[name].shape)} in model"
+            )
+    # The dtype is that of the file, so that what was saved in half precision stays so.
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if name in tensors and value.dtype != tensors[name].dtype:
+            value.data = value.data.to(tensors[name].dtype)
+    with torch.no_grad():
+        model.load_state_dict(tensors)

@@ -1,0 +1,226 @@
+"""The architectures that headwise converts: small random models, and how to run them.
+
+The tests of conversion, pruning and serialization go through this table; docs/convert.md lists it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+EMBED, HEADS = 24, 4
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """``build()`` -> model in evaluation mode; ``run(model, inputs())`` -> valid output rows."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    inputs: Callable[[], dict]
+    run: Callable[[nn.Module, dict], Tensor]
+
+
+def padding_mask(lengths: list[int]) -> Tensor:
+    """bool [B, L], True = padding."""
+    return torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None]
+
+
+class Wrapped(nn.Module):
+    """Plain attention inside a module of somebody's own, twice."""
+
+    def __init__(self, **kwargs):
+        super().__init__()
+        self.first = nn.MultiheadAttention(EMBED, HEADS, **kwargs)
+        self.second = nn.MultiheadAttention(EMBED, HEADS, **kwargs)
+
+    def forward(self, x, key_padding_mask=None, attn_mask=None):
+        y, _ = self.first(x, x, x, key_padding_mask=key_padding_mask, attn_mask=attn_mask)
+        y = torch.tanh(x + y)
+        return self.second(y, y, y, key_padding_mask=key_padding_mask, attn_mask=attn_mask)[0]
+
+
+class Cross(nn.Module):
+    """Queries of one sequence, keys and values of others, of other widths."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(
+            EMBED, HEADS, kdim=10, vdim=14, add_bias_kv=True, add_zero_attn=True, batch_first=True
+        )
+
+    def forward(self, query, key, value, key_padding_mask=None):
+        return self.attention(query, key, value, key_padding_mask=key_padding_mask)[0]
+
+
+def _randomise(model: nn.Module) -> nn.Module:
+    # Biases start at zero; with zeros a forgotten bias would not be noticed.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+            elif parameter.dim() == 3:
+                parameter.normal_()
+            else:
+                parameter.mul_(2.0)
+    return model.eval()
+
+
+def _valid(output: Tensor, padding: Tensor) -> Tensor:
+    return output[~padding]
+
+
+def _mha_inputs():
+    return {"x": torch.randn(3, 7, EMBED), "key_padding_mask": padding_mask([7, 2, 5])}
+
+
+def _sequence_first_inputs():
+    return {"x": torch.randn(6, 3, EMBED), "attn_mask": torch.ones(6, 6).triu(1).bool()}
+
+
+def _cross_inputs():
+    return {
+        "query": torch.randn(2, 5, EMBED),
+        "key": torch.randn(2, 7, 10),
+        "value": torch.randn(2, 7, 14),
+        "key_padding_mask": padding_mask([7, 4]),
+    }
+
+
+def _encoder(layers=2, **kwargs):
+    kwargs = {"dim_feedforward": 32, "batch_first": True, **kwargs}
+    layer = nn.TransformerEncoderLayer(EMBED, HEADS, **kwargs)
+    nested = not kwargs.get("norm_first", False)
+    return _randomise(nn.TransformerEncoder(layer, layers, enable_nested_tensor=nested))
+
+
+def _encoder_inputs():
+    # Left-aligned padding: in evaluation without gradients torch makes a nested tensor of it.
+    return {"src": torch.randn(3, 7, EMBED), "src_key_padding_mask": padding_mask([7, 3, 5])}
+
+
+def _decoder():
+    layer = nn.TransformerDecoderLayer(EMBED, HEADS, 32, batch_first=True)
+    return _randomise(nn.TransformerDecoder(layer, 2))
+
+
+def _decoder_inputs():
+    return {
+        "tgt": torch.randn(2, 5, EMBED),
+        "memory": torch.randn(2, 7, EMBED),
+        "tgt_mask": torch.ones(5, 5).triu(1).bool(),
+        "memory_key_padding_mask": padding_mask([7, 4]),
+    }
+
+
+def _transformer_inputs():
+    return {
+        "src": torch.randn(2, 7, EMBED),
+        "tgt": torch.randn(2, 5, EMBED),
+        "tgt_mask": torch.ones(5, 5).triu(1).bool(),
+        "src_key_padding_mask": padding_mask([7, 4]),
+        "memory_key_padding_mask": padding_mask([7, 4]),
+    }
+
+
+def bert_config(**kwargs):
+    from transformers import BertConfig
+
+    return BertConfig(
+        **{
+            "vocab_size": 50,
+            "hidden_size": EMBED,
+            "num_hidden_layers": 2,
+            "num_attention_heads": HEADS,
+            "intermediate_size": 32,
+            "max_position_embeddings": 16,
+            **kwargs,
+        }
+    )
+
+
+def bert(class_name: str, **kwargs) -> nn.Module:
+    import transformers
+
+    return _randomise(getattr(transformers, class_name)(bert_config(**kwargs)))
+
+
+def bert_inputs():
+    return {
+        "input_ids": torch.randint(0, 50, (3, 7)),
+        "attention_mask": (~padding_mask([7, 2, 5])).long(),
+    }
+
+
+def _run_padded(model, inputs):
+    return _valid(model(**inputs), inputs.get("key_padding_mask"))
+
+
+def _run_encoder(model, inputs):
+    return _valid(model(**inputs), inputs["src_key_padding_mask"])
+
+
+def _run_whole(model, inputs):
+    return model(**inputs)
+
+
+def _run_hidden(model, inputs):
+    return _valid(model(**inputs).last_hidden_state, inputs["attention_mask"] == 0)
+
+
+def _run_token_logits(model, inputs):
+    return _valid(model(**inputs).logits, inputs["attention_mask"] == 0)
+
+
+def _run_logits(model, inputs):
+    return model(**inputs).logits
+
+
+def _bert_row(class_name, run, **kwargs):
+    return Architecture(class_name, lambda: bert(class_name, **kwargs), bert_inputs, run)
+
+
+ARCHITECTURES = {
+    row.name: row
+    for row in [
+        Architecture(
+            "MultiheadAttention",
+            lambda: _randomise(Wrapped(batch_first=True)),
+            _mha_inputs,
+            _run_padded,
+        ),
+        Architecture(
+            "MultiheadAttention, sequence first, no bias",
+            lambda: _randomise(Wrapped(bias=False)),
+            _sequence_first_inputs,
+            _run_whole,
+        ),
+        Architecture(
+            "MultiheadAttention, cross, kdim, vdim, add_bias_kv, add_zero_attn",
+            lambda: _randomise(Cross()),
+            _cross_inputs,
+            _run_whole,
+        ),
+        Architecture("TransformerEncoder", _encoder, _encoder_inputs, _run_encoder),
+        Architecture(
+            "TransformerEncoder, norm first, gelu",
+            lambda: _encoder(norm_first=True, activation="gelu"),
+            _encoder_inputs,
+            _run_encoder,
+        ),
+        Architecture("TransformerDecoder", _decoder, _decoder_inputs, _run_whole),
+        Architecture(
+            "Transformer",
+            lambda: _randomise(nn.Transformer(EMBED, HEADS, 1, 1, 32, batch_first=True)),
+            _transformer_inputs,
+            _run_whole,
+        ),
+        _bert_row("BertModel", _run_hidden),
+        _bert_row("BertForSequenceClassification", _run_logits, num_labels=3),
+        _bert_row("BertForTokenClassification", _run_token_logits),
+        _bert_row("BertForMaskedLM", _run_token_logits),
+    ]
+}
