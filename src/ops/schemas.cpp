@@ -84,4 +84,66 @@ TORCH_LIBRARY(headwise, m) {
   m.def("budget_count(Tensor budget, int num_heads, int min_heads, str rounding) -> Tensor");
   // weight [B, H] -> the heads whose weight is not 0
   m.def("select_nonzero(Tensor weight) -> (Tensor index, Tensor count)");
+  // What the three operators selected_* consist of; each backend registers these. `forward` also returns
+  // what backward needs (K columns of `index`, kv rows = S + added rows; only chosen slots are
+  // written): q [B, K, L, d], k and v [B, K, S + added, d], context [B, K, L, d] before the weight,
+  // lse [B, K, L] = log of the softmax denominator (+inf where a row sees no key), in float64 for
+  // float64 and float32 otherwise. A backend may lay rows out in these buffers as it likes.
+  // `needs` says which gradients to compute, in the order of the results; the others come back
+  // with no elements. grad_attn_mask has the shape of attn_mask.
+  m.def(
+      "_selected_self_attention_forward(Tensor x, Tensor in_proj_weight, Tensor? in_proj_bias, "
+      "Tensor out_proj_weight, Tensor? out_proj_bias, int num_heads, "
+      "Tensor index, Tensor count, Tensor weight, "
+      "Tensor? key_padding_mask, Tensor? attn_mask, bool is_causal, "
+      "float dropout_p, Tensor? dropout_seed, float? scale) -> "
+      "(Tensor output, Tensor q, Tensor k, Tensor v, Tensor context, Tensor lse)");
+  m.def(
+      "_selected_self_attention_backward(Tensor grad_output, Tensor x, Tensor in_proj_weight, "
+      "Tensor? in_proj_bias, Tensor out_proj_weight, Tensor? out_proj_bias, int num_heads, "
+      "Tensor index, Tensor count, Tensor weight, "
+      "Tensor? key_padding_mask, Tensor? attn_mask, bool is_causal, "
+      "float dropout_p, Tensor? dropout_seed, float? scale, "
+      "Tensor q, Tensor k, Tensor v, Tensor context, Tensor lse, bool[7] needs) -> "
+      "(Tensor grad_x, Tensor grad_in_proj_weight, Tensor grad_in_proj_bias, "
+      "Tensor grad_out_proj_weight, Tensor grad_out_proj_bias, Tensor grad_weight, "
+      "Tensor grad_attn_mask)");
+  m.def(
+      "_selected_multihead_attention_forward(Tensor query, Tensor key, Tensor value, "
+      "Tensor q_weight, Tensor k_weight, Tensor v_weight, "
+      "Tensor? q_bias, Tensor? k_bias, Tensor? v_bias, "
+      "Tensor out_proj_weight, Tensor? out_proj_bias, int num_heads, "
+      "Tensor index, Tensor count, Tensor weight, "
+      "Tensor? bias_k, Tensor? bias_v, bool add_zero_attn, "
+      "Tensor? key_padding_mask, Tensor? attn_mask, bool is_causal, "
+      "float dropout_p, Tensor? dropout_seed, float? scale) -> "
+      "(Tensor output, Tensor q, Tensor k, Tensor v, Tensor context, Tensor lse)");
+  m.def(
+      "_selected_multihead_attention_backward(Tensor grad_output, "
+      "Tensor query, Tensor key, Tensor value, "
+      "Tensor q_weight, Tensor k_weight, Tensor v_weight, "
+      "Tensor? q_bias, Tensor? k_bias, Tensor? v_bias, "
+      "Tensor out_proj_weight, Tensor? out_proj_bias, int num_heads, "
+      "Tensor index, Tensor count, Tensor weight, "
+      "Tensor? bias_k, Tensor? bias_v, bool add_zero_attn, "
+      "Tensor? key_padding_mask, Tensor? attn_mask, bool is_causal, "
+      "float dropout_p, Tensor? dropout_seed, float? scale, "
+      "Tensor q, Tensor k, Tensor v, Tensor context, Tensor lse, bool[15] needs) -> "
+      "(Tensor grad_query, Tensor grad_key, Tensor grad_value, "
+      "Tensor grad_q_weight, Tensor grad_k_weight, Tensor grad_v_weight, "
+      "Tensor grad_q_bias, Tensor grad_k_bias, Tensor grad_v_bias, "
+      "Tensor grad_out_proj_weight, Tensor grad_out_proj_bias, Tensor grad_weight, "
+      "Tensor grad_bias_k, Tensor grad_bias_v, Tensor grad_attn_mask)");
+  // context [B, H, L, dv] before the weight where there is one, else no elements; lse [B, H, L].
+  m.def(
+      "_selected_attention_forward(Tensor q, Tensor k, Tensor v, Tensor index, Tensor count, "
+      "Tensor? weight, Tensor? key_padding_mask, Tensor? attn_mask, bool is_causal, "
+      "float dropout_p, Tensor? dropout_seed, float? scale) -> "
+      "(Tensor output, Tensor context, Tensor lse)");
+  m.def(
+      "_selected_attention_backward(Tensor grad_output, Tensor q, Tensor k, Tensor v, "
+      "Tensor index, Tensor count, Tensor? weight, Tensor? key_padding_mask, Tensor? attn_mask, "
+      "bool is_causal, float dropout_p, Tensor? dropout_seed, float? scale, "
+      "Tensor output, Tensor context, Tensor lse, bool[5] needs) -> "
+      "(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_weight, Tensor grad_attn_mask)");
 }

@@ -1,0 +1,188 @@
+#include "kernels/cpu/attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "kernels/cpu/gemm.h"
+#include "kernels/dropout.h"
+
+namespace headwise::kernels {
+namespace {
+
+template <typename T>
+constexpr T kInfinity = std::numeric_limits<T>::infinity();
+
+/// Turns raw products into scores: scale and masks. s [rows, columns] are queries row.. against keys
+/// column.. of the list 'given keys up to the length, then the added rows'.
+template <typename T>
+void mask_scores(const AttentionShape<T>& shape, const HeadTensors<T>& head, int64_t row,
+                 int64_t rows, int64_t column, int64_t columns, T* s, int64_t lds) {
+  const int64_t given = std::clamp<int64_t>(shape.lengths[head.b] - column, 0, columns);
+  const T* bias = shape.key_bias ? shape.key_bias + head.b * shape.keys + column : nullptr;
+  const auto& mask = shape.mask;
+  const int64_t base = head.b * mask.batch + head.h * mask.head + column * mask.column;
+  for (int64_t i = 0; i < rows; ++i) {
+    T* si = s + i * lds;
+    for (int64_t j = 0; j < columns; ++j) si[j] *= shape.scale;
+    if (bias)
+      for (int64_t j = 0; j < given; ++j) si[j] += bias[j];
+    if (mask.add) {
+      const T* mi = mask.add + base + (row + i) * mask.row;
+      for (int64_t j = 0; j < given; ++j) si[j] += mi[j * mask.column];
+    }
+    if (mask.forbid) {
+      const bool* mi = mask.forbid + base + (row + i) * mask.row;
+      for (int64_t j = 0; j < given; ++j) si[j] = mi[j * mask.column] ? -kInfinity<T> : si[j];
+    }
+    if (shape.causal)
+      for (int64_t j = std::max<int64_t>(row + i + 1 - column, 0); j < given; ++j)
+        si[j] = -kInfinity<T>;
+  }
+}
+
+/// Applies the dropout mask to p [rows, columns] in place.
+template <typename T>
+void drop(const AttentionShape<T>& shape, const HeadTensors<T>& head, int64_t row, int64_t rows,
+          int64_t column, int64_t columns, T* p, int64_t ldp) {
+  const uint64_t threshold = dropout_threshold(shape.dropout_p);
+  const T keep = shape.dropout_p < 1 ? T(1 / (1 - shape.dropout_p)) : T(0);
+  const int64_t length = shape.lengths[head.b];
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < columns; ++j) {
+      const int64_t key = column + j < length ? column + j : column + j - length + shape.keys;
+      const uint64_t counter = dropout_counter(head.b, head.h, row + i, key, shape.num_heads,
+                                               shape.queries, shape.keys + shape.added);
+      p[i * ldp + j] *= counter_bits(shape.seed, counter) < threshold ? keep : T(0);
+    }
+}
+
+/// The first key column that no query of the block [row, row + rows) sees, or `columns`.
+template <typename T>
+int64_t visible_columns(const AttentionShape<T>& shape, int64_t b, int64_t row, int64_t rows,
+                        int64_t columns) {
+  // Added rows stand after the given keys, so with any of them nothing can be left out at the end.
+  if (!shape.causal || shape.added) return columns;
+  return std::min(columns, row + rows);
+}
+
+}  // namespace
+
+template <typename T>
+int64_t attention_scratch(const AttentionShape<T>& shape) {
+  return kQueryBlock * (2 * kKeyBlock + 2);
+}
+
+template <typename T>
+void attention_forward(const AttentionShape<T>& shape, const HeadTensors<T>& head, int64_t row,
+                       int64_t rows, T* context, int64_t ldc, T* lse, T* scratch) {
+  const int64_t columns = shape.lengths[head.b] + shape.added;
+  const int64_t visible = visible_columns(shape, head.b, row, rows, columns);
+  T* s = scratch;
+  T* maximum = scratch + kQueryBlock * kKeyBlock;
+  T* sum = maximum + kQueryBlock;
+  std::fill(maximum, maximum + rows, -kInfinity<T>);
+  std::fill(sum, sum + rows, T(0));
+  for (int64_t i = 0; i < rows; ++i) std::fill_n(context + i * ldc, shape.value_width, T(0));
+  for (int64_t column = 0; column < visible; column += kKeyBlock) {
+    const int64_t width = std::min(kKeyBlock, visible - column);
+    gemm<T>(Transpose::no, Transpose::yes, rows, width, shape.width, 1, head.q + row * head.ldq,
+            head.ldq, head.k + column * head.ldk, head.ldk, 0, s, kKeyBlock);
+    mask_scores(shape, head, row, rows, column, width, s, kKeyBlock);
+    for (int64_t i = 0; i < rows; ++i) {
+      T* si = s + i * kKeyBlock;
+      T top = maximum[i];
+      for (int64_t j = 0; j < width; ++j) top = std::max(top, si[j]);
+      // A row that has seen nothing yet is shifted by 0, so that exp(-inf) = 0 and not NaN.
+      const T shift = top == -kInfinity<T> ? T(0) : top;
+      const T rescale = maximum[i] == -kInfinity<T> ? T(0) : std::exp(maximum[i] - shift);
+      T total = 0;
+      for (int64_t j = 0; j < width; ++j) {
+        si[j] = std::exp(si[j] - shift);
+        total += si[j];
+      }
+      sum[i] = sum[i] * rescale + total;
+      maximum[i] = top;
+      if (column > 0)
+        for (int64_t c = 0; c < shape.value_width; ++c) context[i * ldc + c] *= rescale;
+    }
+    if (shape.dropout_p > 0) drop(shape, head, row, rows, column, width, s, kKeyBlock);
+    gemm<T>(Transpose::no, Transpose::no, rows, shape.value_width, width, 1, s, kKeyBlock,
+            head.v + column * head.ldv, head.ldv, 1, context, ldc);
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    const bool empty = sum[i] == T(0);
+    const T inverse = empty ? T(0) : 1 / sum[i];
+    for (int64_t c = 0; c < shape.value_width; ++c) {
+      T& y = context[i * ldc + c];
+      y = empty ? T(0) : y * inverse;  // 0 * value would carry a non-finite value of a masked key
+    }
+    lse[i] = empty ? kInfinity<T> : std::log(sum[i]) + (sum[i] == sum[i] ? maximum[i] : T(0));
+  }
+}
+
+template <typename T>
+void attention_backward(const AttentionShape<T>& shape, const HeadTensors<T>& head,
+                        const T* grad_context, int64_t ldg, const T* delta, const T* lse, T* dq,
+                        int64_t lddq, T* dk, int64_t lddk, T* dv, int64_t lddv, T* grad_scores,
+                        T* scratch) {
+  const int64_t length = shape.lengths[head.b];
+  const int64_t columns = length + shape.added;
+  for (int64_t i = 0; i < shape.queries; ++i) std::fill_n(dq + i * lddq, shape.width, T(0));
+  for (int64_t j = 0; j < columns; ++j) {
+    std::fill_n(dk + j * lddk, shape.width, T(0));
+    std::fill_n(dv + j * lddv, shape.value_width, T(0));
+  }
+  T* p = scratch;                            // [rows, width] probabilities
+  T* dp = scratch + kQueryBlock * kKeyBlock;  // [rows, width] their gradients, then the scores'
+  for (int64_t row = 0; row < shape.queries; row += kQueryBlock) {
+    const int64_t rows = std::min(kQueryBlock, shape.queries - row);
+    const int64_t visible = visible_columns(shape, head.b, row, rows, columns);
+    const T* q = head.q + row * head.ldq;
+    const T* g = grad_context + row * ldg;
+    for (int64_t column = 0; column < visible; column += kKeyBlock) {
+      const int64_t width = std::min(kKeyBlock, visible - column);
+      const T* k = head.k + column * head.ldk;
+      gemm<T>(Transpose::no, Transpose::yes, rows, width, shape.width, 1, q, head.ldq, k, head.ldk,
+              0, p, kKeyBlock);
+      mask_scores(shape, head, row, rows, column, width, p, kKeyBlock);
+      gemm<T>(Transpose::no, Transpose::yes, rows, width, shape.value_width, 1, g, ldg,
+              head.v + column * head.ldv, head.ldv, 0, dp, kKeyBlock);
+      if (shape.dropout_p > 0) drop(shape, head, row, rows, column, width, dp, kKeyBlock);
+      for (int64_t i = 0; i < rows; ++i) {
+        T* pi = p + i * kKeyBlock;
+        T* di = dp + i * kKeyBlock;
+        const T shift = lse[row + i], d = delta[row + i];
+        for (int64_t j = 0; j < width; ++j) {
+          pi[j] = std::exp(pi[j] - shift);
+          // A masked key has probability 0 and takes no gradient, whatever stands in its value.
+          di[j] = pi[j] == T(0) ? T(0) : pi[j] * (di[j] - d);
+        }
+        if (grad_scores) {
+          const int64_t given = std::clamp<int64_t>(length - column, 0, width);
+          std::copy_n(di, given, grad_scores + (row + i) * shape.keys + column);
+        }
+      }
+      if (shape.dropout_p > 0) drop(shape, head, row, rows, column, width, p, kKeyBlock);
+      gemm<T>(Transpose::no, Transpose::no, rows, shape.width, width, shape.scale, dp, kKeyBlock, k,
+              head.ldk, 1, dq + row * lddq, lddq);
+      gemm<T>(Transpose::yes, Transpose::no, width, shape.width, rows, shape.scale, dp, kKeyBlock,
+              q, head.ldq, 1, dk + column * lddk, lddk);
+      gemm<T>(Transpose::yes, Transpose::no, width, shape.value_width, rows, 1, p, kKeyBlock, g, ldg,
+              1, dv + column * lddv, lddv);
+    }
+  }
+}
+
+#define HEADWISE_INSTANTIATE(T)                                                                   \
+  template int64_t attention_scratch<T>(const AttentionShape<T>&);                                \
+  template void attention_forward<T>(const AttentionShape<T>&, const HeadTensors<T>&, int64_t,    \
+                                     int64_t, T*, int64_t, T*, T*);                               \
+  template void attention_backward<T>(const AttentionShape<T>&, const HeadTensors<T>&, const T*,  \
+                                      int64_t, const T*, const T*, T*, int64_t, T*, int64_t, T*,  \
+                                      int64_t, T*, T*);
+HEADWISE_INSTANTIATE(float)
+HEADWISE_INSTANTIATE(double)
+#undef HEADWISE_INSTANTIATE
+
+}  // namespace headwise::kernels

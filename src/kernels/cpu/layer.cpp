@@ -1,0 +1,223 @@
+#include "kernels/cpu/layer.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+
+#include "kernels/cpu/gemm.h"
+#include "kernels/cpu/parallel.h"
+
+namespace headwise::kernels {
+namespace {
+
+constexpr int64_t kRowBlock = 128;
+
+int64_t blocks(int64_t rows, int64_t block) { return (rows + block - 1) / block; }
+
+/// Rows of a kv workspace that head `a` fills.
+template <typename T>
+int64_t key_rows(const Layer<T>& layer, const ActiveHead& a) {
+  return layer.shape.lengths[a.b] + layer.shape.added;
+}
+
+template <typename T>
+HeadTensors<T> head_tensors(const Layer<T>& layer, const T* q, const T* k, const T* v,
+                            const ActiveHead& a) {
+  const int64_t d = layer.shape.width, L = layer.shape.queries;
+  const int64_t kv = (layer.shape.keys + layer.shape.added) * d;
+  return {a.b, a.h, q + a.slot * L * d, k + a.slot * kv, v + a.slot * kv, d, d, d};
+}
+
+/// y [rows, d] = x [rows, D] W_h' + b_h for the rows of one head.
+template <typename T>
+void project(const Rows<const T>& x, int64_t b, int64_t row, int64_t rows, const T* weight,
+             const T* bias, int64_t h, int64_t d, T* y) {
+  for (int64_t i = 0; i < rows; ++i) {
+    if (bias)
+      std::copy_n(bias + h * d, d, y + i * d);
+    else
+      std::fill_n(y + i * d, d, T(0));
+  }
+  gemm<T>(Transpose::no, Transpose::yes, rows, d, x.width, 1, x.at(b, row), x.row,
+          weight + h * d * x.width, x.width, 1, y, d);
+}
+
+/// The rows after the given keys: bias_k / bias_v, then zeros.
+template <typename T>
+void append_rows(const Layer<T>& layer, const ActiveHead& a, const T* bias, T* rows) {
+  const int64_t d = layer.shape.width;
+  T* y = rows + layer.shape.lengths[a.b] * d;
+  if (bias) y = std::copy_n(bias + a.h * d, d, y);
+  if (layer.zero_row) std::fill_n(y, d, T(0));
+}
+
+template <typename T>
+void add_column_sums(const T* x, int64_t rows, int64_t d, T* sums) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t c = 0; c < d; ++c) sums[c] += x[i * d + c];
+}
+
+/// The chosen (sequence, head) pairs by head, sequences ascending: weights of a head are summed by
+/// one worker in one order, so the result does not depend on the number of threads.
+template <typename T>
+std::vector<std::vector<ActiveHead>> by_head(const Layer<T>& layer) {
+  std::vector<std::vector<ActiveHead>> heads(layer.shape.num_heads);
+  for (const auto& a : layer.active) heads[a.h].push_back(a);
+  return heads;
+}
+
+}  // namespace
+
+template <typename T>
+void layer_forward(const Layer<T>& layer, const LayerWorkspace<T>& w, T* output) {
+  const auto& shape = layer.shape;
+  const int64_t L = shape.queries, d = shape.width, E = shape.num_heads * d;
+  const int64_t kv = (shape.keys + shape.added) * d;
+  const int64_t active = layer.active.size();
+
+  parallel_tasks(active * 3, [&](int64_t task, int64_t) {
+    const auto& a = layer.active[task / 3];
+    const int64_t length = shape.lengths[a.b];
+    if (task % 3 == 0) {
+      project(layer.query, a.b, 0, L, layer.q_weight, layer.q_bias, a.h, d, w.q + a.slot * L * d);
+    } else if (task % 3 == 1) {
+      project(layer.key, a.b, 0, length, layer.k_weight, layer.k_bias, a.h, d, w.k + a.slot * kv);
+      append_rows(layer, a, layer.bias_k, w.k + a.slot * kv);
+    } else {
+      project(layer.value, a.b, 0, length, layer.v_weight, layer.v_bias, a.h, d,
+              w.v + a.slot * kv);
+      append_rows(layer, a, layer.bias_v, w.v + a.slot * kv);
+    }
+  });
+
+  const int64_t query_blocks = blocks(L, kQueryBlock);
+  const int64_t scratch_size = attention_scratch(shape);
+  std::vector<T> scratch(scratch_size * at::get_num_threads());
+  parallel_tasks(active * query_blocks, [&](int64_t task, int64_t worker) {
+    const auto& a = layer.active[task / query_blocks];
+    const int64_t row = task % query_blocks * kQueryBlock;
+    attention_forward(shape, head_tensors<T>(layer, w.q, w.k, w.v, a), row,
+                      std::min(kQueryBlock, L - row), w.context + (a.slot * L + row) * d, d,
+                      w.lse + a.slot * L + row, scratch.data() + worker * scratch_size);
+  });
+
+  const int64_t row_blocks = blocks(L, kRowBlock);
+  parallel_tasks(shape.batch * row_blocks, [&](int64_t task, int64_t) {
+    const int64_t b = task / row_blocks, row = task % row_blocks * kRowBlock;
+    const int64_t rows = std::min(kRowBlock, L - row), width = layer.out_width;
+    T* y = output + (b * L + row) * width;
+    for (int64_t i = 0; i < rows; ++i) {
+      if (layer.out_bias)
+        std::copy_n(layer.out_bias, width, y + i * width);
+      else
+        std::fill_n(y + i * width, width, T(0));
+    }
+    for (int64_t n = layer.first[b]; n < layer.first[b + 1]; ++n) {
+      const auto& a = layer.active[n];
+      gemm<T>(Transpose::no, Transpose::yes, rows, width, d,
+              layer.head_weight[b * shape.num_heads + a.h], w.context + (a.slot * L + row) * d, d,
+              layer.out_weight + a.h * d, E, 1, y, width);
+    }
+  });
+}
+
+template <typename T>
+void layer_backward(const Layer<T>& layer, const LayerWorkspace<const T>& w, const T* grad_output,
+                    const LayerGradients<T>& g) {
+  const auto& shape = layer.shape;
+  const int64_t L = shape.queries, d = shape.width, E = shape.num_heads * d;
+  const int64_t S = shape.keys + shape.added, width = layer.out_width;
+  const int64_t active = layer.active.size();
+  // Gradients of the chosen heads, one after the other in the order of `active`.
+  std::vector<T> grad_context(active * L * d), delta(active * L), dq(active * L * d),
+      dk(active * S * d), dv(active * S * d);
+  const int64_t scratch_size = attention_scratch(shape);
+  std::vector<T> scratch(scratch_size * at::get_num_threads());
+
+  parallel_tasks(active, [&](int64_t n, int64_t worker) {
+    const auto& a = layer.active[n];
+    const T weight = layer.head_weight[a.b * shape.num_heads + a.h];
+    T* gc = grad_context.data() + n * L * d;
+    const T* context = w.context + a.slot * L * d;
+    gemm<T>(Transpose::no, Transpose::no, L, d, width, 1, grad_output + a.b * L * width, width,
+            layer.out_weight + a.h * d, E, 0, gc, d);
+    T total = 0;
+    for (int64_t i = 0; i < L; ++i) {
+      T sum = 0;
+      for (int64_t c = 0; c < d; ++c) sum += gc[i * d + c] * context[i * d + c];
+      for (int64_t c = 0; c < d; ++c) gc[i * d + c] *= weight;
+      delta[n * L + i] = weight * sum;
+      total += sum;
+    }
+    if (g.head_weight) g.head_weight[a.b * shape.num_heads + a.h] = total;
+    T* scores = g.scores
+                    ? g.scores + (a.b * shape.num_heads + a.h) * L * shape.keys
+                    : nullptr;
+    attention_backward(shape, head_tensors<T>(layer, w.q, w.k, w.v, a), gc, d,
+                       delta.data() + n * L, w.lse + a.slot * L, dq.data() + n * L * d, d,
+                       dk.data() + n * S * d, d, dv.data() + n * S * d, d, scores,
+                       scratch.data() + worker * scratch_size);
+  });
+
+  // Inputs: the sum over a sequence's heads, by one worker.
+  parallel_tasks(shape.batch, [&](int64_t b, int64_t) {
+    const int64_t length = shape.lengths[b];
+    for (int64_t n = layer.first[b]; n < layer.first[b + 1]; ++n) {
+      const int64_t h = layer.active[n].h;
+      auto add = [&](const Rows<const T>& x, int64_t rows, int64_t sequence_rows, const T* grad,
+                     const T* weight, T* dx) {
+        if (dx)
+          gemm<T>(Transpose::no, Transpose::no, rows, x.width, d, 1, grad, d,
+                  weight + h * d * x.width, x.width, 1, dx + b * sequence_rows * x.width, x.width);
+      };
+      add(layer.query, L, L, dq.data() + n * L * d, layer.q_weight, g.query);
+      add(layer.key, length, shape.keys, dk.data() + n * S * d, layer.k_weight, g.key);
+      add(layer.value, length, shape.keys, dv.data() + n * S * d, layer.v_weight, g.value);
+    }
+  });
+
+  // Weights: the sum over the sequences that chose the head, by one worker a head and matrix.
+  const auto heads = by_head(layer);
+  std::vector<int64_t> position(shape.num_heads ? shape.batch * shape.num_heads : 0);
+  for (int64_t n = 0; n < active; ++n)
+    position[layer.active[n].b * shape.num_heads + layer.active[n].h] = n;
+  parallel_tasks(shape.num_heads * 4, [&](int64_t task, int64_t) {
+    const int64_t h = task / 4;
+    for (const auto& a : heads[h]) {
+      const int64_t n = position[a.b * shape.num_heads + h];
+      const int64_t length = shape.lengths[a.b];
+      auto add = [&](const Rows<const T>& x, int64_t rows, const T* grad, T* weight, T* bias) {
+        if (weight)
+          gemm<T>(Transpose::yes, Transpose::no, d, x.width, rows, 1, grad, d, x.at(a.b, 0), x.row,
+                  1, weight + h * d * x.width, x.width);
+        if (bias) add_column_sums(grad, rows, d, bias + h * d);
+      };
+      const T *dqn = dq.data() + n * L * d, *dkn = dk.data() + n * S * d,
+              *dvn = dv.data() + n * S * d;
+      if (task % 4 == 0) {
+        add(layer.query, L, dqn, g.q_weight, g.q_bias);
+      } else if (task % 4 == 1) {
+        add(layer.key, length, dkn, g.k_weight, g.k_bias);
+        if (g.bias_k) add_column_sums(dkn + length * d, 1, d, g.bias_k + h * d);
+      } else if (task % 4 == 2) {
+        add(layer.value, length, dvn, g.v_weight, g.v_bias);
+        if (g.bias_v) add_column_sums(dvn + length * d, 1, d, g.bias_v + h * d);
+      } else if (g.out_weight) {
+        gemm<T>(Transpose::yes, Transpose::no, width, d, L,
+                layer.head_weight[a.b * shape.num_heads + h], grad_output + a.b * L * width, width,
+                w.context + a.slot * L * d, d, 1, g.out_weight + h * d, E);
+      }
+    }
+  });
+  if (g.out_bias) add_column_sums(grad_output, shape.batch * L, width, g.out_bias);
+}
+
+#define HEADWISE_INSTANTIATE(T)                                                               \
+  template void layer_forward<T>(const Layer<T>&, const LayerWorkspace<T>&, T*);              \
+  template void layer_backward<T>(const Layer<T>&, const LayerWorkspace<const T>&, const T*,  \
+                                  const LayerGradients<T>&);
+HEADWISE_INSTANTIATE(float)
+HEADWISE_INSTANTIATE(double)
+#undef HEADWISE_INSTANTIATE
+
+}  // namespace headwise::kernels

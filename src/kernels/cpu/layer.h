@@ -1,0 +1,73 @@
+// The multihead layer over the heads that were chosen: projections, attention, output projection,
+// forward and backward, over raw pointers. What is not chosen is never touched.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "kernels/cpu/attention.h"
+
+namespace headwise::kernels {
+
+/// One chosen head of one sequence.
+struct ActiveHead {
+  int64_t b = 0;
+  int64_t h = 0;
+  int64_t slot = 0;  ///< its place in the workspaces
+};
+
+/// A row-major matrix a sequence: element (b, i, c) at data[b * batch + i * row + c].
+template <typename T>
+struct Rows {
+  T* data = nullptr;
+  int64_t batch = 0, row = 0, width = 0;
+  T* at(int64_t b, int64_t i) const { return data + b * batch + i * row; }
+};
+
+/// Everything a call reads. The self form passes the same rows three times and three row ranges of
+/// one weight.
+template <typename T>
+struct Layer {
+  AttentionShape<T> shape;
+  Rows<const T> query, key, value;         ///< [B, L, D], [B, S, Dk], [B, S, Dv]
+  const T *q_weight, *k_weight, *v_weight;  ///< [E, D], [E, Dk], [E, Dv], contiguous
+  const T *q_bias = nullptr, *k_bias = nullptr, *v_bias = nullptr;  ///< [E] or null
+  const T *bias_k = nullptr, *bias_v = nullptr;                     ///< [E] or null
+  bool zero_row = false;                    ///< the last added row is zeros
+  const T* out_weight = nullptr;            ///< [Dout, E], contiguous
+  const T* out_bias = nullptr;              ///< [Dout] or null
+  int64_t out_width = 0;                    ///< Dout
+  const T* head_weight = nullptr;           ///< [B, H]
+  std::vector<ActiveHead> active;           ///< by sequence
+  std::vector<int64_t> first;               ///< [B + 1] where each sequence begins in `active`
+};
+
+/// q, context [slots, L, d]; k, v [slots, S + added, d]; lse [slots, L].
+template <typename T>
+struct LayerWorkspace {
+  T *q, *k, *v, *context, *lse;
+};
+
+/// output [B, L, Dout], contiguous: written in full.
+template <typename T>
+void layer_forward(const Layer<T>& layer, const LayerWorkspace<T>& workspace, T* output);
+
+/// Where to write gradients; null where not wanted. All contiguous; weights, biases, head_weight,
+/// scores and inputs must come zeroed. In the self form query, key and value are one pointer, and
+/// their gradients add up there.
+template <typename T>
+struct LayerGradients {
+  T *query = nullptr, *key = nullptr, *value = nullptr;
+  T *q_weight = nullptr, *k_weight = nullptr, *v_weight = nullptr;
+  T *q_bias = nullptr, *k_bias = nullptr, *v_bias = nullptr;
+  T *out_weight = nullptr, *out_bias = nullptr, *head_weight = nullptr;
+  T *bias_k = nullptr, *bias_v = nullptr;
+  T* scores = nullptr;  ///< [B, H, L, S]: with respect to an additive mask
+};
+
+/// grad_output [B, L, Dout], contiguous; workspace as forward left it.
+template <typename T>
+void layer_backward(const Layer<T>& layer, const LayerWorkspace<const T>& workspace,
+                    const T* grad_output, const LayerGradients<T>& gradients);
+
+}  // namespace headwise::kernels
