@@ -146,4 +146,37 @@ TORCH_LIBRARY(headwise, m) {
       "bool is_causal, float dropout_p, Tensor? dropout_seed, float? scale, "
       "Tensor output, Tensor context, Tensor lse, bool[5] needs) -> "
       "(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_weight, Tensor grad_attn_mask)");
+  m.def("soft_top_k(Tensor scores, Tensor mass, Tensor temperature) -> Tensor");
+  m.def("gate_features(Tensor x, Tensor? key_padding_mask=None) -> Tensor");
+  m.def(
+      "input_relevance(Tensor features, Tensor base, Tensor weight, Tensor progress, "
+      "bool training, float static_until) -> Tensor");
+  m.def(
+      "head_budget(Tensor features, Tensor hidden_weight, Tensor hidden_bias, Tensor out_weight, "
+      "Tensor out_bias, Tensor progress, bool training, float min_budget, float max_budget, "
+      "float target, float initial_budget, float warmup, float static_until) "
+      "-> (Tensor budget, Tensor asked)");
+  m.def(
+      "budget_select(Tensor relevance, Tensor budget, Tensor progress, Tensor? noise, "
+      "bool training, bool run_all, float temperature, float final_temperature, "
+      "float noise_scale, float hard_from, bool straight_through, bool soft_weight, "
+      "int min_heads, str rounding) "
+      "-> (Tensor index, Tensor count, Tensor weight, Tensor expected_heads)");
+  m.def("gumbel_noise(Tensor uniform) -> Tensor");
+  m.def("relevance_entropy(Tensor relevance) -> Tensor");
+  m.def("budget_bounds(Tensor asked, float min_budget, float max_budget) -> Tensor");
+  m.def(
+      "hard_concrete(Tensor log_alpha, Tensor? uniform=None, float beta=0.33, float gamma=-0.1, "
+      "float zeta=1.1) -> Tensor");
+  m.def(
+      "hard_concrete_open(Tensor log_alpha, float beta=0.33, float gamma=-0.1, float zeta=1.1) "
+      "-> Tensor");
+  m.def(
+      "hard_concrete_select(Tensor log_alpha, Tensor? uniform, Tensor progress, bool training, "
+      "bool run_all, float hard_from, float beta, float gamma, float zeta) "
+      "-> (Tensor index, Tensor count, Tensor weight, Tensor expected_heads)");
+  m.def(
+      "target_penalty(Tensor[] expected_heads, int[] num_heads, Tensor progress, float target, "
+      "float initial_target, float warmup, float strength, str form, Tensor? multipliers=None) "
+      "-> Tensor");
 }

@@ -1,0 +1,180 @@
+// The budget gate (BudgetFormer, arXiv 2604.22583): a head budget and a relevance a head for every
+// input. Where the paper is silent the choices are ours; each function says which.
+#include "gates/budget.h"
+
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <cmath>
+
+#include "gates/schedule.h"
+#include "gates/selection_ops.h"
+#include "headwise/selection.h"
+
+namespace headwise {
+namespace {
+
+// sigmoid(20) is 1 in float32: beyond this many temperatures a head is wholly open or shut.
+constexpr double kSaturation = 20.0;
+constexpr int64_t kCandidates = 64;
+constexpr int kRounds = 3;
+
+// The t of each row for which sum_h sigmoid((scores - t) / temperature) = mass, by evaluating a
+// grid of candidates at once and refining around the answer: a fixed number of tensor operations,
+// no loop that depends on data, so it compiles and never waits for a device.
+at::Tensor solve_threshold(const at::Tensor& scores, const at::Tensor& mass,
+                           const at::Tensor& temperature) {
+  auto low = scores.amin(1, true) - kSaturation * temperature;               // [B, 1]
+  auto high = scores.amax(1, true) + kSaturation * temperature;              // [B, 1]
+  const auto steps = at::linspace(0.0, 1.0, kCandidates, scores.options());  // [n]
+  for (int round = 0; round < kRounds; ++round) {
+    const auto candidates = low + (high - low) * steps;  // [B, n]
+    const auto reached =
+        at::sigmoid((scores.unsqueeze(1) - candidates.unsqueeze(2)) / temperature).sum(2);
+    const auto position =
+        reached.ge(mass.unsqueeze(1)).sum(1, true).sub(1).clamp(0, kCandidates - 2);  // [B, 1]
+    low = candidates.gather(1, position);
+    high = candidates.gather(1, position + 1);
+  }
+  return low;
+}
+
+}  // namespace
+
+at::Tensor soft_top_k(const at::Tensor& scores, const at::Tensor& mass,
+                      const at::Tensor& temperature) {
+  TORCH_CHECK_VALUE(scores.dim() == 2, "scores must have shape [B, H], got ", scores.dim(),
+                    " dimensions");
+  TORCH_CHECK_VALUE(mass.dim() == 1, "mass must have shape [B], got ", mass.dim(), " dimensions");
+  if (scores.sym_size(1) == 0) {
+    return scores;
+  }
+  const auto tau = temperature.detach().to(scores.scalar_type());
+  const auto fixed = scores.detach();
+  const auto start = solve_threshold(fixed, mass.detach(), tau);  // [B, 1]
+  // Newton's step from the solution. Its value polishes the root; its gradient is that of the
+  // implicit function t(scores, mass), because the slope is held constant.
+  const auto slope = [&](const at::Tensor& t) {
+    const auto open = at::sigmoid((fixed - t) / tau);
+    return (open * (1 - open)).sum(1, true).clamp_min(1e-6) / tau;
+  };
+  auto t = start;
+  t = t + (at::sigmoid((fixed - t) / tau).sum(1, true) - mass.detach().unsqueeze(1)) / slope(t);
+  t = t + (at::sigmoid((scores - t) / tau).sum(1, true) - mass.unsqueeze(1)) / slope(t);
+  const auto open = at::sigmoid((scores - t) / tau);
+  // A mass of H has its root at minus infinity: every head, exactly.
+  const auto full = mass.detach().ge(scores.sym_size(1)).unsqueeze(1);
+  return at::where(full, at::ones_like(open), open);
+}
+
+at::Tensor gate_features(const at::Tensor& x, const std::optional<at::Tensor>& key_padding_mask) {
+  auto pooled = masked_mean(x, key_padding_mask);  // [B, D]
+  if (pooled.scalar_type() == at::kHalf || pooled.scalar_type() == at::kBFloat16) {
+    pooled = pooled.to(at::kFloat);
+  }
+  return at::layer_norm_symint(pooled, {pooled.sym_size(1)});
+}
+
+at::Tensor input_relevance(const at::Tensor& features, const at::Tensor& base,
+                           const at::Tensor& weight, const at::Tensor& progress, bool training,
+                           double static_until) {
+  const auto dtype = features.scalar_type();
+  auto residual = at::linear(features, weight.to(dtype));  // [B, H]
+  if (training) {
+    residual = residual * reached(progress, static_until, dtype);
+  }
+  return base.to(dtype) + residual.to(dtype);
+}
+
+std::tuple<at::Tensor, at::Tensor> head_budget(
+    const at::Tensor& features, const at::Tensor& hidden_weight, const at::Tensor& hidden_bias,
+    const at::Tensor& out_weight, const at::Tensor& out_bias, const at::Tensor& progress,
+    bool training, double min_budget, double max_budget, double target, double initial_budget,
+    double warmup, double static_until) {
+  const auto dtype = features.scalar_type();
+  const auto hidden =
+      at::gelu(at::linear(features, hidden_weight.to(dtype), hidden_bias.to(dtype)));  // [B, h]
+  auto logit = at::linear(hidden, out_weight.to(dtype)).squeeze(1).to(dtype);          // [B]
+  if (training) {
+    logit = logit * reached(progress, static_until, dtype);
+  }
+  logit =
+      logit + out_bias.to(dtype) + warmup_logit(progress, initial_budget, target, warmup, dtype);
+  const auto asked = at::sigmoid(logit);
+  return {asked.clamp(min_budget, max_budget), asked};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> budget_select(
+    const at::Tensor& relevance, const at::Tensor& budget, const at::Tensor& progress,
+    const std::optional<at::Tensor>& noise, bool training, bool run_all, double temperature,
+    double final_temperature, double noise_scale, double hard_from, bool straight_through,
+    bool soft_weight, int64_t min_heads, std::string_view rounding) {
+  const auto dtype = relevance.scalar_type();
+  const auto num_heads = relevance.sym_size(1).guard_int(__FILE__, __LINE__);
+  const auto p = progress.detach().to(dtype);
+  // How much of the exploration has passed: 1 when the hard selection begins.
+  const auto explored = hard_from > 0 ? (p / hard_from).clamp(0.0, 1.0) : at::ones_like(p);
+  auto scores = relevance;
+  if (training && noise) {
+    scores = scores + noise->to(dtype) * (1 - explored) * noise_scale;
+  }
+  const auto count = budget_count(budget, num_heads, min_heads, rounding);  // [B]
+  const auto index = select_heads(scores.detach(), count);                  // [B, H]
+  const auto chosen = selection_mask(index, count, dtype);                  // [B, H]
+  if (!training && !soft_weight) {
+    return {index, count, chosen, budget * num_heads};
+  }
+  const auto tau =
+      temperature * at::pow(at::full_like(explored, final_temperature / temperature), explored);
+  const auto soft = soft_top_k(scores, budget * num_heads, tau);  // [B, H]
+  if (!training) {
+    return {index, count, chosen * soft, budget * num_heads};
+  }
+  const auto through = soft - soft.detach();  // zeros that carry the gradient
+  const auto hard = soft_weight ? chosen * soft + (1 - chosen) * through : chosen + through;
+  const auto heads = budget * num_heads;                               // [B]
+  const auto hard_heads = count.to(dtype) + (heads - heads.detach());  // [B]
+  const auto is_hard = progress.detach().ge(hard_from);                // []
+  const auto expected = at::where(is_hard, hard_heads, heads);
+  const auto weight = straight_through ? hard : at::where(is_hard, hard, soft);
+  const auto all = at::arange(num_heads, index.options()).expand_as(index);
+  const auto full = at::full_like(count, num_heads);
+  if (run_all) {
+    return {all.contiguous(), full, weight, expected};
+  }
+  if (straight_through) {
+    return {index, count, weight, expected};
+  }
+  return {at::where(is_hard, index, all), at::where(is_hard, count, full), weight, expected};
+}
+
+at::Tensor gumbel_noise(const at::Tensor& uniform) {
+  const auto u = uniform.clamp(1e-6, 1.0 - 1e-6);
+  return -at::log(-at::log(u));
+}
+
+at::Tensor relevance_entropy(const at::Tensor& relevance) {
+  const auto num_heads = relevance.sym_size(1).guard_int(__FILE__, __LINE__);
+  if (num_heads < 2) {
+    return relevance.sum() * 0;
+  }
+  const auto log_p = at::log_softmax(relevance, 1);
+  return -(log_p.exp() * log_p).sum(1).mean() / std::log(static_cast<double>(num_heads));
+}
+
+at::Tensor budget_bounds(const at::Tensor& asked, double min_budget, double max_budget) {
+  return (at::relu(min_budget - asked) + at::relu(asked - max_budget)).square().mean();
+}
+
+TORCH_LIBRARY_IMPL(headwise, CompositeImplicitAutograd, m) {
+  m.impl("soft_top_k", soft_top_k);
+  m.impl("gate_features", gate_features);
+  m.impl("input_relevance", input_relevance);
+  m.impl("head_budget", head_budget);
+  m.impl("budget_select", budget_select);
+  m.impl("gumbel_noise", gumbel_noise);
+  m.impl("relevance_entropy", relevance_entropy);
+  m.impl("budget_bounds", budget_bounds);
+}
+
+}  // namespace headwise

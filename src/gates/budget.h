@@ -1,0 +1,57 @@
+// Operators of the budget gate; torch.ops.headwise has them by the same names.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <string_view>
+#include <tuple>
+
+namespace headwise {
+
+/// Weights in (0, 1) that sum to `mass` in every row: m = sigmoid((scores - t) / temperature), with
+/// t solved row by row. Differentiable in scores and mass (implicit function). scores [B, H], mass
+/// [B], temperature [] -> [B, H]. A mass of H or more gives ones.
+at::Tensor soft_top_k(const at::Tensor& scores, const at::Tensor& mass,
+                      const at::Tensor& temperature);
+
+/// What gates see of an input: the mean of x [B, L, D] over rows that are not padding, normalised
+/// to zero mean and unit variance over D, in at least float32 -> [B, D]. The normalisation is ours:
+/// it makes one learning rate fit every layer.
+at::Tensor gate_features(const at::Tensor& x, const std::optional<at::Tensor>& key_padding_mask);
+
+/// base [H] + weight [H, D] features [B, D] -> [B, H]; in training the second term is held at zero
+/// until `progress` [] reaches `static_until`.
+at::Tensor input_relevance(const at::Tensor& features, const at::Tensor& base,
+                           const at::Tensor& weight, const at::Tensor& progress, bool training,
+                           double static_until);
+
+/// {budget, asked}, each [B]: asked = sigmoid of a two-layer network of the features, and the same
+/// held in [min_budget, max_budget]. Until `progress` reaches `warmup` the logit is raised, so that
+/// training starts at `initial_budget` and comes down to the network's own answer.
+std::tuple<at::Tensor, at::Tensor> head_budget(
+    const at::Tensor& features, const at::Tensor& hidden_weight, const at::Tensor& hidden_bias,
+    const at::Tensor& out_weight, const at::Tensor& out_bias, const at::Tensor& progress,
+    bool training, double min_budget, double max_budget, double target, double initial_budget,
+    double warmup, double static_until);
+
+/// {index, count, weight, expected_heads} from relevance [B, H] and budget [B]. Evaluation: the
+/// `count` most relevant heads. Training: soft_top_k under annealed noise and temperature, and from
+/// `progress` = hard_from on (with straight_through: always) evaluation's selection and weights,
+/// with the gradient of the soft ones. run_all: every head runs in training.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> budget_select(
+    const at::Tensor& relevance, const at::Tensor& budget, const at::Tensor& progress,
+    const std::optional<at::Tensor>& noise, bool training, bool run_all, double temperature,
+    double final_temperature, double noise_scale, double hard_from, bool straight_through,
+    bool soft_weight, int64_t min_heads, std::string_view rounding);
+
+/// Uniform numbers in [0, 1] to standard Gumbel noise.
+at::Tensor gumbel_noise(const at::Tensor& uniform);
+
+/// Entropy of softmax(relevance [B, H]), divided by ln H, mean over B -> [].
+at::Tensor relevance_entropy(const at::Tensor& relevance);
+
+/// Mean square of how far `asked` [B] lies outside [min_budget, max_budget] -> [].
+at::Tensor budget_bounds(const at::Tensor& asked, double min_budget, double max_budget);
+
+}  // namespace headwise

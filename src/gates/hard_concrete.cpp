@@ -1,0 +1,96 @@
+// Hard-concrete gates (Louizos et al., arXiv 1712.01312; for heads Voita et al., arXiv 1905.09418).
+#include "gates/hard_concrete.h"
+
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <cmath>
+
+#include "gates/schedule.h"
+#include "gates/selection_ops.h"
+
+namespace headwise {
+
+at::Tensor hard_concrete(const at::Tensor& log_alpha, const std::optional<at::Tensor>& uniform,
+                         double beta, double gamma, double zeta) {
+  TORCH_CHECK_VALUE(beta > 0.0, "beta must be positive, got ", beta);
+  TORCH_CHECK_VALUE(gamma < 0.0 && zeta > 1.0, "gamma must be below 0 and zeta above 1, got ",
+                    gamma, " and ", zeta);
+  auto s = log_alpha;
+  if (uniform) {
+    constexpr double kEps = 1e-6;
+    const auto u = uniform->to(log_alpha.scalar_type()) * (1.0 - 2.0 * kEps) + kEps;
+    s = (at::log(u) - at::log1p(-u) + log_alpha) / beta;
+  }
+  return (at::sigmoid(s) * (zeta - gamma) + gamma).clamp(0.0, 1.0);
+}
+
+at::Tensor hard_concrete_open(const at::Tensor& log_alpha, double beta, double gamma, double zeta) {
+  return at::sigmoid(log_alpha - beta * std::log(-gamma / zeta));
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> hard_concrete_select(
+    const at::Tensor& log_alpha, const std::optional<at::Tensor>& uniform,
+    const at::Tensor& progress, bool training, bool run_all, double hard_from, double beta,
+    double gamma, double zeta) {
+  const auto dtype = log_alpha.scalar_type();
+  auto weight = hard_concrete(log_alpha, {}, beta, gamma, zeta);  // [B, H]
+  const auto finite = at::where(log_alpha.isfinite(), weight, log_alpha);
+  const auto open = hard_concrete_open(log_alpha, beta, gamma, zeta).sum(1);  // [B]
+  if (!training) {
+    const auto [index, count] = select_nonzero(finite);
+    return {index, count, weight, open};
+  }
+  const auto is_hard = progress.detach().ge(hard_from);  // []
+  const auto hard_open = weight.detach().ne(0).to(dtype).sum(1) + (open - open.detach());
+  const auto expected = at::where(is_hard, hard_open, open);
+  if (uniform) {
+    weight = at::where(is_hard, weight, hard_concrete(log_alpha, uniform, beta, gamma, zeta));
+  }
+  const auto [index, count] = select_nonzero(weight);
+  if (run_all) {
+    const auto num_heads = weight.sym_size(1).guard_int(__FILE__, __LINE__);
+    return {at::arange(num_heads, index.options()).expand_as(index).contiguous(),
+            at::full_like(count, num_heads), weight, expected};
+  }
+  return {index, count, weight, expected};
+}
+
+at::Tensor target_penalty(at::TensorList expected_heads, at::IntArrayRef num_heads,
+                          const at::Tensor& progress, double target, double initial_target,
+                          double warmup, double strength, std::string_view form,
+                          const std::optional<at::Tensor>& multipliers) {
+  TORCH_CHECK_VALUE(!expected_heads.empty() && expected_heads.size() == num_heads.size(),
+                    "expected_heads and num_heads must be of one length and not empty, got ",
+                    expected_heads.size(), " and ", num_heads.size());
+  int64_t heads = 0;
+  at::Tensor expected;
+  for (size_t i = 0; i < num_heads.size(); ++i) {
+    const auto mean = expected_heads[i].mean().to(progress.device());  // over the batch
+    expected = i == 0 ? mean : expected + mean;
+    heads += num_heads[i];
+  }
+  if (form == "l0") {
+    return expected * (strength / static_cast<double>(num_heads.size()));
+  }
+  const auto dtype = expected.scalar_type();
+  const auto off = expected / static_cast<double>(std::max<int64_t>(heads, 1)) -
+                   scheduled_target(progress, initial_target, target, warmup, dtype);
+  if (form == "squared") {
+    return off.square() * strength;
+  }
+  TORCH_CHECK_VALUE(form == "lagrangian", "penalty must be squared, lagrangian or l0, got ", form);
+  TORCH_CHECK_VALUE(multipliers.has_value(), "multipliers [2] must be given for lagrangian");
+  // Descent on the loss must ascend in the multipliers: the value is theirs, the gradient minus.
+  const auto m = (2 * multipliers->detach() - *multipliers).to(dtype);
+  return (m.select(0, 0) * off + m.select(0, 1) * off.square()) * strength;
+}
+
+TORCH_LIBRARY_IMPL(headwise, CompositeImplicitAutograd, m) {
+  m.impl("hard_concrete", hard_concrete);
+  m.impl("hard_concrete_open", hard_concrete_open);
+  m.impl("hard_concrete_select", hard_concrete_select);
+  m.impl("target_penalty", target_penalty);
+}
+
+}  // namespace headwise

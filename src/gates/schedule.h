@@ -1,0 +1,21 @@
+// Schedules over `progress`, a tensor: annealing changes a buffer's value and nothing that a
+// compiler has specialised on.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+namespace headwise {
+
+/// 1 where progress [] >= when, else 0, in `dtype`.
+at::Tensor reached(const at::Tensor& progress, double when, at::ScalarType dtype);
+
+/// What is added to a budget's logit so that it starts at `initial` for an answer of `target`, and
+/// comes down linearly to nothing at progress = warmup.
+at::Tensor warmup_logit(const at::Tensor& progress, double initial, double target, double warmup,
+                        at::ScalarType dtype);
+
+/// The fraction of heads that is aimed at: `initial` at progress 0, `target` from `warmup` on.
+at::Tensor scheduled_target(const at::Tensor& progress, double initial, double target,
+                            double warmup, at::ScalarType dtype);
+
+}  // namespace headwise
