@@ -4,15 +4,26 @@ import torch  # noqa: F401  (LibTorch must be loaded before the extension)
 
 from headwise import _C  # noqa: F401  (registers torch.ops.headwise.*)
 from headwise.convert import convert
-from headwise.gates import FixedGate, Gate, RandomGate, anneal, gate_from_config, penalty
+from headwise.gates import (
+    BudgetGate,
+    FixedGate,
+    Gate,
+    HardConcreteGate,
+    RandomGate,
+    anneal,
+    gate_from_config,
+    penalty,
+)
 from headwise.layers import attention_layers
 from headwise.multihead_attention import MultiheadAttention
 from headwise.selection import Selection, select_all, select_heads
 from headwise.trace import Trace, trace
 
 __all__ = [
+    "BudgetGate",
     "FixedGate",
     "Gate",
+    "HardConcreteGate",
     "MultiheadAttention",
     "RandomGate",
     "Selection",

@@ -86,6 +86,13 @@ at::Tensor input_relevance(const at::Tensor& features, const at::Tensor& base,
   return base.to(dtype) + residual.to(dtype);
 }
 
+at::Tensor static_relevance(const at::Tensor& base, const at::Tensor& x) {
+  const bool narrow = base.scalar_type() == at::kHalf || base.scalar_type() == at::kBFloat16;
+  return base.to(narrow ? at::kFloat : base.scalar_type())
+      .unsqueeze(0)
+      .expand_symint({x.sym_size(0), base.sym_size(0)});
+}
+
 std::tuple<at::Tensor, at::Tensor> head_budget(
     const at::Tensor& features, const at::Tensor& hidden_weight, const at::Tensor& hidden_bias,
     const at::Tensor& out_weight, const at::Tensor& out_bias, const at::Tensor& progress,
@@ -172,6 +179,7 @@ TORCH_LIBRARY_IMPL(headwise, CompositeImplicitAutograd, m) {
   m.impl("input_relevance", input_relevance);
   m.impl("head_budget", head_budget);
   m.impl("budget_select", budget_select);
+  m.impl("static_relevance", static_relevance);
   m.impl("gumbel_noise", gumbel_noise);
   m.impl("relevance_entropy", relevance_entropy);
   m.impl("budget_bounds", budget_bounds);

@@ -26,6 +26,9 @@ at::Tensor input_relevance(const at::Tensor& features, const at::Tensor& base,
                            const at::Tensor& weight, const at::Tensor& progress, bool training,
                            double static_until);
 
+/// base [H] for every sequence of x [B, L, D], in at least float32 -> [B, H].
+at::Tensor static_relevance(const at::Tensor& base, const at::Tensor& x);
+
 /// {budget, asked}, each [B]: asked = sigmoid of a two-layer network of the features, and the same
 /// held in [min_budget, max_budget]. Until `progress` reaches `warmup` the logit is raised, so that
 /// training starts at `initial_budget` and comes down to the network's own answer.

@@ -34,11 +34,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> hard_concrete_select(
     const at::Tensor& progress, bool training, bool run_all, double hard_from, double beta,
     double gamma, double zeta) {
   const auto dtype = log_alpha.scalar_type();
-  auto weight = hard_concrete(log_alpha, {}, beta, gamma, zeta);  // [B, H]
-  const auto finite = at::where(log_alpha.isfinite(), weight, log_alpha);
+  auto weight = hard_concrete(log_alpha, {}, beta, gamma, zeta);              // [B, H]
   const auto open = hard_concrete_open(log_alpha, beta, gamma, zeta).sum(1);  // [B]
   if (!training) {
-    const auto [index, count] = select_nonzero(finite);
+    const auto [index, count] = select_nonzero(weight);
     return {index, count, weight, open};
   }
   const auto is_hard = progress.detach().ge(hard_from);  // []

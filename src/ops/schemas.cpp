@@ -162,6 +162,7 @@ TORCH_LIBRARY(headwise, m) {
       "float noise_scale, float hard_from, bool straight_through, bool soft_weight, "
       "int min_heads, str rounding) "
       "-> (Tensor index, Tensor count, Tensor weight, Tensor expected_heads)");
+  m.def("static_relevance(Tensor base, Tensor x) -> Tensor");
   m.def("gumbel_noise(Tensor uniform) -> Tensor");
   m.def("relevance_entropy(Tensor relevance) -> Tensor");
   m.def("budget_bounds(Tensor asked, float min_budget, float max_budget) -> Tensor");

@@ -108,7 +108,10 @@ class Gate(nn.Module):
         raise NotImplementedError
 
     def penalty(self) -> Tensor:
-        """The gate's regulariser for the last training forward: a scalar, 0 where it has none."""
+        """The gate's regulariser for the last training forward: a scalar, 0 where it has none.
+
+        :func:`penalty` is what a training loop needs: it pools the gates of a model.
+        """
         for tensor in (*self.parameters(), *self.buffers()):
             if tensor.is_floating_point():
                 return tensor.new_zeros(())
@@ -165,16 +168,42 @@ def gates(model: nn.Module) -> list[Gate]:
 
 
 def penalty(model: nn.Module) -> Tensor:
-    """The sum of the gates' regularisers for the last training forward: add it to the loss.
+    """The gates' regulariser for the last training forward of the model: add it to the loss.
+
+    Gates whose ``target_scope`` is ``"model"`` are pooled: one penalty on the share of heads that
+    they expect to run together, averaged over layers and batch, so that layers and inputs may
+    differ. The terms that belong to one layer are averaged over the gates that have them.
 
     Returns:
-        A scalar; 0 where the model has no gate with a penalty.
+        A scalar; 0 where the model has no gate with a penalty, or has not run in training.
     """
-    total: Tensor | None = None
+    from headwise.gates.targeted import TargetedGate, pooled_penalty
+
+    pools: dict[tuple, list[TargetedGate]] = {}
+    terms: list[Tensor] = []  # one a pool
+    own: list[Tensor] = []  # one a layer
     for gate in gates(model):
-        term = gate.penalty()
-        total = term if total is None else total + term.to(total.device)
-    return torch.zeros(()) if total is None else total
+        if not isinstance(gate, TargetedGate):
+            own.append(gate.penalty())
+        elif gate.expected_heads is not None:
+            pool = gate.penalty_pool()
+            if pool is None:
+                own.append(gate.penalty())
+                continue
+            pools.setdefault(pool, []).append(gate)
+            regulariser = gate.regulariser()
+            if regulariser is not None:
+                own.append(regulariser)
+    terms.extend(pooled_penalty(pool) for pool in pools.values())
+    if own:
+        device = own[0].device
+        terms.append(torch.stack([term.to(device) for term in own]).mean())
+    if not terms:
+        return torch.zeros(())
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term.to(total.device)
+    return total
 
 
 def anneal(model: nn.Module, progress: float) -> None:

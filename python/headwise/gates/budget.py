@@ -1,0 +1,284 @@
+"""A head budget and a relevance a head, for every input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import Parameter
+
+from headwise.gates.targeted import TargetedGate, check_fraction
+from headwise.selection import Selection
+
+_ops = torch.ops.headwise
+
+RELAXATIONS = ("exact_mass", "straight_through")
+KEPT_WEIGHTS = ("one", "soft")
+NOISES = ("gumbel", "normal")
+ROUNDINGS = ("round", "ceil")
+
+
+class BudgetGate(TargetedGate):
+    r"""Every input is given a number of heads and keeps the most relevant ones.
+
+    After BudgetFormer (arXiv 2604.22583): with :math:`z` the mean of the layer's input over the
+    tokens that are not padding, the budget is :math:`s = \sigma(\mathrm{FFN}(z))`, a share of the
+    heads, and the relevance :math:`a \in R^H` is linear in :math:`z`; evaluation runs the
+    :math:`k = \mathrm{round}(s H)` most relevant heads. The paper does not publish its soft gate,
+    noise, schedules and loss weights; these are ours:
+
+    - :math:`z` is normalised to zero mean and unit variance.
+    - :math:`a = base + W z`, where :math:`base` does not depend on the input and :math:`W`
+      starts at zero and is held there until ``static_until``: first a static gate, then the input's
+      part as a residual. The budget's network does the same. A gate that learns both at once tends
+      to collapse into a static one, and a worse one.
+    - Training weighs the heads by :math:`m_h = \sigma((a_h - t)/\tau)` with :math:`t` solved for
+      every input so that :math:`\sum_h m_h = s H`; its gradient (of the implicit function) reaches
+      :math:`a` and :math:`s`. Noise on :math:`a` and :math:`\tau` are annealed.
+    - From ``hard_from`` on, training runs evaluation's selection with evaluation's weights; the
+      gradient is still that of :math:`m_h` (straight-through).
+    - The budget is raised at the start (``initial_budget``) and comes down until ``warmup``.
+    - The penalty aims at the *mean* budget over the batch, and over layers too with
+      ``target_scope="model"``, so inputs and layers may differ.
+
+    Call ``hw.anneal(model, step / steps)`` before every training step: without it the gate stays in
+    its first, static and soft, phase.
+
+    Args:
+        target: mean share of the heads to run, in (0, 1]. With 1 the budget is fixed at 1: every
+            head runs with weight one, which is the dense layer exactly.
+        budget: fixes the budget of every input at this share instead of predicting it; only which
+            heads run then depends on the input.
+        min_budget: lower bound of the budget. Between the bounds the gradient is the network's;
+            outside, only the penalty's hinge acts.
+        max_budget: upper bound of the budget.
+        initial_budget: the budget at the start of training.
+        hidden_dim: width of the budget's network; default ``max(8, embed_dim // 8)``.
+        min_heads: no input runs fewer heads.
+        rounding: ``"round"`` (half up) or ``"ceil"`` (the paper's; runs half a head more on average
+            than the penalty sees).
+        target_scope: ``"model"``: one target on the mean over all layers (through ``hw.penalty``);
+            ``"layer"``: one for each.
+        strength: factor of the squared distance from the target.
+        bounds_strength: factor of the squared hinge that holds the budget inside its bounds.
+        entropy_strength: factor of the entropy of softmax(relevance), rewarded at the start and
+            penalised at the end of annealing; 0 leaves exploration to noise and temperature.
+        temperature: of the relaxation, at the start.
+        final_temperature: of the relaxation, when the hard selection begins.
+        noise: ``"gumbel"`` or ``"normal"``.
+        noise_scale: of the noise at the start; falls linearly to 0 at ``hard_from``.
+        warmup: progress at which the budget's start has faded.
+        static_until: progress at which the input's part sets in.
+        hard_from: progress from which training runs the hard selection.
+        relaxation: ``"exact_mass"`` as above, or ``"straight_through"``: the hard selection from
+            the start, with the gradient of the soft weights.
+        kept_weight: weight of a kept head where the selection is hard: ``"one"``, or ``"soft"``
+            (its m_h), in evaluation and in training alike.
+        execution: see :class:`Gate`.
+        embed_dim: width of the layer's input, D.
+        num_heads: heads of the layer, H.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Parameters: ``base [H]``, ``relevance.weight [H, D]``, and where the budget is predicted
+    ``budget_hidden.{weight [h, D], bias [h]}`` and ``budget_out.{weight [1, h], bias [1]}``.
+
+    Raises:
+        ValueError: an argument out of its range; in a CPU forward, relevance that is not finite.
+    """
+
+    base: Tensor
+
+    def __init__(
+        self,
+        target: float = 0.5,
+        *,
+        budget: float | None = None,
+        min_budget: float = 0.1,
+        max_budget: float = 1.0,
+        initial_budget: float = 0.95,
+        hidden_dim: int | None = None,
+        min_heads: int = 1,
+        rounding: str = "round",
+        target_scope: str = "model",
+        strength: float = 10.0,
+        bounds_strength: float = 1.0,
+        entropy_strength: float = 0.0,
+        temperature: float = 1.0,
+        final_temperature: float = 0.1,
+        noise: str = "gumbel",
+        noise_scale: float = 0.5,
+        warmup: float = 0.3,
+        static_until: float = 0.4,
+        hard_from: float = 0.75,
+        relaxation: str = "exact_mass",
+        kept_weight: str = "one",
+        execution: str = "all",
+        embed_dim: int | None = None,
+        num_heads: int | None = None,
+        device=None,
+        dtype=None,
+    ) -> None:
+        if budget is not None:
+            check_fraction("budget", budget)
+        if not 0.0 < min_budget <= max_budget <= 1.0:
+            raise ValueError(
+                "min_budget and max_budget must satisfy 0 < min_budget <= max_budget <= 1, got "
+                f"{min_budget} and {max_budget}"
+            )
+        fixed = budget if budget is not None else (1.0 if target == 1.0 else None)
+        if fixed is None and not min_budget <= target <= max_budget:
+            raise ValueError(
+                f"target must lie between min_budget={min_budget} and max_budget={max_budget}, "
+                f"got {target}"
+            )
+        for name, value, choices in (
+            ("rounding", rounding, ROUNDINGS),
+            ("noise", noise, NOISES),
+            ("relaxation", relaxation, RELAXATIONS),
+            ("kept_weight", kept_weight, KEPT_WEIGHTS),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        for name, value in (("temperature", temperature), ("final_temperature", final_temperature)):
+            if not 0.0 < value < float("inf"):
+                raise ValueError(f"{name} must be positive and finite, got {value}")
+        for name, value in (("noise_scale", noise_scale), ("bounds_strength", bounds_strength)):
+            if not 0.0 <= value < float("inf"):
+                raise ValueError(f"{name} must be finite and not negative, got {value}")
+        if min_heads < 0:
+            raise ValueError(f"min_heads must not be negative, got {min_heads}")
+        if hidden_dim is not None and hidden_dim <= 0:
+            raise ValueError(f"hidden_dim must be positive, got {hidden_dim}")
+        options: dict[str, Any] = {
+            "budget": budget,
+            "min_budget": float(min_budget),
+            "max_budget": float(max_budget),
+            "initial_budget": float(initial_budget),
+            "hidden_dim": hidden_dim,
+            "min_heads": int(min_heads),
+            "rounding": rounding,
+            "bounds_strength": float(bounds_strength),
+            "entropy_strength": float(entropy_strength),
+            "temperature": float(temperature),
+            "final_temperature": float(final_temperature),
+            "noise": noise,
+            "noise_scale": float(noise_scale),
+            "relaxation": relaxation,
+            "kept_weight": kept_weight,
+        }
+        check_fraction("initial_budget", initial_budget)
+        self.__dict__.update(options, fixed_budget=fixed)
+        super().__init__(
+            options,
+            target=target,
+            initial_target=initial_budget,
+            target_scope=target_scope,
+            strength=strength,
+            warmup=warmup,
+            static_until=static_until,
+            hard_from=hard_from,
+            execution=execution,
+            embed_dim=embed_dim,
+            num_heads=num_heads,
+            device=device,
+            dtype=dtype,
+        )
+
+    def _build(self, device, dtype) -> None:
+        super()._build(device, dtype)
+        factory = {"device": device, "dtype": dtype}
+        self.base = Parameter(torch.empty(self.num_heads, **factory))
+        self.relevance = nn.Linear(self.embed_dim, self.num_heads, bias=False, **factory)
+        if self.fixed_budget is None:
+            hidden = self.hidden_dim or max(8, self.embed_dim // 8)
+            self.budget_hidden = nn.Linear(self.embed_dim, hidden, **factory)
+            self.budget_out = nn.Linear(hidden, 1, **factory)
+
+    def reset_parameters(self) -> None:
+        """Small random ``base``; zero for all that multiplies the input; the target as budget."""
+        if self.num_heads is None:
+            return
+        self.progress.zero_()
+        nn.init.normal_(self.base, std=0.01)
+        nn.init.zeros_(self.relevance.weight)
+        if self.fixed_budget is None:
+            self.budget_hidden.reset_parameters()
+            nn.init.zeros_(self.budget_out.weight)
+            held = torch.tensor(self.target, dtype=torch.float64).clamp(1e-3, 1 - 1e-3)
+            with torch.no_grad():
+                self.budget_out.bias.fill_(float(torch.logit(held)))
+
+    def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Selection:
+        self._check_bound(x)
+        features = _ops.gate_features(x, key_padding_mask)  # [B, D]
+        relevance = _ops.input_relevance(
+            features,
+            self.base,
+            self.relevance.weight,
+            self.progress,
+            self.training,
+            self.static_until,
+        )  # [B, H]
+        asked: Tensor | None = None  # [B]
+        if self.fixed_budget is None:
+            budget, asked = _ops.head_budget(
+                features,
+                self.budget_hidden.weight,
+                self.budget_hidden.bias,
+                self.budget_out.weight,
+                self.budget_out.bias,
+                self.progress,
+                self.training,
+                self.min_budget,
+                self.max_budget,
+                self.target,
+                self.initial_budget,
+                self.warmup,
+                self.static_until,
+            )  # [B]
+        else:
+            budget = features.new_full((x.size(0),), self.fixed_budget)  # [B]
+        index, count, weight, expected = _ops.budget_select(
+            relevance,
+            budget,
+            self.progress,
+            self._draw_noise(relevance) if self.training else None,
+            self.training,
+            self.execution == "all",
+            self.temperature,
+            self.final_temperature,
+            self.noise_scale,
+            self.hard_from,
+            self.relaxation == "straight_through",
+            self.kept_weight == "soft",
+            self.min_heads,
+            self.rounding,
+        )
+        if self.training:
+            self.expected_heads = expected
+            self._regulariser = self._own_terms(relevance, asked)
+        return Selection(index, count, weight.to(x.dtype), relevance, budget)
+
+    def _draw_noise(self, relevance: Tensor) -> Tensor | None:
+        if self.noise_scale == 0.0:
+            return None
+        if self.noise == "normal":
+            return torch.randn_like(relevance)
+        return _ops.gumbel_noise(torch.rand_like(relevance))
+
+    def _own_terms(self, relevance: Tensor, asked: Tensor | None) -> Tensor | None:
+        terms: Tensor | None = None
+        if asked is not None and self.bounds_strength > 0.0:
+            bounds = _ops.budget_bounds(asked, self.min_budget, self.max_budget)
+            terms = self.bounds_strength * bounds
+        if self.entropy_strength != 0.0:
+            schedule = (2.0 * self.progress - 1.0) * self.entropy_strength
+            entropy = schedule * _ops.relevance_entropy(relevance)
+            terms = entropy if terms is None else terms + entropy
+        return terms
+
+    def penalty_pool(self) -> tuple | None:
+        pool = super().penalty_pool()
+        return None if pool is None else (*pool, self.initial_budget)
