@@ -2,11 +2,13 @@
 // operators (torch.ops.headwise.*). Each bind_* function stands in the file of its subject.
 #include <torch/extension.h>
 
+#include "errors.h"
 #include "headwise/version.h"
 
 void bind_trace(pybind11::module_& m);
 
 PYBIND11_MODULE(_C, m) {
+  translate_errors();
   m.doc() = "C++ core of headwise";
   m.attr("__version__") = headwise::version();
   m.attr("compiled_torch_version") = headwise::compiled_torch_version();
