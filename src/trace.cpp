@@ -202,13 +202,14 @@ std::string Trace::to_json(int indent) const {
   Json layers = Json::array();
   for (const std::string& name : order_) {
     const Layer& entry = layers_.at(name);
+    const TraceSummary spread = summary(name);  // checks index and count, which calls rely on
     Json calls = Json::array();
     for (const Selection& call : entry.calls) {
       calls.push_back(headwise::to_json(call, entry.num_heads));
     }
     layers.push_back({{"name", name},
                       {"num_heads", entry.num_heads},
-                      {"summary", headwise::to_json(summary(name))},
+                      {"summary", headwise::to_json(spread)},
                       {"calls", std::move(calls)}});
   }
   const Json document = {{"format", "headwise.trace"},
