@@ -1,8 +1,6 @@
 """Every input chooses how many attention heads run, and which; the others cost nothing."""
 
-import torch  # noqa: F401  (LibTorch must be loaded before the extension)
-
-from headwise import _C  # noqa: F401  (registers torch.ops.headwise.*)
+from headwise import _load  # first: it registers torch.ops.headwise.*
 from headwise.convert import convert
 from headwise.gates import (
     BudgetGate,
@@ -37,3 +35,5 @@ __all__ = [
     "select_heads",
     "trace",
 ]
+
+__version__ = _load.core.__version__

@@ -1,29 +1,70 @@
-# Finds LibTorch (from the torch wheel of the active Python, unless CMAKE_PREFIX_PATH says otherwise).
+# LibTorch: where it is, and finding it without a CUDA toolkit. Installed with the library, for its
+# package file has the same work to do.
 
-if(NOT Torch_DIR AND NOT Torch_ROOT)
-  find_package(Python COMPONENTS Interpreter QUIET)
-  if(Python_FOUND)
-    execute_process(
-      COMMAND "${Python_EXECUTABLE}" -c "import torch; print(torch.utils.cmake_prefix_path)"
-      OUTPUT_VARIABLE HEADWISE_TORCH_PREFIX OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
-    list(APPEND CMAKE_PREFIX_PATH "${HEADWISE_TORCH_PREFIX}")
+# headwise_locate_torch() sets, without loading anything of torch:
+#   HEADWISE_TORCH_DIR   the folder of TorchConfig.cmake
+#   HEADWISE_TORCH_CUDA  the CUDA version that torch was built with ("13.0"); empty for a CPU build
+# Looked for in Torch_DIR, Torch_ROOT and CMAKE_PREFIX_PATH, then in the torch wheel of Python
+# (an active virtual environment first).
+function(headwise_locate_torch)
+  set(wheel "")
+  if(NOT Torch_DIR)
+    find_package(Python COMPONENTS Interpreter QUIET)
+    if(Python_Interpreter_FOUND)
+      execute_process(
+        COMMAND "${Python_EXECUTABLE}" -c
+                "import importlib.util as u; print(u.find_spec('torch').submodule_search_locations[0])"
+        OUTPUT_VARIABLE wheel OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+    endif()
   endif()
-endif()
+  unset(directory)
+  find_path(directory TorchConfig.cmake NO_CACHE
+    HINTS "${Torch_DIR}" "${Torch_ROOT}"
+    PATHS "${wheel}"
+    PATH_SUFFIXES Torch share/cmake/Torch)
+  if(NOT directory)
+    set(directory "")
+  endif()
 
-if(HEADWISE_CUDA)
-  # Without a GPU torch would detect an architecture list that nvcc 13 refuses; ours is set per
-  # target instead. Torch ignores CMAKE_CUDA_ARCHITECTURES.
-  if(NOT DEFINED ENV{TORCH_CUDA_ARCH_LIST} AND NOT TORCH_CUDA_ARCH_LIST)
-    set(TORCH_CUDA_ARCH_LIST "8.0;9.0a")
+  cmake_path(SET root NORMALIZE "${directory}/../../..")
+  set(cuda "")
+  if(EXISTS "${root}/version.py")
+    file(STRINGS "${root}/version.py" line REGEX "^cuda[ :].*'[0-9.]+'")
+    if(line MATCHES "'([0-9.]+)'")
+      set(cuda "${CMAKE_MATCH_1}")
+    endif()
+  elseif(EXISTS "${root}/build-version")  # the zip file of LibTorch: "2.11.0+cu130"
+    file(STRINGS "${root}/build-version" line LIMIT_COUNT 1)
+    if(line MATCHES "\\+cu([0-9]+)([0-9])$")
+      set(cuda "${CMAKE_MATCH_1}.${CMAKE_MATCH_2}")
+    endif()
   endif()
-  if(NOT CMAKE_CUDA_COMPILER)
-    set(CMAKE_CUDA_COMPILER "${HEADWISE_NVCC}")
+  set(HEADWISE_TORCH_DIR "${directory}" PARENT_SCOPE)
+  set(HEADWISE_TORCH_CUDA "${cuda}" PARENT_SCOPE)
+endfunction()
+
+# find_package(Torch), whether or not there is a CUDA toolkit. A macro, because the targets and the
+# variables of torch belong to the caller's scope.
+macro(headwise_find_torch)
+  if(NOT TARGET torch)
+    if(NOT HEADWISE_TORCH_DIR)
+      message(FATAL_ERROR
+        "headwise needs LibTorch and found none. Install the torch package into the Python in use "
+        "(pip install torch), or pass -DCMAKE_PREFIX_PATH=<folder of libtorch>.")
+    endif()
+    if(NOT CMAKE_CUDA_COMPILER_LOADED AND NOT TARGET torch::cudart)
+      # The package file of a CUDA build of torch stops without a CUDA toolkit (and, with a toolkit
+      # but no GPU, asks nvcc for architectures that it no longer knows), although nothing of CUDA
+      # is needed to link against the CPU side. It leaves CUDA alone when this target is there.
+      add_library(torch::cudart INTERFACE IMPORTED)
+    endif()
+    find_package(Torch REQUIRED PATHS "${HEADWISE_TORCH_DIR}" NO_DEFAULT_PATH)
+    if(NOT CMAKE_CUDA_FLAGS STREQUAL "")
+      # Torch writes its own list of architectures into the flags of every CUDA file; here each
+      # source names its own (headwise_cuda_sources).
+      string(REGEX REPLACE "-gencode[ =][^ ]+" "" CMAKE_CUDA_FLAGS "${CMAKE_CUDA_FLAGS}")
+    endif()
   endif()
-  enable_language(CUDA)
-  find_package(CUDAToolkit REQUIRED)
-elseif(NOT TARGET torch::cudart)
-  # A CUDA build of torch refuses to configure without a CUDA toolkit, though nothing of CUDA is
-  # needed to link against its CPU side: an empty stand-in steps past that check.
-  add_library(torch::cudart INTERFACE IMPORTED)
-endif()
-find_package(Torch REQUIRED)
+endmacro()
+
+headwise_locate_torch()
