@@ -14,6 +14,7 @@ from headwise.gates import (
 )
 from headwise.layers import attention_layers
 from headwise.multihead_attention import MultiheadAttention
+from headwise.pruning import mask, prune
 from headwise.selection import Selection, select_all, select_heads
 from headwise.trace import Trace, trace
 
@@ -30,7 +31,9 @@ __all__ = [
     "attention_layers",
     "convert",
     "gate_from_config",
+    "mask",
     "penalty",
+    "prune",
     "select_all",
     "select_heads",
     "trace",

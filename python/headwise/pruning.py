@@ -1,0 +1,160 @@
+"""Applying a plan to a model: for good (``prune``) or as a mask (``mask``)."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from headwise.gates import FixedGate
+from headwise.layers import attention_layers, replace_module
+from headwise.multihead_attention import MultiheadAttention
+
+if TYPE_CHECKING:
+    from headwise.plan import HeadPlan
+
+__all__ = ["mask", "prune"]
+
+
+def prune(model: nn.Module, plan: HeadPlan, *, inplace: bool = False) -> nn.Module:
+    """Removes the heads that ``plan`` drops from the weights of ``model``.
+
+    A kept head's rows of the query, key and value projections and its columns of the output
+    projection stay (with their biases), the columns multiplied by the head's scale; the rest is
+    gone. The result computes what ``mask(model, plan)`` computes, with physically smaller layers:
+    ``num_heads`` is what is left, down to 0, where a layer's output is its output bias;
+    ``head_dim`` stays. Layers may keep different numbers of heads, and layers that the plan does
+    not name are left as they are. Parameters of pruned layers are new: build the optimizer after.
+
+    Args:
+        model: a converted model. Its gates must be None or :class:`~headwise.FixedGate`, which the
+            plan replaces, as in :func:`mask`.
+        plan: which heads of which layer stay, by the names of :func:`headwise.attention_layers`.
+        inplace: change ``model`` itself instead of a copy.
+
+    Returns:
+        The smaller model: a copy, or ``model`` (its successor, if it is itself a layer).
+
+    Raises:
+        ValueError: the plan names a layer that is not there or has another number of heads, or a
+            layer it prunes has a gate that chooses for each input. ``model`` is then unchanged.
+    """
+    _check(model, plan)
+    for name, layer in attention_layers(model).items():
+        if name in _names(plan) and not isinstance(layer.gate, (FixedGate, type(None))):
+            raise ValueError(
+                f"layer '{name}' has a {type(layer.gate).__name__}, which chooses among the heads "
+                f"it was trained with: take it out first (layer.set_gate(None))"
+            )
+    if not inplace:
+        model = copy.deepcopy(model)
+    layers = attention_layers(model)
+    for entry in plan.layers:
+        layer = layers[entry.name]
+        model = replace_module(model, layer, _smaller(layer, entry.heads, entry.scale))
+    return model
+
+
+def mask(model: nn.Module, plan: HeadPlan) -> nn.Module:
+    """Puts ``plan`` on ``model`` as gates, in place: what it drops is not computed, but stays.
+
+    Every layer that the plan names gets a :class:`~headwise.FixedGate` with the plan's scales, in
+    place of the gate it has.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: the plan names a layer that is not there or has another number of heads.
+            ``model`` is then unchanged.
+    """
+    _check(model, plan)
+    layers = attention_layers(model)
+    for entry in plan.layers:
+        scale = [0.0] * entry.num_heads
+        for head, value in zip(entry.heads, entry.scale, strict=True):
+            scale[head] = value
+        layer = layers[entry.name]
+        layer.set_gate(FixedGate(scale=scale))
+        layer.gate.train(layer.training)
+    return model
+
+
+def _names(plan: HeadPlan) -> set[str]:
+    return {entry.name for entry in plan.layers}
+
+
+def _check(model: nn.Module, plan: HeadPlan) -> None:
+    layers = attention_layers(model)
+    if not layers:
+        raise ValueError(
+            f"model ({type(model).__name__}) has no headwise.MultiheadAttention: "
+            f"call headwise.convert first"
+        )
+    for entry in plan.layers:
+        if entry.name not in layers:
+            raise ValueError(
+                f"plan names layer '{entry.name}', which model has not; "
+                f"it has {', '.join(map(repr, layers))}"
+            )
+        if entry.num_heads != layers[entry.name].num_heads:
+            raise ValueError(
+                f"plan has {entry.num_heads} heads for layer '{entry.name}', "
+                f"which has {layers[entry.name].num_heads} in model"
+            )
+
+
+def _smaller(layer: MultiheadAttention, heads: list[int], scale: list[float]) -> MultiheadAttention:
+    """A layer with only ``heads`` of ``layer``, each scaled by its value of ``scale``."""
+    smaller = MultiheadAttention(
+        layer.embed_dim,
+        len(heads),
+        dropout=layer.dropout,
+        bias=layer.in_proj_bias is not None,
+        add_bias_kv=layer.bias_k is not None,
+        add_zero_attn=layer.add_zero_attn,
+        kdim=layer.kdim,
+        vdim=layer.vdim,
+        batch_first=layer.batch_first,
+        head_dim=layer.head_dim,
+        device="meta",
+    )
+    device = layer.out_proj.weight.device
+    kept = torch.tensor(heads, dtype=torch.long, device=device)
+    offset = torch.arange(layer.head_dim, device=device)
+    columns = (kept[:, None] * layer.head_dim + offset).flatten()  # [E'], of E
+    width = layer.num_heads * layer.head_dim  # E
+    factor = torch.tensor(scale, dtype=torch.float64, device=device)
+    factor = factor.repeat_interleave(layer.head_dim)  # [E']
+
+    def rows(parameter: Tensor, parts: int) -> Tensor:
+        """The kept rows of ``parts`` projections that lie one after the other, [parts E, ...]."""
+        index = torch.cat([columns + part * width for part in range(parts)])
+        return parameter.index_select(0, index)
+
+    def put(module: nn.Module, name: str, old: Tensor | None, new: Tensor | None) -> None:
+        if new is not None:
+            new = nn.Parameter(new.detach(), requires_grad=old.requires_grad)
+        setattr(module, name, new)
+
+    with torch.no_grad():
+        for name, parts in (
+            ("in_proj_weight", 3),
+            ("in_proj_bias", 3),
+            ("q_proj_weight", 1),
+            ("k_proj_weight", 1),
+            ("v_proj_weight", 1),
+        ):
+            old = getattr(layer, name)
+            put(smaller, name, old, None if old is None else rows(old, parts))
+        for name in ("bias_k", "bias_v"):  # [1, 1, E]
+            old = getattr(layer, name)
+            put(smaller, name, old, None if old is None else old.index_select(2, columns))
+        out = layer.out_proj
+        weight = out.weight.index_select(1, columns)  # [D, E']
+        weight = (weight.double() * factor).to(out.weight.dtype)
+        put(smaller.out_proj, "weight", out.weight, weight)
+        put(smaller.out_proj, "bias", out.bias, None if out.bias is None else out.bias.clone())
+    return smaller.train(layer.training)
