@@ -306,10 +306,9 @@ def _fit_layer(model: nn.Module, layer: MultiheadAttention, entry: dict[str, Any
         model = replace_module(model, layer, fitted)
         layer = fitted
     try:
-        gate = None if entry["gate"] is None else gate_from_config(entry["gate"])
+        layer.set_gate(None if entry["gate"] is None else gate_from_config(entry["gate"]))
     except (TypeError, ValueError) as error:
         raise ValueError(f"gate of layer '{entry['name']}': {error}") from None
-    layer.set_gate(gate)
     if layer.gate is not None:
         layer.gate.train(layer.training)
     return model
