@@ -20,13 +20,13 @@ using at::Tensor;
 
 #define HEADWISE_UNPACK(a) \
   a.key_padding_mask, a.attn_mask, a.is_causal, a.dropout_p, a.dropout_seed, a.scale
-#define HEADWISE_UNPACK_SELF(in)                                                               \
+#define HEADWISE_UNPACK_SELF(in)                                                                \
   in.x, in.in_proj_weight, in.in_proj_bias, in.out_proj_weight, in.out_proj_bias, in.num_heads, \
       in.index, in.count, in.weight, HEADWISE_UNPACK(in.arguments)
-#define HEADWISE_UNPACK_MULTIHEAD(in)                                                            \
-  in.query, in.key, in.value, in.weights.q_weight, in.weights.k_weight, in.weights.v_weight,     \
-      in.weights.q_bias, in.weights.k_bias, in.weights.v_bias, in.weights.out_proj_weight,       \
-      in.weights.out_proj_bias, in.num_heads, in.index, in.count, in.weight, in.weights.bias_k,  \
+#define HEADWISE_UNPACK_MULTIHEAD(in)                                                           \
+  in.query, in.key, in.value, in.weights.q_weight, in.weights.k_weight, in.weights.v_weight,    \
+      in.weights.q_bias, in.weights.k_bias, in.weights.v_bias, in.weights.out_proj_weight,      \
+      in.weights.out_proj_bias, in.num_heads, in.index, in.count, in.weight, in.weights.bias_k, \
       in.weights.bias_v, in.weights.add_zero_attn, HEADWISE_UNPACK(in.arguments)
 #define HEADWISE_UNPACK_CORE(in) \
   in.q, in.k, in.v, in.index, in.count, in.weight, HEADWISE_UNPACK(in.arguments)
@@ -61,12 +61,12 @@ CoreForward call_forward(const CoreInputs& in) {
   return op.call(HEADWISE_UNPACK_CORE(in));
 }
 
-SelfBackward call_backward(const Tensor& grad_output, const SelfInputs& in,
-                           const LayerSaved& saved, const Needs<7>& needs) {
-  static auto op = find<SelfBackward(const Tensor&, HEADWISE_SELF_PARAMETERS, const Tensor&,
-                                     const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                     std::array<bool, 7>)>(
-      "headwise::_selected_self_attention_backward");
+SelfBackward call_backward(const Tensor& grad_output, const SelfInputs& in, const LayerSaved& saved,
+                           const Needs<7>& needs) {
+  static auto op =
+      find<SelfBackward(const Tensor&, HEADWISE_SELF_PARAMETERS, const Tensor&, const Tensor&,
+                        const Tensor&, const Tensor&, const Tensor&, std::array<bool, 7>)>(
+          "headwise::_selected_self_attention_backward");
   return op.call(grad_output, HEADWISE_UNPACK_SELF(in), saved.q, saved.k, saved.v, saved.context,
                  saved.lse, needs);
 }
@@ -81,10 +81,9 @@ MultiheadBackward call_backward(const Tensor& grad_output, const MultiheadInputs
 }
 CoreBackward call_backward(const Tensor& grad_output, const CoreInputs& in, const Tensor& output,
                            const Tensor& context, const Tensor& lse, const Needs<5>& needs) {
-  static auto op =
-      find<CoreBackward(const Tensor&, HEADWISE_CORE_PARAMETERS, const Tensor&, const Tensor&,
-                        const Tensor&, std::array<bool, 5>)>(
-          "headwise::_selected_attention_backward");
+  static auto op = find<CoreBackward(const Tensor&, HEADWISE_CORE_PARAMETERS, const Tensor&,
+                                     const Tensor&, const Tensor&, std::array<bool, 5>)>(
+      "headwise::_selected_attention_backward");
   return op.call(grad_output, HEADWISE_UNPACK_CORE(in), output, context, lse, needs);
 }
 
@@ -106,8 +105,8 @@ at::Tensor selected_multihead_attention(const at::Tensor& query, const at::Tenso
                                         int64_t num_heads, const at::Tensor& index,
                                         const at::Tensor& count, const at::Tensor& weight,
                                         const AttentionArguments& arguments) {
-  return ops::call(ops::MultiheadInputs{query, key, value, weights, num_heads, index, count, weight,
-                                        arguments});
+  return ops::call(
+      ops::MultiheadInputs{query, key, value, weights, num_heads, index, count, weight, arguments});
 }
 
 at::Tensor selected_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
@@ -119,8 +118,8 @@ at::Tensor selected_attention(const at::Tensor& q, const at::Tensor& k, const at
 
 std::tuple<at::Tensor, at::Tensor> attention_statistics(
     const at::Tensor& q, const at::Tensor& k, const std::optional<at::Tensor>& key_padding_mask,
-    const std::optional<at::Tensor>& query_padding_mask,
-    const std::optional<at::Tensor>& attn_mask, bool is_causal, std::optional<double> scale) {
+    const std::optional<at::Tensor>& query_padding_mask, const std::optional<at::Tensor>& attn_mask,
+    bool is_causal, std::optional<double> scale) {
   static auto op = find<std::tuple<at::Tensor, at::Tensor>(
       const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
       const std::optional<at::Tensor>&, const std::optional<at::Tensor>&, bool,

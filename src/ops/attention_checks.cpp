@@ -46,9 +46,9 @@ void check_bias(const OptionalTensor& t, const char* name, const c10::SymInt& si
 
 void check_floating(const Tensor& t, const char* name) {
   const auto type = t.scalar_type();
-  TORCH_CHECK_TYPE(type == at::kDouble || type == at::kFloat || type == at::kBFloat16 ||
-                       type == at::kHalf,
-                   name, " must be float64, float32, bfloat16 or float16, got ", type);
+  TORCH_CHECK_TYPE(
+      type == at::kDouble || type == at::kFloat || type == at::kBFloat16 || type == at::kHalf, name,
+      " must be float64, float32, bfloat16 or float16, got ", type);
 }
 
 void check_selection(const Tensor& index, const Tensor& count, const OptionalTensor& weight,
@@ -62,8 +62,9 @@ void check_selection(const Tensor& index, const Tensor& count, const OptionalTen
   TORCH_CHECK_TYPE(index.scalar_type() == at::kInt || index.scalar_type() == at::kLong,
                    "index must be int32 or int64, got ", index.scalar_type());
   check_size(index, "index", 0, batch, "[B, K]");
-  TORCH_CHECK_VALUE(index.sym_size(1) <= num_heads, "index must have at most num_heads = ",
-                    num_heads, " columns, got shape ", shape_text(index));
+  TORCH_CHECK_VALUE(index.sym_size(1) <= num_heads,
+                    "index must have at most num_heads = ", num_heads, " columns, got shape ",
+                    shape_text(index));
   check_device(index, "index");
   check_dim(count, "count", 1, "[B]");
   TORCH_CHECK_TYPE(count.scalar_type() == at::kInt || count.scalar_type() == at::kLong,
@@ -131,7 +132,8 @@ void check_inputs(const SelfInputs& in) {
   check_dim(x, "x", 3, "[B, L, D]");
   check_dim(in.in_proj_weight, "in_proj_weight", 2, "[3E, D]");
   const auto rows = in.in_proj_weight.sym_size(0);
-  TORCH_CHECK_VALUE(rows % 3 == 0, "in_proj_weight must have 3E rows (query, key, value), got shape ",
+  TORCH_CHECK_VALUE(rows % 3 == 0,
+                    "in_proj_weight must have 3E rows (query, key, value), got shape ",
                     shape_text(in.in_proj_weight));
   const auto e = rows / 3;
   check_num_heads(in.num_heads, e, "the rows of in_proj_weight / 3");
@@ -220,9 +222,8 @@ void check_selection_values(const Tensor& index, const Tensor& count, int64_t nu
                       ", got ", chosen, " for sequence ", b);
     const int64_t* row = heads.const_data_ptr<int64_t>() + b * columns;
     for (int64_t n = 0; n < chosen; ++n) {
-      TORCH_CHECK_INDEX(row[n] >= 0 && row[n] < num_heads,
-                        "index must name heads between 0 and ", num_heads - 1, ", got ", row[n],
-                        " for sequence ", b);
+      TORCH_CHECK_INDEX(row[n] >= 0 && row[n] < num_heads, "index must name heads between 0 and ",
+                        num_heads - 1, ", got ", row[n], " for sequence ", b);
       TORCH_CHECK_VALUE(n == 0 || row[n] > row[n - 1],
                         "index must be ascending without repeats, got ", row[n - 1], " before ",
                         row[n], " for sequence ", b);

@@ -18,45 +18,48 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 // The parameter lists of the schemas. Every key (CPU, CUDA, Meta, Autograd, Autocast) registers
 // functions of these lists; written once, they cannot drift apart.
-#define HEADWISE_MASK_PARAMETERS                                                             \
-  const OptionalTensor &key_padding_mask, const OptionalTensor &attn_mask, bool is_causal,   \
+#define HEADWISE_MASK_PARAMETERS                                                           \
+  const OptionalTensor &key_padding_mask, const OptionalTensor &attn_mask, bool is_causal, \
       double dropout_p, const OptionalTensor &dropout_seed, std::optional<double> scale
 #define HEADWISE_MASK_ARGUMENTS \
   key_padding_mask, attn_mask, is_causal, dropout_p, dropout_seed, scale
 
-#define HEADWISE_SELF_PARAMETERS                                                                \
-  const at::Tensor &x, const at::Tensor &in_proj_weight, const OptionalTensor &in_proj_bias,    \
+#define HEADWISE_SELF_PARAMETERS                                                                 \
+  const at::Tensor &x, const at::Tensor &in_proj_weight, const OptionalTensor &in_proj_bias,     \
       const at::Tensor &out_proj_weight, const OptionalTensor &out_proj_bias, int64_t num_heads, \
-      const at::Tensor &index, const at::Tensor &count, const at::Tensor &weight,               \
+      const at::Tensor &index, const at::Tensor &count, const at::Tensor &weight,                \
       HEADWISE_MASK_PARAMETERS
-#define HEADWISE_SELF_INPUTS                                                                 \
-  ::headwise::ops::SelfInputs {                                                              \
+#define HEADWISE_SELF_INPUTS                                                                  \
+  ::headwise::ops::SelfInputs {                                                               \
     x, in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias, num_heads, index, count, \
-        weight, {HEADWISE_MASK_ARGUMENTS}                                                    \
+        weight, {                                                                             \
+      HEADWISE_MASK_ARGUMENTS                                                                 \
+    }                                                                                         \
   }
 
-#define HEADWISE_MULTIHEAD_PARAMETERS                                                          \
-  const at::Tensor &query, const at::Tensor &key, const at::Tensor &value,                     \
-      const at::Tensor &q_weight, const at::Tensor &k_weight, const at::Tensor &v_weight,      \
-      const OptionalTensor &q_bias, const OptionalTensor &k_bias, const OptionalTensor &v_bias, \
-      const at::Tensor &out_proj_weight, const OptionalTensor &out_proj_bias,                  \
-      int64_t num_heads, const at::Tensor &index, const at::Tensor &count,                     \
-      const at::Tensor &weight, const OptionalTensor &bias_k, const OptionalTensor &bias_v,    \
-      bool add_zero_attn, HEADWISE_MASK_PARAMETERS
-#define HEADWISE_MULTIHEAD_INPUTS                                                            \
-  ::headwise::ops::MultiheadInputs {                                                         \
-    query, key, value,                                                                       \
-        {q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, out_proj_weight,              \
-         out_proj_bias, bias_k, bias_v, add_zero_attn},                                      \
-        num_heads, index, count, weight, {HEADWISE_MASK_ARGUMENTS}                           \
+#define HEADWISE_MULTIHEAD_PARAMETERS                                                            \
+  const at::Tensor &query, const at::Tensor &key, const at::Tensor &value,                       \
+      const at::Tensor &q_weight, const at::Tensor &k_weight, const at::Tensor &v_weight,        \
+      const OptionalTensor &q_bias, const OptionalTensor &k_bias, const OptionalTensor &v_bias,  \
+      const at::Tensor &out_proj_weight, const OptionalTensor &out_proj_bias, int64_t num_heads, \
+      const at::Tensor &index, const at::Tensor &count, const at::Tensor &weight,                \
+      const OptionalTensor &bias_k, const OptionalTensor &bias_v, bool add_zero_attn,            \
+      HEADWISE_MASK_PARAMETERS
+#define HEADWISE_MULTIHEAD_INPUTS                                                               \
+  ::headwise::ops::MultiheadInputs {                                                            \
+    query, key, value, {q_weight,        k_weight,      v_weight, q_bias, k_bias,       v_bias, \
+                        out_proj_weight, out_proj_bias, bias_k,   bias_v, add_zero_attn},       \
+        num_heads, index, count, weight, {                                                      \
+      HEADWISE_MASK_ARGUMENTS                                                                   \
+    }                                                                                           \
   }
 
-#define HEADWISE_CORE_PARAMETERS                                                       \
+#define HEADWISE_CORE_PARAMETERS                                                          \
   const at::Tensor &q, const at::Tensor &k, const at::Tensor &v, const at::Tensor &index, \
       const at::Tensor &count, const OptionalTensor &weight, HEADWISE_MASK_PARAMETERS
-#define HEADWISE_CORE_INPUTS                                      \
-  ::headwise::ops::CoreInputs {                                   \
-    q, k, v, index, count, weight, { HEADWISE_MASK_ARGUMENTS }    \
+#define HEADWISE_CORE_INPUTS                                   \
+  ::headwise::ops::CoreInputs {                                \
+    q, k, v, index, count, weight, { HEADWISE_MASK_ARGUMENTS } \
   }
 
 /// Inputs of selected_self_attention.
@@ -97,12 +100,11 @@ using Needs = std::array<bool, N>;
 // Results of the internal operators.
 using LayerForward =
     std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-using SelfBackward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
-                                at::Tensor, at::Tensor>;
-using MultiheadBackward =
-    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
-               at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
-               at::Tensor>;
+using SelfBackward =
+    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using MultiheadBackward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
+                                     at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
+                                     at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using CoreForward = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 using CoreBackward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
@@ -121,8 +123,8 @@ CoreBackward call_backward(const at::Tensor& grad_output, const CoreInputs& in,
                            const at::Tensor& output, const at::Tensor& context,
                            const at::Tensor& lse, const Needs<5>& needs);
 
-// Checks of shapes, dtypes and devices; they read no values, so they hold for every device and while
-// tracing. Each raises one sentence: the argument, the rule, the value.
+// Checks of shapes, dtypes and devices; they read no values, so they hold for every device and
+// while tracing. Each raises one sentence: the argument, the rule, the value.
 void check_inputs(const SelfInputs& in);
 void check_inputs(const MultiheadInputs& in);
 void check_inputs(const CoreInputs& in);

@@ -30,8 +30,15 @@ template <c10::DeviceType device>
 Tensor self(HEADWISE_SELF_PARAMETERS) {
   const Cast cast{device};
   auto guard = without_autocast<device>();
-  return call(SelfInputs{cast(x), cast(in_proj_weight), cast(in_proj_bias), cast(out_proj_weight),
-                         cast(out_proj_bias), num_heads, index, count, weight,
+  return call(SelfInputs{cast(x),
+                         cast(in_proj_weight),
+                         cast(in_proj_bias),
+                         cast(out_proj_weight),
+                         cast(out_proj_bias),
+                         num_heads,
+                         index,
+                         count,
+                         weight,
                          {HEADWISE_MASK_ARGUMENTS}});
 }
 
@@ -40,18 +47,24 @@ Tensor multihead(HEADWISE_MULTIHEAD_PARAMETERS) {
   const Cast cast{device};
   auto guard = without_autocast<device>();
   return call(MultiheadInputs{
-      cast(query), cast(key), cast(value),
+      cast(query),
+      cast(key),
+      cast(value),
       {cast(q_weight), cast(k_weight), cast(v_weight), cast(q_bias), cast(k_bias), cast(v_bias),
        cast(out_proj_weight), cast(out_proj_bias), cast(bias_k), cast(bias_v), add_zero_attn},
-      num_heads, index, count, weight, {HEADWISE_MASK_ARGUMENTS}});
+      num_heads,
+      index,
+      count,
+      weight,
+      {HEADWISE_MASK_ARGUMENTS}});
 }
 
 template <c10::DeviceType device>
 Tensor core(HEADWISE_CORE_PARAMETERS) {
   const Cast cast{device};
   auto guard = without_autocast<device>();
-  return call(CoreInputs{cast(q), cast(k), cast(v), index, count, weight,
-                         {HEADWISE_MASK_ARGUMENTS}});
+  return call(
+      CoreInputs{cast(q), cast(k), cast(v), index, count, weight, {HEADWISE_MASK_ARGUMENTS}});
 }
 
 }  // namespace

@@ -13,8 +13,8 @@ namespace {
 template <typename T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
-/// Turns raw products into scores: scale and masks. s [rows, columns] are queries row.. against keys
-/// column.. of the list 'given keys up to the length, then the added rows'.
+/// Turns raw products into scores: scale and masks. s [rows, columns] are queries row.. against
+/// keys column.. of the list 'given keys up to the length, then the added rows'.
 template <typename T>
 void mask_scores(const AttentionShape<T>& shape, const HeadTensors<T>& head, int64_t row,
                  int64_t rows, int64_t column, int64_t columns, T* s, int64_t lds) {
@@ -133,7 +133,7 @@ void attention_backward(const AttentionShape<T>& shape, const HeadTensors<T>& he
     std::fill_n(dk + j * lddk, shape.width, T(0));
     std::fill_n(dv + j * lddv, shape.value_width, T(0));
   }
-  T* p = scratch;                            // [rows, width] probabilities
+  T* p = scratch;                             // [rows, width] probabilities
   T* dp = scratch + kQueryBlock * kKeyBlock;  // [rows, width] their gradients, then the scores'
   for (int64_t row = 0; row < shape.queries; row += kQueryBlock) {
     const int64_t rows = std::min(kQueryBlock, shape.queries - row);
@@ -168,18 +168,18 @@ void attention_backward(const AttentionShape<T>& shape, const HeadTensors<T>& he
               head.ldk, 1, dq + row * lddq, lddq);
       gemm<T>(Transpose::yes, Transpose::no, width, shape.width, rows, shape.scale, dp, kKeyBlock,
               q, head.ldq, 1, dk + column * lddk, lddk);
-      gemm<T>(Transpose::yes, Transpose::no, width, shape.value_width, rows, 1, p, kKeyBlock, g, ldg,
-              1, dv + column * lddv, lddv);
+      gemm<T>(Transpose::yes, Transpose::no, width, shape.value_width, rows, 1, p, kKeyBlock, g,
+              ldg, 1, dv + column * lddv, lddv);
     }
   }
 }
 
-#define HEADWISE_INSTANTIATE(T)                                                                   \
-  template int64_t attention_scratch<T>(const AttentionShape<T>&);                                \
-  template void attention_forward<T>(const AttentionShape<T>&, const HeadTensors<T>&, int64_t,    \
-                                     int64_t, T*, int64_t, T*, T*);                               \
-  template void attention_backward<T>(const AttentionShape<T>&, const HeadTensors<T>&, const T*,  \
-                                      int64_t, const T*, const T*, T*, int64_t, T*, int64_t, T*,  \
+#define HEADWISE_INSTANTIATE(T)                                                                  \
+  template int64_t attention_scratch<T>(const AttentionShape<T>&);                               \
+  template void attention_forward<T>(const AttentionShape<T>&, const HeadTensors<T>&, int64_t,   \
+                                     int64_t, T*, int64_t, T*, T*);                              \
+  template void attention_backward<T>(const AttentionShape<T>&, const HeadTensors<T>&, const T*, \
+                                      int64_t, const T*, const T*, T*, int64_t, T*, int64_t, T*, \
                                       int64_t, T*, T*);
 HEADWISE_INSTANTIATE(float)
 HEADWISE_INSTANTIATE(double)

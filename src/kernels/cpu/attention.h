@@ -11,8 +11,8 @@ constexpr int64_t kKeyBlock = 512;   ///< columns of that tile
 /// An additive or boolean mask as it lies in memory; null pointers: no mask.
 template <typename T>
 struct MaskView {
-  const T* add = nullptr;            ///< added to the scores
-  const bool* forbid = nullptr;      ///< true: may not attend
+  const T* add = nullptr;                            ///< added to the scores
+  const bool* forbid = nullptr;                      ///< true: may not attend
   int64_t batch = 0, head = 0, row = 0, column = 0;  ///< strides; 0 where broadcast
 };
 
@@ -20,11 +20,11 @@ struct MaskView {
 template <typename T>
 struct AttentionShape {
   int64_t batch = 0, num_heads = 0;
-  int64_t queries = 0;           ///< L
-  int64_t keys = 0;              ///< S, the given keys
-  int64_t added = 0;             ///< rows after the given keys that every query sees
-  int64_t width = 0;             ///< d of q and k
-  int64_t value_width = 0;       ///< dv
+  int64_t queries = 0;      ///< L
+  int64_t keys = 0;         ///< S, the given keys
+  int64_t added = 0;        ///< rows after the given keys that every query sees
+  int64_t width = 0;        ///< d of q and k
+  int64_t value_width = 0;  ///< dv
   T scale = 1;
   bool causal = false;
   const int64_t* lengths = nullptr;  ///< [B] keys up to the last visible one; the rest is skipped
@@ -54,9 +54,9 @@ template <typename T>
 void attention_forward(const AttentionShape<T>& shape, const HeadTensors<T>& head, int64_t row,
                        int64_t rows, T* context, int64_t ldc, T* lse, T* scratch);
 
-/// Adds nothing: writes dq [L, d], dk and dv [lengths[b] + added, .] of one head from the gradient of
-/// its context. delta [L]: rows' sum of grad_context * context. grad_scores (may be null): strided
-/// [L, S], receives the gradient with respect to the additive mask.
+/// Adds nothing: writes dq [L, d], dk and dv [lengths[b] + added, .] of one head from the gradient
+/// of its context. delta [L]: rows' sum of grad_context * context. grad_scores (may be null):
+/// strided [L, S], receives the gradient with respect to the additive mask.
 template <typename T>
 void attention_backward(const AttentionShape<T>& shape, const HeadTensors<T>& head,
                         const T* grad_context, int64_t ldg, const T* delta, const T* lse, T* dq,

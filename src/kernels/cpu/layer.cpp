@@ -84,8 +84,7 @@ void layer_forward(const Layer<T>& layer, const LayerWorkspace<T>& w, T* output)
       project(layer.key, a.b, 0, length, layer.k_weight, layer.k_bias, a.h, d, w.k + a.slot * kv);
       append_rows(layer, a, layer.bias_k, w.k + a.slot * kv);
     } else {
-      project(layer.value, a.b, 0, length, layer.v_weight, layer.v_bias, a.h, d,
-              w.v + a.slot * kv);
+      project(layer.value, a.b, 0, length, layer.v_weight, layer.v_bias, a.h, d, w.v + a.slot * kv);
       append_rows(layer, a, layer.bias_v, w.v + a.slot * kv);
     }
   });
@@ -150,13 +149,10 @@ void layer_backward(const Layer<T>& layer, const LayerWorkspace<const T>& w, con
       total += sum;
     }
     if (g.head_weight) g.head_weight[a.b * shape.num_heads + a.h] = total;
-    T* scores = g.scores
-                    ? g.scores + (a.b * shape.num_heads + a.h) * L * shape.keys
-                    : nullptr;
-    attention_backward(shape, head_tensors<T>(layer, w.q, w.k, w.v, a), gc, d,
-                       delta.data() + n * L, w.lse + a.slot * L, dq.data() + n * L * d, d,
-                       dk.data() + n * S * d, d, dv.data() + n * S * d, d, scores,
-                       scratch.data() + worker * scratch_size);
+    T* scores = g.scores ? g.scores + (a.b * shape.num_heads + a.h) * L * shape.keys : nullptr;
+    attention_backward(shape, head_tensors<T>(layer, w.q, w.k, w.v, a), gc, d, delta.data() + n * L,
+                       w.lse + a.slot * L, dq.data() + n * L * d, d, dk.data() + n * S * d, d,
+                       dv.data() + n * S * d, d, scores, scratch.data() + worker * scratch_size);
   });
 
   // Inputs: the sum over a sequence's heads, by one worker.
@@ -212,9 +208,9 @@ void layer_backward(const Layer<T>& layer, const LayerWorkspace<const T>& w, con
   if (g.out_bias) add_column_sums(grad_output, shape.batch * L, width, g.out_bias);
 }
 
-#define HEADWISE_INSTANTIATE(T)                                                               \
-  template void layer_forward<T>(const Layer<T>&, const LayerWorkspace<T>&, T*);              \
-  template void layer_backward<T>(const Layer<T>&, const LayerWorkspace<const T>&, const T*,  \
+#define HEADWISE_INSTANTIATE(T)                                                              \
+  template void layer_forward<T>(const Layer<T>&, const LayerWorkspace<T>&, T*);             \
+  template void layer_backward<T>(const Layer<T>&, const LayerWorkspace<const T>&, const T*, \
                                   const LayerGradients<T>&);
 HEADWISE_INSTANTIATE(float)
 HEADWISE_INSTANTIATE(double)

@@ -29,17 +29,17 @@ struct Rows {
 template <typename T>
 struct Layer {
   AttentionShape<T> shape;
-  Rows<const T> query, key, value;         ///< [B, L, D], [B, S, Dk], [B, S, Dv]
+  Rows<const T> query, key, value;          ///< [B, L, D], [B, S, Dk], [B, S, Dv]
   const T *q_weight, *k_weight, *v_weight;  ///< [E, D], [E, Dk], [E, Dv], contiguous
   const T *q_bias = nullptr, *k_bias = nullptr, *v_bias = nullptr;  ///< [E] or null
   const T *bias_k = nullptr, *bias_v = nullptr;                     ///< [E] or null
-  bool zero_row = false;                    ///< the last added row is zeros
-  const T* out_weight = nullptr;            ///< [Dout, E], contiguous
-  const T* out_bias = nullptr;              ///< [Dout] or null
-  int64_t out_width = 0;                    ///< Dout
-  const T* head_weight = nullptr;           ///< [B, H]
-  std::vector<ActiveHead> active;           ///< by sequence
-  std::vector<int64_t> first;               ///< [B + 1] where each sequence begins in `active`
+  bool zero_row = false;                                            ///< the last added row is zeros
+  const T* out_weight = nullptr;                                    ///< [Dout, E], contiguous
+  const T* out_bias = nullptr;                                      ///< [Dout] or null
+  int64_t out_width = 0;                                            ///< Dout
+  const T* head_weight = nullptr;                                   ///< [B, H]
+  std::vector<ActiveHead> active;                                   ///< by sequence
+  std::vector<int64_t> first;  ///< [B + 1] where each sequence begins in `active`
 };
 
 /// q, context [slots, L, d]; k, v [slots, S + added, d]; lse [slots, L].

@@ -44,14 +44,19 @@ OptionalTensor floating(const OptionalTensor& mask) {
   return mask && mask->is_floating_point() ? mask : OptionalTensor();
 }
 Differentiable differentiable(const SelfInputs& in) {
-  return {in.x,      in.in_proj_weight, in.in_proj_bias, in.out_proj_weight, in.out_proj_bias,
-          in.weight, floating(in.arguments.attn_mask)};
+  return {in.x,
+          in.in_proj_weight,
+          in.in_proj_bias,
+          in.out_proj_weight,
+          in.out_proj_bias,
+          in.weight,
+          floating(in.arguments.attn_mask)};
 }
 Differentiable differentiable(const MultiheadInputs& in) {
   const auto& w = in.weights;
-  return {in.query,  in.key,   in.value,          w.q_weight,      w.k_weight, w.v_weight, w.q_bias,
-          w.k_bias,  w.v_bias, w.out_proj_weight, w.out_proj_bias, in.weight,  w.bias_k,   w.bias_v,
-          floating(in.arguments.attn_mask)};
+  return {in.query,        in.key,    in.value, w.q_weight, w.k_weight,
+          w.v_weight,      w.q_bias,  w.k_bias, w.v_bias,   w.out_proj_weight,
+          w.out_proj_bias, in.weight, w.bias_k, w.bias_v,   floating(in.arguments.attn_mask)};
 }
 Differentiable differentiable(const CoreInputs& in) {
   return {in.q, in.k, in.v, in.weight, floating(in.arguments.attn_mask)};

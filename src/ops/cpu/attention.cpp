@@ -27,8 +27,8 @@ struct ActiveList {
   std::vector<int64_t> first;
 };
 
-/// With `compact`, workspaces hold the chosen heads only, one after the other; otherwise the slot of
-/// column n of sequence b is b * K + n.
+/// With `compact`, workspaces hold the chosen heads only, one after the other; otherwise the slot
+/// of column n of sequence b is b * K + n.
 ActiveList list_active(const Tensor& index, const Tensor& count, int64_t num_heads, bool compact) {
   check_selection_values(index, count, num_heads);
   const auto heads = index.to(at::kLong).contiguous(), counts = count.to(at::kLong).contiguous();
@@ -218,12 +218,12 @@ LayerForward run(const Inputs& in, const Tensor& like, bool compact) {
     auto q = buffer(s.queries, s.width), context = buffer(s.queries, s.width);
     auto k = buffer(s.keys + s.added, s.width), v = buffer(s.keys + s.added, s.width);
     auto lse = buffer(s.queries, 1).squeeze(-1);
-    kernels::layer_forward<T>(call.layer,
-                              {q.template mutable_data_ptr<T>(), k.template mutable_data_ptr<T>(),
-                               v.template mutable_data_ptr<T>(),
-                               context.template mutable_data_ptr<T>(),
-                               lse.template mutable_data_ptr<T>()},
-                              output.template mutable_data_ptr<T>());
+    kernels::layer_forward<T>(
+        call.layer,
+        {q.template mutable_data_ptr<T>(), k.template mutable_data_ptr<T>(),
+         v.template mutable_data_ptr<T>(), context.template mutable_data_ptr<T>(),
+         lse.template mutable_data_ptr<T>()},
+        output.template mutable_data_ptr<T>());
     const auto type = like.scalar_type();
     if (compact) return {output.to(type), {}, {}, {}, {}, {}};
     return {output.to(type), q.to(type), k.to(type), v.to(type), context.to(type), lse};
@@ -312,11 +312,11 @@ MultiheadBackward multihead_backward(const Tensor& grad_output, HEADWISE_MULTIHE
     LayerCall<T> call(in, false);
     const Gradients<T> make{query.options()};
     kernels::LayerGradients<T> g;
-    const OptionalTensor inputs[] = {query,  key,    value,           q_weight,      k_weight,
-                                     v_weight, q_bias, k_bias,          v_bias,        out_proj_weight,
-                                     out_proj_bias, weight, bias_k,      bias_v};
-    T** pointers[] = {&g.query,  &g.key,    &g.value,      &g.q_weight,    &g.k_weight,
-                      &g.v_weight, &g.q_bias, &g.k_bias,     &g.v_bias,      &g.out_weight,
+    const OptionalTensor inputs[] = {query,         key,    value,  q_weight, k_weight,
+                                     v_weight,      q_bias, k_bias, v_bias,   out_proj_weight,
+                                     out_proj_bias, weight, bias_k, bias_v};
+    T** pointers[] = {&g.query,    &g.key,         &g.value,  &g.q_weight, &g.k_weight,
+                      &g.v_weight, &g.q_bias,      &g.k_bias, &g.v_bias,   &g.out_weight,
                       &g.out_bias, &g.head_weight, &g.bias_k, &g.bias_v};
     std::array<Tensor, 14> results;
     for (int i = 0; i < 14; ++i) *pointers[i] = make.make(needs[i], inputs[i], results[i]);
@@ -359,7 +359,7 @@ struct CoreCall {
     auto at = [&](const Tensor& t, int64_t h) {
       return t.template const_data_ptr<T>() + a.b * t.stride(0) + h * t.stride(1);
     };
-    return {a.b,          a.h,          at(q, a.h),  at(k, a.h / group), at(v, a.h / group),
+    return {a.b,         a.h,         at(q, a.h), at(k, a.h / group), at(v, a.h / group),
             q.stride(2), k.stride(2), v.stride(2)};
   }
 
@@ -454,11 +454,11 @@ CoreBackward core_backward(const Tensor& grad_output, HEADWISE_CORE_PARAMETERS,
           total += sum;
         }
         if (dw) dw[a.b * s.num_heads + a.h] = total;
-        T* grad_scores = scores.defined() ? scores.template mutable_data_ptr<T>() + at * S : nullptr;
-        kernels::attention_backward(s, call.tensors(a), gc, dv, delta,
-                                    log.template const_data_ptr<T>() + at, dq + at * d, d, dkh, d,
-                                    dvh, dv, grad_scores,
-                                    scratch.data() + worker * (scratch_size + head_size));
+        T* grad_scores =
+            scores.defined() ? scores.template mutable_data_ptr<T>() + at * S : nullptr;
+        kernels::attention_backward(
+            s, call.tensors(a), gc, dv, delta, log.template const_data_ptr<T>() + at, dq + at * d,
+            d, dkh, d, dvh, dv, grad_scores, scratch.data() + worker * (scratch_size + head_size));
         const int64_t rows = s.lengths[a.b], kv = task * S;
         for (int64_t i = 0; i < rows * d; ++i) dk[kv * d + i] += dkh[i];
         for (int64_t i = 0; i < rows * dv; ++i) dvalue[kv * dv + i] += dvh[i];

@@ -71,20 +71,13 @@ MultiheadBackward multihead_backward(const Tensor& grad_output, HEADWISE_MULTIHE
                                      const Tensor& q, const Tensor& k, const Tensor& v,
                                      const Tensor& context, const Tensor& lse,
                                      std::array<bool, 15> needs) {
-  return {gradient(needs[0], query, query),
-          gradient(needs[1], key, query),
-          gradient(needs[2], value, query),
-          gradient(needs[3], q_weight, query),
-          gradient(needs[4], k_weight, query),
-          gradient(needs[5], v_weight, query),
-          gradient(needs[6], q_bias, query),
-          gradient(needs[7], k_bias, query),
-          gradient(needs[8], v_bias, query),
-          gradient(needs[9], out_proj_weight, query),
-          gradient(needs[10], out_proj_bias, query),
-          gradient(needs[11], weight, query),
-          gradient(needs[12], bias_k, query),
-          gradient(needs[13], bias_v, query),
+  return {gradient(needs[0], query, query),          gradient(needs[1], key, query),
+          gradient(needs[2], value, query),          gradient(needs[3], q_weight, query),
+          gradient(needs[4], k_weight, query),       gradient(needs[5], v_weight, query),
+          gradient(needs[6], q_bias, query),         gradient(needs[7], k_bias, query),
+          gradient(needs[8], v_bias, query),         gradient(needs[9], out_proj_weight, query),
+          gradient(needs[10], out_proj_bias, query), gradient(needs[11], weight, query),
+          gradient(needs[12], bias_k, query),        gradient(needs[13], bias_v, query),
           gradient(needs[14], attn_mask, query)};
 }
 
