@@ -5,6 +5,7 @@
 #include "errors.h"
 #include "headwise/version.h"
 
+void bind_importance(pybind11::module_& m);
 void bind_trace(pybind11::module_& m);
 
 PYBIND11_MODULE(_C, m) {
@@ -12,5 +13,6 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ core of headwise";
   m.attr("__version__") = headwise::version();
   m.attr("compiled_torch_version") = headwise::compiled_torch_version();
+  bind_importance(m);
   bind_trace(m);
 }

@@ -12,6 +12,7 @@ from headwise.gates import (
     gate_from_config,
     penalty,
 )
+from headwise.importance import HeadScores, hies, score_heads
 from headwise.layers import attention_layers
 from headwise.multihead_attention import MultiheadAttention
 from headwise.pruning import mask, prune
@@ -23,6 +24,7 @@ __all__ = [
     "FixedGate",
     "Gate",
     "HardConcreteGate",
+    "HeadScores",
     "MultiheadAttention",
     "RandomGate",
     "Selection",
@@ -31,9 +33,11 @@ __all__ = [
     "attention_layers",
     "convert",
     "gate_from_config",
+    "hies",
     "mask",
     "penalty",
     "prune",
+    "score_heads",
     "select_all",
     "select_heads",
     "trace",
