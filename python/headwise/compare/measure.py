@@ -1,0 +1,212 @@
+"""What a model costs: measured time against the dense model, and multiply-accumulates."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+import headwise as hw
+from headwise.compare.examples import Examples
+from headwise.compare.selections import HeadUse
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One way to call a model: texts a batch, tokens a text (None: as the texts come)."""
+
+    batch: int
+    length: int | None = None
+
+    def __str__(self) -> str:
+        length = "real lengths" if self.length is None else f"{self.length} tokens"
+        return f"batch {self.batch}, {length}"
+
+
+def inputs_of(
+    examples: Examples, shape: Shape, device: torch.device, count: int = 1
+) -> list[dict[str, Tensor]]:
+    """``count`` different batches of the given shape, from real texts.
+
+    Real texts, because a gate chooses by what it reads. Where the shape asks for a length, texts
+    are strung together and cut to it; without one, a batch holds texts of neighbouring lengths.
+    """
+    need = min(len(examples), shape.batch * count * 8)
+    rows = sorted(range(need), key=lambda row: len(examples.ids[row]))
+    found = []
+    for position in range(count):
+        start = (2 * position + 1) * len(rows) // (2 * count) - shape.batch // 2
+        start = max(0, min(start, len(rows) - shape.batch))
+        part = [rows[(start + i) % len(rows)] for i in range(shape.batch)]
+        if shape.length is None:
+            batch = examples.batch(part)
+            ids, mask = batch.input_ids, batch.attention_mask
+        else:
+            texts = []
+            for row in part:
+                tokens, at = list(examples.ids[row]), row
+                while len(tokens) < shape.length:
+                    at = (at + 1) % len(examples)
+                    tokens += examples.ids[at][1:] or examples.ids[at]
+                texts.append(tokens[: shape.length])
+            ids = torch.tensor(texts)  # [B, L]
+            mask = torch.ones_like(ids)
+        found.append({"input_ids": ids.to(device), "attention_mask": mask.to(device)})
+    return found
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+@torch.no_grad()
+def interleaved_seconds(
+    models: Sequence[nn.Module],
+    inputs: Sequence[dict[str, Tensor]],
+    device: torch.device,
+    *,
+    budget_s: float = 1.5,
+    least: int = 5,
+    most: int = 60,
+) -> list[list[float]]:
+    """Seconds of each call, a list for each model; the models take turns.
+
+    Taking turns, each model sees the same noise of the machine: ratios are steadier than times.
+    Stops after ``budget_s`` seconds, but not before ``least`` rounds.
+    """
+    for model in models:
+        model.eval()
+        for batch in inputs:
+            model(**batch)
+    seconds: list[list[float]] = [[] for _ in models]
+    start = time.perf_counter()
+    for turn in range(most):
+        if turn >= least and time.perf_counter() - start > budget_s:
+            break
+        batch = inputs[turn % len(inputs)]
+        for model, found in zip(models, seconds, strict=True):
+            began = _now(device)
+            model(**batch)
+            found.append(_now(device) - began)
+    return seconds
+
+
+def latency(
+    dense: nn.Module,
+    model: nn.Module,
+    examples: Examples,
+    shapes: Sequence[Shape],
+    device: torch.device,
+    budget_s: float = 1.5,
+) -> list[dict]:
+    """Median milliseconds of ``model`` and of ``dense`` for each shape, measured in turns.
+
+    ``ratio`` is the median over rounds of this model's time divided by the dense model's time in
+    the same round; ``ratio_low`` and ``ratio_high`` are its quartiles.
+    """
+    found = []
+    for shape in shapes:
+        inputs = inputs_of(examples, shape, device, count=4)
+        base, own = interleaved_seconds([dense, model], inputs, device, budget_s=budget_s)
+        ratios = sorted(b / a for a, b in zip(base, own, strict=True))
+        found.append(
+            {
+                **asdict(shape),
+                "ms": statistics.median(own) * 1e3,
+                "dense_ms": statistics.median(base) * 1e3,
+                "ratio": statistics.median(ratios),
+                "ratio_low": ratios[len(ratios) // 4],
+                "ratio_high": ratios[(3 * len(ratios)) // 4],
+                "rounds": len(ratios),
+            }
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Macs:
+    """Multiply-accumulates of a data set, in total."""
+
+    attention: float
+    rest: float
+    gates: float
+
+    @property
+    def total(self) -> float:
+        return self.attention + self.rest + self.gates
+
+
+def gate_macs(model: nn.Module) -> int:
+    """Multiply-accumulates of the gates for one text: the matrices that meet its pooled input."""
+    return sum(
+        parameter.numel()
+        for module in model.modules()
+        if isinstance(module, hw.Gate)
+        for parameter in module.parameters()
+        if parameter.dim() > 1
+    )
+
+
+def macs(config, use: HeadUse, lengths: Tensor, model: nn.Module | None = None) -> Macs:
+    """Multiply-accumulates of a BERT-like encoder over some texts, without padding.
+
+    A head of width d in a layer of width D costs, for n tokens, 4 n D d (query, key, value and
+    output projections) and 2 n^2 d (scores and their product with the values). All heads cost the
+    same, so the number of heads that ran decides.
+
+    Args:
+        config: of the dense transformers model.
+        use: the heads that ran for each text.
+        lengths: int [N], tokens of each text.
+        model: where given, its gates are counted.
+    """
+    n = lengths.double()  # [N]
+    width, layers = config.hidden_size, len(use.layers)
+    head = width // config.num_attention_heads
+    each = 4 * n * width * head + 2 * n * n * head  # [N]
+    attention = (use.chosen.double().sum(1) * each).sum().item()
+    rest = layers * 2 * n * width * config.intermediate_size + width * width + width * 2
+    gates = len(lengths) * gate_macs(model) if model is not None else 0
+    return Macs(attention, rest.sum().item(), gates)
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def environment(device: torch.device, threads: int) -> dict:
+    """The machine and the versions that a result was made with."""
+    import transformers
+
+    found = {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "device": str(device),
+        "system": f"{platform.system()} {platform.machine()}",
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "headwise": hw.__version__,
+    }
+    if device.type == "cuda":
+        found["accelerator"] = torch.cuda.get_device_name(device)
+        found["cuda"] = torch.version.cuda
+    return found

