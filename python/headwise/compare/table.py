@@ -1,0 +1,83 @@
+"""The table on the terminal."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+COLUMNS = (
+    ("method", "how the heads are chosen"),
+    ("accuracy", "on the test, with its 95% interval"),
+    ("vs dense", "points of accuracy gained or lost"),
+    ("heads", "average share of the heads that ran on the test; ! = over 2 points off target"),
+    ("spread", "standard deviation of that share from text to text, in points"),
+    ("differ", "mean Jaccard distance of the heads of two texts; 0 = always the same heads"),
+    ("time", "measured latency, dense = 1"),
+    ("attn MACs", "multiply-accumulates of attention, gates included, dense = 1"),
+)
+
+
+def cells(entry: dict, dense: dict) -> list[str]:
+    """One row, a text a column."""
+    dynamic = entry["kind"] == "dynamic"
+    own = entry is dense
+    return [
+        entry["title"],
+        f"{100 * entry['accuracy']:.1f}% "
+        f"({100 * entry['accuracy_low']:.1f}-{100 * entry['accuracy_high']:.1f})",
+        "" if own else f"{100 * (entry['accuracy'] - dense['accuracy']):+.1f}",
+        f"{100 * entry['heads_mean']:.1f}%" + ("!" if entry["missed"] else ""),
+        f"{100 * entry['heads_std']:.1f}" if dynamic else "",
+        f"{entry['jaccard_distance']:.2f}" if dynamic else "",
+        f"{entry['latency_ratio_to_dense']:.2f}",
+        f"{entry['attention_macs_ratio_to_dense']:.2f}",
+    ]
+
+
+def grouped(summary: Sequence[dict], task: str) -> list[tuple[str, list[dict]]]:
+    """(heading, entries) of a task: dense first, then each budget, the largest first."""
+    own = [entry for entry in summary if entry["task"] == task]
+    groups = [("all heads", [e for e in own if e["kind"] == "dense"])]
+    for keep in sorted({e["keep_target"] for e in own if e["kind"] != "dense"}, reverse=True):
+        entries = [e for e in own if e["kind"] != "dense" and e["keep_target"] == keep]
+        groups.append((f"{keep:.0%} of the heads", entries))
+    return groups
+
+
+def render(result: dict, width: int = 100) -> str:
+    """The whole study as text: tables, then the findings."""
+    lines: list[str] = []
+    for task in result["tasks"]:
+        groups = grouped(result["summary"], task["name"])
+        dense = next(e for e in groups[0][1] if e["method"] == "dense")
+        rows: list[list[str] | str] = []
+        for heading, entries in groups:
+            rows.append(heading)
+            for e in entries:
+                row = cells(e, dense)
+                rows.append(["  " + row[0], *row[1:]])
+        header = [name for name, _ in COLUMNS]
+        table = [header, *(row for row in rows if not isinstance(row, str))]
+        widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+
+        def line(row: Sequence[str], widths: Sequence[int] = tuple(widths)) -> str:
+            first = row[0].ljust(widths[0])
+            rest = (cell.rjust(size) for cell, size in zip(row[1:], widths[1:], strict=True))
+            return "  ".join([first, *rest]).rstrip()
+
+        lines += [
+            f"{task['title']} ({task['train']:,} training, {task['validation']:,} validation, "
+            f"{task['test']:,} test texts)",
+            "",
+            line(header),
+            "-" * len(line(header)),
+        ]
+        lines += [row if isinstance(row, str) else line(row) for row in rows]
+        lines.append("")
+    lines += ["What was found", ""]
+    for sentence in result["findings"]:
+        lines += textwrap.wrap(sentence, width, initial_indent="- ", subsequent_indent="  ")
+    lines += ["", "Columns: " + COLUMNS[0][0] + ", " + COLUMNS[0][1] + ";"]
+    for name, meaning in COLUMNS[1:]:
+        lines.append(f"  {name}: {meaning}")
+    return "\n".join(lines)
