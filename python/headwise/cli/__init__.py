@@ -22,13 +22,11 @@ def build_parser() -> argparse.ArgumentParser:
         prog="headwise",
         description="Every input chooses how many attention heads run, and which.",
     )
-    parser.add_argument("--version", action="version", version=headwise.__version__)
+    parser.add_argument("--version", action="version", version=headwise._C.__version__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS:
         own = command.add_parser(commands)
-        own.add_argument(
-            "--debug", action="store_true", help="show the traceback of a failure"
-        )
+        own.add_argument("--debug", action="store_true", help="show the traceback of a failure")
         own.set_defaults(run=command.run)
     return parser
 

@@ -50,7 +50,9 @@ def add_common(parser: argparse.ArgumentParser, out: str | None) -> None:
         type=Path,
         default=Path(out) if out else None,
         metavar="DIR",
-        help=f"folder for what is written (default: {out})" if out else "folder for what is written",
+        help=f"folder for what is written (default: {out})"
+        if out
+        else "folder for what is written",
     )
     group.add_argument("--json", type=Path, metavar="FILE", help="also write the result there")
     group.add_argument("--seed", type=seed, default=0, metavar="N", help="default: 0")

@@ -79,9 +79,7 @@ def break_even(bench: Workbench) -> dict:
             [bench.dense, *models], inputs, bench.device, budget_s=4 * bench.settings.latency_s
         )
         dense, rest = seconds[0], seconds[1:]
-        ratios = [
-            statistics.median(b / a for a, b in zip(dense, own, strict=True)) for own in rest
-        ]
+        ratios = [statistics.median(b / a for a, b in zip(dense, own, strict=True)) for own in rest]
         dynamic, static = ratios[0::2], ratios[1::2]
         found.append(
             {

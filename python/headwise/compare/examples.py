@@ -97,8 +97,8 @@ class Examples:
 
 def encode(task: Task, rows: Sequence[int], tokenizer, max_length: int) -> Examples:
     """Tokenises ``rows`` of ``task``; texts beyond ``max_length`` tokens are cut."""
-    encoded = tokenizer(
-        [task.texts[row] for row in rows], truncation=True, max_length=max_length
-    )["input_ids"]
+    encoded = tokenizer([task.texts[row] for row in rows], truncation=True, max_length=max_length)[
+        "input_ids"
+    ]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     return Examples(encoded, [task.labels[row] for row in rows], pad)

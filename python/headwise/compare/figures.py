@@ -97,13 +97,13 @@ def accuracy_figure(result: dict, palette: Palette) -> Figure:
     for axes, task in zip(panels, tasks, strict=True):
         own = [e for e in result["summary"] if e["task"] == task["name"]]
         dense = next(e for e in own if e["method"] == "dense")
-        axes.axhline(100 * dense["accuracy"], color=palette.ink, linewidth=1.2, dashes=(5, 3), label="dense")
+        axes.axhline(
+            100 * dense["accuracy"], color=palette.ink, linewidth=1.2, dashes=(5, 3), label="dense"
+        )
         low = min(100 * e["accuracy"] for e in own)
         floor = max(low - 1.5, 100 * dense["accuracy"] - 16)
         for method in dict.fromkeys(e["method"] for e in own if e["kind"] != "dense"):
-            line = sorted(
-                (e for e in own if e["method"] == method), key=lambda e: e["heads_mean"]
-            )
+            line = sorted((e for e in own if e["method"] == method), key=lambda e: e["heads_mean"])
             x = [100 * e["heads_mean"] for e in line]
             y = [max(100 * e["accuracy"], floor) for e in line]
             style = _style(method, line[0]["kind"], palette)
@@ -163,7 +163,9 @@ def break_even_figure(result: dict, palette: Palette) -> Figure:
         x = [100 * share for share in shape["heads"]]
         axes.axhline(1, color=palette.ink, linewidth=1.2, dashes=(5, 3), label="dense")
         axes.plot(x, shape["static_ratio"], label="pruned", **_style("static", "static", palette))
-        axes.plot(x, shape["dynamic_ratio"], label="dynamic", **_style("budget", "dynamic", palette))
+        axes.plot(
+            x, shape["dynamic_ratio"], label="dynamic", **_style("budget", "dynamic", palette)
+        )
         share = shape["break_even_heads"]
         if share is not None and share < x[-1] / 100:
             axes.axvline(100 * share, color=_COLOURS["budget"], linewidth=1, dashes=(2, 2))

@@ -204,7 +204,7 @@ def environment(device: torch.device, threads: int) -> dict:
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "headwise": hw.__version__,
+        "headwise": hw._C.__version__,
     }
     if device.type == "cuda":
         found["accelerator"] = torch.cuda.get_device_name(device)

@@ -81,7 +81,19 @@ def load_tokenizer(folder: Path):
         with _quiet_transformers():
             return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"the model folder {folder} has no usable tokenizer: {_line(error)}") from None
+        raise UsageError(
+            f"the model folder {folder} has no usable tokenizer: {_line(error)}"
+        ) from None
+
+
+def load_config(folder: Path):
+    """The model's configuration."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"cannot load the model folder {folder}: {_line(error)}") from None
 
 
 def load_classifier(folder: Path, classes: int) -> nn.Module:
@@ -106,6 +118,38 @@ def load_classifier(folder: Path, classes: int) -> nn.Module:
             )
     except (OSError, ValueError, KeyError, RuntimeError, json.JSONDecodeError) as error:
         raise UsageError(f"cannot load the model folder {folder}: {_line(error)}") from None
+
+
+def load_trained(folder: Path) -> nn.Module:
+    """A text classifier that was trained, with headwise's attention: a folder of transformers, or
+    one that :func:`headwise.save` wrote.
+
+    Raises:
+        UsageError: it cannot be loaded, or has no trained classification head.
+    """
+    import headwise as hw
+
+    if (folder / "headwise.json").is_file():
+        try:
+            return hw.load(folder)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"cannot load the model folder {folder}: {_line(error)}") from None
+    from transformers import AutoModelForSequenceClassification
+
+    model_folder(folder)
+    try:
+        with _quiet_transformers():
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                folder, dtype="float32", local_files_only=True, output_loading_info=True
+            )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UsageError(f"cannot load the model folder {folder}: {_line(error)}") from None
+    if any("classifier" in name for name in report["missing_keys"]):
+        raise UsageError(f"the model in {folder} has no trained classification head")
+    try:
+        return hw.convert(model.eval())
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def _line(error: Exception) -> str:

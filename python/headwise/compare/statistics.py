@@ -71,7 +71,9 @@ def paired_difference(
     generator = torch.Generator().manual_seed(seed)
     means = torch.stack(
         [
-            difference[torch.randint(len(difference), (len(difference),), generator=generator)].mean()
+            difference[
+                torch.randint(len(difference), (len(difference),), generator=generator)
+            ].mean()
             for _ in range(resamples)
         ]
     )  # [resamples]

@@ -16,7 +16,13 @@ from headwise.compare import measure
 from headwise.compare.breakeven import break_even
 from headwise.compare.examples import Examples, encode
 from headwise.compare.methods import METHODS, Outcome
-from headwise.compare.models import load_classifier, load_tokenizer, model_folder, model_name
+from headwise.compare.models import (
+    load_classifier,
+    load_config,
+    load_tokenizer,
+    model_folder,
+    model_name,
+)
 from headwise.compare.progress import Progress
 from headwise.compare.selections import HeadUse, is_dynamic, predict_and_record
 from headwise.compare.settings import Settings, Source
@@ -119,7 +125,7 @@ class Study:
             "settings": settings,
             "device": str(self.device),
             "threads": self.threads,
-            "versions": [hw.__version__, torch.__version__],
+            "versions": [hw._C.__version__, torch.__version__],
         }
 
     def run(self) -> dict:
@@ -159,6 +165,16 @@ class Study:
             "tasks": [self._describe(task) for task in self.tasks],
             "runs": records,
             "break_even": curve,
+            "model": self._describe_model(),
+        }
+
+    def _describe_model(self) -> dict:
+        config = load_config(self.folder)
+        return {
+            "name": model_name(self.source.model),
+            "layers": config.num_hidden_layers,
+            "heads": config.num_hidden_layers * config.num_attention_heads,
+            "width": config.hidden_size,
         }
 
     def _parts(self, task: Task) -> tuple[Examples, Examples, Examples]:
@@ -264,8 +280,7 @@ class Study:
             **outcome.notes,
         }
         if self.keep_models and run.method != DENSE:
-            hw.save(outcome.model, self.out / "models" / run.name)
-            self.tokenizer.save_pretrained(self.out / "models" / run.name)
+            hw.save(outcome.model, self.out / "models" / run.name, tokenizer=self.tokenizer)
         return record
 
     def _measure(self, bench: Workbench, model: nn.Module) -> dict:
@@ -316,4 +331,3 @@ def _metadata(path: Path) -> dict:
 
     with safe_open(path, framework="pt") as file:
         return file.metadata() or {}
-

@@ -12,7 +12,7 @@ import sys
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from headwise.compare.errors import UsageError
@@ -47,6 +47,22 @@ class Task:
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    def with_labels_of(self, label2id: dict[str, int]) -> Task:
+        """The same task in a trained model's class numbers, where the names (or numbers) agree.
+
+        Raises:
+            UsageError: a label that the model does not know.
+        """
+        numbers = {str(number): number for number in label2id.values()}
+        known = {**numbers, **label2id}
+        for name in self.classes:
+            if name not in known:
+                raise UsageError(
+                    f"label {name!r} is none of the model's classes: "
+                    + ", ".join(repr(str(label)) for label in label2id)
+                )
+        return replace(self, labels=tuple(known[self.classes[label]] for label in self.labels))
 
 
 @dataclass(frozen=True)
@@ -166,7 +182,10 @@ def snippets() -> Task:
                 text = fields[2].strip()
                 rows.append((text, "positive" if float(fields[1]) > 0 else "negative", text))
     return _task(
-        "snippets", "film snippets: sign of the mean rating", rows, _VADER_FILE,
+        "snippets",
+        "film snippets: sign of the mean rating",
+        rows,
+        _VADER_FILE,
         ("negative", "positive"),
     )
 
@@ -215,7 +234,9 @@ def _read_rows(path: Path) -> list[dict]:
             except json.JSONDecodeError as error:
                 raise UsageError(f"line {number} of {path} is not JSON: {error.msg}") from None
             if not isinstance(row, dict):
-                raise UsageError(f"line {number} of {path} must be a JSON object, got {line[:40]!r}")
+                raise UsageError(
+                    f"line {number} of {path} must be a JSON object, got {line[:40]!r}"
+                )
             rows.append(row)
     return rows
 
@@ -276,7 +297,9 @@ def split(
     taken = 0
     for group in order:
         share = taken / len(task)
-        part_of[group] = 2 if share < test_share else 1 if share < test_share + validation_share else 0
+        part_of[group] = (
+            2 if share < test_share else 1 if share < test_share + validation_share else 0
+        )
         taken += sizes[group]
     parts: tuple[list[int], ...] = ([], [], [])
     for row, group in enumerate(task.groups):

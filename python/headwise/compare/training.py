@@ -234,9 +234,7 @@ def predict(
     for batch in examples.in_order(batch_size):
         moved = batch.to(device)
         with autocast(dtype, device):
-            logits = model(
-                input_ids=moved.input_ids, attention_mask=moved.attention_mask
-            ).logits
+            logits = model(input_ids=moved.input_ids, attention_mask=moved.attention_mask).logits
         if found is None:
             found = torch.empty(len(examples), logits.size(1))
         found[batch.rows] = logits.float().cpu()
