@@ -81,6 +81,10 @@ def _figure(panels: int, height: float = 4.4) -> Figure:
     return Figure(figsize=(max(7.0, 4.3 * panels), height), layout="constrained")
 
 
+def _dense_line(axes, height: float, palette: Palette) -> None:
+    axes.axhline(height, color=palette.ink, linewidth=1.2, dashes=(5, 3), label="dense")
+
+
 def _legend(figure: Figure, axes, columns: int, palette: Palette) -> None:
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(
@@ -118,7 +122,8 @@ def accuracy_figure(result: dict, palette: Palette) -> Figure:
                 )
         top = max(100 * e["accuracy"] for e in own)
         axes.set_ylim(floor - 0.6, top + 1.2)
-        axes.set_title(task["title"], color=palette.ink, fontsize=11)
+        # A file name may hold a dollar sign, which is not a formula.
+        axes.set_title(task["title"], color=palette.ink, fontsize=11, parse_math=False)
         if low < floor:
             axes.annotate(
                 "on the axis: at or below it", (0.99, 0.015), xycoords="axes fraction",
@@ -134,7 +139,7 @@ def latency_figure(result: dict, palette: Palette) -> Figure:
     figure = _figure(len(shapes), 5.0)
     panels = _axes(figure, len(shapes), "time, dense = 1", palette)
     for number, (axes, shape) in enumerate(zip(panels, shapes, strict=True)):
-        axes.axhline(1, color=palette.ink, linewidth=1.2, dashes=(5, 3), label="dense")
+        _dense_line(axes, 1, palette)
         points: dict[str, list[tuple[float, float]]] = {}
         looks: dict[str, tuple[str, dict]] = {}
         for run in result["runs"]:
@@ -161,7 +166,7 @@ def break_even_figure(result: dict, palette: Palette) -> Figure:
     panels = _axes(figure, len(shapes), "time, dense = 1", palette)
     for axes, shape in zip(panels, shapes, strict=True):
         x = [100 * share for share in shape["heads"]]
-        axes.axhline(1, color=palette.ink, linewidth=1.2, dashes=(5, 3), label="dense")
+        _dense_line(axes, 1, palette)
         axes.plot(x, shape["static_ratio"], label="pruned", **_style("static", "static", palette))
         axes.plot(
             x, shape["dynamic_ratio"], label="dynamic", **_style("budget", "dynamic", palette)

@@ -169,20 +169,34 @@ def sentences(result: dict) -> list[str]:
 
 
 def _selection_sentences(summary: Sequence[dict]) -> list[str]:
+    """One for each dynamic method and task: whether its selections differ between texts."""
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for entry in summary:
+        if entry["kind"] == "dynamic":
+            groups.setdefault((entry["task"], entry["title"]), []).append(entry)
+    several = len({task for task, _ in groups}) > 1
     found = []
-    for e in summary:
-        if e["kind"] != "dynamic":
-            continue
-        name = f"{e['title']} at {e['keep_target']:.0%} on {e['task']}"
-        spread = (
-            f"heads per text vary by {100 * e['heads_std']:.1f} points (standard deviation), and "
-            f"two texts differ in {e['jaccard_distance']:.0%} of the heads they run (Jaccard "
-            "distance)"
-        )
-        if all(e[key] < limit for key, limit in STATIC_IN_DISGUISE.items()):
-            found.append(f"{name} is static in disguise: {spread}.")
+    for (task, title), entries in groups.items():
+        where = f" on {task}" if several else ""
+        parts = [
+            f"at {e['keep_target']:.0%} by {100 * e['heads_std']:.1f} points and "
+            f"{e['jaccard_distance']:.2f}"
+            for e in entries
+        ]
+        disguised = [
+            e for e in entries if all(e[key] < limit for key, limit in STATIC_IN_DISGUISE.items())
+        ]
+        if len(disguised) == len(entries):
+            verdict = "is static in disguise"
+        elif disguised:
+            budgets = ", ".join(f"{e['keep_target']:.0%}" for e in disguised)
+            verdict = f"chooses by the text, but is static in disguise at {budgets}"
         else:
-            found.append(f"{name} does choose by the text: {spread}.")
+            verdict = "chooses by the text"
+        found.append(
+            f"{title}{where} {verdict}: texts differ in how many heads they run (standard "
+            f"deviation) and in which (mean Jaccard distance) {', '.join(parts)}."
+        )
     return found
 
 

@@ -24,18 +24,10 @@ def complete(result: dict) -> dict:
 def public(result: dict) -> dict:
     """The content of results.json: without the single answers, which the run files keep."""
     runs = [{k: v for k, v in run.items() if k != "correct"} for run in result["runs"]]
-    order = (
-        "environment",
-        "runs",
-        "findings",
-        "summary",
-        "comparisons",
-        "break_even",
-        "tasks",
-        "model",
-    )
+    order = ("environment", "runs", "findings", "summary", "comparisons", "break_even", "tasks")
+    order += ("model", "settings")
     shown = {**result, "runs": runs}
-    return {key: shown[key] for key in (*order, "settings") if key in shown}
+    return {key: shown[key] for key in order if key in shown}
 
 
 def page(result: dict) -> str:

@@ -69,14 +69,9 @@ def paired_difference(
         )
     difference = first.double() - second.double()  # [N]
     generator = torch.Generator().manual_seed(seed)
-    means = torch.stack(
-        [
-            difference[
-                torch.randint(len(difference), (len(difference),), generator=generator)
-            ].mean()
-            for _ in range(resamples)
-        ]
-    )  # [resamples]
+    count = len(difference)
+    draws = (torch.randint(count, (count,), generator=generator) for _ in range(resamples))
+    means = torch.stack([difference[draw].mean() for draw in draws])  # [resamples]
     low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
     return difference.mean().item(), low, high
 
