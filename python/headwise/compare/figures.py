@@ -72,13 +72,15 @@ def _axes(figure: Figure, count: int, ylabel: str, palette: Palette) -> list:
         for side in ("left", "bottom"):
             axes.spines[side].set_color(palette.grid)
         axes.tick_params(colors=palette.muted, length=0)
+        axes.set_xlim(0, 103)
+        axes.set_xticks((0, 25, 50, 75, 100))
         axes.set_xlabel("average share of heads that run (%)", color=palette.muted)
     found[0].set_ylabel(ylabel, color=palette.muted)
     return list(found)
 
 
 def _figure(panels: int, height: float = 4.4) -> Figure:
-    return Figure(figsize=(max(7.0, 4.3 * panels), height), layout="constrained")
+    return Figure(figsize=(max(11.0, 4.3 * panels), height), layout="constrained")
 
 
 def _dense_line(axes, height: float, palette: Palette) -> None:
@@ -96,7 +98,7 @@ def _legend(figure: Figure, axes, columns: int, palette: Palette) -> None:
 def accuracy_figure(result: dict, palette: Palette) -> Figure:
     """A panel for each task: test accuracy against the average share of heads."""
     tasks = result["tasks"]
-    figure = _figure(len(tasks), 5.2)
+    figure = _figure(len(tasks), 4.8)
     panels = _axes(figure, len(tasks), "test accuracy (%)", palette)
     for axes, task in zip(panels, tasks, strict=True):
         own = [e for e in result["summary"] if e["task"] == task["name"]]
@@ -129,14 +131,14 @@ def accuracy_figure(result: dict, palette: Palette) -> Figure:
                 "on the axis: at or below it", (0.99, 0.015), xycoords="axes fraction",
                 ha="right", fontsize=8.5, color=palette.muted,
             )  # fmt: skip
-    _legend(figure, panels[0], 4, palette)
+    _legend(figure, panels[0], 5, palette)
     return figure
 
 
 def latency_figure(result: dict, palette: Palette) -> Figure:
     """A panel for each shape: measured time, dense = 1, against the average share of heads."""
     shapes = result["runs"][0]["latency"]
-    figure = _figure(len(shapes), 5.0)
+    figure = _figure(len(shapes), 4.6)
     panels = _axes(figure, len(shapes), "time, dense = 1", palette)
     for number, (axes, shape) in enumerate(zip(panels, shapes, strict=True)):
         _dense_line(axes, 1, palette)
@@ -155,7 +157,7 @@ def latency_figure(result: dict, palette: Palette) -> Figure:
             found.sort()
             axes.plot(*zip(*found, strict=True), label=title, **style | {"linewidth": 1.1})
         axes.set_title(shape_text(shape), color=palette.ink, fontsize=10.5)
-    _legend(figure, panels[0], 3, palette)
+    _legend(figure, panels[0], 5, palette)
     return figure
 
 

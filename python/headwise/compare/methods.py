@@ -106,7 +106,8 @@ def _dense_continued(bench: Workbench, keep: float, steps: int) -> Outcome:
 
 def _static_hard_concrete(bench: Workbench, keep: float, steps: int) -> Outcome:
     """Gates of Voita et al. (2019) train to the budget; then the best heads stay, and train on."""
-    model = hw.convert(bench.converted(), hw.HardConcreteGate(target=keep, target_scope="model"))
+    gate = hw.HardConcreteGate(target=keep, initial_target=keep, warmup=0.0, strength=20.0)
+    model = _start(bench, hw.convert(bench.converted(), gate), keep)
     batches = bench.batches()
     searching = round(HARD_FROM * steps)
     share = searching / steps if steps else 1.0
@@ -122,11 +123,21 @@ def _static_hard_concrete(bench: Workbench, keep: float, steps: int) -> Outcome:
     return Outcome(model, steps)
 
 
+def _start(bench: Workbench, model: nn.Module, keep: float) -> nn.Module:
+    """Gates begin at the budget, with the heads that matter most to the dense model.
+
+    A gate that begins with every head open spends half of the steps on coming down, while the
+    weights of a pruned model adapt to their heads from the first.
+    """
+    hw.start_gates(model, bench.scores()["michel"].values, keep)
+    return model
+
+
 def _dynamic(
     prototype: Callable[[float], hw.Gate],
 ) -> Callable[[Workbench, float, int], Outcome]:
     def run(bench: Workbench, keep: float, steps: int) -> Outcome:
-        model = hw.convert(bench.converted(), prototype(keep))
+        model = _start(bench, hw.convert(bench.converted(), prototype(keep)), keep)
         bench.finetune(model, bench.batches(), steps)
         held_out = bench.validation.take(512)
 
@@ -147,12 +158,26 @@ def _dynamic(
     return run
 
 
+#: Of both dynamic gates: at the budget and by the input from the first step.
+_FROM_THE_START = {"warmup": 0.0, "static_until": 0.0, "strength": 20.0}
+
+
 def _budget_gate(keep: float) -> hw.Gate:
-    return hw.BudgetGate(target=keep, min_budget=min(0.1, keep / 2), target_scope="model")
+    return hw.BudgetGate(
+        target=keep,
+        min_budget=min(0.1, keep / 2),
+        initial_budget=keep,
+        noise_scale=0.0,
+        temperature=0.5,
+        hard_from=0.3,
+        **_FROM_THE_START,
+    )
 
 
 def _dynamic_hard_concrete_gate(keep: float) -> hw.Gate:
-    return hw.HardConcreteGate(target=keep, target_scope="model", input_dependent=True)
+    return hw.HardConcreteGate(
+        target=keep, input_dependent=True, initial_target=keep, hard_from=0.0, **_FROM_THE_START
+    )
 
 
 METHODS: dict[str, Method] = {

@@ -37,7 +37,7 @@ class TrainingOptions:
 
     batch_size: int = 32
     learning_rate: float = 5e-5
-    gate_learning_rate: float = 2e-2
+    gate_learning_rate: float = 1e-2
     weight_decay: float = 0.01
     warmup: float = 0.06
     distillation: float = 0.5

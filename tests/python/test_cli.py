@@ -1,0 +1,221 @@
+"""The command line: exit status, one sentence for what is wrong, and score and prune end to end."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+import headwise as hw
+from compare_fixtures import tiny_model, tiny_texts, write_model, write_texts  # noqa: F401
+from headwise.cli import build_parser, main
+
+
+def fails(capsys, status: int, *arguments: str) -> str:
+    """The last line on standard error of a command that must fail with ``status``."""
+    assert main([str(argument) for argument in arguments]) == status
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return captured.err.strip().splitlines()[-1]
+
+
+def test_every_command_has_the_common_options():
+    for command in ("compare", "score", "prune"):
+        text = build_parser()._subparsers._group_actions[0].choices[command].format_help()
+        for option in ("--json", "--out", "--seed", "--device", "--threads"):
+            assert option in text
+
+
+def test_no_command_or_an_unknown_one_is_bad_use(capsys):
+    assert main([]) == 2
+    assert main(["comprae"]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_help_and_version_are_not_failures(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == hw._C.__version__
+    assert main(["compare", "--help"]) == 0
+
+
+@pytest.mark.parametrize("budget", ["0", "1.5", "-0.2", "nan", "half"])
+def test_a_budget_outside_its_range_is_refused(capsys, budget):
+    message = fails(capsys, 2, "compare", "--budgets", budget)
+    assert message.startswith("headwise compare: error: argument --budgets: ")
+
+
+def test_an_unknown_method_names_the_known_ones(capsys, tmp_path):
+    message = fails(capsys, 2, "compare", "--methods", "michle", "--out", tmp_path)
+    assert message.startswith("headwise compare: unknown method 'michle'; the methods are random,")
+    assert "budget-gate" in message
+
+
+def test_unknown_task(capsys, tmp_path):
+    assert fails(capsys, 2, "compare", "--task", "imdb", "--out", tmp_path) == (
+        "headwise compare: task must be one of reviews, snippets, got 'imdb'"
+    )
+
+
+def test_unknown_device(capsys, tmp_path):
+    for device in ("gpu", "meta"):
+        assert fails(capsys, 2, "compare", "--device", device, "--out", tmp_path) == (
+            f"headwise compare: device must be cpu, cuda or cuda:N, got {device!r}"
+        )
+    message = fails(capsys, 2, "compare", "--device", "cuda:99", "--out", tmp_path)
+    assert message.startswith("headwise compare: there is no device cuda:99: PyTorch sees ")
+
+
+def test_data_without_the_column(capsys, tiny_texts, tmp_path):  # noqa: F811
+    message = fails(
+        capsys, 2, "compare", "--data", tiny_texts, "--label", "stars", "--text", "review",
+        "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert message == (
+        f"headwise compare: {tiny_texts} has no column 'stars'; it has 'review', 'mood', 'film'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("a.csv", "", "{path} is empty"),
+        ("a.csv", "text,label\n", "{path} has no rows"),
+        ("a.csv", "text,label\n" + "x,up\n" * 20, "at least two different labels, got one ('up')"),
+        ("a.csv", "text,label\n" + "x,up\n" * 20 + "y,down\n", "'down' has 1"),
+        ("a.csv", "text,label\nx\n", "row 1 of a.csv has no value for 'label'"),
+        ("a.jsonl", '{"text": "a", "label": 1}\n{"text"\n', "line 2 of {path} is not JSON"),
+        ("a.jsonl", "[1, 2]\n", "line 1 of {path} must be a JSON object, got '[1, 2]'"),
+        ("a.txt", "hello", "data must be a .csv or .jsonl file, got 'a.txt'"),
+        ("a.csv", b"text,label\n\xff\xfe,1\n", "{path} is not UTF-8 text (byte 11)"),
+    ],
+)
+def test_data_that_cannot_be_used(capsys, tmp_path, name, content, complaint):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    message = fails(capsys, 2, "compare", "--data", path, "--out", tmp_path / "out")
+    assert complaint.format(path=path) in message
+
+
+def test_data_that_is_not_there(capsys, tmp_path):
+    message = fails(capsys, 2, "compare", "--data", tmp_path / "no.csv", "--out", tmp_path)
+    assert message == f"headwise compare: there is no file {tmp_path / 'no.csv'}"
+
+
+def test_a_model_folder_without_weights(capsys, tmp_path):
+    folder = write_model(tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    message = fails(capsys, 2, "compare", "--model", folder, "--out", tmp_path / "out")
+    assert message == (
+        f"headwise compare: the model folder {folder} has no weights "
+        "(model.safetensors or pytorch_model.bin)"
+    )
+    (folder / "config.json").unlink()
+    message = fails(capsys, 2, "compare", "--model", folder, "--out", tmp_path / "out")
+    assert message == f"headwise compare: the model folder {folder} has no config.json"
+    message = fails(capsys, 2, "compare", "--model", tmp_path / "no", "--out", tmp_path / "out")
+    assert message == f"headwise compare: there is no model folder {tmp_path / 'no'}"
+
+
+def test_a_truncated_model(capsys, tmp_path, tiny_texts):  # noqa: F811
+    folder = write_model(tmp_path / "model")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    message = fails(
+        capsys, 2, "score", "--model", folder, "--data", tiny_texts, "--text", "review",
+        "--label", "mood",
+    )  # fmt: skip
+    assert message.startswith(f"headwise score: cannot load the model folder {folder}: ")
+
+
+def test_an_out_folder_that_cannot_be_written(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "out"
+    assert fails(capsys, 2, "compare", "--out", out).startswith(
+        f"headwise compare: cannot write to the folder {out}: "
+    )
+    assert fails(capsys, 2, "compare", "--json", tmp_path / "no" / "a.json").startswith(
+        f"headwise compare: cannot write {tmp_path / 'no' / 'a.json'}: there is no folder "
+    )
+
+
+def test_a_full_disk_is_one_sentence(capsys, monkeypatch, tmp_path):
+    import errno
+
+    from headwise.cli import compare
+
+    def full(options):
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "results.json"))
+
+    monkeypatch.setattr(compare, "run", full)
+    assert fails(capsys, 1, "compare") == (
+        f"headwise compare: {tmp_path / 'results.json'}: No space left on device"
+    )
+
+
+def score_and_prune(tmp_path, model, texts, capsys) -> dict:
+    arguments = ["--model", model, "--data", texts, "--text", "review", "--label", "mood"]
+    arguments += ["--metrics", "michel", "entropy", "--keep", "0.5", "--limit", "64"]
+    arguments += ["--out", tmp_path / "scores", "--json", tmp_path / "scores.json"]
+    assert main(["score", *map(str, arguments)]) == 0
+    assert "michel" in capsys.readouterr().out
+    result = json.loads((tmp_path / "scores.json").read_text())
+    assert result == json.loads((tmp_path / "scores" / "scores.json").read_text())
+    plan = tmp_path / "scores" / "plan-michel.json"
+    arguments = ["--model", model, "--plan", plan, "--out", tmp_path / "small"]
+    assert main(["prune", *map(str, arguments), "--json", str(tmp_path / "prune.json")]) == 0
+    assert "heads 8 -> 4" in capsys.readouterr().out
+    return result
+
+
+def test_score_and_prune(tmp_path, tiny_texts, capsys):  # noqa: F811
+    model = write_model(tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    config.update(id2label={"0": "down", "1": "up"}, label2id={"down": 0, "up": 1})
+    (model / "config.json").write_text(json.dumps(config))
+    result = score_and_prune(tmp_path, model, tiny_texts, capsys)
+    assert result["texts"] == 64
+    assert [len(heads) for heads in result["scores"]["michel"].values()] == [4, 4]
+    assert all(0 <= e <= 1 for heads in result["scores"]["entropy"].values() for e in heads)
+
+    small = hw.load(tmp_path / "small")
+    assert sum(layer.num_heads for layer in hw.attention_layers(small).values()) == 4
+    pruned = json.loads((tmp_path / "prune.json").read_text())
+    assert pruned["heads"] == [8, 4]
+    assert pruned["parameters"][1] < pruned["parameters"][0]
+
+    # A folder that headwise wrote is a model too.
+    arguments = ["--model", tmp_path / "small", "--data", tiny_texts, "--text", "review"]
+    assert main(["score", *map(str, arguments), "--label", "mood", "--limit", "16"]) == 0
+
+
+def test_score_refuses_labels_that_the_model_does_not_know(tmp_path, tiny_texts, capsys):  # noqa: F811
+    model = write_model(tmp_path / "model")
+    message = fails(
+        capsys, 2, "score", "--model", model, "--data", tiny_texts, "--text", "review",
+        "--label", "mood",
+    )  # fmt: skip
+    assert message == (
+        "headwise score: label 'down' is none of the model's classes: 'LABEL_0', 'LABEL_1'"
+    )
+
+
+def test_prune_refuses_what_is_not_a_plan(tmp_path, tiny_model, capsys):  # noqa: F811
+    path = tmp_path / "plan.json"
+    path.write_text('{"format": "headwise.plan", "version": 1}')
+    arguments = ["prune", "--model", tiny_model, "--plan", path, "--out", tmp_path / "small"]
+    message = fails(capsys, 2, *arguments)
+    assert message.startswith(f"headwise prune: {path} is not a plan: ")
+    assert not (tmp_path / "small").exists()
+    assert fails(capsys, 2, *arguments[:3], "--plan", tmp_path / "no", "--out", tmp_path) == (
+        f"headwise prune: there is no plan {tmp_path / 'no'}"
+    )
+
+
+def test_prune_does_not_overwrite_its_model(tmp_path, tiny_model, capsys):  # noqa: F811
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    path = tmp_path / "plan.json"
+    path.write_text("{}")
+    assert fails(capsys, 2, "prune", "--model", model, "--plan", path, "--out", model) == (
+        "headwise prune: --out must not be the folder of the model that is pruned"
+    )
