@@ -12,6 +12,12 @@ from hypothesis import strategies as st
 
 ops = torch.ops.headwise
 
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 # Largest error over the largest value of the reference. The low precisions round the inputs of every
 # product once and accumulate in float32; the oracle runs in float64 on the same rounded inputs.
 FORWARD = {
@@ -23,8 +29,8 @@ FORWARD = {
 BACKWARD = {
     torch.float64: 1e-11,
     torch.float32: 3e-5,
-    torch.bfloat16: 4e-2,
-    torch.float16: 6e-3,
+    torch.bfloat16: 6e-2,  # 4.4e-2 was seen, in the bias of the keys, whose sum cancels
+    torch.float16: 1e-2,  # 6.4e-3 was seen, in the gradient of x
 }
 
 
@@ -134,11 +140,13 @@ MASKS = [
 ]
 
 
+# Widths that the packed kernels take, and widths that they leave to the general ones.
+@pytest.mark.parametrize(("width", "d"), [(24, 16), (20, 5)])
 @pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("dtype", FORWARD)
-def test_self_attention(dtype, kind):
+def test_self_attention(dtype, kind, width, d):
     rand = Random(7, dtype)
-    batch, length, width, num_heads, d = 3, 70, 20, 4, 5
+    batch, length, num_heads = 3, 137, 4
     x, weights = rand(batch, length, width, scale=1.0), layer_weights(rand, num_heads, d, width)
     index, count, weight = rand.selection(batch, num_heads, count=[3, 1, 4])
     options = masks(rand, kind, batch, num_heads, length, length)
@@ -153,15 +161,28 @@ def leaf(x):
     return torch.is_tensor(x) and x.requires_grad
 
 
+@pytest.mark.parametrize("widths", [(4, 10, 6, 7, 9), (8, 16, 8, 24, 8)])
 @pytest.mark.parametrize("kind", ["none", "scattered", "all at once", "all hidden"])
 @pytest.mark.parametrize("added", [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_multihead_attention(dtype, added, kind):
+def test_multihead_attention(dtype, added, kind, widths):
     rand = Random(8, dtype)
-    batch, queries, keys, num_heads, d = 2, 67, 13, 3, 4
+    batch, queries, keys, num_heads = 2, 67, 13, 3
+    d, *widths = widths
     e = num_heads * d
-    inputs = rand(batch, queries, 10), rand(batch, keys, 6), rand(batch, keys, 7)
-    weights = rand(e, 10), rand(e, 6), rand(e, 7), rand(e), rand(e), rand(e), rand(9, e), rand(9)
+    inputs = (
+        rand(batch, queries, widths[0]),
+        rand(batch, keys, widths[1]),
+        rand(batch, keys, widths[2]),
+    )
+    weights = (
+        *(rand(e, n) for n in widths[:3]),
+        rand(e),
+        rand(e),
+        rand(e),
+        rand(widths[3], e),
+        rand(widths[3]),
+    )
     extra = (rand(e), rand(e)) if added[0] else (None, None)
     index, count, weight = rand.selection(batch, num_heads, count=[2, 3])
     options = masks(rand, kind, batch, num_heads, queries, keys)
@@ -235,6 +256,19 @@ def test_tiny_sizes(batch, length):
     )  # fmt: skip
     q, k, v = rand(batch, 2, 3, 4), rand(batch, 1, length, 4), rand(batch, 1, length, 5)
     check(ops.selected_attention, core_reference, [q, k, v], torch.float64, q, k, v, index, count)
+
+
+@pytest.mark.parametrize("kind", ["none", "causal", "scattered"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long_layer_takes_several_tiles(dtype, kind):
+    rand = Random(14, dtype)
+    x, weights = rand(1, 1031, 16, scale=1.0), layer_weights(rand, 2, 8, 16)
+    index, count, weight = rand.selection(1, 2, count=2)
+    options = masks(rand, kind, 1, 2, 1031, 1031)
+    check(
+        ops.selected_self_attention, oracle.self_attention, [x, *weights, weight], dtype,
+        x, *weights, 2, index, count, weight, **options,
+    )  # fmt: skip
 
 
 def test_long_keys_take_several_tiles():
@@ -373,10 +407,11 @@ def test_dropout_forward_and_backward_use_one_mask(p):
     assert torch.autograd.gradcheck(run, (x, *weights, weight))
 
 
-def test_dropout_does_not_depend_on_padding_or_selection():
+@pytest.mark.parametrize("dtype", FORWARD)
+def test_dropout_does_not_depend_on_padding_or_selection(dtype):
     """The mask of an element is a function of the seed and its place alone."""
-    rand = Random(13, torch.float64)
-    x, weights = rand(2, 6, 4), layer_weights(rand, 2, 2, 4)
+    rand = Random(13, dtype)
+    x, weights = rand(2, 6, 8), layer_weights(rand, 2, 8, 8)
     keys = torch.eye(6, dtype=torch.float64).expand(2, 2, 6, 6)
     zeros = torch.zeros(2, 2, 6, 3, dtype=torch.float64)
     keep = dropped(zeros, zeros, keys, 0.5, 7) * 6  # [B, H, L, S]
@@ -386,7 +421,10 @@ def test_dropout_does_not_depend_on_padding_or_selection():
     y = ops.selected_self_attention(
         *arguments, **options, dropout_p=0.5, dropout_seed=torch.tensor([7])
     )
-    close(y, oracle.self_attention(*arguments, **options, keep=keep), 1e-12)
+    expected = oracle.self_attention(
+        *[t.double() if leaf(t) else t for t in arguments], **options, keep=keep
+    )
+    close(y, expected, FORWARD[dtype])
 
 
 # --- bad input -------------------------------------------------------------------------------------

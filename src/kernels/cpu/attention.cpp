@@ -5,66 +5,13 @@
 #include <limits>
 
 #include "kernels/cpu/gemm.h"
-#include "kernels/dropout.h"
+#include "kernels/cpu/scores.h"
 
 namespace headwise::kernels {
 namespace {
 
 template <typename T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();
-
-/// Turns raw products into scores: scale and masks. s [rows, columns] are queries row.. against
-/// keys column.. of the list 'given keys up to the length, then the added rows'.
-template <typename T>
-void mask_scores(const AttentionShape<T>& shape, const HeadTensors<T>& head, int64_t row,
-                 int64_t rows, int64_t column, int64_t columns, T* s, int64_t lds) {
-  const int64_t given = std::clamp<int64_t>(shape.lengths[head.b] - column, 0, columns);
-  const T* bias = shape.key_bias ? shape.key_bias + head.b * shape.keys + column : nullptr;
-  const auto& mask = shape.mask;
-  const int64_t base = head.b * mask.batch + head.h * mask.head + column * mask.column;
-  for (int64_t i = 0; i < rows; ++i) {
-    T* si = s + i * lds;
-    for (int64_t j = 0; j < columns; ++j) si[j] *= shape.scale;
-    if (bias)
-      for (int64_t j = 0; j < given; ++j) si[j] += bias[j];
-    if (mask.add) {
-      const T* mi = mask.add + base + (row + i) * mask.row;
-      for (int64_t j = 0; j < given; ++j) si[j] += mi[j * mask.column];
-    }
-    if (mask.forbid) {
-      const bool* mi = mask.forbid + base + (row + i) * mask.row;
-      for (int64_t j = 0; j < given; ++j) si[j] = mi[j * mask.column] ? -kInfinity<T> : si[j];
-    }
-    if (shape.causal)
-      for (int64_t j = std::max<int64_t>(row + i + 1 - column, 0); j < given; ++j)
-        si[j] = -kInfinity<T>;
-  }
-}
-
-/// Applies the dropout mask to p [rows, columns] in place.
-template <typename T>
-void drop(const AttentionShape<T>& shape, const HeadTensors<T>& head, int64_t row, int64_t rows,
-          int64_t column, int64_t columns, T* p, int64_t ldp) {
-  const uint64_t threshold = dropout_threshold(shape.dropout_p);
-  const T keep = shape.dropout_p < 1 ? T(1 / (1 - shape.dropout_p)) : T(0);
-  const int64_t length = shape.lengths[head.b];
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < columns; ++j) {
-      const int64_t key = column + j < length ? column + j : column + j - length + shape.keys;
-      const uint64_t counter = dropout_counter(head.b, head.h, row + i, key, shape.num_heads,
-                                               shape.queries, shape.keys + shape.added);
-      p[i * ldp + j] *= counter_bits(shape.seed, counter) < threshold ? keep : T(0);
-    }
-}
-
-/// The first key column that no query of the block [row, row + rows) sees, or `columns`.
-template <typename T>
-int64_t visible_columns(const AttentionShape<T>& shape, int64_t b, int64_t row, int64_t rows,
-                        int64_t columns) {
-  // Added rows stand after the given keys, so with any of them nothing can be left out at the end.
-  if (!shape.causal || shape.added) return columns;
-  return std::min(columns, row + rows);
-}
 
 }  // namespace
 
@@ -77,7 +24,7 @@ template <typename T>
 void attention_forward(const AttentionShape<T>& shape, const HeadTensors<T>& head, int64_t row,
                        int64_t rows, T* context, int64_t ldc, T* lse, T* scratch) {
   const int64_t columns = shape.lengths[head.b] + shape.added;
-  const int64_t visible = visible_columns(shape, head.b, row, rows, columns);
+  const int64_t visible = visible_columns(shape, row, rows, columns);
   T* s = scratch;
   T* maximum = scratch + kQueryBlock * kKeyBlock;
   T* sum = maximum + kQueryBlock;
@@ -88,7 +35,7 @@ void attention_forward(const AttentionShape<T>& shape, const HeadTensors<T>& hea
     const int64_t width = std::min(kKeyBlock, visible - column);
     gemm<T>(Transpose::no, Transpose::yes, rows, width, shape.width, 1, head.q + row * head.ldq,
             head.ldq, head.k + column * head.ldk, head.ldk, 0, s, kKeyBlock);
-    mask_scores(shape, head, row, rows, column, width, s, kKeyBlock);
+    mask_scores(shape, head.b, head.h, row, rows, column, width, s, kKeyBlock);
     for (int64_t i = 0; i < rows; ++i) {
       T* si = s + i * kKeyBlock;
       T top = maximum[i];
@@ -106,7 +53,7 @@ void attention_forward(const AttentionShape<T>& shape, const HeadTensors<T>& hea
       if (column > 0)
         for (int64_t c = 0; c < shape.value_width; ++c) context[i * ldc + c] *= rescale;
     }
-    if (shape.dropout_p > 0) drop(shape, head, row, rows, column, width, s, kKeyBlock);
+    if (shape.dropout_p > 0) drop(shape, head.b, head.h, row, rows, column, width, s, kKeyBlock);
     gemm<T>(Transpose::no, Transpose::no, rows, shape.value_width, width, 1, s, kKeyBlock,
             head.v + column * head.ldv, head.ldv, 1, context, ldc);
   }
@@ -137,7 +84,7 @@ void attention_backward(const AttentionShape<T>& shape, const HeadTensors<T>& he
   T* dp = scratch + kQueryBlock * kKeyBlock;  // [rows, width] their gradients, then the scores'
   for (int64_t row = 0; row < shape.queries; row += kQueryBlock) {
     const int64_t rows = std::min(kQueryBlock, shape.queries - row);
-    const int64_t visible = visible_columns(shape, head.b, row, rows, columns);
+    const int64_t visible = visible_columns(shape, row, rows, columns);
     const T* q = head.q + row * head.ldq;
     const T* g = grad_context + row * ldg;
     for (int64_t column = 0; column < visible; column += kKeyBlock) {
@@ -145,10 +92,10 @@ void attention_backward(const AttentionShape<T>& shape, const HeadTensors<T>& he
       const T* k = head.k + column * head.ldk;
       gemm<T>(Transpose::no, Transpose::yes, rows, width, shape.width, 1, q, head.ldq, k, head.ldk,
               0, p, kKeyBlock);
-      mask_scores(shape, head, row, rows, column, width, p, kKeyBlock);
+      mask_scores(shape, head.b, head.h, row, rows, column, width, p, kKeyBlock);
       gemm<T>(Transpose::no, Transpose::yes, rows, width, shape.value_width, 1, g, ldg,
               head.v + column * head.ldv, head.ldv, 0, dp, kKeyBlock);
-      if (shape.dropout_p > 0) drop(shape, head, row, rows, column, width, dp, kKeyBlock);
+      if (shape.dropout_p > 0) drop(shape, head.b, head.h, row, rows, column, width, dp, kKeyBlock);
       for (int64_t i = 0; i < rows; ++i) {
         T* pi = p + i * kKeyBlock;
         T* di = dp + i * kKeyBlock;
@@ -163,7 +110,7 @@ void attention_backward(const AttentionShape<T>& shape, const HeadTensors<T>& he
           std::copy_n(di, given, grad_scores + (row + i) * shape.keys + column);
         }
       }
-      if (shape.dropout_p > 0) drop(shape, head, row, rows, column, width, p, kKeyBlock);
+      if (shape.dropout_p > 0) drop(shape, head.b, head.h, row, rows, column, width, p, kKeyBlock);
       gemm<T>(Transpose::no, Transpose::no, rows, shape.width, width, shape.scale, dp, kKeyBlock, k,
               head.ldk, 1, dq + row * lddq, lddq);
       gemm<T>(Transpose::yes, Transpose::no, width, shape.width, rows, shape.scale, dp, kKeyBlock,

@@ -25,32 +25,42 @@ struct Rows {
 };
 
 /// Everything a call reads. The self form passes the same rows three times and three row ranges of
-/// one weight.
-template <typename T>
+/// one weight. T: what is stored; Acc: what sums are kept in, and biases and masks given in.
+template <typename T, typename Acc = T>
 struct Layer {
-  AttentionShape<T> shape;
+  AttentionShape<Acc> shape;
   Rows<const T> query, key, value;          ///< [B, L, D], [B, S, Dk], [B, S, Dv]
   const T *q_weight, *k_weight, *v_weight;  ///< [E, D], [E, Dk], [E, Dv], contiguous
-  const T *q_bias = nullptr, *k_bias = nullptr, *v_bias = nullptr;  ///< [E] or null
-  const T *bias_k = nullptr, *bias_v = nullptr;                     ///< [E] or null
-  bool zero_row = false;                                            ///< the last added row is zeros
-  const T* out_weight = nullptr;                                    ///< [Dout, E], contiguous
-  const T* out_bias = nullptr;                                      ///< [Dout] or null
-  int64_t out_width = 0;                                            ///< Dout
-  const T* head_weight = nullptr;                                   ///< [B, H]
-  std::vector<ActiveHead> active;                                   ///< by sequence
-  std::vector<int64_t> first;  ///< [B + 1] where each sequence begins in `active`
+  const Acc *q_bias = nullptr, *k_bias = nullptr, *v_bias = nullptr;  ///< [E] or null
+  const Acc *bias_k = nullptr, *bias_v = nullptr;                     ///< [E] or null
+  bool zero_row = false;             ///< the last added row is zeros
+  const T* out_weight = nullptr;     ///< [Dout, E], contiguous
+  const Acc* out_bias = nullptr;     ///< [Dout] or null
+  int64_t out_width = 0;             ///< Dout
+  const Acc* head_weight = nullptr;  ///< [B, H]
+  std::vector<ActiveHead> active;    ///< by sequence
+  std::vector<int64_t> first;        ///< [B + 1] where each sequence begins in `active`
 };
 
 /// q, context [slots, L, d]; k, v [slots, S + added, d]; lse [slots, L].
-template <typename T>
+template <typename T, typename Acc = T>
 struct LayerWorkspace {
-  T *q, *k, *v, *context, *lse;
+  T *q, *k, *v, *context;
+  Acc* lse;
 };
 
 /// output [B, L, Dout], contiguous: written in full.
 template <typename T>
 void layer_forward(const Layer<T>& layer, const LayerWorkspace<T>& workspace, T* output);
+
+/// Whether layer_forward_packed serves this call: brgemm runs here and the widths suit it.
+template <typename T>
+bool packed_layer_supported(const Layer<T, float>& layer);
+
+/// layer_forward for float and bfloat16 over packed weights; the fast path.
+template <typename T>
+void layer_forward_packed(const Layer<T, float>& layer, const LayerWorkspace<T, float>& workspace,
+                          T* output);
 
 /// Where to write gradients; null where not wanted. All contiguous; weights, biases, head_weight,
 /// scores and inputs must come zeroed. In the self form query, key and value are one pointer, and

@@ -105,14 +105,13 @@ struct MaskedShape {
   }
 };
 
-/// Contiguous, in the compute type; kept so that pointers into it stay valid.
+/// Contiguous, in the type that is asked for; kept so that pointers into it stay valid.
 struct Operands {
-  at::ScalarType type;
   std::vector<Tensor> kept;
   template <typename T>
   const T* pointer(const OptionalTensor& t) {
     if (!t) return nullptr;
-    kept.push_back(t->to(type).contiguous());
+    kept.push_back(t->to(scalar_type_of<T>()).contiguous());
     return kept.back().template const_data_ptr<T>();
   }
   template <typename T>
@@ -123,11 +122,11 @@ struct Operands {
 };
 
 /// A layer call, ready for the kernels.
-template <typename T>
+template <typename T, typename Acc = T>
 struct LayerCall {
-  MaskedShape<T> masked;
-  Operands operands{scalar_type_of<T>(), {}};
-  kernels::Layer<T> layer;
+  MaskedShape<Acc> masked;
+  Operands operands;
+  kernels::Layer<T, Acc> layer;
   int64_t columns;
 
   LayerCall(const SelfInputs& in, bool compact)
@@ -141,7 +140,7 @@ struct LayerCall {
     layer.k_weight = layer.q_weight + e * width;
     layer.v_weight = layer.k_weight + e * width;
     if (in.in_proj_bias) {
-      layer.q_bias = operands.pointer<T>(in.in_proj_bias);
+      layer.q_bias = operands.pointer<Acc>(in.in_proj_bias);
       layer.k_bias = layer.q_bias + e;
       layer.v_bias = layer.k_bias + e;
     }
@@ -162,21 +161,21 @@ struct LayerCall {
     layer.q_weight = operands.pointer<T>(w.q_weight);
     layer.k_weight = operands.pointer<T>(w.k_weight);
     layer.v_weight = operands.pointer<T>(w.v_weight);
-    layer.q_bias = operands.pointer<T>(w.q_bias);
-    layer.k_bias = operands.pointer<T>(w.k_bias);
-    layer.v_bias = operands.pointer<T>(w.v_bias);
-    layer.bias_k = operands.pointer<T>(w.bias_k);
-    layer.bias_v = operands.pointer<T>(w.bias_v);
+    layer.q_bias = operands.pointer<Acc>(w.q_bias);
+    layer.k_bias = operands.pointer<Acc>(w.k_bias);
+    layer.v_bias = operands.pointer<Acc>(w.v_bias);
+    layer.bias_k = operands.pointer<Acc>(w.bias_k);
+    layer.bias_v = operands.pointer<Acc>(w.bias_v);
     layer.zero_row = w.add_zero_attn;
     finish(w.out_proj_weight, w.out_proj_bias, in.index, in.count, in.weight, in.num_heads,
            compact);
   }
   LayerCall(const LayerCall&) = delete;
 
-  kernels::LayerWorkspace<const T> workspace(const LayerSaved& saved) {
+  kernels::LayerWorkspace<const T, const Acc> workspace(const LayerSaved& saved) {
     return {operands.pointer<T>(saved.q), operands.pointer<T>(saved.k),
             operands.pointer<T>(saved.v), operands.pointer<T>(saved.context),
-            operands.pointer<T>(saved.lse)};
+            operands.pointer<Acc>(saved.lse)};
   }
 
  private:
@@ -187,9 +186,9 @@ struct LayerCall {
               const Tensor& count, const Tensor& weight, int64_t num_heads, bool compact) {
     layer.shape = masked.shape;
     layer.out_weight = operands.pointer<T>(out_weight);
-    layer.out_bias = operands.pointer<T>(out_bias);
+    layer.out_bias = operands.pointer<Acc>(out_bias);
     layer.out_width = out_weight.size(0);
-    layer.head_weight = operands.pointer<T>(weight);
+    layer.head_weight = operands.pointer<Acc>(weight);
     auto list = list_active(index, count, num_heads, compact);
     layer.active = std::move(list.heads);
     layer.first = std::move(list.first);
@@ -202,31 +201,50 @@ auto dispatch(at::ScalarType type, const F& f) {
   return type == at::kDouble ? f(double()) : f(float());
 }
 
+template <typename T, typename Acc>
+void run_layer(const kernels::Layer<T, Acc>& layer,
+               const kernels::LayerWorkspace<T, Acc>& workspace, T* output) {
+  if constexpr (!std::is_same_v<T, double>) {
+    if (std::is_same_v<T, at::BFloat16> || kernels::packed_layer_supported(layer))
+      return kernels::layer_forward_packed(layer, workspace, output);
+  }
+  if constexpr (std::is_same_v<T, Acc>) kernels::layer_forward(layer, workspace, output);
+}
+
 /// Output and workspaces; with `compact` the workspaces are only as large as what was chosen.
+template <typename T, typename Acc>
+LayerForward run_call(const LayerCall<T, Acc>& call, const Tensor& like, bool compact) {
+  const auto& s = call.layer.shape;
+  const auto options = like.options().dtype(scalar_type_of<T>());
+  auto output = at::empty({s.batch, s.queries, call.layer.out_width}, options);
+  auto buffer = [&](int64_t rows, int64_t width, at::ScalarType type) {
+    return compact
+               ? at::empty({int64_t(call.layer.active.size()), rows, width}, options.dtype(type))
+               : at::empty({s.batch, call.columns, rows, width}, options.dtype(type));
+  };
+  const auto type = scalar_type_of<T>();
+  auto q = buffer(s.queries, s.width, type), context = buffer(s.queries, s.width, type);
+  auto k = buffer(s.keys + s.added, s.width, type), v = buffer(s.keys + s.added, s.width, type);
+  auto lse = buffer(s.queries, 1, scalar_type_of<Acc>()).squeeze(-1);
+  run_layer<T, Acc>(call.layer,
+                    {q.template mutable_data_ptr<T>(), k.template mutable_data_ptr<T>(),
+                     v.template mutable_data_ptr<T>(), context.template mutable_data_ptr<T>(),
+                     lse.template mutable_data_ptr<Acc>()},
+                    output.template mutable_data_ptr<T>());
+  const auto result = like.scalar_type();
+  if (compact) return {output.to(result), {}, {}, {}, {}, {}};
+  return {output.to(result), q.to(result), k.to(result), v.to(result), context.to(result), lse};
+}
+
 template <typename Inputs>
 LayerForward run(const Inputs& in, const Tensor& like, bool compact) {
   check_inputs(in);
+  if (like.scalar_type() == at::kBFloat16) {
+    const LayerCall<at::BFloat16, float> call(in, compact);
+    if (kernels::packed_layer_supported(call.layer)) return run_call(call, like, compact);
+  }
   return dispatch(like.scalar_type(), [&]<typename T>(T) -> LayerForward {
-    LayerCall<T> call(in, compact);
-    const auto& s = call.layer.shape;
-    const auto options = like.options().dtype(scalar_type_of<T>());
-    auto output = at::empty({s.batch, s.queries, call.layer.out_width}, options);
-    auto buffer = [&](int64_t rows, int64_t width) {
-      return compact ? at::empty({int64_t(call.layer.active.size()), rows, width}, options)
-                     : at::empty({s.batch, call.columns, rows, width}, options);
-    };
-    auto q = buffer(s.queries, s.width), context = buffer(s.queries, s.width);
-    auto k = buffer(s.keys + s.added, s.width), v = buffer(s.keys + s.added, s.width);
-    auto lse = buffer(s.queries, 1).squeeze(-1);
-    kernels::layer_forward<T>(
-        call.layer,
-        {q.template mutable_data_ptr<T>(), k.template mutable_data_ptr<T>(),
-         v.template mutable_data_ptr<T>(), context.template mutable_data_ptr<T>(),
-         lse.template mutable_data_ptr<T>()},
-        output.template mutable_data_ptr<T>());
-    const auto type = like.scalar_type();
-    if (compact) return {output.to(type), {}, {}, {}, {}, {}};
-    return {output.to(type), q.to(type), k.to(type), v.to(type), context.to(type), lse};
+    return run_call(LayerCall<T>(in, compact), like, compact);
   });
 }
 

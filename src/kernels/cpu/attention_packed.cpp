@@ -1,0 +1,119 @@
+#include "kernels/cpu/attention_packed.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "kernels/cpu/packed_gemm.h"
+#include "kernels/cpu/scores.h"
+#include "kernels/cpu/softmax.h"
+
+namespace headwise::kernels {
+namespace {
+
+using c10::BFloat16;
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+/// Columns of score tiles and packed keys are padded so that bfloat16 pairs them.
+int64_t even(int64_t columns) { return (columns + 1) / 2 * 2; }
+
+/// The tile that enters the second product: floats as they are, bfloat16 rounded.
+const float* as_operand(const float* s, int64_t, int64_t, float*) { return s; }
+const BFloat16* as_operand(const float* s, int64_t rows, int64_t width, BFloat16* y) {
+  for (int64_t i = 0; i < rows; ++i) {
+    convert(s + i * kKeyBlock, width, y + i * kKeyBlock);
+    if (width % 2) y[i * kKeyBlock + width] = BFloat16(0.f);
+  }
+  return y;
+}
+
+}  // namespace
+
+template <typename T>
+int64_t packed_keys_size(const AttentionShape<float>& shape) {
+  return even(shape.keys + shape.added) * (shape.width + shape.value_width);
+}
+
+template <typename T>
+int64_t packed_attention_scratch(const AttentionShape<float>& shape) {
+  const int64_t floats = kQueryBlock * (kKeyBlock + shape.value_width + 2);
+  return floats * sizeof(float) + (sizeof(T) == 2 ? kQueryBlock * kKeyBlock * sizeof(T) : 0);
+}
+
+template <typename T>
+void pack_keys(const AttentionShape<float>& shape, int64_t columns, const T* k, int64_t ldk,
+               const T* v, int64_t ldv, T* packed) {
+  // Keys are packed by the key block, so that each block is one operand with its own row length.
+  T* keys = packed;
+  T* values = packed + even(columns) * shape.width;
+  for (int64_t column = 0; column < columns; column += kKeyBlock) {
+    const int64_t width = std::min(kKeyBlock, columns - column);
+    pack(shape.width, width, k + column * ldk, ldk, true, keys + column * shape.width);
+  }
+  pack(columns, shape.value_width, v, ldv, false, values);
+}
+
+template <typename T>
+void packed_attention_forward(const AttentionShape<float>& shape, int64_t b, int64_t h, const T* q,
+                              int64_t ldq, const T* packed, int64_t row, int64_t rows, T* context,
+                              int64_t ldc, float* lse, void* scratch) {
+  const int64_t columns = shape.lengths[b] + shape.added, dv = shape.value_width;
+  const int64_t visible = visible_columns(shape, row, rows, columns);
+  const T* keys = packed;
+  const T* values = packed + even(columns) * shape.width;
+  float* s = static_cast<float*>(scratch);         // [rows, kKeyBlock]
+  float* y = s + kQueryBlock * kKeyBlock;          // [rows, dv]
+  float* maximum = y + kQueryBlock * dv;           // [rows]
+  float* sum = maximum + kQueryBlock;              // [rows]
+  T* p = reinterpret_cast<T*>(sum + kQueryBlock);  // [rows, kKeyBlock], bfloat16 only
+  const bool plain =
+      shape.scale > 0 && !shape.key_bias && !shape.mask.add && !shape.mask.forbid && !shape.causal;
+  const float scale = plain ? shape.scale : 1.f;  // else mask_scores scales
+  std::fill_n(maximum, rows, -kInfinity);
+  std::fill_n(sum, rows, 0.f);
+  if (visible == 0) std::fill_n(y, rows * dv, 0.f);
+  for (int64_t column = 0; column < visible; column += kKeyBlock) {
+    const int64_t block = std::min(kKeyBlock, columns - column);  // row length of the packed keys
+    const int64_t width = std::min(kKeyBlock, visible - column);
+    packed_gemm(rows, width, shape.width, q + row * ldq, ldq, keys + column * shape.width, block, s,
+                kKeyBlock, false);
+    if (!plain) mask_scores(shape, b, h, row, rows, column, width, s, kKeyBlock);
+    for (int64_t i = 0; i < rows; ++i) {
+      float* si = s + i * kKeyBlock;
+      const float top = std::max(maximum[i], row_maximum(si, width) * scale);
+      // A row that has seen nothing yet is shifted by 0, so that exp(-inf) = 0 and not NaN.
+      const float shift = top == -kInfinity ? 0.f : top;
+      const float rescale = maximum[i] == -kInfinity ? 0.f : std::exp(maximum[i] - shift);
+      sum[i] = sum[i] * rescale + row_exponential(si, width, scale, shift);
+      maximum[i] = top;
+      if (column > 0) row_scale(y + i * dv, dv, rescale, y + i * dv);
+    }
+    if (shape.dropout_p > 0) drop(shape, b, h, row, rows, column, width, s, kKeyBlock);
+    packed_gemm(rows, dv, sizeof(T) == 2 ? even(width) : width, as_operand(s, rows, width, p),
+                kKeyBlock, packed_at(values, dv, column, 0), dv, y, dv, column > 0);
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    const bool empty = sum[i] == 0.f;
+    if (empty)
+      std::fill_n(y + i * dv, dv, 0.f);
+    else
+      row_scale(y + i * dv, dv, 1 / sum[i], y + i * dv);
+    convert(y + i * dv, dv, context + i * ldc);
+    lse[i] = empty ? kInfinity : std::log(sum[i]) + (sum[i] == sum[i] ? maximum[i] : 0.f);
+  }
+}
+
+#define HEADWISE_INSTANTIATE(T)                                                                  \
+  template int64_t packed_keys_size<T>(const AttentionShape<float>&);                            \
+  template int64_t packed_attention_scratch<T>(const AttentionShape<float>&);                    \
+  template void pack_keys<T>(const AttentionShape<float>&, int64_t, const T*, int64_t, const T*, \
+                             int64_t, T*);                                                       \
+  template void packed_attention_forward<T>(const AttentionShape<float>&, int64_t, int64_t,      \
+                                            const T*, int64_t, const T*, int64_t, int64_t, T*,   \
+                                            int64_t, float*, void*);
+HEADWISE_INSTANTIATE(float)
+HEADWISE_INSTANTIATE(BFloat16)
+#undef HEADWISE_INSTANTIATE
+
+}  // namespace headwise::kernels

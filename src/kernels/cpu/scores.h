@@ -1,0 +1,66 @@
+// What happens to a tile of scores between the two products of attention: scale, masks, dropout.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+
+#include "kernels/cpu/attention.h"
+#include "kernels/dropout.h"
+
+namespace headwise::kernels {
+
+/// Turns raw products into scores: scale and masks. s [rows, columns] are queries row.. against
+/// keys column.. of the list 'given keys up to the length, then the added rows'.
+template <typename T>
+void mask_scores(const AttentionShape<T>& shape, int64_t b, int64_t h, int64_t row, int64_t rows,
+                 int64_t column, int64_t columns, T* s, int64_t lds) {
+  constexpr T infinity = std::numeric_limits<T>::infinity();
+  const int64_t given = std::clamp<int64_t>(shape.lengths[b] - column, 0, columns);
+  const T* bias = shape.key_bias ? shape.key_bias + b * shape.keys + column : nullptr;
+  const auto& mask = shape.mask;
+  const int64_t base = b * mask.batch + h * mask.head + column * mask.column;
+  for (int64_t i = 0; i < rows; ++i) {
+    T* si = s + i * lds;
+    for (int64_t j = 0; j < columns; ++j) si[j] *= shape.scale;
+    if (bias)
+      for (int64_t j = 0; j < given; ++j) si[j] += bias[j];
+    if (mask.add) {
+      const T* mi = mask.add + base + (row + i) * mask.row;
+      for (int64_t j = 0; j < given; ++j) si[j] += mi[j * mask.column];
+    }
+    if (mask.forbid) {
+      const bool* mi = mask.forbid + base + (row + i) * mask.row;
+      for (int64_t j = 0; j < given; ++j) si[j] = mi[j * mask.column] ? -infinity : si[j];
+    }
+    if (shape.causal)
+      for (int64_t j = std::max<int64_t>(row + i + 1 - column, 0); j < given; ++j)
+        si[j] = -infinity;
+  }
+}
+
+/// Applies the dropout mask to p [rows, columns] in place.
+template <typename T>
+void drop(const AttentionShape<T>& shape, int64_t b, int64_t h, int64_t row, int64_t rows,
+          int64_t column, int64_t columns, T* p, int64_t ldp) {
+  const uint64_t threshold = dropout_threshold(shape.dropout_p);
+  const T keep = shape.dropout_p < 1 ? T(1 / (1 - shape.dropout_p)) : T(0);
+  const int64_t length = shape.lengths[b];
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < columns; ++j) {
+      const int64_t key = column + j < length ? column + j : column + j - length + shape.keys;
+      const uint64_t counter = dropout_counter(b, h, row + i, key, shape.num_heads, shape.queries,
+                                               shape.keys + shape.added);
+      p[i * ldp + j] *= counter_bits(shape.seed, counter) < threshold ? keep : T(0);
+    }
+}
+
+/// The first key column that no query of the block [row, row + rows) sees, or `columns`.
+template <typename T>
+int64_t visible_columns(const AttentionShape<T>& shape, int64_t row, int64_t rows,
+                        int64_t columns) {
+  // Added rows stand after the given keys, so with any of them nothing can be left out at the end.
+  if (!shape.causal || shape.added) return columns;
+  return std::min(columns, row + rows);
+}
+
+}  // namespace headwise::kernels

@@ -1,0 +1,68 @@
+#include "kernels/cpu/softmax.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "kernels/cpu/simd.h"
+
+namespace headwise::kernels {
+
+HEADWISE_CLONES
+float row_maximum(const float* x, int64_t n) {
+  constexpr float lowest = -std::numeric_limits<float>::infinity();
+  Float16 top = Float16{} + lowest, v;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    load(x + i, v);
+    top = v > top ? v : top;
+  }
+  float best = lowest;
+  for (int lane = 0; lane < kLanes; ++lane) best = top[lane] > best ? top[lane] : best;
+  for (; i < n; ++i) best = x[i] > best ? x[i] : best;
+  return best;
+}
+
+HEADWISE_CLONES
+float row_exponential(float* x, int64_t n, float scale, float shift) {
+  Float16 sum = {}, v;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    load(x + i, v);
+    v = v * scale - shift;
+    exponential(v);
+    store(x + i, v);
+    sum += v;
+  }
+  if (i < n) {
+    // The tail in a register of -inf, which adds nothing.
+    const int64_t rest = n - i;
+    float tail[kLanes];
+    for (int64_t lane = 0; lane < kLanes; ++lane)
+      tail[lane] =
+          lane < rest ? x[i + lane] * scale - shift : -std::numeric_limits<float>::infinity();
+    load(tail, v);
+    exponential(v);
+    sum += v;
+    store(tail, v);
+    for (int64_t lane = 0; lane < rest; ++lane) x[i + lane] = tail[lane];
+  }
+  float total = 0;
+  for (int lane = 0; lane < kLanes; ++lane) total += sum[lane];
+  return total;
+}
+
+HEADWISE_CLONES
+void row_scale(const float* x, int64_t n, float factor, float* y) {
+  for (int64_t i = 0; i < n; ++i) y[i] = x[i] * factor;
+}
+
+HEADWISE_CLONES
+void row_add(const float* x, const float* bias, int64_t n, float* y) {
+  if (bias)
+    for (int64_t i = 0; i < n; ++i) y[i] = x[i] + bias[i];
+  else
+    std::copy_n(x, n, y);
+}
+
+}  // namespace headwise::kernels
