@@ -231,6 +231,20 @@ def test_bert_masks_of_four_dimensions(form, rows):
     close(model(ids, attention_mask=mask.expand(2, 1, 6, 6))[0], expected)
 
 
+@pytest.mark.parametrize("gate", [None, full_gate()], ids=["no gate", "all heads"])
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+def test_bert_sequence_of_nothing_but_padding_stays_finite(gate, grad):
+    torch.manual_seed(6)
+    original = bert("BertModel")
+    model = hw.convert(copy.deepcopy(original), gate)
+    inputs = bert_inputs()
+    inputs["attention_mask"][1] = 0
+    with torch.set_grad_enabled(grad):
+        output = model(**inputs).last_hidden_state
+        assert output.isfinite().all()
+        close(output[0], original(**inputs).last_hidden_state[0])
+
+
 def test_bert_output_attentions():
     torch.manual_seed(4)
     original = bert("BertForSequenceClassification", attn_implementation="eager")

@@ -107,7 +107,11 @@ class SelectedBertSelfAttention(BertSelfAttention):
         if mask is None:
             return None, None
         if mask.dim() == 2:  # [B, L]
-            return mask == 0, None
+            padding = mask == 0
+            if self.mha.gate is None:
+                # torch's own module gives NaN for a sequence that is nothing but padding.
+                padding = padding & ~padding.all(dim=1, keepdim=True)
+            return padding, None
         if mask.dim() != 4:
             raise ValueError(
                 f"attention_mask must have 2 or 4 dimensions, got {mask.dim()} "
