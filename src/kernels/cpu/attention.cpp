@@ -6,6 +6,7 @@
 
 #include "kernels/cpu/gemm.h"
 #include "kernels/cpu/scores.h"
+#include "kernels/cpu/softmax.h"
 
 namespace headwise::kernels {
 namespace {
@@ -38,17 +39,11 @@ void attention_forward(const AttentionShape<T>& shape, const HeadTensors<T>& hea
     mask_scores(shape, head.b, head.h, row, rows, column, width, s, kKeyBlock);
     for (int64_t i = 0; i < rows; ++i) {
       T* si = s + i * kKeyBlock;
-      T top = maximum[i];
-      for (int64_t j = 0; j < width; ++j) top = std::max(top, si[j]);
+      const T top = std::max(maximum[i], row_maximum(si, width));
       // A row that has seen nothing yet is shifted by 0, so that exp(-inf) = 0 and not NaN.
       const T shift = top == -kInfinity<T> ? T(0) : top;
       const T rescale = maximum[i] == -kInfinity<T> ? T(0) : std::exp(maximum[i] - shift);
-      T total = 0;
-      for (int64_t j = 0; j < width; ++j) {
-        si[j] = std::exp(si[j] - shift);
-        total += si[j];
-      }
-      sum[i] = sum[i] * rescale + total;
+      sum[i] = sum[i] * rescale + row_exponential(si, width, T(1), shift);
       maximum[i] = top;
       if (column > 0)
         for (int64_t c = 0; c < shape.value_width; ++c) context[i * ldc + c] *= rescale;
@@ -99,12 +94,8 @@ void attention_backward(const AttentionShape<T>& shape, const HeadTensors<T>& he
       for (int64_t i = 0; i < rows; ++i) {
         T* pi = p + i * kKeyBlock;
         T* di = dp + i * kKeyBlock;
-        const T shift = lse[row + i], d = delta[row + i];
-        for (int64_t j = 0; j < width; ++j) {
-          pi[j] = std::exp(pi[j] - shift);
-          // A masked key has probability 0 and takes no gradient, whatever stands in its value.
-          di[j] = pi[j] == T(0) ? T(0) : pi[j] * (di[j] - d);
-        }
+        row_exponential(pi, width, T(1), lse[row + i]);
+        row_gradient(pi, width, delta[row + i], di);
         if (grad_scores) {
           const int64_t given = std::clamp<int64_t>(length - column, 0, width);
           std::copy_n(di, given, grad_scores + (row + i) * shape.keys + column);

@@ -155,16 +155,19 @@ void layer_backward(const Layer<T>& layer, const LayerWorkspace<const T>& w, con
                        dv.data() + n * S * d, d, scores, scratch.data() + worker * scratch_size);
   });
 
-  // Inputs: the sum over a sequence's heads, by one worker.
-  parallel_tasks(shape.batch, [&](int64_t b, int64_t) {
+  // Inputs: the sum over a sequence's heads, each block of rows by one worker.
+  const int64_t row_blocks = blocks(std::max(L, shape.keys), kRowBlock);
+  parallel_tasks(shape.batch * row_blocks, [&](int64_t task, int64_t) {
+    const int64_t b = task / row_blocks, row = task % row_blocks * kRowBlock;
     const int64_t length = shape.lengths[b];
     for (int64_t n = layer.first[b]; n < layer.first[b + 1]; ++n) {
       const int64_t h = layer.active[n].h;
       auto add = [&](const Rows<const T>& x, int64_t rows, int64_t sequence_rows, const T* grad,
                      const T* weight, T* dx) {
-        if (dx)
-          gemm<T>(Transpose::no, Transpose::no, rows, x.width, d, 1, grad, d,
-                  weight + h * d * x.width, x.width, 1, dx + b * sequence_rows * x.width, x.width);
+        if (dx && row < rows)
+          gemm<T>(Transpose::no, Transpose::no, std::min(kRowBlock, rows - row), x.width, d, 1,
+                  grad + row * d, d, weight + h * d * x.width, x.width, 1,
+                  dx + (b * sequence_rows + row) * x.width, x.width);
       };
       add(layer.query, L, L, dq.data() + n * L * d, layer.q_weight, g.query);
       add(layer.key, length, shape.keys, dk.data() + n * S * d, layer.k_weight, g.key);

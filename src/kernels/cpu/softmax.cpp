@@ -53,6 +53,30 @@ float row_exponential(float* x, int64_t n, float scale, float shift) {
 }
 
 HEADWISE_CLONES
+void row_gradient(const float* p, int64_t n, float delta, float* dp) {
+  for (int64_t i = 0; i < n; ++i) dp[i] = p[i] == 0.f ? 0.f : p[i] * (dp[i] - delta);
+}
+
+double row_maximum(const double* x, int64_t n) {
+  double best = -std::numeric_limits<double>::infinity();
+  for (int64_t i = 0; i < n; ++i) best = x[i] > best ? x[i] : best;
+  return best;
+}
+
+double row_exponential(double* x, int64_t n, double scale, double shift) {
+  double sum = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    x[i] = std::exp(x[i] * scale - shift);
+    sum += x[i];
+  }
+  return sum;
+}
+
+void row_gradient(const double* p, int64_t n, double delta, double* dp) {
+  for (int64_t i = 0; i < n; ++i) dp[i] = p[i] == 0 ? 0 : p[i] * (dp[i] - delta);
+}
+
+HEADWISE_CLONES
 void row_scale(const float* x, int64_t n, float factor, float* y) {
   for (int64_t i = 0; i < n; ++i) y[i] = x[i] * factor;
 }

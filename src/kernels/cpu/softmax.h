@@ -1,4 +1,4 @@
-// The row operations of attention on float tiles.
+// The row operations of attention: vectors for float, plain loops for double.
 #pragma once
 
 #include <cstdint>
@@ -7,9 +7,16 @@ namespace headwise::kernels {
 
 /// Largest of n values (NaN is passed over); -inf where n = 0.
 float row_maximum(const float* x, int64_t n);
+double row_maximum(const double* x, int64_t n);
 
 /// x = exp(x * scale - shift) in place; returns the sum.
 float row_exponential(float* x, int64_t n, float scale, float shift);
+double row_exponential(double* x, int64_t n, double scale, double shift);
+
+/// dp = p * (dp - delta), the gradient of the scores of a row of softmax; 0 where p = 0: a masked
+/// key takes no gradient, whatever stands in its value.
+void row_gradient(const float* p, int64_t n, float delta, float* dp);
+void row_gradient(const double* p, int64_t n, double delta, double* dp);
 
 /// y = x * factor
 void row_scale(const float* x, int64_t n, float factor, float* y);
