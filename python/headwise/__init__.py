@@ -11,6 +11,7 @@ from headwise.gates import (
     anneal,
     gate_from_config,
     penalty,
+    start_gates,
 )
 from headwise.importance import HeadScores, hies, score_heads
 from headwise.layers import attention_layers
@@ -40,6 +41,7 @@ __all__ = [
     "score_heads",
     "select_all",
     "select_heads",
+    "start_gates",
     "trace",
 ]
 

@@ -18,6 +18,8 @@ namespace {
 constexpr double kSaturation = 20.0;
 constexpr int64_t kCandidates = 64;
 constexpr int kRounds = 3;
+// Batches that the running statistics remember.
+constexpr double kMemory = 50.0;
 
 // The t of each row for which sum_h sigmoid((scores - t) / temperature) = mass, by evaluating a
 // grid of candidates at once and refining around the answer: a fixed number of tensor operations,
@@ -68,18 +70,41 @@ at::Tensor soft_top_k(const at::Tensor& scores, const at::Tensor& mass,
 }
 
 at::Tensor gate_features(const at::Tensor& x, const std::optional<at::Tensor>& key_padding_mask) {
-  auto pooled = masked_mean(x, key_padding_mask);  // [B, D]
-  if (pooled.scalar_type() == at::kHalf || pooled.scalar_type() == at::kBFloat16) {
-    pooled = pooled.to(at::kFloat);
-  }
-  return at::layer_norm_symint(pooled, {pooled.sym_size(1)});
+  const auto pooled = masked_mean(x.detach(), key_padding_mask);  // [B, D]
+  const bool narrow = pooled.scalar_type() == at::kHalf || pooled.scalar_type() == at::kBFloat16;
+  return narrow ? pooled.to(at::kFloat) : pooled;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> update_statistics(const at::Tensor& features,
+                                                                 const at::Tensor& mean,
+                                                                 const at::Tensor& variance,
+                                                                 const at::Tensor& batches) {
+  const auto dtype = mean.scalar_type();
+  const auto batch = features.detach().to(dtype);
+  const auto seen = batches + 1;
+  const auto share = seen.reciprocal().clamp_min(1.0 / kMemory).to(dtype);  // of this batch
+  const auto batch_mean = batch.mean(0);                                    // [D]
+  const auto step = batch_mean - mean;
+  const auto batch_variance = (batch - batch_mean).square().mean(0);
+  // The variance of the mixture of what was seen before and this batch: right for a batch of one.
+  return {mean + step * share,
+          variance * (1 - share) + batch_variance * share + step.square() * (share * (1 - share)),
+          seen};
+}
+
+at::Tensor standardize(const at::Tensor& features, const at::Tensor& mean,
+                       const at::Tensor& variance) {
+  const auto dtype = features.scalar_type();
+  return (features - mean.to(dtype)) * (variance.to(dtype) + 1e-4).rsqrt();
 }
 
 at::Tensor input_relevance(const at::Tensor& features, const at::Tensor& base,
                            const at::Tensor& weight, const at::Tensor& progress, bool training,
                            double static_until) {
   const auto dtype = features.scalar_type();
-  auto residual = at::linear(features, weight.to(dtype));  // [B, H]
+  // 1 / sqrt(D): a step of the weight moves the relevance alike for every width.
+  const double scale = 1.0 / std::sqrt(static_cast<double>(weight.size(1)));
+  auto residual = at::linear(features, weight.to(dtype)) * scale;  // [B, H]
   if (training) {
     residual = residual * reached(progress, static_until, dtype);
   }
@@ -99,9 +124,11 @@ std::tuple<at::Tensor, at::Tensor> head_budget(
     bool training, double min_budget, double max_budget, double target, double initial_budget,
     double warmup, double static_until) {
   const auto dtype = features.scalar_type();
-  const auto hidden =
-      at::gelu(at::linear(features, hidden_weight.to(dtype), hidden_bias.to(dtype)));  // [B, h]
-  auto logit = at::linear(hidden, out_weight.to(dtype)).squeeze(1).to(dtype);          // [B]
+  // 1 / sqrt(D) gives the input norm one, so that a step of the weights moves a hidden unit little.
+  const double scale = 1.0 / std::sqrt(static_cast<double>(hidden_weight.size(1)));
+  const auto hidden = at::gelu(
+      at::linear(features * scale, hidden_weight.to(dtype), hidden_bias.to(dtype)));  // [B, h]
+  auto logit = at::linear(hidden, out_weight.to(dtype)).squeeze(1).to(dtype);         // [B]
   if (training) {
     logit = logit * reached(progress, static_until, dtype);
   }
@@ -173,9 +200,27 @@ at::Tensor budget_bounds(const at::Tensor& asked, double min_budget, double max_
   return (at::relu(min_budget - asked) + at::relu(asked - max_budget)).square().mean();
 }
 
+at::Tensor importance_start(const at::Tensor& importance, double keep, double sharpness) {
+  TORCH_CHECK_VALUE(importance.dim() == 1, "importance must have shape [heads], got ",
+                    importance.dim(), " dimensions");
+  TORCH_CHECK_VALUE(keep > 0.0 && keep <= 1.0, "keep must be in (0, 1], got ", keep);
+  const auto heads = importance.size(0);
+  // In ascending order; of equal heads the lower one ranks higher, as in select_heads.
+  const auto order = heads - 1 - importance.flip(0).argsort(/*stable=*/true, 0, false);
+  const auto place = at::arange(heads, importance.options());
+  const auto rank = at::empty_like(place).scatter(0, order, place);  // 0 .. heads - 1
+  // The border falls halfway between two heads.
+  const double kept = std::round(keep * static_cast<double>(heads));
+  return (rank + 0.5 - (static_cast<double>(heads) - kept)) *
+         (sharpness / static_cast<double>(std::max<int64_t>(heads, 1)));
+}
+
 TORCH_LIBRARY_IMPL(headwise, CompositeImplicitAutograd, m) {
   m.impl("soft_top_k", soft_top_k);
   m.impl("gate_features", gate_features);
+  m.impl("update_statistics", update_statistics);
+  m.impl("standardize", standardize);
+  m.impl("importance_start", importance_start);
   m.impl("input_relevance", input_relevance);
   m.impl("head_budget", head_budget);
   m.impl("budget_select", budget_select);

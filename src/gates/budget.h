@@ -15,16 +15,32 @@ namespace headwise {
 at::Tensor soft_top_k(const at::Tensor& scores, const at::Tensor& mass,
                       const at::Tensor& temperature);
 
-/// What gates see of an input: the mean of x [B, L, D] over rows that are not padding, normalised
-/// to zero mean and unit variance over D, in at least float32 -> [B, D]. The normalisation is ours:
-/// it makes one learning rate fit every layer.
+/// What gates see of an input: the mean of x [B, L, D] over rows that are not padding, in at least
+/// float32 and cut off from the graph (the gate's gradient does not disturb the model) -> [B, D].
 at::Tensor gate_features(const at::Tensor& x, const std::optional<at::Tensor>& key_padding_mask);
 
-/// base [H] + weight [H, D] features [B, D] -> [B, H]; in training the second term is held at zero
-/// until `progress` [] reaches `static_until`.
+/// base [H] + weight [H, D] features [B, D] / sqrt(D) -> [B, H]; in training the second term is
+/// held at zero until `progress` [] reaches `static_until`.
 at::Tensor input_relevance(const at::Tensor& features, const at::Tensor& base,
                            const at::Tensor& weight, const at::Tensor& progress, bool training,
                            double static_until);
+
+/// {mean [D], variance [D], batches []} after one more batch of features [B, D]: a plain average
+/// over the first 50 batches, an exponential one after.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> update_statistics(const at::Tensor& features,
+                                                                 const at::Tensor& mean,
+                                                                 const at::Tensor& variance,
+                                                                 const at::Tensor& batches);
+
+/// (features [B, D] - mean [D]) / sqrt(variance [D] + 1e-4). Over inputs, not over D: the mean of a
+/// layer's input is dominated by a vector that all inputs share, and what a gate does with that is
+/// static in disguise.
+at::Tensor standardize(const at::Tensor& features, const at::Tensor& mean,
+                       const at::Tensor& variance);
+
+/// Relevance to start gates from, out of the importance of all heads of a model [heads]: sharpness
+/// * (rank - (1 - keep)), rank in [0, 1]; the most important share `keep` is positive -> [heads].
+at::Tensor importance_start(const at::Tensor& importance, double keep, double sharpness);
 
 /// base [H] for every sequence of x [B, L, D], in at least float32 -> [B, H].
 at::Tensor static_relevance(const at::Tensor& base, const at::Tensor& x);

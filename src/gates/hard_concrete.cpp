@@ -32,18 +32,24 @@ at::Tensor hard_concrete_open(const at::Tensor& log_alpha, double beta, double g
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> hard_concrete_select(
     const at::Tensor& log_alpha, const std::optional<at::Tensor>& uniform,
     const at::Tensor& progress, bool training, bool run_all, double hard_from, double beta,
-    double gamma, double zeta) {
+    double gamma, double zeta, bool weight_one) {
   const auto dtype = log_alpha.scalar_type();
-  auto weight = hard_concrete(log_alpha, {}, beta, gamma, zeta);              // [B, H]
-  const auto open = hard_concrete_open(log_alpha, beta, gamma, zeta).sum(1);  // [B]
+  const auto open = hard_concrete_open(log_alpha, beta, gamma, zeta);  // [B, H]
+  // 0 * open is NaN where log_alpha is: select_nonzero then refuses it.
+  auto weight = weight_one ? open.detach().gt(0.5).to(dtype) + 0 * open.detach()
+                           : hard_concrete(log_alpha, {}, beta, gamma, zeta);  // [B, H]
+  const auto expected_open = open.sum(1);                                      // [B]
   if (!training) {
     const auto [index, count] = select_nonzero(weight);
-    return {index, count, weight, open};
+    return {index, count, weight, expected_open};
   }
+  const auto hard_open =
+      weight.detach().ne(0).to(dtype).sum(1) + (expected_open - expected_open.detach());
   const auto is_hard = progress.detach().ge(hard_from);  // []
-  const auto hard_open = weight.detach().ne(0).to(dtype).sum(1) + (open - open.detach());
-  const auto expected = at::where(is_hard, hard_open, open);
-  if (uniform) {
+  const auto expected = weight_one ? hard_open : at::where(is_hard, hard_open, expected_open);
+  if (weight_one) {
+    weight = weight + (open - open.detach());
+  } else if (uniform) {
     weight = at::where(is_hard, weight, hard_concrete(log_alpha, uniform, beta, gamma, zeta));
   }
   const auto [index, count] = select_nonzero(weight);

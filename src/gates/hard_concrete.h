@@ -19,11 +19,13 @@ at::Tensor hard_concrete(const at::Tensor& log_alpha, const std::optional<at::Te
 at::Tensor hard_concrete_open(const at::Tensor& log_alpha, double beta, double gamma, double zeta);
 
 /// {index, count, weight, expected_heads} from log_alpha [B, H]. Training samples until `progress`
-/// reaches hard_from, then takes evaluation's values. A head whose gate is 0 does not run.
+/// reaches hard_from, then takes evaluation's values; with
+/// weight_one a head is open, with weight 1, where P(open) > 1/2, and the gradient is P(open)'s. A
+/// head whose gate is 0 does not run.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> hard_concrete_select(
     const at::Tensor& log_alpha, const std::optional<at::Tensor>& uniform,
     const at::Tensor& progress, bool training, bool run_all, double hard_from, double beta,
-    double gamma, double zeta);
+    double gamma, double zeta, bool weight_one);
 
 /// How far the heads that layers expect to run (one [B] a layer; mean over the batch, pooled over
 /// layers, as a fraction of num_heads) lie from the scheduled target -> []. form: 'squared',

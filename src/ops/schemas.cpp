@@ -149,6 +149,11 @@ TORCH_LIBRARY(headwise, m) {
   m.def("soft_top_k(Tensor scores, Tensor mass, Tensor temperature) -> Tensor");
   m.def("gate_features(Tensor x, Tensor? key_padding_mask=None) -> Tensor");
   m.def(
+      "update_statistics(Tensor features, Tensor mean, Tensor variance, Tensor batches) "
+      "-> (Tensor mean, Tensor variance, Tensor batches)");
+  m.def("standardize(Tensor features, Tensor mean, Tensor variance) -> Tensor");
+  m.def("importance_start(Tensor importance, float keep, float sharpness) -> Tensor");
+  m.def(
       "input_relevance(Tensor features, Tensor base, Tensor weight, Tensor progress, "
       "bool training, float static_until) -> Tensor");
   m.def(
@@ -174,7 +179,7 @@ TORCH_LIBRARY(headwise, m) {
       "-> Tensor");
   m.def(
       "hard_concrete_select(Tensor log_alpha, Tensor? uniform, Tensor progress, bool training, "
-      "bool run_all, float hard_from, float beta, float gamma, float zeta) "
+      "bool run_all, float hard_from, float beta, float gamma, float zeta, bool weight_one) "
       "-> (Tensor index, Tensor count, Tensor weight, Tensor expected_heads)");
   m.def(
       "target_penalty(Tensor[] expected_heads, int[] num_heads, Tensor progress, float target, "

@@ -5,6 +5,7 @@ from headwise.gates.budget import BudgetGate
 from headwise.gates.fixed import FixedGate
 from headwise.gates.hard_concrete import HardConcreteGate
 from headwise.gates.random import RandomGate
+from headwise.gates.start import start_gates
 
 __all__ = [
     "BudgetGate",
@@ -15,4 +16,5 @@ __all__ = [
     "anneal",
     "gate_from_config",
     "penalty",
+    "start_gates",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -28,11 +29,15 @@ class BudgetGate(TargetedGate):
     :math:`k = \mathrm{round}(s H)` most relevant heads. The paper does not publish its soft gate,
     noise, schedules and loss weights; these are ours:
 
-    - :math:`z` is normalised to zero mean and unit variance.
-    - :math:`a = base + W z`, where :math:`base` does not depend on the input and :math:`W`
-      starts at zero and is held there until ``static_until``: first a static gate, then the input's
-      part as a residual. The budget's network does the same. A gate that learns both at once tends
-      to collapse into a static one, and a worse one.
+    - :math:`z` is standardised with the running mean and variance of the inputs seen in training
+      (not over its D entries: what all inputs share would stay in, a second static part), and cut
+      off from the graph.
+    - :math:`a = base + W z / \sqrt D`, where :math:`base` does not depend on the input and
+      :math:`W` starts at zero and is held there until ``static_until``: first a static gate, then
+      the input's part as a residual. The budget's network does the same. A gate that learns both
+      at once tends to collapse into a static one, and a worse one. (From a start by
+      :func:`headwise.start_gates` the static phase has been had: ``static_until=0, warmup=0,
+      hard_from=0.3, noise_scale=0``.)
     - Training weighs the heads by :math:`m_h = \sigma((a_h - t)/\tau)` with :math:`t` solved for
       every input so that :math:`\sum_h m_h = s H`; its gradient (of the implicit function) reaches
       :math:`a` and :math:`s`. Noise on :math:`a` and :math:`\tau` are annealed.
@@ -102,10 +107,10 @@ class BudgetGate(TargetedGate):
         min_heads: int = 1,
         rounding: str = "round",
         target_scope: str = "model",
-        strength: float = 10.0,
+        strength: float = 20.0,
         bounds_strength: float = 1.0,
         entropy_strength: float = 0.0,
-        temperature: float = 1.0,
+        temperature: float = 0.5,
         final_temperature: float = 0.1,
         noise: str = "gumbel",
         noise_scale: float = 0.5,
@@ -188,6 +193,7 @@ class BudgetGate(TargetedGate):
 
     def _build(self, device, dtype) -> None:
         super()._build(device, dtype)
+        self._build_features(device, dtype)
         factory = {"device": device, "dtype": dtype}
         self.base = Parameter(torch.empty(self.num_heads, **factory))
         self.relevance = nn.Linear(self.embed_dim, self.num_heads, bias=False, **factory)
@@ -201,18 +207,30 @@ class BudgetGate(TargetedGate):
         if self.num_heads is None:
             return
         self.progress.zero_()
+        self._reset_features()
         nn.init.normal_(self.base, std=0.01)
         nn.init.zeros_(self.relevance.weight)
         if self.fixed_budget is None:
-            self.budget_hidden.reset_parameters()
+            # Its input has norm one: unit weights give hidden units of order one.
+            nn.init.normal_(self.budget_hidden.weight)
+            nn.init.zeros_(self.budget_hidden.bias)
             nn.init.zeros_(self.budget_out.weight)
-            held = torch.tensor(self.target, dtype=torch.float64).clamp(1e-3, 1 - 1e-3)
-            with torch.no_grad():
-                self.budget_out.bias.fill_(float(torch.logit(held)))
+            self._set_budget(self.target)
+
+    @torch.no_grad()
+    def _set_budget(self, budget: float) -> None:
+        held = min(max(budget, self.min_budget, 1e-3), self.max_budget, 1 - 1e-3)
+        self.budget_out.bias.fill_(math.log(held / (1.0 - held)))
+
+    @torch.no_grad()
+    def _start(self, relevance: Tensor, budget: float) -> None:
+        self.base.copy_(relevance)
+        if self.fixed_budget is None:
+            self._set_budget(budget)
 
     def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Selection:
         self._check_bound(x)
-        features = _ops.gate_features(x, key_padding_mask)  # [B, D]
+        features = self._features(x, key_padding_mask)  # [B, D]
         relevance = _ops.input_relevance(
             features,
             self.base,

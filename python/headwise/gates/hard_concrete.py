@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
@@ -12,6 +14,7 @@ from headwise.selection import Selection
 _ops = torch.ops.headwise
 
 PENALTIES = ("squared", "lagrangian", "l0")
+KEPT_WEIGHTS = ("gate", "one")
 
 
 class HardConcreteGate(TargetedGate):
@@ -24,8 +27,9 @@ class HardConcreteGate(TargetedGate):
     gate; a head whose gate is 0 does not run. :math:`P(g > 0) = \sigma(\log\alpha - \beta
     \ln(-\gamma/\zeta))`.
 
-    Ours: with ``input_dependent`` :math:`\log\alpha = base + W z`, :math:`z` the normalised mean of
-    the layer's input over the tokens that are not padding, :math:`W` zero at first and held there
+    Ours: with ``input_dependent`` :math:`\log\alpha = base + W z / \sqrt D`, :math:`z` the mean
+    of the layer's input over the tokens that are not padding, standardised as in
+    :class:`BudgetGate`, :math:`W` zero at first and held there
     until ``static_until``; from ``hard_from`` on training takes evaluation's gates.
 
     Args:
@@ -38,6 +42,9 @@ class HardConcreteGate(TargetedGate):
         strength: see ``penalty``.
         target_scope: ``"model"``: one target on the mean over all layers (through ``hw.penalty``);
             ``"layer"``: one for each.
+        kept_weight: ``"gate"``, the value of the gate; or ``"one"``: no samples, a head is open,
+            with weight 1, where P(g > 0) > 1/2, in training and in evaluation, and the gradient is
+            that of P(g > 0). Ours.
         init_log_alpha: initial value; 3 opens every gate wholly in evaluation.
         beta: temperature of the samples.
         gamma: lower end of the stretch, below 0.
@@ -68,8 +75,9 @@ class HardConcreteGate(TargetedGate):
         *,
         input_dependent: bool = False,
         penalty: str = "squared",
-        strength: float = 10.0,
+        strength: float = 20.0,
         target_scope: str = "model",
+        kept_weight: str = "gate",
         init_log_alpha: float = 3.0,
         beta: float = 0.33,
         gamma: float = -0.1,
@@ -86,6 +94,10 @@ class HardConcreteGate(TargetedGate):
     ) -> None:
         if penalty not in PENALTIES:
             raise ValueError(f"penalty must be one of {', '.join(PENALTIES)}, got {penalty!r}")
+        if kept_weight not in KEPT_WEIGHTS:
+            raise ValueError(
+                f"kept_weight must be one of {', '.join(KEPT_WEIGHTS)}, got {kept_weight!r}"
+            )
         if not beta > 0.0:
             raise ValueError(f"beta must be positive, got {beta}")
         if not (gamma < 0.0 and zeta > 1.0):
@@ -95,6 +107,7 @@ class HardConcreteGate(TargetedGate):
         options = {
             "input_dependent": bool(input_dependent),
             "penalty": penalty,
+            "kept_weight": kept_weight,
             "init_log_alpha": float(init_log_alpha),
             "beta": float(beta),
             "gamma": float(gamma),
@@ -124,6 +137,7 @@ class HardConcreteGate(TargetedGate):
         factory = {"device": device, "dtype": dtype}
         self.log_alpha = Parameter(torch.empty(self.num_heads, **factory))
         if self.input_dependent:
+            self._build_features(device, dtype)
             self.relevance = nn.Linear(self.embed_dim, self.num_heads, bias=False, **factory)
         if self.penalty_form == "lagrangian":
             self.multipliers = Parameter(torch.empty(2, **factory))
@@ -135,15 +149,21 @@ class HardConcreteGate(TargetedGate):
         self.progress.zero_()
         nn.init.normal_(self.log_alpha, mean=self.init_log_alpha, std=0.01)
         if self.input_dependent:
+            self._reset_features()
             nn.init.zeros_(self.relevance.weight)
         if self.penalty_form == "lagrangian":
             nn.init.zeros_(self.multipliers)
+
+    @torch.no_grad()
+    def _start(self, relevance: Tensor, budget: float) -> None:
+        # P(open) is 1/2 where the relevance is 0.
+        self.log_alpha.copy_(relevance + self.beta * math.log(-self.gamma / self.zeta))
 
     def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Selection:
         self._check_bound(x)
         if self.input_dependent:
             log_alpha = _ops.input_relevance(
-                _ops.gate_features(x, key_padding_mask),
+                self._features(x, key_padding_mask),
                 self.log_alpha,
                 self.relevance.weight,
                 self.progress,
@@ -152,9 +172,11 @@ class HardConcreteGate(TargetedGate):
             )  # [B, H]
         else:
             log_alpha = _ops.static_relevance(self.log_alpha, x)  # [B, H]
+        sample = self.training and self.kept_weight == "gate"
+        uniform = torch.rand_like(log_alpha) if sample else None
         index, count, weight, expected = _ops.hard_concrete_select(
             log_alpha,
-            torch.rand_like(log_alpha) if self.training else None,
+            uniform,
             self.progress,
             self.training,
             self.execution == "all",
@@ -162,6 +184,7 @@ class HardConcreteGate(TargetedGate):
             self.beta,
             self.gamma,
             self.zeta,
+            self.kept_weight == "one",
         )
         if self.training:
             self.expected_heads = expected

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from headwise.gates.base import Gate
 
+_ops = torch.ops.headwise
+
 TARGET_SCOPES = ("model", "layer")
 
 
@@ -19,9 +21,15 @@ class TargetedGate(Gate):
     Attributes:
         progress: float32 ``[]``, what :meth:`Gate.anneal` sets. A buffer that is saved, so that
             training resumes where it stopped, and so that annealing recompiles nothing.
+        feature_mean: ``[D]``, running mean of the pooled input, where the gate sees its input.
+        feature_variance: ``[D]``, its running variance.
+        feature_batches: ``[]``, how many batches they have seen.
     """
 
     progress: Tensor
+    feature_mean: Tensor
+    feature_variance: Tensor
+    feature_batches: Tensor
     penalty_form = "squared"
     _RECORDED = ("expected_heads", "_regulariser")
 
@@ -66,6 +74,29 @@ class TargetedGate(Gate):
     def _build(self, device, dtype) -> None:
         self.register_buffer("progress", torch.zeros((), device=device, dtype=torch.float32))
 
+    def _build_features(self, device, dtype) -> None:
+        factory = {"device": device, "dtype": dtype}
+        self.register_buffer("feature_mean", torch.zeros(self.embed_dim, **factory))
+        self.register_buffer("feature_variance", torch.ones(self.embed_dim, **factory))
+        self.register_buffer("feature_batches", torch.zeros((), device=device))
+
+    def _reset_features(self) -> None:
+        self.feature_mean.zero_()
+        self.feature_variance.fill_(1.0)
+        self.feature_batches.zero_()
+
+    def _features(self, x: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+        """``[B, D]``: the masked mean, standardised over the inputs seen in training."""
+        features = _ops.gate_features(x, key_padding_mask)
+        if self.training:
+            mean, variance, batches = _ops.update_statistics(
+                features, self.feature_mean, self.feature_variance, self.feature_batches
+            )
+            self.feature_mean.copy_(mean)
+            self.feature_variance.copy_(variance)
+            self.feature_batches.copy_(batches)
+        return _ops.standardize(features, self.feature_mean, self.feature_variance)
+
     def anneal(self, progress: float) -> None:
         super().anneal(progress)
         if self.num_heads is not None:
@@ -88,6 +119,27 @@ class TargetedGate(Gate):
             return None
         return (type(self), self.target, self.strength, self.warmup, self.penalty_form)
 
+    def start_from(self, relevance: Tensor, budget: float) -> None:
+        """Starts the gate from a static choice instead of from all heads.
+
+        Args:
+            relevance: ``[H]``, positive for heads that the static choice keeps.
+            budget: share of the layer's heads that it keeps.
+
+        Raises:
+            ValueError: ``relevance`` is not finite or not of shape ``[H]``.
+        """
+        if relevance.shape != (self.num_heads,):
+            raise ValueError(
+                f"relevance must have shape [{self.num_heads}], got {list(relevance.shape)}"
+            )
+        if not bool(torch.isfinite(relevance).all()):
+            raise ValueError("relevance must be finite")
+        self._start(relevance, budget)
+
+    def _start(self, relevance: Tensor, budget: float) -> None:
+        raise NotImplementedError
+
     def _multipliers(self) -> Tensor | None:
         return None
 
@@ -95,7 +147,7 @@ class TargetedGate(Gate):
 def pooled_penalty(gates: Sequence[TargetedGate]) -> Tensor:
     """One penalty on the mean share of heads over the gates' layers and the batch."""
     first = gates[0]
-    return torch.ops.headwise.target_penalty(
+    return _ops.target_penalty(
         [gate.expected_heads for gate in gates],
         [gate.num_heads for gate in gates],
         first.progress,

@@ -1,0 +1,111 @@
+// Multi-head attention that runs only the heads its gate chooses.
+#pragma once
+
+#include <torch/nn/module.h>
+#include <torch/nn/modules/common.h>
+#include <torch/nn/modules/container/any.h>
+#include <torch/nn/modules/linear.h>
+#include <torch/nn/pimpl.h>
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <tuple>
+
+#include "headwise/attention.h"
+#include "headwise/export.h"
+#include "headwise/gates.h"
+
+namespace headwise {
+
+/// Options of MultiheadAttention: those of torch.nn.MultiheadAttention, and a gate.
+/// Example: MultiheadAttentionOptions(768, 12).batch_first(true).gate(BudgetGateOptions())
+struct HEADWISE_API MultiheadAttentionOptions {
+  MultiheadAttentionOptions(int64_t embed_dim, int64_t num_heads)
+      : embed_dim_(embed_dim), num_heads_(num_heads) {}
+
+  /// Width of the model, D.
+  TORCH_ARG(int64_t, embed_dim);
+  /// Heads, H.
+  TORCH_ARG(int64_t, num_heads);
+  /// Dropout probability on the attention probabilities.
+  TORCH_ARG(double, dropout) = 0.0;
+  /// Whether the projections have a bias.
+  TORCH_ARG(bool, bias) = true;
+  /// One more, learned, row of keys and values.
+  TORCH_ARG(bool, add_bias_kv) = false;
+  /// One more row of zeros in keys and values.
+  TORCH_ARG(bool, add_zero_attn) = false;
+  /// Features of the keys; default embed_dim.
+  TORCH_ARG(std::optional<int64_t>, kdim) = std::nullopt;
+  /// Features of the values; default embed_dim.
+  TORCH_ARG(std::optional<int64_t>, vdim) = std::nullopt;
+  /// Inputs and output are [B, L, D] instead of [L, B, D].
+  TORCH_ARG(bool, batch_first) = false;
+  /// Device of the parameters.
+  TORCH_ARG(std::optional<at::Device>, device) = std::nullopt;
+  /// Type of the parameters.
+  TORCH_ARG(std::optional<at::ScalarType>, dtype) = std::nullopt;
+  /// The gate; none: every head runs.
+  TORCH_ARG(std::optional<GateOptions>, gate) = std::nullopt;
+  /// Width of a head where it is not embed_dim / num_heads (a pruned layer); num_heads may then be
+  /// 0.
+  TORCH_ARG(std::optional<int64_t>, head_dim) = std::nullopt;
+};
+
+/// torch.nn.MultiheadAttention in which every input chooses its heads; without a gate it equals it.
+/// Example: auto [y, w] = mha->forward(x, x, x, padding, /*need_weights=*/false);
+/// Parameters: in_proj_weight [3E, D] (or q_proj_weight [E, D], k_proj_weight [E, Dk],
+/// v_proj_weight [E, Dv]), in_proj_bias [3E], out_proj.weight [D, E], out_proj.bias [D], bias_k and
+/// bias_v [1, 1, E], gate.*; E = num_heads * head_dim.
+class HEADWISE_API MultiheadAttentionImpl : public torch::nn::Module {
+ public:
+  MultiheadAttentionImpl(int64_t embed_dim, int64_t num_heads)
+      : MultiheadAttentionImpl(MultiheadAttentionOptions(embed_dim, num_heads)) {}
+  /// @throws c10::ValueError for sizes that are not positive or a head count that does not divide
+  ///         embed_dim (where head_dim is not given).
+  explicit MultiheadAttentionImpl(MultiheadAttentionOptions options);
+
+  /// @param query            [L, B, D], [B, L, D] with batch_first, or [L, D] unbatched
+  /// @param key              the same with S rows of kdim features
+  /// @param value            the same with S rows of vdim features
+  /// @param key_padding_mask bool (true = padding) or floating [B, S]; undefined: none
+  /// @param attn_mask        bool (true = may not attend) or floating [L, S] or [B * H, L, S]
+  /// @param is_causal        a hint that attn_mask is the causal mask
+  /// @return {output, shaped as query; weights [B, L, S'] averaged over heads or [B, H, L, S'],
+  /// zeros
+  ///         for heads that did not run, undefined without need_weights}
+  std::tuple<at::Tensor, at::Tensor> forward(
+      const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+      const at::Tensor& key_padding_mask = {}, bool need_weights = true,
+      const at::Tensor& attn_mask = {}, bool average_attn_weights = true, bool is_causal = false);
+
+  void reset_parameters();
+
+  /// Puts a gate of these options into the layer, bound to its sizes.
+  void set_gate(const GateOptions& gate_options);
+
+  int64_t head_dim() const { return head_dim_; }
+
+  MultiheadAttentionOptions options;
+  at::Tensor in_proj_weight, in_proj_bias, q_proj_weight, k_proj_weight, v_proj_weight;
+  at::Tensor bias_k, bias_v;
+  torch::nn::Linear out_proj{nullptr};
+  std::shared_ptr<GateImpl> gate;
+  /// What the gate chose in the last forward; empty before one and without a gate.
+  std::optional<Selection> last_selection;
+
+ protected:
+  FORWARD_HAS_DEFAULT_ARGS({3, torch::nn::AnyValue(at::Tensor())}, {4, torch::nn::AnyValue(true)},
+                           {5, torch::nn::AnyValue(at::Tensor())}, {6, torch::nn::AnyValue(true)},
+                           {7, torch::nn::AnyValue(false)})
+
+ private:
+  ProjectionWeights projections() const;
+
+  int64_t head_dim_;
+  bool same_embed_dim_;
+};
+TORCH_MODULE(MultiheadAttention);
+
+}  // namespace headwise

@@ -1,0 +1,250 @@
+#include "headwise/multihead_attention.h"
+
+#include <torch/nn/init.h>
+
+#include <limits>
+
+#include "headwise/dense_attention.h"
+
+namespace headwise {
+namespace {
+
+std::optional<at::Tensor> optional(const at::Tensor& tensor) {
+  return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
+}
+
+void check_sizes(const MultiheadAttentionOptions& options) {
+  TORCH_CHECK_VALUE(options.embed_dim() > 0, "embed_dim must be positive, got ",
+                    options.embed_dim());
+  const bool has_width = options.head_dim().has_value();
+  TORCH_CHECK_VALUE(options.num_heads() > 0 || (options.num_heads() == 0 && has_width),
+                    "num_heads must be positive (or 0 where head_dim is given), got ",
+                    options.num_heads());
+  TORCH_CHECK_VALUE(!has_width || *options.head_dim() > 0, "head_dim must be positive, got ",
+                    options.head_dim().value_or(0));
+  TORCH_CHECK_VALUE(has_width || options.embed_dim() % options.num_heads() == 0,
+                    "num_heads must divide embed_dim=", options.embed_dim(),
+                    " (or head_dim be given), got ", options.num_heads());
+  TORCH_CHECK_VALUE(options.dropout() >= 0.0 && options.dropout() <= 1.0,
+                    "dropout must be between 0 and 1, got ", options.dropout());
+}
+
+void check_mask(const char* name, const at::Tensor& mask) {
+  TORCH_CHECK_TYPE(!mask.defined() || mask.scalar_type() == at::kBool || mask.is_floating_point(),
+                   name, " must be boolean or floating, got ", mask.scalar_type());
+}
+
+}  // namespace
+
+MultiheadAttentionImpl::MultiheadAttentionImpl(MultiheadAttentionOptions options_)
+    : torch::nn::Module("headwise::MultiheadAttention"), options(std::move(options_)) {
+  check_sizes(options);
+  const auto embed_dim = options.embed_dim();
+  head_dim_ =
+      options.head_dim().has_value() ? *options.head_dim() : embed_dim / options.num_heads();
+  const auto kdim = options.kdim().value_or(embed_dim), vdim = options.vdim().value_or(embed_dim);
+  same_embed_dim_ = kdim == embed_dim && vdim == embed_dim;
+  const int64_t width = options.num_heads() * head_dim_;  // E
+  at::TensorOptions tensors;
+  if (options.device()) tensors = tensors.device(*options.device());
+  if (options.dtype()) tensors = tensors.dtype(*options.dtype());
+
+  const auto parameter = [&](const char* name, at::IntArrayRef sizes) {
+    return register_parameter(name, torch::empty(sizes, tensors));
+  };
+  if (same_embed_dim_) {
+    in_proj_weight = parameter("in_proj_weight", {3 * width, embed_dim});
+  } else {
+    q_proj_weight = parameter("q_proj_weight", {width, embed_dim});
+    k_proj_weight = parameter("k_proj_weight", {width, kdim});
+    v_proj_weight = parameter("v_proj_weight", {width, vdim});
+  }
+  if (options.bias()) {
+    in_proj_bias = parameter("in_proj_bias", {3 * width});
+  }
+  if (options.add_bias_kv()) {
+    bias_k = parameter("bias_k", {1, 1, width});
+    bias_v = parameter("bias_v", {1, 1, width});
+  }
+  // Linear's own initialisation divides by the width: an empty one gets its weight afterwards.
+  out_proj = register_module(
+      "out_proj",
+      torch::nn::Linear(
+          torch::nn::LinearOptions(std::max<int64_t>(width, 1), embed_dim).bias(options.bias())));
+  out_proj->to(tensors.device(), c10::typeMetaToScalarType(tensors.dtype()));
+  if (width == 0) {
+    out_proj->options.in_features(0);
+    out_proj->weight.set_data(torch::empty({embed_dim, 0}, tensors));
+  }
+  reset_parameters();
+  if (options.gate()) {
+    set_gate(*options.gate());
+  }
+}
+
+void MultiheadAttentionImpl::reset_parameters() {
+  for (auto* weight : {&in_proj_weight, &q_proj_weight, &k_proj_weight, &v_proj_weight}) {
+    if (weight->defined() && weight->numel() > 0) {
+      torch::nn::init::xavier_uniform_(*weight);
+    }
+  }
+  if (in_proj_bias.defined()) {
+    torch::nn::init::zeros_(in_proj_bias);
+    torch::nn::init::zeros_(out_proj->bias);
+  }
+  for (auto* row : {&bias_k, &bias_v}) {
+    if (row->defined() && row->numel() > 0) {
+      torch::nn::init::xavier_normal_(*row);
+    }
+  }
+}
+
+void MultiheadAttentionImpl::set_gate(const GateOptions& gate_options) {
+  auto bound = make_gate(gate_options, options.embed_dim(), options.num_heads(),
+                         out_proj->weight.options().requires_grad(false));
+  bound->train(is_training());
+  gate = gate ? replace_module("gate", bound) : register_module("gate", bound);
+  options.gate(gate_options);
+}
+
+ProjectionWeights MultiheadAttentionImpl::projections() const {
+  ProjectionWeights w;
+  if (same_embed_dim_) {
+    const auto parts = in_proj_weight.tensor_split(3);  // [E, D] each
+    w.q_weight = parts[0];
+    w.k_weight = parts[1];
+    w.v_weight = parts[2];
+  } else {
+    w.q_weight = q_proj_weight;
+    w.k_weight = k_proj_weight;
+    w.v_weight = v_proj_weight;
+  }
+  if (in_proj_bias.defined()) {
+    const auto parts = in_proj_bias.tensor_split(3);  // [E] each
+    w.q_bias = parts[0];
+    w.k_bias = parts[1];
+    w.v_bias = parts[2];
+  }
+  w.out_proj_weight = out_proj->weight;
+  w.out_proj_bias = optional(out_proj->bias);
+  if (bias_k.defined()) {
+    w.bias_k = bias_k.reshape({-1});
+    w.bias_v = bias_v.reshape({-1});
+  }
+  w.add_zero_attn = options.add_zero_attn();
+  return w;
+}
+
+std::tuple<at::Tensor, at::Tensor> MultiheadAttentionImpl::forward(
+    const at::Tensor& query_, const at::Tensor& key_, const at::Tensor& value_,
+    const at::Tensor& key_padding_mask_, bool need_weights, const at::Tensor& attn_mask_,
+    bool average_attn_weights, bool is_causal) {
+  auto query = query_, key = key_, value = value_;
+  auto key_padding_mask = key_padding_mask_, attn_mask = attn_mask_;
+  const int64_t num_heads = options.num_heads();
+  const int64_t kdim = options.kdim().value_or(options.embed_dim());
+  const int64_t vdim = options.vdim().value_or(options.embed_dim());
+  const bool batched = query.dim() == 3;
+  TORCH_CHECK_VALUE(
+      (query.dim() == 2 || batched) && key.dim() == query.dim() && value.dim() == query.dim(),
+      "query, key and value must all have 3 dimensions, or 2 for an unbatched input, got ",
+      query.dim(), ", ", key.dim(), " and ", value.dim());
+  const bool query_is_key = query.is_same(key);
+  const bool self_attention = query_is_key && key.is_same(value);
+  if (!batched) {
+    query = query.unsqueeze(0);
+    key = key.unsqueeze(0);
+    value = value.unsqueeze(0);
+    key_padding_mask = key_padding_mask.defined() ? key_padding_mask.unsqueeze(0) : at::Tensor();
+  } else if (!options.batch_first()) {
+    query = query.transpose(0, 1);
+    key = key.transpose(0, 1);
+    value = value.transpose(0, 1);
+  }
+  const int64_t B = query.size(0), L = query.size(1), S = key.size(1);
+  const auto check_width = [](const char* name, const at::Tensor& tensor, int64_t width) {
+    TORCH_CHECK_VALUE(tensor.size(2) == width, name, " must have ", width, " features, got ",
+                      tensor.size(2));
+  };
+  check_width("query", query, options.embed_dim());
+  check_width("key", key, kdim);
+  check_width("value", value, vdim);
+  TORCH_CHECK_VALUE(key.size(0) == B && value.size(0) == B && value.size(1) == S,
+                    "query, key and value must agree in batch, and key and value in length, got [",
+                    B, ", ", L, "], [", key.size(0), ", ", S, "] and [", value.size(0), ", ",
+                    value.size(1), "]");
+  TORCH_CHECK(!is_causal || attn_mask.defined(),
+              "is_causal is a hint about attn_mask, which must be given with it");
+  check_mask("key_padding_mask", key_padding_mask);
+  check_mask("attn_mask", attn_mask);
+  TORCH_CHECK_VALUE(
+      !key_padding_mask.defined() || key_padding_mask.sizes() == at::IntArrayRef({B, S}),
+      "key_padding_mask must have shape [", B, ", ", S, "], got ", key_padding_mask.sizes());
+  if (attn_mask.defined() && attn_mask.dim() == 2) {
+    TORCH_CHECK_VALUE(attn_mask.sizes() == at::IntArrayRef({L, S}), "attn_mask must have shape [",
+                      L, ", ", S, "], got ", attn_mask.sizes());
+  } else if (attn_mask.defined()) {
+    TORCH_CHECK_VALUE(attn_mask.sizes() == at::IntArrayRef({B * num_heads, L, S}),
+                      "attn_mask of 3 dimensions must have shape [", B * num_heads, ", ", L, ", ",
+                      S, "], got ", attn_mask.sizes());
+    attn_mask = attn_mask.view({B, num_heads, L, S});
+  }
+
+  AttentionArguments arguments;
+  arguments.key_padding_mask = optional(key_padding_mask);
+  arguments.attn_mask = is_causal ? std::nullopt : optional(attn_mask);
+  arguments.is_causal = is_causal;
+  const auto weights = projections();
+  const int64_t added_keys = int64_t(bias_k.defined()) + int64_t(options.add_zero_attn());
+
+  std::optional<Selection> selection;
+  if (gate) {
+    // The mask is about keys: it says which queries are padding only where they are the same.
+    selection = gate->forward(query, query_is_key ? key_padding_mask : at::Tensor());
+  }
+  at::Tensor probabilities;  // [B, H, L, S']
+  if (need_weights) {
+    const auto [q, k, v] = project_heads(query, key, value, weights, num_heads);
+    probabilities = attention_probabilities(q, k, arguments, added_keys);
+    if (selection) {
+      const auto chosen =
+          selection_mask(selection->index, selection->count, probabilities.scalar_type());
+      probabilities = probabilities * chosen.unsqueeze(-1).unsqueeze(-1);
+    }
+    if (average_attn_weights) {
+      probabilities = num_heads > 0 ? probabilities.mean(1) : probabilities.sum(1);
+    }
+  }
+
+  arguments.dropout_p = is_training() ? options.dropout() : 0.0;
+  at::Tensor output;  // [B, L, D]
+  if (!selection) {
+    const auto [q, k, v] = project_heads(query, key, value, weights, num_heads);
+    const auto context = dense_attention(q, k, v, arguments, added_keys);
+    output = combine_heads(context, {}, weights.out_proj_weight, weights.out_proj_bias);
+  } else {
+    if (arguments.dropout_p > 0.0) {
+      arguments.dropout_seed =
+          torch::randint(std::numeric_limits<int64_t>::max(), {1},
+                         query.options().dtype(at::kLong).requires_grad(false));
+    }
+    output =
+        self_attention && same_embed_dim_ && added_keys == 0
+            ? selected_self_attention(query, in_proj_weight, optional(in_proj_bias),
+                                      weights.out_proj_weight, weights.out_proj_bias, num_heads,
+                                      selection->index, selection->count, selection->weight,
+                                      arguments)
+            : selected_multihead_attention(query, key, value, weights, num_heads, selection->index,
+                                           selection->count, selection->weight, arguments);
+  }
+  last_selection = std::move(selection);
+  if (!batched) {
+    output = output.squeeze(0);
+    probabilities = probabilities.defined() ? probabilities.squeeze(0) : probabilities;
+  } else if (!options.batch_first()) {
+    output = output.transpose(0, 1);
+  }
+  return {output, probabilities};
+}
+
+}  // namespace headwise
