@@ -153,8 +153,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> budget_select(
     scores = scores + noise->to(dtype) * (1 - explored) * noise_scale;
   }
   const auto count = budget_count(budget, num_heads, min_heads, rounding);  // [B]
-  const auto index = select_heads(scores.detach(), count);                  // [B, H]
-  const auto chosen = selection_mask(index, count, dtype);                  // [B, H]
+  // 0 * budget is NaN where the budget is: select_heads then says so.
+  const auto index =
+      select_heads(scores.detach() + 0 * budget.detach().unsqueeze(1), count);  // [B, H]
+  const auto chosen = selection_mask(index, count, dtype);                      // [B, H]
   if (!training && !soft_weight) {
     return {index, count, chosen, budget * num_heads};
   }

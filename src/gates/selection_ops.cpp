@@ -32,7 +32,7 @@ at::Tensor budget_count(const at::Tensor& budget, int64_t num_heads, int64_t min
   TORCH_CHECK_VALUE(rounding == "round" || rounding == "ceil",
                     "rounding must be round or ceil, got ", rounding);
   TORCH_CHECK_VALUE(min_heads >= 0, "min_heads must not be negative, got ", min_heads);
-  const auto heads = budget.detach() * num_heads;  // [B]
+  const auto heads = (budget.detach() * num_heads).nan_to_num(0.0);  // [B]
   // Half a head rounds up: round-half-to-even would give 2 of 4 and 2 of 5 for the same budget.
   const auto whole = rounding == "ceil" ? at::ceil(heads - 1e-4) : at::floor(heads + 0.5);
   return whole.clamp(std::min(min_heads, num_heads), num_heads).to(at::kInt);

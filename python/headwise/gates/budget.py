@@ -125,6 +125,7 @@ class BudgetGate(TargetedGate):
         device=None,
         dtype=None,
     ) -> None:
+        check_fraction("target", target)
         if budget is not None:
             check_fraction("budget", budget)
         if not 0.0 < min_budget <= max_budget <= 1.0:
