@@ -35,12 +35,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> hard_concrete_select(
     double gamma, double zeta, bool weight_one) {
   const auto dtype = log_alpha.scalar_type();
   const auto open = hard_concrete_open(log_alpha, beta, gamma, zeta);  // [B, H]
-  // 0 * open is NaN where log_alpha is: select_nonzero then refuses it.
-  auto weight = weight_one ? open.detach().gt(0.5).to(dtype) + 0 * open.detach()
+  auto weight = weight_one ? open.detach().gt(0.5).to(dtype)
                            : hard_concrete(log_alpha, {}, beta, gamma, zeta);  // [B, H]
-  const auto expected_open = open.sum(1);                                      // [B]
+  // Zeros, and NaN where log_alpha is not finite: select_nonzero then refuses it.
+  const auto unusable = 0 * log_alpha.detach();
+  const auto expected_open = open.sum(1);  // [B]
   if (!training) {
-    const auto [index, count] = select_nonzero(weight);
+    const auto [index, count] = select_nonzero(weight + unusable);
     return {index, count, weight, expected_open};
   }
   const auto hard_open =
@@ -52,7 +53,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> hard_concrete_select(
   } else if (uniform) {
     weight = at::where(is_hard, weight, hard_concrete(log_alpha, uniform, beta, gamma, zeta));
   }
-  const auto [index, count] = select_nonzero(weight);
+  const auto [index, count] = select_nonzero(weight + unusable);
   if (run_all) {
     const auto num_heads = weight.sym_size(1).guard_int(__FILE__, __LINE__);
     return {at::arange(num_heads, index.options()).expand_as(index).contiguous(),

@@ -111,8 +111,8 @@ def test_equals_torch_when_every_head_runs(layer, mask, gate):
         arguments = {"need_weights": need_weights, "average_attn_weights": average, **masks(mask)}
         got = run(ours, inputs, **arguments)
         if layer == "added_keys" and mask == "causal" and gate != "no_gate":
-            # With the hint (and need_weights=False) torch drops the mask, and its causal kernel hides
-            # the added keys, which its mask shows: it differs from itself. Ours follows the mask.
+            # With the hint (and need_weights=False) torch drops the mask, and its causal kernel
+            # hides the added keys, which its mask shows. Ours follows the mask.
             arguments["is_causal"] = False
         assert_same(run(theirs, inputs, **arguments), got)
 

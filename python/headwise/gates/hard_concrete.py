@@ -63,8 +63,7 @@ class HardConcreteGate(TargetedGate):
     ``penalty="lagrangian"`` also ``multipliers [2]``.
 
     Raises:
-        ValueError: an argument out of its range; in a CPU forward, ``log_alpha`` that is not a
-            number.
+        ValueError: an argument out of its range; in a CPU forward, ``log_alpha`` that is not finite.
     """
 
     log_alpha: Tensor
