@@ -52,7 +52,13 @@ class Examples:
         """The first ``limit`` examples, all where it is None."""
         if limit is None or limit >= len(self):
             return self
-        return Examples(self.ids[:limit], self.labels[:limit].tolist(), self.pad)
+        return self.rows(range(limit))
+
+    def rows(self, rows: Sequence[int]) -> Examples:
+        """The examples at the given positions."""
+        return Examples(
+            [self.ids[row] for row in rows], [int(self.labels[row]) for row in rows], self.pad
+        )
 
     def batch(self, rows: Sequence[int]) -> Batch:
         """The given rows, padded on the right to the longest."""

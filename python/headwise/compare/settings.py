@@ -64,26 +64,28 @@ def preset(size: str, seed: int) -> Settings:
         return replace(
             settings,
             budgets=(0.5,),
-            steps=100,
-            dense_steps=160,
-            train_limit=6000,
-            test_limit=1500,
-            validation_limit=600,
+            steps=80,
+            dense_steps=140,
+            test_limit=1200,
+            validation_limit=500,
             score_limit=256,
             shapes=(Shape(32), Shape(1)),
-            latency_s=0.8,
+            latency_s=0.6,
         )
     if size == "full":
+        # 280 steps of 32 texts: every training text of the bundled tasks at least once.
         return replace(
             settings,
             seeds=(seed, seed + 1, seed + 2),
-            steps=300,
-            dense_steps=450,
-            latency_s=2.0,
+            steps=280,
+            dense_steps=420,
+            latency_s=1.5,
         )
     if size != "default":
         raise ValueError(f"size must be quick, default or full, got {size!r}")
-    return replace(settings, train_limit=6000, test_limit=2000, validation_limit=800)
+    return replace(
+        settings, steps=80, dense_steps=200, test_limit=1500, validation_limit=500, latency_s=0.4
+    )
 
 
 def check_budgets(budgets: tuple[float, ...]) -> tuple[float, ...]:

@@ -214,14 +214,10 @@ class Study:
         self.progress.stage(f"{task.name}: reading and tokenising")
         train, validation, test = self._parts(task)
         dense = self._dense(task, seed, key, train)
-        self.progress.stage(f"{task.name}: what the dense model says of the training texts")
-        teacher = predict(
-            dense, train, device=self.device, precision=self.settings.training.precision
-        )
+        self.progress.stage(f"{task.name}: asking the dense model")
         bench = Workbench(
-            task.name, dense, train, validation, test, teacher,
-            self.settings, seed, self.device, self.out,
-        )  # fmt: skip
+            task.name, dense, train, validation, test, self.settings, seed, self.device, self.out
+        )
         bench.step_done = self.progress.step
         return bench
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +14,14 @@ from torch.nn import functional as F
 import headwise as hw
 from headwise.compare.examples import Batch, Examples
 from headwise.compare.settings import Settings
-from headwise.compare.training import TrainingOptions, accuracy, autocast, finetune, precision_of
+from headwise.compare.training import (
+    TrainingOptions,
+    accuracy,
+    autocast,
+    finetune,
+    precision_of,
+    predict,
+)
 from headwise.layers import attention_layers
 
 
@@ -24,7 +31,9 @@ class Workbench:
 
     Attributes:
         dense: the transformers model, fine-tuned on the task; never changed.
-        teacher: [N, C], its logits for every training example.
+        teacher: [N, C], its logits for the training examples that the steps will show; the rest
+            is not a number.
+        plans: a place for plans that several methods share.
         seed: of this run's training; the data's split does not depend on it.
         step_done: called after every training step, of any method.
     """
@@ -34,18 +43,33 @@ class Workbench:
     train: Examples
     validation: Examples
     test: Examples
-    teacher: Tensor
     settings: Settings
     seed: int
     device: torch.device
     folder: Path
     step_done: Callable[[], None] = lambda: None
+    plans: dict = field(default_factory=dict)
     _scores: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.teacher = self._ask_teacher()
         self.dense_layers = {
             name: layer.num_heads for name, layer in attention_layers(self.converted()).items()
         }
+
+    def _ask_teacher(self) -> Tensor:
+        # Every method sees the same batches, so only their texts are asked about.
+        batches = self.batches()
+        shown = torch.cat([next(batches).rows for _ in range(self.settings.steps)]).unique()
+        logits = predict(
+            self.dense,
+            self.train.rows(shown.tolist()),
+            device=self.device,
+            precision=self.settings.training.precision,
+        )
+        teacher = torch.full((len(self.train), logits.size(1)), float("nan"))
+        teacher[shown] = logits
+        return teacher
 
     @property
     def num_heads(self) -> int:
@@ -103,8 +127,6 @@ class Workbench:
         return self._scores
 
     def validation_accuracy(self, model: nn.Module) -> float:
-        from headwise.compare.training import predict
-
         logits = predict(
             model,
             self.validation,
@@ -116,8 +138,6 @@ class Workbench:
 
 def dense_options(settings: Settings) -> TrainingOptions:
     """How the dense model learns the task: no teacher, dropout as pretrained."""
-    from dataclasses import replace
-
     return replace(
         settings.training,
         learning_rate=settings.dense_learning_rate,
