@@ -49,7 +49,7 @@ def calibrate(
     target: float,
     *,
     reach: float = 8.0,
-    precision: float = 0.004,
+    precision: float = 0.01,
     most: int = 12,
 ) -> float:
     """Shifts the gates' thresholds until the average share of heads meets ``target``.

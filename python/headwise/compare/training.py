@@ -21,13 +21,17 @@ class TrainingOptions:
     Attributes:
         batch_size: texts a step.
         learning_rate: of the model's weights; linear warm-up, then linear decay to 0.
-        gate_learning_rate: of the gates' parameters; held, then halved to a tenth at the end.
+        gate_learning_rate: of the gates' vectors (what a gate thinks of a head whatever the input);
+            the same schedule.
+        gate_matrix_learning_rate: of the gates' matrices (what it reads in the input): larger
+            makes selections differ more between inputs, and accuracy lower.
         weight_decay: of matrices; biases, layer norms and gates have none.
         warmup: share of the steps.
         distillation: weight of the KL divergence from the teacher's predictions, in [0, 1]; the
             rest is the labels' cross entropy. Without a teacher it is 0.
         temperature: of the distillation (Hinton et al. 2015).
-        max_gradient_norm: gradients are scaled down to it.
+        max_gradient_norm: gradients of the weights are scaled down to it; those of gates are left
+            alone.
         freeze_embeddings: the word and position embeddings stay as they were pretrained.
         dropout: whether the model's dropout is on. With a teacher and less than an epoch of steps
             it only adds noise.
@@ -37,7 +41,8 @@ class TrainingOptions:
 
     batch_size: int = 32
     learning_rate: float = 5e-5
-    gate_learning_rate: float = 1e-2
+    gate_learning_rate: float = 5e-2
+    gate_matrix_learning_rate: float = 1e-2
     weight_decay: float = 0.01
     warmup: float = 0.06
     distillation: float = 0.5
@@ -90,19 +95,21 @@ def _groups(model: nn.Module, options: TrainingOptions) -> list[dict]:
             "weight_decay": 0.0,
         },
         {
-            "params": [p for p in trained if p in gates],
+            "params": [p for p in trained if p in gates and p.dim() <= 1],
             "lr": options.gate_learning_rate,
             "weight_decay": 0.0,
-            "gates": True,
+        },
+        {
+            "params": [p for p in trained if p in gates and p.dim() > 1],
+            "lr": options.gate_matrix_learning_rate,
+            "weight_decay": 0.0,
         },
     ]
     return [group for group in groups if group["params"]]
 
 
-def learning_rate_factor(progress: float, warmup: float, gates: bool) -> float:
-    """What a group's learning rate is multiplied by at ``progress`` in [0, 1]."""
-    if gates:
-        return min(1.0, max(0.1, 2 * (1 - progress)))
+def learning_rate_factor(progress: float, warmup: float) -> float:
+    """What a learning rate is multiplied by at ``progress`` in [0, 1]."""
     if progress < warmup:
         return (progress + 1e-3) / (warmup + 1e-3)
     return (1 - progress) / (1 - warmup)
@@ -155,7 +162,6 @@ def finetune(
     teacher: Tensor | None = None,
     gate_span: tuple[float, float] = (0.0, 1.0),
     rate_span: tuple[float, float] = (0.0, 1.0),
-    before_step: Callable[[int, int], None] | None = None,
     after_step: Callable[[], None] = lambda: None,
 ) -> None:
     """Trains ``model`` in place for ``steps`` steps.
@@ -166,7 +172,6 @@ def finetune(
         gate_span: the part of annealing that these steps cover; a method that trains in two
             phases gives each its part.
         rate_span: the part of the learning rates' schedule that these steps cover.
-        before_step: called with (step, steps).
         after_step: called when a step is done (progress bars).
 
     Raises:
@@ -181,19 +186,15 @@ def finetune(
     # fused: one pass over the parameters of a group instead of a dozen small operations each.
     optimiser = torch.optim.AdamW(groups, fused=True)
     base = [group["lr"] for group in optimiser.param_groups]
-    weights = [p for g in optimiser.param_groups if not g.get("gates") for p in g["params"]]
-    gates = [p for g in optimiser.param_groups if g.get("gates") for p in g["params"]]
+    gates = gate_parameters(model)
+    weights = [p for p in model.parameters() if p.requires_grad and p not in gates]
     model.train()
     for step in range(steps):
         share = step / max(1, steps - 1)
         hw.anneal(model, gate_span[0] + (gate_span[1] - gate_span[0]) * share)
-        if before_step is not None:
-            before_step(step, steps)
         progress = rate_span[0] + (rate_span[1] - rate_span[0]) * step / steps
         for group, rate in zip(optimiser.param_groups, base, strict=True):
-            group["lr"] = rate * learning_rate_factor(
-                progress, options.warmup, group.get("gates", False)
-            )
+            group["lr"] = rate * learning_rate_factor(progress, options.warmup)
         batch = next(batches)
         rows, batch = batch.rows, batch.to(device)
         with autocast(dtype, device):
@@ -206,10 +207,7 @@ def finetune(
             loss = loss + hw.penalty(model)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        # Clipped apart: a steep gate must not shrink the steps of the weights.
-        for parameters in (weights, gates):
-            if parameters:
-                norm = nn.utils.clip_grad_norm_(parameters, options.max_gradient_norm)
+        norm = nn.utils.clip_grad_norm_(weights, options.max_gradient_norm)
         if step % 20 == 0 and not torch.isfinite(norm):
             raise FloatingPointError(f"the gradient is not finite at step {step} of {steps}")
         optimiser.step()
