@@ -6,7 +6,6 @@ import csv
 import random
 from pathlib import Path
 
-import pytest
 import torch
 
 GOOD = ("good", "fine", "great", "lovely")
@@ -50,13 +49,3 @@ def write_texts(path: Path, rows: int = 240, seed: int = 0) -> Path:
             generator.shuffle(words)
             writer.writerow([" ".join(words), "up" if up else "down", f"film {row // 4}"])
     return path
-
-
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="session")
-def tiny_texts(tmp_path_factory) -> Path:
-    return write_texts(tmp_path_factory.mktemp("texts") / "texts.csv")

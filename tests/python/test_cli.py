@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 
-import pytest
-
 import headwise as hw
-from compare_fixtures import tiny_model, tiny_texts, write_model, write_texts  # noqa: F401
+import pytest
+from compare_fixtures import write_model
 from headwise.cli import build_parser, main
 
 
@@ -66,7 +65,7 @@ def test_unknown_device(capsys, tmp_path):
     assert message.startswith("headwise compare: there is no device cuda:99: PyTorch sees ")
 
 
-def test_data_without_the_column(capsys, tiny_texts, tmp_path):  # noqa: F811
+def test_data_without_the_column(capsys, tiny_texts, tmp_path):
     message = fails(
         capsys, 2, "compare", "--data", tiny_texts, "--label", "stars", "--text", "review",
         "--out", tmp_path / "out",
@@ -117,7 +116,7 @@ def test_a_model_folder_without_weights(capsys, tmp_path):
     assert message == f"headwise compare: there is no model folder {tmp_path / 'no'}"
 
 
-def test_a_truncated_model(capsys, tmp_path, tiny_texts):  # noqa: F811
+def test_a_truncated_model(capsys, tmp_path, tiny_texts):
     folder = write_model(tmp_path / "model")
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
@@ -168,7 +167,7 @@ def score_and_prune(tmp_path, model, texts, capsys) -> dict:
     return result
 
 
-def test_score_and_prune(tmp_path, tiny_texts, capsys):  # noqa: F811
+def test_score_and_prune(tmp_path, tiny_texts, capsys):
     model = write_model(tmp_path / "model")
     config = json.loads((model / "config.json").read_text())
     config.update(id2label={"0": "down", "1": "up"}, label2id={"down": 0, "up": 1})
@@ -189,7 +188,7 @@ def test_score_and_prune(tmp_path, tiny_texts, capsys):  # noqa: F811
     assert main(["score", *map(str, arguments), "--label", "mood", "--limit", "16"]) == 0
 
 
-def test_score_refuses_labels_that_the_model_does_not_know(tmp_path, tiny_texts, capsys):  # noqa: F811
+def test_score_refuses_labels_that_the_model_does_not_know(tmp_path, tiny_texts, capsys):
     model = write_model(tmp_path / "model")
     message = fails(
         capsys, 2, "score", "--model", model, "--data", tiny_texts, "--text", "review",
@@ -200,7 +199,7 @@ def test_score_refuses_labels_that_the_model_does_not_know(tmp_path, tiny_texts,
     )
 
 
-def test_prune_refuses_what_is_not_a_plan(tmp_path, tiny_model, capsys):  # noqa: F811
+def test_prune_refuses_what_is_not_a_plan(tmp_path, tiny_model, capsys):
     path = tmp_path / "plan.json"
     path.write_text('{"format": "headwise.plan", "version": 1}')
     arguments = ["prune", "--model", tiny_model, "--plan", path, "--out", tmp_path / "small"]
@@ -212,7 +211,7 @@ def test_prune_refuses_what_is_not_a_plan(tmp_path, tiny_model, capsys):  # noqa
     )
 
 
-def test_prune_does_not_overwrite_its_model(tmp_path, tiny_model, capsys):  # noqa: F811
+def test_prune_does_not_overwrite_its_model(tmp_path, tiny_model, capsys):
     model = shutil.copytree(tiny_model, tmp_path / "model")
     path = tmp_path / "plan.json"
     path.write_text("{}")

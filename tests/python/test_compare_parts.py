@@ -9,9 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from headwise.compare import store, tasks
 from headwise.compare.breakeven import crossing
 from headwise.compare.errors import UsageError
@@ -25,6 +22,8 @@ from headwise.compare.statistics import (
     wilson_interval,
 )
 from headwise.compare.training import TrainingOptions, learning_rate_factor, loss_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 
 def some_task(rows: int = 300, documents: int = 40, seed: int = 0) -> tasks.Task:

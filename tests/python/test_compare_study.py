@@ -8,11 +8,9 @@ import json
 from html.parser import HTMLParser
 from pathlib import Path
 
+import headwise as hw
 import pytest
 import torch
-
-import headwise as hw
-from compare_fixtures import tiny_model, tiny_texts  # noqa: F401
 from headwise.cli import main
 from headwise.compare import methods
 from headwise.compare.methods import METHODS
@@ -30,7 +28,7 @@ def arguments(model: Path, texts: Path, out: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_model, tiny_texts, tmp_path_factory) -> Path:  # noqa: F811
+def finished(tiny_model, tiny_texts, tmp_path_factory) -> Path:
     """The folder of a study with every method at two budgets."""
     out = tmp_path_factory.mktemp("study") / "out"
     command = arguments(tiny_model, tiny_texts, out)
@@ -121,7 +119,7 @@ def test_the_kept_models_can_be_loaded(finished):
     assert len(trace.selections) == 2
 
 
-def test_a_second_run_trains_nothing(finished, tiny_model, tiny_texts, monkeypatch, capsys):  # noqa: F811
+def test_a_second_run_trains_nothing(finished, tiny_model, tiny_texts, monkeypatch, capsys):
     def refuse(*unused, **also_unused):
         raise AssertionError("nothing should be trained")
 
@@ -135,7 +133,7 @@ def test_a_second_run_trains_nothing(finished, tiny_model, tiny_texts, monkeypat
     assert json.loads((finished / "results.json").read_text()) == before
 
 
-def test_an_interrupted_study_goes_on(tiny_model, tiny_texts, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_an_interrupted_study_goes_on(tiny_model, tiny_texts, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     command = [*arguments(tiny_model, tiny_texts, out), "--methods", "random", "budget-gate"]
     original = METHODS["budget-gate"]
@@ -158,7 +156,7 @@ def test_an_interrupted_study_goes_on(tiny_model, tiny_texts, tmp_path, monkeypa
     assert len(json.loads((out / "results.json").read_text())["runs"]) == 4
 
 
-def test_other_settings_are_another_study(finished, tiny_model, tiny_texts, capsys):  # noqa: F811
+def test_other_settings_are_another_study(finished, tiny_model, tiny_texts, capsys):
     command = arguments(tiny_model, tiny_texts, finished)
     command[command.index("--steps") + 1] = "3"
     assert main([*command, "--methods", "random-posthoc"]) == 0
@@ -166,8 +164,8 @@ def test_other_settings_are_another_study(finished, tiny_model, tiny_texts, caps
 
 
 def test_the_table_goes_to_standard_output_and_json_where_asked(
-    tiny_model,  # noqa: F811
-    tiny_texts,  # noqa: F811
+    tiny_model,
+    tiny_texts,
     tmp_path,
     capsys,
 ):

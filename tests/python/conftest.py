@@ -1,0 +1,20 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from compare_fixtures import write_model, write_texts
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """The folder of a tiny random BERT classifier of transformers."""
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def tiny_texts(tmp_path_factory) -> Path:
+    """A CSV file with a task that the tiny BERT could learn."""
+    return write_texts(tmp_path_factory.mktemp("texts") / "texts.csv")
