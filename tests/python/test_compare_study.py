@@ -12,7 +12,7 @@ import headwise as hw
 import pytest
 import torch
 from headwise.cli import main
-from headwise.compare import methods
+from headwise.compare import methods, settings
 from headwise.compare.methods import METHODS
 
 RUN_KEYS = {  # what the design promises of each run in results.json
@@ -25,6 +25,19 @@ SMALL = ["--quick", "--steps", "6", "--dense-steps", "12", "--precision", "float
 def arguments(model: Path, texts: Path, out: Path) -> list[str]:
     task = ["--data", texts, "--text", "review", "--label", "mood", "--group", "film"]
     return [str(a) for a in ("compare", "--model", model, *task, "--out", out, *SMALL)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_measuring():
+    """Times are not what these tests look at."""
+    original = settings.preset
+
+    def preset(size: str, seed: int) -> settings.Settings:
+        return dataclasses.replace(original(size, seed), latency_s=0.01)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(settings, "preset", preset)
+        yield
 
 
 @pytest.fixture(scope="module")
