@@ -179,7 +179,12 @@ def _budget_gate(keep: float) -> hw.Gate:
 
 def _dynamic_hard_concrete_gate(keep: float) -> hw.Gate:
     return hw.HardConcreteGate(
-        target=keep, input_dependent=True, initial_target=keep, hard_from=0.0, **_FROM_THE_START
+        target=keep,
+        input_dependent=True,
+        kept_weight="one",
+        initial_target=keep,
+        hard_from=0.0,
+        **_FROM_THE_START,
     )
 
 
