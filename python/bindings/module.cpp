@@ -6,7 +6,9 @@
 #include "headwise/version.h"
 
 void bind_importance(pybind11::module_& m);
+void bind_pruning(pybind11::module_& m);
 void bind_trace(pybind11::module_& m);
+void bind_weights(pybind11::module_& m);
 
 PYBIND11_MODULE(_C, m) {
   translate_errors();
@@ -14,5 +16,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("__version__") = headwise::version();
   m.attr("compiled_torch_version") = headwise::compiled_torch_version();
   bind_importance(m);
+  bind_pruning(m);
   bind_trace(m);
+  bind_weights(m);
 }

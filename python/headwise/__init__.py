@@ -16,16 +16,21 @@ from headwise.gates import (
 from headwise.importance import HeadScores, hies, score_heads
 from headwise.layers import attention_layers
 from headwise.multihead_attention import MultiheadAttention
+from headwise.plan import HeadPlan, LayerPlan, plan
 from headwise.pruning import mask, prune
 from headwise.selection import Selection, select_all, select_heads
+from headwise.serialization import load, save
 from headwise.trace import Trace, trace
+from headwise.weights import load_safetensors, read_safetensors_metadata, save_safetensors
 
 __all__ = [
     "BudgetGate",
     "FixedGate",
     "Gate",
     "HardConcreteGate",
+    "HeadPlan",
     "HeadScores",
+    "LayerPlan",
     "MultiheadAttention",
     "RandomGate",
     "Selection",
@@ -35,9 +40,15 @@ __all__ = [
     "convert",
     "gate_from_config",
     "hies",
+    "load",
+    "load_safetensors",
     "mask",
     "penalty",
+    "plan",
     "prune",
+    "read_safetensors_metadata",
+    "save",
+    "save_safetensors",
     "score_heads",
     "select_all",
     "select_heads",

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from headwise import _C
 from headwise.gates import FixedGate
 from headwise.layers import attention_layers, replace_module
 from headwise.multihead_attention import MultiheadAttention
-
-if TYPE_CHECKING:
-    from headwise.plan import HeadPlan
+from headwise.plan import HeadPlan, LayerPlan
 
 __all__ = ["mask", "prune"]
 
@@ -53,7 +50,7 @@ def prune(model: nn.Module, plan: HeadPlan, *, inplace: bool = False) -> nn.Modu
     layers = attention_layers(model)
     for entry in plan.layers:
         layer = layers[entry.name]
-        model = replace_module(model, layer, _smaller(layer, entry.heads, entry.scale))
+        model = replace_module(model, layer, _smaller(layer, entry))
     return model
 
 
@@ -106,11 +103,11 @@ def _check(model: nn.Module, plan: HeadPlan) -> None:
             )
 
 
-def _smaller(layer: MultiheadAttention, heads: list[int], scale: list[float]) -> MultiheadAttention:
-    """A layer with only ``heads`` of ``layer``, each scaled by its value of ``scale``."""
+def _smaller(layer: MultiheadAttention, entry: LayerPlan) -> MultiheadAttention:
+    """A layer with only the heads of ``layer`` that ``entry`` keeps, scaled as it says."""
     smaller = MultiheadAttention(
         layer.embed_dim,
-        len(heads),
+        len(entry.heads),
         dropout=layer.dropout,
         bias=layer.in_proj_bias is not None,
         add_bias_kv=layer.bias_k is not None,
@@ -121,40 +118,14 @@ def _smaller(layer: MultiheadAttention, heads: list[int], scale: list[float]) ->
         head_dim=layer.head_dim,
         device="meta",
     )
-    device = layer.out_proj.weight.device
-    kept = torch.tensor(heads, dtype=torch.long, device=device)
-    offset = torch.arange(layer.head_dim, device=device)
-    columns = (kept[:, None] * layer.head_dim + offset).flatten()  # [E'], of E
-    width = layer.num_heads * layer.head_dim  # E
-    factor = torch.tensor(scale, dtype=torch.float64, device=device)
-    factor = factor.repeat_interleave(layer.head_dim)  # [E']
-
-    def rows(parameter: Tensor, parts: int) -> Tensor:
-        """The kept rows of ``parts`` projections that lie one after the other, [parts E, ...]."""
-        index = torch.cat([columns + part * width for part in range(parts)])
-        return parameter.index_select(0, index)
-
-    def put(module: nn.Module, name: str, old: Tensor | None, new: Tensor | None) -> None:
-        if new is not None:
-            new = nn.Parameter(new.detach(), requires_grad=old.requires_grad)
-        setattr(module, name, new)
-
-    with torch.no_grad():
-        for name, parts in (
-            ("in_proj_weight", 3),
-            ("in_proj_bias", 3),
-            ("q_proj_weight", 1),
-            ("k_proj_weight", 1),
-            ("v_proj_weight", 1),
-        ):
-            old = getattr(layer, name)
-            put(smaller, name, old, None if old is None else rows(old, parts))
-        for name in ("bias_k", "bias_v"):  # [1, 1, E]
-            old = getattr(layer, name)
-            put(smaller, name, old, None if old is None else old.index_select(2, columns))
-        out = layer.out_proj
-        weight = out.weight.index_select(1, columns)  # [D, E']
-        weight = (weight.double() * factor).to(out.weight.dtype)
-        put(smaller.out_proj, "weight", out.weight, weight)
-        put(smaller.out_proj, "bias", out.bias, None if out.bias is None else out.bias.clone())
+    parameters = {
+        name: parameter
+        for name, parameter in layer.named_parameters()
+        if not name.startswith("gate.")
+    }
+    kept = _C.prune_projections(parameters, entry)
+    for name, old in parameters.items():
+        module = smaller.get_submodule(name.rpartition(".")[0])
+        new = nn.Parameter(kept[name], requires_grad=old.requires_grad)
+        setattr(module, name.rpartition(".")[2], new)
     return smaller.train(layer.training)

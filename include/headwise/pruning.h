@@ -1,0 +1,81 @@
+// Which heads stay (a plan), and taking the others out of the weights.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "headwise/export.h"
+#include "headwise/importance.h"
+#include "headwise/weights.h"
+
+namespace headwise {
+
+/// The heads of one layer that stay.
+struct LayerPlan {
+  std::string name;            ///< of the layer, in the model
+  int64_t num_heads = 0;       ///< of the layer, before
+  std::vector<int64_t> heads;  ///< those that stay, ascending
+  std::vector<double> scale;   ///< of each that stays: multiplies its output
+  bool operator==(const LayerPlan&) const = default;
+};
+
+/// Which heads of a model stay, layer by layer, and their scales. Layers may keep different numbers,
+/// down to none.
+class HEADWISE_API HeadPlan {
+ public:
+  /// @param metadata a JSON object, as text
+  /// @throws c10::ValueError if heads are not ascending, unique and in [0, num_heads), a scale is
+  ///         missing or not finite, or a name occurs twice
+  explicit HeadPlan(std::vector<LayerPlan> layers, std::string metric = "",
+                    std::string metadata = "{}");
+
+  const std::vector<LayerPlan>& layers() const { return layers_; }
+  const std::string& metric() const { return metric_; }
+  const std::string& metadata() const { return metadata_; }
+  int64_t num_heads() const;   ///< of all layers, before
+  int64_t heads_kept() const;  ///< of all layers
+  bool operator==(const HeadPlan&) const = default;
+
+  /// {"format": "headwise.plan", "version": 1, "metric",
+  ///  "layers": [{"name", "num_heads", "heads", "scale"}], "metadata"}
+  std::string to_json(int indent = 1) const;
+  /// @throws c10::ValueError naming the key that is unknown, missing or wrong
+  static HeadPlan from_json(const std::string& text);
+  /// To and from a file (see files.h). @throws FileError
+  void save(const std::string& path) const;
+  static HeadPlan load(const std::string& path);
+
+ private:
+  std::vector<LayerPlan> layers_;
+  std::string metric_;
+  std::string metadata_;
+};
+
+/// Among which heads a plan ranks.
+enum class PlanScope {
+  kGlobal,  ///< all heads of the model: layers keep different numbers
+  kLayer,   ///< each layer's own: every layer keeps the same fraction
+};
+
+/// Keeps the most important fraction `keep` of the heads: round(keep * heads), but at least one, of
+/// the model or of each layer. Ties: the lower layer, then the lower head is kept. Scales are 1.
+/// The largest scores are the most important; of the metric "entropy" the smallest.
+/// @param min_heads_per_layer heads that every layer keeps (all, where it has fewer)
+/// @throws c10::ValueError if a score is not finite, keep is outside (0, 1], or min_heads_per_layer is negative or asks for more heads than keep leaves
+HEADWISE_API HeadPlan plan(const HeadScores& scores, double keep = 0.5,
+                           int64_t min_heads_per_layer = 0, PlanScope scope = PlanScope::kGlobal);
+
+/// The parameters of an attention layer with only `heads` left: their rows of the input projections
+/// and biases, their columns of the output projection, multiplied by `scale`. The output bias stays.
+/// What the result computes equals the layer with the other heads' outputs set to 0.
+/// @param parameters by their names in torch.nn.MultiheadAttention: in_proj_weight [3E, D] or
+///        q_/k_/v_proj_weight [E, ...], in_proj_bias [3E], bias_k and bias_v [1, 1, E],
+///        out_proj.weight [D, E], out_proj.bias [D]; each may be missing. Device and dtype stay.
+/// @throws c10::ValueError on an unknown name, a shape that num_heads does not divide, or heads and
+///         scale as in HeadPlan
+HEADWISE_API NamedTensors prune_projections(const NamedTensors& parameters, const LayerPlan& layer);
+
+}  // namespace headwise
