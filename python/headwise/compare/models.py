@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
 from torch import nn
 
 from headwise.compare.errors import UsageError
@@ -22,6 +22,8 @@ _WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+# What transformers raises on files that are not what they should be.
+_UNLOADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 
 
 def model_folder(given: Path | None) -> Path:
@@ -116,7 +118,7 @@ def load_classifier(folder: Path, classes: int) -> nn.Module:
                 # A classification head of another number of classes is replaced, not an error.
                 ignore_mismatched_sizes=True,
             )
-    except (OSError, ValueError, KeyError, RuntimeError, json.JSONDecodeError) as error:
+    except _UNLOADABLE as error:
         raise UsageError(f"cannot load the model folder {folder}: {_line(error)}") from None
 
 
@@ -142,7 +144,7 @@ def load_trained(folder: Path) -> nn.Module:
             model, report = AutoModelForSequenceClassification.from_pretrained(
                 folder, dtype="float32", local_files_only=True, output_loading_info=True
             )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except _UNLOADABLE as error:
         raise UsageError(f"cannot load the model folder {folder}: {_line(error)}") from None
     if any("classifier" in name for name in report["missing_keys"]):
         raise UsageError(f"the model in {folder} has no trained classification head")
