@@ -98,7 +98,7 @@ def run(options: argparse.Namespace) -> None:
         "data": options.data.name,
         "texts": len(examples),
         "scores": {
-            metric: dict(zip(found.names, [list(v) for v in found.values], strict=True))
+            metric: {name: values.tolist() for name, values in found.values.items()}
             for metric, found in scores.items()
         },
     }
