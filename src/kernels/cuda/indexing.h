@@ -1,0 +1,126 @@
+// Which thread does what, in every CUDA kernel here: plain functions of thread numbers and sizes, so
+// that tests/cpp/test_cuda_emulation.cpp runs them thread by thread without a GPU.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/host_device.h"
+#include "kernels/selection.h"
+
+namespace headwise::kernels::cuda {
+
+// ---- The work list: the active (sequence, head) pairs, grouped by head, sequences ascending. ----
+//
+// One block builds it. `slot` is scratch [H * B]: slot[h * B + b] is the place of head h in row b of
+// index (b * K + column), or -1. The list follows from a prefix sum over it: thread t counts the
+// chosen in its chunk, the block adds those counts up, and each thread writes its chunk's pairs from
+// its own offset on. Nothing depends on the order in which threads run.
+
+struct WorkListShape {
+  int64_t batch, columns, num_heads;  // index is [batch, columns]
+
+  HEADWISE_HOST_DEVICE int64_t slots() const { return num_heads * batch; }
+  HEADWISE_HOST_DEVICE int64_t capacity() const { return batch * columns; }
+};
+
+struct WorkListOutput {
+  int32_t* batch;   // [B * K] sequence of each pair; -1 after the last
+  int32_t* head;    // [B * K] its head; -1 after the last
+  int32_t* offset;  // [H + 1] where each head's pairs begin; the last is the number of pairs
+};
+
+HEADWISE_HOST_DEVICE void clear_slots(const WorkListShape& s, int64_t thread, int64_t threads,
+                                      int32_t* slot) {
+  for (int64_t i = thread; i < s.slots(); i += threads) slot[i] = -1;
+}
+
+/// Heads out of range, which only the host reports, are left out.
+template <typename Index>
+HEADWISE_HOST_DEVICE void mark_slots(const WorkListShape& s, int64_t thread, int64_t threads,
+                                     const Index* index, const Index* count, int32_t* slot) {
+  for (int64_t i = thread; i < s.capacity(); i += threads) {
+    const int64_t b = i / s.columns, column = i % s.columns;
+    const int64_t h = index[i];
+    if (column < clamp_count(count[b], s.columns) && h >= 0 && h < s.num_heads)
+      slot[h * s.batch + b] = static_cast<int32_t>(i);
+  }
+}
+
+HEADWISE_HOST_DEVICE int64_t chunk_begin(int64_t thread, int64_t threads, int64_t size) {
+  const int64_t chunk = (size + threads - 1) / threads;
+  const int64_t begin = thread * chunk;
+  return begin < size ? begin : size;
+}
+
+HEADWISE_HOST_DEVICE int32_t count_chunk(const WorkListShape& s, int64_t thread, int64_t threads,
+                                         const int32_t* slot) {
+  const int64_t end = chunk_begin(thread + 1, threads, s.slots());
+  int32_t chosen = 0;
+  for (int64_t i = chunk_begin(thread, threads, s.slots()); i < end; ++i) chosen += slot[i] >= 0;
+  return chosen;
+}
+
+/// `at` = number of pairs in the chunks of lower threads; `total` of all.
+HEADWISE_HOST_DEVICE void write_chunk(const WorkListShape& s, int64_t thread, int64_t threads,
+                                      const int32_t* slot, int32_t at, int32_t total,
+                                      const WorkListOutput& out) {
+  const int64_t end = chunk_begin(thread + 1, threads, s.slots());
+  for (int64_t i = chunk_begin(thread, threads, s.slots()); i < end; ++i) {
+    if (i % s.batch == 0) out.offset[i / s.batch] = at;
+    if (slot[i] < 0) continue;
+    out.batch[at] = static_cast<int32_t>(i % s.batch);
+    out.head[at] = static_cast<int32_t>(i / s.batch);
+    ++at;
+  }
+  for (int64_t i = total + thread; i < s.capacity(); i += threads) out.batch[i] = out.head[i] = -1;
+  if (thread == 0) out.offset[s.num_heads] = total;
+  if (s.batch == 0)
+    for (int64_t h = thread; h < s.num_heads; h += threads) out.offset[h] = 0;
+}
+
+// ---- Copying the active heads of [B, Hs, R, w] to and from packed [N, R, w]. ----
+
+struct HeadCopyShape {
+  int64_t rows, width;                     // R, w of a head
+  int64_t group;                           // query heads that share a head of the tensor
+  int64_t batch_stride, head_stride, row_stride, column_stride;  // of [B, Hs, R, w], in elements
+
+  /// Element of [B, Hs, R, w] that element i of the packed tensor stands for.
+  HEADWISE_HOST_DEVICE int64_t offset(int64_t i, const int32_t* batch, const int32_t* head) const {
+    const int64_t column = i % width, row = i / width % rows, pair = i / (width * rows);
+    return batch[pair] * batch_stride + head[pair] / group * head_stride + row * row_stride +
+           column * column_stride;
+  }
+};
+
+// ---- Tiles of attention statistics. ----
+//
+// A block owns kTileRows query rows of one (sequence, head) and walks the keys kTileKeys at a time.
+// kLanes threads share a query row; each holds the scores of every kLanes-th key of the tile.
+
+constexpr int kTileRows = 16, kTileKeys = 32, kLanes = 8, kTileWidth = 32;
+constexpr int kStatisticsThreads = kTileRows * kLanes;
+
+struct StatisticsTile {
+  int64_t b, h, first_row;
+};
+
+HEADWISE_HOST_DEVICE int64_t statistics_row_tiles(int64_t queries) {
+  return (queries + kTileRows - 1) / kTileRows;
+}
+
+HEADWISE_HOST_DEVICE StatisticsTile statistics_tile(int64_t block, int64_t num_heads,
+                                                    int64_t queries) {
+  const int64_t tiles = statistics_row_tiles(queries);
+  const int64_t pair = block / tiles;
+  return {pair / num_heads, pair % num_heads, block % tiles * kTileRows};
+}
+
+/// Keys that some row of the tile may see.
+HEADWISE_HOST_DEVICE int64_t statistics_keys(const StatisticsTile& tile, int64_t keys,
+                                             bool causal) {
+  const int64_t seen = tile.first_row + kTileRows;
+  return causal && seen < keys ? seen : keys;
+}
+
+}  // namespace headwise::kernels::cuda

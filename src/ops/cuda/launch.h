@@ -1,0 +1,34 @@
+// What the launchers of CUDA kernels have in common: dtypes, the stream, errors. Only where the
+// kernels were compiled (HEADWISE_CUDA).
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include "kernels/cuda/kernels.h"
+
+namespace headwise::ops {
+
+inline kernels::cuda::Element element_of(at::ScalarType type) {
+  using kernels::cuda::Element;
+  switch (type) {
+    case at::kDouble:
+      return Element::f64;
+    case at::kFloat:
+      return Element::f32;
+    case at::kHalf:
+      return Element::f16;
+    case at::kBFloat16:
+      return Element::bf16;
+    default:
+      TORCH_CHECK_TYPE(false, "expected float64, float32, bfloat16 or float16, got ", type);
+  }
+}
+
+inline kernels::cuda::Stream current_stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
+
+inline void check_launch(int error) { C10_CUDA_CHECK(static_cast<cudaError_t>(error)); }
+
+}  // namespace headwise::ops

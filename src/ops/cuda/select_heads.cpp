@@ -1,0 +1,51 @@
+#include "ops/select_heads.h"
+
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include "headwise/selection.h"
+#ifdef HEADWISE_CUDA
+#include "ops/cuda/launch.h"
+#endif
+
+namespace headwise::ops {
+namespace {
+
+at::Tensor select_heads_cuda(const at::Tensor& relevance, const at::Tensor& count) {
+  check_select_heads(relevance, count);
+#ifdef HEADWISE_CUDA
+  const c10::cuda::CUDAGuard guard(relevance.device());
+  const auto scores = relevance.contiguous();            // [B, H]
+  const auto counts = count.to(at::kLong).contiguous();  // [B]
+  auto index = at::empty(relevance.sizes(), relevance.options().dtype(at::kInt));
+  check_launch(kernels::cuda::select_heads(
+      scores.const_data_ptr(), element_of(scores.scalar_type()), counts.const_data_ptr<int64_t>(),
+      index.mutable_data_ptr<int32_t>(), scores.size(0), scores.size(1), current_stream()));
+  return index;
+#else
+  return headwise::select_heads(relevance.cpu(), count.cpu()).to(relevance.device());
+#endif
+}
+
+// A few ATen calls, none of which waits for the device. Places after count, and heads out of range,
+// go to an extra column that is cut off.
+at::Tensor selection_mask_cuda(const at::Tensor& index, const at::Tensor& count,
+                               at::ScalarType dtype) {
+  check_selection_mask(index, count);
+  const int64_t B = index.size(0), H = index.size(1);
+  const auto heads = index.to(at::kLong);                         // [B, H]
+  const auto place = at::arange(H, heads.options()).unsqueeze(0);  // [1, H]
+  const auto valid = place.lt(count.unsqueeze(1)).logical_and_(heads.ge(0)).logical_and_(heads.lt(H));
+  return at::zeros({B, H + 1}, index.options().dtype(dtype))
+      .scatter_(1, heads.masked_fill(valid.logical_not(), H), 1)
+      .narrow(1, 0, H)
+      .contiguous();
+}
+
+TORCH_LIBRARY_IMPL(headwise, CUDA, m) {
+  m.impl("select_heads", select_heads_cuda);
+  m.impl("selection_mask", selection_mask_cuda);
+}
+
+}  // namespace
+}  // namespace headwise::ops

@@ -1,0 +1,64 @@
+// Registers the grouped route for CUDA devices, and under names of its own, so that tests without a
+// GPU hold it against the oracle.
+#include <torch/library.h>
+
+#include "ops/grouped/grouped.h"
+
+namespace headwise::ops::grouped {
+namespace {
+
+using at::Tensor;
+
+LayerForward self_forward(HEADWISE_SELF_PARAMETERS) { return forward(HEADWISE_SELF_INPUTS); }
+LayerForward multihead_forward(HEADWISE_MULTIHEAD_PARAMETERS) {
+  return forward(HEADWISE_MULTIHEAD_INPUTS);
+}
+CoreForward core_forward(HEADWISE_CORE_PARAMETERS) { return forward(HEADWISE_CORE_INPUTS); }
+
+Tensor self(HEADWISE_SELF_PARAMETERS) { return std::get<0>(forward(HEADWISE_SELF_INPUTS)); }
+Tensor multihead(HEADWISE_MULTIHEAD_PARAMETERS) {
+  return std::get<0>(forward(HEADWISE_MULTIHEAD_INPUTS));
+}
+Tensor core(HEADWISE_CORE_PARAMETERS) { return std::get<0>(forward(HEADWISE_CORE_INPUTS)); }
+
+SelfBackward self_backward(const Tensor& grad_output, HEADWISE_SELF_PARAMETERS, const Tensor& q,
+                           const Tensor& k, const Tensor& v, const Tensor& context,
+                           const Tensor& lse, std::array<bool, 7> needs) {
+  return backward(grad_output, HEADWISE_SELF_INPUTS, LayerSaved{q, k, v, context, lse}, needs);
+}
+MultiheadBackward multihead_backward(const Tensor& grad_output, HEADWISE_MULTIHEAD_PARAMETERS,
+                                     const Tensor& q, const Tensor& k, const Tensor& v,
+                                     const Tensor& context, const Tensor& lse,
+                                     std::array<bool, 15> needs) {
+  return backward(grad_output, HEADWISE_MULTIHEAD_INPUTS, LayerSaved{q, k, v, context, lse}, needs);
+}
+CoreBackward core_backward(const Tensor& grad_output, HEADWISE_CORE_PARAMETERS,
+                           const Tensor& output, const Tensor& context, const Tensor& lse,
+                           std::array<bool, 5> needs) {
+  return backward(grad_output, HEADWISE_CORE_INPUTS, context, needs);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(headwise, CUDA, m) {
+  m.impl("selected_self_attention", self);
+  m.impl("_selected_self_attention_forward", self_forward);
+  m.impl("_selected_self_attention_backward", self_backward);
+  m.impl("selected_multihead_attention", multihead);
+  m.impl("_selected_multihead_attention_forward", multihead_forward);
+  m.impl("_selected_multihead_attention_backward", multihead_backward);
+  m.impl("selected_attention", core);
+  m.impl("_selected_attention_forward", core_forward);
+  m.impl("_selected_attention_backward", core_backward);
+}
+
+TORCH_LIBRARY_FRAGMENT(headwise, m) {
+  m.def("_grouped_self_attention_forward", self_forward);
+  m.def("_grouped_self_attention_backward", self_backward);
+  m.def("_grouped_multihead_attention_forward", multihead_forward);
+  m.def("_grouped_multihead_attention_backward", multihead_backward);
+  m.def("_grouped_attention_forward", core_forward);
+  m.def("_grouped_attention_backward", core_backward);
+}
+
+}  // namespace headwise::ops::grouped
