@@ -7,6 +7,7 @@
 
 void bind_importance(pybind11::module_& m);
 void bind_pruning(pybind11::module_& m);
+void bind_backends(pybind11::module_& m);
 void bind_trace(pybind11::module_& m);
 void bind_weights(pybind11::module_& m);
 
@@ -17,6 +18,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("compiled_torch_version") = headwise::compiled_torch_version();
   bind_importance(m);
   bind_pruning(m);
+  bind_backends(m);
   bind_trace(m);
   bind_weights(m);
 }

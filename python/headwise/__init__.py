@@ -37,6 +37,7 @@ __all__ = [
     "Trace",
     "anneal",
     "attention_layers",
+    "backends",
     "convert",
     "gate_from_config",
     "hies",
@@ -57,3 +58,4 @@ __all__ = [
 ]
 
 __version__ = _load.core.__version__
+backends = _load.core.backends

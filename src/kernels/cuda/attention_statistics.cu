@@ -50,14 +50,14 @@ __global__ void __launch_bounds__(kStatisticsThreads) statistics_kernel(Statisti
       for (int n = thread; n < kTileRows * kTileWidth; n += kStatisticsThreads) {
         const int64_t r = tile.first_row + n / kTileWidth, c = column + n % kTileWidth;
         q_tile[n / kTileWidth][n % kTileWidth] =
-            r < a.queries && c < a.width
-                ? static_cast<C>(q[r * a.q_stride[2] + c * a.q_stride[3]]) : C(0);
+            r < a.queries && c < a.width ? static_cast<C>(q[r * a.q_stride[2] + c * a.q_stride[3]])
+                                         : C(0);
       }
       for (int n = thread; n < kTileKeys * kTileWidth; n += kStatisticsThreads) {
         const int64_t r = first + n / kTileWidth, c = column + n % kTileWidth;
         k_tile[n / kTileWidth][n % kTileWidth] =
-            r < a.keys && c < a.width
-                ? static_cast<C>(k[r * a.k_stride[2] + c * a.k_stride[3]]) : C(0);
+            r < a.keys && c < a.width ? static_cast<C>(k[r * a.k_stride[2] + c * a.k_stride[3]])
+                                      : C(0);
       }
       __syncthreads();
       for (int c = 0; c < kTileWidth; ++c)
@@ -65,13 +65,13 @@ __global__ void __launch_bounds__(kStatisticsThreads) statistics_kernel(Statisti
     }
     if (i < a.queries)
       for (int n = 0; n < kOwn; ++n)
-        state.add(masked(a, tile, i, first + n * kLanes + lane, static_cast<C>(a.scale) * scores[n]));
+        state.add(
+            masked(a, tile, i, first + n * kLanes + lane, static_cast<C>(a.scale) * scores[n]));
   }
   for (int distance = 1; distance < kLanes; distance *= 2) {
-    const SoftmaxRow<C> other{lane_shuffle(state.maximum, distance),
-                              lane_shuffle(state.sum, distance),
-                              lane_shuffle(state.moment, distance),
-                              lane_shuffle(state.visible, distance)};
+    const SoftmaxRow<C> other{
+        lane_shuffle(state.maximum, distance), lane_shuffle(state.sum, distance),
+        lane_shuffle(state.moment, distance), lane_shuffle(state.visible, distance)};
     state = SoftmaxRow<C>::merge(state, other);
   }
   const bool counts =

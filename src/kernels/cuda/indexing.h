@@ -1,5 +1,5 @@
-// Which thread does what, in every CUDA kernel here: plain functions of thread numbers and sizes, so
-// that tests/cpp/test_cuda_emulation.cpp runs them thread by thread without a GPU.
+// Which thread does what, in every CUDA kernel here: plain functions of thread numbers and sizes,
+// so that tests/cpp/test_cuda_emulation.cpp runs them thread by thread without a GPU.
 #pragma once
 
 #include <cstdint>
@@ -11,10 +11,10 @@ namespace headwise::kernels::cuda {
 
 // ---- The work list: the active (sequence, head) pairs, grouped by head, sequences ascending. ----
 //
-// One block builds it. `slot` is scratch [H * B]: slot[h * B + b] is the place of head h in row b of
-// index (b * K + column), or -1. The list follows from a prefix sum over it: thread t counts the
-// chosen in its chunk, the block adds those counts up, and each thread writes its chunk's pairs from
-// its own offset on. Nothing depends on the order in which threads run.
+// One block builds it. `slot` is scratch [H * B]: slot[h * B + b] is the place of head h in row b
+// of index (b * K + column), or -1. The list follows from a prefix sum over it: thread t counts the
+// chosen in its chunk, the block adds those counts up, and each thread writes its chunk's pairs
+// from its own offset on. Nothing depends on the order in which threads run.
 
 struct WorkListShape {
   int64_t batch, columns, num_heads;  // index is [batch, columns]
@@ -81,8 +81,8 @@ HEADWISE_HOST_DEVICE void write_chunk(const WorkListShape& s, int64_t thread, in
 // ---- Copying the active heads of [B, Hs, R, w] to and from packed [N, R, w]. ----
 
 struct HeadCopyShape {
-  int64_t rows, width;                     // R, w of a head
-  int64_t group;                           // query heads that share a head of the tensor
+  int64_t rows, width;  // R, w of a head
+  int64_t group;        // query heads that share a head of the tensor
   int64_t batch_stride, head_stride, row_stride, column_stride;  // of [B, Hs, R, w], in elements
 
   /// Element of [B, Hs, R, w] that element i of the packed tensor stands for.

@@ -22,8 +22,8 @@ int select_heads(const void* relevance, Element type, const int64_t* count, int3
 int work_list(const WorkListShape& shape, const int32_t* index, const int32_t* count, int32_t* slot,
               const WorkListOutput& out, Stream stream);
 
-/// packed [N, R, w] = heads of `tensor` (gather), or the other way round (scatter). Elements of 2, 4
-/// or 8 bytes.
+/// packed [N, R, w] = heads of `tensor` (gather), or the other way round (scatter). Elements of 2,
+/// 4 or 8 bytes.
 int gather_heads(const HeadCopyShape& shape, const void* tensor, int element_size,
                  const int32_t* batch, const int32_t* head, int64_t pairs, void* packed,
                  Stream stream);
@@ -33,19 +33,19 @@ int scatter_heads(const HeadCopyShape& shape, const void* packed, int element_si
 
 /// Sums over tiles of kTileRows query rows; C is float, or double for Element::f64.
 struct StatisticsArguments {
-  Element type;                                    ///< of q and k
+  Element type;  ///< of q and k
   int64_t batch, num_heads, kv_heads, queries, keys, width;
   double scale;
   bool causal;
-  const void *q, *k;                               ///< by strides, in elements
-  int64_t q_stride[4], k_stride[4];                ///< batch, head, row, column
-  const bool* key_forbid;                          ///< [B, S], true: may not attend; or null
-  const void* key_add;                             ///< [B, S] in C, added to the scores; or null
-  const bool* query_padding;                       ///< [B, L], true: left out; or null
-  const bool* mask_forbid;                         ///< attn_mask by strides
-  const void* mask_add;                            ///< attn_mask in C by strides
+  const void *q, *k;                 ///< by strides, in elements
+  int64_t q_stride[4], k_stride[4];  ///< batch, head, row, column
+  const bool* key_forbid;            ///< [B, S], true: may not attend; or null
+  const void* key_add;               ///< [B, S] in C, added to the scores; or null
+  const bool* query_padding;         ///< [B, L], true: left out; or null
+  const bool* mask_forbid;           ///< attn_mask by strides
+  const void* mask_add;              ///< attn_mask in C by strides
   int64_t mask_stride[4];
-  double* sums;                                    ///< [B, H, tiles, 2]: entropies, confidences
+  double* sums;  ///< [B, H, tiles, 2]: entropies, confidences
 };
 int attention_statistics(const StatisticsArguments& arguments, Stream stream);
 

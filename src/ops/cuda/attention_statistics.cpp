@@ -67,8 +67,8 @@ Statistics statistics_cuda(HEADWISE_STATISTICS_PARAMETERS) {
   // Rows that count, per sequence; the sum over tiles has a fixed order.
   const auto rows = query_padding_mask
                         ? query_mask.logical_not().sum(1, false, at::kDouble).clamp_min_(1)
-                        : at::full({B}, L, options);                       // [B]
-  const auto means = sums.sum(2).div_(rows.view({B, 1, 1})).to(type);      // [B, H, 2]
+                        : at::full({B}, L, options);                   // [B]
+  const auto means = sums.sum(2).div_(rows.view({B, 1, 1})).to(type);  // [B, H, 2]
   return {means.select(2, 0).contiguous(), means.select(2, 1).contiguous()};
 }
 
@@ -79,9 +79,9 @@ Statistics statistics_cuda(HEADWISE_STATISTICS_PARAMETERS) {
     return t ? std::optional<at::Tensor>(t->cpu()) : std::nullopt;
   };
   check_inputs({HEADWISE_STATISTICS_ARGUMENTS});
-  auto [entropy, confidence] = headwise::attention_statistics(
-      q.cpu(), k.cpu(), host(key_padding_mask), host(query_padding_mask), host(attn_mask), is_causal,
-      scale);
+  auto [entropy, confidence] =
+      headwise::attention_statistics(q.cpu(), k.cpu(), host(key_padding_mask),
+                                     host(query_padding_mask), host(attn_mask), is_causal, scale);
   return {entropy.to(q.device()), confidence.to(q.device())};
 }
 

@@ -33,9 +33,10 @@ at::Tensor selection_mask_cuda(const at::Tensor& index, const at::Tensor& count,
                                at::ScalarType dtype) {
   check_selection_mask(index, count);
   const int64_t B = index.size(0), H = index.size(1);
-  const auto heads = index.to(at::kLong);                         // [B, H]
+  const auto heads = index.to(at::kLong);                          // [B, H]
   const auto place = at::arange(H, heads.options()).unsqueeze(0);  // [1, H]
-  const auto valid = place.lt(count.unsqueeze(1)).logical_and_(heads.ge(0)).logical_and_(heads.lt(H));
+  const auto valid =
+      place.lt(count.unsqueeze(1)).logical_and_(heads.ge(0)).logical_and_(heads.lt(H));
   return at::zeros({B, H + 1}, index.options().dtype(dtype))
       .scatter_(1, heads.masked_fill(valid.logical_not(), H), 1)
       .narrow(1, 0, H)

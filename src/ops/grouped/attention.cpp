@@ -63,8 +63,8 @@ Tensor bias_of(const PairAttention& a, int64_t first, int64_t n, int64_t queries
   return bias;
 }
 
-/// What dropout multiplies probabilities [n, L, keys] by: the generator of kernels/dropout.h, so that
-/// a seed means the same mask on every device. The mask is drawn on the host and sent over.
+/// What dropout multiplies probabilities [n, L, keys] by: the generator of kernels/dropout.h, so
+/// that a seed means the same mask on every device. The mask is drawn on the host and sent over.
 Tensor dropout_factor(const PairAttention& a, int64_t first, int64_t n, int64_t queries,
                       int64_t keys, const Tensor& like) {
   const double p = a.arguments.dropout_p;
@@ -73,24 +73,23 @@ Tensor dropout_factor(const PairAttention& a, int64_t first, int64_t n, int64_t 
   const auto b = a.list.batch.narrow(0, first, n).cpu(), h = a.list.head.narrow(0, first, n).cpu();
   auto factor = at::empty({n, queries, keys}, like.options().device(at::kCPU).dtype(at::kFloat));
   float* out = factor.mutable_data_ptr<float>();
-  const float keep = p < 1 ? static_cast<float>(1 / (1 - p)) : 0.0f;
   for (int64_t pair = 0; pair < n; ++pair)
     for (int64_t i = 0; i < queries; ++i)
       for (int64_t j = 0; j < keys; ++j) {
         const auto counter = kernels::dropout_counter(b.const_data_ptr<int32_t>()[pair],
                                                       h.const_data_ptr<int32_t>()[pair], i, j,
                                                       a.num_heads, queries, keys);
-        *out++ = kernels::counter_bits(seed, counter) < threshold ? keep : 0.0f;
+        *out++ = kernels::counter_bits(seed, counter) < threshold ? 1.0f : 0.0f;
       }
-  return factor.to(like.options());
+  // Scaled after the conversion: 1 / (1 - p) in float32 would be too coarse for float64.
+  return factor.to(like.options()).mul_(p < 1 ? 1 / (1 - p) : 0.0);
 }
 
 /// softmax(scale q k' + bias) of pairs [first, first + n), zeros in rows that see no key.
 Tensor probabilities(const PairAttention& a, int64_t first, int64_t n, const Tensor& q,
                      const Tensor& k) {
   auto scores = at::bmm(q * scale_of(a, q), k.transpose(1, 2));  // [n, L, S + added]
-  const auto bias =
-      bias_of(a, first, n, q.size(1), k.size(1) - a.added, scores.scalar_type());
+  const auto bias = bias_of(a, first, n, q.size(1), k.size(1) - a.added, scores.scalar_type());
   if (!bias.defined()) return at::softmax(scores, -1);
   scores.add_(bias);
   const auto blind = scores.eq(kHidden).all(-1, true);  // [n, L, 1]
@@ -182,7 +181,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const PairAttentio
                        ds.narrow(2, 0, S));
   }
   if (mask_gradient)
-    dmask = at::sum_to(dmask, a.arguments.attn_mask->sizes()).to(a.arguments.attn_mask->scalar_type());
+    dmask =
+        at::sum_to(dmask, a.arguments.attn_mask->sizes()).to(a.arguments.attn_mask->scalar_type());
   return {dq, dk, dv, dmask};
 }
 

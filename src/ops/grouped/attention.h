@@ -1,4 +1,5 @@
-// Attention over packed active pairs by LibTorch's own attention and matrix products, on any device.
+// Attention over packed active pairs by LibTorch's own attention and matrix products, on any
+// device.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -25,8 +26,8 @@ at::Tensor attention_forward(const PairAttention& a, const at::Tensor& q, const 
                              const at::Tensor& v);
 
 /// Gradients of q, k, v from that of the context, in the accumulation type; the probabilities are
-/// computed again, a bounded number of pairs at a time. With `mask_gradient`, also the gradient with
-/// respect to attn_mask, in its shape.
+/// computed again, a bounded number of pairs at a time. With `mask_gradient`, also the gradient
+/// with respect to attn_mask, in its shape.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_backward(
     const PairAttention& a, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
     const at::Tensor& grad_context, bool mask_gradient);

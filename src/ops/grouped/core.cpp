@@ -8,9 +8,7 @@ namespace {
 
 using at::Tensor;
 
-int64_t group_of(const CoreInputs& in) {
-  return in.k.size(1) ? in.q.size(1) / in.k.size(1) : 1;
-}
+int64_t group_of(const CoreInputs& in) { return in.k.size(1) ? in.q.size(1) / in.k.size(1) : 1; }
 
 Tensor pair_weight(const CoreInputs& in, const WorkList& list, at::ScalarType type) {
   return in.weight->index({list.batches(), list.heads()}).to(type).view({-1, 1, 1});  // [N, 1, 1]
@@ -27,8 +25,7 @@ CoreForward forward(const CoreInputs& in) {
       attention_forward(attention, gather_heads(in.q, list), gather_heads(in.k, list, group),
                         gather_heads(in.v, list, group));  // [N, L, dv]
   const auto lse = at::zeros({B, H, L}, in.q.options().dtype(lse_type(in.q.scalar_type())));
-  if (!in.weight)
-    return {scatter_heads(context, list, B, H), at::empty({0}, in.q.options()), lse};
+  if (!in.weight) return {scatter_heads(context, list, B, H), at::empty({0}, in.q.options()), lse};
   const auto weighted = context * pair_weight(in, list, context.scalar_type());
   return {scatter_heads(weighted, list, B, H), scatter_heads(context, list, B, H), lse};
 }

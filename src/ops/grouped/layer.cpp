@@ -1,5 +1,5 @@
-// The layer by heads: for each head, one matrix product over the sequences that chose it. Inputs are
-// gathered per head, projections lie packed as [N, ., d] in the order of the work list.
+// The layer by heads: for each head, one matrix product over the sequences that chose it. Inputs
+// are gathered per head, projections lie packed as [N, ., d] in the order of the work list.
 #include <ATen/ATen.h>
 
 #include "ops/grouped/grouped.h"
@@ -11,8 +11,8 @@ using at::Tensor;
 
 int64_t added_rows(const ProjectionWeights& w) { return w.bias_k.has_value() + w.add_zero_attn; }
 
-/// Rows of the sequences that chose head h: x [B, R, D] -> [n, R, D]; all of them, in order, need no
-/// copy.
+/// Rows of the sequences that chose head h: x [B, R, D] -> [n, R, D]; all of them, in order, need
+/// no copy.
 Tensor rows_of(const Tensor& x, const WorkList& list, int64_t h) {
   return list.count(h) == x.size(0) ? x : x.index_select(0, list.batches(h));
 }
@@ -56,10 +56,25 @@ MultiheadInputs as_multihead(const SelfInputs& in) {
   const auto biases = [&](int64_t n) {
     return in.in_proj_bias ? OptionalTensor(rows(*in.in_proj_bias, n)) : OptionalTensor();
   };
-  return {in.x, in.x, in.x,
-          {rows(in.in_proj_weight, 0), rows(in.in_proj_weight, 1), rows(in.in_proj_weight, 2),
-           biases(0), biases(1), biases(2), in.out_proj_weight, in.out_proj_bias, {}, {}, false},
-          in.num_heads, in.index, in.count, in.weight, in.arguments};
+  return {in.x,
+          in.x,
+          in.x,
+          {rows(in.in_proj_weight, 0),
+           rows(in.in_proj_weight, 1),
+           rows(in.in_proj_weight, 2),
+           biases(0),
+           biases(1),
+           biases(2),
+           in.out_proj_weight,
+           in.out_proj_bias,
+           {},
+           {},
+           false},
+          in.num_heads,
+          in.index,
+          in.count,
+          in.weight,
+          in.arguments};
 }
 
 /// In the order of the arguments of selected_multihead_attention; undefined where not needed.
@@ -82,11 +97,14 @@ LayerGradients layer_backward(const Tensor& grad_output, const MultiheadInputs& 
   };
   const auto q = packed(saved.q), k = packed(saved.k), v = packed(saved.v),
              context = packed(saved.context);
-  const auto zeros = [&](const Tensor& like) { return at::zeros(like.sizes(), like.options().dtype(type)); };
+  const auto zeros = [&](const Tensor& like) {
+    return at::zeros(like.sizes(), like.options().dtype(type));
+  };
   LayerGradients g;
-  if (needs[9]) g.out_proj_weight = at::zeros(w.out_proj_weight.sizes(), w.out_proj_weight.options());
+  if (needs[9])
+    g.out_proj_weight = at::zeros(w.out_proj_weight.sizes(), w.out_proj_weight.options());
   if (needs[10]) g.out_proj_bias = grad_output.sum(at::IntArrayRef({0, 1}), false, type);
-  const auto scale = pair_weight(in.weight, list, x.scalar_type());  // [N, 1, 1]
+  const auto scale = pair_weight(in.weight, list, x.scalar_type());   // [N, 1, 1]
   auto grad_context = at::empty(context.sizes(), context.options());  // of weight * context
   for (const auto& head : heads) {
     const auto rows = rows_of(grad_output, list, head.h);  // [n, L, D]
@@ -125,7 +143,8 @@ LayerGradients layer_backward(const Tensor& grad_output, const MultiheadInputs& 
             .copy_(at::matmul(part.reshape({-1, d}).t(),
                               rows_of(input, list, head.h).reshape({-1, input.size(2)})));
       if (need[2])
-        head.slice(grad_bias).copy_(head.pairs(grad).narrow(1, 0, input.size(1)).sum(at::IntArrayRef({0, 1})));
+        head.slice(grad_bias).copy_(
+            head.pairs(grad).narrow(1, 0, input.size(1)).sum(at::IntArrayRef({0, 1})));
     }
   };
   project(in.query, w.q_weight, w.q_bias, dq, {needs[0], needs[3], needs[6]}, g.query, g.q_weight,
@@ -168,8 +187,9 @@ LayerForward forward(const MultiheadInputs& in) {
   for (const auto& head : heads) {
     const auto project = [&](const Tensor& rows, const Tensor& weight, const OptionalTensor& bias,
                              Tensor& to) {
-      head.pairs(to).narrow(1, 0, rows.size(1)).copy_(
-          at::linear(rows, head.slice(weight), head.slice(bias)));
+      head.pairs(to)
+          .narrow(1, 0, rows.size(1))
+          .copy_(at::linear(rows, head.slice(weight), head.slice(bias)));
     };
     const auto query = rows_of(in.query, list, head.h);
     const auto key = in.key.is_same(in.query) ? query : rows_of(in.key, list, head.h);
@@ -199,7 +219,11 @@ LayerForward forward(const MultiheadInputs& in) {
     add_rows(y, list, head.h,
              at::matmul(head.pairs(weighted), w.out_proj_weight.narrow(1, head.h * d, d).t()));
   const auto slots = [&](const Tensor& t) { return t.view({B, K, t.size(1), t.size(2)}); };
-  return {y.to(x.scalar_type()), slots(q), slots(k), slots(v), slots(context),
+  return {y.to(x.scalar_type()),
+          slots(q),
+          slots(k),
+          slots(v),
+          slots(context),
           at::zeros({B, K, L}, x.options().dtype(type))};
 }
 
@@ -216,11 +240,20 @@ MultiheadBackward backward(const Tensor& grad_output, const MultiheadInputs& in,
     return result(gradient, input.value_or(x));
   };
   const auto& w = in.weights;
-  return {of(g.query, in.query), of(g.key, in.key), of(g.value, in.value),
-          of(g.q_weight, w.q_weight), of(g.k_weight, w.k_weight), of(g.v_weight, w.v_weight),
-          of(g.q_bias, w.q_bias), of(g.k_bias, w.k_bias), of(g.v_bias, w.v_bias),
-          of(g.out_proj_weight, w.out_proj_weight), of(g.out_proj_bias, w.out_proj_bias),
-          of(g.weight, in.weight), of(g.bias_k, w.bias_k), of(g.bias_v, w.bias_v),
+  return {of(g.query, in.query),
+          of(g.key, in.key),
+          of(g.value, in.value),
+          of(g.q_weight, w.q_weight),
+          of(g.k_weight, w.k_weight),
+          of(g.v_weight, w.v_weight),
+          of(g.q_bias, w.q_bias),
+          of(g.k_bias, w.k_bias),
+          of(g.v_bias, w.v_bias),
+          of(g.out_proj_weight, w.out_proj_weight),
+          of(g.out_proj_bias, w.out_proj_bias),
+          of(g.weight, in.weight),
+          of(g.bias_k, w.bias_k),
+          of(g.bias_v, w.bias_v),
           of(g.attn_mask, in.arguments.attn_mask)};
 }
 
@@ -236,8 +269,10 @@ SelfBackward backward(const Tensor& grad_output, const SelfInputs& in, const Lay
   return {of(x ? g.query + g.key + g.value : Tensor(), in.x),
           of(weight ? at::cat({g.q_weight, g.k_weight, g.v_weight}) : Tensor(), in.in_proj_weight),
           of(bias ? at::cat({g.q_bias, g.k_bias, g.v_bias}) : Tensor(), in.in_proj_bias),
-          of(g.out_proj_weight, in.out_proj_weight), of(g.out_proj_bias, in.out_proj_bias),
-          of(g.weight, in.weight), of(g.attn_mask, in.arguments.attn_mask)};
+          of(g.out_proj_weight, in.out_proj_weight),
+          of(g.out_proj_bias, in.out_proj_bias),
+          of(g.weight, in.weight),
+          of(g.attn_mask, in.arguments.attn_mask)};
 }
 
 }  // namespace headwise::ops::grouped

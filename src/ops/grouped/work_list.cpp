@@ -49,8 +49,10 @@ WorkList make_work_list(const Tensor& index, const Tensor& count, int64_t num_he
   const auto options = at::TensorOptions().dtype(at::kInt).device(place);
   const auto indices = index.to(options).contiguous(), counts = count.to(options).contiguous();
   auto slot = at::empty({shape.slots()}, options);
-  WorkList list{at::empty({shape.capacity()}, options), at::empty({shape.capacity()}, options),
-                at::empty({num_heads + 1}, options), {}};
+  WorkList list{at::empty({shape.capacity()}, options),
+                at::empty({shape.capacity()}, options),
+                at::empty({num_heads + 1}, options),
+                {}};
   const WorkListOutput out{list.batch.mutable_data_ptr<int32_t>(),
                            list.head.mutable_data_ptr<int32_t>(),
                            list.offset.mutable_data_ptr<int32_t>()};

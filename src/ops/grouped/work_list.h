@@ -9,15 +9,15 @@ namespace headwise::ops::grouped {
 
 /// N pairs: those of head 0 first; within a head, sequences ascend.
 struct WorkList {
-  at::Tensor batch, head;            ///< int32 [B * K] on the device of the selection; -1 after N
-  at::Tensor offset;                 ///< int32 [H + 1], same device
-  std::vector<int64_t> first;        ///< `offset` on the host
+  at::Tensor batch, head;      ///< int32 [B * K] on the device of the selection; -1 after N
+  at::Tensor offset;           ///< int32 [H + 1], same device
+  std::vector<int64_t> first;  ///< `offset` on the host
   int64_t size() const { return first.back(); }  ///< N
   int64_t begin(int64_t h) const { return first[h]; }
   int64_t count(int64_t h) const { return first[h + 1] - first[h]; }
-  at::Tensor batches() const;        ///< int64 [N]
+  at::Tensor batches() const;           ///< int64 [N]
   at::Tensor batches(int64_t h) const;  ///< int64 [count(h)]
-  at::Tensor heads() const;          ///< int64 [N]
+  at::Tensor heads() const;             ///< int64 [N]
 };
 
 /// index [B, K], count [B]. Building the list does not wait for the device; reading `first`, which
