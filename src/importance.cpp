@@ -5,14 +5,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <nlohmann/json.hpp>
-#include <set>
 #include <utility>
+
+#include "json.h"
 
 namespace headwise {
 namespace {
-
-using Json = nlohmann::ordered_json;
 
 constexpr double kNormEpsilon = 1e-20;  // as the authors' code
 
@@ -72,40 +70,15 @@ std::string HeadScores::to_json() const {
 }
 
 HeadScores HeadScores::from_json(const std::string& text) {
-  const Json json = Json::parse(text, nullptr, /*allow_exceptions=*/false);
-  TORCH_CHECK_VALUE(json.is_object(), "scores must be a JSON object");
-  const auto only = [](const Json& object, const std::set<std::string>& known, const char* where) {
-    TORCH_CHECK_VALUE(object.is_object(), where, " must be a JSON object");
-    for (const auto& [key, value] : object.items()) {
-      TORCH_CHECK_VALUE(known.count(key), where, " has an unknown key '", key, "'");
-    }
-    for (const auto& key : known) {
-      TORCH_CHECK_VALUE(object.contains(key), where, " lacks the key '", key, "'");
-    }
-  };
-  only(json, {"format", "version", "metric", "layers"}, "scores");
-  TORCH_CHECK_VALUE(json["format"] == "headwise.scores",
-                    "format of scores must be \"headwise.scores\", got ", json["format"].dump());
-  TORCH_CHECK_VALUE(json["version"] == 1, "version of scores must be 1, got ",
-                    json["version"].dump());
-  TORCH_CHECK_VALUE(json["metric"].is_string(), "metric of scores must be a string, got ",
-                    json["metric"].dump());
-  TORCH_CHECK_VALUE(json["layers"].is_array(), "layers of scores must be a list");
+  const Json json = parse_json(text, "scores");
+  check_format(json, "headwise.scores", 1, "scores");
+  check_keys(json, {"format", "version", "metric", "layers"}, "scores");
   HeadScores scores;
-  scores.metric = json["metric"].get<std::string>();
-  for (const Json& entry : json["layers"]) {
-    only(entry, {"name", "values"}, "a layer of scores");
-    TORCH_CHECK_VALUE(entry["name"].is_string(), "name of a layer must be a string, got ",
-                      entry["name"].dump());
-    scores.layers.push_back(entry["name"].get<std::string>());
-    TORCH_CHECK_VALUE(entry["values"].is_array(), "values of layer '", scores.layers.back(),
-                      "' must be a list");
-    auto& values = scores.values.emplace_back();
-    for (const Json& value : entry["values"]) {
-      TORCH_CHECK_VALUE(value.is_number(), "values of layer '", scores.layers.back(),
-                        "' must be numbers, got ", value.dump());
-      values.push_back(value.get<double>());
-    }
+  scores.metric = get_string(json, "metric", "scores");
+  for (const Json& entry : get_array(json, "layers", "scores")) {
+    check_keys(entry, {"name", "values"}, "a layer of scores");
+    scores.layers.push_back(get_string(entry, "name", "a layer of scores"));
+    scores.values.push_back(get_numbers(entry, "values", "layer '" + scores.layers.back() + "'"));
   }
   return scores;
 }
