@@ -71,15 +71,15 @@ setup: $(STAMPS)/data
 
 # --- build ---
 
-build/CMakeCache.txt: $(STAMPS)/packages Makefile
+build/configured: $(STAMPS)/packages Makefile
 	@echo "Configuring"
 	@mkdir -p build
 	@$(V)/bin/cmake -S . -B build -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(V)/bin/ninja \
 	  -DPython_EXECUTABLE=$(CURDIR)/$(PY) $(CMAKE_OPTIONS) > build/configure.log 2>&1 \
-	  || { rm -f $@; tail -n 40 build/configure.log; exit 1; }
+	  || { tail -n 40 build/configure.log; exit 1; }
 	@touch $@
 
-build: build/CMakeCache.txt
+build: build/configured
 	@$(V)/bin/ninja -C build -j $(JOBS) --quiet
 
 # --- commands ---
