@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from headwise import _C
+from headwise.files import write_atomic
 from headwise.layers import attention_layers
 from headwise.multihead_attention import MultiheadAttention
 from headwise.selection import Selection
@@ -71,16 +72,12 @@ class Trace:
         return json.loads(self.to_json())
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes :meth:`to_json` to ``path``: beside it first, then renamed."""
-        beside = f"{os.fspath(path)}.{os.getpid()}.part"
-        try:
-            with open(beside, "w", encoding="utf-8") as file:
-                file.write(self.to_json(indent=1) + "\n")
-            os.replace(beside, path)
-        except BaseException:
-            if os.path.exists(beside):
-                os.unlink(beside)
-            raise
+        """Writes :meth:`to_json` to ``path``, whole or not at all.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        write_atomic(path, self.to_json(indent=1) + "\n")
 
     def clear(self) -> None:
         """Forgets what was recorded."""

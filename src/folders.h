@@ -1,0 +1,63 @@
+// Folders, by POSIX calls. libtorch exports the std::filesystem of an older libstdc++, which takes
+// the place of the compiler's own at link time: remove_all and directory iterators then crash. Only
+// std::filesystem::path, which does not touch the disk, is safe beside it.
+#pragma once
+
+#include <dirent.h>
+#include <ftw.h>
+#include <sys/stat.h>
+
+#include <cerrno>
+#include <cstdio>
+#include <cstring>
+#include <string>
+
+#include "headwise/files.h"
+
+namespace headwise {
+
+inline bool exists(const std::string& path) {
+  struct stat status;
+  return ::lstat(path.c_str(), &status) == 0;
+}
+
+inline bool is_regular_file(const std::string& path) {
+  struct stat status;
+  return ::stat(path.c_str(), &status) == 0 && S_ISREG(status.st_mode);
+}
+
+/// Whether `path` is a folder with nothing in it.
+inline bool is_empty_folder(const std::string& path) {
+  DIR* folder = ::opendir(path.c_str());
+  if (folder == nullptr) return false;
+  bool empty = true;
+  while (const dirent* entry = ::readdir(folder)) {
+    empty &= std::strcmp(entry->d_name, ".") == 0 || std::strcmp(entry->d_name, "..") == 0;
+  }
+  ::closedir(folder);
+  return empty;
+}
+
+/// Creates the folder and those above it. @throws FileError
+inline void create_folders(const std::string& path) {
+  for (size_t end = path.find('/', 1);; end = path.find('/', end + 1)) {
+    const std::string part = path.substr(0, end);
+    if (::mkdir(part.c_str(), 0777) != 0 && errno != EEXIST) throw FileError(errno, "write", part);
+    if (end == std::string::npos) return;
+  }
+}
+
+/// Removes the folder and what is in it, as far as it can.
+inline void remove_folder(const std::string& path) noexcept {
+  const auto remove_one = [](const char* entry, const struct stat*, int, struct FTW*) {
+    return std::remove(entry) == 0 ? 0 : -1;
+  };
+  ::nftw(path.c_str(), remove_one, 16, FTW_DEPTH | FTW_PHYS);
+}
+
+/// @throws FileError
+inline void rename_path(const std::string& from, const std::string& to) {
+  if (std::rename(from.c_str(), to.c_str()) != 0) throw FileError(errno, "write", to);
+}
+
+}  // namespace headwise

@@ -1,0 +1,240 @@
+#include "headwise/model.h"
+
+#include <ATen/ATen.h>
+#include <unistd.h>
+
+#include <filesystem>
+#include <map>
+#include <set>
+#include <tuple>
+
+#include "folders.h"
+#include "headwise/version.h"
+#include "json.h"
+
+namespace headwise {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr const char* kFormat = "headwise.model";
+constexpr int kVersion = 1;
+constexpr const char* kDescription = "headwise.json";
+constexpr const char* kWeights = "model.safetensors";
+constexpr size_t kLongestDescription = size_t{64} << 20;
+
+template <class T>
+T get(const Json& object, const char* key, const std::string& what) {
+  const Json& value = object.at(key);
+  const bool fits = std::is_same_v<T, bool>      ? value.is_boolean()
+                    : std::is_same_v<T, int64_t> ? value.is_number_integer()
+                                                 : value.is_number();
+  TORCH_CHECK_VALUE(fits, "'", key, "' of ", what, " has the wrong type: ", value.dump());
+  return value.get<T>();
+}
+
+MultiheadAttentionOptions layer_options(const Json& entry, const std::string& what) {
+  auto options = MultiheadAttentionOptions(get<int64_t>(entry, "embed_dim", what),
+                                           get<int64_t>(entry, "num_heads", what))
+                     .head_dim(get<int64_t>(entry, "head_dim", what))
+                     .kdim(get<int64_t>(entry, "kdim", what))
+                     .vdim(get<int64_t>(entry, "vdim", what))
+                     .dropout(get<double>(entry, "dropout", what))
+                     .bias(get<bool>(entry, "bias", what))
+                     .add_bias_kv(get<bool>(entry, "add_bias_kv", what))
+                     .add_zero_attn(get<bool>(entry, "add_zero_attn", what))
+                     .batch_first(get<bool>(entry, "batch_first", what));
+  if (const Json& gate = entry.at("gate"); !gate.is_null()) {
+    options.gate(gate_options_from_json(gate.dump()));
+  }
+  return options;
+}
+
+Json describe(const std::string& name, const MultiheadAttentionImpl& layer) {
+  const MultiheadAttentionOptions& options = layer.options;
+  Json gate = nullptr;
+  if (layer.gate && options.gate()) {
+    GateOptions gate_options = *options.gate();
+    // What a fixed gate keeps may have been changed since it was built.
+    if (const auto* fixed = dynamic_cast<const FixedGateImpl*>(layer.gate.get())) {
+      const at::Tensor scale = fixed->scale.to(at::kCPU, at::kDouble).contiguous();
+      const double* values = scale.const_data_ptr<double>();
+      gate_options = FixedGateOptions(std::get<FixedGateOptions>(gate_options))
+                         .heads(std::nullopt)
+                         .scale(std::vector<double>(values, values + scale.numel()));
+    }
+    gate = Json::parse(gate_options_to_json(gate_options));
+  }
+  return {{"name", name},
+          {"embed_dim", options.embed_dim()},
+          {"num_heads", options.num_heads()},
+          {"head_dim", layer.head_dim()},
+          {"kdim", options.kdim().value_or(options.embed_dim())},
+          {"vdim", options.vdim().value_or(options.embed_dim())},
+          {"dropout", options.dropout()},
+          {"bias", options.bias()},
+          {"add_bias_kv", options.add_bias_kv()},
+          {"add_zero_attn", options.add_zero_attn()},
+          {"batch_first", options.batch_first()},
+          {"gate", std::move(gate)}};
+}
+
+/// A layer's parameters and buffers, by their names within it.
+std::vector<std::pair<std::string, at::Tensor>> state(const MultiheadAttention& layer) {
+  std::vector<std::pair<std::string, at::Tensor>> found;
+  for (const auto& item : layer->named_parameters()) found.emplace_back(item.key(), item.value());
+  for (const auto& item : layer->named_buffers()) found.emplace_back(item.key(), item.value());
+  return found;
+}
+
+std::string join(const std::string& prefix, const std::string& name) {
+  return prefix.empty() ? name : prefix + "." + name;
+}
+
+/// Gives the parameters and buffers of `layer` the tensors of their names, and `tensors` them.
+void adopt(const MultiheadAttention& layer, const std::string& name, NamedTensors& tensors) {
+  for (auto& [key, value] : state(layer)) {
+    const auto found = tensors.find(join(name, key));
+    TORCH_CHECK_VALUE(found != tensors.end(), kWeights, " lacks '", join(name, key), "'");
+    TORCH_CHECK_VALUE(found->second.sizes() == value.sizes(), "'", found->first, "' has shape ",
+                      found->second.sizes(), " in ", kWeights, " and ", value.sizes(), " in ",
+                      kDescription);
+    value.set_data(found->second);
+    found->second = value;
+  }
+}
+
+/// The tensors that are left when each one that is tied stays once, and where the others point.
+std::pair<NamedTensors, std::map<std::string, std::string>> unique(const NamedTensors& tensors) {
+  using Key = std::tuple<const void*, at::ScalarType, std::vector<int64_t>, std::vector<int64_t>>;
+  std::map<Key, std::string> first;
+  NamedTensors kept;
+  std::map<std::string, std::string> aliases;
+  for (const auto& [name, tensor] : tensors) {
+    TORCH_CHECK_VALUE(tensor.defined(), "tensors must be defined, got an undefined one at '", name,
+                      "'");
+    const Key key{tensor.const_data_ptr(), tensor.scalar_type(), tensor.sizes().vec(),
+                  tensor.strides().vec()};
+    const auto [found, is_new] = first.emplace(key, name);
+    if (is_new || tensor.numel() == 0) {
+      kept.emplace(name, tensor.detach());
+    } else {
+      aliases.emplace(name, found->second);
+    }
+  }
+  return {std::move(kept), std::move(aliases)};
+}
+
+bool may_replace(const std::string& folder) {
+  return is_regular_file(folder + "/" + kDescription) || is_empty_folder(folder);
+}
+
+/// Removes a folder at the end of a scope, if it is still there.
+struct Removal {
+  std::string path;
+  ~Removal() { remove_folder(path); }
+};
+
+}  // namespace
+
+const MultiheadAttention& Model::layer(const std::string& name) const {
+  for (const auto& [key, layer] : layers) {
+    if (key == name) return layer;
+  }
+  TORCH_CHECK_INDEX(false, "the model has no attention layer '", name, "'");
+}
+
+const at::Tensor& Model::tensor(const std::string& name) const {
+  const auto found = tensors.find(name);
+  TORCH_CHECK_INDEX(found != tensors.end(), "the model has no tensor '", name, "'");
+  return found->second;
+}
+
+Model load(const std::string& dir, const at::Device& device) {
+  const std::string path = (fs::path(dir) / kDescription).string();
+  const std::string what = "'" + path + "'";
+  const Json document = parse_json(read_file(path, kLongestDescription), what);
+  check_format(document, kFormat, kVersion, what);
+  check_keys(document,
+             {"format", "version", "headwise_version", "architecture", "layers", "aliases"}, what);
+  TORCH_CHECK_VALUE(document["architecture"].is_object(), "'architecture' of ", what,
+                    " must be an object");
+  TORCH_CHECK_VALUE(document["layers"].is_array(), "'layers' of ", what, " must be a list");
+  TORCH_CHECK_VALUE(document["aliases"].is_object(), "'aliases' of ", what, " must be an object");
+
+  Model model;
+  model.architecture = document["architecture"].dump();
+  model.tensors = load_safetensors((fs::path(dir) / kWeights).string()).tensors;
+  for (auto& [name, tensor] : model.tensors) tensor = tensor.to(device);
+  for (size_t i = 0; i < document["layers"].size(); ++i) {
+    const Json& entry = document["layers"][i];
+    const std::string where = "layer " + std::to_string(i) + " of " + what;
+    check_keys(entry,
+               {"name", "embed_dim", "num_heads", "head_dim", "kdim", "vdim", "dropout", "bias",
+                "add_bias_kv", "add_zero_attn", "batch_first", "gate"},
+               where);
+    const std::string name = get_string(entry, "name", where);
+    auto options = layer_options(entry, where).device(device);
+    const auto weight = model.tensors.find(join(name, "out_proj.weight"));
+    TORCH_CHECK_VALUE(weight != model.tensors.end(), kWeights, " lacks '",
+                      join(name, "out_proj.weight"), "'");
+    MultiheadAttention layer(options.dtype(weight->second.scalar_type()));
+    adopt(layer, name, model.tensors);
+    layer->eval();
+    model.layers.emplace_back(name, layer);
+  }
+  for (const auto& [alias, target] : document["aliases"].items()) {
+    const auto found =
+        target.is_string() ? model.tensors.find(target.get<std::string>()) : model.tensors.end();
+    TORCH_CHECK_VALUE(found != model.tensors.end(), "aliases of ", what, " name ", target.dump(),
+                      ", which is missing");
+    model.tensors[alias] = found->second;
+  }
+  return model;
+}
+
+void save(const Model& model, const std::string& dir) {
+  Json layers = Json::array();
+  NamedTensors tensors = model.tensors;
+  std::set<std::string> names;
+  for (const auto& [name, layer] : model.layers) {
+    TORCH_CHECK_VALUE(names.insert(name).second, "layers must have names of their own, got '", name,
+                      "' twice");
+    layers.push_back(describe(name, *layer));
+    for (const auto& [key, value] : state(layer)) tensors[join(name, key)] = value;
+  }
+  const auto [kept, aliases] = unique(tensors);
+  const Json architecture = parse_json(model.architecture, "architecture");
+  TORCH_CHECK_VALUE(architecture.is_object(), "architecture must be a JSON object");
+  const Json document = {{"format", kFormat},
+                         {"version", kVersion},
+                         {"headwise_version", version()},
+                         {"architecture", architecture},
+                         {"layers", std::move(layers)},
+                         {"aliases", Json(aliases)}};
+
+  fs::path absolute = fs::absolute(dir).lexically_normal();
+  if (!absolute.has_filename()) absolute = absolute.parent_path();  // "folder/"
+  const std::string target = absolute.string();
+  TORCH_CHECK_VALUE(!exists(target) || may_replace(target),
+                    "dir must not exist, be empty, or be a folder that headwise.save wrote, got '",
+                    target, "'");
+  const std::string stem =
+      (absolute.parent_path() / ("." + absolute.filename().string())).string() + "." +
+      std::to_string(::getpid());
+  const Removal beside{stem + ".part"}, replaced{stem + ".old"};
+  remove_folder(beside.path);
+  create_folders(beside.path);
+  save_safetensors(beside.path + "/" + kWeights, kept);
+  write_atomic(beside.path + "/" + kDescription, document.dump(1) + "\n");
+  const bool replaces = exists(target);
+  if (replaces) rename_path(target, replaced.path);
+  try {
+    rename_path(beside.path, target);
+  } catch (const FileError&) {
+    if (replaces) rename_path(replaced.path, target);
+    throw;
+  }
+}
+
+}  // namespace headwise

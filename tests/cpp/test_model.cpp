@@ -1,0 +1,173 @@
+#include "headwise/model.h"
+
+#include <dirent.h>
+#include <ftw.h>
+#include <gtest/gtest.h>
+#include <sys/stat.h>
+#include <torch/torch.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+#include <functional>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "headwise/files.h"
+
+using namespace headwise;
+
+namespace {
+
+int remove_one(const char* entry, const struct stat*, int, struct FTW*) {
+  return std::remove(entry);
+}
+
+/// A folder of its own for each test, removed at the end (POSIX: see src/folders.h).
+class ModelFolder : public testing::Test {
+ protected:
+  void SetUp() override {
+    char name[] = "/tmp/headwise-model-XXXXXX";
+    ASSERT_NE(::mkdtemp(name), nullptr);
+    root = name;
+    torch::manual_seed(0);
+  }
+  void TearDown() override { ::nftw(root.c_str(), remove_one, 16, FTW_DEPTH | FTW_PHYS); }
+
+  std::vector<std::string> names() const {
+    std::vector<std::string> found;
+    DIR* stream = ::opendir(root.c_str());
+    while (const dirent* entry = ::readdir(stream)) {
+      if (entry->d_name[0] != '.' || std::string(entry->d_name).size() > 2) {
+        found.push_back(entry->d_name);
+      }
+    }
+    ::closedir(stream);
+    return found;
+  }
+
+  std::string folder() const { return root + "/model"; }
+
+  /// Rewrites headwise.json.
+  void edit(const std::function<void(nlohmann::json&)>& change) const {
+    const std::string path = folder() + "/headwise.json";
+    auto document = nlohmann::json::parse(std::ifstream(path));
+    change(document);
+    std::ofstream(path) << document;
+  }
+
+  std::string refusal() const {
+    try {
+      load(folder());
+    } catch (const c10::ValueError& error) {
+      return error.what_without_backtrace();
+    }
+    return "nothing was thrown";
+  }
+
+  std::string root;
+};
+
+Model small_model() {
+  Model model;
+  const auto options = MultiheadAttentionOptions(12, 4).batch_first(true);
+  model.layers.emplace_back(
+      "a.attention",
+      MultiheadAttention(MultiheadAttentionOptions(options).gate(BudgetGateOptions().target(0.5))));
+  model.layers.emplace_back(
+      "b.attention",
+      MultiheadAttention(
+          MultiheadAttentionOptions(options).num_heads(2).head_dim(5).kdim(7).add_bias_kv(true)));
+  model.layers.emplace_back("c.attention",
+                            MultiheadAttention(MultiheadAttentionOptions(options).gate(
+                                FixedGateOptions().heads(std::vector<int64_t>{1, 3}))));
+  for (auto& [name, layer] : model.layers) layer->eval();
+  model.tensors["embedding"] = torch::randn({5, 12});
+  model.tensors["decoder"] = model.tensors["embedding"];
+  model.tensors["empty"] = torch::zeros({0, 3}, torch::kLong);
+  return model;
+}
+
+}  // namespace
+
+TEST_F(ModelFolder, RoundTrip) {
+  const Model model = small_model();
+  // What was changed after building is what is saved.
+  dynamic_cast<FixedGateImpl&>(*model.layer("c.attention")->gate).scale[1] = 0.25;
+  save(model, folder());
+  save(model, folder() + "/");  // replaces
+  EXPECT_EQ(names(), std::vector<std::string>{"model"});
+
+  const Model loaded = load(folder());
+  ASSERT_EQ(loaded.layers.size(), 3u);
+  const torch::NoGradGuard no_grad;
+  const auto x = torch::randn({2, 6, 12}), key = torch::randn({2, 4, 7});
+  const auto value = torch::randn({2, 4, 12});
+  for (size_t i = 0; i < 3; ++i) {
+    const auto& [name, layer] = model.layers[i];
+    EXPECT_EQ(loaded.layers[i].first, name);
+    const bool cross = i == 1;
+    auto run = [&](MultiheadAttention mha) {
+      return std::get<0>(mha->forward(x, cross ? key : x, cross ? value : x, {}, false));
+    };
+    EXPECT_TRUE(torch::equal(run(loaded.layers[i].second), run(layer))) << name;
+    EXPECT_FALSE(loaded.layers[i].second->is_training());
+  }
+  EXPECT_TRUE(torch::equal(loaded.tensor("embedding"), model.tensor("embedding")));
+  EXPECT_TRUE(loaded.tensor("decoder").is_same(loaded.tensor("embedding")));
+  EXPECT_EQ(loaded.tensor("empty").sizes(), model.tensor("empty").sizes());
+  EXPECT_EQ(loaded.layer("b.attention")->options.num_heads(), 2);
+  EXPECT_THROW(loaded.tensor("x"), c10::IndexError);
+  EXPECT_THROW(loaded.layer("x"), c10::IndexError);
+}
+
+TEST_F(ModelFolder, TensorsOfLayersAreTheirParameters) {
+  save(small_model(), folder());
+  const Model loaded = load(folder());
+  {
+    const torch::NoGradGuard no_grad;
+    loaded.layer("a.attention")->in_proj_weight.fill_(3.0);
+  }
+  EXPECT_TRUE((loaded.tensor("a.attention.in_proj_weight") == 3.0).all().item<bool>());
+  save(loaded, folder());
+  EXPECT_EQ(load(folder()).layer("a.attention")->in_proj_weight[0][0].item<float>(), 3.0f);
+}
+
+TEST_F(ModelFolder, KeepsTheDtype) {
+  Model model = small_model();
+  for (auto& [name, layer] : model.layers) layer->to(torch::kDouble);
+  save(model, folder());
+  EXPECT_EQ(load(folder()).layer("a.attention")->in_proj_weight.scalar_type(), torch::kDouble);
+}
+
+TEST_F(ModelFolder, RefusesWhatItDidNotWrite) {
+  EXPECT_THROW(load(folder()), FileError);
+  save(small_model(), folder());
+  EXPECT_EQ(refusal(), "nothing was thrown");
+  edit([](auto& d) { d["layers"][0]["num_heads"] = "4"; });
+  EXPECT_NE(refusal().find("'num_heads' of layer 0 of '"), std::string::npos) << refusal();
+  edit([](auto& d) { d["layers"][0]["num_heads"] = 3; });
+  EXPECT_NE(refusal().find("has shape [36, 12] in model.safetensors and [27, 12] in headwise.json"),
+            std::string::npos)
+      << refusal();
+  edit([](auto& d) { d["layers"][0]["name"] = "x"; });
+  EXPECT_EQ(refusal(), "model.safetensors lacks 'x.out_proj.weight'");
+  edit([](auto& d) { d["surprise"] = 1; });
+  EXPECT_NE(refusal().find("has an unknown key \"surprise\""), std::string::npos) << refusal();
+  std::remove((folder() + "/model.safetensors").c_str());
+  edit([](auto& d) { d.erase("surprise"); });
+  EXPECT_THROW(load(folder()), FileError);
+}
+
+TEST_F(ModelFolder, SavesNowhereElse) {
+  ASSERT_EQ(::mkdir(folder().c_str(), 0777), 0);
+  std::ofstream(folder() + "/thesis.txt") << "years of work";
+  EXPECT_THROW(save(small_model(), folder()), c10::ValueError);
+  EXPECT_TRUE(std::ifstream(folder() + "/thesis.txt").good());
+  Model twice = small_model();
+  twice.layers.push_back(twice.layers[0]);
+  EXPECT_THROW(save(twice, root + "/new"), c10::ValueError);
+  EXPECT_EQ(names(), std::vector<std::string>{"model"});
+}
