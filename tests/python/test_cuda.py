@@ -1,0 +1,136 @@
+"""Everything that runs on a CUDA device, against the oracle in float64. Skipped without one."""
+
+import headwise as hw
+import pytest
+import test_attention_ops as cases
+import torch
+from test_attention_ops import (  # noqa: F401  (collected again, on the device)
+    test_core_attention,
+    test_dropout_does_not_depend_on_padding_or_selection,
+    test_heads_never_chosen_get_exactly_no_gradient,
+    test_long_keys_take_several_tiles,
+    test_long_layer_takes_several_tiles,
+    test_multihead_attention,
+    test_no_heads_give_the_output_bias,
+    test_non_contiguous_inputs,
+    test_random_shapes,
+    test_self_attention,
+    test_tiny_sizes,
+    test_what_was_not_chosen_is_not_read,
+)
+from test_attention_statistics import DTYPES, KINDS, SHAPES, masks, plain
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="torch.cuda.is_available() is False: no CUDA device"
+)
+ops = torch.ops.headwise
+
+
+def move(x, device):
+    return x.to(device) if torch.is_tensor(x) else x
+
+
+class DeviceOps:
+    """torch.ops.headwise with the arguments on the device; results and gradients come back."""
+
+    def __getattr__(self, name):
+        operator = getattr(ops, name)
+
+        def call(*arguments, **options):
+            arguments = [move(x, "cuda") for x in arguments]
+            y = operator(*arguments, **{k: move(x, "cuda") for k, x in options.items()})
+            return move(y, "cpu")
+
+        return call
+
+
+@pytest.fixture(autouse=True)
+def on_the_device(monkeypatch):
+    monkeypatch.setattr(cases, "ops", DeviceOps())
+
+
+@pytest.fixture
+def compiled_kernels():
+    """Skips where the library has no CUDA kernels, only the paths through LibTorch."""
+    for backend in hw.backends():
+        if backend.name == "cuda_kernels" and not backend.available:
+            pytest.skip(backend.reason)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 1), (64, 16), (5, 33), (0, 4), (3, 0), (2, 300)])
+def test_select_heads_equals_the_cpu(dtype, shape):
+    relevance = torch.randn(shape)
+    relevance[::2] = relevance[::2].round()  # ties
+    relevance = relevance.to(dtype)
+    count = torch.randint(0, shape[1] + 1, (shape[0],), dtype=torch.int32)
+    expected = ops.select_heads(relevance, count)
+    index = ops.select_heads(relevance.cuda(), count.cuda())
+    assert torch.equal(index.cpu(), expected)
+    for mask_type in (dtype, torch.bool):
+        mask = ops.selection_mask(index, count.cuda(), mask_type)
+        assert torch.equal(mask.cpu(), ops.selection_mask(expected, count, mask_type))
+
+
+def test_nan_ranks_lowest_and_counts_are_clamped(compiled_kernels):
+    relevance = torch.tensor([[float("nan"), -float("inf"), 1.0]] * 2, device="cuda")
+    index = ops.select_heads(relevance, torch.tensor([2, 9], device="cuda"))
+    assert index.tolist() == [[1, 2, -1], [0, 1, 2]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype, tolerance", [*DTYPES, (torch.bfloat16, 1e-4)])
+def test_attention_statistics(kind, shape, dtype, tolerance):
+    B, H, Hkv, L, S, d = shape
+    q, k = torch.randn(B, H, L, d).to(dtype) * 2, torch.randn(B, Hkv, S, d).to(dtype)
+    arguments = masks(kind, B, H, L, S)
+    device = {name: move(x, "cuda") for name, x in arguments.items()}
+    got = ops.attention_statistics(q.cuda(), k.cuda(), **device)
+    for value, expected in zip(got, plain(q, k, **arguments), strict=True):
+        torch.testing.assert_close(value.double().cpu(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_selection_and_statistics_do_not_wait_and_replay(compiled_kernels):
+    """Captured in a CUDA graph, which a wait for the device would abort; replayed on new values."""
+    relevance, count = torch.randn(8, 12, device="cuda"), torch.full((8,), 4, device="cuda")
+    q, k = torch.randn(8, 12, 33, 16, device="cuda"), torch.randn(8, 12, 65, 16, device="cuda")
+
+    def run():
+        index = ops.select_heads(relevance, count)
+        mask = ops.selection_mask(index, count, torch.float32)
+        return index, mask, *ops.attention_statistics(q, k)
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for _ in range(3):
+        relevance.normal_()
+        count.random_(0, 13)
+        q.normal_()
+        graph.replay()
+        for a, b in zip(captured, run(), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_module_equals_itself_on_the_cpu(training):
+    torch.manual_seed(0)
+    gate = hw.FixedGate(scale=torch.tensor([1.0, 0.0, 0.5, 2.0]))
+    mha = hw.MultiheadAttention(32, 4, gate=gate, batch_first=True, dtype=torch.float64)
+    mha.train(training)
+    x = torch.randn(3, 17, 32, dtype=torch.float64)
+    padding = torch.arange(17) >= torch.tensor([[17], [5], [9]])
+    results = []
+    for device in ("cpu", "cuda"):
+        module = mha.to(device)
+        module.zero_grad()
+        leaf = x.detach().to(device).requires_grad_()
+        y, _ = module(leaf, leaf, leaf, key_padding_mask=padding.to(device), need_weights=False)
+        y.square().sum().backward()
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        results.append([t.detach().cpu() for t in (y, leaf.grad, *gradients)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
