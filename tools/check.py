@@ -99,7 +99,8 @@ def check_consumer(build: Path, way: str) -> Count:
 
 
 def check_wheel(build: Path) -> Count:
-    """Builds the wheel as `pip install ./python` does, and imports it from an empty folder."""
+    """Builds the wheel as `pip install ./python` does, and imports it from elsewhere. Without
+    optimisation: what is tried is the packaging."""
     wheels, site = build / "wheel", build / "wheel-site"
     for folder in (wheels, site):
         shutil.rmtree(folder, ignore_errors=True)
@@ -108,6 +109,7 @@ def check_wheel(build: Path) -> Count:
         *(*pip, "wheel", "--no-deps", "--wheel-dir", wheels, ROOT / "python"),
         f"-Cbuild-dir={build / 'wheel-build'}",
         "-Ccmake.define.HEADWISE_CUDA=OFF",
+        "-Ccmake.define.CMAKE_CXX_FLAGS_RELEASE=-O0",
     ) and run(*pip, "install", "--no-deps", "--target", site, *sorted(wheels.glob("*.whl")))
     if succeeded:
         code = (

@@ -21,8 +21,10 @@ case $way in
     "$cmake" --install "$build" --prefix "$work/prefix" >/dev/null
     options+=(-DCMAKE_PREFIX_PATH="$work/prefix" -DTorch_DIR="$(cached Torch_DIR)") ;;
   add_subdirectory)
-    # Embedded, headwise builds the library alone; without CUDA, so that both builds are tried.
+    # Embedded, headwise builds the library alone; without CUDA, so that both builds are tried, and
+    # without optimisation, which is not what is tried here.
     options+=(-DHEADWISE_SOURCE_DIR="$(cd "$here/../.." && pwd)" -DHEADWISE_CUDA=OFF
+      -DCMAKE_CXX_FLAGS_RELEASE=-O0
       -DTorch_DIR="$(cached Torch_DIR)") ;;
   *) echo "run.sh: find_package or add_subdirectory, not '$way'" >&2; exit 2 ;;
 esac
