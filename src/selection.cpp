@@ -24,7 +24,10 @@ at::Tensor selection_mask(const at::Tensor& index, const at::Tensor& count, at::
 Selection select_all(int64_t batch, int64_t num_heads, const at::TensorOptions& weight) {
   auto ints = weight.dtype(at::kInt).requires_grad(false);
   return {at::arange(num_heads, ints).expand({batch, num_heads}).contiguous(),
-          at::full({batch}, num_heads, ints), at::ones({batch, num_heads}, weight), {}, {}};
+          at::full({batch}, num_heads, ints),
+          at::ones({batch, num_heads}, weight),
+          {},
+          {}};
 }
 
 }  // namespace headwise

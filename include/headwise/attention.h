@@ -32,12 +32,12 @@ HEADWISE_API at::Tensor selected_self_attention(
 
 /// The weights of the general query/key/value form.
 struct ProjectionWeights {
-  at::Tensor q_weight, k_weight, v_weight;             ///< [E, D], [E, Dk], [E, Dv]
-  std::optional<at::Tensor> q_bias, k_bias, v_bias;    ///< [E]
-  at::Tensor out_proj_weight;                          ///< [D, E]
-  std::optional<at::Tensor> out_proj_bias;             ///< [D]
-  std::optional<at::Tensor> bias_k, bias_v;            ///< [E]: one more key/value row
-  bool add_zero_attn = false;                          ///< one more key/value row of zeros
+  at::Tensor q_weight, k_weight, v_weight;           ///< [E, D], [E, Dk], [E, Dv]
+  std::optional<at::Tensor> q_bias, k_bias, v_bias;  ///< [E]
+  at::Tensor out_proj_weight;                        ///< [D, E]
+  std::optional<at::Tensor> out_proj_bias;           ///< [D]
+  std::optional<at::Tensor> bias_k, bias_v;          ///< [E]: one more key/value row
+  bool add_zero_attn = false;                        ///< one more key/value row of zeros
 };
 
 /// query [B, L, D], key [B, S, Dk], value [B, S, Dv] -> [B, L, D].
@@ -65,11 +65,10 @@ HEADWISE_API std::tuple<at::Tensor, at::Tensor> attention_statistics(
     std::optional<double> scale = {});
 
 /// The entropy alone.
-HEADWISE_API at::Tensor attention_entropy(
-    const at::Tensor& q, const at::Tensor& k,
-    const std::optional<at::Tensor>& key_padding_mask = {},
-    const std::optional<at::Tensor>& query_padding_mask = {},
-    const std::optional<at::Tensor>& attn_mask = {}, bool is_causal = false,
-    std::optional<double> scale = {});
+HEADWISE_API at::Tensor attention_entropy(const at::Tensor& q, const at::Tensor& k,
+                                          const std::optional<at::Tensor>& key_padding_mask = {},
+                                          const std::optional<at::Tensor>& query_padding_mask = {},
+                                          const std::optional<at::Tensor>& attn_mask = {},
+                                          bool is_causal = false, std::optional<double> scale = {});
 
 }  // namespace headwise

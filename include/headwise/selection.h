@@ -10,15 +10,15 @@ namespace headwise {
 /// Which heads of a layer run, per sequence. All shapes are fixed, so nothing that consumes a
 /// selection has to wait for a device or recompile.
 struct Selection {
-  at::Tensor index;      ///< int32 [B, H]: row b starts with count[b] head numbers, ascending; rest -1
-  at::Tensor count;      ///< int32 [B]: 0 <= count <= H
-  at::Tensor weight;     ///< float [B, H]: multiplies a head's output; 0 where not chosen
+  at::Tensor index;   ///< int32 [B, H]: row b starts with count[b] head numbers, ascending; rest -1
+  at::Tensor count;   ///< int32 [B]: 0 <= count <= H
+  at::Tensor weight;  ///< float [B, H]: multiplies a head's output; 0 where not chosen
   at::Tensor relevance;  ///< float [B, H]: what the gate scored the heads with; may be undefined
   at::Tensor budget;     ///< float [B]: fraction of heads the gate asked for; may be undefined
 };
 
-/// Hard top-k per row: the `count[b]` heads of largest `relevance[b]`, as the `index` of a Selection.
-/// Ties go to the lower head.
+/// Hard top-k per row: the `count[b]` heads of largest `relevance[b]`, as the `index` of a
+/// Selection. Ties go to the lower head.
 /// @param relevance floating [B, H]
 /// @param count     int32 or int64 [B], 0 <= count <= H
 /// @return int32 [B, H]
@@ -30,6 +30,7 @@ HEADWISE_API at::Tensor selection_mask(const at::Tensor& index, const at::Tensor
                                        at::ScalarType dtype);
 
 /// Every head of every sequence, weight one.
-HEADWISE_API Selection select_all(int64_t batch, int64_t num_heads, const at::TensorOptions& weight);
+HEADWISE_API Selection select_all(int64_t batch, int64_t num_heads,
+                                  const at::TensorOptions& weight);
 
 }  // namespace headwise

@@ -180,9 +180,7 @@ def score_heads(
             made[metric] = HeadScores.from_core(core.michel(absolute, normalize))
         elif metric == "hies":
             importance = core.michel("per_example", normalize)
-            made[metric] = HeadScores.from_core(
-                _C.hies(importance, core.entropy(), alpha, scope)
-            )
+            made[metric] = HeadScores.from_core(_C.hies(importance, core.entropy(), alpha, scope))
         else:
             made[metric] = HeadScores.from_core(getattr(core, metric)())
     return made

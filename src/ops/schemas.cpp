@@ -1,9 +1,9 @@
 // Every operator of headwise, declared once. Kernels register themselves beside their code:
 // src/ops/cpu, src/ops/cuda and src/ops/autograd; composites (no kernel of their own) in src/.
 //
-// Shapes: B sequences, L queries, S keys, H heads, Hkv key/value heads, d head width, D model width,
-// E = H * d. Masks follow torch.nn.MultiheadAttention: boolean True means 'may not attend', a
-// floating mask is added to the scores. index/count/weight are a Selection (selection.h).
+// Shapes: B sequences, L queries, S keys, H heads, Hkv key/value heads, d head width, D model
+// width, E = H * d. Masks follow torch.nn.MultiheadAttention: boolean True means 'may not attend',
+// a floating mask is added to the scores. index/count/weight are a Selection (selection.h).
 #include <torch/library.h>
 
 TORCH_LIBRARY(headwise, m) {
@@ -13,8 +13,9 @@ TORCH_LIBRARY(headwise, m) {
   m.def("selection_mask(Tensor index, Tensor count, ScalarType dtype) -> Tensor");
 
   // The layer. x [B, L, D], in_proj_weight [3E, D], in_proj_bias [3E], out_proj_weight [D, E],
-  // out_proj_bias [D]; key_padding_mask bool or float [B, L]; attn_mask bool or float, broadcastable
-  // to [B, H, L, L]; dropout_seed int64 [1], required when dropout_p > 0 -> y [B, L, D]
+  // out_proj_bias [D]; key_padding_mask bool or float [B, L]; attn_mask bool or float,
+  // broadcastable to [B, H, L, L]; dropout_seed int64 [1], required when dropout_p > 0 -> y [B, L,
+  // D]
   m.def(
       "selected_self_attention(Tensor x, Tensor in_proj_weight, Tensor? in_proj_bias, "
       "Tensor out_proj_weight, Tensor? out_proj_bias, int num_heads, "
@@ -25,7 +26,8 @@ TORCH_LIBRARY(headwise, m) {
   // The general form. query [B, L, D], key [B, S, Dk], value [B, S, Dv]; q_weight [E, D],
   // k_weight [E, Dk], v_weight [E, Dv]; biases [E]; bias_k, bias_v [E]: one more key/value row;
   // add_zero_attn: one more row of zeros (after bias_k/bias_v). key_padding_mask [B, S] and
-  // attn_mask broadcastable to [B, H, L, S] cover the S given keys; the added rows are always visible.
+  // attn_mask broadcastable to [B, H, L, S] cover the S given keys; the added rows are always
+  // visible.
   m.def(
       "selected_multihead_attention(Tensor query, Tensor key, Tensor value, "
       "Tensor q_weight, Tensor k_weight, Tensor v_weight, "
@@ -58,8 +60,8 @@ TORCH_LIBRARY(headwise, m) {
       "Tensor? query_padding_mask=None, Tensor? attn_mask=None, bool is_causal=False, "
       "float? scale=None) -> Tensor");
 
-  // Every head, in plain ATen calls (src/dense_attention.cpp). added_keys: how many of the last keys
-  // bias_k/bias_v and add_zero_attn added; masks do not cover them.
+  // Every head, in plain ATen calls (src/dense_attention.cpp). added_keys: how many of the last
+  // keys bias_k/bias_v and add_zero_attn added; masks do not cover them.
   m.def(
       "project_heads(Tensor query, Tensor key, Tensor value, "
       "Tensor q_weight, Tensor k_weight, Tensor v_weight, "
@@ -84,13 +86,13 @@ TORCH_LIBRARY(headwise, m) {
   m.def("budget_count(Tensor budget, int num_heads, int min_heads, str rounding) -> Tensor");
   // weight [B, H] -> the heads whose weight is not 0
   m.def("select_nonzero(Tensor weight) -> (Tensor index, Tensor count)");
-  // What the three operators selected_* consist of; each backend registers these. `forward` also returns
-  // what backward needs (K columns of `index`, kv rows = S + added rows; only chosen slots are
-  // written): q [B, K, L, d], k and v [B, K, S + added, d], context [B, K, L, d] before the weight,
-  // lse [B, K, L] = log of the softmax denominator (+inf where a row sees no key), in float64 for
-  // float64 and float32 otherwise. A backend may lay rows out in these buffers as it likes.
-  // `needs` says which gradients to compute, in the order of the results; the others come back
-  // with no elements. grad_attn_mask has the shape of attn_mask.
+  // What the three operators selected_* consist of; each backend registers these. `forward` also
+  // returns what backward needs (K columns of `index`, kv rows = S + added rows; only chosen slots
+  // are written): q [B, K, L, d], k and v [B, K, S + added, d], context [B, K, L, d] before the
+  // weight, lse [B, K, L] = log of the softmax denominator (+inf where a row sees no key), in
+  // float64 for float64 and float32 otherwise. A backend may lay rows out in these buffers as it
+  // likes. `needs` says which gradients to compute, in the order of the results; the others come
+  // back with no elements. grad_attn_mask has the shape of attn_mask.
   m.def(
       "_selected_self_attention_forward(Tensor x, Tensor in_proj_weight, Tensor? in_proj_bias, "
       "Tensor out_proj_weight, Tensor? out_proj_bias, int num_heads, "

@@ -12,8 +12,7 @@ TEST(Selection, SelectAllListsEveryHead) {
 TEST(Selection, SelectHeadsKeepsTheLargestAscending) {
   auto relevance = torch::tensor({{0.1, 0.9, 0.5, 0.9}, {3., 2., 1., 0.}});
   auto index = headwise::select_heads(relevance, torch::tensor({2, 0}, torch::kInt));
-  EXPECT_TRUE(
-      torch::equal(index, torch::tensor({{1, 3, -1, -1}, {-1, -1, -1, -1}}, torch::kInt)));
+  EXPECT_TRUE(torch::equal(index, torch::tensor({{1, 3, -1, -1}, {-1, -1, -1, -1}}, torch::kInt)));
 }
 
 TEST(Selection, TiesGoToTheLowerHead) {

@@ -2,12 +2,11 @@
 
 import math
 
+import headwise as hw
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-
-import headwise as hw
 
 D, H, LAYERS = 16, 4, 2
 
