@@ -386,12 +386,31 @@ std::shared_ptr<GateImpl> make_gate(const GateOptions& options, int64_t embed_di
   return std::visit(Make{embed_dim, num_heads, tensor_options}, options);
 }
 
+namespace {
+
+// The gates of type G in `model`, itself among them. (modules() with the model itself would need it
+// to be owned by a shared pointer.)
+template <typename G>
+std::vector<G*> find_gates(const torch::nn::Module& model) {
+  std::vector<G*> found;
+  if (auto* gate = dynamic_cast<G*>(const_cast<torch::nn::Module*>(&model))) {
+    found.push_back(gate);
+  }
+  for (const auto& module : model.modules(/*include_self=*/false)) {
+    if (auto* gate = dynamic_cast<G*>(module.get())) {
+      found.push_back(gate);
+    }
+  }
+  return found;
+}
+
+}  // namespace
+
 at::Tensor penalty(const torch::nn::Module& model) {
   std::vector<std::vector<const TargetedGateImpl*>> pools;
   std::vector<at::Tensor> own, terms;
-  for (const auto& module : model.modules()) {
-    const auto* gate = dynamic_cast<const TargetedGateImpl*>(module.get());
-    if (gate == nullptr || !gate->expected_heads.defined()) {
+  for (const auto* gate : find_gates<TargetedGateImpl>(model)) {
+    if (!gate->expected_heads.defined()) {
       continue;
     }
     if (gate->target().scope == "layer") {
@@ -428,10 +447,8 @@ at::Tensor penalty(const torch::nn::Module& model) {
 void anneal(torch::nn::Module& model, double progress) {
   TORCH_CHECK_VALUE(progress >= 0.0 && progress <= 1.0, "progress must be between 0 and 1, got ",
                     progress);
-  for (const auto& module : model.modules()) {
-    if (auto* gate = dynamic_cast<GateImpl*>(module.get())) {
-      gate->anneal(progress);
-    }
+  for (auto* gate : find_gates<GateImpl>(model)) {
+    gate->anneal(progress);
   }
 }
 

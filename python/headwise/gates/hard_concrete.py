@@ -63,7 +63,8 @@ class HardConcreteGate(TargetedGate):
     ``penalty="lagrangian"`` also ``multipliers [2]``.
 
     Raises:
-        ValueError: an argument out of its range; in a CPU forward, ``log_alpha`` that is not finite.
+        ValueError: an argument out of its range; in a CPU forward, ``log_alpha`` that is not
+            finite.
     """
 
     log_alpha: Tensor

@@ -1,0 +1,141 @@
+// Gates and their options. The numbers are held against Python's in
+// tests/python/test_cpp_parity.py.
+#include "headwise/gates.h"
+
+#include <gtest/gtest.h>
+#include <torch/torch.h>
+
+#include <string>
+
+namespace {
+
+using namespace headwise;
+
+constexpr int64_t kDim = 16, kHeads = 6;
+
+template <typename Call>
+std::string value_error(Call&& call) {
+  try {
+    call();
+  } catch (const c10::ValueError& error) {
+    return error.what_without_backtrace();
+  }
+  return "no ValueError";
+}
+
+std::vector<GateOptions> every_gate() {
+  return {FixedGateOptions().heads(std::vector<int64_t>{0, 2}),
+          FixedGateOptions(),
+          RandomGateOptions().keep(0.4),
+          BudgetGateOptions().target(0.4),
+          BudgetGateOptions().relaxation("straight_through").kept_weight("soft").noise("normal"),
+          HardConcreteGateOptions(),
+          HardConcreteGateOptions().input_dependent(true).penalty("lagrangian"),
+          HardConcreteGateOptions().input_dependent(true).kept_weight("one").penalty("l0")};
+}
+
+TEST(Gates, SelectionsAreConsistent) {
+  torch::manual_seed(0);
+  const auto x = torch::randn({5, 4, kDim});
+  for (const auto& options : every_gate()) {
+    const auto gate = make_gate(options, kDim, kHeads);
+    for (const auto& parameter : gate->parameters()) {
+      torch::NoGradGuard no_grad;
+      parameter.normal_(0.0, 2.0);
+    }
+    for (const double progress : {0.0, 0.6, 1.0}) {
+      gate->anneal(progress);
+      for (const bool training : {true, false}) {
+        gate->train(training);
+        const auto selection = gate->forward(x);
+        const auto chosen = selection_mask(selection.index, selection.count, at::kBool);
+        EXPECT_TRUE(chosen.sum(1).eq(selection.count).all().item<bool>());
+        EXPECT_TRUE(selection.weight.masked_fill(chosen, 0.0).eq(0).all().item<bool>());
+      }
+    }
+  }
+}
+
+TEST(Gates, OptionsRoundTripThroughJson) {
+  for (const auto& options : every_gate()) {
+    const auto json = gate_options_to_json(options);
+    EXPECT_EQ(gate_options_to_json(gate_options_from_json(json)), json);
+  }
+  EXPECT_EQ(value_error([] { gate_options_from_json(R"({"type":"BudgetGate","colour":1})"); }),
+            "BudgetGate has no option 'colour'");
+  EXPECT_EQ(value_error([] { gate_options_from_json(R"({"type":"BudgetGate","target":"x"})"); }),
+            "BudgetGate option 'target' has a value of the wrong kind: \"x\"");
+  EXPECT_EQ(value_error([] { gate_options_from_json(R"({"type":"Other"})"); }),
+            "gate type must be one of BudgetGate, FixedGate, HardConcreteGate, RandomGate, got "
+            "'Other'");
+  EXPECT_NE(value_error([] { gate_options_from_json("{"); }).find("gate options must be JSON"),
+            std::string::npos);
+}
+
+TEST(Gates, EvaluationRunsWhatTheEndOfTrainingRan) {
+  torch::manual_seed(0);
+  const auto x = torch::randn({7, 4, kDim});
+  for (const auto& options : {GateOptions(BudgetGateOptions()),
+                              GateOptions(HardConcreteGateOptions().input_dependent(true))}) {
+    const auto gate = make_gate(options, kDim, kHeads);
+    for (const auto& parameter : gate->parameters()) {
+      torch::NoGradGuard no_grad;
+      parameter.normal_(0.0, 2.0);
+    }
+    gate->forward(x);
+    gate->anneal(1.0);
+    const auto trained = gate->forward(x);
+    gate->eval();
+    EXPECT_TRUE(at::allclose(trained.weight, gate->forward(x).weight));
+    EXPECT_TRUE(trained.weight.requires_grad());
+  }
+}
+
+TEST(Gates, FullBudgetIsExactlyOne) {
+  BudgetGate gate(BudgetGateOptions().target(1.0), kDim, kHeads);
+  for (const bool training : {true, false}) {
+    gate->train(training);
+    const auto selection = gate->forward(torch::randn({3, 4, kDim}));
+    EXPECT_TRUE(selection.weight.eq(1).all().item<bool>());
+    EXPECT_TRUE(selection.count.eq(kHeads).all().item<bool>());
+  }
+}
+
+TEST(Gates, PenaltyPoolsTheModel) {
+  torch::manual_seed(0);
+  std::vector<std::shared_ptr<GateImpl>> gates;
+  struct Holder : torch::nn::Module {};
+  Holder holder;
+  for (int i = 0; i < 2; ++i) {
+    gates.push_back(make_gate(BudgetGateOptions().target(0.4).bounds_strength(0.0), kDim, kHeads));
+    holder.register_module("gate" + std::to_string(i), gates.back());
+  }
+  EXPECT_EQ(penalty(holder).item<double>(), 0.0);
+  anneal(holder, 1.0);
+  auto share = torch::zeros({});
+  for (const auto& gate : gates) {
+    gate->forward(torch::randn({9, 4, kDim}));
+    share = share + gate->expected_heads.mean() / (2 * kHeads);
+  }
+  EXPECT_TRUE(at::allclose(penalty(holder), 20.0 * (share - 0.4).square()));
+}
+
+TEST(Gates, Errors) {
+  EXPECT_EQ(value_error([] { BudgetGate(BudgetGateOptions().target(0.0), kDim, kHeads); }),
+            "target must be in (0, 1], got 0");
+  EXPECT_EQ(value_error([] { BudgetGate(BudgetGateOptions().noise("pink"), kDim, kHeads); }),
+            "noise must be one of gumbel, normal, got 'pink'");
+  EXPECT_EQ(value_error([] { HardConcreteGate(HardConcreteGateOptions().beta(0), kDim, kHeads); }),
+            "beta must be positive, got 0");
+  EXPECT_EQ(value_error(
+                [] { FixedGate(FixedGateOptions().heads(std::vector<int64_t>{7}), kDim, kHeads); }),
+            "heads must be in 0..5, got 7");
+  EXPECT_EQ(value_error([] { RandomGate(RandomGateOptions(), kDim, kHeads)->anneal(2); }),
+            "progress must be between 0 and 1, got 2");
+  EXPECT_EQ(value_error([] {
+              FixedGate(FixedGateOptions(), kDim, kHeads)->forward(torch::randn({2, 3, 5}));
+            }),
+            "x must have shape [B, L, 16], got [2, 3, 5]");
+}
+
+}  // namespace
