@@ -117,9 +117,7 @@ def compare(tmp_path, layer, gate, training, progress, *, is_causal=False, avera
         "weights": weights,
         "penalty": penalty.double(),
         "grad_query": query.grad,
-        **(
-            {k: getattr(expected["s"], k) for k in ("index", "count", "weight")} if expected else {}
-        ),
+        **{name: chosen[name] for name in ("index", "count", "weight") if name in chosen},
         **{f"grad.{n}": p.grad for n, p in ours.named_parameters() if p.grad is not None},
         **{f"buffer.{n}": b for n, b in ours.named_buffers()},
     }
