@@ -43,10 +43,8 @@ TEST(MultiheadAttention, EqualsTorchWhenEveryHeadRuns) {
       auto padding = torch::zeros({3, 7}, at::kBool);
       padding[0].slice(0, 4).fill_(true);
       const auto mask = torch::randn({5, 7});
-      const auto [y1, w1] =
-          theirs->forward(query, key, key, padding, true, mask);
-      const auto [y2, w2] =
-          ours->forward(query, key, key, padding, true, mask);
+      const auto [y1, w1] = theirs->forward(query, key, key, padding, true, mask);
+      const auto [y2, w2] = ours->forward(query, key, key, padding, true, mask);
       EXPECT_TRUE(at::allclose(y1, y2, 1e-4, 1e-5));
       EXPECT_TRUE(at::allclose(w1, w2, 1e-4, 1e-5));
     }
