@@ -209,17 +209,20 @@ def shape_text(shape: dict) -> str:
 def _time_sentences(summary: Sequence[dict], curve: dict | None) -> list[str]:
     found = []
     for shape in (curve or {}).get("shapes", []):
-        share = shape["break_even_heads"]
-        price = f"{abs(shape['price']):.0%} {'more' if shape['price'] >= 0 else 'less'}"
-        where = shape_text(shape)
+        share, price = shape["break_even_heads"], shape["price"]
         if share is None:
-            found.append(
-                f"{where}: dynamic selection was not faster than dense at any number of heads "
-                f"measured; it takes {price} time than a pruned model with as many heads."
-            )
+            pays = "was not faster than dense at any number of heads measured"
+        elif share >= shape["heads"][-1]:
+            pays = "was faster than dense at every number of heads measured"
         else:
-            found.append(
-                f"{where}: dynamic selection is faster than dense up to {share:.0%} of the heads; "
-                f"it takes {price} time than a pruned model with as many heads."
-            )
+            pays = f"is faster than dense up to {share:.0%} of the heads"
+        if abs(price) < 0.015:
+            costs = "as long as"
+        else:
+            costs = f"{abs(price):.0%} {'longer' if price > 0 else 'less'} than"
+        where = shape_text(shape)
+        found.append(
+            f"{where[0].upper()}{where[1:]}: dynamic selection {pays}; it takes {costs} a pruned "
+            "model with as many heads in every layer."
+        )
     return found

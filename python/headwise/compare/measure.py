@@ -85,7 +85,7 @@ def interleaved_seconds(
     """
     for model in models:
         model.eval()
-        for batch in inputs:
+        for batch in inputs[:2]:
             model(**batch)
     seconds: list[list[float]] = [[] for _ in models]
     start = time.perf_counter()
