@@ -8,8 +8,9 @@
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
+#include <climits>
 #include <cstdio>
-#include <filesystem>
+#include <cstdlib>
 #include <utility>
 
 #include "descriptor.h"
@@ -20,11 +21,22 @@ namespace {
 // Distinguishes the files that threads of one process write at the same time.
 std::atomic<unsigned> sequence{0};
 
-std::string place_beside(const std::filesystem::path& path) {
-  std::string name = ".";
-  name += path.filename().string();
-  name += "." + std::to_string(::getpid()) + "." + std::to_string(sequence++) + ".part";
-  return (path.parent_path() / name).string();
+// Paths are taken apart by hand: libtorch.so exports a std::filesystem of its own, of which some
+// functions (remove_all) jump to address 0.
+std::string folder_of(const std::string& path) {
+  const auto slash = path.rfind('/');
+  if (slash == std::string::npos) return ".";
+  return slash == 0 ? "/" : path.substr(0, slash);
+}
+
+std::string place_beside(const std::string& path) {
+  const auto slash = path.rfind('/');
+  const size_t name = slash == std::string::npos ? 0 : slash + 1;
+  std::string beside = path.substr(0, name);
+  beside += '.';
+  beside += path.substr(name);
+  beside += '.' + std::to_string(::getpid()) + '.' + std::to_string(sequence++) + ".part";
+  return beside;
 }
 
 void check_path(const std::string& path) {
@@ -47,11 +59,8 @@ AtomicFile::AtomicFile(const std::string& path) : path_(path) {
     // Nothing can be renamed onto a device or a pipe without destroying it.
     descriptor_ = ::open(path.c_str(), O_WRONLY | O_CLOEXEC);
   } else {
-    std::error_code ignored;
-    if (exists) {
-      const auto target = std::filesystem::canonical(path, ignored);
-      if (!ignored) path_ = target.string();
-    }
+    if (char target[PATH_MAX]; exists && ::realpath(path.c_str(), target) != nullptr)
+      path_ = target;
     beside_ = place_beside(path_);
     descriptor_ = ::open(beside_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
     if (descriptor_ >= 0 && exists) ::fchmod(descriptor_, status.st_mode & 07777);
@@ -90,8 +99,7 @@ void AtomicFile::commit() {
   if (std::rename(beside_.c_str(), path_.c_str()) != 0) throw FileError(errno, "write", path_);
   ::close(std::exchange(descriptor_, -1));
   // The rename itself is durable once its folder is; a folder that cannot be opened is no failure.
-  const auto folder = std::filesystem::path(path_).parent_path();
-  const Descriptor parent(::open(folder.empty() ? "." : folder.c_str(), O_RDONLY | O_CLOEXEC));
+  const Descriptor parent(::open(folder_of(path_).c_str(), O_RDONLY | O_CLOEXEC));
   if (parent.valid()) ::fsync(parent.get());
 }
 
@@ -104,8 +112,8 @@ void write_atomic(const std::string& path, std::string_view content) {
 std::string read_file(const std::string& path, size_t limit) {
   check_path(path);
   const InputFile file(path);
-  TORCH_CHECK_VALUE(file.size() <= limit, "'", path, "' must be at most ", limit,
-                    " bytes, got ", file.size());
+  TORCH_CHECK_VALUE(file.size() <= limit, "'", path, "' must be at most ", limit, " bytes, got ",
+                    file.size());
   std::string content(file.size(), '\0');
   file.read(0, content.data(), content.size());
   return content;

@@ -34,8 +34,8 @@ inline Json parse_json(std::string_view text, const std::string& what, int max_d
         break;
       case Json::parse_event_t::key: {
         const auto& key = parsed.get_ref<const std::string&>();
-        TORCH_CHECK_VALUE(keys.back().insert(key).second, what, " has the key ",
-                          Json(key).dump(), " twice");
+        TORCH_CHECK_VALUE(keys.back().insert(key).second, what, " has the key ", Json(key).dump(),
+                          " twice");
         break;
       }
       default:

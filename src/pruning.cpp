@@ -167,8 +167,7 @@ void HeadPlan::save(const std::string& path) const { write_atomic(path, to_json(
 
 HeadPlan HeadPlan::load(const std::string& path) { return from_json(read_file(path, kMaxFile)); }
 
-HeadPlan plan(const HeadScores& scores, double keep, int64_t min_heads_per_layer,
-              PlanScope scope) {
+HeadPlan plan(const HeadScores& scores, double keep, int64_t min_heads_per_layer, PlanScope scope) {
   TORCH_CHECK_VALUE(keep > 0.0 && keep <= 1.0, "keep must be in (0, 1], got ", keep);
   TORCH_CHECK_VALUE(min_heads_per_layer >= 0, "min_heads_per_layer must not be negative, got ",
                     min_heads_per_layer);
@@ -187,8 +186,8 @@ HeadPlan plan(const HeadScores& scores, double keep, int64_t min_heads_per_layer
     reserved[i] = std::min(min_heads_per_layer, heads);
     room[i] = global ? heads : kept_of(keep, heads);
     TORCH_CHECK_VALUE(reserved[i] <= room[i], "min_heads_per_layer=", min_heads_per_layer,
-                      " is more than keep=", keep, " leaves of layer ",
-                      Json(result[i].name).dump(), ", which is ", room[i]);
+                      " is more than keep=", keep, " leaves of layer ", Json(result[i].name).dump(),
+                      ", which is ", room[i]);
     total += heads;
     least += reserved[i];
   }

@@ -68,7 +68,8 @@ struct Header {
   uint64_t data_begin = 0;
 };
 
-/// `name` as a JSON string: quotes and control characters of a hostile name cannot garble a message.
+/// `name` as a JSON string: quotes and control characters of a hostile name cannot garble a
+/// message.
 std::string quoted(const std::string& name) {
   return Json(name).dump(-1, ' ', true, Json::error_handler_t::replace);
 }
@@ -94,8 +95,8 @@ Entry parse_entry(const std::string& name, const Json& value, uint64_t data_size
   for (const auto& [known, type] : kTypes) {
     if (dtype == known) entry.type = type;
   }
-  TORCH_CHECK_VALUE(entry.type != at::ScalarType::Undefined, what, " has the dtype ",
-                    quoted(dtype), ", which torch does not have");
+  TORCH_CHECK_VALUE(entry.type != at::ScalarType::Undefined, what, " has the dtype ", quoted(dtype),
+                    ", which torch does not have");
 
   const Json& shape = value["shape"];
   TORCH_CHECK_VALUE(shape.is_array(), "shape of ", what, " must be an array, got ",
@@ -125,8 +126,8 @@ Entry parse_entry(const std::string& name, const Json& value, uint64_t data_size
                                        : std::string(offsets.type_name()));
   entry.begin = as_size(offsets[0], "data_offsets of " + what);
   entry.end = as_size(offsets[1], "data_offsets of " + what);
-  TORCH_CHECK_VALUE(entry.begin <= entry.end, "data_offsets of ", what,
-                    " must ascend, got [", entry.begin, ", ", entry.end, "]");
+  TORCH_CHECK_VALUE(entry.begin <= entry.end, "data_offsets of ", what, " must ascend, got [",
+                    entry.begin, ", ", entry.end, "]");
   TORCH_CHECK_VALUE(entry.end <= data_size, "data_offsets of ", what, " must end within the ",
                     data_size, " bytes of data, got [", entry.begin, ", ", entry.end, "]");
   TORCH_CHECK_VALUE(entry.end - entry.begin == bytes, "data_offsets of ", what, " must span the ",
@@ -164,7 +165,8 @@ void check_layout(const std::vector<Entry>& entries, uint64_t data_size, const s
 }
 
 Header read_header(const InputFile& input, const std::string& file) {
-  TORCH_CHECK_VALUE(input.size() >= 8, file, " is truncated: a safetensors file begins with 8 bytes ",
+  TORCH_CHECK_VALUE(input.size() >= 8, file,
+                    " is truncated: a safetensors file begins with 8 bytes ",
                     "of header length, got ", input.size());
   uint64_t length = 0;
   input.read(0, &length, sizeof length);
@@ -198,7 +200,8 @@ Header read_header(const InputFile& input, const std::string& file) {
 /// `tensor` as the bytes of a file: on the CPU, contiguous.
 at::Tensor as_bytes(const std::string& name, const at::Tensor& tensor) {
   TORCH_CHECK_VALUE(tensor.defined(), "tensor ", quoted(name), " must be defined");
-  TORCH_CHECK_VALUE(!tensor.is_meta(), "tensor ", quoted(name), " must have data, got a meta tensor");
+  TORCH_CHECK_VALUE(!tensor.is_meta(), "tensor ", quoted(name),
+                    " must have data, got a meta tensor");
   TORCH_CHECK_TYPE(tensor.layout() == at::kStrided && !tensor.is_nested(), "tensor ", quoted(name),
                    " must be dense, got layout ", tensor.layout());
   TORCH_CHECK_TYPE(type_name(tensor.scalar_type()) != nullptr, "tensor ", quoted(name),

@@ -21,8 +21,8 @@ class HEADWISE_API FileError : public std::system_error {
   std::string path_;
 };
 
-/// A file under construction. What is written goes to a hidden file beside `path`; commit() makes it
-/// durable and renames it into place, so that readers see the old file or the new one. Without
+/// A file under construction. What is written goes to a hidden file beside `path`; commit() makes
+/// it durable and renames it into place, so that readers see the old file or the new one. Without
 /// commit() (an exception, a full disk) the destructor removes it. A symbolic link is followed; a
 /// device or a pipe (/dev/stdout) is written directly.
 class HEADWISE_API AtomicFile {

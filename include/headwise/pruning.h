@@ -22,8 +22,8 @@ struct LayerPlan {
   bool operator==(const LayerPlan&) const = default;
 };
 
-/// Which heads of a model stay, layer by layer, and their scales. Layers may keep different numbers,
-/// down to none.
+/// Which heads of a model stay, layer by layer, and their scales. Layers may keep different
+/// numbers, down to none.
 class HEADWISE_API HeadPlan {
  public:
   /// @param metadata a JSON object, as text
@@ -64,18 +64,28 @@ enum class PlanScope {
 /// the model or of each layer. Ties: the lower layer, then the lower head is kept. Scales are 1.
 /// The largest scores are the most important; of the metric "entropy" the smallest.
 /// @param min_heads_per_layer heads that every layer keeps (all, where it has fewer)
-/// @throws c10::ValueError if a score is not finite, keep is outside (0, 1], or min_heads_per_layer is negative or asks for more heads than keep leaves
+/// @throws c10::ValueError if a score is not finite, keep is outside (0, 1], or min_heads_per_layer
+/// is negative or asks for more heads than keep leaves
 HEADWISE_API HeadPlan plan(const HeadScores& scores, double keep = 0.5,
                            int64_t min_heads_per_layer = 0, PlanScope scope = PlanScope::kGlobal);
 
 /// The parameters of an attention layer with only `heads` left: their rows of the input projections
-/// and biases, their columns of the output projection, multiplied by `scale`. The output bias stays.
-/// What the result computes equals the layer with the other heads' outputs set to 0.
+/// and biases, their columns of the output projection, multiplied by `scale`. The output bias
+/// stays. What the result computes equals the layer with the other heads' outputs set to 0.
 /// @param parameters by their names in torch.nn.MultiheadAttention: in_proj_weight [3E, D] or
 ///        q_/k_/v_proj_weight [E, ...], in_proj_bias [3E], bias_k and bias_v [1, 1, E],
 ///        out_proj.weight [D, E], out_proj.bias [D]; each may be missing. Device and dtype stay.
 /// @throws c10::ValueError on an unknown name, a shape that num_heads does not divide, or heads and
 ///         scale as in HeadPlan
 HEADWISE_API NamedTensors prune_projections(const NamedTensors& parameters, const LayerPlan& layer);
+
+class MultiheadAttention;  // multihead_attention.h
+
+/// A layer with only the heads of `layer` that `plan` keeps, scaled as it says: physically smaller,
+/// and it computes what `layer` does under a FixedGate of these scales. Its num_heads is what is
+/// left, down to 0 (the output is then the output bias); head_dim stays. Its parameters are new.
+/// @throws c10::ValueError if the plan is for another number of heads, or the layer has a gate that
+///         chooses for each input
+HEADWISE_API MultiheadAttention prune(const MultiheadAttention& layer, const LayerPlan& plan);
 
 }  // namespace headwise

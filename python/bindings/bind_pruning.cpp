@@ -14,7 +14,8 @@ using headwise::LayerPlan;
 
 namespace {
 
-constexpr const char* kHeadPlanDoc = R"(Which heads of a model stay, layer by layer, with a scale each.
+constexpr const char* kHeadPlanDoc =
+    R"(Which heads of a model stay, layer by layer, with a scale each.
 
 Args:
     layers: a LayerPlan for each layer; layers may keep different numbers of heads, down to none.
@@ -85,11 +86,10 @@ void bind_pruning(py::module_& m) {
          const std::string& scope) {
         TORCH_CHECK_VALUE(scope == "global" || scope == "layer",
                           "scope must be 'global' or 'layer', got '", scope, "'");
-        return headwise::plan(scores, keep, min_heads_per_layer,
-                              scope == "global" ? headwise::PlanScope::kGlobal
-                                                : headwise::PlanScope::kLayer);
+        return headwise::plan(
+            scores, keep, min_heads_per_layer,
+            scope == "global" ? headwise::PlanScope::kGlobal : headwise::PlanScope::kLayer);
       },
       py::arg("scores"), py::arg("keep"), py::arg("min_heads_per_layer"), py::arg("scope"));
-  m.def("prune_projections", &headwise::prune_projections, py::arg("parameters"),
-        py::arg("layer"));
+  m.def("prune_projections", &headwise::prune_projections, py::arg("parameters"), py::arg("layer"));
 }
