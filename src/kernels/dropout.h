@@ -4,11 +4,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define HEADWISE_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define HEADWISE_HOST_DEVICE inline
-#endif
+#include "kernels/host_device.h"
 
 namespace headwise::kernels {
 

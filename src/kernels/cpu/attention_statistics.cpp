@@ -1,66 +1,71 @@
 #include "kernels/cpu/attention_statistics.h"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <limits>
 
 #include "kernels/cpu/gemm.h"
+#include "kernels/cpu/simd.h"
 #include "kernels/softmax_row.h"
-
-// The loops over a row are written so that the compiler vectorises them (reductions by omp simd);
-// one copy per instruction set, picked when the library is loaded.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__)
-#define HEADWISE_CLONES \
-  __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
-#else
-#define HEADWISE_CLONES
-#endif
 
 namespace headwise::kernels {
 namespace {
 
-/// e^x for x <= 0; below -87 the result, smaller than any sum notices, is 0. x = n ln 2 + r with
-/// |r| <= ln 2 / 2, the series of e^r to r^7 (truncation under 6e-9), 2^n by its bits.
-inline float exp_nonpositive(float x) {
-  const float clamped = x < -87.0f ? -87.0f : x;
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const float shifted = clamped * 1.44269504088896341f + kRound;
-  const float n = shifted - kRound;
-  float r = clamped - n * 0.693145751953125f;  // ln 2 in two parts, the first exact times n
-  r -= n * 1.42860682030941723e-6f;
-  float p = 1.0f / 5040;
-  p = p * r + 1.0f / 720;
-  p = p * r + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  const uint32_t bits = (std::bit_cast<uint32_t>(shifted) + 127u) << 23;
-  const float y = p * std::bit_cast<float>(bits);
-  return x < -87.0f ? 0.0f : y;
+/// Sum over the lanes of exp(s - maximum), of that times (s - maximum), and of the visible.
+struct Sums {
+  Float16 sum = {}, moment = {};
+  Int16 visible = {};
+};
+
+HEADWISE_INLINE void accumulate(const Float16& s, const Float16& maximum, Sums& sums) {
+  const Float16 zero = {};
+  const Float16 u = s - maximum;
+  Float16 e = u;
+  exponential(e);
+  sums.sum += e;
+  // Far below the maximum e is 0, and 0 * -inf would be NaN; a NaN itself must stay.
+  sums.moment += e * (u < zero - 87.3f ? zero : u);
+  sums.visible -= s != zero - std::numeric_limits<float>::infinity();  // true is -1
 }
 
-HEADWISE_CLONES SoftmaxRow<float> reduce_row(const float* s, int64_t n) {
-  constexpr float kHidden = -std::numeric_limits<float>::infinity();
-  float maximum = kHidden;
-  int32_t visible = 0;
-#pragma omp simd reduction(max : maximum) reduction(+ : visible)
-  for (int64_t j = 0; j < n; ++j) {
-    maximum = s[j] > maximum ? s[j] : maximum;
-    visible += s[j] != kHidden ? 1 : 0;
+// The whole row in one function, so that one clone holds both loops.
+HEADWISE_CLONES
+void reduce(const float* s, int64_t n, SoftmaxRow<float>& row) {
+  constexpr float hidden = -std::numeric_limits<float>::infinity();
+  // The rest of the row in a register of masked keys.
+  float rest[kLanes];
+  const int64_t whole = n / kLanes * kLanes;
+  for (int64_t lane = 0; lane < kLanes; ++lane)
+    rest[lane] = whole + lane < n ? s[whole + lane] : hidden;
+  Float16 tail, top, v;
+  load(rest, tail);
+  top = tail > Float16{} + hidden ? tail : Float16{} + hidden;
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    load(s + i, v);
+    top = v > top ? v : top;
   }
-  if (visible == 0) return {};
-  float sum = 0, moment = 0;
-#pragma omp simd reduction(+ : sum, moment)
-  for (int64_t j = 0; j < n; ++j) {
-    const float u = s[j] - maximum;
-    const float e = exp_nonpositive(u);
-    sum += e;
-    moment += e * (u < -87.0f ? 0.0f : u);
+  float best = hidden;
+  for (int lane = 0; lane < kLanes; ++lane) best = top[lane] > best ? top[lane] : best;
+  // A row without a finite score keeps shift 0: -inf - -inf would be NaN.
+  const Float16 maximum = Float16{} + (best == hidden ? 0.0f : best);
+  Sums sums;
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    load(s + i, v);
+    accumulate(v, maximum, sums);
   }
-  return {maximum, sum, moment, visible};
+  if (whole < n) accumulate(tail, maximum, sums);
+  for (int lane = 0; lane < kLanes; ++lane) {
+    row.sum += sums.sum[lane];
+    row.moment += sums.moment[lane];
+    row.visible += sums.visible[lane];
+  }
+  row.maximum = best;
+}
+
+SoftmaxRow<float> reduce_row(const float* s, int64_t n) {
+  SoftmaxRow<float> row;
+  reduce(s, n, row);
+  return row.visible == 0 ? SoftmaxRow<float>{} : row;
 }
 
 SoftmaxRow<double> reduce_row(const double* s, int64_t n) {

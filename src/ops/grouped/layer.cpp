@@ -89,7 +89,7 @@ LayerGradients layer_backward(const Tensor& grad_output, const MultiheadInputs& 
   const auto& x = in.query;
   const auto type = lse_type(x.scalar_type());
   const int64_t e = w.q_weight.size(0), d = in.num_heads ? e / in.num_heads : 0;
-  const int64_t L = x.size(1), S = in.key.size(1);
+  const int64_t S = in.key.size(1);
   const auto list = make_work_list(in.index, in.count, in.num_heads);
   const auto heads = chosen(list, in.num_heads, d);
   const auto packed = [&](const Tensor& t) {  // [B, K, R, d] -> [N, R, d]
