@@ -270,10 +270,10 @@ class _Recorder:
 
 def _query_padding(probe: AttentionProbe) -> Tensor | None:
     """bool [B, L], True = padding; None where nothing is known about the queries."""
-    mask, length = probe.key_padding_mask, probe.q.size(2)
-    if mask is None or mask.size(1) != length:  # keys of their own: cross attention
-        return None
-    return mask if mask.dtype == torch.bool else mask == float("-inf")
+    mask = probe.query_padding_mask
+    if mask is None or mask.dtype == torch.bool:
+        return mask
+    return mask == float("-inf")
 
 
 def _with_added_keys(mask: Tensor | None, keys: int) -> Tensor | None:

@@ -30,6 +30,7 @@ class AttentionProbe(NamedTuple):
     key_padding_mask: Tensor | None  # [B, S]
     attn_mask: Tensor | None  # [L, S] or [B, H, L, S]
     is_causal: bool
+    query_padding_mask: Tensor | None  # [B, L]; None where nothing says which queries are padding
 
 
 class _Inputs(NamedTuple):
@@ -419,6 +420,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                 inputs.key_padding_mask,
                 inputs.attn_mask,
                 inputs.is_causal,
+                inputs.key_padding_mask if inputs.query_is_key else None,
             )
             self._probe(self, probe)
         return _ops.combine_heads(context, weight, self.out_proj.weight, self.out_proj.bias)

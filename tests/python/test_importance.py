@@ -197,6 +197,29 @@ def test_a_frozen_model_and_a_plain_one_give_the_same(model, data):
         torch.testing.assert_close(plain.values[name], expected.values[name])
 
 
+def test_padding_of_keys_is_not_padding_of_other_queries():
+    torch.manual_seed(0)
+    mha = hw.convert(nn.MultiheadAttention(D, H, batch_first=True).double())
+    q, k = torch.randn(2, 3, 5, D, dtype=torch.float64)  # as many queries as keys
+    padding = torch.arange(5) >= torch.tensor([5, 2, 3])[:, None]  # [B, S]
+
+    def loss(model, batch):
+        return model(q, k, k, key_padding_mask=padding, need_weights=False)[0].square().sum((1, 2))
+
+    scores = hw.score_heads(mha, [None], loss, normalize=False)["michel"]
+    contexts = []
+
+    def keep(module, probe):
+        probe.context.retain_grad()
+        contexts.append(probe.context)
+
+    mha._probe = keep
+    loss(mha, None).sum().backward()
+    s = (contexts[0] * contexts[0].grad).sum(-1).detach()  # [B, H, L]
+    expected = s.abs().sum((0, 2)) / (3 * 5)
+    torch.testing.assert_close(next(iter(scores.values.values())), expected)
+
+
 def test_bad_input_is_named(model, data):
     def nan(model, batch):
         return losses(model, batch) * float("nan")
