@@ -24,7 +24,7 @@ CMAKE_OPTIONS := -DHEADWISE_PYTHON=ON -DHEADWISE_TESTS=ON -DHEADWISE_EXAMPLES=ON
 	$(if $(CCACHE),-DCMAKE_CXX_COMPILER_LAUNCHER=ccache -DCMAKE_CUDA_COMPILER_LAUNCHER=ccache)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build test demo lint bench docs gpu-check gpu-deps ci clean distclean
+.PHONY: help setup build test demo lint bench docs gpu-check gpu-deps packaging ci clean distclean
 
 help:
 	@echo "make demo       compare static and dynamic head selection on a real model, in 5 minutes"
@@ -32,6 +32,7 @@ help:
 	@echo "make build      set up .venv and compile the library, the extension and the tests"
 	@echo "make lint       clang-format and ruff, without changing anything"
 	@echo "make bench      time the layers; results in benchmarks/results/"
+	@echo "make packaging  build the library embedded in a project, and the wheel; each compiles it anew"
 	@echo "make docs       run every example of README.md and docs/, check every link"
 	@echo "make gpu-check  compile with CUDA, run the GPU tests and benchmarks; needs no network"
 	@echo "make gpu-deps   collect in $(HEADWISE_DEPS)/ what gpu-check needs on another machine"
@@ -98,6 +99,9 @@ bench: $(STAMPS)/data build
 
 docs: $(STAMPS)/data build
 	@$(PY) tools/check.py build docs
+
+packaging: $(STAMPS)/data build
+	@$(PY) tools/check.py build packaging
 
 ci: $(STAMPS)/data build
 	@$(PY) tools/check.py build all

@@ -3,7 +3,8 @@
     check.py BUILD test [PYTEST ARGUMENT...]   C++ tests, Python tests, the installed library
     check.py BUILD docs                        the examples and links of README.md and docs/
     check.py BUILD lint                        clang-format, ruff
-    check.py BUILD all                         both, the embedded library and a wheel
+    check.py BUILD packaging                   the embedded library and a wheel
+    check.py BUILD all                         test and lint
 
 Every runner prints its own summary; the last line is "N passed, N failed, N skipped" over all. A
 check without a count of its own (lint, consumer, wheel) counts as one. Exit status 1 if any failed.
@@ -148,7 +149,7 @@ def checks(
         yield "Python tests", check_python(reports, arguments)
     if what == "docs":
         yield "documentation", check_python(reports, ["tests/python/test_docs.py"])
-    if what == "all":
+    if what == "packaging":
         yield "embedded library, without CUDA", check_consumer(build, "add_subdirectory")
         yield "wheel", check_wheel(build)
 
