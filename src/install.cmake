@@ -7,7 +7,13 @@ if(SKBUILD)
   return()
 endif()
 
-set_target_properties(headwise PROPERTIES INSTALL_RPATH_USE_LINK_PATH ON)
+# torch by name: INSTALL_RPATH_USE_LINK_PATH leaves out what lies inside the source tree, as .venv does.
+set(HEADWISE_INSTALL_RPATH "$ORIGIN" "${TORCH_INSTALL_PREFIX}/lib")
+if(HEADWISE_CUDA)
+  list(APPEND HEADWISE_INSTALL_RPATH "${CUDAToolkit_LIBRARY_DIR}")
+endif()
+set_target_properties(headwise PROPERTIES
+  INSTALL_RPATH "${HEADWISE_INSTALL_RPATH}" INSTALL_RPATH_USE_LINK_PATH ON)
 install(TARGETS headwise EXPORT headwiseTargets
   LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR}
   INCLUDES DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
