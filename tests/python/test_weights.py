@@ -1,5 +1,6 @@
 """safetensors files: against the reference package, and against files that mean harm."""
 
+import contextlib
 import json
 import os
 import resource
@@ -212,16 +213,19 @@ def test_files_that_cannot_be_read(tmp_path):
         load_safetensors(tmp_path / "pipe")
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_disk():
-    """No file of this process may grow past 4 kB, as if the disk were full."""
+    """No file of this process may grow past 4 kB, as if the disk were full. No fixture: pytest
+    reports before it takes fixtures down, and its own output may be such a file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, small_disk):
+def test_full_disk_leaves_the_old_file_and_nothing_else(tmp_path):
     weights, text = tmp_path / "w.safetensors", tmp_path / "t.json"
     save_safetensors(weights, {"a": torch.ones(3)})
     write_json(text, {"a": 1})
@@ -230,7 +234,7 @@ def test_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, small_disk):
         lambda: write_atomic(text, "x" * 10000),
         lambda: write_atomic(tmp_path / "new", b"x" * 10000),
     ):
-        with pytest.raises(OSError, match="File too large"):
+        with pytest.raises(OSError, match="File too large"), small_disk():
             write()
     assert sorted(os.listdir(tmp_path)) == ["t.json", "w.safetensors"]
     assert torch.equal(load_safetensors(weights)["a"], torch.ones(3))
