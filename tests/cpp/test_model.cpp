@@ -29,9 +29,8 @@ int remove_one(const char* entry, const struct stat*, int, struct FTW*) {
 class ModelFolder : public testing::Test {
  protected:
   void SetUp() override {
-    char name[] = "/tmp/headwise-model-XXXXXX";
-    ASSERT_NE(::mkdtemp(name), nullptr);
-    root = name;
+    root = testing::TempDir() + "headwise-model-XXXXXX";
+    ASSERT_NE(::mkdtemp(root.data()), nullptr);
     torch::manual_seed(0);
   }
   void TearDown() override { ::nftw(root.c_str(), remove_one, 16, FTW_DEPTH | FTW_PHYS); }
