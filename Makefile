@@ -31,7 +31,7 @@ help:
 	@echo "make test       build, then run all tests"
 	@echo "make build      set up .venv and compile the library, the extension and the tests"
 	@echo "make lint       clang-format and ruff, without changing anything"
-	@echo "make bench      time the layers; results in benchmarks/results/"
+	@echo "make bench      time layers, gates and a model; results in benchmarks/results/"
 	@echo "make packaging  build the library embedded in a project, and the wheel; each compiles it anew"
 	@echo "make docs       run every example of README.md and docs/, check every link"
 	@echo "make gpu-check  compile with CUDA, run the GPU tests and benchmarks; needs no network"
@@ -95,7 +95,8 @@ lint: $(STAMPS)/packages
 	@$(PY) tools/check.py build lint
 
 bench: $(STAMPS)/data build
-	@$(PY) benchmarks/layer.py $(BENCH_ARGS)
+	@HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(V)/bin/headwise bench layer train gate entropy model \
+	  --break-even --out benchmarks/results $(BENCH_ARGS)
 
 docs: $(STAMPS)/data build
 	@$(PY) tools/check.py build docs

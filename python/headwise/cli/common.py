@@ -42,8 +42,15 @@ def seed(text: str) -> int:
     return value
 
 
-def add_common(parser: argparse.ArgumentParser, out: str | None) -> None:
-    """The options that every subcommand has."""
+def add_common(
+    parser: argparse.ArgumentParser, out: str | None, several_threads: bool = False
+) -> None:
+    """The options that every subcommand has.
+
+    Args:
+        out: default of ``--out``.
+        several_threads: ``--threads`` takes several numbers, to measure each.
+    """
     group = parser.add_argument_group("running")
     group.add_argument(
         "--out",
@@ -58,7 +65,11 @@ def add_common(parser: argparse.ArgumentParser, out: str | None) -> None:
     group.add_argument("--seed", type=seed, default=0, metavar="N", help="default: 0")
     group.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
     group.add_argument(
-        "--threads", type=positive, metavar="N", help="default: the cores that may be used"
+        "--threads",
+        type=positive,
+        nargs="+" if several_threads else None,
+        metavar="N",
+        help="default: the cores that may be used",
     )
 
 

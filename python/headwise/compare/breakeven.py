@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import headwise as hw
+from headwise.bench.contenders import random_gate, randomise
 from headwise.compare.measure import inputs_of, interleaved_seconds
 from headwise.compare.workbench import Workbench
 from headwise.layers import attention_layers
@@ -17,31 +18,27 @@ from headwise.layers import attention_layers
 SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)
 
 
-def _dynamic(bench: Workbench, share: float) -> nn.Module:
-    """Every text runs the given share of the heads of each layer; which ones, it chooses.
+def dynamic_model(model: nn.Module, share: float) -> nn.Module:
+    """``model`` (of :func:`headwise.convert`) with gates: every text runs the given share of the
+    heads of each layer; which ones, it chooses.
 
     The gates' relevance is random: what is measured is the cost of texts that differ.
     """
-    # A target below 1 keeps the gate at work even where every head runs.
-    gate = hw.BudgetGate(target=min(share, 0.99), budget=share)
-    model = hw.convert(bench.converted(), gate)
+    model = hw.convert(model, random_gate(share))
     generator = torch.Generator().manual_seed(11)
     for layer in attention_layers(model).values():
-        weight = layer.gate.relevance.weight  # [H, D]
-        values = torch.randn(weight.shape, generator=generator)
-        with torch.no_grad():
-            weight.copy_(values / weight.size(1) ** 0.5)
+        randomise(layer.gate, generator)
     return model.eval()
 
 
-def _static(bench: Workbench, share: float) -> nn.Module:
+def static_model(model: nn.Module, share: float) -> nn.Module:
     """The same number of heads of each layer, the same heads for every text, the rest removed."""
     values = {
-        name: torch.arange(heads, 0, -1, dtype=torch.float64)
-        for name, heads in bench.dense_layers.items()
+        name: torch.arange(layer.num_heads, 0, -1, dtype=torch.float64)
+        for name, layer in attention_layers(model).items()
     }
     plan = hw.plan(hw.HeadScores("first", values), keep=share, scope="layer")
-    return hw.prune(bench.converted(), plan).eval()
+    return hw.prune(model, plan).eval()
 
 
 def crossing(shares: Sequence[float], ratios: Sequence[float]) -> float | None:
@@ -68,7 +65,10 @@ def break_even(bench: Workbench) -> dict:
     """
     models = []
     for share in SHARES:
-        models += [_dynamic(bench, share), _static(bench, share)]
+        models += [
+            dynamic_model(bench.converted(), share),
+            static_model(bench.converted(), share),
+        ]
     # Rounding to whole heads a layer: what runs is what is reported.
     layers = list(bench.dense_layers.values())
     real = [sum(max(1, int(s * h + 0.5)) for h in layers) / sum(layers) for s in SHARES]
