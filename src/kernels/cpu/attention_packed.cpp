@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "kernels/cpu/packed_gemm.h"
+#include "kernels/cpu/packed_layer.h"
 #include "kernels/cpu/scores.h"
 #include "kernels/cpu/softmax.h"
 
@@ -14,9 +15,6 @@ namespace {
 using c10::BFloat16;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-/// Columns of score tiles and packed keys are padded so that bfloat16 pairs them.
-int64_t even(int64_t columns) { return (columns + 1) / 2 * 2; }
 
 /// The tile that enters the second product: floats as they are, bfloat16 rounded.
 const float* as_operand(const float* s, int64_t, int64_t, float*) { return s; }

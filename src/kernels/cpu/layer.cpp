@@ -5,14 +5,13 @@
 #include <algorithm>
 
 #include "kernels/cpu/gemm.h"
+#include "kernels/cpu/packed_layer.h"
 #include "kernels/cpu/parallel.h"
 
 namespace headwise::kernels {
 namespace {
 
 constexpr int64_t kRowBlock = 128;
-
-int64_t blocks(int64_t rows, int64_t block) { return (rows + block - 1) / block; }
 
 /// Rows of a kv workspace that head `a` fills.
 template <typename T>
@@ -55,15 +54,6 @@ template <typename T>
 void add_column_sums(const T* x, int64_t rows, int64_t d, T* sums) {
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t c = 0; c < d; ++c) sums[c] += x[i * d + c];
-}
-
-/// The chosen (sequence, head) pairs by head, sequences ascending: weights of a head are summed by
-/// one worker in one order, so the result does not depend on the number of threads.
-template <typename T>
-std::vector<std::vector<ActiveHead>> by_head(const Layer<T>& layer) {
-  std::vector<std::vector<ActiveHead>> heads(layer.shape.num_heads);
-  for (const auto& a : layer.active) heads[a.h].push_back(a);
-  return heads;
 }
 
 }  // namespace
@@ -176,14 +166,11 @@ void layer_backward(const Layer<T>& layer, const LayerWorkspace<const T>& w, con
   });
 
   // Weights: the sum over the sequences that chose the head, by one worker a head and matrix.
-  const auto heads = by_head(layer);
-  std::vector<int64_t> position(shape.num_heads ? shape.batch * shape.num_heads : 0);
-  for (int64_t n = 0; n < active; ++n)
-    position[layer.active[n].b * shape.num_heads + layer.active[n].h] = n;
+  const auto positions = by_head(layer.active, shape.num_heads);
   parallel_tasks(shape.num_heads * 4, [&](int64_t task, int64_t) {
     const int64_t h = task / 4;
-    for (const auto& a : heads[h]) {
-      const int64_t n = position[a.b * shape.num_heads + h];
+    for (const int64_t n : positions[h]) {
+      const auto& a = layer.active[n];
       const int64_t length = shape.lengths[a.b];
       auto add = [&](const Rows<const T>& x, int64_t rows, const T* grad, T* weight, T* bias) {
         if (weight)

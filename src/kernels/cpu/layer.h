@@ -80,4 +80,10 @@ template <typename T>
 void layer_backward(const Layer<T>& layer, const LayerWorkspace<const T>& workspace,
                     const T* grad_output, const LayerGradients<T>& gradients);
 
+/// layer_backward for float and bfloat16 over packed operands; sums are float.
+template <typename T>
+void layer_backward_packed(const Layer<T, float>& layer,
+                           const LayerWorkspace<const T, const float>& workspace,
+                           const T* grad_output, const LayerGradients<float>& gradients);
+
 }  // namespace headwise::kernels

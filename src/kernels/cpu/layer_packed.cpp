@@ -11,6 +11,7 @@
 #include "kernels/cpu/attention_packed.h"
 #include "kernels/cpu/layer.h"
 #include "kernels/cpu/packed_gemm.h"
+#include "kernels/cpu/packed_layer.h"
 #include "kernels/cpu/parallel.h"
 #include "kernels/cpu/softmax.h"
 
@@ -22,29 +23,6 @@ using c10::BFloat16;
 constexpr int64_t kRowBlock = 128;  // rows of x that a projection task takes
 constexpr int64_t kOutRows = 64;    // a tile of the output: rows and columns whose sums stay in L1
 constexpr int64_t kOutColumns = 64;
-
-int64_t blocks(int64_t rows, int64_t block) { return (rows + block - 1) / block; }
-
-/// Uninitialised memory for `workers` tasks at once.
-template <typename T>
-struct Scratch {
-  int64_t size;
-  std::unique_ptr<T[]> data;
-  Scratch(int64_t size, int64_t workers) : size(size), data(new T[size * workers]) {}
-  T* operator[](int64_t worker) const { return data.get() + worker * size; }
-};
-
-/// The heads that some sequence chose, and where each stands among them.
-struct UsedHeads {
-  std::vector<int64_t> heads, place;
-  UsedHeads(const std::vector<ActiveHead>& active, int64_t num_heads) : place(num_heads, -1) {
-    for (const auto& a : active)
-      if (place[a.h] < 0) {
-        place[a.h] = heads.size();
-        heads.push_back(a.h);
-      }
-  }
-};
 
 }  // namespace
 

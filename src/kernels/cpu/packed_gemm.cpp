@@ -20,7 +20,7 @@ template <typename T>
 bool try_product() {
   // Sizes that the kernels use, small whole numbers: the result is exact.
   constexpr int64_t m = 16, n = 16, k = 32;
-  T a[m * k], b[k * n], packed[k * n];
+  alignas(64) T a[m * k], b[k * n], packed[k * n];
   float c[m * n];
   for (int64_t i = 0; i < m * k; ++i) a[i] = T(float(i % 5 - 2));
   for (int64_t i = 0; i < k * n; ++i) b[i] = T(float(i % 7 - 3));
@@ -51,14 +51,46 @@ void round_rows(const float* x, int64_t n, uint16_t* y) {
   }
 }
 
-/// y [columns, rows] = x [rows, columns]', in blocks that stay in L1.
-template <typename U>
-void transpose(int64_t rows, int64_t columns, const U* x, int64_t ldx, U* y, int64_t ldy) {
-  constexpr int64_t block = 16;
-  for (int64_t i0 = 0; i0 < rows; i0 += block)
-    for (int64_t j0 = 0; j0 < columns; j0 += block)
-      for (int64_t j = j0; j < std::min(columns, j0 + block); ++j)
-        for (int64_t i = i0; i < std::min(rows, i0 + block); ++i) y[j * ldy + i] = x[i * ldx + j];
+// Interleaves two vectors: what stands in their lower (upper) halves, in turn.
+HEADWISE_INLINE void interleave(const Int16& a, const Int16& b, Int16& low, Int16& high) {
+  low = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  high =
+      __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+
+/// y = x' of a block of 16 by 16 words: interleaving row i with row i + 8 turns the rows' numbers
+/// by one bit into the columns'; four times, and they have changed places.
+HEADWISE_INLINE void transpose_block(const uint32_t* x, int64_t ldx, uint32_t* y, int64_t ldy) {
+  Int16 a[kLanes], b[kLanes];
+  for (int i = 0; i < kLanes; ++i) std::memcpy(&a[i], x + i * ldx, sizeof a[i]);
+  for (int i = 0; i < 8; ++i) interleave(a[i], a[i + 8], b[2 * i], b[2 * i + 1]);
+  for (int i = 0; i < 8; ++i) interleave(b[i], b[i + 8], a[2 * i], a[2 * i + 1]);
+  for (int i = 0; i < 8; ++i) interleave(a[i], a[i + 8], b[2 * i], b[2 * i + 1]);
+  for (int i = 0; i < 8; ++i) interleave(b[i], b[i + 8], a[2 * i], a[2 * i + 1]);
+  for (int i = 0; i < kLanes; ++i) std::memcpy(y + i * ldy, &a[i], sizeof a[i]);
+}
+
+/// y [columns, rows] = x [rows, columns]' of 32-bit words.
+HEADWISE_CLONES
+void transpose_words(int64_t rows, int64_t columns, const uint32_t* x, int64_t ldx, uint32_t* y,
+                     int64_t ldy) {
+  const int64_t whole_rows = rows / kLanes * kLanes, whole_columns = columns / kLanes * kLanes;
+  for (int64_t j = 0; j < whole_columns; j += kLanes)
+    for (int64_t i = 0; i < whole_rows; i += kLanes)
+      transpose_block(x + i * ldx + j, ldx, y + j * ldy + i, ldy);
+  for (int64_t j = 0; j < columns; ++j)
+    for (int64_t i = j < whole_columns ? whole_rows : 0; i < rows; ++i)
+      y[j * ldy + i] = x[i * ldx + j];
+}
+
+/// y [n, 2]: the elements of two rows in turn.
+HEADWISE_CLONES
+void pair_rows(const uint16_t* a, const uint16_t* b, int64_t n, uint32_t* y) {
+  for (int64_t j = 0; j < n; ++j) y[j] = a[j] | uint32_t(b[j]) << 16;
+}
+HEADWISE_CLONES
+void pair_with_zeros(const uint16_t* a, int64_t n, uint32_t* y) {
+  for (int64_t j = 0; j < n; ++j) y[j] = a[j];
 }
 
 }  // namespace
@@ -67,6 +99,11 @@ template <typename T>
 bool packed_gemm_supported() {
   static const bool works = try_product<T>();
   return works;
+}
+
+void transpose(int64_t rows, int64_t columns, const float* x, int64_t ldx, float* y, int64_t ldy) {
+  transpose_words(rows, columns, reinterpret_cast<const uint32_t*>(x), ldx,
+                  reinterpret_cast<uint32_t*>(y), ldy);
 }
 
 template <>
@@ -82,19 +119,22 @@ void pack<float>(int64_t k, int64_t n, const float* b, int64_t ldb, bool transpo
 template <>
 void pack<BFloat16>(int64_t k, int64_t n, const BFloat16* b, int64_t ldb, bool transposed,
                     BFloat16* packed) {
-  if (transposed && k % 2 == 0 && ldb % 2 == 0 && reinterpret_cast<uintptr_t>(b) % 4 == 0) {
+  // Pairs are words whose first element is the lower half: bfloat16 is packed on little-endian
+  // machines only (packed_gemm_supported multiplies a matrix to find out).
+  auto* words = reinterpret_cast<uint32_t*>(packed);
+  const auto* bits = reinterpret_cast<const uint16_t*>(b);
+  if (!transposed) {
+    for (int64_t i = 0; i + 1 < k; i += 2)
+      pair_rows(bits + i * ldb, bits + (i + 1) * ldb, n, words + i / 2 * n);
+    if (k % 2) pair_with_zeros(bits + (k - 1) * ldb, n, words + k / 2 * n);
+  } else if (k % 2 == 0 && ldb % 2 == 0 && reinterpret_cast<uintptr_t>(b) % 4 == 0) {
     // Pairs of a row of B' stay together: a transpose of 32-bit words.
-    transpose(n, k / 2, reinterpret_cast<const uint32_t*>(b), ldb / 2,
-              reinterpret_cast<uint32_t*>(packed), n);
-    return;
-  }
-  const BFloat16 zero(0.f);
-  for (int64_t i = 0; i < k; i += 2) {
-    BFloat16* y = packed + i * n;
-    for (int64_t j = 0; j < n; ++j) {
-      y[2 * j] = transposed ? b[j * ldb + i] : b[i * ldb + j];
-      y[2 * j + 1] = i + 1 == k ? zero : transposed ? b[j * ldb + i + 1] : b[(i + 1) * ldb + j];
-    }
+    transpose_words(n, k / 2, reinterpret_cast<const uint32_t*>(b), ldb / 2, words, n);
+  } else {
+    for (int64_t i = 0; i < k; i += 2)
+      for (int64_t j = 0; j < n; ++j)
+        words[i / 2 * n + j] =
+            bits[j * ldb + i] | (i + 1 < k ? uint32_t(bits[j * ldb + i + 1]) << 16 : 0u);
   }
 }
 
@@ -107,6 +147,49 @@ void packed_gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const
 template <typename T>
 void packed_gemm_done() {
   at::native::cpublas::brgemm_release(interleaved(T()));
+}
+
+namespace {
+
+HEADWISE_CLONES
+void scale_row(const float* x, int64_t n, float factor, float* y) {
+  for (int64_t i = 0; i < n; ++i) y[i] = x[i] * factor;
+}
+HEADWISE_CLONES
+void scale_row(const BFloat16* x, int64_t n, float factor, float* y) {
+  for (int64_t i = 0; i < n; ++i) {
+    uint16_t half;
+    std::memcpy(&half, x + i, 2);
+    const uint32_t bits = uint32_t(half) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    y[i] = value * factor;
+  }
+}
+
+template <typename T>
+void transpose_blocks(int64_t rows, int64_t columns, const T* x, int64_t ldx, float factor, T* y,
+                      int64_t ldy, float* tile) {
+  float* turned = tile + kTransposeRows * columns;  // [columns, kTransposeRows]
+  for (int64_t row = 0; row < rows; row += kTransposeRows) {
+    const int64_t n = std::min(kTransposeRows, rows - row);
+    for (int64_t i = 0; i < n; ++i)
+      scale_row(x + (row + i) * ldx, columns, factor, tile + i * columns);
+    transpose(n, columns, tile, columns, turned, kTransposeRows);
+    for (int64_t j = 0; j < columns; ++j)
+      convert(turned + j * kTransposeRows, n, y + j * ldy + row);
+  }
+}
+
+}  // namespace
+
+void transpose_scaled(int64_t rows, int64_t columns, const float* x, int64_t ldx, float factor,
+                      float* y, int64_t ldy, float* tile) {
+  transpose_blocks(rows, columns, x, ldx, factor, y, ldy, tile);
+}
+void transpose_scaled(int64_t rows, int64_t columns, const BFloat16* x, int64_t ldx, float factor,
+                      BFloat16* y, int64_t ldy, float* tile) {
+  transpose_blocks(rows, columns, x, ldx, factor, y, ldy, tile);
 }
 
 void convert(const float* x, int64_t n, float* y) { std::copy_n(x, n, y); }

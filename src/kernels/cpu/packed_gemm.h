@@ -40,6 +40,16 @@ void packed_gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const
 template <typename T>
 void packed_gemm_done();
 
+/// y [columns, rows] = x [rows, columns]'.
+void transpose(int64_t rows, int64_t columns, const float* x, int64_t ldx, float* y, int64_t ldy);
+
+/// y [columns, ldy] = factor x [rows, columns]', in T. `tile` [2, kTransposeRows, columns] floats.
+constexpr int64_t kTransposeRows = 64;
+void transpose_scaled(int64_t rows, int64_t columns, const float* x, int64_t ldx, float factor,
+                      float* y, int64_t ldy, float* tile);
+void transpose_scaled(int64_t rows, int64_t columns, const c10::BFloat16* x, int64_t ldx,
+                      float factor, c10::BFloat16* y, int64_t ldy, float* tile);
+
 /// Rows of floats to T.
 void convert(const float* x, int64_t n, float* y);
 void convert(const float* x, int64_t n, c10::BFloat16* y);

@@ -53,6 +53,32 @@ float row_exponential(float* x, int64_t n, float scale, float shift) {
 }
 
 HEADWISE_CLONES
+void shifted_exponential(float* x, int64_t n, float scale, const float* shift) {
+  Float16 v, s;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    load(x + i, v);
+    load(shift + i, s);
+    v = v * scale - s;
+    exponential(v);
+    store(x + i, v);
+  }
+  if (i < n) {
+    float tail[kLanes] = {};
+    for (int64_t lane = 0; lane < n - i; ++lane) tail[lane] = x[i + lane] * scale - shift[i + lane];
+    load(tail, v);
+    exponential(v);
+    store(tail, v);
+    for (int64_t lane = 0; lane < n - i; ++lane) x[i + lane] = tail[lane];
+  }
+}
+
+HEADWISE_CLONES
+void shifted_gradient(const float* p, int64_t n, const float* delta, float scale, float* dp) {
+  for (int64_t i = 0; i < n; ++i) dp[i] = p[i] == 0.f ? 0.f : scale * p[i] * (dp[i] - delta[i]);
+}
+
+HEADWISE_CLONES
 void row_gradient(const float* p, int64_t n, float delta, float* dp) {
   for (int64_t i = 0; i < n; ++i) dp[i] = p[i] == 0.f ? 0.f : p[i] * (dp[i] - delta);
 }

@@ -18,6 +18,12 @@ double row_exponential(double* x, int64_t n, double scale, double shift);
 void row_gradient(const float* p, int64_t n, float delta, float* dp);
 void row_gradient(const double* p, int64_t n, double delta, double* dp);
 
+/// x = exp(x * scale - shift[i]) in place, a shift for every element: tiles whose rows are keys.
+void shifted_exponential(float* x, int64_t n, float scale, const float* shift);
+
+/// dp = scale * p * (dp - delta[i]); 0 where p = 0, as in row_gradient.
+void shifted_gradient(const float* p, int64_t n, const float* delta, float scale, float* dp);
+
 /// y = x * factor
 void row_scale(const float* x, int64_t n, float factor, float* y);
 

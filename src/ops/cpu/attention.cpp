@@ -257,9 +257,9 @@ struct Gradients {
                          options.dtype(scalar_type_of<T>()));
     return wanted && input ? gradient.template mutable_data_ptr<T>() : nullptr;
   }
-  Tensor scores(bool wanted, const kernels::AttentionShape<T>& s) const {
-    return wanted ? at::zeros({s.batch, s.num_heads, s.queries, s.keys},
-                              options.dtype(scalar_type_of<T>()))
+  Tensor scores(bool wanted, int64_t batch, int64_t num_heads, int64_t queries,
+                int64_t keys) const {
+    return wanted ? at::zeros({batch, num_heads, queries, keys}, options.dtype(scalar_type_of<T>()))
                   : Tensor();
   }
   Tensor mask(const Tensor& scores, const OptionalTensor& mask) const {
@@ -272,6 +272,32 @@ struct Gradients {
   }
 };
 
+/// Backward in the type in which forward ran, so that what it saved is read as it is.
+template <typename T, typename Acc, typename Inputs>
+bool run_packed_backward(const Inputs& in, const LayerSaved& saved, const Tensor& grad_output,
+                         const kernels::LayerGradients<Acc>& gradients) {
+  LayerCall<T, Acc> call(in, false);
+  if (!kernels::packed_layer_supported(call.layer)) return false;
+  const auto grad = grad_output.to(scalar_type_of<T>()).contiguous();
+  kernels::layer_backward_packed<T>(call.layer, call.workspace(saved),
+                                    grad.template const_data_ptr<T>(), gradients);
+  return true;
+}
+
+template <typename Acc, typename Inputs>
+void run_backward(const Inputs& in, const LayerSaved& saved, const Tensor& grad_output,
+                  const kernels::LayerGradients<Acc>& gradients) {
+  if constexpr (std::is_same_v<Acc, float>) {
+    const bool half = grad_output.scalar_type() == at::kBFloat16;
+    if (half && run_packed_backward<at::BFloat16>(in, saved, grad_output, gradients)) return;
+    if (!half && run_packed_backward<float>(in, saved, grad_output, gradients)) return;
+  }
+  LayerCall<Acc> call(in, false);
+  const auto grad = grad_output.to(scalar_type_of<Acc>()).contiguous();
+  kernels::layer_backward<Acc>(call.layer, call.workspace(saved),
+                               grad.template const_data_ptr<Acc>(), gradients);
+}
+
 LayerForward self_forward(HEADWISE_SELF_PARAMETERS) { return run(HEADWISE_SELF_INPUTS, x, false); }
 Tensor self(HEADWISE_SELF_PARAMETERS) { return std::get<0>(run(HEADWISE_SELF_INPUTS, x, true)); }
 
@@ -281,7 +307,6 @@ SelfBackward self_backward(const Tensor& grad_output, HEADWISE_SELF_PARAMETERS, 
   const auto in = HEADWISE_SELF_INPUTS;
   check_inputs(in);
   return dispatch(x.scalar_type(), [&]<typename T>(T) -> SelfBackward {
-    LayerCall<T> call(in, false);
     const Gradients<T> make{x.options()};
     kernels::LayerGradients<T> g;
     Tensor gx, gw, gb, gow, gob, gh;
@@ -298,11 +323,9 @@ SelfBackward self_backward(const Tensor& grad_output, HEADWISE_SELF_PARAMETERS, 
     g.out_weight = make.make(needs[3], out_proj_weight, gow);
     g.out_bias = make.make(needs[4], out_proj_bias, gob);
     g.head_weight = make.make(needs[5], weight, gh);
-    auto scores = make.scores(needs[6] && attn_mask, call.layer.shape);
+    auto scores = make.scores(needs[6] && attn_mask, x.size(0), num_heads, x.size(1), x.size(1));
     if (scores.defined()) g.scores = scores.template mutable_data_ptr<T>();
-    const auto grad = grad_output.to(scalar_type_of<T>()).contiguous();
-    kernels::layer_backward<T>(call.layer, call.workspace({q, k, v, context, lse}),
-                               grad.template const_data_ptr<T>(), g);
+    run_backward(in, {q, k, v, context, lse}, grad_output, g);
     return {make.result(gx, x, needs[0]),
             make.result(gw, in_proj_weight, needs[1]),
             make.result(gb, in_proj_bias, needs[2]),
@@ -327,7 +350,6 @@ MultiheadBackward multihead_backward(const Tensor& grad_output, HEADWISE_MULTIHE
   const auto in = HEADWISE_MULTIHEAD_INPUTS;
   check_inputs(in);
   return dispatch(query.scalar_type(), [&]<typename T>(T) -> MultiheadBackward {
-    LayerCall<T> call(in, false);
     const Gradients<T> make{query.options()};
     kernels::LayerGradients<T> g;
     const OptionalTensor inputs[] = {query,         key,    value,  q_weight, k_weight,
@@ -338,11 +360,10 @@ MultiheadBackward multihead_backward(const Tensor& grad_output, HEADWISE_MULTIHE
                       &g.out_bias, &g.head_weight, &g.bias_k, &g.bias_v};
     std::array<Tensor, 14> results;
     for (int i = 0; i < 14; ++i) *pointers[i] = make.make(needs[i], inputs[i], results[i]);
-    auto scores = make.scores(needs[14] && attn_mask, call.layer.shape);
+    auto scores =
+        make.scores(needs[14] && attn_mask, query.size(0), num_heads, query.size(1), key.size(1));
     if (scores.defined()) g.scores = scores.template mutable_data_ptr<T>();
-    const auto grad = grad_output.to(scalar_type_of<T>()).contiguous();
-    kernels::layer_backward<T>(call.layer, call.workspace({q, k, v, context, lse}),
-                               grad.template const_data_ptr<T>(), g);
+    run_backward(in, {q, k, v, context, lse}, grad_output, g);
     for (int i = 0; i < 14; ++i) results[i] = make.result(results[i], inputs[i], needs[i]);
     return std::tuple_cat(results, std::make_tuple(make.mask(scores, attn_mask)));
   });
@@ -441,7 +462,7 @@ CoreBackward core_backward(const Tensor& grad_output, HEADWISE_CORE_PARAMETERS,
     T* dk = make.make(true, k, gk);
     T* dvalue = make.make(true, v, gv);
     T* dw = make.make(needs[3], weight, gw);
-    auto scores = make.scores(needs[4] && attn_mask, s);
+    auto scores = make.scores(needs[4] && attn_mask, s.batch, s.num_heads, L, S);
     const auto grad = grad_output.to(scalar_type_of<T>()).contiguous();
     const auto ctx = (weight ? context : output).to(scalar_type_of<T>()).contiguous();
     const auto log = lse.contiguous();

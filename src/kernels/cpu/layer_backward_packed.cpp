@@ -1,0 +1,316 @@
+// The layer's backward over packed operands: the chosen heads' attention, then the inputs'
+// gradients (a sum over a sequence's heads), then the weights' (a sum over the sequences that chose
+// a head).
+#include <ATen/Parallel.h>
+#include <c10/util/BFloat16.h>
+
+#include <algorithm>
+#include <type_traits>
+
+#include "kernels/cpu/attention_packed.h"
+#include "kernels/cpu/layer.h"
+#include "kernels/cpu/packed_gemm.h"
+#include "kernels/cpu/packed_layer.h"
+#include "kernels/cpu/parallel.h"
+#include "kernels/cpu/softmax.h"
+
+namespace headwise::kernels {
+namespace {
+
+using c10::BFloat16;
+
+constexpr int64_t kRows = 64;      // rows of a gradient that one task sums
+constexpr int64_t kColumns = 128;  // and its columns: the tile stays in L1
+
+/// Right factors: floats are read where they lie, bfloat16 is packed first.
+template <typename T>
+struct Factor {
+  const T* data = nullptr;
+  int64_t row_length = 0;
+  const T* column(int64_t n) const { return packed_at(data, row_length, 0, n); }
+};
+
+/// Some matrices as right factors; each may be packed by a task of its own.
+template <typename T>
+class Factors {
+ public:
+  Factors(int64_t count, int64_t rows, int64_t columns)
+      : size_(packed_size<T>(rows, columns)), columns_(columns), factors_(count) {
+    if constexpr (sizeof(T) == 2) memory_.reset(new T[count * size_]);
+  }
+  void set(int64_t n, int64_t rows, const T* x, int64_t ldx) {
+    if constexpr (sizeof(T) == 2) {
+      pack(rows, columns_, x, ldx, false, memory_.get() + n * size_);
+      factors_[n] = {memory_.get() + n * size_, columns_};
+    } else {
+      factors_[n] = {x, ldx};
+    }
+  }
+  const Factor<T>& operator[](int64_t n) const { return factors_[n]; }
+
+ private:
+  int64_t size_, columns_;
+  std::unique_ptr<T[]> memory_;
+  std::vector<Factor<T>> factors_;
+};
+
+void add_row_sum(const float* x, int64_t n, float* sum) {
+  float total = 0;
+  for (int64_t i = 0; i < n; ++i) total += x[i];
+  *sum += total;
+}
+void add_row_sum(const BFloat16* x, int64_t n, float* sum) {
+  float total = 0;
+  for (int64_t i = 0; i < n; ++i) total += float(x[i]);
+  *sum += total;
+}
+
+template <typename T>
+class Backward {
+ public:
+  Backward(const Layer<T, float>& layer, const LayerWorkspace<const T, const float>& workspace,
+           const T* grad_output, const LayerGradients<float>& gradients)
+      : layer_(layer),
+        shape_(layer.shape),
+        w_(workspace),
+        grad_output_(grad_output),
+        g_(gradients),
+        used_(layer.active, shape_.num_heads),
+        L_(shape_.queries),
+        S_(shape_.keys + shape_.added),
+        d_(shape_.width),
+        E_(shape_.num_heads * shape_.width),
+        out_(layer.out_width),
+        active_(layer.active.size()),
+        q_size_(L_ * d_ + d_ * even(L_)),
+        kv_size_(S_ * d_ + d_ * even(S_)),
+        memory_(new T[active_ * (q_size_ + 2 * kv_size_)]) {}
+
+  void run() {
+    attention();
+    inputs();
+    weights();
+    if (g_.out_bias) out_bias();
+  }
+
+ private:
+  HeadGradients<T> head_gradients(int64_t n) const {
+    T* q = memory_.get() + n * (q_size_ + 2 * kv_size_);
+    T* k = q + q_size_;
+    T* v = k + kv_size_;
+    return {q, k, v, q + L_ * d_, k + S_ * d_, v + S_ * d_};
+  }
+
+  /// Gradients of the chosen heads' queries, keys and values, and of their weights.
+  void attention() {
+    const int64_t workers = at::get_num_threads(), heads = used_.heads.size();
+    Factors<T> out_weights(heads, out_, d_);
+    parallel_tasks(heads, [&](int64_t n, int64_t) {
+      out_weights.set(n, out_, layer_.out_weight + used_.heads[n] * d_, E_);
+    });
+    Scratch<float> floats(L_ + kRows * d_, workers);
+    Scratch<T> contexts(L_ * d_, workers);
+    Scratch<std::byte> scratch(packed_backward_scratch<T>(shape_), workers);
+    parallel_tasks(active_, [&](int64_t n, int64_t worker) {
+      const auto& a = layer_.active[n];
+      const float weight = layer_.head_weight[a.b * shape_.num_heads + a.h];
+      const auto& factor = out_weights[used_.place[a.h]];
+      float *delta = floats[worker], *tile = delta + L_;
+      const T* context = w_.context + a.slot * L_ * d_;
+      T* grad_context = contexts[worker];
+      float total = 0;
+      for (int64_t row = 0; row < L_; row += kRows) {
+        const int64_t rows = std::min(kRows, L_ - row);
+        packed_gemm(rows, d_, out_, grad_output_ + (a.b * L_ + row) * out_, out_, factor.data,
+                    factor.row_length, tile, d_, false);
+        for (int64_t i = 0; i < rows; ++i) {
+          float sum = 0;
+          for (int64_t c = 0; c < d_; ++c)
+            sum += tile[i * d_ + c] * float(context[(row + i) * d_ + c]);
+          delta[row + i] = weight * sum;
+          total += sum;
+        }
+        row_scale(tile, rows * d_, weight, tile);
+        convert(tile, rows * d_, grad_context + row * d_);
+      }
+      if (g_.head_weight) g_.head_weight[a.b * shape_.num_heads + a.h] = total;
+      const int64_t kv = S_ * d_;
+      const HeadTensors<T> head{
+          a.b, a.h, w_.q + a.slot * L_ * d_, w_.k + a.slot * kv, w_.v + a.slot * kv, d_, d_, d_};
+      float* scores =
+          g_.scores ? g_.scores + (a.b * shape_.num_heads + a.h) * L_ * shape_.keys : nullptr;
+      packed_attention_backward(shape_, head, grad_context, d_, delta, w_.lse + a.slot * L_, scores,
+                                head_gradients(n), scratch[worker]);
+      packed_gemm_done<T>();
+    });
+  }
+
+  struct Input {
+    const Rows<const T>& x;
+    const T* weight;
+    float *dx, *dweight, *dbias, *row_bias;
+    int part;  // 0 query, 1 key, 2 value
+  };
+  std::vector<Input> projections() const {
+    return {{layer_.query, layer_.q_weight, g_.query, g_.q_weight, g_.q_bias, nullptr, 0},
+            {layer_.key, layer_.k_weight, g_.key, g_.k_weight, g_.k_bias, g_.bias_k, 1},
+            {layer_.value, layer_.v_weight, g_.value, g_.v_weight, g_.v_bias, g_.bias_v, 2}};
+  }
+  /// Rows of an input of sequence b that were projected.
+  int64_t given(const Input& in, int64_t b) const { return in.part ? shape_.lengths[b] : L_; }
+  const T* rows_of(const Input& in, int64_t n) const {
+    const auto heads = head_gradients(n);
+    return in.part == 0 ? heads.q : in.part == 1 ? heads.k : heads.v;
+  }
+  const T* turned_of(const Input& in, int64_t n) const {
+    const auto heads = head_gradients(n);
+    return in.part == 0 ? heads.q_turned : in.part == 1 ? heads.k_turned : heads.v_turned;
+  }
+
+  /// The inputs' gradients: a block of rows by one worker, heads in their order.
+  void inputs() {
+    const int64_t heads = used_.heads.size();
+    const int64_t row_blocks = blocks(std::max(L_, shape_.keys), kRows);
+    for (const auto& in : projections()) {
+      if (!in.dx) continue;
+      const int64_t width = in.x.width;
+      Factors<T> weights(heads, d_, width);
+      parallel_tasks(heads, [&](int64_t n, int64_t) {
+        weights.set(n, d_, in.weight + used_.heads[n] * d_ * width, width);
+      });
+      parallel_tasks(shape_.batch * row_blocks, [&](int64_t task, int64_t) {
+        const int64_t b = task / row_blocks, row = task % row_blocks * kRows;
+        const int64_t rows = std::min(kRows, given(in, b) - row);
+        if (rows <= 0) return;
+        float* dx = in.dx + (b * (in.part ? shape_.keys : L_) + row) * width;
+        for (int64_t column = 0; column < width; column += kColumns)
+          for (int64_t n = layer_.first[b]; n < layer_.first[b + 1]; ++n) {
+            const auto& factor = weights[used_.place[layer_.active[n].h]];
+            packed_gemm(rows, std::min(kColumns, width - column), d_, rows_of(in, n) + row * d_, d_,
+                        factor.column(column), factor.row_length, dx + column, width, true);
+          }
+        packed_gemm_done<T>();
+      });
+    }
+  }
+
+  /// sum [d, width] += sum over the sequences that chose the head of left' [d, rows] x [rows,
+  /// width].
+  template <typename Left>
+  void add_products(const std::vector<int64_t>& positions, const Factors<T>& right, int64_t width,
+                    int64_t ld, const Left& left, float* sum) const {
+    for (int64_t column = 0; column < width; column += kColumns)
+      for (size_t i = 0; i < positions.size(); ++i) {
+        const auto& factor = right[layer_.active[positions[i]].b];
+        const auto [data, row_length, rows] = left(i);
+        if (rows)
+          packed_gemm(d_, std::min(kColumns, width - column), sizeof(T) == 2 ? even(rows) : rows,
+                      data, row_length, factor.column(column), factor.row_length, sum + column, ld,
+                      true);
+      }
+  }
+
+  struct Left {
+    const T* data;
+    int64_t row_length, rows;
+  };
+
+  /// The weights' gradients: one worker a head and matrix, sequences in their order.
+  void weights() {
+    const auto positions = by_head(layer_.active, shape_.num_heads);
+    const int64_t batch = shape_.batch;
+    for (const auto& in : projections()) {
+      if (!in.dweight && !in.dbias && !in.row_bias) continue;
+      const int64_t width = in.x.width;
+      Factors<T> x(in.dweight ? batch : 0, in.part ? shape_.keys : L_, width);
+      if (in.dweight)
+        parallel_tasks(
+            batch, [&](int64_t b, int64_t) { x.set(b, given(in, b), in.x.at(b, 0), in.x.row); });
+      parallel_tasks(shape_.num_heads, [&](int64_t h, int64_t) {
+        auto left = [&](size_t i) -> Left {
+          const int64_t n = positions[h][i], b = layer_.active[n].b;
+          const int64_t row_length = in.part ? even(shape_.lengths[b] + shape_.added) : even(L_);
+          return {turned_of(in, n), row_length, given(in, b)};
+        };
+        if (in.dweight)
+          add_products(positions[h], x, width, width, left, in.dweight + h * d_ * width);
+        for (size_t i = 0; i < positions[h].size(); ++i) {
+          const auto [turned, row_length, rows] = left(i);
+          for (int64_t c = 0; c < d_; ++c) {
+            if (in.dbias) add_row_sum(turned + c * row_length, rows, in.dbias + h * d_ + c);
+            if (in.row_bias) in.row_bias[h * d_ + c] += float(turned[c * row_length + rows]);
+          }
+        }
+        packed_gemm_done<T>();
+      });
+    }
+    if (g_.out_weight) out_weight(positions);
+  }
+
+  /// Of head h: (weight * context)' grad_output, [d, Dout], turned into its columns of [Dout, E].
+  void out_weight(const std::vector<std::vector<int64_t>>& positions) {
+    const int64_t workers = at::get_num_threads(), ld = even(L_);
+    size_t most = 0;
+    for (const auto& list : positions) most = std::max(most, list.size());
+    Factors<T> grads(shape_.batch, L_, out_);
+    parallel_tasks(shape_.batch, [&](int64_t b, int64_t) {
+      grads.set(b, L_, grad_output_ + b * L_ * out_, out_);
+    });
+    Scratch<T> contexts(most * d_ * ld, workers);
+    Scratch<float> floats(d_ * out_ + 2 * kTransposeRows * d_, workers);
+    parallel_tasks(shape_.num_heads, [&](int64_t h, int64_t worker) {
+      if (positions[h].empty()) return;
+      float *sum = floats[worker], *tile = sum + d_ * out_;
+      std::fill_n(sum, d_ * out_, 0.f);
+      for (size_t i = 0; i < positions[h].size(); ++i) {
+        const auto& a = layer_.active[positions[h][i]];
+        T* turned = contexts[worker] + i * d_ * ld;
+        transpose_scaled(L_, d_, w_.context + a.slot * L_ * d_, d_,
+                         layer_.head_weight[a.b * shape_.num_heads + h], turned, ld, tile);
+        if (L_ < ld)
+          for (int64_t c = 0; c < d_; ++c) turned[c * ld + L_] = T(0.f);
+      }
+      auto left = [&](size_t i) -> Left { return {contexts[worker] + i * d_ * ld, ld, L_}; };
+      add_products(positions[h], grads, out_, out_, left, sum);
+      transpose(d_, out_, sum, out_, g_.out_weight + h * d_, E_);
+      packed_gemm_done<T>();
+    });
+  }
+
+  void out_bias() {
+    const int64_t rows = shape_.batch * L_;
+    parallel_tasks(blocks(out_, kColumns), [&](int64_t task, int64_t) {
+      const int64_t begin = task * kColumns, end = std::min(out_, begin + kColumns);
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t c = begin; c < end; ++c) g_.out_bias[c] += float(grad_output_[i * out_ + c]);
+    });
+  }
+
+  const Layer<T, float>& layer_;
+  const AttentionShape<float>& shape_;
+  const LayerWorkspace<const T, const float>& w_;
+  const T* grad_output_;
+  const LayerGradients<float>& g_;
+  const UsedHeads used_;
+  const int64_t L_, S_, d_, E_, out_, active_, q_size_, kv_size_;
+  const std::unique_ptr<T[]> memory_;
+};
+
+}  // namespace
+
+template <typename T>
+void layer_backward_packed(const Layer<T, float>& layer,
+                           const LayerWorkspace<const T, const float>& workspace,
+                           const T* grad_output, const LayerGradients<float>& gradients) {
+  Backward<T>(layer, workspace, grad_output, gradients).run();
+}
+
+#define HEADWISE_INSTANTIATE(T)                                                                 \
+  template void layer_backward_packed<T>(const Layer<T, float>&,                                \
+                                         const LayerWorkspace<const T, const float>&, const T*, \
+                                         const LayerGradients<float>&);
+HEADWISE_INSTANTIATE(float)
+HEADWISE_INSTANTIATE(BFloat16)
+#undef HEADWISE_INSTANTIATE
+
+}  // namespace headwise::kernels
