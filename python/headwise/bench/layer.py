@@ -158,7 +158,7 @@ def _mixed_case(settings: Settings, shape: Shape, dtype: torch.dtype) -> dict:
     randomise(gate, layer.generator)
     gate.eval()
     x, w = layer.x, layer.weights
-    mean = counts.float().mean().item()
+    mean = counts.double().mean().item()
     low = int(mean)
     kept = {heads: layer.k_heads(heads) for heads in (low, min(low + 1, shape.heads))}
 
