@@ -21,6 +21,9 @@ constexpr int kRounds = 3;
 // Batches that the running statistics remember.
 constexpr double kMemory = 50.0;
 
+// Mean of t [B]; of an empty batch 0, and not the NaN that would end a training.
+at::Tensor batch_mean(const at::Tensor& t) { return t.sym_numel() == 0 ? t.sum() : t.mean(); }
+
 // The t of each row for which sum_h sigmoid((scores - t) / temperature) = mass, by evaluating a
 // grid of candidates at once and refining around the answer: a fixed number of tensor operations,
 // no loop that depends on data, so it compiles and never waits for a device.
@@ -79,17 +82,23 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> update_statistics(const at::Tenso
                                                                  const at::Tensor& mean,
                                                                  const at::Tensor& variance,
                                                                  const at::Tensor& batches) {
+  // A batch of nothing says nothing.
+  if (features.sym_size(0) == 0) return {mean.clone(), variance.clone(), batches.clone()};
   const auto dtype = mean.scalar_type();
   const auto batch = features.detach().to(dtype);
+  // Nor does one that overflowed, as happens under mixed precision: it would spoil the statistics
+  // for good.
+  const auto sound = batch.isfinite().all();  // []
   const auto seen = batches + 1;
   const auto share = seen.reciprocal().clamp_min(1.0 / kMemory).to(dtype);  // of this batch
   const auto batch_mean = batch.mean(0);                                    // [D]
   const auto step = batch_mean - mean;
   const auto batch_variance = (batch - batch_mean).square().mean(0);
   // The variance of the mixture of what was seen before and this batch: right for a batch of one.
-  return {mean + step * share,
-          variance * (1 - share) + batch_variance * share + step.square() * (share * (1 - share)),
-          seen};
+  const auto new_variance =
+      variance * (1 - share) + batch_variance * share + step.square() * (share * (1 - share));
+  return {at::where(sound, mean + step * share, mean), at::where(sound, new_variance, variance),
+          at::where(sound, seen, batches)};
 }
 
 at::Tensor standardize(const at::Tensor& features, const at::Tensor& mean,
@@ -195,11 +204,11 @@ at::Tensor relevance_entropy(const at::Tensor& relevance) {
     return relevance.sum() * 0;
   }
   const auto log_p = at::log_softmax(relevance, 1);
-  return -(log_p.exp() * log_p).sum(1).mean() / std::log(static_cast<double>(num_heads));
+  return -batch_mean((log_p.exp() * log_p).sum(1)) / std::log(static_cast<double>(num_heads));
 }
 
 at::Tensor budget_bounds(const at::Tensor& asked, double min_budget, double max_budget) {
-  return (at::relu(min_budget - asked) + at::relu(asked - max_budget)).square().mean();
+  return batch_mean((at::relu(min_budget - asked) + at::relu(asked - max_budget)).square());
 }
 
 at::Tensor importance_start(const at::Tensor& importance, double keep, double sharpness) {

@@ -69,6 +69,8 @@ at::Tensor target_penalty(at::TensorList expected_heads, at::IntArrayRef num_hea
   TORCH_CHECK_VALUE(!expected_heads.empty() && expected_heads.size() == num_heads.size(),
                     "expected_heads and num_heads must be of one length and not empty, got ",
                     expected_heads.size(), " and ", num_heads.size());
+  // Nothing was asked of an empty batch: it misses no target.
+  if (expected_heads[0].sym_numel() == 0) return expected_heads[0].sum();
   int64_t heads = 0;
   at::Tensor expected;
   for (size_t i = 0; i < num_heads.size(); ++i) {

@@ -12,7 +12,7 @@ namespace headwise {
 at::Tensor masked_mean(const at::Tensor& x, const std::optional<at::Tensor>& key_padding_mask) {
   TORCH_CHECK_VALUE(x.dim() == 3, "x must have shape [B, L, D], got ", x.dim(), " dimensions");
   if (!key_padding_mask) {
-    return x.mean(1);
+    return x.sym_size(1) == 0 ? x.sum(1) : x.mean(1);  // no token has no mean either: zeros
   }
   const auto& mask = *key_padding_mask;
   TORCH_CHECK_VALUE(mask.dim() == 2, "key_padding_mask must have shape [B, L], got ", mask.dim(),

@@ -1,17 +1,44 @@
-// Uses headwise as a stranger would: public headers, the target headwise::headwise, nothing else.
-#include <ATen/ATen.h>
-
+// Uses headwise as a stranger would: its umbrella header, the target headwise::headwise, nothing
+// else. A layer that chooses its heads is run, pruned by a plan that went through JSON, and the
+// pruned layer must compute what the plan says.
+#include <cstdlib>
 #include <iostream>
+#include <string>
 
-#include "headwise/selection.h"
-#include "headwise/version.h"
+#include "headwise/headwise.h"
+
+namespace {
+
+void require(bool holds, const std::string& what) {
+  if (holds) return;
+  std::cerr << "consumer: " << what << '\n';
+  std::exit(1);
+}
+
+}  // namespace
 
 int main() {
-  const headwise::Selection selection = headwise::select_all(2, 3, at::TensorOptions(at::kFloat));
-  if (selection.index.sizes() != at::IntArrayRef({2, 3})) {
-    std::cerr << "select_all gave an index of shape " << selection.index.sizes() << '\n';
-    return 1;
-  }
+  torch::NoGradGuard no_grad;
+  constexpr int64_t kWidth = 32, kHeads = 4;
+  const auto x = torch::randn({2, 5, kWidth});
+
+  auto gated = headwise::MultiheadAttention(headwise::MultiheadAttentionOptions(kWidth, kHeads)
+                                                .batch_first(true)
+                                                .gate(headwise::BudgetGateOptions().budget(0.5)));
+  gated->eval();
+  const auto [y, weights] = gated->forward(x, x, x, {}, /*need_weights=*/false);
+  require(y.sizes() == x.sizes() && at::isfinite(y).all().item<bool>(), "no output");
+  require(gated->last_selection->count.eq(2).all().item<bool>(), "half of 4 heads are 2");
+
+  const auto plan = headwise::HeadPlan::from_json(
+      headwise::HeadPlan({{"layer", kHeads, {1, 3}, {1.0, 0.5}}}).to_json());
+  gated->set_gate(headwise::FixedGateOptions().scale(std::vector<double>{0.0, 1.0, 0.0, 0.5}));
+  const auto small = headwise::prune(gated, plan.layers().at(0));
+  small->eval();
+  const auto masked = std::get<0>(gated->forward(x, x, x, {}, false));
+  const auto pruned = std::get<0>(small->forward(x, x, x, {}, false));
+  require(at::allclose(masked, pruned, 1e-4, 1e-5), "the pruned layer differs from the masked one");
+
   std::cout << "headwise " << headwise::version() << ", compiled against torch "
             << headwise::compiled_torch_version() << '\n';
 }

@@ -388,3 +388,36 @@ def test_errors(build, message):
 def test_unbound_gate_says_so():
     with pytest.raises(RuntimeError, match="BudgetGate is not bound to a layer: call bind"):
         hw.BudgetGate()(torch.randn(2, 3, D))
+
+
+@pytest.mark.parametrize("gate", EVERY_GATE, ids=lambda gate: type(gate).__name__)
+@pytest.mark.parametrize("shape", [(0, 5, D), (3, 0, D), (0, 0, D)], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_batch_of_nothing_leaves_nothing_behind(gate, shape, masked):
+    torch.manual_seed(0)
+    bound = lively(gate)
+    x = torch.randn(2, 5, D)
+    mask = torch.zeros(shape[:2], dtype=torch.bool) if masked else None
+    bound.train()(x)
+    before = {name: value.clone() for name, value in bound.state_dict().items()}
+    assert_consistent(bound(torch.empty(shape), mask), shape[0])
+    assert torch.isfinite(torch.as_tensor(bound.penalty())).all()
+    for name, value in bound.state_dict().items():
+        assert torch.isfinite(value).all(), name
+        if shape[0] == 0:
+            torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+    assert_consistent(bound.eval()(torch.empty(shape), mask), shape[0])
+
+
+def test_an_input_that_overflowed_does_not_spoil_the_statistics():
+    torch.manual_seed(0)
+    bound = lively(hw.BudgetGate()).train()
+    x = torch.randn(4, 5, D)
+    bound(x)
+    before = [b.clone() for b in (bound.feature_mean, bound.feature_variance, bound.feature_batches)]
+    with pytest.raises(ValueError, match="relevance must be finite"):
+        bound(torch.where(torch.arange(D) == 3, float("inf"), x))
+    after = [bound.feature_mean, bound.feature_variance, bound.feature_batches]
+    for value, expected in zip(after, before, strict=True):
+        torch.testing.assert_close(value, expected, rtol=0, atol=0)
+    bound(x)
