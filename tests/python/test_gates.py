@@ -414,7 +414,9 @@ def test_an_input_that_overflowed_does_not_spoil_the_statistics():
     bound = lively(hw.BudgetGate()).train()
     x = torch.randn(4, 5, D)
     bound(x)
-    before = [b.clone() for b in (bound.feature_mean, bound.feature_variance, bound.feature_batches)]
+    before = [
+        b.clone() for b in (bound.feature_mean, bound.feature_variance, bound.feature_batches)
+    ]
     with pytest.raises(ValueError, match="relevance must be finite"):
         bound(torch.where(torch.arange(D) == 3, float("inf"), x))
     after = [bound.feature_mean, bound.feature_variance, bound.feature_batches]
