@@ -1,6 +1,7 @@
 // All of headwise.
 #pragma once
 
+#include "headwise/analysis.h"
 #include "headwise/attention.h"
 #include "headwise/backends.h"
 #include "headwise/dense_attention.h"
@@ -11,6 +12,7 @@
 #include "headwise/multihead_attention.h"
 #include "headwise/pruning.h"
 #include "headwise/selection.h"
+#include "headwise/statistics.h"
 #include "headwise/trace.h"
 #include "headwise/version.h"
 #include "headwise/weights.h"

@@ -1,6 +1,11 @@
 """Every input chooses how many attention heads run, and which; the others cost nothing."""
 
 from headwise import _load  # first: it registers torch.ops.headwise.*
+from headwise.ablation import Ablation, ablate_heads, keep_one_head
+from headwise.agreement import Agreement, score_agreement
+from headwise.alpha import AlphaSearch, select_alpha
+from headwise.causal import CausalHeads, causal_heads
+from headwise.confidence import ConfidencePolicy, StagedPrediction
 from headwise.convert import convert
 from headwise.gates import (
     BudgetGate,
@@ -14,44 +19,71 @@ from headwise.gates import (
     start_gates,
 )
 from headwise.importance import HeadScores, hies, score_heads
+from headwise.interaction import (
+    HeadInteractions,
+    HeadSimilarity,
+    head_interactions,
+    head_similarity,
+)
+from headwise.iterative import pruning_path
 from headwise.layers import attention_layers
 from headwise.multihead_attention import MultiheadAttention
 from headwise.plan import HeadPlan, LayerPlan, plan
-from headwise.pruning import mask, prune
+from headwise.pruning import mask, plan_from_gates, prune
+from headwise.relevance import HeadRelevance, head_relevance
 from headwise.selection import Selection, select_all, select_heads
 from headwise.serialization import load, save
 from headwise.trace import Trace, trace
 from headwise.weights import load_safetensors, read_safetensors_metadata, save_safetensors
 
 __all__ = [
+    "Ablation",
+    "Agreement",
+    "AlphaSearch",
     "BudgetGate",
+    "CausalHeads",
+    "ConfidencePolicy",
     "FixedGate",
     "Gate",
     "HardConcreteGate",
+    "HeadInteractions",
     "HeadPlan",
+    "HeadRelevance",
     "HeadScores",
+    "HeadSimilarity",
     "LayerPlan",
     "MultiheadAttention",
     "RandomGate",
     "Selection",
+    "StagedPrediction",
     "Trace",
+    "ablate_heads",
     "anneal",
     "attention_layers",
     "backends",
+    "causal_heads",
     "convert",
     "gate_from_config",
+    "head_interactions",
+    "head_relevance",
+    "head_similarity",
     "hies",
+    "keep_one_head",
     "load",
     "load_safetensors",
     "mask",
     "penalty",
     "plan",
+    "plan_from_gates",
     "prune",
+    "pruning_path",
     "read_safetensors_metadata",
     "save",
     "save_safetensors",
+    "score_agreement",
     "score_heads",
     "select_all",
+    "select_alpha",
     "select_heads",
     "start_gates",
     "trace",

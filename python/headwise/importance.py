@@ -7,10 +7,7 @@ of the heads go; ``entropy`` and ``confidence`` need no loss to make sense but s
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from headwise import _C
-from headwise.convert import convert
-from headwise.layers import attention_layers
+from headwise.intervention import converted, probing, with_progress
 from headwise.multihead_attention import AttentionProbe, MultiheadAttention
 
 __all__ = ["HeadScores", "hies", "score_heads"]
@@ -159,15 +155,14 @@ def score_heads(
             wrong shape, or one that does not depend on the heads.
     """
     _check(metrics, absolute, alpha, scope)
-    if not attention_layers(model):
-        model = convert(copy.deepcopy(model))
+    model = converted(model)
     recorder = _Recorder(
         gradients=bool({"michel", "hies"} & set(metrics)),
         statistics=bool({"entropy", "confidence", "hies"} & set(metrics)),
     )
     count = 0
-    with _probed(model, recorder):
-        for batch in _with_progress(batches, progress):
+    with probing(model, recorder):
+        for batch in with_progress(batches, "scoring heads", "batch", progress):
             recorder.run(model, batch, loss_fn)
             count += 1
     if count == 0:
@@ -200,16 +195,6 @@ def _check(metrics: Sequence[str], absolute: str, alpha: float, scope: str) -> N
         raise ValueError(f"alpha must be in [0, 1], got {alpha}")
     if scope not in ("layer", "global"):
         raise ValueError(f"scope must be 'layer' or 'global', got {scope!r}")
-
-
-def _with_progress(batches: Iterable[Any], progress: bool | None) -> Iterable[Any]:
-    if progress is None:
-        progress = sys.stderr.isatty()
-    if not progress:
-        return batches
-    from tqdm import tqdm
-
-    return tqdm(batches, desc="scoring heads", unit="batch", leave=False)
 
 
 class _Recorder:
@@ -281,21 +266,3 @@ def _with_added_keys(mask: Tensor | None, keys: int) -> Tensor | None:
     if mask is None or mask.size(-1) in (1, keys):
         return mask
     return torch.nn.functional.pad(mask, (0, keys - mask.size(-1)))
-
-
-@contextlib.contextmanager
-def _probed(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
-    layers = attention_layers(model)
-    recorder.names = {id(layer): name for name, layer in layers.items()}
-    modes = [(module, module.training) for module in model.modules()]
-    probes = [(layer, layer._probe) for layer in layers.values()]
-    try:
-        model.eval()
-        for layer in layers.values():
-            layer._probe = recorder
-        yield
-    finally:
-        for layer, probe in probes:
-            layer._probe = probe
-        for module, training in modes:
-            module.training = training

@@ -12,10 +12,10 @@ from headwise.layers import attention_layers, replace_module
 from headwise.multihead_attention import MultiheadAttention
 from headwise.plan import HeadPlan, LayerPlan
 
-__all__ = ["mask", "prune"]
+__all__ = ["mask", "plan_from_gates", "prune"]
 
 
-def prune(model: nn.Module, plan: HeadPlan, *, inplace: bool = False) -> nn.Module:
+def prune(model: nn.Module, plan: HeadPlan | None = None, *, inplace: bool = False) -> nn.Module:
     """Removes the heads that ``plan`` drops from the weights of ``model``.
 
     A kept head's rows of the query, key and value projections and its columns of the output
@@ -26,9 +26,12 @@ def prune(model: nn.Module, plan: HeadPlan, *, inplace: bool = False) -> nn.Modu
     not name are left as they are. Parameters of pruned layers are new: build the optimizer after.
 
     Args:
-        model: a converted model. Its gates must be None or :class:`~headwise.FixedGate`, which the
-            plan replaces, as in :func:`mask`.
+        model: a converted model. The gates of the layers that are pruned must choose the same heads
+            for every input (:class:`~headwise.FixedGate`, a trained static
+            :class:`~headwise.HardConcreteGate`); the plan replaces them, as in :func:`mask`.
         plan: which heads of which layer stay, by the names of :func:`headwise.attention_layers`.
+            None: what the model's gates choose (:func:`plan_from_gates`), so that trained static
+            gates are compacted in one call.
         inplace: change ``model`` itself instead of a copy.
 
     Returns:
@@ -38,9 +41,10 @@ def prune(model: nn.Module, plan: HeadPlan, *, inplace: bool = False) -> nn.Modu
         ValueError: the plan names a layer that is not there or has another number of heads, or a
             layer it prunes has a gate that chooses for each input. ``model`` is then unchanged.
     """
+    plan = plan_from_gates(model) if plan is None else plan
     _check(model, plan)
     for name, layer in attention_layers(model).items():
-        if name in _names(plan) and not isinstance(layer.gate, (FixedGate, type(None))):
+        if name in _names(plan) and layer.gate is not None and layer.gate.static_weight() is None:
             raise ValueError(
                 f"layer '{name}' has a {type(layer.gate).__name__}, which chooses among the heads "
                 f"it was trained with: take it out first (layer.set_gate(None))"
@@ -77,6 +81,35 @@ def mask(model: nn.Module, plan: HeadPlan) -> nn.Module:
         layer.set_gate(FixedGate(scale=scale))
         layer.gate.train(layer.training)
     return model
+
+
+def plan_from_gates(model: nn.Module) -> HeadPlan:
+    """The plan that the static gates of ``model`` amount to in evaluation.
+
+    A head's scale is the weight that its gate gives it (of a trained hard-concrete gate, its value
+    in (0, 1]); heads of weight 0 are dropped. Layers without a gate are not in the plan.
+    ``prune(model)`` applies it.
+
+    Raises:
+        ValueError: no layer has a gate, or one has a gate whose choice depends on the input.
+    """
+    entries = []
+    for name, layer in attention_layers(model).items():
+        if layer.gate is None:
+            continue
+        weight = layer.gate.static_weight()  # [H]
+        if weight is None:
+            raise ValueError(
+                f"layer '{name}' has a {type(layer.gate).__name__}, whose choice depends on the "
+                "input: no plan does what it does"
+            )
+        weights = weight.double().tolist()
+        heads = [head for head, value in enumerate(weights) if value != 0.0]
+        scale = [weights[head] for head in heads]
+        entries.append(LayerPlan(name, layer.num_heads, heads, scale))
+    if not entries:
+        raise ValueError("model must have gates to make a plan from, got none")
+    return HeadPlan(entries, "gates")
 
 
 def _names(plan: HeadPlan) -> set[str]:

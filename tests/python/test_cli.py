@@ -169,9 +169,7 @@ def score_and_prune(tmp_path, model, texts, capsys) -> dict:
 
 def test_score_and_prune(tmp_path, tiny_texts, capsys):
     model = write_model(tmp_path / "model")
-    config = json.loads((model / "config.json").read_text())
-    config.update(id2label={"0": "down", "1": "up"}, label2id={"down": 0, "up": 1})
-    (model / "config.json").write_text(json.dumps(config))
+    known_labels(model)
     result = score_and_prune(tmp_path, model, tiny_texts, capsys)
     assert result["texts"] == 64
     assert [len(heads) for heads in result["scores"]["michel"].values()] == [4, 4]
@@ -186,6 +184,70 @@ def test_score_and_prune(tmp_path, tiny_texts, capsys):
     # A folder that headwise wrote is a model too.
     arguments = ["--model", tmp_path / "small", "--data", tiny_texts, "--text", "review"]
     assert main(["score", *map(str, arguments), "--label", "mood", "--limit", "16"]) == 0
+
+
+def known_labels(model) -> None:
+    """The model's classes are those of the tiny texts."""
+    config = json.loads((model / "config.json").read_text())
+    config.update(id2label={"0": "down", "1": "up"}, label2id={"down": 0, "up": 1})
+    (model / "config.json").write_text(json.dumps(config))
+
+
+def test_scores_by_searches(tmp_path, tiny_texts, capsys):
+    model = write_model(tmp_path / "model")
+    known_labels(model)
+    arguments = ["score", "--model", model, "--data", tiny_texts, "--text", "review"]
+    arguments += ["--label", "mood", "--limit", "16", "--keep", "0.5", "--out", tmp_path / "out"]
+    arguments += ["--journal", tmp_path / "steps"]
+    metrics = ["lrp", "ablation", "entropy", "all-but-one"]
+    assert main([*map(str, arguments), "--metrics", *metrics]) == 0
+    assert "lrp: conservation error" in capsys.readouterr().out
+    result = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert list(result["scores"]) == metrics
+    assert result["details"]["lrp"]["conservation_error"] < 1e-4
+    p_values = [p for row in result["details"]["ablation"]["p_value"].values() for p in row]
+    assert len(p_values) == 8 and all(0 < p <= 1 for p in p_values)
+    assert {path.name for path in (tmp_path / "out").glob("plan-*")} == {
+        "plan-lrp.json", "plan-ablation.json", "plan-all-but-one.json",
+    }  # fmt: skip
+    assert {path.name for path in (tmp_path / "steps").iterdir()} == {
+        "ablation.jsonl", "all-but-one.jsonl",
+    }  # fmt: skip
+
+
+def test_prune_finds_heads_itself(tmp_path, tiny_texts, capsys):
+    model = write_model(tmp_path / "model")
+    known_labels(model)
+    arguments = ["prune", "--model", model, "--data", tiny_texts, "--text", "review"]
+    arguments += ["--label", "mood", "--limit", "16", "--keep", "0.25", "--out", tmp_path / "small"]
+    arguments += ["--exact", "--step", "0.5", "--journal", tmp_path / "steps"]
+    assert main([str(argument) for argument in arguments]) == 0
+    assert "heads 8 -> 2" in capsys.readouterr().out
+    plan = hw.HeadPlan.load(tmp_path / "small" / "plan.json")
+    assert plan.heads_kept == 2 and plan.metadata["exact"]
+    small = hw.load(tmp_path / "small")
+    assert [layer.num_heads for layer in hw.attention_layers(small).values()] == [
+        len(entry.heads) for entry in plan.layers
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ([], "prune needs --plan FILE or --keep SHARE, one of the two"),
+        (
+            ["--keep", "0.5", "--plan", "p"],
+            "prune needs --plan FILE or --keep SHARE, one of the two",
+        ),
+        (["--keep", "0.5"], "--keep scores heads on labelled texts, so it needs --data FILE"),
+        (["--plan", "p", "--exact"], "--exact is a way of finding heads, so it needs --keep, not"),
+    ],
+)
+def test_prune_needs_a_plan_or_texts(tmp_path, tiny_model, capsys, arguments, complaint):
+    message = fails(
+        capsys, 2, "prune", "--model", tiny_model, "--out", tmp_path / "small", *arguments
+    )
+    assert message.startswith(f"headwise prune: {complaint}")
 
 
 def test_score_refuses_labels_that_the_model_does_not_know(tmp_path, tiny_texts, capsys):

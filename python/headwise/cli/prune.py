@@ -1,54 +1,79 @@
-"""``headwise prune``: removes the heads that a plan drops from a model, for good."""
+"""``headwise prune``: removes heads from a model, for good: by a plan, or found on texts."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from headwise.cli.common import add_common, use_device, use_threads, writable_file
+from headwise.cli.common import add_common, share, use_device, use_threads, writable_file
+from headwise.cli.score import ONE_PASS
+from headwise.cli.texts import add_texts, journal, labelled_texts
 from headwise.compare.errors import UsageError
 
 
 def add_parser(commands) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "prune",
-        help="remove the heads that a plan drops from a model",
-        description="Removes the heads that a plan drops from the weights of a model and writes "
-        "the smaller model to --out (read it with headwise.load).",
+        help="remove heads from a model",
+        description="Removes the heads that a plan drops from the weights of a model, or with "
+        "--keep and --data those that matter least on labelled texts, and writes the smaller model "
+        "to --out (read it with headwise.load).",
     )
     parser.add_argument(
         "--model", type=Path, required=True, metavar="DIR", help="a transformers BERT"
     )
+    parser.add_argument("--plan", type=Path, metavar="FILE", help="from 'headwise score --keep'")
     parser.add_argument(
-        "--plan", type=Path, required=True, metavar="FILE", help="from 'headwise score --keep'"
+        "--keep", type=share, metavar="SHARE", help="instead of --plan: the share of heads to keep"
     )
+    parser.add_argument(
+        "--metric", choices=ONE_PASS, default="michel", help="what --keep ranks by (michel)"
+    )
+    parser.add_argument(
+        "--exact", action="store_true", help="score the heads that are left anew after every step"
+    )
+    parser.add_argument(
+        "--step",
+        type=share,
+        default=0.1,
+        metavar="SHARE",
+        help="share of all heads that a step of --exact removes (default: 0.1)",
+    )
+    add_texts(parser, required=False)
     add_common(parser, out=None)
     return parser
 
 
 def run(options: argparse.Namespace) -> None:
+    import torch
+
     import headwise as hw
     from headwise.compare.models import load_tokenizer, load_trained
     from headwise.compare.store import write_json
 
-    if options.out is None:
-        raise UsageError("prune needs --out DIR for the smaller model")
-    if options.out.resolve() == options.model.resolve():
-        raise UsageError("--out must not be the folder of the model that is pruned")
-    if not options.plan.is_file():
-        raise UsageError(f"there is no plan {options.plan}")
-    writable_file(options.json)
-    writable_file(options.out.parent / "out" if not options.out.exists() else None)
+    _check(options)
     device = use_device(options.device)
     use_threads(options.threads)
+    torch.manual_seed(options.seed)
+    plan = _load_plan(options.plan) if options.plan is not None else None
+    model = load_trained(options.model).to(device).eval()
     try:
-        plan = hw.HeadPlan.load(options.plan)
-    except ValueError as error:
-        raise UsageError(f"{options.plan} is not a plan: {error}") from None
-    model = load_trained(options.model).to(device)
-    try:
+        if plan is None:
+            texts = labelled_texts(options, model, device)
+            plan = hw.pruning_path(
+                model,
+                texts.batches,
+                texts.loss,
+                options.keep,
+                step=options.step if options.exact else 1.0,
+                exact=options.exact,
+                metric=options.metric,
+                journal=journal(options, "pruning"),
+            )[-1]
         small = hw.prune(model, plan)
         hw.save(small, options.out, tokenizer=load_tokenizer(options.model))
+        if options.plan is None:
+            plan.save(options.out / "plan.json")
     except ValueError as error:
         raise UsageError(str(error)) from None
 
@@ -74,3 +99,29 @@ def run(options: argparse.Namespace) -> None:
     )
     if options.json is not None:
         write_json(options.json, result)
+
+
+def _check(options: argparse.Namespace) -> None:
+    if options.out is None:
+        raise UsageError("prune needs --out DIR for the smaller model")
+    if options.out.resolve() == options.model.resolve():
+        raise UsageError("--out must not be the folder of the model that is pruned")
+    if (options.plan is None) == (options.keep is None):
+        raise UsageError("prune needs --plan FILE or --keep SHARE, one of the two")
+    if options.keep is not None and options.data is None:
+        raise UsageError("--keep scores heads on labelled texts, so it needs --data FILE")
+    if options.plan is not None and options.exact:
+        raise UsageError("--exact is a way of finding heads, so it needs --keep, not --plan")
+    if options.plan is not None and not options.plan.is_file():
+        raise UsageError(f"there is no plan {options.plan}")
+    writable_file(options.json)
+    writable_file(options.out.parent / "out" if not options.out.exists() else None)
+
+
+def _load_plan(path: Path):
+    import headwise as hw
+
+    try:
+        return hw.HeadPlan.load(path)
+    except ValueError as error:
+        raise UsageError(f"{path} is not a plan: {error}") from None

@@ -5,17 +5,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from headwise.cli.common import (
-    add_common,
-    positive,
-    share,
-    use_device,
-    use_threads,
-    writable_file,
-)
+from headwise.cli.common import add_common, share, use_device, use_threads, writable_file
+from headwise.cli.texts import LabelledTexts, add_texts, journal, labelled_texts
 from headwise.compare.errors import UsageError
 
-METRICS = ("michel", "entropy", "confidence", "hies")
+#: From one pass over the texts.
+ONE_PASS = ("michel", "entropy", "confidence", "hies")
+#: From searches of their own.
+SEARCHES = ("ablation", "all-but-one", "lrp", "causal")
+#: Of these --keep makes no plan: they say what heads do, not how much that matters.
+DESCRIPTIVE = ("entropy", "confidence")
 
 
 def add_parser(commands) -> argparse.ArgumentParser:
@@ -28,41 +27,28 @@ def add_parser(commands) -> argparse.ArgumentParser:
     parser.add_argument(
         "--model", type=Path, required=True, metavar="DIR", help="a fine-tuned transformers BERT"
     )
-    parser.add_argument(
-        "--data", type=Path, required=True, metavar="FILE", help="labelled texts: .csv or .jsonl"
-    )
-    parser.add_argument("--text", default="text", metavar="COLUMN", help="default: text")
-    parser.add_argument("--label", default="label", metavar="COLUMN", help="default: label")
+    add_texts(parser, required=True)
     parser.add_argument(
         "--metrics",
         nargs="+",
-        choices=METRICS,
+        choices=ONE_PASS + SEARCHES,
         default=["michel", "entropy", "hies"],
-        help="default: michel entropy hies",
+        help="default: michel entropy hies; ablation, all-but-one and causal take a pass over the "
+        "texts for every head or step",
     )
     parser.add_argument(
         "--keep", type=share, metavar="SHARE", help="also write a plan that keeps this share"
     )
-    parser.add_argument(
-        "--limit", type=positive, default=512, metavar="N", help="texts (default: 512)"
-    )
-    parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="default: 32")
-    parser.add_argument("--max-length", type=positive, default=128, metavar="N", help="tokens")
     add_common(parser, out=None)
     return parser
 
 
 def run(options: argparse.Namespace) -> None:
-    import random
-
     import torch
-    from torch.nn import functional as F
 
     import headwise as hw
-    from headwise.compare.examples import encode
-    from headwise.compare.models import load_tokenizer, load_trained
+    from headwise.compare.models import load_trained
     from headwise.compare.store import writable_folder, write_json
-    from headwise.compare.tasks import task_from_file
 
     if options.keep is not None and options.out is None:
         raise UsageError("--keep writes plans, so it needs --out DIR")
@@ -72,49 +58,67 @@ def run(options: argparse.Namespace) -> None:
     device = use_device(options.device)
     use_threads(options.threads)
     torch.manual_seed(options.seed)
-    model = load_trained(options.model).to(device)
-    task = task_from_file(options.data, options.text, options.label)
-    classes = model.config.num_labels
-    if len(task.classes) > classes:
-        raise UsageError(
-            f"{options.data} has {len(task.classes)} different labels, but the model in "
-            f"{options.model} was trained for {classes}"
-        )
-    task = task.with_labels_of(model.config.label2id)
-    rows = list(range(len(task)))
-    random.Random(options.seed).shuffle(rows)
-    tokenizer = load_tokenizer(options.model)
-    examples = encode(task, rows[: options.limit], tokenizer, options.max_length)
-
-    def loss(model, batch):
-        batch = batch.to(device)
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-        return F.cross_entropy(logits.float(), batch.labels, reduction="none")  # [B]
-
-    batches = list(examples.in_order(options.batch_size))
-    scores = hw.score_heads(model.eval(), batches, loss, metrics=options.metrics)
+    model = load_trained(options.model).to(device).eval()
+    texts = labelled_texts(options, model, device)
+    scores, details = _score(options, model, texts)
     result = {
         "model": str(options.model),
-        "data": options.data.name,
-        "texts": len(examples),
+        "data": texts.name,
+        "texts": texts.count,
         "scores": {
             metric: {name: values.tolist() for name, values in found.values.items()}
             for metric, found in scores.items()
         },
     }
+    if details:
+        result["details"] = details
     for metric, found in result["scores"].items():
         print(f"{metric}\n{table(found)}\n")
+    if "lrp" in details:
+        print(f"lrp: conservation error {details['lrp']['conservation_error']:.1e}\n")
     if options.json is not None:
         write_json(options.json, result)
     if options.out is not None:
         write_json(options.out / "scores.json", result)
         print(f"wrote {options.out / 'scores.json'}")
         for metric in options.metrics if options.keep is not None else ():
-            # Entropy says how spread attention is, not how much a head matters.
-            if metric in ("michel", "hies"):
+            if metric not in DESCRIPTIVE:
                 path = options.out / f"plan-{metric}.json"
                 hw.plan(scores[metric], keep=options.keep).save(path)
                 print(f"wrote {path}")
+
+
+def _score(options: argparse.Namespace, model, texts: LabelledTexts) -> tuple[dict, dict]:
+    """metric -> scores, in the order asked for, and what more is known of each."""
+    import headwise as hw
+
+    wanted = list(dict.fromkeys(options.metrics))
+    one_pass = [metric for metric in wanted if metric in ONE_PASS]
+    scores = hw.score_heads(model, texts.batches, texts.loss, metrics=one_pass) if one_pass else {}
+    details: dict[str, dict] = {}
+    for metric in wanted:
+        if metric in ("ablation", "all-but-one"):
+            search = hw.ablate_heads if metric == "ablation" else hw.keep_one_head
+            kept = journal(options, metric)
+            found = search(model, texts.batches, texts.loss, seed=options.seed, journal=kept)
+            details[metric] = {
+                "loss": found.losses.mean().item(),
+                "p_value": {name: p.tolist() for name, p in found.p_value.items()},
+            }
+        elif metric == "lrp":
+            found = hw.head_relevance(model, texts.batches, texts.logits)
+            details[metric] = {
+                "conservation_error": found.conservation_error,
+                "bias_share": found.bias_share,
+            }
+        elif metric == "causal":
+            kept = journal(options, metric)
+            found = hw.causal_heads(model, texts.batches, texts.loss, journal=kept)
+            details[metric] = {"roles": found.roles()}
+        else:
+            continue
+        scores[metric] = found.scores
+    return {metric: scores[metric] for metric in wanted}, details
 
 
 def table(scores: dict[str, list[float]]) -> str:

@@ -21,7 +21,7 @@ from headwise.layers import attention_layers
 
 #: Static gates become a plan, and dynamic gates choose hard, for the last part of training.
 HARD_FROM = 0.75
-#: Weights of entropy that hies is tried with; validation texts choose.
+#: Shares of importance that hies is tried with; validation texts choose.
 _ALPHAS = (0.25, 0.5, 0.75, 0.9)
 
 
@@ -71,14 +71,15 @@ def _hies_plan(bench: Workbench, keep: float) -> hw.HeadPlan:
     if ("hies", keep) in bench.plans:
         return bench.plans["hies", keep]
     scores = bench.scores()
-    best, best_accuracy = None, -1.0
-    for alpha in _ALPHAS:
-        plan = hw.plan(hw.hies(scores["michel"], scores["entropy"], alpha=alpha), keep=keep)
-        reached = bench.validation_accuracy(hw.prune(bench.converted(), plan))
-        if reached > best_accuracy:
-            best, best_accuracy = plan, reached
-    bench.plans["hies", keep] = best
-    return best
+    found = hw.select_alpha(
+        scores["michel"],
+        scores["entropy"],
+        lambda plan: bench.validation_accuracy(hw.prune(bench.converted(), plan)),
+        keep,
+        alphas=_ALPHAS,
+    )
+    bench.plans["hies", keep] = found.plan
+    return found.plan
 
 
 Planner = Callable[[Workbench, float], "hw.HeadPlan"]

@@ -67,13 +67,9 @@ def paired_difference(
             "first and second must have the same shape [N], N > 0, "
             f"got {list(first.shape)} and {list(second.shape)}"
         )
-    difference = first.double() - second.double()  # [N]
-    generator = torch.Generator().manual_seed(seed)
-    count = len(difference)
-    draws = (torch.randint(count, (count,), generator=generator) for _ in range(resamples))
-    means = torch.stack([difference[draw].mean() for draw in draws])  # [resamples]
-    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
-    return difference.mean().item(), low, high
+    difference = (first.double() - second.double()).unsqueeze(0)  # [1, N]
+    mean, low, high, _ = torch.ops.headwise.paired_bootstrap(difference, resamples, seed)
+    return mean.item(), low.item(), high.item()
 
 
 def mean_jaccard_distance(chosen: Tensor, limit: int = 512, seed: int = 0) -> float:

@@ -107,6 +107,13 @@ class Gate(nn.Module):
         """
         raise NotImplementedError
 
+    def static_weight(self) -> Tensor | None:
+        """``[H]``: the weights that evaluation gives the heads of every input, 0 = does not run.
+
+        None where they depend on the input.
+        """
+        return None
+
     def penalty(self) -> Tensor:
         """The gate's regulariser for the last training forward: a scalar, 0 where it has none.
 

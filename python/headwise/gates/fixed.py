@@ -103,6 +103,9 @@ class FixedGate(Gate):
             dtype=dtype,
         ).train(self.training)
 
+    def static_weight(self) -> Tensor:
+        return self.scale
+
     def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Selection:
         self._check_bound(x)
         weight = self.scale.to(x.dtype).expand(x.size(0), -1)  # [B, H]

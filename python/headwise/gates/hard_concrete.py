@@ -159,6 +159,24 @@ class HardConcreteGate(TargetedGate):
         # P(open) is 1/2 where the relevance is 0.
         self.log_alpha.copy_(relevance + self.beta * math.log(-self.gamma / self.zeta))
 
+    @torch.no_grad()
+    def static_weight(self) -> Tensor | None:
+        if self.input_dependent:
+            return None
+        _, _, weight, _ = _ops.hard_concrete_select(
+            self.log_alpha.unsqueeze(0),  # [1, H]
+            None,
+            self.progress,
+            False,
+            False,
+            self.hard_from,
+            self.beta,
+            self.gamma,
+            self.zeta,
+            self.kept_weight == "one",
+        )
+        return weight.squeeze(0)
+
     def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Selection:
         self._check_bound(x)
         if self.input_dependent:

@@ -1,0 +1,63 @@
+// Formulas of the analyses of heads: relevance propagation, causal gates, confidence.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <string_view>
+#include <tuple>
+
+#include "headwise/export.h"
+
+namespace headwise {
+
+/// `value` = f(x) as if f were multiplication by a constant: its derivative is value / x (0 where x
+/// is 0). Gradient times input then hands on all relevance of an elementwise f with f(0) = 0.
+/// @param x, value floating, of one shape
+HEADWISE_API at::Tensor held_slope(const at::Tensor& x, const at::Tensor& value);
+
+/// Layer norm with its standard deviation and its weight held constant (the LN rule of Ali et al.
+/// 2022, arXiv 2202.07304): linear in x and bias.
+/// @param x floating [..., D]; weight, bias [D], may be undefined
+HEADWISE_API at::Tensor held_layer_norm(const at::Tensor& x,
+                                        const std::optional<at::Tensor>& weight,
+                                        const std::optional<at::Tensor>& bias, double eps);
+
+/// Relevance of a layer's heads: the sum over tokens and width of context * gradient, as shares of
+/// the sum of its absolute values over the heads of the layer (zeros where that is 0).
+/// @param context, gradient floating [B, H, L, d]
+/// @returns float64 [B, H]
+HEADWISE_API at::Tensor relevance_shares(const at::Tensor& context, const at::Tensor& gradient);
+
+/// Regulariser of causal head gating (arXiv 2505.13737): -strength * sum clip(logits, -limit,
+/// limit); strength > 0 opens gates that the loss does not need closed, < 0 closes those it does
+/// not need open.
+/// @param logits floating [T] @returns []
+HEADWISE_API at::Tensor causal_penalty(const at::Tensor& logits, double strength, double limit);
+
+/// What heads do, from their gates under strength > 0 (`raised`) and < 0 (`lowered`): facilitating
+/// min(raised, lowered), interfering 1 - max(raised, lowered), irrelevant |raised - lowered|. The
+/// three sum to 1.
+/// @param raised, lowered floating [T], in [0, 1]
+/// @returns facilitating, interfering, irrelevant: [T] each
+HEADWISE_API std::tuple<at::Tensor, at::Tensor, at::Tensor> causal_roles(const at::Tensor& raised,
+                                                                         const at::Tensor& lowered);
+
+/// How sure a prediction is, in [0, 1].
+/// @param logits floating [B, C], C >= 2
+/// @param measure "probability": the largest softmax probability; "margin": the largest less the
+///        second; "entropy": 1 - entropy / ln C
+/// @returns [B]
+HEADWISE_API at::Tensor prediction_confidence(const at::Tensor& logits, std::string_view measure);
+
+/// The largest threshold under which examples that pass through S stages, and stop at the first
+/// whose confidence reaches it, cost at most `limit` on average. Cost never falls as the threshold
+/// rises.
+/// @param confidence float64 [S - 1, N]: after each stage but the last, which is always final
+/// @param cost float64 [S, N]: of each stage alone, not negative
+/// @returns the threshold: one of the confidences, or infinity where nothing need stop
+/// @throws c10::ValueError where `limit` is under the mean cost of the first stage
+HEADWISE_API double confidence_threshold(const at::Tensor& confidence, const at::Tensor& cost,
+                                         double limit);
+
+}  // namespace headwise

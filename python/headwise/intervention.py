@@ -1,0 +1,145 @@
+"""Changing what heads contribute, and seeing what that does to a model's losses."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headwise.convert import convert
+from headwise.gates import FixedGate
+from headwise.layers import attention_layers
+from headwise.selection import Selection
+
+__all__ = ["evaluating", "example_losses", "scaled_heads"]
+
+LossFunction = Callable[[nn.Module, Any], Tensor]
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """``model`` in evaluation mode; its modules' modes are afterwards as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield model.eval()
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextlib.contextmanager
+def probing(model: nn.Module, recorder: Any) -> Iterator[None]:
+    """``model`` in evaluation mode with ``recorder`` as the probe of all its layers.
+
+    The recorder is called with each layer and its :class:`AttentionProbe`; its ``names`` is set to
+    the names of the layers by their ``id``.
+    """
+    layers = attention_layers(model)
+    recorder.names = {id(layer): name for name, layer in layers.items()}
+    probes = [(layer, layer._probe) for layer in layers.values()]
+    with evaluating(model):
+        try:
+            for layer in layers.values():
+                layer._probe = recorder
+            yield
+        finally:
+            for layer, probe in probes:
+                layer._probe = probe
+
+
+def converted(model: nn.Module) -> nn.Module:
+    """``model``, or a converted copy where it has no headwise attention yet."""
+    return model if attention_layers(model) else convert(copy.deepcopy(model))
+
+
+@contextlib.contextmanager
+def scaled_heads(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """A factor for every head's output, for as long as the context lasts.
+
+    Yields layer name -> float ``[H]``, ones at first, to be written in place or replaced by other
+    tensors ``[H]``, differentiable ones too. A head whose factor is 0 does not run. Where a layer
+    has a gate, the factors multiply the weights that it gives: a head that it did not choose stays
+    off.
+    """
+    layers = attention_layers(model)
+    scales = {
+        name: torch.ones(layer.num_heads, device=layer.out_proj.weight.device)
+        for name, layer in layers.items()
+    }
+    handles, ungated = [], []
+    try:
+        for name, layer in layers.items():
+            if layer.gate is None:
+                layer.set_gate(FixedGate())
+                layer.gate.train(layer.training)
+                ungated.append(layer)
+            handles.append(layer.gate.register_forward_hook(_scaling(scales, name)))
+        yield scales
+    finally:
+        for handle in handles:
+            handle.remove()
+        for layer in ungated:
+            layer.set_gate(None)
+
+
+def _scaling(scales: dict[str, Tensor], name: str) -> Callable:
+    def scale(gate: nn.Module, inputs: tuple, selection: Selection) -> Selection:
+        factor = scales[name]  # [H]
+        weight = selection.weight * factor.to(selection.weight.dtype)  # [B, H]
+        if factor.requires_grad:  # the gradient of a factor at 0 needs the head to run
+            return selection._replace(weight=weight)
+        index, count = torch.ops.headwise.select_nonzero(weight)
+        return selection._replace(index=index, count=count, weight=weight)
+
+    return scale
+
+
+@torch.no_grad()
+def example_losses(model: nn.Module, batches: Iterable[Any], loss_fn: LossFunction) -> Tensor:
+    """float64 ``[N]``: the loss of every example, on the CPU.
+
+    Raises:
+        ValueError: no batches, or a loss that is not a finite vector of one loss an example.
+    """
+    found = []
+    for batch in batches:
+        loss = loss_fn(model, batch)
+        if not isinstance(loss, Tensor) or loss.dim() != 1:
+            raise ValueError(
+                "loss_fn must return one loss an example [B], got "
+                + (f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss))
+            )
+        found.append(loss.double().cpu())
+    losses = torch.cat(found) if found else torch.empty(0)
+    if losses.numel() == 0:
+        raise ValueError("batches must not be empty: there is nothing to measure heads on")
+    if not torch.isfinite(losses).all():
+        raise ValueError("loss_fn must return a finite loss, got NaN or infinity")
+    return losses
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A short name of a model's weights, by which a search that is resumed knows them."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def with_progress(items: Iterable[Any], what: str, unit: str, show: bool | None) -> Iterable[Any]:
+    """``items`` behind a progress bar on stderr; None: where that is a terminal."""
+    if show is None:
+        show = sys.stderr.isatty()
+    if not show:
+        return items
+    from tqdm import tqdm
+
+    return tqdm(items, desc=what, unit=unit, leave=False)

@@ -1,0 +1,85 @@
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "headwise/analysis.h"
+
+namespace headwise {
+
+at::Tensor prediction_confidence(const at::Tensor& logits, std::string_view measure) {
+  TORCH_CHECK_VALUE(logits.dim() == 2 && logits.size(1) >= 2,
+                    "logits must be [B, C] of at least 2 classes, got ", logits.sizes());
+  const at::Tensor logs = logits.log_softmax(1);  // [B, C]
+  if (measure == "probability") return logs.amax(1).exp();
+  if (measure == "margin") {
+    const at::Tensor two = std::get<0>(logs.exp().topk(2, 1));
+    return two.select(1, 0) - two.select(1, 1);
+  }
+  TORCH_CHECK_VALUE(measure == "entropy",
+                    "measure must be 'probability', 'margin' or 'entropy', got '", measure, "'");
+  // A class of probability 0 adds nothing, though its logarithm is minus infinity.
+  const at::Tensor p = logs.exp();
+  const at::Tensor entropy = -(p * logs.masked_fill(p.eq(0), 0)).sum(1);
+  return (1 - entropy / std::log(static_cast<double>(logits.size(1)))).clamp(0, 1);
+}
+
+double confidence_threshold(const at::Tensor& confidence, const at::Tensor& cost, double limit) {
+  TORCH_CHECK_VALUE(cost.dim() == 2 && cost.size(0) >= 1 && cost.size(1) >= 1,
+                    "cost must be [S, N] of at least one stage and example, got ", cost.sizes());
+  TORCH_CHECK_VALUE(confidence.dim() == 2 && confidence.size(0) == cost.size(0) - 1 &&
+                        confidence.size(1) == cost.size(1),
+                    "confidence must be [S - 1, N] = [", cost.size(0) - 1, ", ", cost.size(1),
+                    "], got ", confidence.sizes());
+  const auto sure = confidence.detach().to(at::kCPU, at::kDouble).contiguous();
+  const auto price = cost.detach().to(at::kCPU, at::kDouble).contiguous();
+  TORCH_CHECK_VALUE(at::isfinite(sure).all().item<bool>() && at::isfinite(price).all().item<bool>(),
+                    "confidence and cost must be finite, got NaN or infinity");
+  TORCH_CHECK_VALUE(price.ge(0).all().item<bool>(), "cost must not be negative");
+  const auto c = sure.accessor<double, 2>(), p = price.accessor<double, 2>();
+  const int64_t stages = price.size(0), examples = price.size(1);
+
+  const auto mean_cost = [&](double threshold) {
+    double sum = 0;
+    for (int64_t n = 0; n < examples; ++n) {
+      for (int64_t s = 0; s < stages; ++s) {
+        sum += p[s][n];
+        if (s + 1 < stages && c[s][n] >= threshold) break;
+      }
+    }
+    return sum / static_cast<double>(examples);
+  };
+
+  std::vector<double> candidates(sure.const_data_ptr<double>(),
+                                 sure.const_data_ptr<double>() + sure.numel());
+  std::sort(candidates.begin(), candidates.end());
+  candidates.erase(std::unique(candidates.begin(), candidates.end()), candidates.end());
+  candidates.push_back(std::numeric_limits<double>::infinity());
+  const double least = mean_cost(candidates.front());
+  TORCH_CHECK_VALUE(least <= limit, "limit must be at least ", least,
+                    ", what the first stage costs, got ", limit);
+  // The first candidate that costs too much; the one before is the answer.
+  const auto over = std::partition_point(candidates.begin(), candidates.end(),
+                                         [&](double t) { return mean_cost(t) <= limit; });
+  return *std::prev(over);
+}
+
+TORCH_LIBRARY_FRAGMENT(headwise, m) {
+  // [B, C] -> [B]
+  m.def("prediction_confidence(Tensor logits, str measure='probability') -> Tensor");
+  // [S - 1, N], [S, N] -> the threshold
+  m.def("confidence_threshold(Tensor confidence, Tensor cost, float limit) -> float");
+}
+
+TORCH_LIBRARY_IMPL(headwise, CompositeImplicitAutograd, m) {
+  m.impl("prediction_confidence", [](const at::Tensor& logits, c10::string_view measure) {
+    return prediction_confidence(logits, std::string_view(measure.data(), measure.size()));
+  });
+}
+
+TORCH_LIBRARY_IMPL(headwise, CPU, m) { m.impl("confidence_threshold", confidence_threshold); }
+
+}  // namespace headwise

@@ -1,0 +1,43 @@
+// What the bootstraps share: draws that are the same on every platform, and percentiles.
+#pragma once
+
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <random>
+#include <vector>
+
+namespace headwise::analysis {
+
+/// Uniform draws of 0..size-1. The distributions of the standard library differ between platforms;
+/// its generators do not.
+class Draw {
+ public:
+  explicit Draw(int64_t seed) : generator_(static_cast<uint64_t>(seed)) {}
+  int64_t operator()(int64_t size) {
+    constexpr double kUnit = 1.0 / 9007199254740992.0;  // 2^-53
+    const double uniform = static_cast<double>(generator_() >> 11) * kUnit;
+    return static_cast<int64_t>(uniform * static_cast<double>(size));
+  }
+
+ private:
+  std::mt19937_64 generator_;
+};
+
+inline void check_resampling(int64_t resamples, double confidence) {
+  TORCH_CHECK_VALUE(resamples >= 1, "resamples must be positive, got ", resamples);
+  TORCH_CHECK_VALUE(confidence > 0.0 && confidence < 1.0, "confidence must be in (0, 1), got ",
+                    confidence);
+}
+
+/// The quantile at `share` of sorted values, linear between neighbours.
+inline double quantile(const std::vector<double>& sorted, double share) {
+  const double position = share * static_cast<double>(sorted.size() - 1);
+  const auto below = static_cast<size_t>(position);
+  const size_t above = std::min(below + 1, sorted.size() - 1);
+  return sorted[below] + (position - static_cast<double>(below)) * (sorted[above] - sorted[below]);
+}
+
+}  // namespace headwise::analysis
