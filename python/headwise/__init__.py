@@ -18,6 +18,7 @@ from headwise.gates import (
     penalty,
     start_gates,
 )
+from headwise.head_log import HeadLog, log_heads
 from headwise.importance import HeadScores, hies, score_heads
 from headwise.interaction import (
     HeadInteractions,
@@ -47,6 +48,7 @@ __all__ = [
     "Gate",
     "HardConcreteGate",
     "HeadInteractions",
+    "HeadLog",
     "HeadPlan",
     "HeadRelevance",
     "HeadScores",
@@ -71,6 +73,7 @@ __all__ = [
     "keep_one_head",
     "load",
     "load_safetensors",
+    "log_heads",
     "mask",
     "penalty",
     "plan",
