@@ -62,6 +62,19 @@ using OptionalTensor = std::optional<at::Tensor>;
     q, k, v, index, count, weight, { HEADWISE_MASK_ARGUMENTS } \
   }
 
+// What a backend registers, by the names that its functions have.
+#define HEADWISE_REGISTER_LAYER(m)                                    \
+  m.impl("selected_self_attention", self);                            \
+  m.impl("_selected_self_attention_forward", self_forward);           \
+  m.impl("_selected_self_attention_backward", self_backward);         \
+  m.impl("selected_multihead_attention", multihead);                  \
+  m.impl("_selected_multihead_attention_forward", multihead_forward); \
+  m.impl("_selected_multihead_attention_backward", multihead_backward)
+#define HEADWISE_REGISTER_CORE(m)                      \
+  m.impl("selected_attention", core);                  \
+  m.impl("_selected_attention_forward", core_forward); \
+  m.impl("_selected_attention_backward", core_backward)
+
 /// Inputs of selected_self_attention.
 struct SelfInputs {
   at::Tensor x, in_proj_weight;

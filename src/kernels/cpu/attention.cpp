@@ -66,8 +66,8 @@ void attention_forward(const AttentionShape<T>& shape, const HeadTensors<T>& hea
 template <typename T>
 void attention_backward(const AttentionShape<T>& shape, const HeadTensors<T>& head,
                         const T* grad_context, int64_t ldg, const T* delta, const T* lse, T* dq,
-                        int64_t lddq, T* dk, int64_t lddk, T* dv, int64_t lddv, T* grad_scores,
-                        T* scratch) {
+                        int64_t lddq, T* dk, int64_t lddk, T* dv, int64_t lddv,
+                        const MaskGradient<T>& mask, T* mask_head, T* scratch) {
   const int64_t length = shape.lengths[head.b];
   const int64_t columns = length + shape.added;
   for (int64_t i = 0; i < shape.queries; ++i) std::fill_n(dq + i * lddq, shape.width, T(0));
@@ -96,9 +96,10 @@ void attention_backward(const AttentionShape<T>& shape, const HeadTensors<T>& he
         T* di = dp + i * kKeyBlock;
         row_exponential(pi, width, T(1), lse[row + i]);
         row_gradient(pi, width, delta[row + i], di);
-        if (grad_scores) {
+        if (mask_head) {
           const int64_t given = std::clamp<int64_t>(length - column, 0, width);
-          std::copy_n(di, given, grad_scores + (row + i) * shape.keys + column);
+          T* to = mask_head + (row + i) * mask.row + column * mask.column;
+          for (int64_t j = 0; j < given; ++j) to[j * mask.column] += di[j];
         }
       }
       if (shape.dropout_p > 0) drop(shape, head.b, head.h, row, rows, column, width, p, kKeyBlock);
@@ -118,7 +119,7 @@ void attention_backward(const AttentionShape<T>& shape, const HeadTensors<T>& he
                                      int64_t, T*, int64_t, T*, T*);                              \
   template void attention_backward<T>(const AttentionShape<T>&, const HeadTensors<T>&, const T*, \
                                       int64_t, const T*, const T*, T*, int64_t, T*, int64_t, T*, \
-                                      int64_t, T*, T*);
+                                      int64_t, const MaskGradient<T>&, T*, T*);
 HEADWISE_INSTANTIATE(float)
 HEADWISE_INSTANTIATE(double)
 #undef HEADWISE_INSTANTIATE

@@ -16,6 +16,18 @@ struct MaskView {
   int64_t batch = 0, head = 0, row = 0, column = 0;  ///< strides; 0 where broadcast
 };
 
+/// Where the gradient of an additive mask is added up, shaped as the mask: strides are 0 where it
+/// is broadcast. Null: not wanted.
+template <typename T>
+struct MaskGradient {
+  T* data = nullptr;
+  int64_t batch = 0, head = 0, row = 0, column = 0;
+  int64_t copies = 1, copy_size = 0;  ///< a mask of all heads has copies, to be summed at the end
+  T* of(int64_t copy, int64_t b, int64_t h) const {
+    return data ? data + copy * copy_size + b * batch + h * head : nullptr;
+  }
+};
+
 /// What all heads of a call share.
 template <typename T>
 struct AttentionShape {
@@ -55,12 +67,12 @@ void attention_forward(const AttentionShape<T>& shape, const HeadTensors<T>& hea
                        int64_t rows, T* context, int64_t ldc, T* lse, T* scratch);
 
 /// Adds nothing: writes dq [L, d], dk and dv [lengths[b] + added, .] of one head from the gradient
-/// of its context. delta [L]: rows' sum of grad_context * context. grad_scores (may be null):
-/// strided [L, S], receives the gradient with respect to the additive mask.
+/// of its context. delta [L]: rows' sum of grad_context * context. `mask_head` (may be null): of
+/// the gradient of the additive mask, this head's; it is added to.
 template <typename T>
 void attention_backward(const AttentionShape<T>& shape, const HeadTensors<T>& head,
                         const T* grad_context, int64_t ldg, const T* delta, const T* lse, T* dq,
-                        int64_t lddq, T* dk, int64_t lddk, T* dv, int64_t lddv, T* grad_scores,
-                        T* scratch);
+                        int64_t lddq, T* dk, int64_t lddk, T* dv, int64_t lddv,
+                        const MaskGradient<T>& mask, T* mask_head, T* scratch);
 
 }  // namespace headwise::kernels

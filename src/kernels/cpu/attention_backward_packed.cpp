@@ -76,6 +76,7 @@ template <typename T>
 void store(const float* x, int64_t rows, int64_t width, T* as_it_stands, T* turned, int64_t ld,
            float* tile) {
   convert(x, rows * width, as_it_stands);
+  if (!turned) return;
   for (int64_t row = 0; row < rows; row += kTransposeRows) {
     const int64_t n = std::min(kTransposeRows, rows - row);
     transpose(n, width, x + row * width, width, tile, kTransposeRows);
@@ -96,7 +97,7 @@ int64_t packed_backward_scratch(const AttentionShape<float>& shape) {
 template <typename T>
 void packed_attention_backward(const AttentionShape<float>& shape, const HeadTensors<T>& head,
                                const T* grad_context, int64_t ldg, const float* delta,
-                               const float* lse, float* grad_scores,
+                               const float* lse, const MaskGradient<float>& mask, float* mask_head,
                                const HeadGradients<T>& gradients, std::byte* scratch) {
   const Workspace<T> w(shape, scratch);
   const int64_t length = shape.lengths[head.b], columns = length + shape.added;
@@ -134,11 +135,11 @@ void packed_attention_backward(const AttentionShape<float>& shape, const HeadTen
       for (int64_t j = 0; j < keys; ++j) {
         float *p = w.s + j * kQueryBlock, *dp = w.dp + j * kQueryBlock;
         shifted_exponential(p, rows, score_scale, lse + row);
-        shifted_gradient(p, rows, delta + row, grad_scores ? 1.f : shape.scale, dp);
-        if (grad_scores) {
+        shifted_gradient(p, rows, delta + row, mask_head ? 1.f : shape.scale, dp);
+        if (mask_head) {
           if (column + j < length)
             for (int64_t i = 0; i < rows; ++i)
-              grad_scores[(row + i) * shape.keys + column + j] = dp[i];
+              mask_head[(row + i) * mask.row + (column + j) * mask.column] += dp[i];
           row_scale(dp, rows, shape.scale, dp);
         }
       }
@@ -155,22 +156,23 @@ void packed_attention_backward(const AttentionShape<float>& shape, const HeadTen
                   static_cast<const T*>(factor.data), factor.row_length, w.dq, kQueryBlock,
                   column > 0);
     }
-    for (int64_t c = 0; c < d; ++c)
-      convert(w.dq + c * kQueryBlock, rows, gradients.q_turned + c * ldq + row);
+    if (gradients.q_turned)
+      for (int64_t c = 0; c < d; ++c)
+        convert(w.dq + c * kQueryBlock, rows, gradients.q_turned + c * ldq + row);
     transpose(d, rows, w.dq, kQueryBlock, w.tile, d);
     convert(w.tile, rows * d, gradients.q + row * d);
   }
-  if (shape.queries < ldq)
+  if (gradients.q_turned && shape.queries < ldq)
     for (int64_t c = 0; c < d; ++c) gradients.q_turned[c * ldq + shape.queries] = T(0.f);
   store(w.dk, columns, d, gradients.k, gradients.k_turned, ldk, w.tile);
   store(w.dv, columns, dv, gradients.v, gradients.v_turned, ldk, w.tile);
 }
 
-#define HEADWISE_INSTANTIATE(T)                                                                   \
-  template int64_t packed_backward_scratch<T>(const AttentionShape<float>&);                      \
-  template void packed_attention_backward<T>(const AttentionShape<float>&, const HeadTensors<T>&, \
-                                             const T*, int64_t, const float*, const float*,       \
-                                             float*, const HeadGradients<T>&, std::byte*);
+#define HEADWISE_INSTANTIATE(T)                                                             \
+  template int64_t packed_backward_scratch<T>(const AttentionShape<float>&);                \
+  template void packed_attention_backward<T>(                                               \
+      const AttentionShape<float>&, const HeadTensors<T>&, const T*, int64_t, const float*, \
+      const float*, const MaskGradient<float>&, float*, const HeadGradients<T>&, std::byte*);
 HEADWISE_INSTANTIATE(float)
 HEADWISE_INSTANTIATE(BFloat16)
 #undef HEADWISE_INSTANTIATE

@@ -29,7 +29,7 @@ void packed_attention_forward(const AttentionShape<float>& shape, int64_t b, int
 
 /// Where to write a head's gradients, each as it stands (rows are tokens) and turned (rows are
 /// features, of an even length, padded with zeros): the products with weights want the one, those
-/// with inputs the other.
+/// with inputs the other. The turned ones may be null: not wanted.
 template <typename T>
 struct HeadGradients {
   T *q, *k, *v;                       ///< [L, d], [columns, d], [columns, dv]
@@ -44,7 +44,7 @@ int64_t packed_backward_scratch(const AttentionShape<float>& shape);
 template <typename T>
 void packed_attention_backward(const AttentionShape<float>& shape, const HeadTensors<T>& head,
                                const T* grad_context, int64_t ldg, const float* delta,
-                               const float* lse, float* grad_scores,
+                               const float* lse, const MaskGradient<float>& mask, float* mask_head,
                                const HeadGradients<T>& gradients, std::byte* scratch);
 
 }  // namespace headwise::kernels

@@ -123,7 +123,7 @@ void layer_backward(const Layer<T>& layer, const LayerWorkspace<const T>& w, con
   const int64_t scratch_size = attention_scratch(shape);
   std::vector<T> scratch(scratch_size * at::get_num_threads());
 
-  parallel_tasks(active, [&](int64_t n, int64_t worker) {
+  const auto head_gradient = [&](int64_t n, int64_t copy, int64_t worker) {
     const auto& a = layer.active[n];
     const T weight = layer.head_weight[a.b * shape.num_heads + a.h];
     T* gc = grad_context.data() + n * L * d;
@@ -139,10 +139,14 @@ void layer_backward(const Layer<T>& layer, const LayerWorkspace<const T>& w, con
       total += sum;
     }
     if (g.head_weight) g.head_weight[a.b * shape.num_heads + a.h] = total;
-    T* scores = g.scores ? g.scores + (a.b * shape.num_heads + a.h) * L * shape.keys : nullptr;
     attention_backward(shape, head_tensors<T>(layer, w.q, w.k, w.v, a), gc, d, delta.data() + n * L,
                        w.lse + a.slot * L, dq.data() + n * L * d, d, dk.data() + n * S * d, d,
-                       dv.data() + n * S * d, d, scores, scratch.data() + worker * scratch_size);
+                       dv.data() + n * S * d, d, g.mask, g.mask.of(copy, a.b, a.h),
+                       scratch.data() + worker * scratch_size);
+  };
+  const auto lists = by_mask_part(layer.active, shape, g.mask);
+  parallel_tasks(lists.size(), [&](int64_t list, int64_t worker) {
+    for (const int64_t n : lists[list]) head_gradient(n, g.mask.copies > 1 ? list : 0, worker);
   });
 
   // Inputs: the sum over a sequence's heads, each block of rows by one worker.

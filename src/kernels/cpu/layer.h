@@ -63,7 +63,7 @@ void layer_forward_packed(const Layer<T, float>& layer, const LayerWorkspace<T, 
                           T* output);
 
 /// Where to write gradients; null where not wanted. All contiguous; weights, biases, head_weight,
-/// scores and inputs must come zeroed. In the self form query, key and value are one pointer, and
+/// mask and inputs must come zeroed. In the self form query, key and value are one pointer, and
 /// their gradients add up there.
 template <typename T>
 struct LayerGradients {
@@ -72,7 +72,7 @@ struct LayerGradients {
   T *q_bias = nullptr, *k_bias = nullptr, *v_bias = nullptr;
   T *out_weight = nullptr, *out_bias = nullptr, *head_weight = nullptr;
   T *bias_k = nullptr, *bias_v = nullptr;
-  T* scores = nullptr;  ///< [B, H, L, S]: with respect to an additive mask
+  MaskGradient<T> mask;
 };
 
 /// grad_output [B, L, Dout], contiguous; workspace as forward left it.

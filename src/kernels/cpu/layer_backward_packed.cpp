@@ -111,7 +111,7 @@ class Backward {
     Scratch<float> floats(L_ + kRows * d_, workers);
     Scratch<T> contexts(L_ * d_, workers);
     Scratch<std::byte> scratch(packed_backward_scratch<T>(shape_), workers);
-    parallel_tasks(active_, [&](int64_t n, int64_t worker) {
+    const auto head_gradient = [&](int64_t n, int64_t copy, int64_t worker) {
       const auto& a = layer_.active[n];
       const float weight = layer_.head_weight[a.b * shape_.num_heads + a.h];
       const auto& factor = out_weights[used_.place[a.h]];
@@ -137,10 +137,13 @@ class Backward {
       const int64_t kv = S_ * d_;
       const HeadTensors<T> head{
           a.b, a.h, w_.q + a.slot * L_ * d_, w_.k + a.slot * kv, w_.v + a.slot * kv, d_, d_, d_};
-      float* scores =
-          g_.scores ? g_.scores + (a.b * shape_.num_heads + a.h) * L_ * shape_.keys : nullptr;
-      packed_attention_backward(shape_, head, grad_context, d_, delta, w_.lse + a.slot * L_, scores,
-                                head_gradients(n), scratch[worker]);
+      packed_attention_backward(shape_, head, grad_context, d_, delta, w_.lse + a.slot * L_,
+                                g_.mask, g_.mask.of(copy, a.b, a.h), head_gradients(n),
+                                scratch[worker]);
+    };
+    const auto lists = by_mask_part(layer_.active, shape_, g_.mask);
+    parallel_tasks(lists.size(), [&](int64_t list, int64_t worker) {
+      for (const int64_t n : lists[list]) head_gradient(n, g_.mask.copies > 1 ? list : 0, worker);
       packed_gemm_done<T>();
     });
   }

@@ -20,8 +20,10 @@ namespace {
 
 using c10::BFloat16;
 
-constexpr int64_t kRowBlock = 128;  // rows of x that a projection task takes
-constexpr int64_t kOutRows = 64;    // a tile of the output: rows and columns whose sums stay in L1
+constexpr int64_t kRowBlock = 128;  // rows of x that a projection task takes, where there are many
+constexpr int64_t kLeastRows = 16;
+constexpr int64_t kTasksPerWorker = 4;  // tasks differ in cost: several a worker even that out
+constexpr int64_t kOutRows = 64;  // a tile of the output: rows and columns whose sums stay in L1
 constexpr int64_t kOutColumns = 64;
 
 }  // namespace
@@ -70,16 +72,24 @@ void layer_forward_packed(const Layer<T, float>& layer, const LayerWorkspace<T, 
     }
   });
 
-  // Query, key and value rows of one block are projected by one task: x is read once.
-  const int64_t row_blocks = blocks(std::max(L, shape.keys), kRowBlock);
-  Scratch<float> tile(kRowBlock * d, workers);
-  parallel_tasks(active * row_blocks, [&](int64_t task, int64_t worker) {
-    const auto& a = layer.active[task / row_blocks];
-    const int64_t n = used.place[a.h], row = task % row_blocks * kRowBlock;
+  // Query, key and value rows of one block are projected by one task: x is read once. Where that
+  // leaves workers idle, the three and the rows are divided up.
+  const int64_t rows_at_most = std::max(L, shape.keys), wanted = kTasksPerWorker * workers;
+  const int parts = workers > 1 && active * blocks(rows_at_most, kRowBlock) < wanted ? 3 : 1;
+  int64_t row_block = kRowBlock;
+  while (workers > 1 && row_block > kLeastRows &&
+         active * parts * blocks(rows_at_most, row_block) < wanted)
+    row_block /= 2;
+  const int64_t row_blocks = blocks(rows_at_most, row_block);
+  Scratch<float> tile(row_block * d, workers);
+  parallel_tasks(active * row_blocks * parts, [&](int64_t task, int64_t worker) {
+    const auto& a = layer.active[task / parts / row_blocks];
+    const int64_t n = used.place[a.h], row = task / parts % row_blocks * row_block;
     const int64_t length = shape.lengths[a.b];
-    for (int i = 0; i < 3; ++i) {
+    const int begin = parts == 1 ? 0 : task % parts, end = parts == 1 ? 3 : begin + 1;
+    for (int i = begin; i < end; ++i) {
       const auto& p = projections[i];
-      const int64_t rows = std::min(kRowBlock, (i == 0 ? L : length) - row);
+      const int64_t rows = std::min(row_block, (i == 0 ? L : length) - row);
       T* y = p.y + a.slot * p.stride;
       if (i > 0 && row == 0) {
         T* added = y + length * d;
@@ -102,7 +112,8 @@ void layer_forward_packed(const Layer<T, float>& layer, const LayerWorkspace<T, 
   });
 
   // A task attends for a whole head where there are heads enough, so that its keys are packed once.
-  const int64_t splits = active >= 4 * workers ? 1 : std::min<int64_t>(4, blocks(L, kQueryBlock));
+  const int64_t splits =
+      active >= wanted || workers == 1 ? 1 : std::min<int64_t>(4, blocks(L, kQueryBlock));
   const int64_t chunk = blocks(blocks(L, kQueryBlock), std::max<int64_t>(splits, 1)) * kQueryBlock;
   Scratch<T> keys(packed_keys_size<T>(shape), workers);
   Scratch<std::byte> scratch((packed_attention_scratch<T>(shape) + 63) / 64 * 64, workers);
@@ -119,12 +130,21 @@ void layer_forward_packed(const Layer<T, float>& layer, const LayerWorkspace<T, 
     packed_gemm_done<T>();
   });
 
-  // The sum over a sequence's heads, tile by tile, in the order of the heads.
-  const int64_t out_blocks = blocks(L, kOutRows);
+  // The sum over a sequence's heads, tile by tile, in the order of the heads. Few blocks of rows
+  // are divided up by columns too.
+  const int64_t out_blocks = blocks(L, kOutRows), out_tasks = shape.batch * out_blocks;
+  const int64_t column_tiles = blocks(width, kOutColumns);
+  const int64_t column_splits =
+      workers > 1 && out_tasks ? std::min(column_tiles, blocks(wanted, out_tasks)) : 1;
+  const int64_t split_columns =
+      blocks(column_tiles, std::max<int64_t>(column_splits, 1)) * kOutColumns;
   Scratch<float> sums(kOutRows * kOutColumns, workers);
   Scratch<T> weighted(kOutRows * d * std::max<int64_t>(shape.num_heads, 1), workers);
-  parallel_tasks(shape.batch * out_blocks, [&](int64_t task, int64_t worker) {
-    const int64_t b = task / out_blocks, row = task % out_blocks * kOutRows;
+  parallel_tasks(out_tasks * column_splits, [&](int64_t task, int64_t worker) {
+    const int64_t block = task / column_splits, first_column = task % column_splits * split_columns;
+    const int64_t last_column = std::min(width, first_column + split_columns);
+    if (first_column >= last_column) return;
+    const int64_t b = block / out_blocks, row = block % out_blocks * kOutRows;
     const int64_t rows = std::min(kOutRows, L - row);
     const int64_t first = layer.first[b], chosen = layer.first[b + 1] - first;
     for (int64_t n = 0; n < chosen; ++n) {
@@ -135,8 +155,8 @@ void layer_forward_packed(const Layer<T, float>& layer, const LayerWorkspace<T, 
       for (int64_t i = 0; i < rows * d; ++i) y[i] = T(float(context[i]) * weight);
     }
     float* c = sums[worker];
-    for (int64_t column = 0; column < width; column += kOutColumns) {
-      const int64_t columns = std::min(kOutColumns, width - column);
+    for (int64_t column = first_column; column < last_column; column += kOutColumns) {
+      const int64_t columns = std::min(kOutColumns, last_column - column);
       if (chosen == 0) std::fill_n(c, kOutRows * kOutColumns, 0.f);
       for (int64_t n = 0; n < chosen; ++n) {
         const T* packed = out_packed.get() + used.place[layer.active[first + n].h] * d * width;

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "kernels/cpu/layer.h"
+#include "kernels/cpu/parallel.h"
 
 namespace headwise::kernels {
 
@@ -35,13 +36,35 @@ struct UsedHeads {
   }
 };
 
+/// Heads, or groups of them, in lists that may run at once: those of one list add to one part, or
+/// one copy, of the gradient of the mask. The list's number is that of the copy, where there are
+/// copies. Neither depends on the number of threads, so neither do the sums.
+template <typename T, typename B, typename H>
+std::vector<std::vector<int64_t>> by_mask_part(int64_t items, const MaskGradient<T>& mask,
+                                               int64_t batch, int64_t heads, const B& batch_of,
+                                               const H& head_of) {
+  if (!mask.data || (mask.batch && mask.head))
+    return by_place(items, items, [](int64_t n) { return n; });
+  if (mask.batch) return by_place(items, batch, batch_of);
+  if (mask.head) return by_place(items, heads, head_of);
+  return by_place(items, mask.copies, [&](int64_t n) { return n % mask.copies; });
+}
+
+/// The same for a layer's chosen heads.
+template <typename T>
+std::vector<std::vector<int64_t>> by_mask_part(const std::vector<ActiveHead>& active,
+                                               const AttentionShape<T>& shape,
+                                               const MaskGradient<T>& mask) {
+  return by_mask_part(
+      active.size(), mask, shape.batch, shape.num_heads, [&](int64_t n) { return active[n].b; },
+      [&](int64_t n) { return active[n].h; });
+}
+
 /// Positions in `active` by head, sequences ascending: weights of a head are summed by one worker
 /// in one order, so the result does not depend on the number of threads.
 inline std::vector<std::vector<int64_t>> by_head(const std::vector<ActiveHead>& active,
                                                  int64_t num_heads) {
-  std::vector<std::vector<int64_t>> positions(num_heads);
-  for (size_t n = 0; n < active.size(); ++n) positions[active[n].h].push_back(n);
-  return positions;
+  return by_place(active.size(), num_heads, [&](int64_t n) { return active[n].h; });
 }
 
 }  // namespace headwise::kernels

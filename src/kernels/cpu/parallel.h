@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <vector>
 
 namespace headwise::kernels {
 
@@ -24,6 +25,15 @@ void parallel_tasks(int64_t tasks, const F& f) {
     for (int64_t worker = begin; worker < end; ++worker)
       for (int64_t i = next++; i < tasks; i = next++) f(i, worker);
   });
+}
+
+/// Items in lists that may run at once because items of one list alone share a place to add to:
+/// place(item) >= 0 names it.
+template <typename F>
+std::vector<std::vector<int64_t>> by_place(int64_t items, int64_t places, const F& place) {
+  std::vector<std::vector<int64_t>> lists(places);
+  for (int64_t n = 0; n < items; ++n) lists[place(n)].push_back(n);
+  return lists;
 }
 
 }  // namespace headwise::kernels

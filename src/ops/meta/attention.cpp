@@ -104,15 +104,8 @@ CoreBackward core_backward(const Tensor& grad_output, HEADWISE_CORE_PARAMETERS,
 }  // namespace
 
 TORCH_LIBRARY_IMPL(headwise, Meta, m) {
-  m.impl("selected_self_attention", self);
-  m.impl("_selected_self_attention_forward", self_forward);
-  m.impl("_selected_self_attention_backward", self_backward);
-  m.impl("selected_multihead_attention", multihead);
-  m.impl("_selected_multihead_attention_forward", multihead_forward);
-  m.impl("_selected_multihead_attention_backward", multihead_backward);
-  m.impl("selected_attention", core);
-  m.impl("_selected_attention_forward", core_forward);
-  m.impl("_selected_attention_backward", core_backward);
+  HEADWISE_REGISTER_LAYER(m);
+  HEADWISE_REGISTER_CORE(m);
 }
 
 }  // namespace headwise::ops
