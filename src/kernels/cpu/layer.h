@@ -57,7 +57,8 @@ void layer_forward(const Layer<T>& layer, const LayerWorkspace<T>& workspace, T*
 template <typename T>
 bool packed_layer_supported(const Layer<T, float>& layer);
 
-/// layer_forward for float and bfloat16 over packed weights; the fast path.
+/// layer_forward for float and bfloat16 over packed weights; the fast path. Of the workspace only
+/// the context is needed: q, k, v and lse may be null where no backward follows.
 template <typename T>
 void layer_forward_packed(const Layer<T, float>& layer, const LayerWorkspace<T, float>& workspace,
                           T* output);

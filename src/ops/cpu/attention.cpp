@@ -102,16 +102,23 @@ struct LayerCall {
 };
 
 template <typename T, typename Acc>
-void run_layer(const kernels::Layer<T, Acc>& layer,
+bool runs_packed(const kernels::Layer<T, Acc>& layer) {
+  if constexpr (!std::is_same_v<T, double>)
+    return kernels::packed_layer_supported(layer);
+  else
+    return false;
+}
+
+template <typename T, typename Acc>
+void run_layer(const kernels::Layer<T, Acc>& layer, bool packed,
                const kernels::LayerWorkspace<T, Acc>& workspace, T* output) {
-  if constexpr (!std::is_same_v<T, double>) {
-    if (std::is_same_v<T, at::BFloat16> || kernels::packed_layer_supported(layer))
-      return kernels::layer_forward_packed(layer, workspace, output);
-  }
+  if constexpr (!std::is_same_v<T, double>)
+    if (packed) return kernels::layer_forward_packed(layer, workspace, output);
   if constexpr (std::is_same_v<T, Acc>) kernels::layer_forward(layer, workspace, output);
 }
 
-/// Output and workspaces; with `compact` the workspaces are only as large as what was chosen.
+/// Output and workspaces; with `compact` (no backward follows) the workspaces are only as large as
+/// what was chosen, and those that the kernel does not need are left out.
 template <typename T, typename Acc>
 LayerForward run_call(const LayerCall<T, Acc>& call, const Tensor& like, bool compact) {
   const auto& s = call.layer.shape;
@@ -123,14 +130,20 @@ LayerForward run_call(const LayerCall<T, Acc>& call, const Tensor& like, bool co
                : at::empty({s.batch, call.columns, rows, width}, options.dtype(type));
   };
   const auto type = scalar_type_of<T>();
-  auto q = buffer(s.queries, s.width, type), context = buffer(s.queries, s.width, type);
-  auto k = buffer(s.keys + s.added, s.width, type), v = buffer(s.keys + s.added, s.width, type);
-  auto lse = buffer(s.queries, 1, scalar_type_of<Acc>()).squeeze(-1);
-  run_layer<T, Acc>(call.layer,
-                    {q.template mutable_data_ptr<T>(), k.template mutable_data_ptr<T>(),
-                     v.template mutable_data_ptr<T>(), context.template mutable_data_ptr<T>(),
-                     lse.template mutable_data_ptr<Acc>()},
-                    output.template mutable_data_ptr<T>());
+  const bool packed = runs_packed(call.layer);
+  auto context = buffer(s.queries, s.width, type);
+  kernels::LayerWorkspace<T, Acc> workspace{};
+  workspace.context = context.template mutable_data_ptr<T>();
+  Tensor q, k, v, lse;
+  if (!(packed && compact)) {
+    q = buffer(s.queries, s.width, type);
+    k = buffer(s.keys + s.added, s.width, type), v = at::empty_like(k);
+    lse = buffer(s.queries, 1, scalar_type_of<Acc>()).squeeze(-1);
+    workspace.q = q.template mutable_data_ptr<T>(), workspace.k = k.template mutable_data_ptr<T>();
+    workspace.v = v.template mutable_data_ptr<T>();
+    workspace.lse = lse.template mutable_data_ptr<Acc>();
+  }
+  run_layer<T, Acc>(call.layer, packed, workspace, output.template mutable_data_ptr<T>());
   const auto result = like.scalar_type();
   if (compact) return {output.to(result), {}, {}, {}, {}, {}};
   return {output.to(result), q.to(result), k.to(result), v.to(result), context.to(result), lse};
@@ -199,8 +212,7 @@ SelfBackward self_backward(const Tensor& grad_output, HEADWISE_SELF_PARAMETERS, 
     g.out_weight = make.make(needs[3], out_proj_weight, gow);
     g.out_bias = make.make(needs[4], out_proj_bias, gob);
     g.head_weight = make.make(needs[5], weight, gh);
-    auto scores = make.scores(needs[6] && attn_mask, x.size(0), num_heads, x.size(1), x.size(1));
-    if (scores.defined()) g.scores = scores.template mutable_data_ptr<T>();
+    const auto mask = make.mask(needs[6], attn_mask, g.mask);
     run_backward(in, {q, k, v, context, lse}, grad_output, g);
     return {make.result(gx, x, needs[0]),
             make.result(gw, in_proj_weight, needs[1]),
