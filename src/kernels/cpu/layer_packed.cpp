@@ -27,6 +27,8 @@ constexpr int64_t kLeastRows = 16;
 constexpr int64_t kTasksPerWorker = 4;  // tasks differ in cost: several a worker even that out
 constexpr int64_t kOutRows = 64;  // a tile of the output: rows and columns whose sums stay in L1
 constexpr int64_t kOutColumns = 64;
+constexpr int64_t kShortRows = 32;  // sequences shorter than this are projected out together
+constexpr int64_t kTogetherRows = 256;
 
 template <typename T>
 class Forward {
@@ -39,8 +41,10 @@ class Forward {
         S_(shape_.keys + shape_.added),
         d_(shape_.width),
         active_(layer.active.size()),
+        longest_(std::max(L_, shape_.keys)),
         workers_(at::get_num_threads()),
-        used_(layer.active, shape_.num_heads) {}
+        used_(layer.active, shape_.num_heads),
+        positions_(by_head(layer.active, shape_.num_heads)) {}
 
   void run(T* output) {
     if (active_ && L_) {
@@ -68,29 +72,48 @@ class Forward {
     return in.is_query ? L_ : shape_.lengths[a.b];
   }
 
-  void pack_weight(const Input& in, int64_t h, T* packed) const {
+  /// Whether a head has so few rows that its weights are read as they stand.
+  bool is_thin(int64_t h) const { return int64_t(positions_[h].size()) * longest_ <= kThinRows; }
+
+  /// A head's weights as project() takes them: `packed`, or null where they are not packed.
+  const T* pack_weight(const Input& in, int64_t h, T* packed) const {
+    if (is_thin(h)) return nullptr;
     pack(in.x.width, d_, in.weight + h * d_ * in.x.width, in.x.width, true, packed);
+    return packed;
+  }
+
+  /// y [rows, d] = x W_h' + b_h, in floats.
+  void multiply(const Input& in, int64_t h, int64_t rows, const T* x, int64_t ldx, const T* packed,
+                float* y) const {
+    const int64_t width = in.x.width;
+    if (packed)
+      packed_gemm(rows, d_, width, x, ldx, packed, d_, y, d_, false);
+    else
+      thin_gemm(rows, d_, width, x, ldx, in.weight + h * d_ * width, width, y, d_, false);
+    if (in.bias)
+      for (int64_t r = 0; r < rows; ++r) row_add(y + r * d_, in.bias + h * d_, d_, y + r * d_);
+  }
+
+  /// bias_k or bias_v and the row of zeros, after the given keys.
+  void append_rows(const Input& in, const ActiveHead& a, T* y) const {
+    if (in.is_query) return;
+    y += given(in, a) * d_;
+    if (in.row_bias) {
+      convert(in.row_bias + a.h * d_, d_, y);
+      y += d_;
+    }
+    if (layer_.zero_row) std::fill_n(y, d_, T(0.f));
   }
 
   /// Rows [row, row + rows) of one head's q, k or v, and after the last given one the added rows.
   void project(const Input& in, const ActiveHead& a, int64_t row, int64_t rows, const T* packed,
                T* y, float* tile) const {
     const int64_t length = given(in, a);
-    if (!in.is_query && row == 0) {
-      T* added = y + length * d_;
-      if (in.row_bias) {
-        convert(in.row_bias + a.h * d_, d_, added);
-        added += d_;
-      }
-      if (layer_.zero_row) std::fill_n(added, d_, T(0.f));
-    }
+    if (row == 0) append_rows(in, a, y);
     const int64_t end = std::min(length, row + rows);
     for (; row < end; row += kRowBlock) {
       const int64_t n = std::min(kRowBlock, end - row);
-      packed_gemm(n, d_, in.x.width, in.x.at(a.b, row), in.x.row, packed, d_, tile, d_, false);
-      if (in.bias)
-        for (int64_t r = 0; r < n; ++r)
-          row_add(tile + r * d_, in.bias + a.h * d_, d_, tile + r * d_);
+      multiply(in, a.h, n, in.x.at(a.b, row), in.x.row, packed, tile);
       convert(tile, n * d_, y + row * d_);
     }
   }
@@ -116,40 +139,91 @@ class Forward {
                                with.scratch[worker]);
   }
 
+  /// One head of some sequences: where each one's q, k and v stand.
+  struct Group {
+    const ActiveHead* heads[kRowBlock];
+    T* rows[3][kRowBlock];
+    int64_t size = 0;
+  };
+
+  /// Projects all the rows of a group as one matrix: products of a few rows each would read the
+  /// weights again and again. No more than kRowBlock rows; `gathered` may hold those of the part
+  /// before.
+  void project_together(const std::array<Input, 3>& inputs, int part, const Group& group,
+                        const T* packed, T* gathered, float* tile) const {
+    const auto& in = inputs[part];
+    const int64_t width = in.x.width;
+    bool again = part == 0 || in.x.data != inputs[part - 1].x.data;
+    int64_t rows = 0;
+    for (int64_t m = 0; m < group.size; ++m) {
+      rows += given(in, *group.heads[m]);
+      again |= part == 1 && given(in, *group.heads[m]) != L_;
+    }
+    if (rows == 0) return;
+    T* to = gathered;
+    for (int64_t m = 0; again && m < group.size; ++m) {
+      const auto& a = *group.heads[m];
+      for (int64_t i = 0; i < given(in, a); ++i) to = std::copy_n(in.x.at(a.b, i), width, to);
+    }
+    multiply(in, group.heads[0]->h, rows, gathered, width, packed, tile);
+    for (int64_t m = 0; m < group.size; ++m) {
+      const int64_t own = given(in, *group.heads[m]);
+      convert(tile, own * d_, group.rows[part][m]);
+      tile += own * d_;
+    }
+  }
+
   /// Tasks of one head and some of the sequences that chose it.
   void by_heads() const {
-    const auto positions = by_head(layer_.active, shape_.num_heads);
     const int64_t most = workers_ == 1 ? active_ : blocks(active_, 2 * kTasksPerWorker * workers_);
     struct Task {
       int64_t h, begin, end;
     };
     std::vector<Task> tasks;
     for (int64_t h = 0; h < shape_.num_heads; ++h)
-      for (int64_t begin = 0, users = positions[h].size(); begin < users; begin += most)
+      for (int64_t begin = 0, users = positions_[h].size(); begin < users; begin += most)
         tasks.push_back({h, begin, std::min(users, begin + most)});
 
     const auto in = inputs();
     const int64_t weights = (in[0].x.width + in[1].x.width + in[2].x.width) * d_;
+    const int64_t widest = std::max({in[0].x.width, in[1].x.width, in[2].x.width});
+    const int64_t head_rows = (L_ + 2 * S_) * d_;
+    // Short sequences are projected together.
+    const int64_t together = longest_ <= kRowBlock / 2 ? std::min(most, kRowBlock / longest_) : 1;
     Scratch<T> packed(weights, workers_);
-    Scratch<T> rows(w_.q ? 0 : (L_ + 2 * S_) * d_, workers_);
+    Scratch<T> gathered(together > 1 ? kRowBlock * widest : 0, workers_);
+    Scratch<T> rows(w_.q ? 0 : head_rows * together, workers_);
     Scratch<float> tile(kRowBlock * d_, workers_);
     const Attention attention(shape_, workers_);
     parallel_tasks(tasks.size(), [&](int64_t task, int64_t worker) {
       const auto [h, begin, end] = tasks[task];
-      T* packs[3] = {packed[worker]};
-      for (int i = 0; i < 3; ++i) {
-        if (i) packs[i] = packs[i - 1] + in[i - 1].x.width * d_;
-        pack_weight(in[i], h, packs[i]);
-      }
-      for (int64_t n = begin; n < end; ++n) {
-        const auto& a = layer_.active[positions[h][n]];
-        T* q = w_.q ? w_.q + a.slot * L_ * d_ : rows[worker];
-        T* k = w_.q ? w_.k + a.slot * S_ * d_ : q + L_ * d_;
-        T* v = w_.q ? w_.v + a.slot * S_ * d_ : k + S_ * d_;
-        T* y[3] = {q, k, v};
-        for (int i = 0; i < 3; ++i)
-          project(in[i], a, 0, given(in[i], a), packs[i], y[i], tile[worker]);
-        attend(attention, worker, a, q, k, v, 0, L_);
+      const T* packs[3];
+      for (int64_t i = 0, at = 0; i < 3; at += in[i++].x.width * d_)
+        packs[i] = pack_weight(in[i], h, packed[worker] + at);
+      Group group;
+      for (int64_t first = begin; first < end; first += together) {
+        group.size = std::min(together, end - first);
+        for (int64_t m = 0; m < group.size; ++m) {
+          const auto& a = layer_.active[positions_[h][first + m]];
+          group.heads[m] = &a;
+          T* scratch = w_.q ? nullptr : rows[worker] + m * head_rows;
+          group.rows[0][m] = w_.q ? w_.q + a.slot * L_ * d_ : scratch;
+          group.rows[1][m] = w_.q ? w_.k + a.slot * S_ * d_ : scratch + L_ * d_;
+          group.rows[2][m] = w_.q ? w_.v + a.slot * S_ * d_ : scratch + (L_ + S_) * d_;
+        }
+        for (int i = 0; i < 3; ++i) {
+          if (group.size == 1) {
+            const auto& a = *group.heads[0];
+            project(in[i], a, 0, given(in[i], a), packs[i], group.rows[i][0], tile[worker]);
+            continue;
+          }
+          project_together(in, i, group, packs[i], gathered[worker], tile[worker]);
+          for (int64_t m = 0; m < group.size; ++m)
+            append_rows(in[i], *group.heads[m], group.rows[i][m]);
+        }
+        for (int64_t m = 0; m < group.size; ++m)
+          attend(attention, worker, *group.heads[m], group.rows[0][m], group.rows[1][m],
+                 group.rows[2][m], 0, L_);
       }
       packed_gemm_done<T>();
     });
@@ -168,19 +242,19 @@ class Forward {
     const int64_t heads = used_.heads.size(), wanted = kTasksPerWorker * workers_;
     std::unique_ptr<T[]> packed[3];
     for (int i = 0; i < 3; ++i) packed[i].reset(new T[heads * in[i].x.width * d_]);
+    std::vector<const T*> packs(heads * 3);
     parallel_tasks(heads * 3, [&](int64_t task, int64_t) {
       const int64_t n = task / 3, i = task % 3;
-      pack_weight(in[i], used_.heads[n], packed[i].get() + n * in[i].x.width * d_);
+      packs[task] = pack_weight(in[i], used_.heads[n], packed[i].get() + n * in[i].x.width * d_);
     });
-    const int64_t rows = std::max(L_, shape_.keys);
     int64_t block = kRowBlock;
-    while (block > kLeastRows && active_ * 3 * blocks(rows, block) < wanted) block /= 2;
-    const int64_t row_blocks = blocks(rows, block);
+    while (block > kLeastRows && active_ * 3 * blocks(longest_, block) < wanted) block /= 2;
+    const int64_t row_blocks = blocks(longest_, block);
     Scratch<float> tile(block * d_, workers_);
     parallel_tasks(active_ * 3 * row_blocks, [&](int64_t task, int64_t worker) {
       const auto& a = layer_.active[task / 3 / row_blocks];
       const int64_t i = task % 3, row = task / 3 % row_blocks * block;
-      project(in[i], a, row, block, packed[i].get() + used_.place[a.h] * in[i].x.width * d_,
+      project(in[i], a, row, block, packs[used_.place[a.h] * 3 + i],
               y[i] + a.slot * (i ? S_ : L_) * d_, tile[worker]);
       packed_gemm_done<T>();
     });
@@ -197,17 +271,43 @@ class Forward {
     });
   }
 
-  /// The sum over a sequence's heads, tile by tile, in the order of the heads.
+  void weigh(const ActiveHead& a, int64_t row, int64_t rows, T* y) const {
+    const float weight = layer_.head_weight[a.b * shape_.num_heads + a.h];
+    const T* context = w_.context + (a.slot * L_ + row) * d_;
+    for (int64_t i = 0; i < rows * d_; ++i) y[i] = T(float(context[i]) * weight);
+  }
+
+  /// A tile of sums [rows, columns], row length kOutColumns, to the output's row `row` of all B *
+  /// L.
+  void store(float* sums, int64_t row, int64_t rows, int64_t column, int64_t columns,
+             T* output) const {
+    for (int64_t i = 0; i < rows; ++i) {
+      float* from = sums + i * kOutColumns;
+      if (layer_.out_bias) row_add(from, layer_.out_bias + column, columns, from);
+      convert(from, columns, output + (row + i) * layer_.out_width + column);
+    }
+  }
+
   void project_out(T* output) const {
+    if (shape_.batch * L_ == 0) return;
+    if (shape_.batch * L_ <= kThinRows) return project_out_together(nullptr, output);
     const int64_t width = layer_.out_width, heads = used_.heads.size();
     std::unique_ptr<T[]> packed(new T[heads * d_ * width]);  // [used][d, Dout]
     parallel_tasks(heads, [&](int64_t n, int64_t) {
       pack(d_, width, layer_.out_weight + used_.heads[n] * d_, shape_.num_heads * d_, true,
            packed.get() + n * d_ * width);
     });
-    // Few blocks of rows are divided up by columns too.
+    if (L_ < kShortRows && shape_.batch > 1)
+      project_out_together(packed.get(), output);
+    else
+      project_out_by_sequence(packed.get(), output);
+  }
+
+  /// The sum over a sequence's heads, tile by tile, in the order of the heads.
+  void project_out_by_sequence(const T* packed, T* output) const {
+    const int64_t width = layer_.out_width;
     const int64_t row_blocks = blocks(L_, kOutRows), row_tasks = shape_.batch * row_blocks;
-    if (row_tasks == 0) return;
+    // Few blocks of rows are divided up by columns too.
     const int64_t tiles = blocks(width, kOutColumns);
     const int64_t splits =
         workers_ == 1 ? 1 : std::min(tiles, blocks(kTasksPerWorker * workers_, row_tasks));
@@ -221,28 +321,65 @@ class Forward {
       if (begin >= end) return;
       const int64_t rows = std::min(kOutRows, L_ - row);
       const int64_t first = layer_.first[b], chosen = layer_.first[b + 1] - first;
-      for (int64_t n = 0; n < chosen; ++n) {
-        const auto& a = layer_.active[first + n];
-        const float weight = layer_.head_weight[b * shape_.num_heads + a.h];
-        const T* context = w_.context + (a.slot * L_ + row) * d_;
-        T* y = weighted[worker] + n * kOutRows * d_;
-        for (int64_t i = 0; i < rows * d_; ++i) y[i] = T(float(context[i]) * weight);
-      }
+      for (int64_t n = 0; n < chosen; ++n)
+        weigh(layer_.active[first + n], row, rows, weighted[worker] + n * kOutRows * d_);
       float* c = sums[worker];
       for (int64_t column = begin; column < end; column += kOutColumns) {
         const int64_t columns = std::min(kOutColumns, end - column);
         if (chosen == 0) std::fill_n(c, kOutRows * kOutColumns, 0.f);
         for (int64_t n = 0; n < chosen; ++n) {
-          const T* right = packed.get() + used_.place[layer_.active[first + n].h] * d_ * width;
+          const T* right = packed + used_.place[layer_.active[first + n].h] * d_ * width;
           packed_gemm(rows, columns, d_, weighted[worker] + n * kOutRows * d_, d_,
                       packed_at(right, width, 0, column), width, c, kOutColumns, n > 0);
         }
-        for (int64_t i = 0; i < rows; ++i) {
-          float* from = c + i * kOutColumns;
-          if (layer_.out_bias) row_add(from, layer_.out_bias + column, columns, from);
-          convert(from, columns, output + (b * L_ + row + i) * width + column);
-        }
+        store(c, b * L_ + row, rows, column, columns, output);
       }
+      packed_gemm_done<T>();
+    });
+  }
+
+  /// Of short sequences, those that chose a head are multiplied together, head after head; `packed`
+  /// is null where there are so few rows that the weights are read as they stand.
+  void project_out_together(const T* packed, T* output) const {
+    const int64_t width = layer_.out_width, E = shape_.num_heads * d_;
+    const int64_t tiles = blocks(width, kOutColumns);
+    const int64_t sequences = std::max<int64_t>(1, kTogetherRows / L_);  // of a task
+    const int64_t row_tasks = blocks(shape_.batch, sequences), most = sequences * L_;
+    Scratch<float> floats(2 * most * kOutColumns, workers_);
+    Scratch<T> weighted(most * d_, workers_);
+    parallel_tasks(row_tasks * tiles, [&](int64_t task, int64_t worker) {
+      const int64_t b0 = task / tiles * sequences, b1 = std::min(shape_.batch, b0 + sequences);
+      const int64_t column = task % tiles * kOutColumns;
+      const int64_t columns = std::min(kOutColumns, width - column);
+      float *sums = floats[worker], *product = sums + most * kOutColumns;
+      std::fill_n(sums, (b1 - b0) * L_ * kOutColumns, 0.f);
+      const auto begin = layer_.active.begin() + layer_.first[b0];
+      const auto end = layer_.active.begin() + layer_.first[b1];
+      for (int64_t h = 0; h < shape_.num_heads; ++h) {
+        if (used_.place[h] < 0) continue;
+        int64_t rows = 0;
+        for (auto a = begin; a != end; ++a)
+          if (a->h == h) {
+            weigh(*a, 0, L_, weighted[worker] + rows * d_);
+            rows += L_;
+          }
+        if (rows == 0) continue;
+        if (packed)
+          packed_gemm(rows, columns, d_, weighted[worker], d_,
+                      packed_at(packed + used_.place[h] * d_ * width, width, 0, column), width,
+                      product, kOutColumns, false);
+        else
+          thin_gemm(rows, columns, d_, weighted[worker], d_,
+                    layer_.out_weight + column * E + h * d_, E, product, kOutColumns, false);
+        const float* from = product;
+        for (auto a = begin; a != end; ++a)
+          if (a->h == h)
+            for (int64_t i = 0; i < L_; ++i, from += kOutColumns) {
+              float* to = sums + ((a->b - b0) * L_ + i) * kOutColumns;
+              row_add(from, to, columns, to);
+            }
+      }
+      store(sums, b0 * L_, (b1 - b0) * L_, column, columns, output);
       packed_gemm_done<T>();
     });
   }
@@ -250,8 +387,9 @@ class Forward {
   const Layer<T, float>& layer_;
   const AttentionShape<float>& shape_;
   const LayerWorkspace<T, float>& w_;
-  const int64_t L_, S_, d_, active_, workers_;
+  const int64_t L_, S_, d_, active_, longest_, workers_;
   const UsedHeads used_;
+  const std::vector<std::vector<int64_t>> positions_;  // by head, in `active`
 };
 
 }  // namespace

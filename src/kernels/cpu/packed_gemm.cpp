@@ -51,6 +51,25 @@ void round_rows(const float* x, int64_t n, uint16_t* y) {
   }
 }
 
+typedef uint16_t Half16 __attribute__((vector_size(32)));
+
+HEADWISE_INLINE void load_row(const float* p, Float16& v) { load(p, v); }
+HEADWISE_INLINE void load_row(const BFloat16* p, Float16& v) {
+  Half16 half;
+  std::memcpy(&half, p, sizeof half);
+  const Int16 bits = __builtin_convertvector(half, Int16) << 16;
+  std::memcpy(&v, &bits, sizeof v);
+}
+HEADWISE_INLINE float value(const float* p) { return *p; }
+HEADWISE_INLINE float value(const BFloat16* p) {
+  uint16_t half;
+  std::memcpy(&half, p, 2);
+  const uint32_t bits = uint32_t(half) << 16;
+  float v;
+  std::memcpy(&v, &bits, 4);
+  return v;
+}
+
 // Interleaves two vectors: what stands in their lower (upper) halves, in turn.
 HEADWISE_INLINE void interleave(const Int16& a, const Int16& b, Int16& low, Int16& high) {
   low = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
@@ -157,14 +176,7 @@ void scale_row(const float* x, int64_t n, float factor, float* y) {
 }
 HEADWISE_CLONES
 void scale_row(const BFloat16* x, int64_t n, float factor, float* y) {
-  for (int64_t i = 0; i < n; ++i) {
-    uint16_t half;
-    std::memcpy(&half, x + i, 2);
-    const uint32_t bits = uint32_t(half) << 16;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    y[i] = value * factor;
-  }
+  for (int64_t i = 0; i < n; ++i) y[i] = value(x + i) * factor;
 }
 
 template <typename T>
@@ -190,6 +202,43 @@ void transpose_scaled(int64_t rows, int64_t columns, const float* x, int64_t ldx
 void transpose_scaled(int64_t rows, int64_t columns, const BFloat16* x, int64_t ldx, float factor,
                       BFloat16* y, int64_t ldy, float* tile) {
   transpose_blocks(rows, columns, x, ldx, factor, y, ldy, tile);
+}
+
+namespace {
+
+template <typename T>
+HEADWISE_INLINE float dot(const T* a, const T* b, int64_t k) {
+  Float16 sum0 = {}, sum1 = {}, x, y;
+  int64_t p = 0;
+  for (; p + 2 * kLanes <= k; p += 2 * kLanes) {
+    load_row(a + p, x), load_row(b + p, y);
+    sum0 += x * y;
+    load_row(a + p + kLanes, x), load_row(b + p + kLanes, y);
+    sum1 += x * y;
+  }
+  float total = 0;
+  for (; p < k; ++p) total += value(a + p) * value(b + p);
+  sum0 += sum1;
+  for (int lane = 0; lane < kLanes; ++lane) total += sum0[lane];
+  return total;
+}
+
+}  // namespace
+
+// Two functions and not a template: clones are of functions.
+HEADWISE_CLONES
+void thin_gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
+               int64_t ldb, float* c, int64_t ldc, bool add) {
+  for (int64_t j = 0; j < n; ++j)
+    for (int64_t i = 0; i < m; ++i)
+      c[i * ldc + j] = (add ? c[i * ldc + j] : 0.f) + dot(a + i * lda, b + j * ldb, k);
+}
+HEADWISE_CLONES
+void thin_gemm(int64_t m, int64_t n, int64_t k, const BFloat16* a, int64_t lda, const BFloat16* b,
+               int64_t ldb, float* c, int64_t ldc, bool add) {
+  for (int64_t j = 0; j < n; ++j)
+    for (int64_t i = 0; i < m; ++i)
+      c[i * ldc + j] = (add ? c[i * ldc + j] : 0.f) + dot(a + i * lda, b + j * ldb, k);
 }
 
 void convert(const float* x, int64_t n, float* y) { std::copy_n(x, n, y); }

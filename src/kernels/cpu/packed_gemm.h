@@ -36,6 +36,15 @@ template <typename T>
 void packed_gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb,
                  float* c, int64_t ldc, bool add);
 
+/// Up to this many rows, reading B once costs less than packing it.
+constexpr int64_t kThinRows = 4;
+
+/// C [m, n] (+)= A [m, k] B, m <= kThinRows, B given as it is stored: B' [n, k], rows ldb apart.
+void thin_gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
+               int64_t ldb, float* c, int64_t ldc, bool add);
+void thin_gemm(int64_t m, int64_t n, int64_t k, const c10::BFloat16* a, int64_t lda,
+               const c10::BFloat16* b, int64_t ldb, float* c, int64_t ldc, bool add);
+
 /// Leaves brgemm's state of this thread; after the last product of a task.
 template <typename T>
 void packed_gemm_done();
