@@ -1,0 +1,108 @@
+"""The CPU engine: any shape on the packed kernels, any number of threads, gradients of masks."""
+
+from __future__ import annotations
+
+import oracle
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_attention_ops import MASKS, Random, check, core_reference, layer_weights, leaf, masks
+
+ops = torch.ops.headwise
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@settings(deadline=None, max_examples=40, derandomize=True)
+@given(st.data())
+def test_any_shape_on_the_packed_kernels(data):
+    """Lengths around the tiles' sizes, widths that the packed kernels take, every kind of mask."""
+    draw = data.draw
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    batch, length = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 15, 63, 64, 65, 129]))
+    width, d = 8 * draw(st.integers(1, 3)), 8 * draw(st.integers(1, 2))
+    num_heads = draw(st.integers(1, 4))
+    torch.manual_seed(draw(st.integers(0, 2**20)))
+    rand = Random(draw(st.integers(0, 2**20)), dtype)
+    x = rand(batch, length, width)
+    weights = layer_weights(rand, num_heads, d, width, bias=draw(st.booleans()))
+    index, count, weight = rand.selection(batch, num_heads)
+    options = masks(rand, draw(st.sampled_from(MASKS)), batch, num_heads, length, length)
+    if draw(st.booleans()):
+        options["scale"] = 0.3
+    leaves = [t for t in (x, *weights, weight, *options.values()) if leaf(t)]
+    check(
+        ops.selected_self_attention, oracle.self_attention, leaves, dtype,
+        x, *weights, num_heads, index, count, weight, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "sizes",
+    [(3, 4, 70, 70), (3, 1, 70, 70), (1, 4, 70, 70), (70, 70), (4, 70, 70), (3, 1, 1, 70), (70, 1),
+     (1,), (3, 4, 1, 1)],
+    ids=str,
+)  # fmt: skip
+def test_gradient_of_a_mask_has_its_shape(dtype, sizes):
+    """However a mask is broadcast, its gradient is summed over what it is broadcast to."""
+    if sizes == (1,) and dtype == torch.bfloat16:
+        pytest.skip("softmax does not see a shift: only rounding is left of this sum")
+    rand = Random(1, dtype)
+    mask = rand(*sizes)
+    x, weights = rand(3, 70, 16), layer_weights(rand, 4, 8, 16)
+    index, count, weight = rand.selection(3, 4, count=[4, 2, 3])
+    check(
+        ops.selected_self_attention, oracle.self_attention, [x, *weights, weight, mask], dtype,
+        x, *weights, 4, index, count, weight, attn_mask=mask,
+    )  # fmt: skip
+    q, k, v = rand(3, 4, 70, 8), rand(3, 2, 70, 8), rand(3, 2, 70, 8)
+    check(
+        ops.selected_attention, core_reference, [q, k, v, weight, mask], dtype,
+        q, k, v, index, count, weight, attn_mask=mask,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mask", [None, (70, 70)])
+@pytest.mark.parametrize("batch", [1, 5])
+def test_results_do_not_depend_on_the_number_of_threads(threads, dtype, batch, mask):
+    """Work is divided up by rows, heads and columns; sums keep their order."""
+
+    def run(number):
+        threads(number)
+        rand = Random(3, dtype)
+        x, weights = rand(batch, 70, 136), layer_weights(rand, 4, 8, 136)
+        index, count, weight = rand.selection(batch, 4, count=3)
+        bias = None if mask is None else rand(*mask)
+        leaves = [x, *weights, weight] + [bias] * (bias is not None)
+        y = ops.selected_self_attention(x, *weights, 4, index, count, weight, attn_mask=bias)
+        upstream = rand(*y.shape).detach()
+        return [y, *torch.autograd.grad(y, leaves, upstream)]
+
+    alone = run(1)
+    for number in (2, 3, 7):
+        for a, b in zip(alone, run(number), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", MASKS)
+def test_core_on_the_packed_kernels(dtype, kind):
+    """Grouped key/value heads and a value width of its own, several tiles of keys."""
+    rand = Random(9, dtype)
+    q, k = rand(2, 6, 67, 8), rand(2, 2, 150, 8)
+    v = rand(2, 150, 2, 16)
+    index, count, weight = rand.selection(2, 6, count=[3, 5])
+    options = masks(rand, kind, 2, 6, 67, 150)
+    leaves = [q, k, v, weight] + [m for m in options.values() if leaf(m)]
+    check(
+        ops.selected_attention, core_reference, leaves, dtype,
+        q, k, v.transpose(1, 2), index, count, weight, **options,
+    )  # fmt: skip
