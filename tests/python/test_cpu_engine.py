@@ -43,6 +43,29 @@ def test_any_shape_on_the_packed_kernels(data):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [1, 3, 20])
+@pytest.mark.parametrize("batch", [1, 2, 40])
+def test_short_sequences(dtype, batch, length):
+    """Few rows read the weights as they stand; short sequences are multiplied together."""
+    rand = Random(6, dtype)
+    x, weights = rand(batch, length, 40), layer_weights(rand, 3, 16, 40)
+    index, count, weight = rand.selection(batch, 3)
+    padding = torch.arange(length) >= torch.randint(1, length + 1, (batch, 1))
+    check(
+        ops.selected_self_attention, oracle.self_attention, [x, *weights, weight], dtype,
+        x, *weights, 3, index, count, weight, key_padding_mask=padding,
+    )  # fmt: skip
+    heads, kinds = rand.selection(batch, 3, count=2), (rand(batch, length, 16), rand(batch, 7, 24))
+    general = (rand(48, 16), rand(48, 24), rand(48, 24), rand(48), None, rand(48))
+    out, extra = (rand(8, 48), None), (rand(48), rand(48))
+    leaves = [t for t in (*kinds, *general, *out, *extra, heads[2]) if t is not None]
+    check(
+        ops.selected_multihead_attention, oracle.multihead_attention, leaves, dtype,
+        kinds[0], kinds[1], kinds[1], *general, *out, 3, *heads, *extra, True,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "sizes",
@@ -70,21 +93,26 @@ def test_gradient_of_a_mask_has_its_shape(dtype, sizes):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("mask", [None, (70, 70)])
-@pytest.mark.parametrize("batch", [1, 5])
-def test_results_do_not_depend_on_the_number_of_threads(threads, dtype, batch, mask):
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), (1, 70), (5, 70), (3, 1), (11, 9)])
+def test_results_do_not_depend_on_the_number_of_threads(threads, dtype, batch, length, masked):
     """Work is divided up by rows, heads and columns; sums keep their order."""
 
     def run(number):
         threads(number)
         rand = Random(3, dtype)
-        x, weights = rand(batch, 70, 136), layer_weights(rand, 4, 8, 136)
+        x, weights = rand(batch, length, 136), layer_weights(rand, 4, 8, 136)
         index, count, weight = rand.selection(batch, 4, count=3)
-        bias = None if mask is None else rand(*mask)
-        leaves = [x, *weights, weight] + [bias] * (bias is not None)
+        bias = rand(length, length) if masked else None
+        leaves = [x, *weights, weight] + [bias] * masked
         y = ops.selected_self_attention(x, *weights, 4, index, count, weight, attn_mask=bias)
         upstream = rand(*y.shape).detach()
-        return [y, *torch.autograd.grad(y, leaves, upstream)]
+        gradients = torch.autograd.grad(y, leaves, upstream)
+        with torch.no_grad():
+            alone = ops.selected_self_attention(
+                x, *weights, 4, index, count, weight, attn_mask=bias
+            )
+        return [y, alone, *gradients]
 
     alone = run(1)
     for number in (2, 3, 7):
