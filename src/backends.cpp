@@ -1,12 +1,29 @@
 #include "headwise/backends.h"
 
 #include <ATen/Context.h>
+#include <c10/util/BFloat16.h>
+
+#include "kernels/cpu/packed_gemm.h"
 
 namespace headwise {
 namespace {
 
 // Said of every CUDA path until the GPU tests have passed on a device.
 constexpr const char* kUnverified = "compiled, not verified on a GPU";
+
+/// Asks the products themselves: which instructions they need is oneDNN's business.
+Backend packed() {
+  const bool single = kernels::packed_gemm_supported<float>();
+  const bool half = kernels::packed_gemm_supported<c10::BFloat16>();
+  std::string reason = "oneDNN's brgemm over the active heads, widths that are multiples of 8: ";
+  if (single && half)
+    reason += "float32 and bfloat16";
+  else if (single || half)
+    reason += std::string(single ? "float32" : "bfloat16") + "; this processor lacks the other";
+  else
+    reason = "oneDNN's brgemm does not run on this processor (it needs AVX-512)";
+  return {"cpu_packed", "cpu", single || half, reason};
+}
 
 }  // namespace
 
@@ -28,7 +45,10 @@ std::vector<Backend> backends() {
        (device ? std::string() : no_device + "; ") + kUnverified +
            ": LibTorch's matrix products and attention over the active heads, grouped by "
            "head; waits for the device once a call"});
-  list.push_back({"cpu_kernels", "cpu", true, "own kernels over the active heads"});
+  list.push_back(packed());
+  list.push_back({"cpu_kernels", "cpu", true,
+                  "BLAS, or plain loops where there is none, over the active heads: float64, "
+                  "float16, and what cpu_packed cannot run"});
   return list;
 }
 

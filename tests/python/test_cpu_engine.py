@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
+import headwise as hw
 import oracle
 import pytest
 import torch
@@ -134,3 +139,31 @@ def test_core_on_the_packed_kernels(dtype, kind):
         ops.selected_attention, core_reference, leaves, dtype,
         q, k, v.transpose(1, 2), index, count, weight, **options,
     )  # fmt: skip
+
+
+ELSEWHERE = """
+import headwise as hw, oracle, torch
+from test_attention_ops import Random, check, layer_weights
+assert [b.name for b in hw.backends() if b.device == "cpu" and b.available] == ["cpu_kernels"]
+for dtype in (torch.float32, torch.bfloat16):
+    rand = Random(2, dtype)
+    x, weights = rand(2, 70, 16), layer_weights(rand, 4, 8, 16)
+    index, count, weight = rand.selection(2, 4, count=[3, 1])
+    check(
+        torch.ops.headwise.selected_self_attention, oracle.self_attention, [x, *weights, weight],
+        dtype, x, *weights, 4, index, count, weight,
+    )
+"""
+
+
+def test_a_processor_without_brgemm():
+    """The general kernels serve, and backends() says that they do."""
+    names = [backend.name for backend in hw.backends() if backend.device == "cpu"]
+    assert names == ["cpu_packed", "cpu_kernels"]
+    environment = {
+        **os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "PYTHONPATH": os.pathsep.join(sys.path)
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
