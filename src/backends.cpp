@@ -15,13 +15,13 @@ constexpr const char* kUnverified = "compiled, not verified on a GPU";
 Backend packed() {
   const bool single = kernels::packed_gemm_supported<float>();
   const bool half = kernels::packed_gemm_supported<c10::BFloat16>();
-  std::string reason = "oneDNN's brgemm over the active heads, widths that are multiples of 8: ";
+  std::string reason = "LibTorch's brgemm over the active heads, widths that are multiples of 8: ";
   if (single && half)
     reason += "float32 and bfloat16";
   else if (single || half)
-    reason += std::string(single ? "float32" : "bfloat16") + "; this processor lacks the other";
+    reason += std::string(single ? "float32" : "bfloat16") + " only on this processor";
   else
-    reason = "oneDNN's brgemm does not run on this processor (it needs AVX-512)";
+    reason = "LibTorch's brgemm does not run here";
   return {"cpu_packed", "cpu", single || half, reason};
 }
 
