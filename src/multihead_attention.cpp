@@ -202,6 +202,11 @@ std::tuple<at::Tensor, at::Tensor> MultiheadAttentionImpl::forward(
     // The mask is about keys: it says which queries are padding only where they are the same.
     selection = gate->forward(query, query_is_key ? key_padding_mask : at::Tensor());
   }
+  if (probe) {
+    const auto [q, k, v] = project_heads(query, key, value, weights, num_heads);
+    probe({query, optional(query_is_key ? key_padding_mask : at::Tensor()), selection, q, k,
+           arguments, added_keys});
+  }
   at::Tensor probabilities;  // [B, H, L, S']
   if (need_weights) {
     const auto [q, k, v] = project_heads(query, key, value, weights, num_heads);

@@ -5,6 +5,7 @@
 #include "headwise/attention.h"
 #include "headwise/backends.h"
 #include "headwise/dense_attention.h"
+#include "headwise/explain.h"
 #include "headwise/files.h"
 #include "headwise/gates.h"
 #include "headwise/importance.h"

@@ -8,6 +8,7 @@
 #include <torch/nn/pimpl.h>
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <tuple>
@@ -53,6 +54,16 @@ struct HEADWISE_API MultiheadAttentionOptions {
   TORCH_ARG(std::optional<int64_t>, head_dim) = std::nullopt;
 };
 
+/// What a recorder set as MultiheadAttentionImpl::probe is handed in each forward.
+struct AttentionProbe {
+  at::Tensor x;                                  ///< [B, L, D] the queries: what a gate sees
+  std::optional<at::Tensor> query_padding_mask;  ///< [B, L] what it is told of padding
+  std::optional<Selection> selection;            ///< empty without a gate
+  at::Tensor q, k;                               ///< [B, H, L, d], [B, H, S', d], every head
+  AttentionArguments arguments;                  ///< masks over the first S' - added_keys keys
+  int64_t added_keys = 0;
+};
+
 /// torch.nn.MultiheadAttention in which every input chooses its heads; without a gate it equals it.
 /// Example: auto [y, w] = mha->forward(x, x, x, padding, /*need_weights=*/false);
 /// Parameters: in_proj_weight [3E, D] (or q_proj_weight [E, D], k_proj_weight [E, Dk],
@@ -94,6 +105,8 @@ class HEADWISE_API MultiheadAttentionImpl : public torch::nn::Module {
   std::shared_ptr<GateImpl> gate;
   /// What the gate chose in the last forward; empty before one and without a gate.
   std::optional<Selection> last_selection;
+  /// Called in each forward, where it is set; projecting every head for it costs time.
+  std::function<void(const AttentionProbe&)> probe;
 
  protected:
   FORWARD_HAS_DEFAULT_ARGS({3, torch::nn::AnyValue(at::Tensor())}, {4, torch::nn::AnyValue(true)},

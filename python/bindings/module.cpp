@@ -5,6 +5,7 @@
 #include "errors.h"
 #include "headwise/version.h"
 
+void bind_explain(pybind11::module_& m);
 void bind_importance(pybind11::module_& m);
 void bind_pruning(pybind11::module_& m);
 void bind_backends(pybind11::module_& m);
@@ -16,6 +17,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ core of headwise";
   m.attr("__version__") = headwise::version();
   m.attr("compiled_torch_version") = headwise::compiled_torch_version();
+  bind_explain(m);
   bind_importance(m);
   bind_pruning(m);
   bind_backends(m);

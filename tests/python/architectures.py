@@ -148,6 +148,24 @@ def bert(class_name: str, **kwargs) -> nn.Module:
     return _randomise(getattr(transformers, class_name)(bert_config(**kwargs)))
 
 
+def albert(class_name: str, **kwargs) -> nn.Module:
+    import transformers
+
+    config = transformers.AlbertConfig(
+        **{
+            "vocab_size": 50,
+            "embedding_size": 12,
+            "hidden_size": EMBED,
+            "num_hidden_layers": 3,
+            "num_attention_heads": HEADS,
+            "intermediate_size": 32,
+            "max_position_embeddings": 16,
+            **kwargs,
+        }
+    )
+    return _randomise(getattr(transformers, class_name)(config))
+
+
 def bert_inputs():
     return {
         "input_ids": torch.randint(0, 50, (3, 7)),
@@ -222,5 +240,12 @@ ARCHITECTURES = {
         _bert_row("BertForSequenceClassification", _run_logits, num_labels=3),
         _bert_row("BertForTokenClassification", _run_token_logits),
         _bert_row("BertForMaskedLM", _run_token_logits),
+        Architecture("AlbertModel", lambda: albert("AlbertModel"), bert_inputs, _run_hidden),
+        Architecture(
+            "AlbertForSequenceClassification, three groups",
+            lambda: albert("AlbertForSequenceClassification", num_hidden_groups=3, num_labels=3),
+            bert_inputs,
+            _run_logits,
+        ),
     ]
 }

@@ -20,7 +20,7 @@ def fails(capsys, status: int, *arguments: str) -> str:
 
 
 def test_every_command_has_the_common_options():
-    for command in ("compare", "bench", "score", "prune"):
+    for command in ("compare", "bench", "explain", "score", "prune"):
         text = build_parser()._subparsers._group_actions[0].choices[command].format_help()
         for option in ("--json", "--out", "--seed", "--device", "--threads"):
             assert option in text

@@ -1,4 +1,4 @@
-"""The command line: ``headwise compare | bench | score | prune``.
+"""The command line: ``headwise bench | compare | explain | score | prune``.
 
 Exit status: 0, 1 (failed) or 2 (bad use); a failure is one sentence on standard error.
 """
@@ -9,9 +9,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from headwise.cli import bench, compare, prune, score
+from headwise.cli import bench, compare, explain, prune, score
 
-COMMANDS = (compare, bench, score, prune)
+COMMANDS = (bench, compare, explain, score, prune)
 
 
 def build_parser() -> argparse.ArgumentParser:

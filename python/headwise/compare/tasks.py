@@ -204,14 +204,24 @@ def load_task(name: str) -> Task:
     return BUNDLED[name]()
 
 
-def _cell(row: dict, column: str, path: Path, number: int) -> str:
+def read_cell(row: dict, column: str, path: Path, number: int) -> str:
+    """The value of a column of the row with that number; what is no text as JSON.
+
+    Raises:
+        UsageError: there is none.
+    """
     value = row.get(column)
     if value is None:
         raise UsageError(f"row {number} of {path.name} has no value for {column!r}")
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _read_rows(path: Path) -> list[dict]:
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a .csv or .jsonl file.
+
+    Raises:
+        UsageError: it is empty, not UTF-8, or not what its name says (by line).
+    """
     try:
         # utf-8-sig: spreadsheets begin their CSV files with a byte order mark.
         content = path.read_text(encoding="utf-8-sig")
@@ -261,7 +271,7 @@ def task_from_file(
         raise UsageError(f"data must be a .csv or .jsonl file, got {path.name!r}")
     if not path.is_file():
         raise UsageError(f"there is no file {path}")
-    rows = _read_rows(path)
+    rows = read_rows(path)
     if not rows:
         raise UsageError(f"{path} has no rows")
     columns = list(rows[0])
@@ -273,9 +283,9 @@ def task_from_file(
             )
     triples = []
     for number, row in enumerate(rows, 1):
-        content = _cell(row, text, path, number)
-        owner = _cell(row, group, path, number) if group else content
-        triples.append((content, _cell(row, label, path, number), owner))
+        content = read_cell(row, text, path, number)
+        owner = read_cell(row, group, path, number) if group else content
+        triples.append((content, read_cell(row, label, path, number), owner))
     return _task(path.stem, path.name, triples, path.name)
 
 

@@ -88,52 +88,79 @@ class SelectedBertSelfAttention(BertSelfAttention):
         """
         if past_key_values is not None:
             raise ValueError("past_key_values must be None: a converted BERT is an encoder")
-        key_padding_mask, attn_mask = self._masks(attention_mask, hidden_states.size(1))
-        need_weights = kwargs.get("output_attentions")
-        if need_weights is None:
-            need_weights = getattr(self.config, "output_attentions", False)
-        return self.mha(
-            hidden_states,
-            hidden_states,
-            hidden_states,
-            key_padding_mask=key_padding_mask,
-            need_weights=bool(need_weights),
-            attn_mask=attn_mask,
-            average_attn_weights=False,
-        )
+        return attend(self.mha, hidden_states, attention_mask, self.config, kwargs)
 
-    def _masks(self, mask: Tensor | None, length: int) -> tuple[Tensor | None, Tensor | None]:
-        """key_padding_mask [B, L] and attn_mask [B * H, L, L], as ``mha`` takes them."""
-        if mask is None:
-            return None, None
-        if mask.dim() == 2:  # [B, L]
-            padding = mask == 0
-            if self.mha.gate is None:
-                # torch's own module gives NaN for a sequence that is nothing but padding.
-                padding = padding & ~padding.all(dim=1, keepdim=True)
-            return padding, None
-        if mask.dim() != 4:
-            raise ValueError(
-                f"attention_mask must have 2 or 4 dimensions, got {mask.dim()} "
-                f"(shape {tuple(mask.shape)})"
-            )
-        if mask.dtype == torch.bool:
-            mask = ~mask  # True = may not attend
-            unseen = mask
-        else:
-            # transformers writes 'may not attend' as the lowest finite number.
-            lowest = torch.finfo(mask.dtype).min / 2
-            unseen = mask < lowest
-            mask = mask.masked_fill(unseen, float("-inf"))
-        if mask.size(1) == 1 and mask.size(2) == 1:  # the same for every head and query
-            return mask[:, 0, 0, :], None
-        padding = unseen.all(dim=2).all(dim=1)  # [B, L]: keys that no query sees
-        if mask.dtype != torch.bool:
-            padding = torch.zeros_like(padding, dtype=mask.dtype).masked_fill(
-                padding, float("-inf")
-            )
-        batch, heads = mask.size(0), self.mha.num_heads
-        return padding, mask.expand(batch, heads, length, -1).reshape(batch * heads, length, -1)
+
+def attend(
+    mha: MultiheadAttention,
+    hidden_states: Tensor,  # [B, L, D]
+    attention_mask: Tensor | None,
+    config,
+    options: dict,
+) -> tuple[Tensor, Tensor | None]:
+    """Self-attention with the masks of transformers -> [B, L, D] and, where asked for, the maps."""
+    key_padding_mask, attn_mask = split_masks(mha, attention_mask, hidden_states.size(1))
+    need_weights = options.get("output_attentions")
+    if need_weights is None:
+        need_weights = getattr(config, "output_attentions", False)
+    return mha(
+        hidden_states,
+        hidden_states,
+        hidden_states,
+        key_padding_mask=key_padding_mask,
+        need_weights=bool(need_weights),
+        attn_mask=attn_mask,
+        average_attn_weights=False,
+    )
+
+
+def split_masks(
+    mha: MultiheadAttention, mask: Tensor | None, length: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """key_padding_mask [B, L] and attn_mask [B * H, L, L], as ``mha`` takes them."""
+    if mask is None:
+        return None, None
+    if mask.dim() == 2:  # [B, L]
+        padding = mask == 0
+        if mha.gate is None:
+            # torch's own module gives NaN for a sequence that is nothing but padding.
+            padding = padding & ~padding.all(dim=1, keepdim=True)
+        return padding, None
+    if mask.dim() != 4:
+        raise ValueError(
+            f"attention_mask must have 2 or 4 dimensions, got {mask.dim()} "
+            f"(shape {tuple(mask.shape)})"
+        )
+    if mask.dtype == torch.bool:
+        mask = ~mask  # True = may not attend
+        unseen = mask
+    else:
+        # transformers writes 'may not attend' as the lowest finite number.
+        lowest = torch.finfo(mask.dtype).min / 2
+        unseen = mask < lowest
+        mask = mask.masked_fill(unseen, float("-inf"))
+    if mask.size(1) == 1 and mask.size(2) == 1:  # the same for every head and query
+        return mask[:, 0, 0, :], None
+    padding = unseen.all(dim=2).all(dim=1)  # [B, L]: keys that no query sees
+    if mask.dtype != torch.bool:
+        padding = torch.zeros_like(padding, dtype=mask.dtype).masked_fill(padding, float("-inf"))
+    batch, heads = mask.size(0), mha.num_heads
+    return padding, mask.expand(batch, heads, length, -1).reshape(batch * heads, length, -1)
+
+
+def name_implementation(model: nn.Module, configs: list) -> None:
+    """Makes ``model`` hand its converted layers, which have these configurations, their masks."""
+    # The configuration decides what mask the layers get. It may be shared with another model that
+    # was not converted, so the converted one gets its own.
+    copies: dict[int, object] = {}
+    for config in configs:
+        if id(config) not in copies:
+            copies[id(config)] = copy.deepcopy(config)
+            copies[id(config)]._attn_implementation = IMPLEMENTATION
+    for module in model.modules():
+        config = module.__dict__.get("config")
+        if id(config) in copies:
+            module.config = copies[id(config)]
 
 
 class Bert(Architecture):
@@ -197,18 +224,7 @@ class Bert(Architecture):
         return module, mha
 
     def finish(self, model: nn.Module, converted: list[nn.Module]) -> None:
-        # The configuration decides what mask the layers get. It may be shared with another model
-        # that was not converted, so the converted one gets its own.
-        copies: dict[int, object] = {}
-        for attention in converted:
-            config = attention.self.config
-            if id(config) not in copies:
-                copies[id(config)] = copy.deepcopy(config)
-                copies[id(config)]._attn_implementation = IMPLEMENTATION
-        for module in model.modules():
-            config = module.__dict__.get("config")
-            if id(config) in copies:
-                module.config = copies[id(config)]
+        name_implementation(model, [attention.self.config for attention in converted])
 
 
 ARCHITECTURE = Bert()

@@ -17,6 +17,7 @@ from headwise.multihead_attention import MultiheadAttention
 # Class of the module that holds the attention -> file whose ARCHITECTURE converts it.
 _FILES = {
     "torch.nn.modules.activation.MultiheadAttention": "headwise.convert.torch_attention",
+    "transformers.models.albert.modeling_albert.AlbertAttention": "headwise.convert.albert",
     "transformers.models.bert.modeling_bert.BertAttention": "headwise.convert.bert",
 }
 _REGISTERED: dict[str, Architecture] = {}

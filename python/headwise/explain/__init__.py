@@ -1,0 +1,26 @@
+"""Why these heads: one input explained, and the roles and uses of heads over a data set."""
+
+from headwise.explain.annotated import (
+    AnnotatedBatch,
+    Sentence,
+    annotate_texts,
+    parse_with_spacy,
+    read_conllu,
+)
+from headwise.explain.data_set import explain_data
+from headwise.explain.document import Explanation
+from headwise.explain.one_input import explain
+from headwise.explain.roles import RoleThresholds, head_roles
+
+__all__ = [
+    "AnnotatedBatch",
+    "Explanation",
+    "RoleThresholds",
+    "Sentence",
+    "annotate_texts",
+    "explain",
+    "explain_data",
+    "head_roles",
+    "parse_with_spacy",
+    "read_conllu",
+]

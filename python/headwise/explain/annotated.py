@@ -1,0 +1,222 @@
+"""Batches of which it is known what their tokens are: words, separators, syntax, alignments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: (dependent, head, relation): positions of words in a sentence.
+Dependency = tuple[int, int, str]
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """A sentence split into words, with its dependencies.
+
+    Attributes:
+        words: the words.
+        dependencies: (dependent, head, relation), words counted from 0; roots are left out.
+    """
+
+    words: tuple[str, ...]
+    dependencies: tuple[Dependency, ...] = ()
+
+
+@dataclass(frozen=True)
+class AnnotatedBatch:
+    """One batch for :func:`headwise.explain.head_roles`.
+
+    Attributes:
+        inputs: what the model takes.
+        valid: bool ``[B, L]``, tokens that are not padding.
+        special: bool ``[B, L]``, tokens that stand for no part of the input (separators, a class
+            token); None: there are none.
+        ids: int64 ``[B, L]``, the kind of each token, for same-token and rare-token roles; or None.
+        words: int64 ``[B, L]``, the word that each token is part of, ascending, -1 for none;
+            None: every token that is not special is a word.
+        dependencies: of each sequence; words as in ``words``.
+        alignment: for each sequence pairs of tokens, one on either side.
+        side: int64 ``[B, L]``: 1 or 2 for tokens of the two sides of an alignment, else 0.
+    """
+
+    inputs: Any
+    valid: Tensor
+    special: Tensor | None = None
+    ids: Tensor | None = None
+    words: Tensor | None = None
+    dependencies: Sequence[Sequence[Dependency]] | None = None
+    alignment: Sequence[Sequence[tuple[int, int]]] | None = None
+    side: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.valid.dim() != 2 or self.valid.dtype != torch.bool:
+            raise ValueError(
+                f"valid must be boolean [B, L], got {self.valid.dtype} {list(self.valid.shape)}"
+            )
+        for name in ("special", "ids", "words", "side"):
+            value = getattr(self, name)
+            if value is not None and value.shape != self.valid.shape:
+                raise ValueError(
+                    f"{name} must have the shape of valid, {list(self.valid.shape)}, "
+                    f"got {list(value.shape)}"
+                )
+        for name in ("dependencies", "alignment"):
+            value = getattr(self, name)
+            if value is not None and len(value) != len(self.valid):
+                raise ValueError(
+                    f"{name} must be one a sequence, {len(self.valid)}, got {len(value)}"
+                )
+        if (self.alignment is None) != (self.side is None):
+            raise ValueError("alignment and side must be given together")
+
+    @property
+    def content(self) -> Tensor:
+        """bool ``[B, L]``: neither padding nor special."""
+        return self.valid if self.special is None else self.valid & ~self.special
+
+    @property
+    def word_of(self) -> Tensor:
+        """int64 ``[B, L]``: the word of each token, -1 for none."""
+        if self.words is not None:
+            return self.words.masked_fill(~self.content, -1)
+        return (self.content.long().cumsum(1) - 1).masked_fill(~self.content, -1)
+
+
+def annotate_texts(
+    texts: Sequence[str | Sentence],
+    tokenizer: Any,
+    *,
+    batch_size: int = 32,
+    max_length: int = 128,
+) -> list[AnnotatedBatch]:
+    """Texts, or sentences split into words, as annotated batches, shortest first.
+
+    Raises:
+        ValueError: no texts.
+    """
+    if not texts:
+        raise ValueError("texts must not be empty")
+    encoded = [_encode(text, tokenizer, max_length) for text in texts]
+    order = sorted(range(len(texts)), key=lambda row: len(encoded[row]["input_ids"]))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    specials = torch.tensor(sorted(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}))
+    batches = []
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        length = max(len(encoded[row]["input_ids"]) for row in rows)
+        ids = torch.full((len(rows), length), pad, dtype=torch.long)  # [B, L]
+        valid = torch.zeros(len(rows), length, dtype=torch.bool)  # [B, L]
+        words = torch.full((len(rows), length), -1, dtype=torch.long)  # [B, L]
+        for position, row in enumerate(rows):
+            count = len(encoded[row]["input_ids"])
+            ids[position, :count] = torch.tensor(encoded[row]["input_ids"])
+            valid[position, :count] = True
+            found = [-1 if word is None else word for word in encoded[row].word_ids()]
+            words[position, :count] = torch.tensor(found)
+        batches.append(
+            AnnotatedBatch(
+                inputs={"input_ids": ids, "attention_mask": valid.long()},
+                valid=valid,
+                special=torch.isin(ids, specials),
+                ids=ids,
+                words=words,
+                dependencies=[
+                    texts[row].dependencies if isinstance(texts[row], Sentence) else ()
+                    for row in rows
+                ],
+            )
+        )
+    return batches
+
+
+def _encode(text: str | Sentence, tokenizer: Any, max_length: int) -> Any:
+    split = isinstance(text, Sentence)
+    return tokenizer(
+        list(text.words) if split else text,
+        is_split_into_words=split,
+        truncation=True,
+        max_length=max_length,
+    )
+
+
+def read_conllu(path: str | Path, limit: int | None = None) -> list[Sentence]:
+    """The sentences of a CoNLL-U file (universaldependencies.org/format.html).
+
+    Multi-word tokens and empty nodes are left out: dependencies are between words.
+
+    Raises:
+        ValueError: the file is not UTF-8 or not CoNLL-U (by line), or has no sentence.
+        OSError: it cannot be read.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from None
+    sentences: list[Sentence] = []
+    rows: list[tuple[str, int, str]] = []  # (form, head, relation)
+
+    def finish() -> None:
+        if rows:
+            links = [(i, head - 1, kind) for i, (_, head, kind) in enumerate(rows) if head > 0]
+            for dependent, head, _ in links:
+                if head >= len(rows):
+                    raise ValueError(
+                        f"{path}: word {dependent + 1} of sentence {len(sentences) + 1} has head "
+                        f"{head + 1}, but there are {len(rows)} words"
+                    )
+            sentences.append(Sentence(tuple(form for form, _, _ in rows), tuple(links)))
+            rows.clear()
+
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            finish()
+        elif not line.startswith("#"):
+            fields = line.split("\t")
+            if len(fields) != 10:
+                raise ValueError(
+                    f"line {number} of {path} is not CoNLL-U: it has {len(fields)} columns, not 10"
+                )
+            if not fields[0].isdecimal():  # 3-4 or 5.1
+                continue
+            if not fields[6].isdecimal() or int(fields[0]) != len(rows) + 1:
+                raise ValueError(f"line {number} of {path} is not CoNLL-U: ID or HEAD is no number")
+            rows.append((fields[1], int(fields[6]), fields[7]))
+        if limit is not None and len(sentences) >= limit:
+            return sentences
+    finish()
+    if not sentences:
+        raise ValueError(f"{path} has no sentence")
+    return sentences
+
+
+def parse_with_spacy(texts: Sequence[str], model: str) -> list[Sentence]:
+    """Texts parsed by a pipeline of spaCy (its sentences; relations in its own labels).
+
+    Raises:
+        ValueError: spaCy or the pipeline is not installed.
+    """
+    try:
+        import spacy
+
+        pipeline = spacy.load(model)
+    except (ImportError, OSError):
+        raise ValueError(f"spaCy and its pipeline {model!r} must be installed to parse") from None
+    sentences = []
+    for document in pipeline.pipe(texts):
+        for part in document.sents:
+            words = [token for token in part if not token.is_space]
+            place = {token.i: position for position, token in enumerate(words)}
+            links = [
+                (place[token.i], place[token.head.i], token.dep_)
+                for token in words
+                if token.head.i != token.i and token.head.i in place
+            ]
+            if len(words) > 1:
+                sentences.append(Sentence(tuple(token.text for token in words), tuple(links)))
+    return sentences

@@ -1,0 +1,377 @@
+"""``headwise.explain_data``: what the heads of a text classifier do over a data set."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headwise.convert import convert
+from headwise.explain.annotated import AnnotatedBatch, Sentence, annotate_texts
+from headwise.explain.faithfulness import measure_faithfulness
+from headwise.explain.noise import NOISES
+from headwise.explain.one_input import default_forward
+from headwise.explain.parts import Parts, with_progress
+from headwise.explain.questions import Questionnaire
+from headwise.explain.recording import evaluating
+from headwise.explain.roles import RoleThresholds, count_roles, score_roles
+from headwise.explain.use import (
+    Use,
+    chosen_heads,
+    describe_use,
+    number,
+    token_entropy,
+    watching,
+)
+from headwise.layers import attention_layers
+
+_ops = torch.ops.headwise
+
+
+def explain_data(
+    model: nn.Module,
+    texts: Sequence[str],
+    tokenizer: Any,
+    *,
+    labels: Sequence[int] | None = None,
+    classes: Sequence[str] | None = None,
+    sentences: Sequence[Sentence] | None = None,
+    others: dict[str, nn.Module] | None = None,
+    thresholds: RoleThresholds | None = None,
+    offsets: int = 2,
+    batch_size: int = 32,
+    max_length: int = 128,
+    faithfulness_texts: int = 256,
+    permutations: int = 1000,
+    resamples: int = 1000,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    key: dict[str, Any] | None = None,
+    progress: bool | None = None,
+) -> dict[str, Any]:
+    """What the heads of a text classifier do over a data set, and for which inputs they run.
+
+    Roles of heads (:func:`headwise.head_roles`), how often each runs and for whom, whether heads
+    with a role are used differently, how stable the selection is when texts change a little, and
+    whether the gates' order of heads is that in which they matter.
+
+    Args:
+        model: a converted or convertible text classifier of transformers.
+        texts: the data set.
+        tokenizer: its tokenizer.
+        labels: the class of each text; accuracy is then told.
+        classes: names of the classes; default: those of the model's configuration.
+        sentences: sentences with dependencies, for syntactic roles (:func:`read_conllu`,
+            :func:`parse_with_spacy`); default: roles are told from ``texts``, without syntax.
+        others: other models by name (other seeds, other tasks) with the same heads, whose
+            selections are compared on the same texts.
+        thresholds: when a head has a role.
+        offsets: token offsets to ask about, up to this far.
+        batch_size: texts a run.
+        max_length: tokens at which texts are cut.
+        faithfulness_texts: texts on which heads are removed.
+        permutations: of the tests.
+        resamples: of the bootstrap.
+        seed: of everything that is drawn.
+        folder: finished parts are kept here, and the same call goes on from them.
+        key: what, besides the arguments, decides the parts (the model's path, say).
+        progress: progress bars; None: where stderr is a terminal.
+
+    Returns:
+        A document of format ``headwise.use`` (docs/interpretability.md).
+
+    Raises:
+        ValueError: fewer than two texts, labels that do not fit, a model without class scores, or
+            an option out of range.
+    """
+    if len(texts) < 2:
+        raise ValueError(f"texts must be at least two, got {len(texts)}")
+    if labels is not None and len(labels) != len(texts):
+        raise ValueError(f"labels must be one a text, {len(texts)}, got {len(labels)}")
+    for name, value in (("batch_size", batch_size), ("max_length", max_length)):
+        if value <= 0:
+            raise ValueError(f"{name} must be positive, got {value}")
+    if not attention_layers(model):
+        model = convert(copy.deepcopy(model))
+    thresholds = thresholds or RoleThresholds()
+    encoding = {"batch_size": batch_size, "max_length": max_length}
+    digest = hashlib.sha256(json.dumps([list(texts), sentences], default=str).encode()).hexdigest()
+    parts_key = {**(key or {}), "data": digest, **encoding, "weights": _fingerprint(model)}
+    root = None if folder is None else Path(folder)
+    study = _Study(model, tokenizer, encoding, root, parts_key, seed, progress)
+    with evaluating(model):
+        torch.manual_seed(seed)  # gates that draw at random
+        use = study.use("use", texts, labels, model)
+        classes = list(classes or _class_names(model, use.logits.size(1)))
+        roles = study.roles(sentences or texts, offsets, thresholds, resamples)
+        described = describe_use(use, classes, permutations=permutations, seed=seed)
+        document = {
+            "format": "headwise.use",
+            "version": 1,
+            "model": {
+                "class": type(model).__name__,
+                "layers": len(attention_layers(model)),
+                "sites": len(use.sites),
+                "heads": int(use.chosen.size(1)),
+            },
+            "data": {
+                "texts": len(texts),
+                "classes": classes,
+                "predicted": torch.bincount(use.predicted, minlength=len(classes)).tolist(),
+                "accuracy": _accuracy(use),
+                "tokens_mean": number(use.length.double().mean()),
+            },
+            "settings": {
+                **encoding,
+                "permutations": permutations,
+                "resamples": resamples,
+                "seed": seed,
+            },
+            "roles": roles,
+            "use": described,
+            "role_use": role_use(roles, described, permutations, seed),
+            "stability": study.stability(texts, labels, use, others or {}, resamples),
+            "faithfulness": study.faithfulness(texts[:faithfulness_texts], resamples),
+        }
+    return document
+
+
+class _Study:
+    """The measurements of one call, with what they share."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        encoding: dict[str, int],
+        root: Path | None,
+        key: dict[str, Any],
+        seed: int,
+        progress: bool | None,
+    ):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.encoding = encoding
+        self.root = root
+        self.key = key
+        self.seed = seed
+        self.progress = progress
+        self.device = next(model.parameters()).device
+
+    def batches(self, texts: Sequence[str | Sentence]) -> list[AnnotatedBatch]:
+        return annotate_texts(texts, self.tokenizer, **self.encoding)
+
+    def folder(self, name: str) -> Path | None:
+        return None if self.root is None else self.root / name
+
+    def use(
+        self, name: str, texts: Sequence[str], labels: Sequence[int] | None, model: nn.Module
+    ) -> Use:
+        """Which heads ran for each text, in the order of the texts."""
+        batches = self.batches(texts)
+        parts = Parts(self.folder(name), {**self.key, "part": name})
+        sites: list[tuple[str, int, int]] = []
+        found = []
+        with evaluating(model):
+            for number_, batch in with_progress(
+                enumerate(batches), len(batches), name, "batch", self.progress
+            ):
+
+                def compute(batch=batch) -> dict[str, Tensor]:
+                    with watching(model) as seen:
+                        logits = self.forward(model, batch)
+                    sites[:], chosen = chosen_heads(seen, model, len(batch.valid))
+                    return {"chosen": chosen, "logits": logits}
+
+                found.append(parts.get(f"part-{number_:05d}", compute))
+            if not sites:
+                with watching(model) as seen:
+                    self.forward(model, batches[0])
+                sites = chosen_heads(seen, model, len(batches[0].valid))[0]
+        # Batches hold texts by length: back to the order of the texts.
+        lengths = torch.cat([batch.valid.sum(1) for batch in batches])
+        entropy = torch.cat([token_entropy(batch.ids, batch.content) for batch in batches])
+        place = self._order(texts).argsort()
+        return Use(
+            sites=sites,
+            chosen=torch.cat([part["chosen"] for part in found])[place],
+            logits=torch.cat([part["logits"] for part in found])[place],
+            length=lengths[place],
+            entropy=entropy[place],
+            labels=None if labels is None else torch.tensor(list(labels)),
+        )
+
+    def forward(self, model: nn.Module, batch: AnnotatedBatch) -> Tensor:
+        """Class scores, float32 ``[B, C]`` on the host."""
+        inputs = {name: value.to(self.device) for name, value in batch.inputs.items()}
+        logits = default_forward(model, inputs)
+        if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.size(1) < 2:
+            raise ValueError("model must give class scores [B, C] with C >= 2")
+        return logits.float().cpu()
+
+    def _order(self, texts: Sequence[str]) -> Tensor:
+        """The texts' numbers in the order in which batches hold them."""
+        encoded = self.tokenizer(
+            list(texts), truncation=True, max_length=self.encoding["max_length"]
+        )["input_ids"]
+        return torch.tensor(sorted(range(len(texts)), key=lambda row: len(encoded[row])))
+
+    def roles(
+        self,
+        texts: Sequence[str | Sentence],
+        offsets: int,
+        thresholds: RoleThresholds,
+        resamples: int,
+    ) -> dict[str, Any]:
+        batches = self.batches(texts)
+        questions = Questionnaire(batches, offsets=offsets, least_trials=thresholds.least_trials)
+        counts = count_roles(
+            self.model,
+            batches,
+            questions,
+            folder=self.folder("roles"),
+            key=self.key,
+            progress=self.progress,
+        )
+        return score_roles(counts, thresholds, seed=self.seed, resamples=resamples)
+
+    def stability(
+        self,
+        texts: Sequence[str],
+        labels: Sequence[int] | None,
+        use: Use,
+        others: dict[str, nn.Module],
+        resamples: int,
+    ) -> list[dict[str, Any]]:
+        rows = []
+        for name, noise in NOISES.items():
+            generator = random.Random(self.seed)
+            changed = [noise(text, generator) for text in texts]
+            again = self.use(name.replace(" ", "-"), changed, labels, self.model)
+            rows.append(_compared("noise", name, use, again, resamples, self.seed))
+            rows[-1]["texts_changed"] = sum(a != b for a, b in zip(texts, changed, strict=True))
+        if any(_draws(layer.gate) for layer in attention_layers(self.model).values()):
+            torch.manual_seed(self.seed + 1)
+            again = self.use("another-seed", texts, labels, self.model)
+            rows.append(_compared("seed", "another draw", use, again, resamples, self.seed))
+        for name, other in others.items():
+            again = self.use(f"other-{name}", texts, labels, other)
+            if again.chosen.shape != use.chosen.shape:
+                raise ValueError(
+                    f"others must have the heads of model, {use.chosen.size(1)}, but {name!r} has "
+                    f"{again.chosen.size(1)}"
+                )
+            rows.append(_compared("model", name, use, again, resamples, self.seed))
+        return rows
+
+    def faithfulness(self, texts: Sequence[str], resamples: int) -> dict[str, Any] | None:
+        batches = self.batches(texts)
+        inputs = [
+            {name: value.to(self.device) for name, value in batch.inputs.items()}
+            for batch in batches
+        ]
+        steps = with_progress(inputs, len(inputs), "removing heads", "batch", self.progress)
+        return measure_faithfulness(
+            self.model, steps, default_forward, resamples=resamples, seed=self.seed
+        )
+
+
+def role_use(
+    roles: dict[str, Any], use: dict[str, Any], permutations: int, seed: int
+) -> list[dict[str, Any]]:
+    """Are heads with a role used differently from the others?
+
+    For each kind of role and each property of heads (how often they run; how much more for long
+    inputs, for inputs of high entropy, for confident predictions): the rank-biserial correlation
+    over heads, its permutation test, and the false discovery rate over the whole table.
+    """
+    with_roles = [
+        (kinds_of(head["roles"]), used)
+        for layer, own in zip(roles["layers"], use["layers"], strict=True)
+        for head, used in zip(layer["heads"], own["heads"], strict=True)
+    ]
+    kinds = sorted({kind for found, _ in with_roles for kind in found})
+    rows: list[dict[str, Any]] = []
+    for key in ("frequency", "length", "entropy", "confidence"):
+        usable = [
+            (found, used[key] if key == "frequency" else used[key]["correlation"])
+            for found, used in with_roles
+            if used[key] is not None
+        ]
+        if len(usable) < 2 or not kinds:
+            continue
+        has = torch.tensor([[kind in found for kind in kinds] for found, _ in usable])
+        values = torch.tensor([value for _, value in usable], dtype=torch.float64)
+        correlation, p = _ops.selection_association(has, values, permutations, seed)
+        for place, kind in enumerate(kinds):
+            count = int(has[:, place].sum())
+            if 0 < count < len(usable):
+                rows.append(
+                    {
+                        "role": kind,
+                        "heads": count,
+                        "others": len(usable) - count,
+                        "property": key,
+                        "mean": number(values[has[:, place]].mean()),
+                        "mean_of_others": number(values[~has[:, place]].mean()),
+                        "correlation": number(correlation[place]),
+                        "p": number(p[place]),
+                    }
+                )
+    rates = _ops.false_discovery_rate(torch.tensor([row["p"] for row in rows]))
+    for row, rate in zip(rows, rates.tolist(), strict=True):
+        row["q"] = number(rate)
+    return rows
+
+
+def kinds_of(found: Sequence[dict[str, Any]]) -> set[str]:
+    """The kinds of role a head has; "none" where it has none."""
+    return {role["role"] for role in found} or {"none"}
+
+
+def _compared(
+    kind: str, name: str, first: Use, second: Use, resamples: int, seed: int
+) -> dict[str, Any]:
+    overlap = _ops.selection_overlap(first.chosen, second.chosen)[:, None]  # [N, 1]
+    mean, low, high = _ops.share_interval(overlap, torch.ones_like(overlap), resamples, seed)
+    # What two different texts have in common, to hold the overlap against.
+    shifted = _ops.selection_overlap(first.chosen, second.chosen.roll(1, 0))
+    return {
+        "kind": kind,
+        "name": name,
+        "jaccard": number(mean[0]),
+        "low": number(low[0]),
+        "high": number(high[0]),
+        "jaccard_other_inputs": number(shifted.mean()),
+        "same_prediction": number((first.predicted == second.predicted).double().mean()),
+        "accuracy": _accuracy(second),
+    }
+
+
+def _accuracy(use: Use) -> float | None:
+    if use.labels is None:
+        return None
+    return number((use.predicted == use.labels).double().mean())
+
+
+def _draws(gate: Any) -> bool:
+    return gate is not None and bool(getattr(gate, "per_input", False))
+
+
+def _class_names(model: nn.Module, classes: int) -> list[str]:
+    names = getattr(getattr(model, "config", None), "id2label", None) or {}
+    return [str(names.get(place, place)) for place in range(classes)]
+
+
+def _fingerprint(model: nn.Module) -> float:
+    """A number that another model is unlikely to have."""
+    total = sum(p.detach().double().abs().sum() for p in model.parameters())
+    total += sum(b.detach().double().abs().sum() for b in model.buffers())
+    return float(total)

@@ -1,0 +1,277 @@
+"""``headwise.explain``: why these heads, for the inputs of one batch."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headwise import _C
+from headwise.convert import convert
+from headwise.explain.document import Explanation
+from headwise.explain.recording import evaluating, gate_description, holding, recording
+from headwise.layers import attention_layers
+
+Forward = Callable[[nn.Module, Any], Tensor]
+Take = Callable[[Any, Tensor], Any]
+
+
+def explain(
+    model: nn.Module,
+    inputs: Any,
+    *,
+    tokenizer: Any = None,
+    forward: Forward | None = None,
+    take: Take | None = None,
+    tokens: Sequence[Sequence[str]] | None = None,
+    labels: Sequence[str] | None = None,
+    roles: Mapping[str, Any] | None = None,
+    effects: bool | None = None,
+    maps: str | Iterable[tuple[int, int]] = "none",
+    pairs: int = 5,
+    steps: int = 32,
+    batch_size: int = 32,
+    max_length: int | None = None,
+    progress: bool | None = None,
+) -> Explanation:
+    """Explains the choice of heads for every input of one batch.
+
+    For each head of each layer: whether it ran, with what weight, relevance and rank; the exact
+    share of every token in its relevance; its margin to being chosen or dropped and the smallest
+    budget at which it would run; what it looks at; and the measured *effect* of running it on the
+    log-probability of the predicted class, everything else held as the gates chose. For each
+    budget that a network predicts, integrated gradients over the tokens. docs/interpretability.md
+    has the schema and says what each number means.
+
+    The model runs in evaluation mode and is afterwards as it was. One that has not been converted
+    is explained through a converted copy: all its heads run, and the effect of each is measured.
+
+    Args:
+        model: a converted or convertible model.
+        inputs: what ``forward`` takes: a mapping of tensors (keyword arguments), a tuple or list
+            (positional ones) or a tensor, each with one row an input; or, with ``tokenizer``, a
+            text or a list of texts.
+        tokenizer: a tokenizer of transformers, for ``inputs`` that are texts and for the names of
+            tokens.
+        forward: ``(model, inputs) -> class scores [B, C]``; default: the model's output, or its
+            ``logits``.
+        take: ``(inputs, rows) -> inputs`` of the rows int64 ``[N]``, which may repeat; default:
+            rows of the first dimension of every tensor.
+        tokens: the tokens of each input, padding left out; default: the tokenizer's.
+        labels: names of the classes; default: those of the model's configuration.
+        roles: the document of :func:`headwise.head_roles` for this model: each head's roles are
+            then told too.
+        effects: measure the effects: one row of the model for each head and input. Default: where
+            the model gives class scores.
+        maps: attention maps of ``"all"`` heads, of ``"none"``, or of these (site, head) pairs.
+        pairs: strongest token pairs to list for each head.
+        steps: nodes of the quadrature of integrated gradients.
+        batch_size: heads that one run switches over, each on a copy of the input.
+        max_length: tokens at which texts are cut; default: what the model takes.
+        progress: a progress bar on stderr; None: where that is a terminal.
+
+    Returns:
+        The explanation, with everything in ``.document``.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: inputs that do not fit ``take``, no attention layer, ``effects=True`` for a
+            model without class scores, or an option out of range.
+    """
+    if batch_size <= 0:
+        raise ValueError(f"batch_size must be positive, got {batch_size}")
+    if isinstance(maps, str) and maps not in ("all", "none"):
+        raise ValueError(f"maps must be 'all', 'none' or (site, head) pairs, got {maps!r}")
+    if not attention_layers(model):
+        model = convert(copy.deepcopy(model))
+    texts: list[str] = []
+    if isinstance(inputs, str) or (
+        isinstance(inputs, list | tuple) and inputs and isinstance(inputs[0], str)
+    ):
+        texts = [inputs] if isinstance(inputs, str) else list(inputs)
+        inputs = encode_texts(model, texts, tokenizer, max_length)
+    if tokens is None:
+        tokens = _names_of_tokens(inputs, tokenizer)
+    forward = forward or default_forward
+    core = _C.Explanation(
+        pairs=pairs,
+        steps=steps,
+        all_maps=maps == "all",
+        maps=[] if isinstance(maps, str) else [(int(site), int(head)) for site, head in maps],
+    )
+    sites: list[str] = []
+
+    def receive(name, layer, selection, x, probe) -> None:
+        gate, gate_tensors = gate_description(layer.gate)
+        core.add_layer(
+            name=name,
+            num_heads=layer.num_heads,
+            gate=gate,
+            gate_tensors=gate_tensors,
+            x=probe.q.new_empty(0) if x is None else x,
+            query_padding_mask=probe.query_padding_mask,
+            selection=None if selection is None else tuple(selection),
+            q=probe.q,
+            k=probe.k,
+            key_padding_mask=probe.key_padding_mask,
+            attn_mask=probe.attn_mask,
+            is_causal=probe.is_causal,
+            added_keys=layer._added_keys,
+        )
+        sites.append(name)
+
+    with evaluating(model):
+        with recording(model, receive):
+            logits = forward(model, inputs)
+        if not sites:
+            raise ValueError("model must call its attention layers: forward called none")
+        core.set_inputs(texts, [list(row) for row in tokens or ()])
+        has_classes = isinstance(logits, Tensor) and logits.dim() == 2 and logits.size(1) >= 2
+        if has_classes and logits.size(0) == core.num_inputs:
+            core.set_prediction(logits.float(), list(labels or _labels_of(model, logits.size(1))))
+            if effects is not False:
+                _measure(
+                    core, model, sites, inputs, forward, take or take_rows, batch_size, progress
+                )
+        elif effects:
+            shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(
+                f"effects need class scores [{core.num_inputs}, C] with C >= 2 from forward, "
+                f"got {shape}"
+            )
+    document = json.loads(core.to_json())
+    document["model"] = {
+        "class": type(model).__name__,
+        "layers": len(dict.fromkeys(sites)),
+        "sites": len(sites),
+        "heads": core.num_heads,
+    }
+    if roles is not None:
+        _add_roles(document, roles)
+    return Explanation(document)
+
+
+def _add_roles(document: dict[str, Any], roles: Mapping[str, Any]) -> None:
+    """Puts the roles that were found over a data set beside the heads of each input."""
+    if roles.get("format") == "headwise.use":
+        roles = roles["roles"]
+    if roles.get("format") != "headwise.roles":
+        raise ValueError(
+            f"roles must be a document of format 'headwise.roles', got {roles.get('format')!r}"
+        )
+    for entry in document["inputs"]:
+        shapes = [(layer["name"], layer["call"], layer["num_heads"]) for layer in entry["layers"]]
+        given = [(layer["name"], layer["call"], layer["num_heads"]) for layer in roles["layers"]]
+        if shapes != given:
+            raise ValueError("roles must be those of this model: its layers or heads differ")
+        for layer, own in zip(entry["layers"], roles["layers"], strict=True):
+            for head, found in zip(layer["heads"], own["heads"], strict=True):
+                head["roles"] = found["roles"]
+
+
+def _measure(
+    core: _C.Explanation,
+    model: nn.Module,
+    sites: Sequence[str],
+    inputs: Any,
+    forward: Forward,
+    take: Take,
+    batch_size: int,
+    progress: bool | None,
+) -> None:
+    """Runs the model with each head of each input switched over."""
+    from tqdm import tqdm
+
+    if progress is None:
+        progress = sys.stderr.isatty()
+    total = core.num_inputs * core.num_heads
+    with (
+        holding(model) as held,
+        tqdm(total=total, desc="switching heads", unit="head", leave=False, disable=not progress)
+        as bar,
+    ):  # fmt: skip
+        for row in range(core.num_inputs):
+            for begin in range(0, core.num_heads, batch_size):
+                end = min(begin + batch_size, core.num_heads)
+                of_layer: dict[str, list[Tensor]] = {name: [] for name in held}
+                for name, weight in zip(sites, core.switched(row, begin, end), strict=True):
+                    of_layer[name].append(weight)  # [end - begin, H]
+                for name, gate in held.items():
+                    gate.hold(of_layer[name])
+                rows = torch.full((end - begin,), row, dtype=torch.long)
+                core.add_effects(row, begin, forward(model, take(inputs, rows)).float())
+                bar.update(end - begin)
+
+
+def default_forward(model: nn.Module, inputs: Any) -> Any:
+    """The model's output, or the ``logits`` of it."""
+    if isinstance(inputs, Mapping):
+        output = model(**inputs)
+    elif isinstance(inputs, list | tuple):
+        output = model(*inputs)
+    else:
+        output = model(inputs)
+    return getattr(output, "logits", output)
+
+
+def take_rows(inputs: Any, rows: Tensor) -> Any:
+    """Rows of the first dimension of every tensor in a mapping, tuple, list or tensor."""
+    if isinstance(inputs, Tensor):
+        return inputs.index_select(0, rows.to(inputs.device)) if inputs.dim() else inputs
+    if isinstance(inputs, Mapping):
+        return {name: take_rows(value, rows) for name, value in inputs.items()}
+    if isinstance(inputs, list | tuple):
+        return type(inputs)(take_rows(value, rows) for value in inputs)
+    return inputs
+
+
+def encode_texts(
+    model: nn.Module, texts: Sequence[str], tokenizer: Any, max_length: int | None
+) -> dict[str, Tensor]:
+    """Texts as a padded batch on the model's device.
+
+    Raises:
+        ValueError: no tokenizer, or a text that is empty.
+    """
+    if tokenizer is None:
+        raise ValueError("inputs that are texts need tokenizer=")
+    for position, text in enumerate(texts):
+        if not text.strip():
+            raise ValueError(f"inputs must not hold an empty text, got one at {position}")
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if max_length is None or (limit is not None and max_length > limit):
+        max_length = limit
+    batch = tokenizer(
+        list(texts),
+        padding=True,
+        truncation=max_length is not None,
+        max_length=max_length,
+        return_tensors="pt",
+    )
+    parameter = next(model.parameters())
+    return {name: value.to(parameter.device) for name, value in batch.items()}
+
+
+def _names_of_tokens(inputs: Any, tokenizer: Any) -> list[list[str]] | None:
+    if tokenizer is None or not isinstance(inputs, Mapping) or "input_ids" not in inputs:
+        return None
+    mask = inputs.get("attention_mask")
+    rows = []
+    for position, ids in enumerate(inputs["input_ids"].tolist()):
+        names = tokenizer.convert_ids_to_tokens(ids)
+        if mask is not None:
+            kept = mask[position].tolist()
+            names = [name for name, keep in zip(names, kept, strict=True) if keep]
+        rows.append([str(name) for name in names])
+    return rows
+
+
+def _labels_of(model: nn.Module, classes: int) -> list[str]:
+    names = getattr(getattr(model, "config", None), "id2label", None) or {}
+    labels = [names.get(position) for position in range(classes)]
+    return [] if any(label is None for label in labels) else [str(label) for label in labels]

@@ -1,0 +1,295 @@
+"""The questions that tell a head's role: of whom does it look at whom, and how often?"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from headwise.explain.annotated import AnnotatedBatch
+
+#: Words that the fixed-offset baseline may look away, to either side.
+BASELINE_REACH = 10
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a head may do.
+
+    Attributes:
+        role: "offset", "first", "separator", "same token", "rare token", "syntactic",
+            "alignment" or "grid offset".
+        detail: which of the kind: "-1", "nsubj: dependent to head", "2 to 1"; may be empty.
+    """
+
+    role: str
+    detail: str = ""
+
+
+@dataclass
+class Trials:
+    """The trials of one batch that share a grouping of keys and what is looked for.
+
+    Attributes:
+        looks: "all" keys, "content" (special tokens excluded), or "1" or "2": the keys of that side
+            of an alignment alone.
+        group: int64 ``[B, L]``: keys of one group are as good as each other.
+        others_only: looking at itself is no hit.
+        rows: (sequence, question, query, key) tuples.
+    """
+
+    looks: str
+    group: Tensor
+    others_only: bool = False
+    rows: list[Tensor] = field(default_factory=list)  # int64 [n, 4]
+
+    def add(self, question: int, where: Tensor, key: Tensor) -> None:
+        """``where`` int64 ``[n, 2]`` (sequence, query), ``key`` int64 ``[n]``."""
+        if len(where):
+            filled = torch.full((len(where), 1), question, dtype=torch.long)
+            self.rows.append(torch.cat([where[:, :1], filled, where[:, 1:], key[:, None]], 1))
+
+    def tensor(self) -> Tensor:
+        return torch.cat(self.rows) if self.rows else torch.zeros(0, 4, dtype=torch.long)
+
+
+class Questionnaire:
+    """All the questions for a data set, and their trials in each batch.
+
+    Args:
+        batches: the data set; relations are taken from it.
+        offsets: token offsets to ask about, up to this far to either side, and 0.
+        grid: (rows, columns) of an image whose content tokens are its patches in reading order:
+            asks about 2-D offsets of up to one patch, too.
+        frequency: how often each kind of token occurs; default: in ``batches``.
+        least_trials: relations with fewer trials are not asked about.
+    """
+
+    def __init__(
+        self,
+        batches: Sequence[AnnotatedBatch],
+        *,
+        offsets: int = 2,
+        grid: tuple[int, int] | None = None,
+        frequency: Tensor | None = None,
+        least_trials: int = 20,
+    ):
+        self.grid = grid
+        self.questions: list[Question] = []
+        self._offsets = [o for o in range(-offsets, offsets + 1)]
+        for offset in self._offsets:
+            self._ask("offset", f"{offset:+d}" if offset else "0")
+        self._ask("first")
+        if any(batch.special is not None for batch in batches):
+            self._ask("separator")
+        has_ids = all(batch.ids is not None for batch in batches)
+        if has_ids:
+            self._ask("same token")
+            self._ask("rare token")
+            self._frequency = _count(batches) if frequency is None else frequency
+        if grid is not None:
+            for dy in (-1, 0, 1):
+                for dx in (-1, 0, 1):
+                    self._ask("grid offset", f"{dy:+d},{dx:+d}")
+        seen = Counter(
+            relation
+            for batch in batches
+            for sentence in batch.dependencies or ()
+            for _, _, relation in sentence
+        )
+        for relation in sorted(r for r, count in seen.items() if count >= least_trials):
+            self._ask("syntactic", f"{relation}: dependent to head")
+            self._ask("syntactic", f"{relation}: head to dependent")
+        if any(batch.alignment is not None for batch in batches):
+            self._ask("alignment", "1 to 2")
+            self._ask("alignment", "2 to 1")
+        self._number = {question: i for i, question in enumerate(self.questions)}
+
+    def _ask(self, role: str, detail: str = "") -> None:
+        self.questions.append(Question(role, detail))
+
+    def _of(self, role: str, detail: str = "") -> int | None:
+        return self._number.get(Question(role, detail))
+
+    def trials(self, batch: AnnotatedBatch) -> list[Trials]:
+        """What to ask of ``batch``."""
+        position = torch.arange(batch.valid.size(1)).expand_as(batch.valid)  # [B, L]
+        return [
+            trials
+            for trials in (
+                self._positions(batch, position),
+                self._first(batch, position),
+                self._separators(batch),
+                self._same(batch),
+                self._rare(batch),
+                self._words(batch),
+                *self._alignment(batch, position),
+            )
+            if trials is not None
+        ]
+
+    def _positions(self, batch: AnnotatedBatch, position: Tensor) -> Trials:
+        trials = Trials("content", position)
+        content = batch.content
+        length = content.size(1)
+        for offset in self._offsets:
+            number = self._of("offset", f"{offset:+d}" if offset else "0")
+            _shifted(trials, number, content, offset, length)
+        if self.grid is not None:
+            self._grid(trials, content)
+        return trials
+
+    def _grid(self, trials: Trials, content: Tensor) -> None:
+        rows, columns = self.grid
+        for b, row in enumerate(content):
+            patches = row.nonzero().flatten()  # [rows * columns]
+            if len(patches) != rows * columns:
+                raise ValueError(
+                    f"grid must have as many places as there are content tokens, {len(patches)}, "
+                    f"got {rows} x {columns}"
+                )
+            y, x = torch.arange(rows * columns) // columns, torch.arange(rows * columns) % columns
+            for dy in (-1, 0, 1):
+                for dx in (-1, 0, 1):
+                    inside = (0 <= y + dy) & (y + dy < rows) & (0 <= x + dx) & (x + dx < columns)
+                    target = ((y + dy) * columns + x + dx)[inside]
+                    where = torch.stack([torch.full_like(target, b), patches[inside]], 1)
+                    number = self._of("grid offset", f"{dy:+d},{dx:+d}")
+                    trials.add(number, where, patches[target])
+
+    def _first(self, batch: AnnotatedBatch, position: Tensor) -> Trials:
+        trials = Trials("all", position)
+        first = batch.valid.long().argmax(1)  # [B]
+        asking = batch.content & (position != first[:, None])
+        where = asking.nonzero()  # [n, 2]
+        trials.add(self._of("first"), where, first[where[:, 0]])
+        return trials
+
+    def _separators(self, batch: AnnotatedBatch) -> Trials | None:
+        if batch.special is None:
+            return None
+        first = batch.valid.long().argmax(1)  # [B]
+        separator = batch.special & batch.valid
+        separator[torch.arange(len(first)), first] = False
+        trials = Trials("all", separator.long())
+        where = (batch.content & separator.any(1, keepdim=True)).nonzero()
+        trials.add(self._of("separator"), where, separator.long().argmax(1)[where[:, 0]])
+        return trials
+
+    def _same(self, batch: AnnotatedBatch) -> Trials | None:
+        if batch.ids is None:
+            return None
+        # Kinds that only special tokens or padding have belong to nobody's group.
+        group = batch.ids.masked_fill(~batch.content, -1)
+        trials = Trials("content", group, others_only=True)
+        for b, row in enumerate(group):
+            kinds, inverse, counts = row.unique(return_inverse=True, return_counts=True)
+            again = ((counts[inverse] > 1) & (row >= 0)).nonzero().flatten()
+            where = torch.stack([torch.full_like(again, b), again], 1)
+            trials.add(self._of("same token"), where, again)
+        return trials
+
+    def _rare(self, batch: AnnotatedBatch) -> Trials | None:
+        if batch.ids is None:
+            return None
+        known = batch.ids.clamp(0, len(self._frequency) - 1)
+        count = self._frequency[known].double().masked_fill(~batch.content, float("inf"))
+        least = count.amin(1, keepdim=True)  # [B, 1]
+        rarest = (count == least) & batch.content
+        # Where every token is as rare as any other, nobody can look at the rarest.
+        telling = batch.content.sum(1, keepdim=True) > rarest.sum(1, keepdim=True)
+        where = (batch.content & telling).nonzero()
+        trials = Trials("content", rarest.long())
+        trials.add(self._of("rare token"), where, rarest.long().argmax(1)[where[:, 0]])
+        return trials
+
+    def _words(self, batch: AnnotatedBatch) -> Trials | None:
+        if batch.dependencies is None:
+            return None
+        word_of = batch.word_of
+        trials = Trials("content", word_of)
+        for b, links in enumerate(batch.dependencies):
+            first = first_tokens(word_of[b])
+            for dependent, head, relation in links:
+                if dependent not in first or head not in first:  # cut off
+                    continue
+                for detail, query, key in (
+                    (f"{relation}: dependent to head", dependent, head),
+                    (f"{relation}: head to dependent", head, dependent),
+                ):
+                    number = self._of("syntactic", detail)
+                    if number is not None:
+                        trials.rows.append(torch.tensor([[b, number, first[query], first[key]]]))
+        return trials
+
+    def _alignment(self, batch: AnnotatedBatch, position: Tensor) -> list[Trials]:
+        if batch.alignment is None:
+            return []
+        found = []
+        for side, other in ((1, 2), (2, 1)):
+            trials = Trials(str(other), position)
+            number = self._of("alignment", f"{side} to {other}")
+            for b, pairs in enumerate(batch.alignment):
+                for pair in pairs:
+                    sides = [int(batch.side[b, token]) for token in pair]
+                    if sorted(sides) != [1, 2]:
+                        raise ValueError(
+                            f"alignment must join tokens of the two sides, got {pair} of sides "
+                            f"{sides} in sequence {b}"
+                        )
+                    query, key = pair if sides[0] == side else pair[::-1]
+                    trials.rows.append(torch.tensor([[b, number, query, key]]))
+            found.append(trials)
+        return found
+
+
+def excluded_keys(batch: AnnotatedBatch, looks: str) -> Tensor | None:
+    """bool ``[B, L]``: keys that are not looked for, where ``looks`` is as in :class:`Trials`."""
+    if looks == "all":
+        return None
+    if looks == "content":
+        return ~batch.content
+    return batch.side != int(looks)
+
+
+def fixed_offset_peaks(batch: AnnotatedBatch) -> Tensor:
+    """Where heads would look that always look a fixed number of words away: int32 ``[B, 2 R, L]``,
+    -1 where there is no word."""
+    word_of = batch.word_of
+    offsets = [o for o in range(-BASELINE_REACH, BASELINE_REACH + 1) if o]
+    peaks = torch.full((len(word_of), len(offsets), word_of.size(1)), -1, dtype=torch.int32)
+    for b, row in enumerate(word_of):
+        first = first_tokens(row)
+        table = torch.full((max(first, default=-1) + 2 + 2 * BASELINE_REACH,), -1)
+        for word, token in first.items():
+            table[word + BASELINE_REACH] = token
+        for place, offset in enumerate(offsets):
+            target = table[(row + offset + BASELINE_REACH).clamp(0, len(table) - 1)]
+            peaks[b, place] = target.masked_fill(row < 0, -1).int()
+    return peaks
+
+
+def first_tokens(word_of: Tensor) -> dict[int, int]:
+    """Word -> its first token. word_of int64 ``[L]``."""
+    first: dict[int, int] = {}
+    for token, word in enumerate(word_of.tolist()):
+        if word >= 0:
+            first.setdefault(word, token)
+    return first
+
+
+def _shifted(trials: Trials, number: int, content: Tensor, offset: int, length: int) -> None:
+    where = content.nonzero()  # [n, 2]
+    target = where[:, 1] + offset
+    inside = (target >= 0) & (target < length)
+    where, target = where[inside], target[inside]
+    usable = content[where[:, 0], target]
+    trials.add(number, where[usable], target[usable])
+
+
+def _count(batches: Sequence[AnnotatedBatch]) -> Tensor:
+    ids = torch.cat([batch.ids[batch.content] for batch in batches])
+    return torch.bincount(ids)

@@ -1,0 +1,445 @@
+"""``headwise.explain.head_roles``: what each head does over a data set, with the evidence."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headwise.convert import convert
+from headwise.explain.annotated import AnnotatedBatch
+from headwise.explain.one_input import Forward, default_forward
+from headwise.explain.parts import Parts, with_progress
+from headwise.explain.questions import Question, Questionnaire, excluded_keys, fixed_offset_peaks
+from headwise.explain.recording import evaluating, recording
+from headwise.layers import attention_layers
+
+_ops = torch.ops.headwise
+
+
+@dataclass(frozen=True)
+class RoleThresholds:
+    """When a head has a role. Shares are of a head's trials, in [0, 1].
+
+    Attributes:
+        offset: least share of tokens whose strongest key (special tokens left out) is the one at
+            the offset. Voita et al. (2019) ask for 0.9.
+        first: least share whose strongest key of all is the first token.
+        separator: ... is a separator.
+        same_token: ... of tokens that occur again, that look at another occurrence.
+        rare_token: ... that look at the rarest token of the input.
+        syntactic: least share of a relation's words that look at the word it joins them to.
+        alignment: least share of aligned tokens that look at their counterpart.
+        grid_offset: least share of patches that look at the neighbour.
+        margin: how far same-token, rare-token, syntactic and alignment shares must lie above the
+            best fixed offset (Voita et al.: 10 points).
+        broad: least mean entropy of attention, over the largest possible.
+        narrow: largest mean entropy.
+        least_trials: roles with fewer trials in either half are not given.
+    """
+
+    offset: float = 0.6
+    first: float = 0.5
+    separator: float = 0.5
+    same_token: float = 0.3
+    rare_token: float = 0.5
+    syntactic: float = 0.0
+    alignment: float = 0.5
+    grid_offset: float = 0.5
+    margin: float = 0.1
+    broad: float = 0.9
+    narrow: float = 0.3
+    least_trials: int = 20
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if name != "least_trials" and not 0.0 <= value <= 1.0:
+                raise ValueError(f"{name} must be between 0 and 1, got {value}")
+        if self.least_trials < 1:
+            raise ValueError(f"least_trials must be positive, got {self.least_trials}")
+
+    def of(self, role: str) -> float:
+        return getattr(self, role.replace(" ", "_"))
+
+
+#: Roles that must beat the best fixed offset.
+AGAINST_BASELINE = ("same token", "rare token", "syntactic", "alignment")
+
+
+def head_roles(
+    model: nn.Module,
+    batches: Sequence[AnnotatedBatch],
+    *,
+    thresholds: RoleThresholds | None = None,
+    offsets: int = 2,
+    grid: tuple[int, int] | None = None,
+    forward: Forward | None = None,
+    seed: int = 0,
+    resamples: int = 1000,
+    folder: str | Path | None = None,
+    progress: bool | None = None,
+) -> dict[str, Any]:
+    """Finds what each head looks at, over a data set.
+
+    Every role is a question with yes or no answers: does this token's strongest key stand at that
+    place? (Voita et al. 2019, arXiv 1905.09418; Clark et al. 2019, arXiv 1906.04341.) The inputs
+    are split in two halves at random. A head gets a role where its share of yes passes the
+    threshold in the first half, in which heads and offsets are chosen, *and* in the second; the
+    share that is reported, its interval (bootstrap over inputs) and its baseline are the second's.
+    The baseline is the fixed offset, in words, that fits the first half best. A head may have
+    several roles, or none. All heads are looked at, whether or not a gate would run them.
+
+    No attention map is kept: memory is O(B L) a batch.
+
+    Args:
+        model: a converted or convertible model.
+        batches: a list of annotated batches (:func:`annotate_texts` makes them of texts).
+        thresholds: when a head has a role.
+        offsets: token offsets to ask about, up to this far.
+        grid: (rows, columns) of images: asks about 2-D offsets too.
+        forward: runs the model; its result is not used.
+        seed: of the halves and of the bootstrap.
+        resamples: of the bootstrap.
+        folder: keeps finished batches here; the same call goes on from them.
+        progress: a progress bar; None: where stderr is a terminal.
+
+    Returns:
+        A document of format ``headwise.roles`` (docs/interpretability.md).
+
+    Raises:
+        ValueError: no batches, fewer than two inputs, or options out of range.
+    """
+    thresholds = thresholds or RoleThresholds()
+    batches = list(batches)
+    if sum(len(batch.valid) for batch in batches) < 2:
+        raise ValueError("batches must hold at least two inputs: one for each half")
+    questionnaire = Questionnaire(
+        batches, offsets=offsets, grid=grid, least_trials=thresholds.least_trials
+    )
+    counts = count_roles(
+        model, batches, questionnaire, forward=forward, folder=folder, progress=progress
+    )
+    return score_roles(counts, thresholds, seed=seed, resamples=resamples)
+
+
+@dataclass(frozen=True)
+class RoleCounts:
+    """Answers to the questions.
+
+    Attributes:
+        questions: F of them.
+        sites: (name of the layer, number of its call, number of heads) of each site.
+        hits: int32 ``[N, M, F]``, M heads of all sites together.
+        trials: int32 ``[N, F]``.
+        baseline: int32 ``[N, O, F]``: hits of heads that always look at a fixed offset.
+        entropy: float32 ``[N, M]``, mean entropy of attention over the largest possible.
+    """
+
+    questions: list[Question]
+    sites: list[tuple[str, int, int]]
+    hits: Tensor
+    trials: Tensor
+    baseline: Tensor
+    entropy: Tensor
+
+
+class _Counter:
+    """Receives the layers of one batch and answers its questions."""
+
+    def __init__(self, questionnaire: Questionnaire, batch: AnnotatedBatch):
+        self.batch = batch
+        self.questions = len(questionnaire.questions)
+        self.trials = questionnaire.trials(batch)
+        self.sites: list[tuple[str, int, int]] = []
+        self.hits: list[Tensor] = []  # int32 [B, H, F] each
+        self.entropy: list[Tensor] = []  # [B, H] each
+        self._calls: dict[str, int] = {}
+
+    def __call__(self, name, layer, selection, x, probe) -> None:
+        length = self.batch.valid.size(1)
+        if probe.q.size(2) != length or probe.k.size(2) - layer._added_keys != length:
+            raise ValueError(
+                f"layer '{name}' attends {probe.k.size(2)} keys with {probe.q.size(2)} queries; "
+                f"roles need self-attention over the {length} tokens of valid"
+            )
+        call = self._calls.get(name, 0)
+        self._calls[name] = call + 1
+        self.sites.append((name, call, layer.num_heads))
+        q, k = probe.q, probe.k[:, :, :length]
+        masks = (probe.key_padding_mask, probe.attn_mask, probe.is_causal)
+        peaks = {}
+        for looks in dict.fromkeys(trials.looks for trials in self.trials):
+            excluded = excluded_keys(self.batch, looks)
+            excluded = None if excluded is None else excluded.to(q.device)
+            peaks[looks] = _ops.attention_peaks(q, k, *masks, excluded)[0].cpu()  # [B, H, L]
+        self.hits.append(self._answer(peaks))
+        padding = ~self.batch.valid.to(q.device)
+        entropy, _ = _ops.attention_statistics(q, k, masks[0], padding, masks[1], masks[2])
+        self.entropy.append(entropy.float().cpu())
+
+    def _answer(self, peaks: dict[str, Tensor]) -> Tensor:
+        found = None
+        for trials in self.trials:
+            rows, group = trials.tensor(), trials.group
+            hits, _ = _ops.peak_hits(
+                peaks[trials.looks], rows, group, self.questions, trials.others_only
+            )
+            found = hits if found is None else found + hits
+        return found
+
+    def result(self) -> dict[str, Tensor]:
+        fixed = fixed_offset_peaks(self.batch)  # [B, O, L]
+        baseline = self._answer({trials.looks: fixed for trials in self.trials})
+        asked = sum(
+            _ops.peak_hits(fixed, t.tensor(), t.group, self.questions)[1] for t in self.trials
+        )
+        return {
+            "hits": torch.cat(self.hits, 1),
+            "trials": asked,
+            "baseline": baseline.contiguous(),
+            "entropy": torch.cat(self.entropy, 1),
+        }
+
+
+def count_roles(
+    model: nn.Module,
+    batches: Sequence[AnnotatedBatch],
+    questionnaire: Questionnaire,
+    *,
+    forward: Forward | None = None,
+    folder: str | Path | None = None,
+    key: dict[str, Any] | None = None,
+    progress: bool | None = None,
+) -> RoleCounts:
+    """Runs the model on ``batches`` and answers the questions for every head.
+
+    Args:
+        key: what decides the result besides the questions; parts in ``folder`` of another key are
+            not used.
+    """
+    forward = forward or default_forward
+    if not attention_layers(model):
+        model = convert(copy.deepcopy(model))
+    questions = [(q.role, q.detail) for q in questionnaire.questions]
+    sizes = [list(batch.valid.shape) for batch in batches]
+    parts = Parts(
+        None if folder is None else Path(folder),
+        {"questions": questions, "batches": sizes, "key": key},
+    )
+    sites: list[tuple[str, int, int]] = []
+    found: list[dict[str, Tensor]] = []
+    device = next(model.parameters()).device
+    with evaluating(model):
+        steps = with_progress(enumerate(batches), len(batches), "roles", "batch", progress)
+        for number, batch in steps:
+
+            def compute(batch=batch) -> dict[str, Tensor]:
+                counter = _Counter(questionnaire, batch)
+                with recording(model, counter):
+                    forward(model, _to(batch.inputs, device))
+                if not counter.sites:
+                    raise ValueError("model must call its attention layers: forward called none")
+                sites[:] = counter.sites
+                return counter.result()
+
+            found.append(parts.get(f"roles-{number:05d}", compute))
+        if not sites:  # everything had been computed before
+            counter = _Counter(questionnaire, batches[0])
+            with recording(model, counter):
+                forward(model, _to(batches[0].inputs, device))
+            sites = counter.sites
+    joined = {name: torch.cat([part[name] for part in found]) for name in found[0]}
+    return RoleCounts(list(questionnaire.questions), sites, **joined)
+
+
+def score_roles(
+    counts: RoleCounts, thresholds: RoleThresholds, *, seed: int = 0, resamples: int = 1000
+) -> dict[str, Any]:
+    """The roles that the counts speak for, as a document."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = len(counts.trials)
+    order = torch.randperm(inputs, generator=generator)
+    choosing, scoring = order[: inputs // 2], order[inputs // 2 :]
+    first = _Half(counts, choosing)
+    second = _Half(counts, scoring)
+    labels = _label(counts, thresholds, first, second)
+    _add_intervals(labels, counts, scoring, resamples, seed)
+    _add_entropy_roles(labels, counts, thresholds, choosing, scoring, resamples, seed)
+    layers, start = [], 0
+    for site, (name, call, heads) in enumerate(counts.sites):
+        layers.append(
+            {
+                "site": site,
+                "name": name,
+                "call": call,
+                "num_heads": heads,
+                "heads": [
+                    {
+                        "head": head,
+                        "entropy": _rounded(counts.entropy[:, start + head].mean().item()),
+                        "roles": [_public(label) for label in labels[start + head]],
+                    }
+                    for head in range(heads)
+                ],
+            }
+        )
+        start += heads
+    return {
+        "format": "headwise.roles",
+        "version": 1,
+        "inputs": inputs,
+        "halves": [len(choosing), len(scoring)],
+        "seed": seed,
+        "resamples": resamples,
+        "thresholds": asdict(thresholds),
+        "questions": _question_table(counts, first, second),
+        "layers": layers,
+    }
+
+
+class _Half:
+    """Shares over some of the inputs."""
+
+    def __init__(self, counts: RoleCounts, rows: Tensor):
+        self.trials = counts.trials[rows].sum(0).double()  # [F]
+        safe = self.trials.clamp(min=1)
+        self.share = counts.hits[rows].sum(0).double() / safe  # [M, F]
+        self.baseline = counts.baseline[rows].sum(0).double() / safe  # [O, F]
+
+
+def _label(
+    counts: RoleCounts, thresholds: RoleThresholds, first: _Half, second: _Half
+) -> list[list[dict[str, Any]]]:
+    """The roles of each head that pass in both halves."""
+    heads = counts.hits.size(1)
+    labels: list[list[dict[str, Any]]] = [[] for _ in range(heads)]
+    offset = first.baseline.argmax(0)  # [F]: the fixed offset that fits the first half best
+    for number, question in enumerate(counts.questions):
+        if min(first.trials[number], second.trials[number]) < thresholds.least_trials:
+            continue
+        least = thresholds.of(question.role)
+        best = second.baseline[offset[number], number].item()
+        both = torch.ones(heads, dtype=torch.bool)
+        for half in (first, second):
+            baseline = half.baseline[offset[number], number].item()
+            limit = least
+            if question.role in AGAINST_BASELINE:
+                limit = max(least, baseline + thresholds.margin)
+            both &= half.share[:, number] >= limit  # [M]
+        for head in both.nonzero().flatten().tolist():
+            labels[head].append(
+                {
+                    "role": question.role,
+                    "detail": question.detail,
+                    "share": second.share[head, number].item(),
+                    "low": None,
+                    "high": None,
+                    "chosen_share": first.share[head, number].item(),
+                    "baseline": best,
+                    "trials": int(second.trials[number]),
+                    "_question": number,
+                }
+            )
+    return labels
+
+
+def _add_intervals(
+    labels: list[list[dict[str, Any]]],
+    counts: RoleCounts,
+    rows: Tensor,
+    resamples: int,
+    seed: int,
+) -> None:
+    flat = [(head, label) for head, found in enumerate(labels) for label in found]
+    if not flat:
+        return
+    heads = torch.tensor([head for head, _ in flat])
+    numbers = torch.tensor([label["_question"] for _, label in flat])
+    hits = counts.hits[rows][:, heads, numbers]  # [N, labels]
+    trials = counts.trials[rows][:, numbers]
+    _, low, high = _ops.share_interval(hits, trials, resamples, seed)
+    for place, (_, label) in enumerate(flat):
+        label["low"], label["high"] = low[place].item(), high[place].item()
+
+
+def _add_entropy_roles(
+    labels: list[list[dict[str, Any]]],
+    counts: RoleCounts,
+    thresholds: RoleThresholds,
+    choosing: Tensor,
+    scoring: Tensor,
+    resamples: int,
+    seed: int,
+) -> None:
+    """Broad and narrow heads: the mean entropy plays the part of the share."""
+    chosen = counts.entropy[choosing].double().mean(0)  # [M]
+    entropy = counts.entropy[scoring].double()  # [N, M]
+    mean, low, high = _ops.share_interval(entropy, torch.ones_like(entropy), resamples, seed)
+    for head, found in enumerate(labels):
+        for role in ("broad", "narrow"):
+            limit, values = thresholds.of(role), (chosen[head].item(), mean[head].item())
+            if all(v >= limit if role == "broad" else v <= limit for v in values):
+                found.append(
+                    {
+                        "role": role,
+                        "detail": "",
+                        "share": values[1],
+                        "low": low[head].item(),
+                        "high": high[head].item(),
+                        "chosen_share": values[0],
+                        "baseline": None,
+                        "trials": len(scoring),
+                    }
+                )
+
+
+def _question_table(counts: RoleCounts, first: _Half, second: _Half) -> list[dict[str, Any]]:
+    """For each question the head that answers it best: chosen in the first half."""
+    rows = []
+    sites = [(site, h) for site, (_, _, heads) in enumerate(counts.sites) for h in range(heads)]
+    for number, question in enumerate(counts.questions):
+        if min(first.trials[number], second.trials[number]) < 1 or not sites:
+            continue
+        head = first.share[:, number].argmax().item()
+        offset = first.baseline[:, number].argmax().item()
+        rows.append(
+            {
+                "role": question.role,
+                "detail": question.detail,
+                "trials": int(second.trials[number]),
+                "best": {
+                    "site": sites[head][0],
+                    "head": sites[head][1],
+                    "share": _rounded(second.share[head, number].item()),
+                },
+                "baseline": _rounded(second.baseline[offset, number].item()),
+            }
+        )
+    return rows
+
+
+def _public(label: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _rounded(value) if isinstance(value, float) else value
+        for key, value in label.items()
+        if not key.startswith("_")
+    }
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def _to(inputs: Any, device: torch.device) -> Any:
+    if isinstance(inputs, Tensor):
+        return inputs.to(device)
+    if isinstance(inputs, dict):
+        return {name: _to(value, device) for name, value in inputs.items()}
+    if isinstance(inputs, list | tuple):
+        return type(inputs)(_to(value, device) for value in inputs)
+    return inputs

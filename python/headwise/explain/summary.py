@@ -1,0 +1,51 @@
+"""An explanation in a few plain sentences."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def name_of(layer: dict[str, Any], head: dict[str, Any]) -> str:
+    """How people name a head: its place in the forward and its number, both from 0."""
+    return f"layer {layer['site']} head {head['head']}"
+
+
+def summarise(entry: dict[str, Any]) -> str:
+    """One input of a ``headwise.explanation`` as text: what ran, how close it was, what it does."""
+    pairs = [(layer, head) for layer in entry["layers"] for head in layer["heads"]]
+    sentences = [f"{entry['heads_on']} of {entry['heads']} heads ran."]
+    prediction = entry["prediction"]
+    if prediction is not None:
+        label = prediction["label"] if prediction["label"] is not None else prediction["class"]
+        probability = prediction["probabilities"][prediction["class"]]
+        sentences.append(f"The model predicts {label} with probability {probability:.2f}.")
+    close = [p for p in pairs if p[1]["margin"] is not None]
+    if close and any(layer["gate"]["rule"] != "random" for layer, _ in close):
+        layer, head = min(close, key=lambda pair: abs(pair[1]["margin"]))
+        state = "dropped" if head["on"] else "chosen"
+        sentences.append(
+            f"The closest decision was {name_of(layer, head)}: a relevance of "
+            f"{head['relevance']:.3f}, {abs(head['margin']):.3f} from being {state}."
+        )
+    measured = [p for p in pairs if p[1]["effect"] is not None]
+    if measured:
+        layer, head = max(measured, key=lambda pair: abs(pair[1]["effect"]))
+        verb = "raises" if head["effect"] >= 0 else "lowers"
+        state = "which ran" if head["on"] else "which slept"
+        sentences.append(
+            f"The head that matters most is {name_of(layer, head)}, {state}: running it {verb} the "
+            f"log-probability of the prediction by {abs(head['effect']):.3f}."
+        )
+        if entry["agreement"] is not None:
+            sentences.append(
+                "What the gates prefer and what helps the prediction have a rank correlation of "
+                f"{entry['agreement']['mean']:+.2f}."
+            )
+        turning = sum(bool(head["changes_prediction"]) for _, head in measured)
+        sentences.append(
+            "No single head changes the prediction when it is switched over."
+            if turning == 0
+            else f"{turning} {'head changes' if turning == 1 else 'heads change'} the prediction "
+            "when switched over alone."
+        )
+    return " ".join(sentences)

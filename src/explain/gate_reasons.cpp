@@ -1,0 +1,134 @@
+#include "explain/gate_reasons.h"
+
+#include <ATen/ATen.h>
+
+#include <cmath>
+#include <optional>
+#include <vector>
+
+#include "explain/numbers.h"
+#include "explain/relevance.h"
+
+namespace headwise {
+namespace {
+
+const at::Tensor* find(const NamedTensors& tensors, const char* name) {
+  const auto found = tensors.find(name);
+  return found == tensors.end() ? nullptr : &found->second;
+}
+
+/// Where HardConcreteGate's evaluation weight begins: hard_concrete above 0, or with weight one
+/// P(open) above 1/2 (gates/hard_concrete.cpp), solved for log_alpha.
+double hard_concrete_threshold(const Json& config) {
+  const double edge = std::log(-config.value("gamma", -0.1) / config.value("zeta", 1.1));
+  return config.value("kept_weight", "gate") == "one" ? config.value("beta", 0.33) * edge : edge;
+}
+
+/// The relevance above which a gate runs a head, where it decides by one.
+std::optional<double> threshold_of(const Json& config, const NamedTensors& tensors) {
+  if (config.value("type", "") == "HardConcreteGate") return hard_concrete_threshold(config);
+  const at::Tensor* threshold = find(tensors, "threshold");
+  if (threshold == nullptr || threshold->numel() != 1) return std::nullopt;
+  return threshold->item<double>();
+}
+
+std::string rule_of(const std::string& type, const GateReasons& r) {
+  if (type == "none" || type == "RandomGate") return type == "none" ? "none" : "random";
+  if (!r.relevance.defined()) return "fixed";
+  // Any gate of which no chosen head is less relevant than one that was not chosen ranks them.
+  const at::Tensor margin = selection_margin(r.relevance, r.chosen);
+  const at::Tensor misplaced = r.chosen.logical_and(margin.lt(0));
+  return misplaced.any().item<bool>() ? "other" : "rank";
+}
+
+/// Whether the parts of a relevance make it up, to the rounding of the gate's own arithmetic.
+bool make_up(const at::Tensor& sum, const at::Tensor& relevance) {
+  return sum.sizes() == relevance.sizes() && at::allclose(sum, relevance, 1e-2, 1e-3);
+}
+
+/// The parts of the relevance, where the gate's parameters are those of input_relevance (or of
+/// static_relevance) and give what it gave: a gate of another formula is not explained by this one.
+void add_shares(const NamedTensors& tensors, const AttentionProbe& probe, GateReasons& r) {
+  const at::Tensor* base =
+      find(tensors, "base") ? find(tensors, "base") : find(tensors, "log_alpha");
+  const int64_t num_heads = r.relevance.size(1);
+  if (base == nullptr || base->dim() != 1 || base->size(0) != num_heads) return;
+  const at::Tensor *weight = find(tensors, "relevance.weight"),
+                   *mean = find(tensors, "feature_mean"),
+                   *variance = find(tensors, "feature_variance");
+  if (weight && mean && variance) {
+    if (weight->dim() != 2 || weight->size(0) != num_heads) return;
+    const auto [shares, constant] =
+        token_shares(probe.x, probe.query_padding_mask, *base, *weight, *mean, *variance);
+    const auto parts = host(shares), rest = host(constant);
+    if (make_up(parts.sum(2) + rest, r.relevance)) r.shares = parts, r.constant = rest;
+  } else {
+    const auto constant = host(*base).unsqueeze(0).expand_as(r.relevance);
+    if (make_up(constant, r.relevance)) r.constant = constant;
+  }
+}
+
+void add_budget(const Json& config, const NamedTensors& tensors, const AttentionProbe& probe,
+                int64_t steps, GateReasons& r) {
+  r.min_budget = config.value("min_budget", 0.0);
+  r.max_budget = config.value("max_budget", 1.0);
+  const at::Tensor* hidden = find(tensors, "budget_hidden.weight");
+  if (hidden == nullptr) return;
+  const auto [attribution, baseline, asked] = budget_attribution(
+      probe.x, probe.query_padding_mask, tensors.at("feature_mean"), tensors.at("feature_variance"),
+      *hidden, tensors.at("budget_hidden.bias"), tensors.at("budget_out.weight"),
+      tensors.at("budget_out.bias"), tensors.at("progress"), config.value("target", 0.5),
+      config.value("initial_budget", 0.95), config.value("warmup", 0.3), steps);
+  r.attribution = host(attribution), r.baseline = host(baseline), r.asked = host(asked);
+}
+
+}  // namespace
+
+GateReasons gate_reasons(const std::string& text, const NamedTensors& tensors,
+                         const AttentionProbe& probe, int64_t num_heads, int64_t steps) {
+  GateReasons r;
+  const int64_t batch = probe.q.size(0);
+  const std::vector<int64_t> shape{batch, num_heads};
+  if (!probe.selection) {
+    r.type = r.rule = "none";
+    r.chosen = at::ones(shape, at::kBool);
+    r.weight = at::ones(shape, at::kDouble);
+    return r;
+  }
+  const Json config = text.empty() ? Json::object() : parse_json(text, "gate");
+  r.type = config.value("type", "unknown");
+  const Selection& selection = *probe.selection;
+  TORCH_CHECK_VALUE(selection.weight.sizes() == at::IntArrayRef(shape),
+                    "weight of a selection must have shape ", at::IntArrayRef(shape), ", got ",
+                    selection.weight.sizes());
+  r.chosen = selection_mask(selection.index, selection.count, at::kFloat).gt(0).to(at::kCPU);
+  r.weight = host(selection.weight);
+  r.count = host(selection.count);
+  if (selection.relevance.defined()) r.relevance = host(selection.relevance);
+  r.rule = rule_of(r.type, r);
+  if (const auto threshold = threshold_of(config, tensors); threshold && r.relevance.defined()) {
+    r.rule = "threshold";
+    r.threshold = *threshold;
+  }
+  if (r.relevance.defined()) {
+    r.rank = relevance_rank(r.relevance);
+    if (r.rule == "threshold") {
+      r.margin = r.relevance - r.threshold;
+    } else if (r.rule != "other") {
+      r.margin = selection_margin(r.relevance, r.chosen);
+    }
+    add_shares(tensors, probe, r);
+  }
+  if (selection.budget.defined()) {
+    r.budget = host(selection.budget);
+    if (r.rule == "rank" || r.rule == "random") {
+      r.budget_needed = budget_needed(r.rank, config.value("min_heads", int64_t{1}),
+                                      config.value("rounding", "round"));
+    }
+    add_budget(config, tensors, probe, steps, r);
+  }
+  if (r.rank.defined()) r.rank = host(r.rank);
+  return r;
+}
+
+}  // namespace headwise
