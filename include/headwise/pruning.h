@@ -81,6 +81,13 @@ HEADWISE_API NamedTensors prune_projections(const NamedTensors& parameters, cons
 
 class MultiheadAttention;  // multihead_attention.h
 
+/// The plan that a layer's static gate (FixedGate, HardConcreteGate without input_dependent)
+/// amounts to in evaluation: a head's scale is the weight that the gate gives it; heads of weight 0
+/// are dropped. prune(layer, plan_from_gate(layer)) compacts a trained static gate.
+/// @throws c10::ValueError if the layer has no gate, or one whose choice depends on the input
+HEADWISE_API LayerPlan plan_from_gate(const MultiheadAttention& layer,
+                                      const std::string& name = "");
+
 /// A layer with only the heads of `layer` that `plan` keeps, scaled as it says: physically smaller,
 /// and it computes what `layer` does under a FixedGate of these scales. Its num_heads is what is
 /// left, down to 0 (the output is then the output bias); head_dim stays. Its parameters are new.

@@ -177,7 +177,7 @@ class LossesByIntervention:
         loss_fn: LossFunction,
         journal: str | os.PathLike | None,
     ) -> None:
-        settings = {} if journal is None else {"model": fingerprint(model)}
+        settings = {} if journal is None else fingerprint(model, batches)
         self._journal = Journal(journal, search, settings)
         self._path = journal
         self._measure = lambda: example_losses(model, batches, loss_fn)
@@ -191,8 +191,8 @@ class LossesByIntervention:
         before = torch.tensor(kept, dtype=torch.float64)
         if before.shape != losses.shape or not torch.allclose(before, losses, 1e-4, 1e-6):
             raise ValueError(
-                f"'{self._path}' is a journal of other data or another loss: the whole model's "
-                "losses differ; remove it or give another file"
+                f"'{self._path}' is a journal of another loss: the whole model's losses differ; "
+                "remove it or give another file"
             )
         return before
 

@@ -85,8 +85,7 @@ def causal_heads(
         steps: of Adam, each way.
         learning_rate: of Adam.
         limit: logits stay within [-limit, limit]: gates within 1.8% of 0 and 1 for 4.
-        journal: file that keeps how far it came: a run that is interrupted goes on from there. The
-            data must be the same.
+        journal: file that keeps how far it came: a run that is interrupted goes on from there.
         progress: a progress bar on stderr; None: where that is a terminal.
 
     Raises:
@@ -103,8 +102,8 @@ def causal_heads(
     if not batches:
         raise ValueError("batches must not be empty: there is nothing to fit gates on")
     settings = {} if journal is None else {
-        "model": fingerprint(model), "strength": strength, "steps": steps,
-        "learning_rate": learning_rate, "limit": limit,
+        "strength": strength, "steps": steps, "learning_rate": learning_rate, "limit": limit,
+        **fingerprint(model, batches),
     }  # fmt: skip
     log = Journal(journal, "causal heads", settings)
     with evaluating(model), _frozen(model), scaled_heads(model) as scales:

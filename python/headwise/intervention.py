@@ -6,7 +6,7 @@ import contextlib
 import copy
 import hashlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -124,14 +124,35 @@ def example_losses(model: nn.Module, batches: Iterable[Any], loss_fn: LossFuncti
     return losses
 
 
-def fingerprint(model: nn.Module) -> str:
-    """A short name of a model's weights, by which a search that is resumed knows them."""
-    digest = hashlib.blake2b(digest_size=8)
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
+def fingerprint(model: nn.Module, batches: Sequence[Any]) -> dict[str, str]:
+    """Short names of a model's weights and of data, by which a search that goes on knows them.
+
+    Of data, tensors and plain values count, in containers and attributes too.
+    """
+    weights, data = hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=8)
+    _digest(weights, model.state_dict())
+    _digest(data, batches)
+    return {"model": weights.hexdigest(), "data": data.hexdigest()}
+
+
+def _digest(digest: Any, value: Any) -> None:
+    if isinstance(value, Tensor):
+        digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+        flat = value.detach().cpu().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            digest.update(str(key).encode())
+            _digest(digest, item)
+    elif isinstance(value, (list, tuple)):
+        digest.update(f"{len(value)}".encode())
+        for item in value:
+            _digest(digest, item)
+    elif value is None or isinstance(value, (str, bytes, bool, int, float)):
+        digest.update(repr(value).encode())
+    else:
+        digest.update(type(value).__name__.encode())
+        _digest(digest, getattr(value, "__dict__", {}))
 
 
 def with_progress(items: Iterable[Any], what: str, unit: str, show: bool | None) -> Iterable[Any]:

@@ -50,7 +50,7 @@ def pruning_path(
         metric: what to score by: one of :func:`headwise.score_heads`.
         min_heads_per_layer: heads that every layer keeps (all, where it has fewer).
         journal: file that keeps the steps that are finished: a run that is interrupted goes on from
-            there. The data must be the same.
+            there.
         progress: a progress bar on stderr; None: where that is a terminal.
         **scoring: further options of :func:`headwise.score_heads`.
 
@@ -58,8 +58,9 @@ def pruning_path(
         A plan for each step, from the most heads to the fewest; with ``keep=1`` one, of all heads.
 
     Raises:
-        ValueError: an option out of range, a model that has gates, a journal of another model or of
-            other options, or what :func:`headwise.score_heads` and :func:`headwise.plan` raise.
+        ValueError: an option out of range, a model that has gates, a journal of another model,
+            other data or other options, or what :func:`headwise.score_heads` and
+            :func:`headwise.plan` raise.
     """
     for name, value in (("keep", keep), ("step", step)):
         if not 0.0 < value <= 1.0:
@@ -81,7 +82,7 @@ def pruning_path(
     log = Journal(
         journal,
         "pruning path",
-        settings if journal is None else {**settings, "model": fingerprint(model)},
+        settings if journal is None else {**settings, **fingerprint(model, batches)},
     )
 
     def score(pruned: nn.Module) -> HeadScores:

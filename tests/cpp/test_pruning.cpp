@@ -3,6 +3,8 @@
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
+#include <cmath>
+
 #include "headwise/gates.h"
 #include "headwise/multihead_attention.h"
 
@@ -81,6 +83,33 @@ TEST(Prune, ALayerComputesWhatTheMaskedLayerDoes) {
       EXPECT_EQ(small->out_proj->weight.size(1), static_cast<int64_t>(3 * heads.size()));
     }
   }
+}
+
+TEST(Prune, ATrainedStaticGateIsCompacted) {
+  const at::NoGradGuard no_grad;
+  MultiheadAttention layer(MultiheadAttentionOptions(12, 4)
+                               .batch_first(true)
+                               .dtype(at::kDouble)
+                               .gate(headwise::HardConcreteGateOptions()));
+  auto* gate = dynamic_cast<headwise::HardConcreteGateImpl*>(layer->gate.get());
+  gate->log_alpha.copy_(at::tensor({-4.0, 0.3, 4.0, -0.2}));
+  const LayerPlan plan = headwise::plan_from_gate(layer, "x");
+  EXPECT_TRUE(layer->is_training() && gate->is_training());
+  EXPECT_EQ(plan.heads, (Heads{1, 2, 3}));
+  EXPECT_NEAR(plan.scale[0], 1.2 / (1 + std::exp(-0.3)) - 0.1, 1e-9);  // Voita et al. 2019
+  EXPECT_EQ(plan.scale[1], 1.0);
+  layer->eval();
+  MultiheadAttention small = headwise::prune(layer, plan);
+  const auto x = at::randn({2, 5, 12}, at::kDouble);
+  EXPECT_TRUE(at::allclose(std::get<0>(small->forward(x, x, x, {}, false)),
+                           std::get<0>(layer->forward(x, x, x, {}, false)), 1e-12, 1e-12));
+  MultiheadAttention dynamic(MultiheadAttentionOptions(8, 4).gate(
+      headwise::HardConcreteGateOptions().input_dependent(true)));
+  EXPECT_EQ(refusal([&] { headwise::plan_from_gate(dynamic, "x"); }),
+            "layer 'x' has a gate whose choice depends on the input: no plan does what it does");
+  MultiheadAttention plain(MultiheadAttentionOptions(8, 4));
+  EXPECT_EQ(refusal([&] { headwise::plan_from_gate(plain, "x"); }),
+            "layer 'x' must have a gate to make a plan from");
 }
 
 TEST(Prune, RefusesWhatDoesNotFit) {

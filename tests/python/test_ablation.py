@@ -109,8 +109,10 @@ def test_an_interrupted_ablation_goes_on(data, tmp_path):
     for name, values in expected.scores.values.items():
         torch.testing.assert_close(found.scores.values[name], values)
         assert torch.equal(found.p_value[name], expected.p_value[name])
-    with pytest.raises(ValueError, match="is a journal of other data or another loss"):
+    with pytest.raises(ValueError, match="is a journal of a search with data='.*', not '"):
         hw.ablate_heads(model, [(data[0], data[1] + 1)], squared, journal=path)
+    with pytest.raises(ValueError, match="is a journal of another loss: the whole model's losses"):
+        hw.ablate_heads(model, [data], lambda m, b: squared(m, b) + 1, journal=path)
     with pytest.raises(ValueError, match="is a journal of search 'ablation', not 'all-but-one'"):
         hw.keep_one_head(model, [data], squared, journal=path)
     with pytest.raises(ValueError, match="is a journal of a search with model="):
@@ -255,6 +257,34 @@ def test_trained_static_gates_are_compacted_in_one_call(kept_weight):
     else:
         assert set(plan.layers[0].scale) == {1.0}
     assert hw.HeadPlan.from_json(plan.to_json()) == plan
+
+
+def test_layers_without_heads_are_part_of_every_analysis(tmp_path):
+    model, batches, loss = encoder_problem()
+    model = hw.convert(model)
+    names = list(hw.attention_layers(model))
+    keep = [hw.LayerPlan(names[0], 4, [1, 3]), hw.LayerPlan(names[1], 4, [])]
+    small = hw.prune(model, hw.HeadPlan(keep))
+    sizes = [2, 0, 4]
+
+    def logits(model, batch):
+        return model(batch[0])
+
+    found = [
+        hw.ablate_heads(small, batches, loss).scores,
+        hw.keep_one_head(small, batches, loss).scores,
+        hw.head_relevance(small, batches, logits).scores,
+        hw.causal_heads(small, batches, loss, steps=3, journal=tmp_path / "gates").scores,
+    ]
+    for scores in found:
+        assert [len(values) for values in scores.values.values()] == sizes
+        assert hw.plan(scores, 0.5).heads_kept == 3
+    assert len(hw.head_similarity(small, batches, logits).heads) == 6
+    assert len(hw.head_interactions(small, batches, loss).pairs) == 15
+    policy = hw.ConfidencePolicy(
+        small, (0.5, 1.0), ranking=found[0], forward_fn=lambda m, b: m(b[0]), threshold=2.0
+    )
+    assert policy.predict((batches[0][0],)).total_heads.tolist() == [9] * 6
 
 
 def test_gates_that_see_the_input_are_no_plan():
