@@ -1,6 +1,7 @@
 #include "headwise/attention.h"
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <gtest/gtest.h>
 #include <torch/csrc/autograd/autograd.h>
 
@@ -79,6 +80,38 @@ INSTANTIATE_TEST_SUITE_P(Cases, SelfAttention,
                                          Case{at::kHalf, 2, 67, 24, 4, 8, 1, false, true, 5e-3},
                                          Case{at::kFloat, 0, 5, 16, 2, 8, 1, false, false, 0},
                                          Case{at::kFloat, 2, 1, 16, 2, 8, 1, false, false, 3e-5}));
+
+// Sizes at which the packed kernels divide work up differently.
+INSTANTIATE_TEST_SUITE_P(
+    Packed, SelfAttention,
+    testing::Values(Case{at::kFloat, 1, 1, 40, 3, 16, 2, false, false, 3e-5},     // a row
+                    Case{at::kBFloat16, 1, 3, 40, 3, 16, 2, false, false, 3e-2},  // a few rows
+                    Case{at::kFloat, 11, 9, 40, 3, 16, 2, true, false, 3e-5},     // short
+                    Case{at::kBFloat16, 40, 7, 40, 3, 16, 1, true, false, 3e-2},
+                    Case{at::kFloat, 1, 300, 40, 2, 8, 1, false, true, 3e-5},  // one head, rows
+                    Case{at::kBFloat16, 2, 333, 24, 2, 8, 2, true, true, 3e-2},
+                    Case{at::kFloat, 2, 600, 16, 2, 8, 1, true, false, 3e-5}));  // tiles of keys
+
+TEST(SelectedSelfAttention, GivesTheSameForAnyNumberOfThreads) {
+  at::manual_seed(5);
+  const int before = at::get_num_threads();
+  for (const int64_t length : {int64_t{1}, int64_t{9}, int64_t{150}}) {
+    auto x = at::randn({3, length, 40}).requires_grad_(), in_weight = at::randn({144, 40}),
+         out_weight = at::randn({40, 48});
+    const auto selection = oracle::random_selection(3, 3, 2, at::kFloat);
+    std::vector<Tensor> results;
+    for (const int threads : {1, 2, 5}) {
+      at::set_num_threads(threads);
+      auto y = headwise::selected_self_attention(
+          x, in_weight, {}, out_weight, {}, 3, selection.index, selection.count, selection.weight);
+      auto gradient = torch::autograd::grad({y.square().sum()}, {x})[0];
+      results.push_back(at::stack({y.detach(), gradient}));
+    }
+    EXPECT_TRUE(at::equal(results[0], results[1]));
+    EXPECT_TRUE(at::equal(results[0], results[2]));
+  }
+  at::set_num_threads(before);
+}
 
 TEST(SelectedAttention, SharesKeysAndValuesAmongHeads) {
   at::manual_seed(3);
