@@ -9,6 +9,7 @@
 #include <array>
 #include <cstddef>
 #include <memory>
+#include <utility>
 
 #include "kernels/cpu/attention_packed.h"
 #include "kernels/cpu/layer.h"
@@ -145,32 +146,94 @@ class Forward {
     T* rows[3][kRowBlock];
     int64_t size = 0;
   };
+  /// What a worker projects with.
+  struct Projection {
+    Scratch<T> packed, gathered;
+    Scratch<float> tile;  // [kRowBlock, 3 d]
+  };
 
-  /// Projects all the rows of a group as one matrix: products of a few rows each would read the
-  /// weights again and again. No more than kRowBlock rows; `gathered` may hold those of the part
-  /// before.
-  void project_together(const std::array<Input, 3>& inputs, int part, const Group& group,
-                        const T* packed, T* gathered, float* tile) const {
-    const auto& in = inputs[part];
-    const int64_t width = in.x.width;
-    bool again = part == 0 || in.x.data != inputs[part - 1].x.data;
-    int64_t rows = 0;
-    for (int64_t m = 0; m < group.size; ++m) {
-      rows += given(in, *group.heads[m]);
-      again |= part == 1 && given(in, *group.heads[m]) != L_;
+  /// Whether query, key and value are one, so that one product gives q, k and v.
+  bool is_self() const {
+    return layer_.query.data == layer_.key.data && layer_.key.data == layer_.value.data;
+  }
+
+  /// tile [rows, parts, d] = the first `parts` of q, k and v of some rows of x, in the self form.
+  void multiply_self(int64_t h, int parts, int64_t rows, const T* x, int64_t ldx, const T* packed,
+                     float* tile) const {
+    const auto in = inputs();
+    const int64_t width = layer_.query.width, ld = parts * d_;
+    if (packed)
+      packed_gemm(rows, ld, width, x, ldx, packed, 3 * d_, tile, ld, false);
+    else
+      for (int i = 0; i < parts; ++i)
+        thin_gemm(rows, d_, width, x, ldx, in[i].weight + h * d_ * width, width, tile + i * d_, ld,
+                  false);
+    for (int i = 0; i < parts && in[i].bias; ++i)
+      for (int64_t r = 0; r < rows; ++r)
+        row_add(tile + r * ld + i * d_, in[i].bias + h * d_, d_, tile + r * ld + i * d_);
+  }
+
+  /// Rows of a tile to where one sequence's rows stand, from row `row` on.
+  void scatter(const Group& group, int64_t m, int parts, int64_t row, int64_t rows,
+               const float* tile) const {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int i = 0; i < parts; ++i, tile += d_)
+        convert(tile, d_, group.rows[i][m] + (row + r) * d_);
+  }
+
+  /// q, k and v of a group in the self form: all three of the given rows, q alone of padding. Short
+  /// sequences are multiplied as one matrix: products of a few rows each would read the weights
+  /// again and again.
+  void project_self(const Group& group, const T* packed, T* gathered, float* tile) const {
+    const auto& x = layer_.query;
+    const int64_t h = group.heads[0]->h;
+    for (const int parts : {3, 1}) {
+      auto range = [&](int64_t m) {
+        const int64_t length = shape_.lengths[group.heads[m]->b];
+        return parts == 3 ? std::pair<int64_t, int64_t>(0, length)
+                          : std::pair<int64_t, int64_t>(length, L_);
+      };
+      if (group.size == 1) {
+        for (auto [row, end] = range(0); row < end; row += kRowBlock) {
+          const int64_t rows = std::min(kRowBlock, end - row);
+          multiply_self(h, parts, rows, x.at(group.heads[0]->b, row), x.row, packed, tile);
+          scatter(group, 0, parts, row, rows, tile);
+        }
+        continue;
+      }
+      T* to = gathered;
+      for (int64_t m = 0; m < group.size; ++m)
+        for (auto [row, end] = range(m); row < end; ++row)
+          to = std::copy_n(x.at(group.heads[m]->b, row), x.width, to);
+      const int64_t rows = (to - gathered) / x.width;
+      if (rows == 0) continue;
+      multiply_self(h, parts, rows, gathered, x.width, packed, tile);
+      const float* from = tile;
+      for (int64_t m = 0; m < group.size; ++m) {
+        const auto [row, end] = range(m);
+        scatter(group, m, parts, row, end - row, from);
+        from += (end - row) * parts * d_;
+      }
     }
-    if (rows == 0) return;
-    T* to = gathered;
-    for (int64_t m = 0; again && m < group.size; ++m) {
-      const auto& a = *group.heads[m];
-      for (int64_t i = 0; i < given(in, a); ++i) to = std::copy_n(in.x.at(a.b, i), width, to);
+  }
+
+  /// Packs a head's weights: in the self form side by side, [D, 3 d]. Null where they are read as
+  /// they stand.
+  std::array<const T*, 3> pack_weights(int64_t h, T* packed) const {
+    const auto in = inputs();
+    if (is_thin(h)) return {};
+    if (is_self()) {
+      const int64_t width = layer_.query.width;
+      const int64_t packed_step = packed_at(packed, 0, 0, d_) - packed;
+      for (int64_t i = 0; i < 3; ++i)
+        pack(width, d_, in[i].weight + h * d_ * width, width, true, packed + i * packed_step,
+             3 * d_);
+      return {packed, packed, packed};
     }
-    multiply(in, group.heads[0]->h, rows, gathered, width, packed, tile);
-    for (int64_t m = 0; m < group.size; ++m) {
-      const int64_t own = given(in, *group.heads[m]);
-      convert(tile, own * d_, group.rows[part][m]);
-      tile += own * d_;
-    }
+    std::array<const T*, 3> packs;
+    for (int64_t i = 0, at = 0; i < 3; at += in[i++].x.width * d_)
+      packs[i] = pack_weight(in[i], h, packed + at);
+    return packs;
   }
 
   /// Tasks of one head and some of the sequences that chose it.
@@ -185,21 +248,20 @@ class Forward {
         tasks.push_back({h, begin, std::min(users, begin + most)});
 
     const auto in = inputs();
+    const bool self = is_self();
     const int64_t weights = (in[0].x.width + in[1].x.width + in[2].x.width) * d_;
-    const int64_t widest = std::max({in[0].x.width, in[1].x.width, in[2].x.width});
     const int64_t head_rows = (L_ + 2 * S_) * d_;
-    // Short sequences are projected together.
-    const int64_t together = longest_ <= kRowBlock / 2 ? std::min(most, kRowBlock / longest_) : 1;
-    Scratch<T> packed(weights, workers_);
-    Scratch<T> gathered(together > 1 ? kRowBlock * widest : 0, workers_);
+    const int64_t together =
+        self && longest_ <= kRowBlock / 2 ? std::min(most, kRowBlock / longest_) : 1;
+    const Projection projection{{weights, workers_},
+                                {together > 1 ? kRowBlock * layer_.query.width : 0, workers_},
+                                {kRowBlock * 3 * d_, workers_}};
     Scratch<T> rows(w_.q ? 0 : head_rows * together, workers_);
-    Scratch<float> tile(kRowBlock * d_, workers_);
     const Attention attention(shape_, workers_);
     parallel_tasks(tasks.size(), [&](int64_t task, int64_t worker) {
       const auto [h, begin, end] = tasks[task];
-      const T* packs[3];
-      for (int64_t i = 0, at = 0; i < 3; at += in[i++].x.width * d_)
-        packs[i] = pack_weight(in[i], h, packed[worker] + at);
+      const auto packs = pack_weights(h, projection.packed[worker]);
+      float* tile = projection.tile[worker];
       Group group;
       for (int64_t first = begin; first < end; first += together) {
         group.size = std::min(together, end - first);
@@ -211,16 +273,15 @@ class Forward {
           group.rows[1][m] = w_.q ? w_.k + a.slot * S_ * d_ : scratch + L_ * d_;
           group.rows[2][m] = w_.q ? w_.v + a.slot * S_ * d_ : scratch + (L_ + S_) * d_;
         }
-        for (int i = 0; i < 3; ++i) {
-          if (group.size == 1) {
-            const auto& a = *group.heads[0];
-            project(in[i], a, 0, given(in[i], a), packs[i], group.rows[i][0], tile[worker]);
-            continue;
+        if (self) project_self(group, packs[0], projection.gathered[worker], tile);
+        for (int i = 0; i < 3; ++i)
+          for (int64_t m = 0; m < group.size; ++m) {
+            const auto& a = *group.heads[m];
+            if (self)
+              append_rows(in[i], a, group.rows[i][m]);
+            else
+              project(in[i], a, 0, given(in[i], a), packs[i], group.rows[i][m], tile);
           }
-          project_together(in, i, group, packs[i], gathered[worker], tile[worker]);
-          for (int64_t m = 0; m < group.size; ++m)
-            append_rows(in[i], *group.heads[m], group.rows[i][m]);
-        }
         for (int64_t m = 0; m < group.size; ++m)
           attend(attention, worker, *group.heads[m], group.rows[0][m], group.rows[1][m],
                  group.rows[2][m], 0, L_);

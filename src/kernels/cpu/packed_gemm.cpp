@@ -126,33 +126,33 @@ void transpose(int64_t rows, int64_t columns, const float* x, int64_t ldx, float
 }
 
 template <>
-void pack<float>(int64_t k, int64_t n, const float* b, int64_t ldb, bool transposed,
-                 float* packed) {
+void pack<float>(int64_t k, int64_t n, const float* b, int64_t ldb, bool transposed, float* packed,
+                 int64_t ld) {
   if (transposed) {
-    transpose(n, k, b, ldb, packed, n);
+    transpose(n, k, b, ldb, packed, ld);
   } else {
-    for (int64_t i = 0; i < k; ++i) std::copy_n(b + i * ldb, n, packed + i * n);
+    for (int64_t i = 0; i < k; ++i) std::copy_n(b + i * ldb, n, packed + i * ld);
   }
 }
 
 template <>
 void pack<BFloat16>(int64_t k, int64_t n, const BFloat16* b, int64_t ldb, bool transposed,
-                    BFloat16* packed) {
+                    BFloat16* packed, int64_t ld) {
   // Pairs are words whose first element is the lower half: bfloat16 is packed on little-endian
   // machines only (packed_gemm_supported multiplies a matrix to find out).
   auto* words = reinterpret_cast<uint32_t*>(packed);
   const auto* bits = reinterpret_cast<const uint16_t*>(b);
   if (!transposed) {
     for (int64_t i = 0; i + 1 < k; i += 2)
-      pair_rows(bits + i * ldb, bits + (i + 1) * ldb, n, words + i / 2 * n);
-    if (k % 2) pair_with_zeros(bits + (k - 1) * ldb, n, words + k / 2 * n);
+      pair_rows(bits + i * ldb, bits + (i + 1) * ldb, n, words + i / 2 * ld);
+    if (k % 2) pair_with_zeros(bits + (k - 1) * ldb, n, words + k / 2 * ld);
   } else if (k % 2 == 0 && ldb % 2 == 0 && reinterpret_cast<uintptr_t>(b) % 4 == 0) {
     // Pairs of a row of B' stay together: a transpose of 32-bit words.
-    transpose_words(n, k / 2, reinterpret_cast<const uint32_t*>(b), ldb / 2, words, n);
+    transpose_words(n, k / 2, reinterpret_cast<const uint32_t*>(b), ldb / 2, words, ld);
   } else {
     for (int64_t i = 0; i < k; i += 2)
       for (int64_t j = 0; j < n; ++j)
-        words[i / 2 * n + j] =
+        words[i / 2 * ld + j] =
             bits[j * ldb + i] | (i + 1 < k ? uint32_t(bits[j * ldb + i + 1]) << 16 : 0u);
   }
 }

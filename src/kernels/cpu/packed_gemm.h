@@ -13,11 +13,15 @@ namespace headwise::kernels {
 template <typename T>
 bool packed_gemm_supported();
 
-/// Packs B [k, n] for the right-hand side. float: as it stands, row distance n. bfloat16: pairs of
-/// rows interleaved, [ceil(k / 2), n, 2], the missing row zeros.
-/// `transposed`: `b` holds B' [n, k]. Room for packed_size(k, n) elements.
+/// Packs B [k, n] for the right-hand side, into rows of length ld. float: as it stands. bfloat16:
+/// pairs of rows interleaved, [ceil(k / 2), ld, 2], the missing row zeros.
+/// `transposed`: `b` holds B' [n, k]. Room for packed_size(k, ld) elements.
 template <typename T>
-void pack(int64_t k, int64_t n, const T* b, int64_t ldb, bool transposed, T* packed);
+void pack(int64_t k, int64_t n, const T* b, int64_t ldb, bool transposed, T* packed, int64_t ld);
+template <typename T>
+void pack(int64_t k, int64_t n, const T* b, int64_t ldb, bool transposed, T* packed) {
+  pack(k, n, b, ldb, transposed, packed, n);
+}
 
 template <typename T>
 int64_t packed_size(int64_t k, int64_t n) {
