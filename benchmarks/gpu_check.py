@@ -4,8 +4,10 @@
     python benchmarks/gpu_check.py --device cpu --tiny  # small shapes, without a GPU
 
 A layer that runs k of H heads, its gate included, is timed beside the dense layer that has only k
-heads, beside the full dense layer, and beside computing all heads and multiplying by a mask.
-Nothing is timed that has not passed its check; a failed check ends with exit status 1.
+heads, beside the full dense layer, beside computing all heads and multiplying by a mask, and beside
+FlexAttention with a mask of heads; then attention alone, decoding, and the gate (gpu_cases.py).
+Nothing is timed that has not passed its check; a failed check ends with exit status 1. The goals of
+each number stand beside it. Under --seconds the cases that are left are named and not run.
 """
 
 import argparse
@@ -22,7 +24,10 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "python"))
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import gpu_cases  # noqa: E402
 import oracle  # noqa: E402
+from gpu_cases import largest_error, replayed  # noqa: E402
 
 ops = torch.ops.headwise
 # B sequences, L tokens, D model width, H heads
@@ -38,7 +43,7 @@ TOLERANCE = {
 
 
 class Layer:
-    """Weights of a dense layer of H heads, a linear gate, and an input."""
+    """Weights of a dense layer of H heads, a gate, and an input."""
 
     def __init__(self, shape, dtype, device):
         self.shape, self.dtype, self.device = shape, dtype, device
@@ -54,21 +59,27 @@ class Layer:
         self.in_bias = rand(3 * D, scale=0.1)
         self.out_weight = rand(D, D, scale=1 / math.sqrt(D))
         self.out_bias = rand(D, scale=0.1)
-        self.gate_weight = rand(H, D)
+        self.gate_weight = rand(H, D).detach()
+        self.gates = {}
 
     def leaves(self):
         return [self.x, self.in_weight, self.in_bias, self.out_weight, self.out_bias]
 
     def select(self, k):
-        """The gate: mean over tokens, linear relevance, the k most relevant heads at weight 1."""
-        relevance = linear(ops.masked_mean(self.x), self.gate_weight)  # [B, H]
-        count = torch.full((self.shape[0],), k, dtype=torch.int32, device=self.device)
-        index = ops.select_heads(relevance.detach(), count)
-        return index, count, ops.selection_mask(index, count, self.dtype)
+        """A budget gate in evaluation that gives every sequence its k most relevant heads."""
+        D, H = self.shape[2:]
+        if k not in self.gates:
+            gate = hw.BudgetGate(
+                budget=k / H, embed_dim=D, num_heads=H, device=self.device, dtype=self.dtype
+            )
+            gate.relevance.weight.data.copy_(self.gate_weight)
+            self.gates[k] = gate.eval().requires_grad_(False)
+        index, count, weight = self.gates[k](self.x.detach())[:3]
+        # The budget is fixed, so k columns hold the selection, and memory is that of k heads.
+        return index[:, :k], count, weight
 
     def headwise(self, k):
-        index, count, weight = self.select(k)
-        return ops.selected_self_attention(*self.leaves(), self.shape[3], index, count, weight)
+        return ops.selected_self_attention(*self.leaves(), self.shape[3], *self.select(k))
 
     def attend(self, qkv, heads, mask=None):
         q, k, v = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in qkv.chunk(3, dim=2))
@@ -101,14 +112,11 @@ class Layer:
         return linear(context, self.out_weight, self.out_bias)
 
 
-def largest_error(actual, expected):
-    scale = expected.abs().max().clamp_min(1e-30)
-    return ((actual.double() - expected).abs().max() / scale).item()
-
-
 def check(shape, k, dtype, device):
     """Errors of output and gradients on two sequences: no sequence depends on another."""
-    layer = Layer((min(2, shape[0]), *shape[1:]), dtype, device)
+    # Products in float32 and float64 run without tensor cores: shorter sequences show as much.
+    length = shape[1] if dtype.itemsize == 2 else min(shape[1], 300)
+    layer = Layer((min(2, shape[0]), length, *shape[2:]), dtype, device)
     H = shape[3]
     selection = [t.detach() for t in layer.select(k)]
     y = ops.selected_self_attention(*layer.leaves(), H, *selection)
@@ -143,22 +151,6 @@ def measure(run, device, repeats):
     return times
 
 
-def replayed(run):
-    """The same work as a CUDA graph, or the sentence that says why it cannot be captured."""
-    try:
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            run()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
-        return graph.replay, None
-    except RuntimeError as error:
-        torch.cuda.synchronize()
-        return None, str(error).splitlines()[0]
-
-
 def forward_of(layer, variant, k):
     operator = getattr(layer, variant)
 
@@ -186,24 +178,60 @@ VARIANTS = {
     "dense": "a dense layer of k heads",
     "masked": "all heads, then a mask",
     "full": "a dense layer of all heads",
+    "flex": "FlexAttention with a head mask",
 }
 
 
+def goals_of(shape, k, what, medians, peaks):
+    """The rows that say which goals this layer reached."""
+    H, rows = shape[3], []
+    case = f"layer {shape}, k={k}"
+    # Graph replays on both sides where both could be captured, else launches on both.
+    route = "graph" if {("headwise", "graph"), ("dense", "graph")} <= medians.keys() else "events"
+    ours = medians["headwise", route]
+
+    def add(name, ratio, goal, lower_is_better=True):
+        rows.append(gpu_cases.row(case, name, ours, ratio, goal, lower_is_better, timed_by=route))
+
+    limit = 1.15 if what == "training" else (1.05 if k == H else 1.10)
+    add(f"{what} over the dense layer of k heads", ours / medians["dense", route], limit)
+    if peaks:
+        add(f"{what}: peak memory over that layer's", peaks["headwise"] / peaks["dense"], 1.05)
+    if what == "forward" and k == H // 2:
+        for name in ("masked", "flex"):
+            if (name, "events") in medians:
+                faster = medians[name, "events"] / medians["headwise", "events"]
+                add(f"times faster than {VARIANTS[name]}", faster, 1.5, False)
+    return rows
+
+
 def time_layer(shape, k, dtype, device, repeats):
-    rows = []
+    rows, goals = [], []
     for what, build in (("forward", forward_of), ("training", training_of)):
         layer = Layer(shape, dtype, device)
-        medians = {}
+        medians, peaks = {}, {}
         for variant in VARIANTS:
+            if variant == "flex":
+                if device.type != "cuda" or what != "forward" or k != shape[3] // 2:
+                    continue
+                layer.flex, reason = gpu_cases.flex_layer(layer, k)
+                if reason:
+                    print(f"not compared with FlexAttention: {reason}", flush=True)
+                    continue
             run = build(layer, variant, k)
             routes = {"events": run}
             note = None
-            if device.type == "cuda" and what == "forward":
+            if device.type == "cuda" and variant in ("headwise", "dense"):
                 graph, note = replayed(run)
                 if graph:
                     routes["graph"] = graph
             if device.type == "cuda":
+                torch.cuda.synchronize()
+                before = torch.cuda.memory_allocated(device)
                 torch.cuda.reset_peak_memory_stats(device)
+                run()
+                # What the weights and the input take is the same for both.
+                peaks[variant] = torch.cuda.max_memory_allocated(device) - before
             for route, call in routes.items():
                 times = measure(call, device, repeats)
                 medians[variant, route] = statistics.median(times)
@@ -215,15 +243,54 @@ def time_layer(shape, k, dtype, device, repeats):
                 if note and variant == "headwise":
                     row["no_graph"] = note
                 if device.type == "cuda":
-                    row["peak_bytes"] = torch.cuda.max_memory_allocated(device)
+                    row["peak_bytes"] = peaks[variant]
                 rows.append(row)
+        goals += goals_of(shape, k, what, medians, peaks)
         for row in rows:
             if row["what"] != what:
                 continue
             route = row["timed_by"]
             # A variant that cannot be captured is held against the dense layer's own launches.
-            row["ratio_to_dense"] = row["median_ms"] / medians["dense", route]
-    return rows
+            dense = medians.get(("dense", route), medians["dense", "events"])
+            row["ratio_to_dense"] = row["median_ms"] / dense
+    return rows, goals
+
+
+def other_cases(options, dtype, device, repeats, left):
+    """Attention alone, decoding and the gate: rows, and the names of what was left out."""
+    timer = gpu_cases.Timer(device, repeats, time.perf_counter)
+    tolerance = TOLERANCE[dtype][0]
+    shapes = TINY if options.tiny else SHAPES
+    cases = [(f"attention alone {s}", lambda s=s: gpu_cases.attention_core(
+        s, dtype, device, timer, tolerance)) for s in shapes]  # fmt: skip
+    bandwidth = gpu_cases.copy_bandwidth(device, timer)
+    print(f"copy bandwidth {bandwidth / 1e9:.0f} GB/s", flush=True)
+    caches = [(1, 40), (2, 33)] if options.tiny else [
+        (b, s) for b in (1, 16, 64) for s in (4096, 32768)]  # fmt: skip
+    sizes = (8, 2, 16) if options.tiny else (32, 8, 128)
+    cases += [(f"decode B={b}, {s} keys", lambda b=b, s=s: gpu_cases.decoding(
+        b, s, dtype, device, timer, tolerance, bandwidth, sizes)) for b, s in caches]  # fmt: skip
+    small = {"batch": 4, "heads": 4, "width": 16, "length": 5} if options.tiny else {}
+    cases.append(("gate", lambda: gpu_cases.gate(dtype, device, timer, **small)))
+    rows, left_out = [], []
+    for name, run in cases:
+        if left() <= 0:
+            left_out.append(name)
+            continue
+        rows += run()
+    return rows, left_out, bandwidth
+
+
+def print_goal(row):
+    if "failed" in row:
+        print(f"FAILED {row['case']}: {row['failed']}", file=sys.stderr, flush=True)
+        return
+    note = f"  ({row['note']})" if row.get("note") else ""
+    print(
+        f"{row['case']:48} {row['what']:44} {row['ratio']:7.2f}  goal {row['goal_is']} "
+        f"{row['goal']:<5} {'reached' if row['reached'] else 'MISSED'}{note}",
+        flush=True,
+    )
 
 
 def environment(device):
@@ -251,6 +318,9 @@ def arguments():
     parser.add_argument("--repeats", type=int, default=30, help="timed runs of each")
     parser.add_argument("--dtype", default="bfloat16", help="bfloat16, float16, float32 or float64")
     parser.add_argument(
+        "--seconds", type=float, default=330.0, help="starts no new case after this many"
+    )
+    parser.add_argument(
         "--json", type=Path, help="where to write; default: results/gpu_<device>.json"
     )
     return parser.parse_args()
@@ -270,10 +340,23 @@ def main():
         return 2
     shapes = TINY if options.tiny else SHAPES
     repeats = min(options.repeats, 3) if options.tiny else options.repeats
-    checks, timings = [], []
+    checks, timings, goals, left_out = [], [], [], []
+    begin = time.perf_counter()
+
+    def left():
+        return options.seconds - (time.perf_counter() - begin)
+
+    rows, skipped, bandwidth = other_cases(options, dtype, device, repeats, left)
+    goals += rows
+    left_out += skipped
+    for row in rows:
+        print_goal(row)
     for shape in shapes:
         H = shape[3]
         for k in sorted({H // 4, H // 2, 3 * H // 4, H}):
+            if left() <= 0:
+                left_out.append(f"layer {shape}, k={k}")
+                continue
             case = {"shape": list(shape), "heads_run": k}
             for checked in dict.fromkeys((torch.float64, torch.float32, dtype)):
                 torch.manual_seed(0)
@@ -285,19 +368,20 @@ def main():
                     print(f"FAILED {checks[-1]}", file=sys.stderr)
             if not all(c["passed"] for c in checks if c.items() >= case.items()):
                 continue
-            rows = time_layer(shape, k, dtype, device, repeats)
+            rows, reached = time_layer(shape, k, dtype, device, repeats)
             timings += rows
-            for row in rows:
-                print(
-                    f"{shape!s:24} k={k:<3} {row['what']:8} {VARIANTS[row['variant']]:28} "
-                    f"{row['timed_by']:6} {row['median_ms']:9.3f} ms  "
-                    f"{row['ratio_to_dense']:5.2f} of dense k heads",
-                    flush=True,
-                )
+            goals += reached
+            for row in reached:
+                print_goal(row)
+    for name in left_out:
+        print(f"not run, no time left: {name}")
+    checks += [{"case": row["case"], "passed": "failed" not in row} for row in goals
+               if "failed" in row or "error" in row]  # fmt: skip
     passed = all(c["passed"] for c in checks)
     report = {
         "environment": environment(device), "dtype": options.dtype, "tiny": options.tiny,
-        "passed": passed, "checks": checks, "timings": timings,
+        "passed": passed, "checks": checks, "timings": timings, "goals": goals,
+        "left_out": left_out, "copy_bytes_per_second": bandwidth,
     }  # fmt: skip
     name = report["environment"]["device"].lower().replace(" ", "_")
     path = options.json or ROOT / "benchmarks" / "results" / f"gpu_{name}.json"

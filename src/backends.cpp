@@ -9,7 +9,7 @@ namespace headwise {
 namespace {
 
 // Said of every CUDA path until the GPU tests have passed on a device.
-constexpr const char* kUnverified = "compiled, not verified on a GPU";
+constexpr const char* kUnverified = "not yet run on a GPU";
 
 /// Asks the products themselves: which instructions they need is oneDNN's business.
 Backend packed() {
@@ -35,7 +35,9 @@ std::vector<Backend> backends() {
 #ifdef HEADWISE_CUDA
   list.push_back({"cuda_kernels", "cuda", device,
                   (device ? std::string() : no_device + "; ") + kUnverified +
-                      ": selection, work list, gather and scatter of heads, attention statistics"});
+                      ": selection, projections of the chosen heads, attention, decoding, output "
+                      "projection, their gradients and attention statistics, without waiting for "
+                      "the device; heads of up to 256 columns"});
 #else
   list.push_back({"cuda_kernels", "cuda", false,
                   "headwise was compiled without CUDA kernels (HEADWISE_CUDA=OFF)"});
@@ -43,8 +45,8 @@ std::vector<Backend> backends() {
   list.push_back(
       {"grouped", "cuda", device,
        (device ? std::string() : no_device + "; ") + kUnverified +
-           ": LibTorch's matrix products and attention over the active heads, grouped by "
-           "head; waits for the device once a call"});
+           ": LibTorch's matrix products and attention over the active heads, grouped by head, "
+           "for what the kernels do not take; waits for the device once a call"});
   list.push_back(packed());
   list.push_back({"cpu_kernels", "cpu", true,
                   "BLAS, or plain loops where there is none, over the active heads: float64, "

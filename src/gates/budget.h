@@ -73,4 +73,15 @@ at::Tensor relevance_entropy(const at::Tensor& relevance);
 /// Mean square of how far `asked` [B] lies outside [min_budget, max_budget] -> [].
 at::Tensor budget_bounds(const at::Tensor& asked, double min_budget, double max_budget);
 
+/// {index, count, weight, relevance, budget} of a BudgetGate in evaluation with weights of one, as
+/// one operator (src/gates/budget_evaluation.cpp). Without the four tensors of the network every
+/// sequence has `budget`.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> evaluate_budget_gate(
+    const at::Tensor& x, const std::optional<at::Tensor>& key_padding_mask, const at::Tensor& mean,
+    const at::Tensor& variance, const at::Tensor& base, const at::Tensor& relevance_weight,
+    const std::optional<at::Tensor>& hidden_weight, const std::optional<at::Tensor>& hidden_bias,
+    const std::optional<at::Tensor>& out_weight, const std::optional<at::Tensor>& out_bias,
+    const at::Tensor& progress, double budget, double min_budget, double max_budget, double target,
+    double initial_budget, double warmup, int64_t min_heads, std::string_view rounding);
+
 }  // namespace headwise

@@ -264,6 +264,21 @@ void BudgetGateImpl::reset_parameters() {
 Selection BudgetGateImpl::forward(const at::Tensor& x, const at::Tensor& key_padding_mask) {
   check_input(x);
   const bool training = is_training();
+  if (!training && options.kept_weight() == "one") {
+    const bool fixed = fixed_budget_.has_value();
+    const auto given = [](const at::Tensor& t) {
+      return t.defined() ? std::optional<at::Tensor>(t) : std::nullopt;
+    };
+    const auto [index, count, weight, scores, budget] = evaluate_budget_gate(
+        x, given(key_padding_mask), feature_mean, feature_variance, base, relevance->weight,
+        fixed ? std::nullopt : given(budget_hidden->weight),
+        fixed ? std::nullopt : given(budget_hidden->bias),
+        fixed ? std::nullopt : given(budget_out->weight),
+        fixed ? std::nullopt : given(budget_out->bias), progress, fixed_budget_.value_or(1.0),
+        options.min_budget(), options.max_budget(), options.target(), options.initial_budget(),
+        options.warmup(), options.min_heads(), options.rounding());
+    return {index, count, weight, scores, budget};
+  }
   const auto z = features(x, key_padding_mask);  // [B, D]
   const auto scores = input_relevance(z, base, relevance->weight, progress, training,
                                       options.static_until());  // [B, H]

@@ -25,8 +25,10 @@ at::Tensor warmup_logit(const at::Tensor& progress, double initial, double targe
   if (warmup <= 0.0) {
     return at::zeros_like(p);
   }
-  return (1.0 - p / warmup).clamp_min(0.0) * (logit(initial) - logit(target));
+  return (1.0 - p / warmup).clamp_min(0.0) * warmup_start(initial, target);
 }
+
+double warmup_start(double initial, double target) { return logit(initial) - logit(target); }
 
 at::Tensor scheduled_target(const at::Tensor& progress, double initial, double target,
                             double warmup, at::ScalarType dtype) {

@@ -14,6 +14,10 @@ at::Tensor reached(const at::Tensor& progress, double when, at::ScalarType dtype
 at::Tensor warmup_logit(const at::Tensor& progress, double initial, double target, double warmup,
                         at::ScalarType dtype);
 
+/// The value of warmup_logit() at progress 0: logit(initial) - logit(target), both held in [1e-3,
+/// 1 - 1e-3].
+double warmup_start(double initial, double target);
+
 /// The fraction of heads that is aimed at: `initial` at progress 0, `target` from `warmup` on.
 at::Tensor scheduled_target(const at::Tensor& progress, double initial, double target,
                             double warmup, at::ScalarType dtype);

@@ -19,6 +19,14 @@ from test_attention_ops import (  # noqa: F401  (collected again, on the device)
     test_what_was_not_chosen_is_not_read,
 )
 from test_attention_statistics import DTYPES, KINDS, SHAPES, masks, plain
+from test_emulated import (  # noqa: F401
+    test_an_index_with_few_columns_and_one_that_is_out_of_range,
+    test_core_widths,
+    test_decoding_splits_the_keys,
+    test_dropout_draws_the_mask_of_the_cpu,
+    test_several_tiles_of_rows,
+    test_widths,
+)
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="torch.cuda.is_available() is False: no CUDA device"
@@ -113,6 +121,111 @@ def test_selection_and_statistics_do_not_wait_and_replay(compiled_kernels):
         graph.replay()
         for a, b in zip(captured, run(), strict=True):
             assert torch.equal(a, b)
+
+
+class Replayed:
+    """A layer whose selection, input and padding are changed in place between replays."""
+
+    batch, length, width, heads, d = 5, 150, 64, 6, 32
+
+    def __init__(self, dtype, padded):
+        self.rand = cases.Random(3, dtype)
+        self.x = self.rand(self.batch, self.length, self.width).detach().cuda().requires_grad_()
+        weights = cases.layer_weights(self.rand, self.heads, self.d, self.width)
+        self.weights = [w.detach().cuda().requires_grad_() for w in weights]
+        self.selection = [t.cuda() for t in self.draw()]
+        self.padding = None
+        if padded:
+            self.padding = torch.zeros(self.batch, self.length, dtype=torch.bool, device="cuda")
+
+    def draw(self):
+        index, count, weight = self.rand.selection(self.batch, self.heads)
+        return index, count, weight.detach()
+
+    def change(self):
+        """Another selection (0 and all heads among them), another input, other lengths."""
+        counts = torch.randint(0, self.heads + 1, (self.batch,))
+        counts[:2] = torch.tensor([0, self.heads])
+        drawn = self.rand.selection(self.batch, self.heads, count=counts)
+        for old, new in zip(self.selection, drawn, strict=True):
+            old.copy_(new.detach())
+        with torch.no_grad():
+            self.x.normal_()
+        if self.padding is not None:
+            lengths = torch.randint(1, self.length + 1, (self.batch, 1), device="cuda")
+            self.padding.copy_(torch.arange(self.length, device="cuda") >= lengths)
+
+    def run(self):
+        y = ops.selected_self_attention(
+            self.x, *self.weights, self.heads, *self.selection, self.padding
+        )
+        return [y.detach(), *torch.autograd.grad(y.sum(), [self.x, *self.weights])]
+
+    def expected(self):
+        leaves = [t.detach().double().requires_grad_() for t in (self.x, *self.weights)]
+        index, count, weight = self.selection
+        y = cases.oracle.self_attention(
+            *leaves, self.heads, index, count, weight.double(), key_padding_mask=self.padding
+        )
+        return [y.detach(), *torch.autograd.grad(y.sum(), leaves)]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_captured_layer_replays_with_other_selections(compiled_kernels, dtype, padded):
+    """Forward and backward in one CUDA graph, replayed: each equals the oracle."""
+    layer = Replayed(dtype, padded)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        layer.run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = layer.run()
+    for _ in range(3):
+        layer.change()
+        graph.replay()
+        wanted = layer.expected()
+        scale = 0.1 * max(cases.largest(t) for t in wanted)
+        for actual, expected in zip(captured, wanted, strict=True):
+            cases.close(actual, expected, cases.BACKWARD[dtype], scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_waits_for_the_device(compiled_kernels, dtype):
+    layer = Replayed(dtype, padded=True)
+    q = torch.randn(3, 6, 1, 64, device="cuda").to(dtype)
+    k, v = (torch.randn(3, 2, 500, 64, device="cuda").to(dtype) for _ in range(2))
+    relevance, count = torch.randn(3, 6, device="cuda"), torch.full((3,), 4, device="cuda")
+    seed = torch.tensor([7], device="cuda")
+    layer.run()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer.run()
+        index = ops.select_heads(relevance, count)
+        ops.selected_attention(q, k, v, index, count)  # decoding
+        ops.selected_attention(q, k, v, index, count, None, None, None, False, 0.5, seed)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_results_do_not_change_from_run_to_run(compiled_kernels):
+    """No sum depends on the order in which blocks finish."""
+    layer = Replayed(torch.bfloat16, padded=True)
+    layer.change()
+    first = layer.run()
+    for _ in range(3):
+        for a, b in zip(first, layer.run(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_wide_heads_take_the_grouped_route():
+    rand = cases.Random(3, torch.float32)
+    q, k, v = rand(2, 2, 9, 264), rand(2, 2, 9, 264), rand(2, 2, 9, 264)
+    index, count, weight = rand.selection(2, 2, count=[1, 2])
+    cases.check(cases.ops.selected_attention, cases.core_reference, [q, k, v, weight],
+                torch.float32, q, k, v, index, count, weight)  # fmt: skip
 
 
 @pytest.mark.parametrize("training", [False, True])

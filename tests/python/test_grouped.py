@@ -21,17 +21,17 @@ MASKS = [None, None, False, 0.0, None, None]  # the defaults of the last argumen
 MASK_NAMES = ["key_padding_mask", "attn_mask", "is_causal", "dropout_p", "dropout_seed", "scale"]
 
 
-def function(name, leading, defaults, needs, saved):
-    """An autograd function out of _grouped_{name}_forward and _backward.
+def function(operators, prefix, name, leading, defaults, needs, saved):
+    """An autograd function out of operators.{prefix}{name}_forward and _backward.
 
     leading: positional arguments before the masks; defaults: of the last of these.
     needs: which of all arguments have gradients, in the order of the backward operator.
     saved: which results of forward it wants.
     """
-    forward_op = getattr(ops, f"_grouped_{name}_forward")
-    backward_op = getattr(ops, f"_grouped_{name}_backward")
+    forward_op = getattr(operators, f"{prefix}{name}_forward")
+    backward_op = getattr(operators, f"{prefix}{name}_backward")
 
-    class Grouped(torch.autograd.Function):
+    class Executor(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *arguments):
             results = forward_op(*arguments)
@@ -60,25 +60,30 @@ def function(name, leading, defaults, needs, saved):
             if mask is not None:
                 rows = rows + cases.oracle.additive(mask, rows.dtype)
             masks[:2] = [None, rows]
-        return Grouped.apply(*arguments, *masks)
+        return Executor.apply(*arguments, *masks)
 
     return call
 
 
-class GroupedOps:
-    selected_self_attention = staticmethod(
-        function("self_attention", 9, [], [0, 1, 2, 3, 4, 8, 10], 1)
-    )
-    selected_multihead_attention = staticmethod(
-        function(
+class Executors:
+    """The attention operators by the forward and backward operators of one executor."""
+
+    def __init__(self, operators, prefix=""):
+        def make(*arguments):
+            return function(operators, prefix, *arguments)
+
+        self.selected_self_attention = make("self_attention", 9, [], [0, 1, 2, 3, 4, 8, 10], 1)
+        self.selected_multihead_attention = make(
             "multihead_attention",
             18,
             [None, None, False],
             [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 14, 15, 16, 19],
             1,
         )
-    )
-    selected_attention = staticmethod(function("attention", 6, [None], [0, 1, 2, 5, 7], 0))
+        self.selected_attention = make("attention", 6, [None], [0, 1, 2, 5, 7], 0)
+
+
+GroupedOps = Executors(ops, "_grouped_")
 
 
 @pytest.fixture(autouse=True)

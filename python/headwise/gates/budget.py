@@ -231,6 +231,8 @@ class BudgetGate(TargetedGate):
 
     def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Selection:
         self._check_bound(x)
+        if not self.training and self.kept_weight == "one":
+            return self._evaluate(x, key_padding_mask)
         features = self._features(x, key_padding_mask)  # [B, D]
         relevance = _ops.input_relevance(
             features,
@@ -279,6 +281,32 @@ class BudgetGate(TargetedGate):
             self.expected_heads = expected
             self._regulariser = self._own_terms(relevance, asked)
         return Selection(index, count, weight.to(x.dtype), relevance, budget)
+
+    def _evaluate(self, x: Tensor, key_padding_mask: Tensor | None) -> Selection:
+        network: tuple[Tensor | None, ...] = (None,) * 4
+        if self.fixed_budget is None:
+            hidden, out = self.budget_hidden, self.budget_out
+            network = (hidden.weight, hidden.bias, out.weight, out.bias)
+        return Selection(
+            *_ops.evaluate_budget_gate(
+                x,
+                key_padding_mask,
+                self.feature_mean,
+                self.feature_variance,
+                self.base,
+                self.relevance.weight,
+                *network,
+                self.progress,
+                1.0 if self.fixed_budget is None else self.fixed_budget,
+                self.min_budget,
+                self.max_budget,
+                self.target,
+                self.initial_budget,
+                self.warmup,
+                self.min_heads,
+                self.rounding,
+            )
+        )
 
     def _draw_noise(self, relevance: Tensor) -> Tensor | None:
         if self.noise_scale == 0.0:

@@ -27,6 +27,10 @@ struct WorkListOutput {
   int32_t* batch;   // [B * K] sequence of each pair; -1 after the last
   int32_t* head;    // [B * K] its head; -1 after the last
   int32_t* offset;  // [H + 1] where each head's pairs begin; the last is the number of pairs
+  // Where not null:
+  int32_t* place = nullptr;       // [B * K] place of each pair in index: row * K + column; then -1
+  int32_t* place_head = nullptr;  // [B * K] the head of each place of index, -1: not chosen
+  int32_t* count = nullptr;       // [B] clamped to [0, K]
 };
 
 HEADWISE_HOST_DEVICE void clear_slots(const WorkListShape& s, int64_t thread, int64_t threads,
@@ -37,13 +41,18 @@ HEADWISE_HOST_DEVICE void clear_slots(const WorkListShape& s, int64_t thread, in
 /// Heads out of range, which only the host reports, are left out.
 template <typename Index>
 HEADWISE_HOST_DEVICE void mark_slots(const WorkListShape& s, int64_t thread, int64_t threads,
-                                     const Index* index, const Index* count, int32_t* slot) {
+                                     const Index* index, const Index* count, int32_t* slot,
+                                     const WorkListOutput& out) {
   for (int64_t i = thread; i < s.capacity(); i += threads) {
     const int64_t b = i / s.columns, column = i % s.columns;
     const int64_t h = index[i];
-    if (column < clamp_count(count[b], s.columns) && h >= 0 && h < s.num_heads)
-      slot[h * s.batch + b] = static_cast<int32_t>(i);
+    const bool chosen = column < clamp_count(count[b], s.columns) && h >= 0 && h < s.num_heads;
+    if (chosen) slot[h * s.batch + b] = static_cast<int32_t>(i);
+    if (out.place_head) out.place_head[i] = chosen ? static_cast<int32_t>(h) : -1;
   }
+  if (out.count)
+    for (int64_t b = thread; b < s.batch; b += threads)
+      out.count[b] = static_cast<int32_t>(clamp_count(count[b], s.columns));
 }
 
 HEADWISE_HOST_DEVICE int64_t chunk_begin(int64_t thread, int64_t threads, int64_t size) {
@@ -70,12 +79,32 @@ HEADWISE_HOST_DEVICE void write_chunk(const WorkListShape& s, int64_t thread, in
     if (slot[i] < 0) continue;
     out.batch[at] = static_cast<int32_t>(i % s.batch);
     out.head[at] = static_cast<int32_t>(i / s.batch);
+    if (out.place) out.place[at] = slot[i];
     ++at;
   }
-  for (int64_t i = total + thread; i < s.capacity(); i += threads) out.batch[i] = out.head[i] = -1;
+  for (int64_t i = total + thread; i < s.capacity(); i += threads) {
+    out.batch[i] = out.head[i] = -1;
+    if (out.place) out.place[i] = -1;
+  }
   if (thread == 0) out.offset[s.num_heads] = total;
   if (s.batch == 0)
     for (int64_t h = thread; h < s.num_heads; h += threads) out.offset[h] = 0;
+}
+
+/// What key_padding_mask says of thread's share of the keys [0, S) of one sequence: keys at and
+/// after `end` are hidden (over threads: the largest), `plain` are left as they are (the sum).
+struct VisibleKeys {
+  int32_t end, plain;
+};
+template <typename Hidden, typename Plain>
+HEADWISE_HOST_DEVICE VisibleKeys visible_keys(const Hidden& hidden, const Plain& plain,
+                                              int64_t keys, int64_t thread, int64_t threads) {
+  VisibleKeys seen{0, 0};
+  for (int64_t j = thread; j < keys; j += threads) {
+    if (!hidden(j)) seen.end = static_cast<int32_t>(j + 1);
+    if (plain(j)) ++seen.plain;
+  }
+  return seen;
 }
 
 // ---- Copying the active heads of [B, Hs, R, w] to and from packed [N, R, w]. ----

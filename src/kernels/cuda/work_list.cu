@@ -1,48 +1,100 @@
+#include "kernels/cuda/device.h"
 #include "kernels/cuda/kernels.h"
 
 namespace headwise::kernels::cuda {
 namespace {
 
-constexpr int kThreads = 1024, kWarp = 32;
-
 // One block: a selection of 64 sequences and 16 heads is 1,024 slots, so more would only wait for
 // each other.
-__global__ void __launch_bounds__(kThreads)
-    work_list_kernel(WorkListShape shape, const int32_t* index, const int32_t* count, int32_t* slot,
-                     WorkListOutput out) {
-  __shared__ int32_t warp_sums[kWarp];
-  const int thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
-  clear_slots(shape, thread, kThreads, slot);
-  __syncthreads();
-  mark_slots(shape, thread, kThreads, index, count, slot);
-  __syncthreads();
-  const int32_t own = count_chunk(shape, thread, kThreads, slot);
-  int32_t inclusive = own;
-  for (int d = 1; d < kWarp; d *= 2) {
-    const int32_t below = __shfl_up_sync(0xffffffffu, inclusive, d);
-    if (lane >= d) inclusive += below;
-  }
-  if (lane == kWarp - 1) warp_sums[warp] = inclusive;
-  __syncthreads();
-  if (warp == 0) {
-    int32_t sum = warp_sums[lane];
+struct WorkListKernel {
+  static constexpr int kThreads = 1024;
+  static constexpr int64_t kShared = kWarp * sizeof(int32_t);
+  WorkListShape shape;
+  const int32_t *index, *count;
+  int32_t* slot;
+  WorkListOutput out;
+
+  HEADWISE_DEVICE static int32_t inclusive_sum(int32_t value) {
     for (int d = 1; d < kWarp; d *= 2) {
-      const int32_t below = __shfl_up_sync(0xffffffffu, sum, d);
-      if (lane >= d) sum += below;
+      const int from = lane_index() - d;
+      const int32_t below = shuffle(value, from < 0 ? 0 : from);
+      if (from >= 0) value += below;
     }
-    warp_sums[lane] = sum;
+    return value;
   }
-  __syncthreads();
-  const int32_t at = (warp ? warp_sums[warp - 1] : 0) + inclusive - own;
-  write_chunk(shape, thread, kThreads, slot, at, warp_sums[kWarp - 1], out);
-}
+
+  HEADWISE_DEVICE void operator()() const {
+    int32_t* const warp_sums = reinterpret_cast<int32_t*>(shared_memory());
+    const int thread = thread_index(), warp = warp_index();
+    clear_slots(shape, thread, kThreads, slot);
+    barrier();
+    mark_slots(shape, thread, kThreads, index, count, slot, out);
+    barrier();
+    const int32_t own = count_chunk(shape, thread, kThreads, slot);
+    const int32_t inclusive = inclusive_sum(own);
+    if (lane_index() == kWarp - 1) warp_sums[warp] = inclusive;
+    barrier();
+    if (warp == 0) warp_sums[lane_index()] = inclusive_sum(warp_sums[lane_index()]);
+    barrier();
+    const int32_t at = (warp ? warp_sums[warp - 1] : 0) + inclusive - own;
+    write_chunk(shape, thread, kThreads, slot, at, warp_sums[kWarp - 1], out);
+  }
+};
+
+template <typename C>
+struct KeyLimitKernel {
+  static constexpr int kThreads = 128, kWarps = kThreads / kWarp;
+  static constexpr int64_t kShared = 2 * kWarps * sizeof(int32_t);
+  const bool* forbid;
+  const C* add;
+  int64_t keys;
+  int32_t *limit, *plain;
+
+  HEADWISE_DEVICE void operator()() const {
+    int32_t* const ends = reinterpret_cast<int32_t*>(shared_memory());
+    int32_t* const counts = ends + kWarps;
+    const int64_t row = block_index() * keys;
+    const auto hidden = [&](int64_t j) {
+      return forbid ? forbid[row + j] : add[row + j] == -static_cast<C>(INFINITY);
+    };
+    const auto untouched = [&](int64_t j) {
+      return forbid ? !forbid[row + j] : add[row + j] == C(0);
+    };
+    auto seen = visible_keys(hidden, untouched, keys, thread_index(), kThreads);
+    for (int d = 1; d < kWarp; d *= 2) {
+      const int32_t end = shuffle_xor(seen.end, d), count = shuffle_xor(seen.plain, d);
+      seen.end = end > seen.end ? end : seen.end;
+      seen.plain += count;
+    }
+    if (lane_index() == 0) ends[warp_index()] = seen.end, counts[warp_index()] = seen.plain;
+    barrier();
+    if (thread_index()) return;
+    for (int w = 1; w < kWarps; ++w) {
+      seen.end = ends[w] > seen.end ? ends[w] : seen.end;
+      seen.plain += counts[w];
+    }
+    limit[block_index()] = seen.end;
+    plain[block_index()] = seen.plain;
+  }
+};
 
 }  // namespace
 
 int work_list(const WorkListShape& shape, const int32_t* index, const int32_t* count, int32_t* slot,
               const WorkListOutput& out, Stream stream) {
-  work_list_kernel<<<1, kThreads, 0, stream>>>(shape, index, count, slot, out);
-  return cudaGetLastError();
+  return launch(WorkListKernel{shape, index, count, slot, out}, 1, WorkListKernel::kShared, stream);
+}
+
+int key_limits(const bool* forbid, const void* add, Element additive, int64_t batch, int64_t keys,
+               int32_t* limit, int32_t* plain, Stream stream) {
+  if (additive == Element::f64) {
+    using Kernel = KeyLimitKernel<double>;
+    return launch(Kernel{forbid, static_cast<const double*>(add), keys, limit, plain}, batch,
+                  Kernel::kShared, stream);
+  }
+  using Kernel = KeyLimitKernel<float>;
+  return launch(Kernel{forbid, static_cast<const float*>(add), keys, limit, plain}, batch,
+                Kernel::kShared, stream);
 }
 
 }  // namespace headwise::kernels::cuda

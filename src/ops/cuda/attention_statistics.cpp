@@ -13,6 +13,18 @@
 namespace headwise::ops {
 namespace {
 
+// Where the kernels were not compiled, or the device is too old for them.
+Statistics statistics_on_host(HEADWISE_STATISTICS_PARAMETERS) {
+  const auto host = [](const std::optional<at::Tensor>& t) {
+    return t ? std::optional<at::Tensor>(t->cpu()) : std::nullopt;
+  };
+  check_inputs({HEADWISE_STATISTICS_ARGUMENTS});
+  auto [entropy, confidence] =
+      headwise::attention_statistics(q.cpu(), k.cpu(), host(key_padding_mask),
+                                     host(query_padding_mask), host(attn_mask), is_causal, scale);
+  return {entropy.to(q.device()), confidence.to(q.device())};
+}
+
 #ifdef HEADWISE_CUDA
 
 void copy_strides(const at::Tensor& t, int64_t (&strides)[4]) {
@@ -20,8 +32,9 @@ void copy_strides(const at::Tensor& t, int64_t (&strides)[4]) {
 }
 
 Statistics statistics_cuda(HEADWISE_STATISTICS_PARAMETERS) {
+  if (!device_fits(q.device())) return statistics_on_host(HEADWISE_STATISTICS_ARGUMENTS);
   check_inputs({HEADWISE_STATISTICS_ARGUMENTS});
-  const c10::cuda::CUDAGuard guard(q.device());
+  const DeviceGuard guard(q.device());
   const auto type = statistics_type(q.scalar_type());
   const int64_t B = q.size(0), H = q.size(1), L = q.size(2), d = q.size(3), S = k.size(2);
   if (B == 0 || H == 0 || L == 0) {
@@ -72,22 +85,15 @@ Statistics statistics_cuda(HEADWISE_STATISTICS_PARAMETERS) {
   return {means.select(2, 0).contiguous(), means.select(2, 1).contiguous()};
 }
 
-#else
-
-Statistics statistics_cuda(HEADWISE_STATISTICS_PARAMETERS) {
-  const auto host = [](const std::optional<at::Tensor>& t) {
-    return t ? std::optional<at::Tensor>(t->cpu()) : std::nullopt;
-  };
-  check_inputs({HEADWISE_STATISTICS_ARGUMENTS});
-  auto [entropy, confidence] =
-      headwise::attention_statistics(q.cpu(), k.cpu(), host(key_padding_mask),
-                                     host(query_padding_mask), host(attn_mask), is_causal, scale);
-  return {entropy.to(q.device()), confidence.to(q.device())};
-}
-
 #endif
 
-TORCH_LIBRARY_IMPL(headwise, CUDA, m) { m.impl("attention_statistics", statistics_cuda); }
+TORCH_LIBRARY_IMPL(headwise, CUDA, m) {
+#ifdef HEADWISE_CUDA
+  m.impl("attention_statistics", statistics_cuda);
+#else
+  m.impl("attention_statistics", statistics_on_host);
+#endif
+}
 
 }  // namespace
 }  // namespace headwise::ops

@@ -1,11 +1,13 @@
 // What the launchers of CUDA kernels have in common: dtypes, the stream, errors. Only where the
-// kernels were compiled (HEADWISE_CUDA).
+// kernels were compiled (HEADWISE_CUDA), for a device or for its emulation on the host.
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#ifndef HEADWISE_EMULATE
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
+#endif
 
 #include "kernels/cuda/kernels.h"
 
@@ -27,8 +29,23 @@ inline kernels::cuda::Element element_of(at::ScalarType type) {
   }
 }
 
+#ifdef HEADWISE_EMULATE
+struct DeviceGuard {
+  explicit DeviceGuard(at::Device) {}
+};
+inline kernels::cuda::Stream current_stream() { return nullptr; }
+inline void check_launch(int error) { TORCH_CHECK(error == 0, "emulated launch failed: ", error); }
+inline bool device_fits(at::Device) { return true; }
+#else
+using DeviceGuard = c10::cuda::CUDAGuard;
 inline kernels::cuda::Stream current_stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
-
 inline void check_launch(int error) { C10_CUDA_CHECK(static_cast<cudaError_t>(error)); }
+/// True if the device can run the kernels: compute capability 8.0 and later.
+inline bool device_fits(at::Device device) {
+  int major = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device.index()));
+  return major >= 8;
+}
+#endif
 
 }  // namespace headwise::ops

@@ -14,17 +14,18 @@ namespace {
 at::Tensor select_heads_cuda(const at::Tensor& relevance, const at::Tensor& count) {
   check_select_heads(relevance, count);
 #ifdef HEADWISE_CUDA
-  const c10::cuda::CUDAGuard guard(relevance.device());
-  const auto scores = relevance.contiguous();            // [B, H]
-  const auto counts = count.to(at::kLong).contiguous();  // [B]
-  auto index = at::empty(relevance.sizes(), relevance.options().dtype(at::kInt));
-  check_launch(kernels::cuda::select_heads(
-      scores.const_data_ptr(), element_of(scores.scalar_type()), counts.const_data_ptr<int64_t>(),
-      index.mutable_data_ptr<int32_t>(), scores.size(0), scores.size(1), current_stream()));
-  return index;
-#else
-  return headwise::select_heads(relevance.cpu(), count.cpu()).to(relevance.device());
+  if (device_fits(relevance.device())) {
+    const DeviceGuard guard(relevance.device());
+    const auto scores = relevance.contiguous();            // [B, H]
+    const auto counts = count.to(at::kLong).contiguous();  // [B]
+    auto index = at::empty(relevance.sizes(), relevance.options().dtype(at::kInt));
+    check_launch(kernels::cuda::select_heads(
+        scores.const_data_ptr(), element_of(scores.scalar_type()), counts.const_data_ptr<int64_t>(),
+        index.mutable_data_ptr<int32_t>(), scores.size(0), scores.size(1), current_stream()));
+    return index;
+  }
 #endif
+  return headwise::select_heads(relevance.cpu(), count.cpu()).to(relevance.device());
 }
 
 // A few ATen calls, none of which waits for the device. Places after count, and heads out of range,

@@ -1,5 +1,5 @@
-// Registers the grouped route for CUDA devices, and under names of its own, so that tests without a
-// GPU hold it against the oracle.
+// Registers the grouped route under names of its own, so that tests without a GPU hold it against
+// the oracle. On a CUDA device it runs what the kernels refuse (src/ops/cuda/attention.cpp).
 #include <torch/library.h>
 
 #include "ops/grouped/grouped.h"
@@ -14,12 +14,6 @@ LayerForward multihead_forward(HEADWISE_MULTIHEAD_PARAMETERS) {
   return forward(HEADWISE_MULTIHEAD_INPUTS);
 }
 CoreForward core_forward(HEADWISE_CORE_PARAMETERS) { return forward(HEADWISE_CORE_INPUTS); }
-
-Tensor self(HEADWISE_SELF_PARAMETERS) { return std::get<0>(forward(HEADWISE_SELF_INPUTS)); }
-Tensor multihead(HEADWISE_MULTIHEAD_PARAMETERS) {
-  return std::get<0>(forward(HEADWISE_MULTIHEAD_INPUTS));
-}
-Tensor core(HEADWISE_CORE_PARAMETERS) { return std::get<0>(forward(HEADWISE_CORE_INPUTS)); }
 
 SelfBackward self_backward(const Tensor& grad_output, HEADWISE_SELF_PARAMETERS, const Tensor& q,
                            const Tensor& k, const Tensor& v, const Tensor& context,
@@ -39,11 +33,6 @@ CoreBackward core_backward(const Tensor& grad_output, HEADWISE_CORE_PARAMETERS,
 }
 
 }  // namespace
-
-TORCH_LIBRARY_IMPL(headwise, CUDA, m) {
-  HEADWISE_REGISTER_LAYER(m);
-  HEADWISE_REGISTER_CORE(m);
-}
 
 TORCH_LIBRARY_FRAGMENT(headwise, m) {
   m.def("_grouped_self_attention_forward", self_forward);

@@ -18,7 +18,7 @@ using kernels::cuda::WorkListShape;
 void host_work_list(const WorkListShape& shape, const int32_t* index, const int32_t* count,
                     int32_t* slot, const WorkListOutput& out) {
   kernels::cuda::clear_slots(shape, 0, 1, slot);
-  kernels::cuda::mark_slots(shape, 0, 1, index, count, slot);
+  kernels::cuda::mark_slots(shape, 0, 1, index, count, slot, out);
   const int32_t total = kernels::cuda::count_chunk(shape, 0, 1, slot);
   kernels::cuda::write_chunk(shape, 0, 1, slot, 0, total, out);
 }
@@ -41,7 +41,7 @@ WorkList make_work_list(const Tensor& index, const Tensor& count, int64_t num_he
   const WorkListShape shape{index.size(0), index.size(1), num_heads};
   // Without our kernels a CUDA device's selection, a few hundred numbers, is listed on the host.
 #ifdef HEADWISE_CUDA
-  const bool on_device = index.is_cuda();
+  const bool on_device = index.is_cuda() && device_fits(index.device());
 #else
   const bool on_device = false;
 #endif
@@ -58,7 +58,7 @@ WorkList make_work_list(const Tensor& index, const Tensor& count, int64_t num_he
                            list.offset.mutable_data_ptr<int32_t>()};
   if (on_device) {
 #ifdef HEADWISE_CUDA
-    const c10::cuda::CUDAGuard guard(place);
+    const DeviceGuard guard(place);
     check_launch(kernels::cuda::work_list(shape, indices.const_data_ptr<int32_t>(),
                                           counts.const_data_ptr<int32_t>(),
                                           slot.mutable_data_ptr<int32_t>(), out, current_stream()));
@@ -78,8 +78,8 @@ WorkList make_work_list(const Tensor& index, const Tensor& count, int64_t num_he
 
 Tensor gather_heads(const Tensor& tensor, const WorkList& list, int64_t group) {
 #ifdef HEADWISE_CUDA
-  if (tensor.is_cuda()) {
-    const c10::cuda::CUDAGuard guard(tensor.device());
+  if (tensor.is_cuda() && device_fits(tensor.device())) {
+    const DeviceGuard guard(tensor.device());
     auto packed = at::empty({list.size(), tensor.size(2), tensor.size(3)}, tensor.options());
     check_launch(kernels::cuda::gather_heads(
         copy_shape(tensor, group), tensor.const_data_ptr(), static_cast<int>(tensor.element_size()),
@@ -95,8 +95,8 @@ Tensor gather_heads(const Tensor& tensor, const WorkList& list, int64_t group) {
 Tensor scatter_heads(const Tensor& packed, const WorkList& list, int64_t batch, int64_t num_heads) {
   auto tensor = at::zeros({batch, num_heads, packed.size(1), packed.size(2)}, packed.options());
 #ifdef HEADWISE_CUDA
-  if (tensor.is_cuda()) {
-    const c10::cuda::CUDAGuard guard(tensor.device());
+  if (tensor.is_cuda() && device_fits(tensor.device())) {
+    const DeviceGuard guard(tensor.device());
     const auto source = packed.contiguous();
     check_launch(kernels::cuda::scatter_heads(
         copy_shape(tensor, 1), source.const_data_ptr(), static_cast<int>(source.element_size()),

@@ -1,0 +1,212 @@
+"""The CUDA kernels and their launchers on an emulated device, against the oracle.
+
+tests/cpp/emulator runs the very kernels that a GPU runs, with every thread of a block as a fiber,
+so that a machine without a GPU checks their arithmetic, indices, barriers and copies. Not checked
+here: that nvcc and the GPU agree with the emulator, and speed. test_cuda.py runs the same cases on
+a GPU.
+"""
+
+import math
+import os
+from pathlib import Path
+
+import headwise  # noqa: F401  (registers torch.ops.headwise)
+import oracle
+import pytest
+import test_attention_ops as cases
+import torch
+from test_attention_ops import (  # noqa: F401  (collected again, on the emulated device)
+    test_heads_never_chosen_get_exactly_no_gradient,
+    test_infinite_and_nan_inputs_reach_what_they_reach_in_torch,
+    test_no_heads_give_the_output_bias,
+    test_random_shapes,
+    test_tiny_sizes,
+    test_weight_may_have_another_dtype,
+    test_what_was_not_chosen_is_not_read,
+)
+from test_grouped import Executors
+
+
+def find_library():
+    """What tests/cpp builds, in HEADWISE_BUILD_DIR or the newest build folder."""
+    root = Path(__file__).resolve().parents[2]
+    folder = os.environ.get("HEADWISE_BUILD_DIR")
+    folders = [Path(folder)] if folder else [root / "build", *sorted(root.glob("build*"))]
+    found = [p for f in folders if (p := f / "tests" / "cpp" / "libheadwise_emulated.so").is_file()]
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+LIBRARY = find_library()
+pytestmark = pytest.mark.skipif(LIBRARY is None, reason="tests/cpp is not built")
+if LIBRARY:
+    torch.ops.load_library(str(LIBRARY))
+    EMULATED = Executors(torch.ops.headwise_emulated)
+
+
+@pytest.fixture(autouse=True)
+def emulated(monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(cases, "ops", EMULATED)
+
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+TENSOR_CORES = [torch.bfloat16, torch.float16]
+
+
+def layer_case(dtype, batch, length, width, num_heads, d, kind, count, scale=1.0):
+    rand = cases.Random(7, dtype)
+    x = rand(batch, length, width, scale=scale)
+    weights = cases.layer_weights(rand, num_heads, d, width)
+    index, count, weight = rand.selection(batch, num_heads, count=count)
+    options = cases.masks(rand, kind, batch, num_heads, length, length)
+    leaves = [x, *weights, weight] + [m for m in options.values() if cases.leaf(m)]
+    cases.check(
+        cases.ops.selected_self_attention, oracle.self_attention, leaves, dtype,
+        x, *weights, num_heads, index, count, weight, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", cases.MASKS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_self_attention(dtype, kind):
+    """Two tiles of rows in the last sequence's products, one head nobody chose, odd sizes."""
+    layer_case(dtype, 2, 69, 24, 3, 16, kind, [2, 3])
+
+
+# Every tile of the attention kernels, rows that cannot be copied 16 bytes at a time, heads that
+# only the plain kernels take, columns that fill several tiles.
+@pytest.mark.parametrize(
+    ("width", "heads", "d"), [(40, 3, 32), (20, 2, 5), (136, 2, 72), (16, 1, 136), (8, 5, 64)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, *TENSOR_CORES])
+def test_widths(dtype, width, heads, d):
+    # Smaller inputs for wider heads: large scores would turn rounding into errors of the softmax.
+    layer_case(dtype, 2, 21, width, heads, d, "ragged", [1, heads], scale=0.3)
+
+
+@pytest.mark.parametrize("kind", ["none", "causal", "ragged"])
+def test_several_tiles_of_rows(kind):
+    layer_case(torch.bfloat16, 1, 150, 16, 2, 8, kind, [2])
+
+
+@pytest.mark.parametrize("kind", ["none", "all at once", "all hidden"])
+@pytest.mark.parametrize("added", [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_multihead_attention(dtype, added, kind):
+    cases.test_multihead_attention(dtype, added, kind, (8, 16, 8, 24, 8))
+
+
+@pytest.mark.parametrize("kind", cases.MASKS)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_core_attention(dtype, weighted, kind):
+    cases.test_core_attention(dtype, weighted, kind)
+
+
+@pytest.mark.parametrize("d", [32, 64, 128])
+def test_core_widths(d):
+    rand = cases.Random(3, torch.bfloat16)
+    q, k, v = rand(2, 4, 20, d), rand(2, 2, 90, d), rand(2, 2, 90, d)
+    index, count, weight = rand.selection(2, 4, count=[2, 3])
+    cases.check(cases.ops.selected_attention, cases.core_reference, [q, k, v, weight],
+                torch.bfloat16, q, k, v, index, count, weight)  # fmt: skip
+
+
+def test_an_index_with_few_columns_and_one_that_is_out_of_range():
+    """Wrong values are clamped, since reporting them would wait for the device."""
+    rand = cases.Random(1, torch.float64)
+    x, weights = rand(2, 5, 6), cases.layer_weights(rand, 4, 2, 6)
+    index = torch.tensor([[1, 3], [0, -1]], dtype=torch.int32)
+    count, weight = torch.tensor([2, 1], dtype=torch.int32), rand(2, 4)
+    good = cases.ops.selected_self_attention(x, *weights, 4, index, count, weight)
+    expected = oracle.self_attention(x, *weights, 4, index, count, weight)
+    torch.testing.assert_close(good, expected)
+    wrong = torch.tensor([[1, 3], [0, 99]], dtype=torch.int64)
+    clamped = cases.ops.selected_self_attention(x, *weights, 4, wrong, count.long() * 5, weight)
+    torch.testing.assert_close(clamped, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dropout_draws_the_mask_of_the_cpu(dtype):
+    """One seed means one mask, whatever executes the selection: outputs and gradients agree."""
+    rand = cases.Random(1, dtype)
+    x, weights = rand(2, 7, 6), cases.layer_weights(rand, 3, 4, 6)
+    index, count, weight = rand.selection(2, 3, count=[2, 3])
+    for p in (0.4, 1.0):
+        options = {"dropout_p": p, "dropout_seed": torch.tensor([12])}
+        results = []
+        for operators in (torch.ops.headwise, cases.ops):
+            y = operators.selected_self_attention(x, *weights, 3, index, count, weight, **options)
+            results.append((y, *torch.autograd.grad(y.sum(), [x, *weights, weight])))
+        for a, b in zip(*results, strict=True):
+            cases.close(b, a.double(), cases.BACKWARD[dtype], 0.1)
+
+
+DECODING = ["none", "ragged", "scattered", "padding bias", "per head", "causal", "all hidden"]
+
+
+@pytest.mark.parametrize("kind", DECODING)
+@pytest.mark.parametrize(
+    ("dtype", "d", "dv"),
+    [
+        (torch.float64, 6, 5),
+        (torch.float32, 40, 64),
+        (torch.bfloat16, 128, 128),
+        (torch.float16, 200, 8),
+    ],
+)
+def test_decoding_splits_the_keys(dtype, d, dv, kind):
+    """One query against 300 keys; query heads share key/value heads; some of these nobody chose."""
+    rand = cases.Random(2, dtype)
+    batch, num_heads, kv_heads, keys = 2, 12, 2, 300
+    q, k = rand(batch, num_heads, 1, d), rand(batch, kv_heads, keys, d)
+    v = rand(batch, kv_heads, keys, dv)
+    index, count, weight = rand.selection(batch, num_heads, count=[1, 9])
+    options = cases.masks(rand, kind, batch, num_heads, 1, keys)
+    leaves = [q, k, v, weight] + [m for m in options.values() if cases.leaf(m)]
+    cases.check(cases.ops.selected_attention, cases.core_reference, leaves, dtype,
+                q, k, v, index, count, weight, **options)  # fmt: skip
+
+
+@pytest.mark.parametrize("mask", ["none", "ragged", "added", "nothing but padding"])
+@pytest.mark.parametrize(
+    ("dtype", "parameters"),
+    [
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float16),
+    ],
+)
+@pytest.mark.parametrize("rounding", ["round", "ceil"])
+@pytest.mark.parametrize("fixed", [None, 0.4])
+def test_budget_gate(dtype, parameters, mask, rounding, fixed):
+    """Two launches against the operators that the gate consists of."""
+    batch, length, width, heads, hidden = 3, 140, 300, 37, 11
+
+    def rand(*shape):
+        return torch.randn(shape).to(parameters)
+
+    x = torch.randn(batch, length, width).to(dtype)
+    masks = {
+        "none": None,
+        "ragged": torch.arange(length) >= torch.tensor([[140], [3], [77]]),
+        "added": torch.zeros(batch, length).masked_fill(torch.rand(batch, length) < 0.3, -math.inf),
+        "nothing but padding": torch.ones(batch, length, dtype=torch.bool),
+    }
+    network = [rand(hidden, width), rand(hidden), rand(1, hidden), rand(1)]
+    arguments = (
+        x, masks[mask], torch.randn(width), torch.rand(width), rand(heads), rand(heads, width),
+        *(network if fixed is None else [None] * 4), torch.tensor(0.1), fixed or 1.0,
+        0.2, 0.9, 0.5, 0.95, 0.3, 2, rounding,
+    )  # fmt: skip
+    assert torch.ops.headwise_emulated.takes_budget_gate(*arguments)
+    got = torch.ops.headwise_emulated.budget_gate(*arguments)
+    # The composition rounds the mean to x's dtype: it is given the same numbers in more digits.
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    expected = torch.ops.headwise.evaluate_budget_gate(x.to(wide), *arguments[1:])
+    for name, a, b in zip(("index", "count"), got[:2], expected[:2], strict=True):
+        assert torch.equal(a, b), name
+    assert got[2].dtype == dtype and torch.equal(got[2].to(wide), expected[2])
+    for a, b in zip(got[3:], expected[3:], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
