@@ -8,6 +8,7 @@
 
 #include "explain/numbers.h"
 #include "explain/relevance.h"
+#include "gates/selection_ops.h"
 
 namespace headwise {
 namespace {
@@ -26,7 +27,9 @@ double hard_concrete_threshold(const Json& config) {
 
 /// The relevance above which a gate runs a head, where it decides by one.
 std::optional<double> threshold_of(const Json& config, const NamedTensors& tensors) {
-  if (config.value("type", "") == "HardConcreteGate") return hard_concrete_threshold(config);
+  const std::string type = config.value("type", "");
+  if (type == "HardConcreteGate") return hard_concrete_threshold(config);
+  if (type == "GumbelSigmoidGate") return 0.0;  // P(open) of 1/2
   const at::Tensor* threshold = find(tensors, "threshold");
   if (threshold == nullptr || threshold->numel() != 1) return std::nullopt;
   return threshold->item<double>();
@@ -41,16 +44,22 @@ std::string rule_of(const std::string& type, const GateReasons& r) {
   return misplaced.any().item<bool>() ? "other" : "rank";
 }
 
-/// Whether the parts of a relevance make it up, to the rounding of the gate's own arithmetic.
-bool make_up(const at::Tensor& sum, const at::Tensor& relevance) {
-  return sum.sizes() == relevance.sizes() && at::allclose(sum, relevance, 1e-2, 1e-3);
+/// What gates call the part of their relevance that does not depend on the input.
+constexpr const char* kBases[] = {"base", "log_alpha", "logit", "scores", "score"};
+
+/// Whether the parts of a relevance make it up, to the rounding of the gate's own arithmetic, which
+/// pools in the dtype of `x`.
+bool make_up(const at::Tensor& sum, const at::Tensor& relevance, const at::Tensor& x) {
+  const bool narrow = x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16;
+  return sum.sizes() == relevance.sizes() &&
+         at::allclose(sum, relevance, narrow ? 0.1 : 1e-2, narrow ? 0.1 : 1e-3);
 }
 
 /// The parts of the relevance, where the gate's parameters are those of input_relevance (or of
 /// static_relevance) and give what it gave: a gate of another formula is not explained by this one.
 void add_shares(const NamedTensors& tensors, const AttentionProbe& probe, GateReasons& r) {
-  const at::Tensor* base =
-      find(tensors, "base") ? find(tensors, "base") : find(tensors, "log_alpha");
+  const at::Tensor* base = nullptr;
+  for (const char* name : kBases) base = base == nullptr ? find(tensors, name) : base;
   const int64_t num_heads = r.relevance.size(1);
   if (base == nullptr || base->dim() != 1 || base->size(0) != num_heads) return;
   const at::Tensor *weight = find(tensors, "relevance.weight"),
@@ -61,10 +70,14 @@ void add_shares(const NamedTensors& tensors, const AttentionProbe& probe, GateRe
     const auto [shares, constant] =
         token_shares(probe.x, probe.query_padding_mask, *base, *weight, *mean, *variance);
     const auto parts = host(shares), rest = host(constant);
-    if (make_up(parts.sum(2) + rest, r.relevance)) r.shares = parts, r.constant = rest;
+    if (find(tensors, "tilt")) {  // RequestedBudgetGate adds a part that goes with the request
+      r.shares = parts, r.constant = r.relevance - parts.sum(2);
+      return;
+    }
+    if (make_up(parts.sum(2) + rest, r.relevance, probe.x)) r.shares = parts, r.constant = rest;
   } else {
     const auto constant = host(*base).unsqueeze(0).expand_as(r.relevance);
-    if (make_up(constant, r.relevance)) r.constant = constant;
+    if (make_up(constant, r.relevance, probe.x)) r.constant = constant;
   }
 }
 
@@ -121,9 +134,12 @@ GateReasons gate_reasons(const std::string& text, const NamedTensors& tensors,
   }
   if (selection.budget.defined()) {
     r.budget = host(selection.budget);
-    if (r.rule == "rank" || r.rule == "random") {
-      r.budget_needed = budget_needed(r.rank, config.value("min_heads", int64_t{1}),
-                                      config.value("rounding", "round"));
+    const auto least = config.value("min_heads", int64_t{1});
+    const std::string rounding = config.value("rounding", "round");
+    // Only where the budget is the layer's own, not a share of the whole model's heads.
+    const auto count = budget_count(selection.budget.detach(), num_heads, least, rounding);
+    if (r.rank.defined() && at::equal(count, selection.count)) {
+      r.budget_needed = budget_needed(r.rank, least, rounding);
     }
     add_budget(config, tensors, probe, steps, r);
   }

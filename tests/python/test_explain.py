@@ -350,6 +350,31 @@ def test_models_that_were_not_converted_or_were_pruned():
     assert [len(layer["heads"]) for layer in result.inputs[0]["layers"]] == [3, 1]
 
 
+def test_layers_without_heads_and_half_precision():
+    torch.manual_seed(0)
+    model = hw.convert(bert("BertForSequenceClassification", num_labels=2))
+    names = list(hw.attention_layers(model))
+    values = {names[0]: torch.tensor([4.0, 3.0, 2.0, 1.0]), names[1]: torch.zeros(4)}
+    small = hw.prune(model, hw.plan(hw.HeadScores("made up", values), keep=0.5))
+    entry = hw.explain(small, bert_inputs()).inputs[0]
+    assert [len(layer["heads"]) for layer in entry["layers"]] == [4, 0]
+    model = classifier(hw.BudgetGate(target=0.5)).bfloat16()
+    for *_, head in heads_of(hw.explain(model, bert_inputs())):
+        assert head["constant"] + sum(head["shares"]) == pytest.approx(head["relevance"], abs=0.5)
+        assert head["effect"] is not None
+
+
+def test_a_gate_of_another_formula_has_no_shares():
+    model = classifier(hw.BudgetGate(target=0.5))
+    for layer in hw.attention_layers(model).values():
+        layer.gate.register_forward_hook(
+            lambda gate, args, chosen: chosen._replace(relevance=chosen.relevance + 1.0)
+        )
+    for *_, gate, head in heads_of(hw.explain(model, bert_inputs())):
+        assert gate["rule"] == "rank" and head["relevance"] is not None
+        assert head["shares"] is None and head["constant"] is None
+
+
 class Repeated(nn.Module):
     """One layer, called three times: shared weights, as in ALBERT."""
 
@@ -442,7 +467,8 @@ def test_the_command_explains_texts(tiny_model, tmp_path, capsys):
     path = tmp_path / "explained.json"
     texts = ["a good film", "the <b>plot</b> is dull and so awful"]
     command = ["explain", "--model", str(tiny_model), "--text", *texts, "--json", str(path)]
-    assert main([*command, "--maps", "0:1", "1:3"]) == 0
+    assert main([*command, "--maps", "0:1", "1:3", "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "explanation.json").read_text() == path.read_text()
     printed = capsys.readouterr().out
     assert "8 of 8 heads ran." in printed and "a good film" in printed
     document = json.loads(path.read_text())

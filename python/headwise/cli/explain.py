@@ -22,7 +22,8 @@ share by token, margins, what each head looks at, and the measured effect of swi
 With --data: what each head does over a data set and for which texts it runs, how stable that is,
 and whether the order of heads is that in which they matter. With --out, what an interrupted run
 has finished is kept there, and the same command goes on from it.
-Prints a summary; --json writes everything (docs/interpretability.md has the schemas).
+Prints a summary; --json FILE and --out DIR (explanation.json, use.json) write everything
+(docs/interpretability.md has the schemas).
 """
 
 
@@ -100,7 +101,7 @@ def explain_texts(options: argparse.Namespace) -> None:
 
     import headwise as hw
     from headwise.compare.models import load_tokenizer, load_trained
-    from headwise.compare.store import write_json
+    from headwise.compare.store import writable_folder, write_json
 
     chosen = options.maps
     if len(chosen) > 1 and any(isinstance(one, str) for one in chosen):
@@ -109,6 +110,8 @@ def explain_texts(options: argparse.Namespace) -> None:
         if not text.strip():
             raise UsageError("--text must not be empty")
     writable_file(options.json)
+    if options.out is not None:
+        writable_folder(options.out)
     roles = None
     if options.roles is not None:
         try:
@@ -141,9 +144,11 @@ def explain_texts(options: argparse.Namespace) -> None:
         raise UsageError(str(error).splitlines()[0]) from None
     for position, entry in enumerate(result.inputs):
         print(("\n" if position else "") + render(entry, result.summary(position)))
-    if options.json is not None:
-        write_json(options.json, result.to_dict())
-        print(f"\nwrote {options.json}")
+    files = [options.json, None if options.out is None else options.out / "explanation.json"]
+    for file in files:
+        if file is not None:
+            write_json(file, result.to_dict())
+            print(f"\nwrote {file}")
 
 
 def render(entry: dict[str, Any], summary: str, rows: int = 10) -> str:
@@ -153,19 +158,25 @@ def render(entry: dict[str, Any], summary: str, rows: int = 10) -> str:
         grid = "".join("x" if head["on"] else "." for head in layer["heads"])
         budget = layer["gate"]["budget"]
         asked = "" if budget is None else f"  budget {budget['value']:.2f}"
+        if budget is not None and budget["attribution"] is not None:
+            found = budget["attribution"]
+            asked += (
+                f", {found['baseline']:.2f} for the average input; the difference by token within "
+                f"{found['completeness_error']:.0e}"
+            )
         lines.append(f"{layer['site']:5}  {grid}{asked}")
     heads = [(layer["site"], head) for layer in entry["layers"] for head in layer["heads"]]
     if any(head["effect"] is not None for _, head in heads):
         heads.sort(key=lambda pair: -abs(pair[1]["effect"] or 0.0))
         title = f"the {min(rows, len(heads))} heads that matter most"
         lines += ["", f"{title}: effect on the log-probability of the prediction"]
-        lines.append("layer head  ran  relevance  rank  margin   effect  strongest pair")
+        lines.append("layer head  ran  relevance  rank  margin   effect  looks at; chosen for")
         for site, head in heads[:rows]:
             lines.append(
                 f"{site:5} {head['head']:4}  {'yes' if head['on'] else 'no ':3}"
                 f"  {_number(head['relevance'], 9)}  {_whole(head['rank'], 4)}"
                 f"  {_number(head['margin'], 6)}  {_number(head['effect'], 7, True)}"
-                f"  {_pair(head, entry['tokens'])}"
+                f"  {_pair(head, entry['tokens'])}{_share(head, entry['tokens'])}"
             )
     return "\n".join(lines)
 
@@ -176,6 +187,14 @@ def _number(value: float | None, width: int, sign: bool = False) -> str:
 
 def _whole(value: int | None, width: int) -> str:
     return "-".rjust(width) if value is None else f"{value:{width}}"
+
+
+def _share(head: dict[str, Any], tokens: list[str] | None) -> str:
+    """The token that has most to do with the head's relevance, and its share in it."""
+    if not head["shares"] or tokens is None or len(tokens) != len(head["shares"]):
+        return ""
+    place = max(range(len(tokens)), key=lambda token: abs(head["shares"][token]))
+    return f"; {tokens[place]} ({head['shares'][place]:+.3f})"
 
 
 def _pair(head: dict[str, Any], tokens: list[str] | None) -> str:

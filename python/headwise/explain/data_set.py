@@ -103,7 +103,7 @@ def explain_data(
     thresholds = thresholds or RoleThresholds()
     encoding = {"batch_size": batch_size, "max_length": max_length}
     digest = hashlib.sha256(json.dumps([list(texts), sentences], default=str).encode()).hexdigest()
-    parts_key = {**(key or {}), "data": digest, **encoding, "weights": _fingerprint(model)}
+    parts_key = {**(key or {}), "data": digest, **encoding, "seed": seed}
     root = None if folder is None else Path(folder)
     study = _Study(model, tokenizer, encoding, root, parts_key, seed, progress)
     with evaluating(model):
@@ -176,7 +176,7 @@ class _Study:
     ) -> Use:
         """Which heads ran for each text, in the order of the texts."""
         batches = self.batches(texts)
-        parts = Parts(self.folder(name), {**self.key, "part": name})
+        parts = Parts(self.folder(name), {**self.key, "weights": _fingerprint(model)})
         sites: list[tuple[str, int, int]] = []
         found = []
         with evaluating(model):
@@ -237,7 +237,7 @@ class _Study:
             batches,
             questions,
             folder=self.folder("roles"),
-            key=self.key,
+            key={**self.key, "weights": _fingerprint(self.model)},
             progress=self.progress,
         )
         return score_roles(counts, thresholds, seed=self.seed, resamples=resamples)
