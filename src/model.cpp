@@ -153,8 +153,14 @@ const at::Tensor& Model::tensor(const std::string& name) const {
 Model load(const std::string& dir, const at::Device& device) {
   const std::string path = (fs::path(dir) / kDescription).string();
   const std::string what = "'" + path + "'";
-  const Json document = parse_json(read_file(path, kLongestDescription), what);
+  Json document = parse_json(read_file(path, kLongestDescription), what);
   check_format(document, kFormat, kVersion, what);
+  Json structure;
+  if (document.contains("structure")) {
+    structure = std::move(document["structure"]);
+    document.erase("structure");
+    TORCH_CHECK_VALUE(structure.is_object(), "'structure' of ", what, " must be an object");
+  }
   check_keys(document,
              {"format", "version", "headwise_version", "architecture", "layers", "aliases"}, what);
   TORCH_CHECK_VALUE(document["architecture"].is_object(), "'architecture' of ", what,
@@ -164,6 +170,7 @@ Model load(const std::string& dir, const at::Device& device) {
 
   Model model;
   model.architecture = document["architecture"].dump();
+  if (!structure.is_null()) model.structure = structure.dump();
   model.tensors = load_safetensors((fs::path(dir) / kWeights).string()).tensors;
   for (auto& [name, tensor] : model.tensors) tensor = tensor.to(device);
   for (size_t i = 0; i < document["layers"].size(); ++i) {
@@ -206,12 +213,16 @@ void save(const Model& model, const std::string& dir) {
   const auto [kept, aliases] = unique(tensors);
   const Json architecture = parse_json(model.architecture, "architecture");
   TORCH_CHECK_VALUE(architecture.is_object(), "architecture must be a JSON object");
-  const Json document = {{"format", kFormat},
-                         {"version", kVersion},
-                         {"headwise_version", version()},
-                         {"architecture", architecture},
-                         {"layers", std::move(layers)},
-                         {"aliases", Json(aliases)}};
+  Json document = {{"format", kFormat},
+                   {"version", kVersion},
+                   {"headwise_version", version()},
+                   {"architecture", architecture},
+                   {"layers", std::move(layers)}};
+  if (!model.structure.empty()) {
+    document["structure"] = parse_json(model.structure, "structure");
+    TORCH_CHECK_VALUE(document["structure"].is_object(), "structure must be a JSON object");
+  }
+  document["aliases"] = Json(aliases);
 
   fs::path absolute = fs::absolute(dir).lexically_normal();
   if (!absolute.has_filename()) absolute = absolute.parent_path();  // "folder/"

@@ -24,6 +24,9 @@ struct HEADWISE_API Model {
   /// JSON object: "library", "class" and, for a model of transformers, "config" (what differs from
   /// the defaults of its configuration class).
   std::string architecture = R"({"library": "torch", "class": "unknown"})";
+  /// JSON object, or empty: the widths of the feed-forward networks and of the residual stream, as
+  /// Python wrote them. They follow from `tensors` too; kept so that Python can read it again.
+  std::string structure;
 
   /// @throws c10::IndexError if there is none of this name
   const MultiheadAttention& layer(const std::string& name) const;

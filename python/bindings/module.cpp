@@ -9,6 +9,8 @@ void bind_explain(pybind11::module_& m);
 void bind_importance(pybind11::module_& m);
 void bind_pruning(pybind11::module_& m);
 void bind_backends(pybind11::module_& m);
+void bind_kwon(pybind11::module_& m);
+void bind_structured(pybind11::module_& m);
 void bind_trace(pybind11::module_& m);
 void bind_weights(pybind11::module_& m);
 
@@ -21,6 +23,8 @@ PYBIND11_MODULE(_C, m) {
   bind_importance(m);
   bind_pruning(m);
   bind_backends(m);
+  bind_kwon(m);
+  bind_structured(m);
   bind_trace(m);
   bind_weights(m);
 }

@@ -41,10 +41,15 @@ from headwise.iterative import pruning_path
 from headwise.layers import attention_layers
 from headwise.multihead_attention import MultiheadAttention
 from headwise.plan import HeadPlan, LayerPlan, plan
-from headwise.pruning import mask, plan_from_gates, prune
+from headwise.pruning import mask, plan_from_gates, prune, unmask
 from headwise.relevance import HeadRelevance, head_relevance
 from headwise.selection import Selection, select_all, select_heads
 from headwise.serialization import load, save
+from headwise.structured.cofi import CoFi
+from headwise.structured.description import Structure, structure
+from headwise.structured.kwon import KwonResult, kwon_prune
+from headwise.structured.latency import LatencyTable, measure_latency
+from headwise.structured.plan import BlockPlan, FfnPlan, HiddenPlan, StructurePlan
 from headwise.trace import Trace, trace
 from headwise.weights import load_safetensors, read_safetensors_metadata, save_safetensors
 
@@ -53,10 +58,13 @@ __all__ = [
     "Agreement",
     "AlphaSearch",
     "AnnotatedBatch",
+    "BlockPlan",
     "BudgetGate",
     "CausalHeads",
+    "CoFi",
     "ConfidencePolicy",
     "Explanation",
+    "FfnPlan",
     "FixedGate",
     "Gate",
     "HardConcreteGate",
@@ -66,6 +74,9 @@ __all__ = [
     "HeadRelevance",
     "HeadScores",
     "HeadSimilarity",
+    "HiddenPlan",
+    "KwonResult",
+    "LatencyTable",
     "LayerPlan",
     "MultiheadAttention",
     "RandomGate",
@@ -73,6 +84,8 @@ __all__ = [
     "Selection",
     "Sentence",
     "StagedPrediction",
+    "Structure",
+    "StructurePlan",
     "Trace",
     "ablate_heads",
     "anneal",
@@ -89,10 +102,12 @@ __all__ = [
     "head_similarity",
     "hies",
     "keep_one_head",
+    "kwon_prune",
     "load",
     "load_safetensors",
     "log_heads",
     "mask",
+    "measure_latency",
     "parse_with_spacy",
     "penalty",
     "plan",
@@ -109,7 +124,9 @@ __all__ = [
     "select_alpha",
     "select_heads",
     "start_gates",
+    "structure",
     "trace",
+    "unmask",
 ]
 
 __version__ = _load.core.__version__

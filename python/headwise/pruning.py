@@ -11,11 +11,17 @@ from headwise.gates import FixedGate
 from headwise.layers import attention_layers, replace_module
 from headwise.multihead_attention import MultiheadAttention
 from headwise.plan import HeadPlan, LayerPlan
+from headwise.structured.compaction import check_plan, compact
+from headwise.structured.description import structure
+from headwise.structured.masks import StructureGate, StructureMasks, attach, detach
+from headwise.structured.plan import StructurePlan
 
-__all__ = ["mask", "plan_from_gates", "prune"]
+__all__ = ["mask", "plan_from_gates", "prune", "unmask"]
 
 
-def prune(model: nn.Module, plan: HeadPlan | None = None, *, inplace: bool = False) -> nn.Module:
+def prune(
+    model: nn.Module, plan: HeadPlan | StructurePlan | None = None, *, inplace: bool = False
+) -> nn.Module:
     """Removes the heads that ``plan`` drops from the weights of ``model``.
 
     A kept head's rows of the query, key and value projections and its columns of the output
@@ -24,6 +30,10 @@ def prune(model: nn.Module, plan: HeadPlan | None = None, *, inplace: bool = Fal
     ``num_heads`` is what is left, down to 0, where a layer's output is its output bias;
     ``head_dim`` stays. Layers may keep different numbers of heads, and layers that the plan does
     not name are left as they are. Parameters of pruned layers are new: build the optimizer after.
+
+    A :class:`~headwise.StructurePlan` also removes neurons, whole blocks and hidden dimensions. A
+    block that is gone leaves a layer without heads, or neurons, and without biases; dimensions go
+    from everything that reads or writes the residual stream.
 
     Args:
         model: a converted model. The gates of the layers that are pruned must choose the same heads
@@ -41,6 +51,8 @@ def prune(model: nn.Module, plan: HeadPlan | None = None, *, inplace: bool = Fal
         ValueError: the plan names a layer that is not there or has another number of heads, or a
             layer it prunes has a gate that chooses for each input. ``model`` is then unchanged.
     """
+    if isinstance(plan, StructurePlan):
+        return _prune_structure(model, plan, inplace)
     plan = plan_from_gates(model) if plan is None else plan
     _check(model, plan)
     for name, layer in attention_layers(model).items():
@@ -58,11 +70,13 @@ def prune(model: nn.Module, plan: HeadPlan | None = None, *, inplace: bool = Fal
     return model
 
 
-def mask(model: nn.Module, plan: HeadPlan) -> nn.Module:
+def mask(model: nn.Module, plan: HeadPlan | StructurePlan) -> nn.Module:
     """Puts ``plan`` on ``model`` as gates, in place: what it drops is not computed, but stays.
 
     Every layer that the plan names gets a :class:`~headwise.FixedGate` with the plan's scales, in
-    place of the gate it has.
+    place of the gate it has. Of a :class:`~headwise.StructurePlan`, what is not a head is masked by
+    hooks, and computed; heads get a gate that belongs to the plan. It takes the place of an earlier
+    structure plan; :func:`unmask` takes it off.
 
     Returns:
         ``model``.
@@ -71,6 +85,11 @@ def mask(model: nn.Module, plan: HeadPlan) -> nn.Module:
         ValueError: the plan names a layer that is not there or has another number of heads.
             ``model`` is then unchanged.
     """
+    if isinstance(plan, StructurePlan):
+        check_plan(structure(model), plan)
+        model = detach(model)
+        masks = StructureMasks.from_plan(plan)
+        return attach(model, structure(model), masks, hidden=plan.hidden is not None)
     _check(model, plan)
     layers = attention_layers(model)
     for entry in plan.layers:
@@ -110,6 +129,35 @@ def plan_from_gates(model: nn.Module) -> HeadPlan:
     if not entries:
         raise ValueError("model must have gates to make a plan from, got none")
     return HeadPlan(entries, "gates")
+
+
+def unmask(model: nn.Module) -> nn.Module:
+    """Takes a :class:`~headwise.StructurePlan` that :func:`mask` put on ``model`` off, in place.
+
+    Returns:
+        ``model``. Gates that stood where the plan's gates came are not put back.
+    """
+    return detach(model)
+
+
+def _prune_structure(model: nn.Module, plan: StructurePlan, inplace: bool) -> nn.Module:
+    found = structure(model)
+    check_plan(found, plan)
+    replaced = _names(plan.heads)  # layers whose gates the plan stands for
+    cut = replaced | {block.name for block in plan.blocks}
+    for name, layer in found.attention.items():
+        if layer.gate is None or isinstance(layer.gate, StructureGate):
+            continue
+        if name in replaced and layer.gate.static_weight() is not None:
+            continue
+        if name in cut or plan.hidden is not None:
+            raise ValueError(
+                f"layer '{name}' has a {type(layer.gate).__name__}: take it out first "
+                f"(layer.set_gate(None))"
+            )
+    if not inplace:
+        model = copy.deepcopy(model)
+    return compact(detach(model), plan)
 
 
 def _names(plan: HeadPlan) -> set[str]:

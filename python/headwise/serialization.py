@@ -23,6 +23,8 @@ from headwise.convert import convert
 from headwise.gates import gate_from_config
 from headwise.layers import attention_layers, replace_module
 from headwise.multihead_attention import MultiheadAttention
+from headwise.structured.fitting import check_document, describe_structure, fit_structure
+from headwise.structured.masks import masks_of
 from headwise.weights import load_safetensors, save_safetensors
 
 __all__ = ["load", "save"]
@@ -33,6 +35,7 @@ DESCRIPTION = "headwise.json"
 WEIGHTS = "model.safetensors"
 
 _DOCUMENT_KEYS = {"format", "version", "headwise_version", "architecture", "layers", "aliases"}
+_OPTIONAL_KEYS = {"structure"}  # files written before structured pruning have none
 # What describes a layer, and the type of each value.
 _LAYER_TYPES = {
     "name": str,
@@ -146,10 +149,10 @@ def save(model: nn.Module, dir: str | os.PathLike, *, tokenizer: Any = None) -> 
     renamed, so ``dir`` is never half a model.
 
     Args:
-        model: a module with :class:`headwise.MultiheadAttention` layers, pruned or not. A model
-            of transformers is described by its class and configuration, and :func:`load` needs
-            nothing else; of any other module the weights are kept, and :func:`load` needs
-            ``model=``.
+        model: a module with :class:`headwise.MultiheadAttention` layers, pruned or not (not
+            under a :class:`headwise.StructurePlan` as a mask). A model of transformers is described
+            by its class and configuration, and :func:`load` needs nothing else; of any other module
+            the weights are kept, and :func:`load` needs ``model=``.
         dir: the folder.
         tokenizer: a tokenizer of transformers to keep in the folder too.
 
@@ -163,13 +166,20 @@ def save(model: nn.Module, dir: str | os.PathLike, *, tokenizer: Any = None) -> 
             f"model ({type(model).__name__}) has no headwise.MultiheadAttention to save: "
             f"call headwise.convert first"
         )
+    if masks_of(model) is not None:
+        raise ValueError(
+            "model has a structure plan as a mask, which cannot be saved: save the result of "
+            "headwise.prune, or the model before it was masked"
+        )
     tensors, aliases = _unique_tensors(model)
+    structure = describe_structure(model)
     document = {
         "format": FORMAT,
         "version": VERSION,
         "headwise_version": _C.__version__,
         "architecture": _describe_architecture(model),
         "layers": [_describe_layer(name, layer) for name, layer in layers.items()],
+        **({} if structure is None else {"structure": structure}),
         "aliases": aliases,
     }
     text = json.dumps(document, indent=1, allow_nan=False)
@@ -211,6 +221,8 @@ def load(dir: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
     if built_here:
         model = _build(document["architecture"], folder)
     model = convert(model, strict=False)
+    if "structure" in document:
+        model = fit_structure(model, document["structure"])
     layers = attention_layers(model)
     for entry in document["layers"]:
         name = entry["name"]
@@ -238,7 +250,9 @@ def _read_description(folder: Path) -> dict[str, Any]:
         raise ValueError(f"'{path}' must have format '{FORMAT}'")
     if document.get("version") != VERSION:
         raise ValueError(f"'{path}' must have version {VERSION}, got {document.get('version')!r}")
-    _check_keys(document, _DOCUMENT_KEYS, f"'{path}'")
+    _check_keys(document, _DOCUMENT_KEYS | (_OPTIONAL_KEYS & set(document)), f"'{path}'")
+    if "structure" in document:
+        check_document(document["structure"], f"'{path}'")
     for key, kind in (("architecture", dict), ("layers", list), ("aliases", dict)):
         if not isinstance(document[key], kind):
             raise ValueError(

@@ -62,6 +62,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> hard_concrete_select(
   return {index, count, weight, expected};
 }
 
+at::Tensor lagrangian(const at::Tensor& off, const at::Tensor& multipliers) {
+  // Descent on the loss must ascend in the multipliers: the value is theirs, the gradient minus.
+  const auto m = (2 * multipliers.detach() - multipliers).to(off.scalar_type());
+  return m.select(0, 0) * off + m.select(0, 1) * off.square();
+}
+
 at::Tensor target_penalty(at::TensorList expected_heads, at::IntArrayRef num_heads,
                           const at::Tensor& progress, double target, double initial_target,
                           double warmup, double strength, std::string_view form,
@@ -89,9 +95,7 @@ at::Tensor target_penalty(at::TensorList expected_heads, at::IntArrayRef num_hea
   }
   TORCH_CHECK_VALUE(form == "lagrangian", "penalty must be squared, lagrangian or l0, got ", form);
   TORCH_CHECK_VALUE(multipliers.has_value(), "multipliers [2] must be given for lagrangian");
-  // Descent on the loss must ascend in the multipliers: the value is theirs, the gradient minus.
-  const auto m = (2 * multipliers->detach() - *multipliers).to(dtype);
-  return (m.select(0, 0) * off + m.select(0, 1) * off.square()) * strength;
+  return lagrangian(off, *multipliers) * strength;
 }
 
 TORCH_LIBRARY_IMPL(headwise, CompositeImplicitAutograd, m) {

@@ -241,6 +241,16 @@ def test_prune_finds_heads_itself(tmp_path, tiny_texts, capsys):
         ),
         (["--keep", "0.5"], "--keep scores heads on labelled texts, so it needs --data FILE"),
         (["--plan", "p", "--exact"], "--exact is a way of finding heads, so it needs --keep, not"),
+        (["--plan", "p", "--method", "kwon"], "--method is a way of finding heads, so it needs"),
+        (["--latency", "0.5"], "--latency needs --method kwon"),
+        (
+            ["--latency", "0.5", "--keep", "0.5", "--method", "kwon"],
+            "--method kwon needs --keep SHARE or --latency SHARE, one of the two",
+        ),
+        (
+            ["--latency", "0.5", "--method", "kwon"],
+            "--keep scores heads on labelled texts, so it n",
+        ),
     ],
 )
 def test_prune_needs_a_plan_or_texts(tmp_path, tiny_model, capsys, arguments, complaint):
@@ -248,6 +258,25 @@ def test_prune_needs_a_plan_or_texts(tmp_path, tiny_model, capsys, arguments, co
         capsys, 2, "prune", "--model", tiny_model, "--out", tmp_path / "small", *arguments
     )
     assert message.startswith(f"headwise prune: {complaint}")
+
+
+def test_prune_finds_heads_and_neurons_without_training(tmp_path, tiny_texts, capsys):
+    model = write_model(tmp_path / "model")
+    known_labels(model)
+    arguments = ["--model", model, "--data", tiny_texts, "--text", "review", "--label", "mood"]
+    arguments += ["--method", "kwon", "--keep", "0.6", "--limit", "64", "--out", tmp_path / "small"]
+    assert main(["prune", *map(str, arguments), "--json", str(tmp_path / "prune.json")]) == 0
+    assert "heads 8 -> " in capsys.readouterr().out
+    result = json.loads((tmp_path / "prune.json").read_text())
+    assert result["report"]["macs"] <= 0.6
+    plan = hw.StructurePlan.load(tmp_path / "small" / "plan.json")
+    small = hw.structure(hw.load(tmp_path / "small"))
+    assert sum(small.neurons.values()) == plan.neurons_kept < 128
+    # The plan that was written can be given in its turn.
+    again = ["--model", model, "--plan", tmp_path / "small" / "plan.json", "--out", tmp_path / "b"]
+    assert main(["prune", *map(str, again)]) == 0
+    weights = "model.safetensors"
+    assert (tmp_path / "b" / weights).read_bytes() == (tmp_path / "small" / weights).read_bytes()
 
 
 def test_score_refuses_labels_that_the_model_does_not_know(tmp_path, tiny_texts, capsys):

@@ -1,4 +1,4 @@
-"""``headwise prune``: removes heads from a model, for good: by a plan, or found on texts."""
+"""``headwise prune``: makes a model smaller for good, by a plan or by what is found on texts."""
 
 from __future__ import annotations
 
@@ -14,17 +14,39 @@ from headwise.compare.errors import UsageError
 def add_parser(commands) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "prune",
-        help="remove heads from a model",
+        help="remove heads, or more, from a model",
         description="Removes the heads that a plan drops from the weights of a model, or with "
         "--keep and --data those that matter least on labelled texts, and writes the smaller model "
-        "to --out (read it with headwise.load).",
+        "to --out (read it with headwise.load). With --method kwon neurons of the feed-forward "
+        "networks go, too, and what stays is tuned.",
     )
     parser.add_argument(
         "--model", type=Path, required=True, metavar="DIR", help="a transformers BERT"
     )
-    parser.add_argument("--plan", type=Path, metavar="FILE", help="from 'headwise score --keep'")
     parser.add_argument(
-        "--keep", type=share, metavar="SHARE", help="instead of --plan: the share of heads to keep"
+        "--plan",
+        type=Path,
+        metavar="FILE",
+        help="from 'headwise score --keep', or a structure plan",
+    )
+    parser.add_argument(
+        "--keep",
+        type=share,
+        metavar="SHARE",
+        help="instead of --plan: the share of heads to keep (kwon: of multiply-accumulates)",
+    )
+    parser.add_argument(
+        "--method",
+        choices=("ranking", "kwon"),
+        default="ranking",
+        help="how --keep finds what goes: a ranking of the heads (default), or Kwon et al. 2022: "
+        "heads and neurons, without training",
+    )
+    parser.add_argument(
+        "--latency",
+        type=share,
+        metavar="SHARE",
+        help="kwon, instead of --keep: the share of the layers' time, measured on this machine",
     )
     parser.add_argument(
         "--metric", choices=ONE_PASS, default="michel", help="what --keep ranks by (michel)"
@@ -58,7 +80,14 @@ def run(options: argparse.Namespace) -> None:
     plan = _load_plan(options.plan) if options.plan is not None else None
     model = load_trained(options.model).to(device).eval()
     try:
-        if plan is None:
+        report = {}
+        small = None
+        if options.method == "kwon":
+            texts = labelled_texts(options, model, device)
+            plan, small, report = hw.kwon_prune(
+                model, texts.batches, texts.loss, macs=options.keep, latency=options.latency
+            )
+        elif plan is None:
             texts = labelled_texts(options, model, device)
             plan = hw.pruning_path(
                 model,
@@ -70,7 +99,7 @@ def run(options: argparse.Namespace) -> None:
                 metric=options.metric,
                 journal=journal(options, "pruning"),
             )[-1]
-        small = hw.prune(model, plan)
+        small = hw.prune(model, plan) if small is None else small
         hw.save(small, options.out, tokenizer=load_tokenizer(options.model))
         if options.plan is None:
             plan.save(options.out / "plan.json")
@@ -91,6 +120,8 @@ def run(options: argparse.Namespace) -> None:
         "heads_by_layer": {
             name: layer.num_heads for name, layer in hw.attention_layers(small).items()
         },
+        "neurons_by_layer": hw.structure(small).neurons,
+        "report": report,
     }
     print(
         f"heads {result['heads'][0]} -> {result['heads'][1]}, "
@@ -106,10 +137,19 @@ def _check(options: argparse.Namespace) -> None:
         raise UsageError("prune needs --out DIR for the smaller model")
     if options.out.resolve() == options.model.resolve():
         raise UsageError("--out must not be the folder of the model that is pruned")
-    if (options.plan is None) == (options.keep is None):
+    if options.latency is not None and options.method != "kwon":
+        raise UsageError("--latency needs --method kwon")
+    if options.latency is not None and options.keep is not None:
+        raise UsageError("--method kwon needs --keep SHARE or --latency SHARE, one of the two")
+    found = options.keep is not None or options.latency is not None
+    if (options.plan is None) != found:
         raise UsageError("prune needs --plan FILE or --keep SHARE, one of the two")
-    if options.keep is not None and options.data is None:
+    if found and options.data is None:
         raise UsageError("--keep scores heads on labelled texts, so it needs --data FILE")
+    if options.plan is not None and options.method != "ranking":
+        raise UsageError("--method is a way of finding heads, so it needs --keep, not --plan")
+    if options.method != "ranking" and options.exact:
+        raise UsageError("--exact belongs to --method ranking")
     if options.plan is not None and options.exact:
         raise UsageError("--exact is a way of finding heads, so it needs --keep, not --plan")
     if options.plan is not None and not options.plan.is_file():
@@ -119,9 +159,12 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _load_plan(path: Path):
+    """A plan of heads, or of more."""
     import headwise as hw
 
     try:
-        return hw.HeadPlan.load(path)
+        plan = hw.StructurePlan.load(path)
     except ValueError as error:
         raise UsageError(f"{path} is not a plan: {error}") from None
+    alone = not plan.ffn and not plan.blocks and plan.hidden is None
+    return plan.heads if alone else plan

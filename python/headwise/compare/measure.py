@@ -159,24 +159,32 @@ def gate_macs(model: nn.Module) -> int:
 def macs(config, use: HeadUse, lengths: Tensor, model: nn.Module | None = None) -> Macs:
     """Multiply-accumulates of a BERT-like encoder over some texts, without padding.
 
-    A head of width d in a layer of width D costs, for n tokens, 4 n D d (query, key, value and
-    output projections) and 2 n^2 d (scores and their product with the values). All heads cost the
-    same, so the number of heads that ran decides.
+    All heads of a model cost the same (``head_macs``: 4 n D d + 2 n^2 d for n tokens), so the
+    number of heads that ran decides.
 
     Args:
         config: of the dense transformers model.
         use: the heads that ran for each text.
         lengths: int [N], tokens of each text.
-        model: where given, its gates are counted.
+        model: where given, its gates are counted, and its widths are used: fewer neurons or hidden
+            dimensions cost less.
     """
     n = lengths.double()  # [N]
-    width, layers = config.hidden_size, len(use.layers)
+    width, neurons = config.hidden_size, len(use.layers) * config.intermediate_size
+    pooled = config.hidden_size
     head = width // config.num_attention_heads
-    each = 4 * n * width * head + 2 * n * n * head  # [N]
+    if model is not None:
+        found = hw.structure(model)
+        width = next(iter(found.attention.values())).embed_dim
+        neurons = sum(found.neurons.values())
+    each = [hw._C.head_macs(tokens, width, head) for tokens in n.tolist()]
+    each = torch.tensor(each, dtype=torch.float64)  # [N]
     attention = (use.chosen.double().sum(1) * each).sum().item()
-    rest = layers * 2 * n * width * config.intermediate_size + width * width + width * 2
+    # The feed-forward networks; then the pooler and the classifier of each text.
+    rest = neurons * sum(hw._C.neuron_macs(tokens, width) for tokens in n.tolist())
+    rest += len(lengths) * (width * pooled + pooled * 2)
     gates = len(lengths) * gate_macs(model) if model is not None else 0
-    return Macs(attention, rest.sum().item(), gates)
+    return Macs(attention, rest, gates)
 
 
 def _processor() -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import headwise as hw
+from headwise.compare import structured
 from headwise.compare.calibration import calibrate
 from headwise.compare.errors import UsageError
 from headwise.compare.selections import predict_and_record
@@ -210,6 +211,8 @@ METHODS: dict[str, Method] = {
             True,
             _dynamic(_dynamic_hard_concrete_gate),
         ),
+        Method("kwon", "Kwon 2022", "static", False, structured.kwon),
+        Method("cofi", "CoFi", "static", True, structured.cofi),
     )
 }
 
@@ -218,7 +221,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     family: (f"{family}-posthoc", f"{family}-finetuned") for family in ("random", "michel", "hies")
 }
 QUICK_METHODS = ("michel-posthoc", "michel-finetuned", "static-hard-concrete", "budget-gate")
-DEFAULT_METHODS = tuple(name for name in METHODS if name != "dense-continued")
+DEFAULT_METHODS = tuple(name for name in METHODS if name not in ("dense-continued", "kwon", "cofi"))
 
 
 def resolve_methods(names: tuple[str, ...]) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from headwise.compare.models import (
     model_name,
 )
 from headwise.compare.progress import Progress
-from headwise.compare.selections import HeadUse, is_dynamic, predict_and_record
+from headwise.compare.selections import HeadUse, predict_and_record
 from headwise.compare.settings import Settings, Source
 from headwise.compare.statistics import wilson_interval
 from headwise.compare.store import RunStore, write_atomically
@@ -307,7 +307,7 @@ def _mac_ratios(bench: Workbench, model: nn.Module, use: HeadUse) -> dict:
     lengths = torch.tensor([len(ids) for ids in bench.test.ids])
     everything = replace(use, chosen=torch.ones_like(use.chosen))
     dense = measure.macs(bench.dense.config, everything, lengths)
-    own = measure.macs(bench.dense.config, use, lengths, model if is_dynamic(model) else None)
+    own = measure.macs(bench.dense.config, use, lengths, model)
     return {
         "macs_ratio_to_dense": own.total / dense.total,
         "attention_macs_ratio_to_dense": (own.attention + own.gates) / dense.attention,

@@ -1,0 +1,108 @@
+// Pruning without retraining: Kwon et al. 2022, "A Fast Post-Training Pruning Framework for
+// Transformers" (arXiv 2204.09656). Which units stay under a limit of cost, by the Fisher
+// information of their masks, and the scales that make up for those that went.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "headwise/export.h"
+
+namespace headwise {
+
+/// Gradients of the loss with respect to masks, a row for each mini-batch. The Fisher information
+/// of unit i is sum over mini-batches of (dL/dm_i)^2 (section 3.2 of the paper).
+class HEADWISE_API FisherAccumulator {
+ public:
+  /// @param gradient [U], of one mini-batch's mean loss with respect to the masks of `layer`
+  /// @throws c10::ValueError if it is not finite, or of another size than before
+  void add(const std::string& layer, const at::Tensor& gradient);
+  /// float64 [batches, U]. @throws c10::IndexError for a layer that nothing was added for
+  at::Tensor gradients(const std::string& layer) const;
+  /// The Fisher information of each unit.
+  std::vector<double> scores(const std::string& layer) const;
+
+ private:
+  std::map<std::string, std::vector<std::vector<double>>> rows_;
+};
+
+using UnitScores = std::vector<std::vector<double>>;    ///< of each unit, by layer
+using UnitIndices = std::vector<std::vector<int64_t>>;  ///< ascending, by layer
+
+/// The units that a search keeps.
+struct KeptUnits {
+  UnitIndices heads;    ///< by attention layer
+  UnitIndices neurons;  ///< by feed-forward network
+  double score = 0;     ///< sum over what stays
+  double cost = 0;      ///< of what stays; never above the limit
+};
+
+/// What stays under a limit on multiply-accumulates (algorithm 1): for each number of heads the
+/// most important ones, what is left of the limit spent on the most important neurons; the best sum
+/// of scores wins. Ties keep the lower layer, then the lower unit; of equal sums fewer heads. Heads
+/// all cost the same, and neurons do.
+/// @throws c10::ValueError if a score is negative or not finite, all scores are 0, a cost is not
+///         positive, or the limit is negative
+HEADWISE_API KeptUnits search_macs(const UnitScores& heads, const UnitScores& neurons,
+                                   double head_cost, double neuron_cost, double limit);
+
+/// Time of a layer as a function of its units: `base` up to `threshold` units, then `slope` more
+/// for each.
+struct HEADWISE_API LatencyFit {
+  double base = 0;
+  int64_t threshold = 0;
+  double slope = 0;
+  double seconds(int64_t units) const;
+};
+
+/// The least squares fit of measured times; slope >= 0, and a threshold among `units`.
+/// @param units ascending, different, at least two
+/// @throws c10::ValueError if they are not, or seconds are not as many, positive and finite
+HEADWISE_API LatencyFit fit_latency(const std::vector<int64_t>& units,
+                                    const std::vector<double>& seconds);
+
+/// What stays under a limit on time. Each layer keeps its `threshold` most important units, which
+/// cost no more than fewer would; the rest of the limit is spent as in search_macs.
+/// @throws c10::ValueError as search_macs, or if the limit is below what the layers take at their
+///         thresholds; the text says how much that is
+HEADWISE_API KeptUnits search_latency(const UnitScores& heads, const UnitScores& neurons,
+                                      const LatencyFit& head_time, const LatencyFit& neuron_time,
+                                      double limit);
+
+/// As many units of a layer as `kept`, but such that those that go do little together (algorithm 2,
+/// on the layer's block of the Fisher matrix): in ascending order of importance each unit that
+/// stays joins those that go, and the one leaves whose return makes the squared norm of their
+/// summed gradients least. That norm never grows.
+/// @param gradients [batches, U], of FisherAccumulator
+/// @param kept ascending
+HEADWISE_API std::vector<int64_t> rearrange(const at::Tensor& gradients,
+                                            const std::vector<int64_t>& kept);
+
+/// Scales of a layer's units that bring what it writes to the residual stream near a teacher's
+/// (section 3.4): minimises |Y_teacher - Y(s)|^2 + damp |s - 1|^2 over one scale a unit, where
+/// Y(s) = rest + sum_u s_u x_u W_u. The normal equations are summed up batch by batch; of the
+/// design matrix [tokens * D, U] only X^T X is needed.
+class HEADWISE_API ScaleSolver {
+ public:
+  /// @param weight [D, E]: what the units are projected by, E = units * group
+  /// @param group columns of `weight` a unit has: the width of a head, 1 for neurons
+  ScaleSolver(const at::Tensor& weight, int64_t group);
+  /// @param inputs [T, E]: the units' outputs for T tokens, with scales 1
+  /// @param residual [T, D]: what the teacher writes minus what the layer writes with scales 1
+  void add(const at::Tensor& inputs, const at::Tensor& residual);
+  /// The scales; none if the equations have no finite solution.
+  std::optional<std::vector<double>> solve(double damp = 1.0) const;
+
+ private:
+  at::Tensor weight_;  // [D, E]
+  int64_t group_;
+  at::Tensor gram_;   // float64 [E, E]
+  at::Tensor cross_;  // float64 [E]
+};
+
+}  // namespace headwise

@@ -1,0 +1,95 @@
+"""Methods that prune more than heads: Kwon et al. 2022 and CoFi.
+
+Their budget is a share of the whole: of the multiply-accumulates, or of the weights, of heads and
+feed-forward networks. ``share_kept`` in their notes is what they came to.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import headwise as hw
+from headwise.compare.examples import Batch
+from headwise.compare.training import (
+    autocast,
+    disable_dropout,
+    freeze_embeddings,
+    learning_rate_factor,
+    loss_of,
+    precision_of,
+)
+from headwise.compare.workbench import Workbench
+
+#: Examples that the authors of "A Fast Post-Training Pruning Framework" calibrate on.
+KWON_EXAMPLES = 2048
+#: Share of the steps in which CoFi trains masks; then the compacted model trains on.
+_SEARCH = 0.75
+
+
+def kwon(bench: Workbench, keep: float, steps: int):
+    """Heads and neurons at ``keep`` of the multiply-accumulates, without training."""
+    from headwise.compare.methods import Outcome
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        labels = batch.labels.to(bench.device)
+        return F.cross_entropy(bench.forward(model, batch), labels, reduction="none")
+
+    batches = list(bench.train.take(KWON_EXAMPLES).in_order(32))
+    result = hw.kwon_prune(bench.converted(), batches, loss, macs=keep, progress=False)
+    seconds = sum(value for name, value in result.report.items() if name.endswith("_s"))
+    notes = {"share_kept": result.report["macs"], "method_s": seconds}
+    return Outcome(result.model, 0, notes)
+
+
+def cofi(bench: Workbench, keep: float, steps: int):
+    """Masks of all five grains train down to ``keep`` of the weights; what stays trains on."""
+    from headwise.compare.methods import Outcome
+
+    began = time.perf_counter()
+    teacher = bench.converted().requires_grad_(False)
+    masked = hw.CoFi(bench.converted(), 1.0 - keep, teacher=teacher, warmup=0.7, init_log_alpha=2.0)
+    searching = round(_SEARCH * steps)
+    batches = bench.batches()
+    _train(bench, masked, batches, searching, steps)
+    masked.eval()
+    sparsity = masked.plan().metadata["sparsity"]
+    model = masked.compact()
+    rest = (searching / steps if steps else 1.0, 1.0)
+    bench.finetune(model, batches, steps - searching, rate_span=rest)
+    notes = {"share_kept": 1.0 - sparsity, "method_s": time.perf_counter() - began}
+    return Outcome(model, steps, notes)
+
+
+def _train(bench: Workbench, cofi: hw.CoFi, batches, searching: int, steps: int) -> None:
+    """The part of the training in which the masks are decided."""
+    options = bench.settings.training
+    dtype = precision_of(options.precision, bench.device)
+    if options.freeze_embeddings:
+        freeze_embeddings(cofi.model)
+    if not options.dropout:
+        disable_dropout(cofi.model)
+    groups = cofi.parameter_groups(options.learning_rate, mask_lr=0.2, multiplier_lr=0.6)
+    optimiser = torch.optim.AdamW(groups)
+    cofi.train()
+    for step in range(searching):
+        cofi.anneal(step / max(1, searching - 1))
+        # Masks and multipliers keep their rate: the size must be met at the end, not before.
+        optimiser.param_groups[0]["lr"] = options.learning_rate * learning_rate_factor(
+            step / steps, options.warmup
+        )
+        batch = next(batches)
+        rows, batch = batch.rows, batch.to(bench.device)
+        with autocast(dtype, bench.device):
+            output = cofi(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        targets = bench.teacher[rows].to(bench.device)
+        loss = loss_of(output.logits.float(), batch.labels, targets, options)
+        loss = loss + cofi.layer_loss().float() + cofi.penalty()
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(groups[0]["params"], options.max_gradient_norm)
+        optimiser.step()
+        bench.step_done()

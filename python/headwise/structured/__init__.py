@@ -1,0 +1,1 @@
+"""Structured pruning: heads, neurons, blocks and hidden dimensions of a transformer."""

@@ -1,0 +1,93 @@
+#include "headwise/cofi.h"
+
+#include <ATen/ATen.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "gates/hard_concrete.h"
+
+namespace headwise {
+
+at::Tensor structure_size(at::TensorList heads, const at::Tensor& attention, at::TensorList neurons,
+                          const at::Tensor& ffn, const at::Tensor& hidden,
+                          at::IntArrayRef head_dims) {
+  TORCH_CHECK_VALUE(
+      heads.size() == head_dims.size() && attention.numel() == static_cast<int64_t>(heads.size()),
+      "heads, attention and head_dims must be of one length, got ", heads.size(), ", ",
+      attention.numel(), " and ", head_dims.size());
+  TORCH_CHECK_VALUE(ffn.numel() == static_cast<int64_t>(neurons.size()),
+                    "neurons and ffn must be of one length, got ", neurons.size(), " and ",
+                    ffn.numel());
+  at::Tensor rows = at::zeros({}, hidden.options());  // weights for each hidden dimension
+  for (size_t i = 0; i < heads.size(); ++i) {
+    const double each = 4.0 * static_cast<double>(head_dims[i]);
+    rows = rows + attention.select(0, static_cast<int64_t>(i)) * heads[i].sum() * each;
+  }
+  for (size_t i = 0; i < neurons.size(); ++i) {
+    rows = rows + ffn.select(0, static_cast<int64_t>(i)) * neurons[i].sum() * 2.0;
+  }
+  return rows * hidden.sum();
+}
+
+at::Tensor sparsity_penalty(const at::Tensor& size, double full_size, const at::Tensor& progress,
+                            double target, double warmup, const at::Tensor& multipliers) {
+  TORCH_CHECK_VALUE(full_size > 0, "full_size must be positive, got ", full_size);
+  const at::Tensor share =
+      warmup > 0 ? (progress.detach() / warmup).clamp(0.0, 1.0) : at::ones_like(progress.detach());
+  const at::Tensor off = 1.0 - size / full_size - (share * target).to(size.scalar_type());
+  return lagrangian(off, multipliers);
+}
+
+at::Tensor hard_concrete_keep(const at::Tensor& log_alpha, double beta, double gamma, double zeta) {
+  const at::Tensor flat = log_alpha.reshape({-1});
+  at::Tensor values = hard_concrete(flat, {}, beta, gamma, zeta);
+  const double open = hard_concrete_open(flat.detach(), beta, gamma, zeta).sum().item<double>();
+  const auto units = static_cast<double>(flat.numel());
+  const auto closed = static_cast<int64_t>(std::llround(std::max(units - open, 0.0)));
+  if (closed > 0) {
+    // Descending and stable, so that of equal ones the higher units come last.
+    const at::Tensor order =
+        std::get<1>(flat.detach().sort(/*stable=*/true, /*dim=*/0, /*descending=*/true));
+    const at::Tensor last = order.slice(0, flat.numel() - closed);
+    values = values.index_fill(0, last, 0.0);
+  }
+  return values.reshape(log_alpha.sizes());
+}
+
+at::Tensor match_layers(const at::Tensor& distances, const at::Tensor& alive) {
+  TORCH_CHECK_VALUE(distances.dim() == 2 && alive.dim() == 1 && alive.size(0) == distances.size(1),
+                    "distances must have shape [T, S] and alive [S], got ", distances.sizes(),
+                    " and ", alive.sizes());
+  const at::Tensor host = distances.detach().to(at::kCPU, at::kDouble).contiguous();
+  const at::Tensor living = alive.to(at::kCPU, at::kBool).contiguous();
+  const int64_t teachers = host.size(0), students = host.size(1);
+  const double* d = host.const_data_ptr<double>();
+  const bool* lives = living.const_data_ptr<bool>();
+  at::Tensor matched = at::full({teachers}, -1, at::kLong);
+  auto* out = matched.mutable_data_ptr<int64_t>();
+  int64_t highest = students - 1;  // that may still be taken
+  for (int64_t t = teachers - 1; t >= 0; --t) {
+    int64_t best = -1;
+    for (int64_t s = 0; s <= highest; ++s) {
+      if (lives[s] && (best < 0 || d[t * students + s] < d[t * students + best])) best = s;
+    }
+    out[t] = best;
+    if (best >= 0) highest = best;
+  }
+  return matched.to(distances.device());
+}
+
+at::Tensor distillation_loss(const at::Tensor& student, const at::Tensor& teacher,
+                             double temperature) {
+  TORCH_CHECK_VALUE(temperature > 0, "temperature must be positive, got ", temperature);
+  TORCH_CHECK_VALUE(student.sizes() == teacher.sizes() && student.dim() == 2,
+                    "student and teacher must have one shape [B, C], got ", student.sizes(),
+                    " and ", teacher.sizes());
+  const at::Tensor own = at::log_softmax(student / temperature, -1);
+  const at::Tensor other = at::log_softmax(teacher.detach() / temperature, -1);
+  return (other.exp() * (other - own)).sum(-1).mean() * (temperature * temperature);
+}
+
+}  // namespace headwise
