@@ -58,7 +58,10 @@ class Bert {
  private:
   const at::Tensor& get(const std::string& name) const { return model_.tensor(name); }
   at::Tensor linear(const at::Tensor& x, const std::string& name) const {
-    return at::linear(x, get(name + ".weight"), get(name + ".bias"));
+    // A feed-forward block that was pruned away has no bias.
+    const auto bias = model_.tensors.find(name + ".bias");
+    if (bias == model_.tensors.end()) return at::linear(x, get(name + ".weight"));
+    return at::linear(x, get(name + ".weight"), bias->second);
   }
   at::Tensor norm(const at::Tensor& x, const std::string& name) const {
     return at::layer_norm(x, {x.size(-1)}, get(name + ".weight"), get(name + ".bias"), 1e-12);

@@ -221,17 +221,18 @@ def load(dir: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
     if built_here:
         model = _build(document["architecture"], folder)
     model = convert(model, strict=False)
+    layers = attention_layers(model)
+    for entry in document["layers"]:
+        if entry["name"] not in layers:
+            raise ValueError(
+                f"model ({type(model).__name__}) has no attention layer '{entry['name']}'; "
+                f"it has {', '.join(map(repr, layers))}"
+            )
     if "structure" in document:
         model = fit_structure(model, document["structure"])
     layers = attention_layers(model)
     for entry in document["layers"]:
-        name = entry["name"]
-        if name not in layers:
-            raise ValueError(
-                f"model ({type(model).__name__}) has no attention layer '{name}'; "
-                f"it has {', '.join(map(repr, layers))}"
-            )
-        model = _fit_layer(model, layers[name], entry)
+        model = _fit_layer(model, layers[entry["name"]], entry)
     _load_tensors(model, tensors, folder / WEIGHTS)
     return model.eval() if built_here else model
 

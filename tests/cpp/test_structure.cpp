@@ -5,6 +5,7 @@
 
 #include "headwise/cofi.h"
 #include "headwise/kwon.h"
+#include "headwise/model.h"
 
 namespace {
 
@@ -74,6 +75,19 @@ TEST(PruneHidden, TakesAndScales) {
   const auto weight = at::arange(10, at::kDouble).view({2, 5});
   const auto kept = headwise::prune_hidden(weight, 1, *example().hidden(), true);
   EXPECT_TRUE(at::equal(kept, at::tensor({0.0, 1.0, 5.0, 2.25}, at::kDouble).view({2, 2})));
+}
+
+TEST(Model, KeepsWhatPythonSaysOfTheStructure) {
+  headwise::Model model;
+  model.layers.emplace_back(
+      "a", headwise::MultiheadAttention(headwise::MultiheadAttentionOptions(8, 2)));
+  model.structure = R"({"ffn":[],"hidden":null})";
+  const std::string dir = testing::TempDir() + "/headwise-structure";
+  headwise::save(model, dir);
+  EXPECT_EQ(headwise::load(dir).structure, model.structure);
+  model.structure.clear();
+  headwise::save(model, dir);
+  EXPECT_EQ(headwise::load(dir).structure, "");
 }
 
 TEST(Kwon, SearchSpendsTheLimitOnWhatMattersMost) {

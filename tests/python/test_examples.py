@@ -13,6 +13,7 @@ import pytest
 import torch
 from architectures import bert, padding_mask
 from headwise.weights import load_safetensors, save_safetensors
+from structures import random_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = sorted(ROOT.glob("build*/examples/cpp/headwise_example_bert"))
@@ -83,7 +84,9 @@ def compare(printed, trace, logits):
 
 
 @needs_program
-@pytest.mark.parametrize("kind", ["no gate", "BudgetGate", "HardConcreteGate", "pruned"])
+@pytest.mark.parametrize(
+    "kind", ["no gate", "BudgetGate", "HardConcreteGate", "pruned", "structure"]
+)
 def test_cpp_logits_equal_python(kind, tmp_path):
     torch.manual_seed(0)
     gates = {
@@ -91,6 +94,7 @@ def test_cpp_logits_equal_python(kind, tmp_path):
         "BudgetGate": hw.BudgetGate(target=0.5, budget=0.5),
         "HardConcreteGate": hw.HardConcreteGate(input_dependent=True),
         "pruned": None,
+        "structure": None,
     }
     model = hw.convert(bert("BertForSequenceClassification", num_labels=3), gates[kind])
     with torch.no_grad():
@@ -105,6 +109,8 @@ def test_cpp_logits_equal_python(kind, tmp_path):
         ]
         plan = {"format": "headwise.plan", "version": 1, "metric": "test", "layers": layers}
         model = hw.prune(model, hw.HeadPlan.from_json(json.dumps({**plan, "metadata": {}})))
+    if kind == "structure":
+        model = hw.prune(model, random_plan(model, 1))
     hw.save(model, tmp_path / "model")
     batch = {
         "input_ids": torch.randint(0, 50, (3, 7)),
