@@ -56,6 +56,7 @@ def summarise(runs: Sequence[dict]) -> list[dict]:
         for name in _AVERAGED:
             entry[name] = sum(run[name] for run in group) / len(group)
         # A method that prunes more than heads has its budget in something else.
+        entry["whole_model"] = "share_kept" in group[0]
         kept = [run.get("share_kept", run["heads_mean"]) for run in group]
         entry["missed"] = abs(sum(kept) / len(kept) - keep) > TOLERANCE
         found.append(entry)
@@ -73,8 +74,13 @@ def _correct(runs: Sequence[dict], task: str, method: str, keep: float) -> Tenso
 
 
 def _best(entries: Sequence[dict], kind: str) -> dict | None:
-    """The best of a kind by validation accuracy: the test has no say in it."""
-    candidates = [entry for entry in entries if entry["kind"] == kind]
+    """The best of a kind by validation accuracy: the test has no say in it.
+
+    Of methods whose budget is in heads; one that prunes more stands at another number of them.
+    """
+    candidates = [
+        entry for entry in entries if entry["kind"] == kind and not entry.get("whole_model")
+    ]
     return max(candidates, key=lambda entry: entry["validation_accuracy"], default=None)
 
 

@@ -128,12 +128,8 @@ def loss_of(
     hard = F.cross_entropy(logits, labels)
     if teacher is None or options.distillation == 0:
         return hard
-    heat = options.temperature
-    soft = F.kl_div(
-        F.log_softmax(logits / heat, -1), F.log_softmax(teacher / heat, -1),
-        reduction="batchmean", log_target=True,
-    )  # fmt: skip
-    return (1 - options.distillation) * hard + options.distillation * heat**2 * soft
+    soft = torch.ops.headwise.distillation_loss(logits, teacher, options.temperature)
+    return (1 - options.distillation) * hard + options.distillation * soft
 
 
 def freeze_embeddings(model: nn.Module) -> None:
