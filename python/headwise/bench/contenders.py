@@ -168,6 +168,11 @@ class Layer:
         for parameter, value in zip(own, self.weights.tensors(), strict=True):
             parameter.copy_(value)
 
+    @torch.no_grad()
+    def touch(self) -> None:
+        """Reads the input: in a network the layer before has just written it."""
+        self.x.sum()
+
     def leaves(self, *modules: nn.Module) -> list[Tensor]:
         """What gets gradients."""
         return [

@@ -57,7 +57,7 @@ def _case(settings: Settings, shape: Shape, dtype, threads: int) -> Iterator[dic
         with torch.no_grad():
             check(gate(layer.x), shape)
     runs = {name: call(gate) for name, gate in gates.items()} | {DENSE: whole}
-    times = settings.timer().measure(runs)
+    times = settings.timer().measure(runs, layer.touch)
     ms = times.milliseconds()
     for name in gates:
         ratio = times.ratio(name, {DENSE: 1.0})

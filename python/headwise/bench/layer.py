@@ -67,7 +67,7 @@ def _case(settings: Settings, shape: Shape, dtype: torch.dtype, heads: int, trai
         runs = {name: _step(form, layer, modules) for name, form in forms.items()}
     else:
         runs = {name: _forward(form) for name, form in forms.items()}
-    times = settings.timer().measure(runs)
+    times = settings.timer().measure(runs, layer.touch)
     all_heads = times.fastest([name for name in (DENSE, TORCH) if name in runs])
     yardstick = all_heads if heads == shape.heads else K_HEADS
     ratio = times.ratio(OURS, {yardstick: 1.0})
@@ -174,7 +174,7 @@ def _mixed_case(settings: Settings, shape: Shape, dtype: torch.dtype) -> dict:
     error = layer.check(ours(), selection.weight)
     names = {heads: f"{heads} heads" for heads in kept}
     runs = {OURS: _forward(ours)} | {names[h]: _forward(k_heads(h)) for h in kept}
-    times = settings.timer().measure(runs)
+    times = settings.timer().measure(runs, layer.touch)
     parts = {names[low]: 1 - (mean - low), names[max(kept)]: mean - low}
     if len(kept) == 1:
         parts = {names[low]: 1.0}

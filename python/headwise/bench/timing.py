@@ -26,12 +26,20 @@ class Timer:
     clock: str
     device: torch.device
 
-    def measure(self, runs: Mapping[str, Callable[[], object]]) -> Times:
-        """Every contender once a round, in turn."""
+    def measure(
+        self, runs: Mapping[str, Callable[[], object]], before: Callable[[], object] | None = None
+    ) -> Times:
+        """Every contender once a round, in turn.
+
+        Args:
+            before: called before each contender, and not timed.
+        """
         now, cuda = CLOCKS[self.clock], self.device.type == "cuda"
         seconds: dict[str, list[float]] = {name: [] for name in runs}
         for turn in range(self.rounds + 2):
             for name, run in runs.items():
+                if before is not None:
+                    before()
                 begin = now()
                 run()
                 if cuda:
