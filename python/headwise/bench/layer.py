@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -254,6 +255,7 @@ def _break_even(settings: Settings, dtype: torch.dtype) -> dict:
     """The batch (of 128 tokens) and the length (of 8 sequences) from which half of the heads cost
     less than PyTorch's layer of all heads, gate included."""
     width, heads = BREAK_EVEN_WIDTH, BREAK_EVEN_HEADS
+    settings = replace(settings, compiled=False)
 
     def ratio(batch: int, length: int) -> float:
         shape = Shape(batch, length, width, heads)
