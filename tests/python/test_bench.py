@@ -161,6 +161,15 @@ def test_ratios_compare_the_times_of_one_round():
     assert fit == {"slope": 2.0, "intercept": 1.0, "r_squared": 1.0}
 
 
+def test_contenders_take_turns_and_what_comes_before_is_not_timed():
+    order: list[str] = []
+    timer = timing.Timer(rounds=2, clock="wall", device=torch.device("cpu"))
+    runs = {name: (lambda name=name: order.append(name)) for name in ("a", "b")}
+    times = timer.measure(runs, before=lambda: order.append("before"))
+    assert order == ["before", "a", "before", "b"] * 4  # two rounds warm up
+    assert [len(found) for found in times.seconds.values()] == [2, 2]
+
+
 def test_entropy_oracle_is_one_for_even_attention():
     q = torch.zeros(1, 2, 3, 4)
     assert entropy.oracle(q, q).allclose(torch.ones(1, 2, dtype=torch.float64))
