@@ -168,6 +168,17 @@ def test_decoding_splits_the_keys(dtype, d, dv, kind):
                 q, k, v, index, count, weight, **options)  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (9, 16), (5, 33), (0, 4), (3, 0), (2, 300)])
+def test_select_heads(dtype, shape):
+    relevance = torch.randn(shape)
+    relevance[::2] = relevance[::2].round()  # ties
+    relevance = relevance.to(dtype)
+    count = torch.randint(0, shape[1] + 1, (shape[0],), dtype=torch.int32)
+    got = torch.ops.headwise_emulated.select_heads(relevance, count)
+    assert torch.equal(got, torch.ops.headwise.select_heads(relevance, count))
+
+
 @pytest.mark.parametrize("mask", ["none", "ragged", "added", "nothing but padding"])
 @pytest.mark.parametrize(
     ("dtype", "parameters"),

@@ -81,15 +81,10 @@ struct DecodeKernel {
         const int64_t n = first + lane_index();
         const int32_t h = n < chosen.columns ? chosen.head[tile.b * chosen.columns + n] : -1;
         const bool ours = h >= 0 && h / a.group == tile.kv_head;
-        uint32_t bits = ballot(ours);
-        int before = found;
-        for (int lane = 0; lane < kWarp; ++lane) {
-          if (bits >> lane & 1) {
-            if (lane < lane_index()) ++before;
-            ++found;
-          }
-        }
-        const int64_t place = before - tile.pass * kDecodeHeads;
+        const uint32_t bits = ballot(ours);
+        const int64_t place =
+            found + count_bits(bits & ((1u << lane_index()) - 1)) - tile.pass * kDecodeHeads;
+        found += count_bits(bits);
         if (ours && place >= 0 && place < kDecodeHeads) list[place] = h;
       }
       if (lane_index() == 0) *total = found;

@@ -40,6 +40,8 @@ HEADWISE_DEVICE T shuffle(T value, int lane) {
 }
 HEADWISE_DEVICE uint32_t ballot(bool predicate) { return __ballot_sync(0xffffffffu, predicate); }
 
+HEADWISE_DEVICE int count_bits(uint32_t bits) { return __popc(bits); }
+
 HEADWISE_DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }

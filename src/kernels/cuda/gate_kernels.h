@@ -139,12 +139,8 @@ struct GateKernel {
       const int64_t h = first + lane_index();
       const bool chosen = h < H && selection_rank(load, h, H) < k;
       const uint32_t bits = ballot(chosen);
-      int64_t place = written;
-      for (int lane = 0; lane < kWarp; ++lane) {
-        if (!(bits >> lane & 1)) continue;
-        if (lane < lane_index()) ++place;
-        ++written;
-      }
+      const int64_t place = written + count_bits(bits & ((1u << lane_index()) - 1));
+      written += count_bits(bits);
       if (chosen) a.index[b * H + place] = static_cast<int32_t>(h);
       if (h < H) {
         static_cast<C*>(a.relevance)[b * H + h] = relevance[h];

@@ -7,6 +7,7 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -69,6 +70,8 @@ inline uint32_t ballot(bool predicate) {
     bits |= uint32_t{emulator::of_lane<bool>(data, lane)} << lane;
   return bits;
 }
+
+inline int count_bits(uint32_t bits) { return std::popcount(bits); }
 
 inline void copy_async(void* to, const void* from, int bytes) {
   emulator::copy_async(to, from, bytes);

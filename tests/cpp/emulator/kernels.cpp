@@ -6,4 +6,5 @@
 #include "kernels/cuda/gate.cu"
 #include "kernels/cuda/outer.cu"
 #include "kernels/cuda/project.cu"
+#include "kernels/cuda/select_heads.cu"
 #include "kernels/cuda/work_list.cu"

@@ -1,8 +1,10 @@
 // torch.ops.headwise_emulated: what a CUDA device runs, on the host. tests/python/test_emulated.py
 // loads it.
+#include <ATen/ATen.h>
 #include <torch/library.h>
 
 #include "ops/cuda/budget_gate.h"
+#include "ops/cuda/launch.h"
 #include "ops/cuda/selected.h"
 
 namespace headwise::ops::device {
@@ -32,6 +34,16 @@ CoreBackward core_backward(const Tensor& grad_output, HEADWISE_CORE_PARAMETERS,
   return backward(grad_output, HEADWISE_CORE_INPUTS, output, context, lse, needs);
 }
 
+Tensor select_heads(const Tensor& relevance, const Tensor& count) {
+  const auto counts = count.to(at::kLong).contiguous();
+  auto index = at::empty(relevance.sizes(), relevance.options().dtype(at::kInt));
+  check_launch(kernels::cuda::select_heads(
+      relevance.const_data_ptr(), element_of(relevance.scalar_type()),
+      counts.const_data_ptr<int64_t>(), index.mutable_data_ptr<int32_t>(), relevance.size(0),
+      relevance.size(1), current_stream()));
+  return index;
+}
+
 }  // namespace
 
 TORCH_LIBRARY(headwise_emulated, m) {
@@ -42,6 +54,7 @@ TORCH_LIBRARY(headwise_emulated, m) {
   m.def("attention_forward", core_forward);
   m.def("attention_backward", core_backward);
   m.def("budget_gate", budget_gate);
+  m.def("select_heads", select_heads);
   m.def("takes_budget_gate", takes_budget_gate);
 }
 
