@@ -18,6 +18,7 @@ from headwise.explain import (
     parse_with_spacy,
     read_conllu,
 )
+from headwise.explain_page import write_page, write_pngs
 from headwise.gates import (
     BudgetGate,
     FixedGate,
@@ -127,6 +128,8 @@ __all__ = [
     "structure",
     "trace",
     "unmask",
+    "write_page",
+    "write_pngs",
 ]
 
 __version__ = _load.core.__version__

@@ -132,3 +132,11 @@ def test_cpp_says_what_is_wrong(tmp_path):
     assert run_bert(status=2).startswith("usage: ")
     message = run_bert(tmp_path / "nowhere", status=1)
     assert message.startswith("error: ") and "nowhere" in message and message.count("\n") == 1
+
+
+@needs_minilm
+def test_explain_page_example(tmp_path):
+    pytest.importorskip("plotly", reason="plotly is not installed")
+    printed = run_python("explain_page.py", tmp_path / "page.html")
+    assert re.search(r"\d+ of 72 heads ran\. The model predicts (good|bad)", printed)
+    assert "plot makes no sense" in (tmp_path / "page.html").read_text(encoding="utf-8")

@@ -15,6 +15,7 @@ from headwise.cli.common import (
     writable_file,
 )
 from headwise.compare.errors import UsageError
+from headwise.explain_page import options as page_options
 
 DESCRIPTION = """\
 With --text: which heads of a trained text classifier run for each text, and why: relevance and its
@@ -23,7 +24,7 @@ With --data: what each head does over a data set and for which texts it runs, ho
 and whether the order of heads is that in which they matter. With --out, what an interrupted run
 has finished is kept there, and the same command goes on from it.
 Prints a summary; --json FILE and --out DIR (explanation.json, use.json) write everything
-(docs/interpretability.md has the schemas).
+(docs/interpretability.md has the schemas); --format html adds a page for people.
 """
 
 
@@ -61,9 +62,8 @@ def add_parser(commands) -> argparse.ArgumentParser:
         "--maps",
         nargs="+",
         type=maps,
-        default=["none"],
         metavar="LAYER:HEAD",
-        help="attention maps to keep in the JSON: all, none (default) or some heads",
+        help="attention maps to keep: all, none (default without --format) or some heads",
     )
     parser.add_argument(
         "--pairs", type=positive, default=5, metavar="N", help="strongest token pairs a head"
@@ -83,11 +83,13 @@ def add_parser(commands) -> argparse.ArgumentParser:
         help="texts in a run, or heads switched over in a run",
     )
     explain_data.add_options(parser)
+    page_options.add_options(parser)
     add_common(parser, out=None)
     return parser
 
 
 def run(options: argparse.Namespace) -> None:
+    page_options.check(options)
     if options.data is not None:
         explain_data.run(options)
     else:
@@ -149,6 +151,7 @@ def explain_texts(options: argparse.Namespace) -> None:
         if file is not None:
             write_json(file, result.to_dict())
             print(f"\nwrote {file}")
+    page_options.write(options, result, *([roles] if roles is not None else []))
 
 
 def render(entry: dict[str, Any], summary: str, rows: int = 10) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from headwise.cli.common import positive
 from headwise.compare.errors import UsageError
+from headwise.explain_page import options as page_options
 
 
 def threshold(text: str) -> tuple[str, float]:
@@ -133,6 +134,7 @@ def run(options: argparse.Namespace) -> None:
     if options.json is not None:
         write_json(options.json, result)
         print(f"\nwrote {options.json}")
+    page_options.write(options, result)
 
 
 def _thresholds(given: list[tuple[str, float]]):

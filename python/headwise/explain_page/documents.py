@@ -1,0 +1,85 @@
+"""The JSON documents that a page is made of."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+#: Format of each document, and the field of :class:`Documents` that it fills.
+FORMATS = {
+    "headwise.explanation": "explanation",
+    "headwise.use": "use",
+    "headwise.roles": "roles",
+    "headwise compare": "compared",  # results.json, which names no format
+}
+
+
+@dataclass(frozen=True)
+class Documents:
+    """What a page shows; None where it was not given.
+
+    Attributes:
+        explanation: one or more inputs (``hw.explain``).
+        use: a data set (``hw.explain_data``).
+        roles: of heads (``hw.head_roles``); those of ``use`` where that is given.
+        compared: ``results.json`` of ``headwise compare``.
+    """
+
+    explanation: dict[str, Any] | None = None
+    use: dict[str, Any] | None = None
+    roles: dict[str, Any] | None = None
+    compared: dict[str, Any] | None = None
+
+
+def sort_documents(given: tuple[Any, ...]) -> Documents:
+    """Finds out what each document is.
+
+    Args:
+        given: mappings, objects with ``to_dict()``, or paths of JSON files.
+
+    Raises:
+        ValueError: none, two of a kind, or one of an unknown format or version.
+        TypeError: something that is no document.
+        OSError: a file cannot be read.
+    """
+    found: dict[str, Any] = {}
+    for one in given:
+        document = _load(one)
+        is_compared = {"runs", "summary", "tasks"} <= document.keys()
+        name = "headwise compare" if is_compared else document.get("format")
+        if name not in FORMATS:
+            raise ValueError(
+                f"documents must be of format {', '.join(map(repr, FORMATS))}, got {name!r}"
+            )
+        if not is_compared and document.get("version") != 1:
+            raise ValueError(
+                f"a document of format {name!r} must have version 1, "
+                f"got {document.get('version')!r}"
+            )
+        if FORMATS[name] in found:
+            raise ValueError(f"documents must be one of each format, got two of {name!r}")
+        found[FORMATS[name]] = document
+    if not found:
+        raise ValueError("documents must be at least one, got none")
+    if "use" in found:
+        found["roles"] = found["use"]["roles"]
+    if not any(found.get(field.name) for field in fields(Documents)):
+        raise ValueError("documents must not be empty")
+    return Documents(**found)
+
+
+def _load(one: Any) -> dict[str, Any]:
+    if isinstance(one, str | os.PathLike):
+        try:
+            one = json.loads(Path(one).read_text(encoding="utf-8"))
+        except ValueError:
+            raise ValueError(f"{os.fspath(one)} is not a JSON document") from None
+    elif hasattr(one, "to_dict"):
+        one = one.to_dict()
+    if not isinstance(one, Mapping):
+        raise TypeError(f"documents must be mappings or paths of JSON, got {type(one).__name__}")
+    return dict(one)
