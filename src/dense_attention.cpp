@@ -6,6 +6,8 @@
 #include <cmath>
 #include <limits>
 
+#include "attention_masks.h"
+
 namespace headwise {
 namespace {
 
@@ -58,7 +60,8 @@ at::Tensor additive(const at::Tensor& mask, at::ScalarType dtype) {
       .masked_fill(mask, -std::numeric_limits<double>::infinity());
 }
 
-// Every mask in one additive mask broadcastable to [B, H, L, S'], or none.
+}  // namespace
+
 OptionalTensor merge_masks(const at::Tensor& q, const at::Tensor& k,
                            const OptionalTensor& key_padding_mask, const OptionalTensor& attn_mask,
                            bool is_causal, int64_t added_keys) {
@@ -81,6 +84,8 @@ OptionalTensor merge_masks(const at::Tensor& q, const at::Tensor& k,
   }
   return merged;
 }
+
+namespace {
 
 at::Tensor dense_attention_impl(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                 const OptionalTensor& key_padding_mask,

@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "folders.h"
+#include "gates/model_gates.h"
 #include "headwise/version.h"
 #include "json.h"
 
@@ -190,6 +191,11 @@ Model load(const std::string& dir, const at::Device& device) {
     layer->eval();
     model.layers.emplace_back(name, layer);
   }
+  std::vector<GateImpl*> gates;
+  for (const auto& [name, layer] : model.layers) {
+    if (layer->gate) gates.push_back(layer->gate.get());
+  }
+  link_gates(gates);
   for (const auto& [alias, target] : document["aliases"].items()) {
     const auto found =
         target.is_string() ? model.tensors.find(target.get<std::string>()) : model.tensors.end();

@@ -3,6 +3,7 @@
 #include <torch/nn/init.h>
 
 #include <limits>
+#include <tuple>
 
 #include "headwise/dense_attention.h"
 
@@ -198,7 +199,19 @@ std::tuple<at::Tensor, at::Tensor> MultiheadAttentionImpl::forward(
   const int64_t added_keys = int64_t(bias_k.defined()) + int64_t(options.add_zero_attn());
 
   std::optional<Selection> selection;
-  if (gate) {
+  HeadInputs heads;   // for gates that choose by them
+  at::Tensor values;  // [B, H, S', d]
+  if (gate && gate->reads_heads()) {
+    // Where the gate only chooses, values are projected later, for the chosen heads only.
+    std::tie(heads.q, heads.k, values) = project_heads(
+        query, key, gate->attends() ? value : value.narrow(1, 0, 0), weights, num_heads);
+    heads.key_padding_mask = arguments.key_padding_mask;
+    heads.query_padding_mask = query_is_key ? arguments.key_padding_mask : std::nullopt;
+    heads.attn_mask = arguments.attn_mask;
+    heads.is_causal = is_causal;
+    heads.added_keys = added_keys;
+    selection = gate->forward_heads(heads);
+  } else if (gate) {
     // The mask is about keys: it says which queries are padding only where they are the same.
     selection = gate->forward(query, query_is_key ? key_padding_mask : at::Tensor());
   }
@@ -227,6 +240,9 @@ std::tuple<at::Tensor, at::Tensor> MultiheadAttentionImpl::forward(
     const auto [q, k, v] = project_heads(query, key, value, weights, num_heads);
     const auto context = dense_attention(q, k, v, arguments, added_keys);
     output = combine_heads(context, {}, weights.out_proj_weight, weights.out_proj_bias);
+  } else if (gate->attends()) {
+    output = combine_heads(gate->attend(heads, values), selection->weight, weights.out_proj_weight,
+                           weights.out_proj_bias);
   } else {
     if (arguments.dropout_p > 0.0) {
       arguments.dropout_seed =

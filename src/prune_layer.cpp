@@ -12,7 +12,11 @@ namespace {
 
 /// Whether the gate chooses the same heads for every input.
 bool is_static(const GateImpl& gate) {
-  if (dynamic_cast<const FixedGateImpl*>(&gate) != nullptr) return true;
+  if (dynamic_cast<const FixedGateImpl*>(&gate) != nullptr ||
+      dynamic_cast<const SubsetGateImpl*>(&gate) != nullptr ||
+      dynamic_cast<const SleepGateImpl*>(&gate) != nullptr) {
+    return true;
+  }
   const auto* hard_concrete = dynamic_cast<const HardConcreteGateImpl*>(&gate);
   return hard_concrete != nullptr && !hard_concrete->options.input_dependent();
 }

@@ -9,108 +9,31 @@
 #include <torch/nn/pimpl.h>
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
-#include <string_view>
-#include <variant>
 #include <vector>
 
 #include "headwise/export.h"
+#include "headwise/gate_options.h"
 #include "headwise/selection.h"
 
 namespace headwise {
 
-/// Options of FixedGate.
-/// Example: FixedGateOptions().heads({0, 3})
-struct HEADWISE_API FixedGateOptions {
-  /// The heads that run, with weight one; default: all.
-  TORCH_ARG(std::optional<std::vector<int64_t>>, heads) = std::nullopt;
-  /// Instead of heads: a weight a head; 0 = does not run.
-  TORCH_ARG(std::optional<std::vector<double>>, scale) = std::nullopt;
-  /// In training run "all" heads or the "selected".
-  TORCH_ARG(std::string, execution) = "selected";
+/// What gates that decide together (scope "model") have in common; made by link_gates.
+struct GateScope;
+
+/// A layer's queries and keys, for gates that choose by them.
+struct HeadInputs {
+  at::Tensor q;  ///< [B, H, L, d]
+  at::Tensor k;  ///< [B, H, S', d], the keys that the layer adds at the end
+  std::optional<at::Tensor> key_padding_mask;    ///< bool or floating [B, S]
+  std::optional<at::Tensor> query_padding_mask;  ///< bool or floating [B, L]
+  std::optional<at::Tensor> attn_mask;           ///< bool or floating [L, S] or [B, H, L, S]
+  bool is_causal = false;
+  int64_t added_keys = 0;  ///< how many of the keys masks do not cover
 };
-
-/// Options of RandomGate.
-/// Example: RandomGateOptions().keep(0.25)
-struct HEADWISE_API RandomGateOptions {
-  /// Share of the heads that run, in (0, 1].
-  TORCH_ARG(double, keep) = 0.5;
-  /// Draw anew for every sequence, or once when the gate is built.
-  TORCH_ARG(bool, per_input) = true;
-  TORCH_ARG(std::string, execution) = "selected";
-};
-
-/// Options of BudgetGate (BudgetFormer, arXiv 2604.22583).
-/// Example: BudgetGateOptions().target(0.5)
-struct HEADWISE_API BudgetGateOptions {
-  /// Mean share of heads to run, in (0, 1]; 1 is the dense layer.
-  TORCH_ARG(double, target) = 0.5;
-  /// Fixes every input's budget instead of predicting it.
-  TORCH_ARG(std::optional<double>, budget) = std::nullopt;
-  TORCH_ARG(double, min_budget) = 0.1;
-  TORCH_ARG(double, max_budget) = 1.0;
-  /// The budget at the start of training.
-  TORCH_ARG(double, initial_budget) = 0.95;
-  /// Width of the budget's network; default max(8, embed_dim / 8).
-  TORCH_ARG(std::optional<int64_t>, hidden_dim) = std::nullopt;
-  TORCH_ARG(int64_t, min_heads) = 1;
-  /// "round" (half up) or "ceil".
-  TORCH_ARG(std::string, rounding) = "round";
-  /// "model": one target on the mean over layers; "layer": one each.
-  TORCH_ARG(std::string, target_scope) = "model";
-  TORCH_ARG(double, strength) = 20.0;
-  TORCH_ARG(double, bounds_strength) = 1.0;
-  TORCH_ARG(double, entropy_strength) = 0.0;
-  TORCH_ARG(double, temperature) = 0.5;
-  TORCH_ARG(double, final_temperature) = 0.1;
-  /// "gumbel" or "normal".
-  TORCH_ARG(std::string, noise) = "gumbel";
-  TORCH_ARG(double, noise_scale) = 0.5;
-  TORCH_ARG(double, warmup) = 0.3;
-  TORCH_ARG(double, static_until) = 0.4;
-  TORCH_ARG(double, hard_from) = 0.75;
-  /// "exact_mass" or "straight_through".
-  TORCH_ARG(std::string, relaxation) = "exact_mass";
-  /// "one" or "soft".
-  TORCH_ARG(std::string, kept_weight) = "one";
-  TORCH_ARG(std::string, execution) = "all";
-};
-
-/// Options of HardConcreteGate (arXiv 1905.09418).
-/// Example: HardConcreteGateOptions().target(0.5).input_dependent(true)
-struct HEADWISE_API HardConcreteGateOptions {
-  TORCH_ARG(double, target) = 0.5;
-  TORCH_ARG(bool, input_dependent) = false;
-  /// "squared", "lagrangian" or "l0".
-  TORCH_ARG(std::string, penalty) = "squared";
-  TORCH_ARG(double, strength) = 20.0;
-  TORCH_ARG(std::string, target_scope) = "model";
-  /// "gate" (its value) or "one" (hard, with a straight-through gradient, from the first step).
-  TORCH_ARG(std::string, kept_weight) = "gate";
-  TORCH_ARG(double, init_log_alpha) = 3.0;
-  TORCH_ARG(double, beta) = 0.33;
-  TORCH_ARG(double, gamma) = -0.1;
-  TORCH_ARG(double, zeta) = 1.1;
-  TORCH_ARG(double, warmup) = 0.3;
-  TORCH_ARG(double, initial_target) = 0.95;
-  TORCH_ARG(double, static_until) = 0.4;
-  TORCH_ARG(double, hard_from) = 0.75;
-  TORCH_ARG(std::string, execution) = "all";
-};
-
-/// Any gate's options: what MultiheadAttentionOptions::gate takes.
-using GateOptions =
-    std::variant<FixedGateOptions, RandomGateOptions, BudgetGateOptions, HardConcreteGateOptions>;
-
-/// {"type": "BudgetGate", "target": 0.5, ...}, as Python's Gate.config() gives it.
-HEADWISE_API std::string gate_options_to_json(const GateOptions& options);
-
-/// @throws c10::ValueError for malformed JSON, an unknown type or key (by name), a value of the
-/// wrong
-///         kind.
-HEADWISE_API GateOptions gate_options_from_json(std::string_view json);
 
 /// What every gate has in common.
 class HEADWISE_API GateImpl : public torch::nn::Module {
@@ -127,6 +50,29 @@ class HEADWISE_API GateImpl : public torch::nn::Module {
 
   /// Puts the gate back to its initial state.
   virtual void reset_parameters() {}
+
+  /// Whether start_from means something to it: start_gates passes over the others.
+  virtual bool starts() const { return false; }
+  /// Starts the gate from a static choice instead of from all heads.
+  /// @param relevance floating [H], positive for heads that the static choice keeps
+  /// @param budget    share of the layer's heads that it keeps
+  /// @throws c10::ValueError if relevance is not finite or not of shape [H]
+  virtual void start_from(const at::Tensor& relevance, double budget);
+
+  /// Whether the gate chooses by queries and keys: the layer then calls forward_heads.
+  virtual bool reads_heads() const { return false; }
+  virtual Selection forward_heads(const HeadInputs& heads);
+  /// Whether the gate also changes how the chosen heads attend: the layer then calls attend, v
+  /// [B, H, S', d] -> [B, H, L, d].
+  virtual bool attends() const { return false; }
+  virtual at::Tensor attend(const HeadInputs& heads, const at::Tensor& v);
+
+  /// Gates of scope "model" with equal keys decide together; empty: this one decides alone.
+  virtual std::string scope_key() const { return {}; }
+  /// Gives the scope what it has to know of this gate.
+  virtual void contribute(GateScope& scope) const;
+  /// Takes its place among the gates of `scope`, to which each has contributed.
+  virtual void join(const std::shared_ptr<GateScope>& scope, int64_t position);
 
   int64_t embed_dim() const { return embed_dim_; }
   int64_t num_heads() const { return num_heads_; }
@@ -170,17 +116,35 @@ class HEADWISE_API RandomGateImpl : public GateImpl {
 };
 TORCH_MODULE(RandomGate);
 
-/// A gate with a target share of heads. Buffer: progress [].
-class HEADWISE_API TargetedGateImpl : public GateImpl {
+/// A gate that is trained. Buffer: progress [], what anneal sets.
+class HEADWISE_API ScheduledGateImpl : public GateImpl {
  public:
-  at::Tensor penalty() const override;
   void anneal(double progress) override;
 
-  /// The part of the penalty that belongs to this layer alone; undefined where there is none.
-  at::Tensor regulariser;
+  bool starts() const override { return true; }
+  void start_from(const at::Tensor& relevance, double budget) override;
+
   at::Tensor progress;
   /// Running statistics of the pooled input, where the gate sees its input: [D], [D], [].
   at::Tensor feature_mean, feature_variance, feature_batches;
+
+ protected:
+  ScheduledGateImpl(const std::string& type, int64_t embed_dim, int64_t num_heads,
+                    const std::string& execution, const at::TensorOptions& tensor_options);
+  void build_features(const at::TensorOptions& tensor_options);
+  void reset_features();
+  // The masked mean of x, standardised over the inputs seen in training [B, D].
+  at::Tensor features(const at::Tensor& x, const at::Tensor& key_padding_mask);
+  virtual void start(const at::Tensor& relevance, double budget) = 0;
+};
+
+/// A gate with a target share of heads.
+class HEADWISE_API TargetedGateImpl : public ScheduledGateImpl {
+ public:
+  at::Tensor penalty() const override;
+
+  /// The part of the penalty that belongs to this layer alone; undefined where there is none.
+  at::Tensor regulariser;
 
   /// What the target and its penalty are; gates of equal ones with scope "model" share one target.
   struct Target {
@@ -195,10 +159,6 @@ class HEADWISE_API TargetedGateImpl : public GateImpl {
   TargetedGateImpl(Target target, double static_until, double hard_from, int64_t embed_dim,
                    int64_t num_heads, const std::string& execution,
                    const at::TensorOptions& tensor_options);
-  void build_features(const at::TensorOptions& tensor_options);
-  void reset_features();
-  // The masked mean of x, standardised over the inputs seen in training [B, D].
-  at::Tensor features(const at::Tensor& x, const at::Tensor& key_padding_mask);
 
  private:
   Target target_;
@@ -218,6 +178,9 @@ class HEADWISE_API BudgetGateImpl : public TargetedGateImpl {
   torch::nn::Linear relevance{nullptr}, budget_hidden{nullptr}, budget_out{nullptr};
 
  private:
+  void start(const at::Tensor& relevance, double budget) override;
+  void set_budget(double budget);
+
   std::optional<double> fixed_budget_;
 };
 TORCH_MODULE(BudgetGate);
@@ -235,8 +198,155 @@ class HEADWISE_API HardConcreteGateImpl : public TargetedGateImpl {
   HardConcreteGateOptions options;
   at::Tensor log_alpha, multipliers;
   torch::nn::Linear relevance{nullptr};
+
+ private:
+  void start(const at::Tensor& relevance, double budget) override;
 };
 TORCH_MODULE(HardConcreteGate);
+
+/// Exactly k heads, the same for every input. Parameter: scores [H].
+class HEADWISE_API SubsetGateImpl : public ScheduledGateImpl {
+ public:
+  SubsetGateImpl(SubsetGateOptions options, int64_t embed_dim, int64_t num_heads,
+                 const at::TensorOptions& tensor_options = {});
+  Selection forward(const at::Tensor& x, const at::Tensor& key_padding_mask = {}) override;
+  void reset_parameters() override;
+  std::string scope_key() const override;
+  void contribute(GateScope& scope) const override;
+  /// @throws c10::ValueError if k is more than the heads of the scope
+  void join(const std::shared_ptr<GateScope>& scope, int64_t position) override;
+
+  SubsetGateOptions options;
+  at::Tensor scores;
+
+ private:
+  void start(const at::Tensor& relevance, double budget) override;
+
+  std::shared_ptr<GateScope> scope_;
+  int64_t position_ = 0, k_ = 0;
+};
+TORCH_MODULE(SubsetGate);
+
+/// The share of the heads to run is an argument at run time. Parameters: base [H], tilt [H],
+/// relevance.weight [H, D].
+class HEADWISE_API RequestedBudgetGateImpl : public ScheduledGateImpl {
+ public:
+  RequestedBudgetGateImpl(RequestedBudgetGateOptions options, int64_t embed_dim, int64_t num_heads,
+                          const at::TensorOptions& tensor_options = {});
+  Selection forward(const at::Tensor& x, const at::Tensor& key_padding_mask = {}) override;
+  void reset_parameters() override;
+  std::string scope_key() const override;
+  void contribute(GateScope& scope) const override;
+  void join(const std::shared_ptr<GateScope>& scope, int64_t position) override;
+
+  /// What evaluation runs from now on.
+  /// @param budget floating [] or [B], each in (0, 1]
+  /// @throws c10::ValueError if it is not
+  void request(const at::Tensor& budget);
+
+  RequestedBudgetGateOptions options;
+  at::Tensor base, tilt;
+  torch::nn::Linear relevance{nullptr};
+
+ private:
+  void start(const at::Tensor& relevance, double budget) override;
+
+  at::Tensor requested_;  // [] or [B]
+  std::shared_ptr<GateScope> scope_;
+  int64_t position_ = 0;
+};
+TORCH_MODULE(RequestedBudgetGate);
+
+/// A sigmoid a head with Gumbel noise, cut at one half. Parameters: logit [H], relevance.weight
+/// [H, D].
+class HEADWISE_API GumbelSigmoidGateImpl : public TargetedGateImpl {
+ public:
+  GumbelSigmoidGateImpl(GumbelSigmoidGateOptions options, int64_t embed_dim, int64_t num_heads,
+                        const at::TensorOptions& tensor_options = {});
+  Selection forward(const at::Tensor& x, const at::Tensor& key_padding_mask = {}) override;
+  void reset_parameters() override;
+
+  GumbelSigmoidGateOptions options;
+  at::Tensor logit;
+  torch::nn::Linear relevance{nullptr};
+
+ private:
+  void start(const at::Tensor& relevance, double budget) override;
+};
+TORCH_MODULE(GumbelSigmoidGate);
+
+/// One head that SleepGate put to sleep or woke.
+struct HeadMove {
+  int64_t step;      ///< training forwards before it
+  double progress;   ///< of annealing
+  int64_t position;  ///< of the gate among those it decides with
+  int64_t head;
+  bool wakes;    ///< false: it falls asleep
+  double score;  ///< of the head, when it moved
+};
+
+/// Puts the heads that matter least to sleep in training, and wakes them when their scores recover.
+/// Buffers: awake [H], score [H], steps [].
+class HEADWISE_API SleepGateImpl : public ScheduledGateImpl {
+ public:
+  SleepGateImpl(SleepGateOptions options, int64_t embed_dim, int64_t num_heads,
+                const at::TensorOptions& tensor_options = {});
+  Selection forward(const at::Tensor& x, const at::Tensor& key_padding_mask = {}) override;
+  void reset_parameters() override;
+  std::string scope_key() const override;
+  void contribute(GateScope& scope) const override;
+  void join(const std::shared_ptr<GateScope>& scope, int64_t position) override;
+
+  /// What moved in this layer, oldest first.
+  std::vector<HeadMove> moves() const;
+
+  SleepGateOptions options;
+  at::Tensor awake, score, steps;
+
+ private:
+  void start(const at::Tensor& relevance, double budget) override;
+  void advance();
+
+  std::shared_ptr<GateScope> scope_;
+  int64_t position_ = 0;
+};
+TORCH_MODULE(SleepGate);
+
+/// Drops heads by the integer parts of their queries and keys; nothing is trained. Buffer:
+/// threshold [].
+class HEADWISE_API ThresholdGateImpl : public GateImpl {
+ public:
+  ThresholdGateImpl(ThresholdGateOptions options, int64_t embed_dim, int64_t num_heads,
+                    const at::TensorOptions& tensor_options = {});
+  /// @throws c10::Error always: it has to see queries and keys
+  Selection forward(const at::Tensor& x, const at::Tensor& key_padding_mask = {}) override;
+  bool reads_heads() const override { return true; }
+  Selection forward_heads(const HeadInputs& heads) override;
+  bool attends() const override;
+  at::Tensor attend(const HeadInputs& heads, const at::Tensor& v) override;
+  void reset_parameters() override;
+
+  ThresholdGateOptions options;
+  at::Tensor threshold;
+};
+TORCH_MODULE(ThresholdGate);
+
+/// Some heads run for every input; another gate chooses among the rest. Buffer: shared [s];
+/// submodule: gate, bound to H - s heads.
+class HEADWISE_API SharedHeadsGateImpl : public GateImpl {
+ public:
+  SharedHeadsGateImpl(SharedHeadsGateOptions options, int64_t embed_dim, int64_t num_heads,
+                      const at::TensorOptions& tensor_options = {});
+  Selection forward(const at::Tensor& x, const at::Tensor& key_padding_mask = {}) override;
+  bool starts() const override { return true; }
+  /// The heads of largest relevance become the shared ones; the gate inside starts with the rest.
+  void start_from(const at::Tensor& relevance, double budget) override;
+
+  SharedHeadsGateOptions options;
+  at::Tensor shared;
+  std::shared_ptr<GateImpl> gate;
+};
+TORCH_MODULE(SharedHeadsGate);
 
 /// A gate for a layer of these sizes.
 HEADWISE_API std::shared_ptr<GateImpl> make_gate(const GateOptions& options, int64_t embed_dim,
@@ -250,5 +360,26 @@ HEADWISE_API at::Tensor penalty(const torch::nn::Module& model);
 
 /// Tells every gate of the model how far training has come, from 0 to 1.
 HEADWISE_API void anneal(torch::nn::Module& model, double progress);
+
+/// Links the gates of scope "model" that have equal options, so that each set decides as one. Call
+/// it when the gates of a model are in place; load does. Linking again is allowed.
+/// @throws c10::ValueError if the options do not fit the number of heads there are
+HEADWISE_API void link_gates(torch::nn::Module& model);
+
+/// Every RequestedBudgetGate of the model runs this share of the heads from now on: [] for all
+/// sequences, or [B], one each.
+/// @throws c10::ValueError if a value is outside (0, 1], or the model has no such gate
+HEADWISE_API void request_budget(torch::nn::Module& model, const at::Tensor& budget);
+HEADWISE_API void request_budget(torch::nn::Module& model, double budget);
+
+/// Starts the gates of a model from an importance ranking of its heads: relevance at sharpness *
+/// (rank - (1 - keep)), rank in [0, 1] over the heads of all layers; a layer's budget at the share
+/// of its heads among the `keep` most important.
+/// @param importance for every gate that is trained, by the name of its attention layer, a score a
+///                   head [H]
+/// @throws c10::ValueError if keep is outside (0, 1], a gate has no score, or the wrong number
+HEADWISE_API void start_gates(torch::nn::Module& model,
+                              const std::map<std::string, at::Tensor>& importance, double keep,
+                              double sharpness = 8.0);
 
 }  // namespace headwise

@@ -10,7 +10,9 @@ from torch.nn import init
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import Parameter
 
+from headwise.attention_inputs import AttentionInputs, canonical_inputs, check_sizes
 from headwise.gates.base import Gate
+from headwise.gates.threshold import HeadInputs
 from headwise.selection import Selection
 
 _ops = torch.ops.headwise
@@ -31,23 +33,6 @@ class AttentionProbe(NamedTuple):
     attn_mask: Tensor | None  # [L, S] or [B, H, L, S]
     is_causal: bool
     query_padding_mask: Tensor | None  # [B, L]; None where nothing says which queries are padding
-
-
-class _Inputs(NamedTuple):
-    """A forward's arguments in one form: batched, batch first, masks checked."""
-
-    query: Tensor  # [B, L, D]
-    key: Tensor  # [B, S, Dk]
-    value: Tensor  # [B, S, Dv]
-    key_padding_mask: Tensor | None  # [B, S]
-    attn_mask: Tensor | None  # [L, S] or [B, H, L, S]
-    is_causal: bool
-    query_is_key: bool
-    self_attention: bool
-
-
-def _unsqueeze(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.unsqueeze(0)
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -113,7 +98,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         head_dim: int | None = None,
     ) -> None:
         nn.Module.__init__(self)
-        _check_sizes(embed_dim, num_heads, head_dim, dropout)
+        check_sizes(embed_dim, num_heads, head_dim, dropout)
         factory = {"device": device, "dtype": dtype}
         self.embed_dim = embed_dim
         self.kdim = embed_dim if kdim is None else kdim
@@ -274,10 +259,16 @@ class MultiheadAttention(nn.MultiheadAttention):
         if query.is_nested:
             return self._forward_nested(query, key, value, key_padding_mask, attn_mask)
 
-        inputs = self._canonical(query, key, value, key_padding_mask, attn_mask, is_causal)
-        selection = self._select(inputs)
+        inputs = canonical_inputs(self, query, key, value, key_padding_mask, attn_mask, is_causal)
+        heads, values = self._head_inputs(inputs)
+        selection = self._select(inputs, heads)
         if self._probe is not None or selection is None:
             output = self._run_all(inputs, selection)
+        elif self.gate.attends:
+            context = self.gate.attend(heads, values)  # [B, H, L, d]
+            output = _ops.combine_heads(
+                context, selection.weight, self.out_proj.weight, self.out_proj.bias
+            )
         else:
             output = self._run_selected(inputs, selection)  # [B, L, D]
         weights = self._attention_weights(inputs, selection) if need_weights else None
@@ -288,82 +279,32 @@ class MultiheadAttention(nn.MultiheadAttention):
             return output.squeeze(0), None if weights is None else weights.squeeze(0)
         return output if self.batch_first else output.transpose(0, 1), weights
 
-    def _canonical(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None,
-        attn_mask: Tensor | None,
-        is_causal: bool,
-    ) -> _Inputs:
-        """Checks a forward's arguments and brings them to one form."""
-        if query.dim() not in (2, 3) or key.dim() != query.dim() or value.dim() != query.dim():
-            raise ValueError(
-                "query, key and value must all have 3 dimensions, or 2 for an unbatched input, got "
-                f"{query.dim()}, {key.dim()} and {value.dim()}"
-            )
-        query_is_key = query is key
-        self_attention = query_is_key and key is value
-        if query.dim() == 2:
-            query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
-            key_padding_mask = _unsqueeze(key_padding_mask)
-        elif not self.batch_first:
-            query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
-        for name, tensor, width in (
-            ("query", query, self.embed_dim),
-            ("key", key, self.kdim),
-            ("value", value, self.vdim),
-        ):
-            if tensor.size(2) != width:
-                raise ValueError(f"{name} must have {width} features, got {tensor.size(2)}")
-        if key.shape[:2] != value.shape[:2] or key.size(0) != query.size(0):
-            raise ValueError(
-                "query, key and value must agree in batch, and key and value in length, got "
-                f"{tuple(query.shape[:2])}, {tuple(key.shape[:2])} and {tuple(value.shape[:2])}"
-            )
-        if is_causal and attn_mask is None:
-            raise RuntimeError("is_causal is a hint about attn_mask, which must be given with it")
-        for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
-            if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
-                raise TypeError(f"{name} must be boolean or floating, got {mask.dtype}")
-        batch, length, keys = query.size(0), query.size(1), key.size(1)
-        if key_padding_mask is not None and key_padding_mask.shape != (batch, keys):
-            raise ValueError(
-                f"key_padding_mask must have shape {(batch, keys)}, "
-                f"got {tuple(key_padding_mask.shape)}"
-            )
-        if attn_mask is not None and attn_mask.dim() == 2:
-            if attn_mask.shape != (length, keys):
-                raise ValueError(
-                    f"attn_mask must have shape {(length, keys)}, got {tuple(attn_mask.shape)}"
-                )
-        elif attn_mask is not None:
-            expected = (batch * self.num_heads, length, keys)
-            if attn_mask.shape != expected:
-                raise ValueError(
-                    f"attn_mask of 3 dimensions must have shape {expected}, "
-                    f"got {tuple(attn_mask.shape)}"
-                )
-            attn_mask = attn_mask.view(batch, self.num_heads, length, keys)
-        return _Inputs(
-            query=query,
-            key=key,
-            value=value,
-            key_padding_mask=key_padding_mask,
-            attn_mask=None if is_causal else attn_mask,
-            is_causal=is_causal,
-            query_is_key=query_is_key,
-            self_attention=self_attention,
+    def _head_inputs(self, inputs: AttentionInputs) -> tuple[HeadInputs | None, Tensor | None]:
+        """What a gate that chooses by queries and keys is given, and values ``[B, H, S', d]``."""
+        if self.gate is None or not self.gate.reads_heads:
+            return None, None
+        if not self.gate.attends:  # values are projected later, for the chosen heads only
+            inputs = inputs._replace(value=inputs.value[:, :0])
+        q, k, v = self._project(inputs)
+        padding = inputs.key_padding_mask
+        heads = HeadInputs(
+            q,
+            k,
+            padding,
+            padding if inputs.query_is_key else None,
+            inputs.attn_mask,
+            inputs.is_causal,
+            self._added_keys,
         )
+        return heads, v
 
-    def _select(self, inputs: _Inputs) -> Selection | None:
+    def _select(self, inputs: AttentionInputs, heads: HeadInputs | None) -> Selection | None:
         """The gate's choice; the observers see it."""
         if self.gate is None:
             return None
         # The mask is about keys: it says which queries are padding only where they are the same.
         padding = inputs.key_padding_mask if inputs.query_is_key else None
-        selection = self.gate(inputs.query, padding)
+        selection = self.gate(inputs.query, padding, *(() if heads is None else (heads,)))
         if self._observers:
             for observer in tuple(self._observers):
                 observer(self, selection, inputs.query, padding)
@@ -384,7 +325,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     def _added_keys(self) -> int:
         return int(self.bias_k is not None) + int(self.add_zero_attn)
 
-    def _project(self, inputs: _Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
         return _ops.project_heads(
             inputs.query,
             inputs.key,
@@ -396,7 +337,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             self.add_zero_attn,
         )
 
-    def _run_all(self, inputs: _Inputs, selection: Selection | None) -> Tensor:
+    def _run_all(self, inputs: AttentionInputs, selection: Selection | None) -> Tensor:
         """Every head, with plain operators; a recorder sees each head's output."""
         q, k, v = self._project(inputs)
         context = _ops.dense_attention(
@@ -425,7 +366,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             self._probe(self, probe)
         return _ops.combine_heads(context, weight, self.out_proj.weight, self.out_proj.bias)
 
-    def _run_selected(self, inputs: _Inputs, selection: Selection) -> Tensor:
+    def _run_selected(self, inputs: AttentionInputs, selection: Selection) -> Tensor:
         """The chosen heads and no others."""
         dropout = self.dropout if self.training else 0.0
         seed = None
@@ -459,7 +400,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             *masks,
         )
 
-    def _attention_weights(self, inputs: _Inputs, selection: Selection | None) -> Tensor:
+    def _attention_weights(self, inputs: AttentionInputs, selection: Selection | None) -> Tensor:
         """``[B, H, L, S']``, zeros for the heads that did not run."""
         q, k, _ = self._project(inputs)
         weights = _ops.attention_probabilities(
@@ -499,20 +440,3 @@ class MultiheadAttention(nn.MultiheadAttention):
         rows = output if self.batch_first else output.transpose(0, 1)
         kept = [row[:length] for row, length in zip(rows.unbind(0), lengths, strict=True)]
         return torch.nested.as_nested_tensor(kept, layout=query.layout), None
-
-
-def _check_sizes(embed_dim: int, num_heads: int, head_dim: int | None, dropout: float) -> None:
-    if embed_dim <= 0:
-        raise ValueError(f"embed_dim must be positive, got {embed_dim}")
-    if num_heads < 0 or (num_heads == 0 and head_dim is None):
-        raise ValueError(
-            f"num_heads must be positive (or 0 where head_dim is given), got {num_heads}"
-        )
-    if head_dim is not None and head_dim <= 0:
-        raise ValueError(f"head_dim must be positive, got {head_dim}")
-    if head_dim is None and embed_dim % num_heads != 0:
-        raise ValueError(
-            f"num_heads must divide embed_dim={embed_dim} (or head_dim be given), got {num_heads}"
-        )
-    if not 0.0 <= dropout <= 1.0:
-        raise ValueError(f"dropout must be between 0 and 1, got {dropout}")

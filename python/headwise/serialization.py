@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from headwise import _C
 from headwise.convert import convert
-from headwise.gates import gate_from_config
+from headwise.gates import gate_from_config, link_gates
 from headwise.layers import attention_layers, replace_module
 from headwise.multihead_attention import MultiheadAttention
 from headwise.structured.fitting import check_document, describe_structure, fit_structure
@@ -234,6 +234,7 @@ def load(dir: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
     for entry in document["layers"]:
         model = _fit_layer(model, layers[entry["name"]], entry)
     _load_tensors(model, tensors, folder / WEIGHTS)
+    link_gates(model)
     return model.eval() if built_here else model
 
 

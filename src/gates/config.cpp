@@ -1,9 +1,12 @@
 // Gate options as tagged JSON, the form in which models are saved by either language.
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <nlohmann/json.hpp>
+#include <optional>
+#include <utility>
 
-#include "headwise/gates.h"
+#include "gates/options.h"
 
 namespace headwise {
 namespace {
@@ -15,122 +18,93 @@ struct IsOptional : std::false_type {};
 template <typename T>
 struct IsOptional<std::optional<T>> : std::true_type {};
 
-// The fields of each type, named once for reading and writing: visit(field name, value).
-template <typename Visit>
-void fields(FixedGateOptions& o, Visit&& visit) {
-  visit("heads", o.heads());
-  visit("scale", o.scale());
-  visit("execution", o.execution());
+template <typename Field>
+void read_field(const Json& value, Field& field) {
+  if constexpr (IsOptional<Field>::value) {
+    field.reset();
+    if (!value.is_null()) {
+      field = value.template get<typename Field::value_type>();
+    }
+  } else if constexpr (IsInnerGate<Field>::value) {
+    field.outer.gate(gate_options_from_json(value.dump()));
+  } else {
+    field = value.template get<Field>();
+  }
 }
 
-template <typename Visit>
-void fields(RandomGateOptions& o, Visit&& visit) {
-  visit("keep", o.keep());
-  visit("per_input", o.per_input());
-  visit("execution", o.execution());
-}
-
-template <typename Visit>
-void fields(BudgetGateOptions& o, Visit&& visit) {
-  visit("target", o.target());
-  visit("target_scope", o.target_scope());
-  visit("strength", o.strength());
-  visit("warmup", o.warmup());
-  visit("static_until", o.static_until());
-  visit("hard_from", o.hard_from());
-  visit("budget", o.budget());
-  visit("min_budget", o.min_budget());
-  visit("max_budget", o.max_budget());
-  visit("initial_budget", o.initial_budget());
-  visit("hidden_dim", o.hidden_dim());
-  visit("min_heads", o.min_heads());
-  visit("rounding", o.rounding());
-  visit("bounds_strength", o.bounds_strength());
-  visit("entropy_strength", o.entropy_strength());
-  visit("temperature", o.temperature());
-  visit("final_temperature", o.final_temperature());
-  visit("noise", o.noise());
-  visit("noise_scale", o.noise_scale());
-  visit("relaxation", o.relaxation());
-  visit("kept_weight", o.kept_weight());
-  visit("execution", o.execution());
-}
-
-template <typename Visit>
-void fields(HardConcreteGateOptions& o, Visit&& visit) {
-  visit("target", o.target());
-  visit("target_scope", o.target_scope());
-  visit("strength", o.strength());
-  visit("warmup", o.warmup());
-  visit("static_until", o.static_until());
-  visit("hard_from", o.hard_from());
-  visit("input_dependent", o.input_dependent());
-  visit("penalty", o.penalty());
-  visit("kept_weight", o.kept_weight());
-  visit("init_log_alpha", o.init_log_alpha());
-  visit("beta", o.beta());
-  visit("gamma", o.gamma());
-  visit("zeta", o.zeta());
-  visit("initial_target", o.initial_target());
-  visit("execution", o.execution());
-}
-
-const char* type_name(const GateOptions& options) {
-  constexpr const char* kNames[] = {"FixedGate", "RandomGate", "BudgetGate", "HardConcreteGate"};
-  return kNames[options.index()];
+template <typename Field>
+Json write_field(const Field& field) {
+  if constexpr (IsOptional<Field>::value) {
+    return field ? Json(*field) : Json(nullptr);
+  } else if constexpr (IsInnerGate<Field>::value) {
+    const auto& box = field.outer.gate();
+    return box ? Json::parse(gate_options_to_json(box->options)) : Json(nullptr);
+  } else {
+    return Json(field);
+  }
 }
 
 template <typename Options>
-GateOptions read(const Json& json, const char* type) {
+GateOptions read(const Json& json) {
+  const char* type = GateFields<Options>::kType;
   Options options;
   for (const auto& [key, value] : json.items()) {
     if (key == "type") {
       continue;
     }
     bool known = false;
-    fields(options, [&, &key = key, &value = value](const char* name, auto& field) {
-      if (key != name) {
-        return;
-      }
-      known = true;
-      using Field = std::decay_t<decltype(field)>;
-      try {
-        if constexpr (IsOptional<Field>::value) {
-          field.reset();
-          if (!value.is_null()) {
-            field = value.template get<typename Field::value_type>();
+    GateFields<Options>::visit(
+        options, [&, &key = key, &value = value](const char* name, auto& field) {
+          if (key != name) {
+            return;
           }
-        } else {
-          field = value.template get<Field>();
-        }
-      } catch (const Json::exception&) {
-        TORCH_CHECK_VALUE(false, type, " option '", key,
-                          "' has a value of the wrong kind: ", value.dump());
-      }
-    });
+          known = true;
+          try {
+            read_field(value, field);
+          } catch (const Json::exception&) {
+            TORCH_CHECK_VALUE(false, type, " option '", key,
+                              "' has a value of the wrong kind: ", value.dump());
+          }
+        });
     TORCH_CHECK_VALUE(known, type, " has no option '", key, "'");
   }
   return options;
 }
 
+template <size_t... I>
+GateOptions read_any(const Json& json, const std::string& type, std::index_sequence<I...>) {
+  std::optional<GateOptions> found;
+  std::vector<std::string> names;
+  const auto consider = [&]<typename Options>(std::type_identity<Options>) {
+    names.emplace_back(GateFields<Options>::kType);
+    if (type == names.back()) {
+      found = read<Options>(json);
+    }
+  };
+  (consider(std::type_identity<std::variant_alternative_t<I, GateOptions>>{}), ...);
+  if (!found) {
+    std::sort(names.begin(), names.end());
+    std::string listed;
+    for (const auto& name : names) {
+      listed += (listed.empty() ? "" : ", ") + name;
+    }
+    TORCH_CHECK_VALUE(false, "gate type must be one of ", listed, ", got '", type, "'");
+  }
+  return *found;
+}
+
 }  // namespace
 
 std::string gate_options_to_json(const GateOptions& options) {
-  Json json;
-  json["type"] = type_name(options);
-  auto copy = options;
-  std::visit(
-      [&](auto& typed) {
-        fields(typed, [&](const char* name, const auto& field) {
-          if constexpr (IsOptional<std::decay_t<decltype(field)>>::value) {
-            json[name] = field ? Json(*field) : Json(nullptr);
-          } else {
-            json[name] = field;
-          }
-        });
+  return std::visit(
+      []<typename Options>(const Options& typed) {
+        Json json;
+        json["type"] = GateFields<Options>::kType;
+        GateFields<Options>::visit(
+            typed, [&](const char* name, const auto& field) { json[name] = write_field(field); });
+        return json.dump();
       },
-      copy);
-  return json.dump();
+      options);
 }
 
 GateOptions gate_options_from_json(std::string_view text) {
@@ -142,15 +116,8 @@ GateOptions gate_options_from_json(std::string_view text) {
   }
   TORCH_CHECK_VALUE(json.is_object() && json.contains("type") && json["type"].is_string(),
                     "gate options must be an object with a 'type', got ", json.dump());
-  const auto type = json["type"].get<std::string>();
-  if (type == "FixedGate") return read<FixedGateOptions>(json, "FixedGate");
-  if (type == "RandomGate") return read<RandomGateOptions>(json, "RandomGate");
-  if (type == "BudgetGate") return read<BudgetGateOptions>(json, "BudgetGate");
-  if (type == "HardConcreteGate") return read<HardConcreteGateOptions>(json, "HardConcreteGate");
-  TORCH_CHECK_VALUE(false,
-                    "gate type must be one of BudgetGate, FixedGate, HardConcreteGate, RandomGate, "
-                    "got '",
-                    type, "'");
+  return read_any(json, json["type"].get<std::string>(),
+                  std::make_index_sequence<std::variant_size_v<GateOptions>>{});
 }
 
 }  // namespace headwise

@@ -45,6 +45,7 @@ void run(const std::string& folder) {
   const auto json = Json::parse(stream);
   auto file = headwise::load_safetensors(folder + "/input.safetensors");
   auto layer = build(json);
+  headwise::link_gates(*layer);
   auto state = layer->named_parameters();
   for (const auto& item : layer->named_buffers()) state.insert(item.key(), item.value());
   const std::string prefix = "state.";

@@ -31,7 +31,13 @@ std::vector<GateOptions> every_gate() {
           BudgetGateOptions().relaxation("straight_through").kept_weight("soft").noise("normal"),
           HardConcreteGateOptions(),
           HardConcreteGateOptions().input_dependent(true).penalty("lagrangian"),
-          HardConcreteGateOptions().input_dependent(true).kept_weight("one").penalty("l0")};
+          HardConcreteGateOptions().input_dependent(true).kept_weight("one").penalty("l0"),
+          SubsetGateOptions().scope("layer").k(2),
+          SubsetGateOptions().scope("layer").estimator("straight_through"),
+          RequestedBudgetGateOptions().scope("layer").min_heads(1),
+          GumbelSigmoidGateOptions().target(0.25),
+          SleepGateOptions().scope("layer"),
+          SharedHeadsGateOptions().gate(BudgetGateOptions().target(0.3)).shared({1, 4})};
 }
 
 TEST(Gates, SelectionsAreConsistent) {
@@ -66,8 +72,9 @@ TEST(Gates, OptionsRoundTripThroughJson) {
   EXPECT_EQ(value_error([] { gate_options_from_json(R"({"type":"BudgetGate","target":"x"})"); }),
             "BudgetGate option 'target' has a value of the wrong kind: \"x\"");
   EXPECT_EQ(value_error([] { gate_options_from_json(R"({"type":"Other"})"); }),
-            "gate type must be one of BudgetGate, FixedGate, HardConcreteGate, RandomGate, got "
-            "'Other'");
+            "gate type must be one of BudgetGate, FixedGate, GumbelSigmoidGate, HardConcreteGate, "
+            "RandomGate, RequestedBudgetGate, SharedHeadsGate, SleepGate, SubsetGate, "
+            "ThresholdGate, got 'Other'");
   EXPECT_NE(value_error([] { gate_options_from_json("{"); }).find("gate options must be JSON"),
             std::string::npos);
 }
@@ -126,7 +133,7 @@ TEST(Gates, Errors) {
   EXPECT_EQ(value_error([] { BudgetGate(BudgetGateOptions().noise("pink"), kDim, kHeads); }),
             "noise must be one of gumbel, normal, got 'pink'");
   EXPECT_EQ(value_error([] { HardConcreteGate(HardConcreteGateOptions().beta(0), kDim, kHeads); }),
-            "beta must be positive, got 0");
+            "beta must be positive and finite, got 0");
   EXPECT_EQ(value_error(
                 [] { FixedGate(FixedGateOptions().heads(std::vector<int64_t>{7}), kDim, kHeads); }),
             "heads must be in 0..5, got 7");

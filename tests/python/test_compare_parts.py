@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from headwise.compare import store, tasks
+from headwise.compare import corpora, store, tasks
 from headwise.compare.breakeven import crossing
 from headwise.compare.errors import UsageError
 from headwise.compare.examples import Examples
@@ -60,16 +60,16 @@ def test_a_split_that_lacks_a_class_is_refused():
 
 
 def test_the_bundled_reviews():
-    task = tasks.load_task("reviews")
+    task = corpora.load_task("reviews")
     assert len(task) == 12808
     assert Counter(task.labels) == {0: 5405, 1: 7403}
     assert len(set(task.groups)) == 508
 
 
 def test_the_snippets_name_the_command_that_fetches_them(monkeypatch, tmp_path):
-    monkeypatch.setattr(tasks, "_vader_folders", lambda: [tmp_path])
+    monkeypatch.setattr(corpora, "_vader_folders", lambda: [tmp_path])
     with pytest.raises(UsageError, match="pip download vaderSentiment --no-deps --no-binary :all:"):
-        tasks.load_task("snippets")
+        corpora.load_task("snippets")
 
 
 def test_the_snippets_come_out_of_a_source_distribution(monkeypatch, tmp_path):
@@ -90,11 +90,33 @@ def test_the_snippets_come_out_of_a_source_distribution(monkeypatch, tmp_path):
     )
     outer = packed("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz", inner)
     (tmp_path / "vaderSentiment-3.3.2.tar.gz").write_bytes(outer)
-    monkeypatch.setattr(tasks, "_vader_folders", lambda: [tmp_path])
-    task = tasks.load_task("snippets")
+    monkeypatch.setattr(corpora, "_vader_folders", lambda: [tmp_path])
+    task = corpora.load_task("snippets")
     assert len(task) == 40
     assert task.classes == ("negative", "positive")
     assert task.labels[:2] == (0, 1)
+
+
+def test_the_mixture_of_domains():
+    task = corpora.load_task("mixed")
+    assert task.domains == ("reviews", "products", "tweets", "topics")
+    assert len(task.classes) == 11 and task.classes[0] == "reviews: rotten"
+    assert max(Counter(task.domain_of).values()) == 4000
+    for label, domain in zip(task.labels, task.domain_of, strict=True):
+        assert task.classes[label].startswith(task.domains[domain] + ": ")
+    # Shuffled: the first rows, which scores are computed on, show every domain.
+    assert len(set(task.domain_of[:40])) == 4
+    parts = tasks.split(task, 0)
+    rows = [set(task.groups[row] for row in part) for part in (parts.train, parts.test)]
+    assert not rows[0] & rows[1]
+    assert task == corpora.load_task("mixed")
+
+
+def test_domains_follow_their_rows():
+    examples = Examples([[1], [2], [3]], [0, 1, 0], domains=("a", "b"), domain_of=[1, 0, 1])
+    assert examples.rows([2, 1]).domain_of.tolist() == [1, 0]
+    assert examples.take(1).domains == ("a", "b")
+    assert Examples([[1]], [0]).domain_of is None
 
 
 def test_a_csv_with_a_byte_order_mark_and_a_group(tmp_path):
@@ -267,3 +289,26 @@ def test_a_run_is_found_again_only_under_the_same_key(tmp_path):
     assert runs.find("a", {"steps": 4}) is None
     (tmp_path / "runs" / "a.json").write_text("{")
     assert runs.find("a", {"steps": 3}) is None
+
+
+def test_the_table_of_domains():
+    from headwise.compare import findings, table
+
+    domains = [
+        {"name": "films", "accuracy": 0.8, "heads_mean": 0.3, "texts": 6},
+        {"name": "news", "accuracy": 0.9, "heads_mean": 0.2, "texts": 4},
+    ]
+    run = {
+        "task": "mixed", "method": "budget-gate", "title": "BudgetGate", "kind": "dynamic",
+        "keep_target": 0.25, "accuracy": 0.84, "accuracy_interval": [0.8, 0.9], "train_steps": 3,
+        "heads_mean": 0.26, "heads_std": 0.05, "jaccard_distance": 0.3, "latency_ms": 1.0,
+        "latency_ratio_to_dense": 0.9, "macs_ratio_to_dense": 0.8, "seed": 0,
+        "attention_macs_ratio_to_dense": 0.4, "validation_accuracy": 0.8, "domains": domains,
+    }  # fmt: skip
+    entry = findings.summarise([run])[0]
+    assert entry["domains"][1] == {"name": "news", "accuracy": 0.9, "heads_mean": 0.2}
+    assert table.domain_columns([entry]) == ["method", "films", "news"]
+    assert table.domain_cells(entry) == ["BudgetGate", "80.0% 30%h", "90.0% 20%h"]
+    assert findings._domain_sentences([entry]) == [
+        "BudgetGate on mixed at 25% gives films the most heads (30.0%) and news the fewest (20.0%)."
+    ]

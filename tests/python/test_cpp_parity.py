@@ -36,6 +36,17 @@ GATES = {
     "budget_fixed": hw.BudgetGate(budget=0.5, execution="selected"),
     "hard_concrete": hw.HardConcreteGate(),
     "hard_concrete_input": hw.HardConcreteGate(input_dependent=True, penalty="lagrangian"),
+    "subset": hw.SubsetGate(2, temperature=2.0),
+    "subset_straight": hw.SubsetGate(scope="layer", estimator="straight_through"),
+    "requested": hw.RequestedBudgetGate(0.6, execution="selected"),
+    "requested_layer": hw.RequestedBudgetGate(0.3, scope="layer", min_heads=1),
+    "gumbel_sigmoid": hw.GumbelSigmoidGate(0.3),
+    "sleep": hw.SleepGate(0.5),
+    "threshold": hw.ThresholdGate(3.0),
+    "threshold_blocks": hw.ThresholdGate(
+        1.0, normalize=False, block=3, block_ratio=0.2, approximate=True, resolution=2.0
+    ),
+    "shared": hw.SharedHeadsGate(hw.BudgetGate(0.4), shared=[2]),
     "hard_concrete_one": hw.HardConcreteGate(input_dependent=True, kept_weight="one"),
 }
 LAYERS = {
@@ -64,6 +75,7 @@ def compare(tmp_path, layer, gate, training, progress, *, is_causal=False, avera
     with torch.no_grad():
         for parameter in ours.parameters():
             parameter.normal_(0.0, 0.5)
+    hw.link_gates(ours)
     hw.anneal(ours, progress)
     ours.train(training)
     cross = options["kdim"] is not None
@@ -119,7 +131,7 @@ def compare(tmp_path, layer, gate, training, progress, *, is_causal=False, avera
         "grad_query": query.grad,
         **{name: chosen[name] for name in ("index", "count", "weight") if name in chosen},
         **{f"grad.{n}": p.grad for n, p in ours.named_parameters() if p.grad is not None},
-        **{f"buffer.{n}": b for n, b in ours.named_buffers()},
+        **{f"buffer.{n}": b for n, b in ours.named_buffers() if n in ours.state_dict()},
     }
 
     done = subprocess.run(

@@ -20,12 +20,18 @@ EVERY_GATE = [
     hw.HardConcreteGate(),
     hw.HardConcreteGate(input_dependent=True, penalty="lagrangian"),
     hw.HardConcreteGate(input_dependent=True, kept_weight="one", penalty="l0"),
+    hw.SubsetGate(2),
+    hw.SubsetGate(keep=0.4, scope="layer", estimator="straight_through"),
+    hw.RequestedBudgetGate(0.3),
+    hw.GumbelSigmoidGate(0.3),
+    hw.SleepGate(0.5),
+    hw.SharedHeadsGate(hw.BudgetGate(0.3), shared=[1, 4]),
 ]
 
 
 def lively(gate, scale=2.0):
     """A bound gate with random parameters, so that inputs differ."""
-    bound = gate.bind(D, H)
+    bound = hw.link_gates(gate.bind(D, H))
     with torch.no_grad():
         for parameter in bound.parameters():
             parameter.normal_(0.0, scale)
@@ -53,7 +59,8 @@ def test_selections_are_consistent(gate, progress, training):
     torch.manual_seed(0)
     x = torch.randn(5, 4, D)
     for execution in ("all", "selected"):
-        config = {**gate.config(), "execution": execution}
+        config = gate.config()
+        config.get("gate", config)["execution"] = execution
         bound = lively(hw.gate_from_config(config)).train(training)
         hw.anneal(bound, progress)
         assert_consistent(bound(x), 5)
@@ -362,7 +369,7 @@ def test_input_that_is_not_finite(value):
             lambda: hw.BudgetGate(target_scope="net"),
             "target_scope must be one of model, layer, got 'net'",
         ),
-        (lambda: hw.HardConcreteGate(beta=0), "beta must be positive, got 0"),
+        (lambda: hw.HardConcreteGate(beta=0), "beta must be positive and finite, got 0"),
         (
             lambda: hw.HardConcreteGate(zeta=1.0),
             "gamma must be below 0 and zeta above 1, got -0.1 and 1.0",

@@ -14,9 +14,10 @@ from headwise.bench.contenders import compare
 from headwise.bench.goals import model_goal
 from headwise.bench.settings import Settings
 from headwise.compare.breakeven import dynamic_model, static_model
+from headwise.compare.corpora import load_task
 from headwise.compare.examples import encode
 from headwise.compare.models import load_classifier, load_tokenizer, model_folder, model_name
-from headwise.compare.tasks import load_task, task_from_file
+from headwise.compare.tasks import task_from_file
 from headwise.layers import attention_layers
 
 OURS, PRUNED, DENSE = "headwise", "pruned", "dense"

@@ -47,7 +47,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
         dest="tasks",
         nargs="+",
         metavar="NAME",
-        help="reviews (default), snippets",
+        help="reviews (default), snippets, products, tweets, topics, mixed (four domains in one)",
     )
     what.add_argument("--data", type=Path, metavar="FILE", help="own texts: .csv or .jsonl")
     what.add_argument("--text", default="text", metavar="COLUMN", help="default: text")
@@ -62,7 +62,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
     how.add_argument(
         "--budgets", nargs="+", type=share, metavar="SHARE", help="shares of the heads, in (0, 1]"
     )
-    how.add_argument("--methods", nargs="+", metavar="NAME", help="see --list-methods")
+    how.add_argument("--methods", nargs="+", metavar="NAME", help="see --list-methods; or all")
     how.add_argument("--seeds", nargs="+", type=seed, metavar="N", help="one training of each")
     how.add_argument("--steps", type=positive, metavar="N", help="training steps of each method")
     how.add_argument(
@@ -85,12 +85,17 @@ def add_parser(commands) -> argparse.ArgumentParser:
 
 def settings_of(options: argparse.Namespace):
     """The settings that the options ask for."""
-    from headwise.compare.methods import DEFAULT_METHODS, METHODS, QUICK_METHODS, resolve_methods
+    from headwise.compare.methods import (
+        DEFAULT_METHODS,
+        FULL_METHODS,
+        QUICK_METHODS,
+        resolve_methods,
+    )
     from headwise.compare.settings import check_budgets, preset
 
     size = "quick" if options.quick else "full" if options.full else "default"
     settings = preset(size, options.seed)
-    standard = {"quick": QUICK_METHODS, "default": DEFAULT_METHODS, "full": tuple(METHODS)}[size]
+    standard = {"quick": QUICK_METHODS, "default": DEFAULT_METHODS, "full": FULL_METHODS}[size]
     changes: dict = {
         "methods": resolve_methods(tuple(options.methods)) if options.methods else standard
     }

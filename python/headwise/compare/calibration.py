@@ -16,13 +16,15 @@ TOLERANCE = 0.02
 def _threshold_parameter(gate: nn.Module) -> nn.Parameter | None:
     """The parameter whose shift makes the gate choose more heads of every input, or fewer.
 
-    BudgetGate: the bias of the budget's logit. HardConcreteGate: log alpha of every head. None
-    where the number of heads is fixed.
+    BudgetGate: the bias of the budget's logit. HardConcreteGate and GumbelSigmoidGate: the logit of
+    every head. None where the number of heads is fixed.
     """
     if isinstance(gate, hw.BudgetGate):
         return gate.budget_out.bias if gate.fixed_budget is None else None
     if isinstance(gate, hw.HardConcreteGate):
         return gate.log_alpha
+    if isinstance(gate, hw.GumbelSigmoidGate):
+        return gate.logit
     return None
 
 

@@ -38,12 +38,29 @@ class Batch:
 
 
 class Examples:
-    """Token numbers and labels of some rows of a task."""
+    """Token numbers and labels of some rows of a task.
 
-    def __init__(self, ids: Sequence[Sequence[int]], labels: Sequence[int], pad: int = 0):
+    Attributes:
+        ids: token numbers of each row.
+        labels: int64 [N].
+        pad: the token that fills a batch.
+        domains: names of the task's domains; empty where it has one.
+        domain_of: int64 [N], each row's, or None.
+    """
+
+    def __init__(
+        self,
+        ids: Sequence[Sequence[int]],
+        labels: Sequence[int],
+        pad: int = 0,
+        domains: Sequence[str] = (),
+        domain_of: Sequence[int] | None = None,
+    ):
         self.ids = list(ids)
-        self.labels = torch.tensor(list(labels), dtype=torch.long)  # [N]
+        self.labels = torch.tensor(list(labels), dtype=torch.long)
         self.pad = pad
+        self.domains = tuple(domains)
+        self.domain_of = torch.tensor(list(domain_of), dtype=torch.long) if domains else None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -56,8 +73,13 @@ class Examples:
 
     def rows(self, rows: Sequence[int]) -> Examples:
         """The examples at the given positions."""
+        rows = list(rows)
         return Examples(
-            [self.ids[row] for row in rows], [int(self.labels[row]) for row in rows], self.pad
+            [self.ids[row] for row in rows],
+            self.labels[rows].tolist(),
+            self.pad,
+            self.domains,
+            None if self.domain_of is None else self.domain_of[rows].tolist(),
         )
 
     def batch(self, rows: Sequence[int]) -> Batch:
@@ -107,4 +129,10 @@ def encode(task: Task, rows: Sequence[int], tokenizer, max_length: int) -> Examp
         "input_ids"
     ]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    return Examples(encoded, [task.labels[row] for row in rows], pad)
+    return Examples(
+        encoded,
+        [task.labels[row] for row in rows],
+        pad,
+        task.domains,
+        [task.domain_of[row] for row in rows] if task.domains else None,
+    )

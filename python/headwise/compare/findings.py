@@ -55,6 +55,17 @@ def summarise(runs: Sequence[dict]) -> list[dict]:
         }
         for name in _AVERAGED:
             entry[name] = sum(run[name] for run in group) / len(group)
+        if "domains" in group[0]:
+            entry["domains"] = [
+                {
+                    "name": domain["name"],
+                    **{
+                        key: sum(run["domains"][i][key] for run in group) / len(group)
+                        for key in ("accuracy", "heads_mean")
+                    },
+                }
+                for i, domain in enumerate(group[0]["domains"])
+            ]
         # A method that prunes more than heads has its budget in something else.
         entry["whole_model"] = "share_kept" in group[0]
         kept = [run.get("share_kept", run["heads_mean"]) for run in group]
@@ -163,6 +174,7 @@ def sentences(result: dict) -> list[str]:
             )
         found.append(text)
     found += _selection_sentences(summary)
+    found += _domain_sentences(summary)
     found += _time_sentences(summary, result.get("break_even"))
     missed = [e for e in summary if e["missed"]]
     for e in missed:
@@ -205,6 +217,22 @@ def _selection_sentences(summary: Sequence[dict]) -> list[str]:
         found.append(
             f"{title}{where} {verdict}: texts differ in how many heads they run (standard "
             f"deviation) and in which (mean Jaccard distance) {', '.join(parts)}."
+        )
+    return found
+
+
+def _domain_sentences(summary: Sequence[dict]) -> list[str]:
+    """One for each dynamic method of a task with domains: how its heads are shared out."""
+    found = []
+    for e in summary:
+        if e["kind"] != "dynamic" or "domains" not in e:
+            continue
+        most = max(e["domains"], key=lambda domain: domain["heads_mean"])
+        least = min(e["domains"], key=lambda domain: domain["heads_mean"])
+        found.append(
+            f"{e['title']} on {e['task']} at {e['keep_target']:.0%} gives {most['name']} the most "
+            f"heads ({most['heads_mean']:.1%}) and {least['name']} the fewest "
+            f"({least['heads_mean']:.1%})."
         )
     return found
 

@@ -147,13 +147,14 @@ class Macs:
 
 def gate_macs(model: nn.Module) -> int:
     """Multiply-accumulates of the gates for one text: the matrices that meet its pooled input."""
-    return sum(
-        parameter.numel()
+    matrices = {
+        parameter
         for module in model.modules()
         if isinstance(module, hw.Gate)
         for parameter in module.parameters()
         if parameter.dim() > 1
-    )
+    }
+    return sum(parameter.numel() for parameter in matrices)
 
 
 def macs(config, use: HeadUse, lengths: Tensor, model: nn.Module | None = None) -> Macs:
@@ -184,6 +185,11 @@ def macs(config, use: HeadUse, lengths: Tensor, model: nn.Module | None = None) 
     rest = neurons * sum(hw._C.neuron_macs(tokens, width) for tokens in n.tolist())
     rest += len(lengths) * (width * pooled + pooled * 2)
     gates = len(lengths) * gate_macs(model) if model is not None else 0
+    if model is not None and any(isinstance(m, hw.ThresholdGate) for m in model.modules()):
+        # It decides by the queries, keys and integer scores of every head.
+        dropped = use.chosen.shape[1] - use.chosen.double().sum(1)  # [N]
+        decisions = dropped * 2 * n * width * head + use.chosen.shape[1] * n * n * head
+        gates += decisions.sum().item()
     return Macs(attention, rest, gates)
 
 

@@ -46,7 +46,16 @@ def page(result: dict) -> str:
             (heading, [{"kind": e["kind"], "cells": table.cells(e, dense)} for e in entries])
             for heading, entries in groups
         ]
-        tasks.append({**task, "groups": rows})
+        domains = table.domain_columns([dense])
+        by_domain = [
+            (
+                heading,
+                [{"kind": e["kind"], "cells": table.domain_cells(e)} for e in entries],
+            )
+            for heading, entries in groups
+            if domains
+        ]
+        tasks.append({**task, "groups": rows, "domains": domains, "by_domain": by_domain})
     first = result["runs"][0]
     return environment.get_template("page.html.j2").render(
         model=first["model"],

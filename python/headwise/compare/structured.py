@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import headwise as hw
 from headwise.compare.examples import Batch
+from headwise.compare.method import Outcome
 from headwise.compare.training import (
     autocast,
     disable_dropout,
@@ -30,9 +31,8 @@ KWON_EXAMPLES = 2048
 _SEARCH = 0.75
 
 
-def kwon(bench: Workbench, keep: float, steps: int):
+def kwon(bench: Workbench, keep: float, steps: int) -> Outcome:
     """Heads and neurons at ``keep`` of the multiply-accumulates, without training."""
-    from headwise.compare.methods import Outcome
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         labels = batch.labels.to(bench.device)
@@ -45,10 +45,8 @@ def kwon(bench: Workbench, keep: float, steps: int):
     return Outcome(result.model, 0, notes)
 
 
-def cofi(bench: Workbench, keep: float, steps: int):
+def cofi(bench: Workbench, keep: float, steps: int) -> Outcome:
     """Masks of all five grains train down to ``keep`` of the weights; what stays trains on."""
-    from headwise.compare.methods import Outcome
-
     began = time.perf_counter()
     teacher = bench.converted().requires_grad_(False)
     masked = hw.CoFi(bench.converted(), 1.0 - keep, teacher=teacher, warmup=0.7, init_log_alpha=2.0)

@@ -14,6 +14,7 @@ from torch import nn
 import headwise as hw
 from headwise.compare import measure
 from headwise.compare.breakeven import break_even
+from headwise.compare.corpora import load_task
 from headwise.compare.examples import Examples, encode
 from headwise.compare.methods import METHODS, Outcome
 from headwise.compare.models import (
@@ -28,7 +29,7 @@ from headwise.compare.selections import HeadUse, predict_and_record
 from headwise.compare.settings import Settings, Source
 from headwise.compare.statistics import wilson_interval
 from headwise.compare.store import RunStore, write_atomically
-from headwise.compare.tasks import Task, load_task, split, task_from_file
+from headwise.compare.tasks import Task, split, task_from_file
 from headwise.compare.training import accuracy, finetune, predict
 from headwise.compare.workbench import Workbench, dense_options
 
@@ -298,9 +299,29 @@ class Study:
             **summary,
             "accuracy_interval": list(wilson_interval(int(right.sum()), len(right))),
             "validation_accuracy": accuracy(validation, bench.validation.labels),
+            **_by_domain(bench.test, right, use),
             "latency": times,
             "correct": "".join("1" if value else "0" for value in right.tolist()),
         }
+
+
+def _by_domain(test: Examples, right: torch.Tensor, use: HeadUse) -> dict:
+    """Accuracy and head use of each domain, where the task has several."""
+    if test.domain_of is None:
+        return {}
+    found = []
+    for number, name in enumerate(test.domains):
+        own = test.domain_of == number  # [N]
+        part = replace(use, chosen=use.chosen[own]).summary()
+        found.append(
+            {
+                "name": name,
+                "texts": int(own.sum()),
+                "accuracy": right[own].double().mean().item(),
+                **{key: part[key] for key in ("heads_mean", "heads_std", "heads_by_layer")},
+            }
+        )
+    return {"domains": found}
 
 
 def _mac_ratios(bench: Workbench, model: nn.Module, use: HeadUse) -> dict:

@@ -34,6 +34,21 @@ def cells(entry: dict, dense: dict) -> list[str]:
     ]
 
 
+def domain_cells(entry: dict) -> list[str]:
+    """One row of the table of domains: the method, then accuracy and share of heads of each."""
+    return [
+        entry["title"],
+        *(f"{100 * d['accuracy']:.1f}% {100 * d['heads_mean']:.0f}%h" for d in entry["domains"]),
+    ]
+
+
+def domain_columns(entries: Sequence[dict]) -> list[str]:
+    """The heading of the table of domains; empty where the task has one domain."""
+    if "domains" not in entries[0]:
+        return []
+    return ["method", *(domain["name"] for domain in entries[0]["domains"])]
+
+
 def grouped(summary: Sequence[dict], task: str) -> list[tuple[str, list[dict]]]:
     """(heading, entries) of a task: dense first, then each budget, the largest first."""
     own = [entry for entry in summary if entry["task"] == task]
@@ -42,6 +57,20 @@ def grouped(summary: Sequence[dict], task: str) -> list[tuple[str, list[dict]]]:
         entries = [e for e in own if e["kind"] != "dense" and e["keep_target"] == keep]
         groups.append((f"{keep:.0%} of the heads", entries))
     return groups
+
+
+def _aligned(header: Sequence[str], rows: Sequence[list[str] | str]) -> list[str]:
+    """A table: rows that are texts are headings over the full width."""
+    table = [header, *(row for row in rows if not isinstance(row, str))]
+    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        first = row[0].ljust(widths[0])
+        rest = (cell.rjust(size) for cell, size in zip(row[1:], widths[1:], strict=True))
+        return "  ".join([first, *rest]).rstrip()
+
+    top = line(header)
+    return [top, "-" * len(top), *(row if isinstance(row, str) else line(row) for row in rows)]
 
 
 def render(result: dict, width: int = 100) -> str:
@@ -57,23 +86,23 @@ def render(result: dict, width: int = 100) -> str:
                 row = cells(e, dense)
                 rows.append(["  " + row[0], *row[1:]])
         header = [name for name, _ in COLUMNS]
-        table = [header, *(row for row in rows if not isinstance(row, str))]
-        widths = [max(len(row[i]) for row in table) for i in range(len(header))]
-
-        def line(row: Sequence[str], widths: Sequence[int] = tuple(widths)) -> str:
-            first = row[0].ljust(widths[0])
-            rest = (cell.rjust(size) for cell, size in zip(row[1:], widths[1:], strict=True))
-            return "  ".join([first, *rest]).rstrip()
-
         lines += [
             f"{task['title']} ({task['train']:,} training, {task['validation']:,} validation, "
             f"{task['test']:,} test texts)",
             "",
-            line(header),
-            "-" * len(line(header)),
+            *_aligned(header, rows),
+            "",
         ]
-        lines += [row if isinstance(row, str) else line(row) for row in rows]
-        lines.append("")
+        columns = domain_columns([dense])
+        if columns:
+            rows = []
+            for heading, entries in groups:
+                rows.append(heading)
+                for e in entries:
+                    row = domain_cells(e)
+                    rows.append(["  " + row[0], *row[1:]])
+            lines += ["accuracy and share of heads (h) of each domain", ""]
+            lines += [*_aligned(columns, rows), ""]
     lines += ["What was found", ""]
     for sentence in result["findings"]:
         lines += textwrap.wrap(sentence, width, initial_indent="- ", subsequent_indent="  ")

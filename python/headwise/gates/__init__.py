@@ -2,19 +2,38 @@
 
 from headwise.gates.base import Gate, anneal, gate_from_config, penalty
 from headwise.gates.budget import BudgetGate
+from headwise.gates.calibrate import calibrate_threshold
 from headwise.gates.fixed import FixedGate
+from headwise.gates.gumbel_sigmoid import GumbelSigmoidGate
 from headwise.gates.hard_concrete import HardConcreteGate
 from headwise.gates.random import RandomGate
+from headwise.gates.requested import RequestedBudgetGate, request_budget
+from headwise.gates.scope import link_gates
+from headwise.gates.shared_heads import SharedHeadsGate
+from headwise.gates.sleep import HeadMove, SleepGate, head_moves
 from headwise.gates.start import start_gates
+from headwise.gates.subset import SubsetGate
+from headwise.gates.threshold import ThresholdGate
 
 __all__ = [
     "BudgetGate",
     "FixedGate",
     "Gate",
+    "GumbelSigmoidGate",
     "HardConcreteGate",
+    "HeadMove",
     "RandomGate",
+    "RequestedBudgetGate",
+    "SharedHeadsGate",
+    "SleepGate",
+    "SubsetGate",
+    "ThresholdGate",
     "anneal",
+    "calibrate_threshold",
     "gate_from_config",
+    "head_moves",
+    "link_gates",
     "penalty",
+    "request_budget",
     "start_gates",
 ]

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from headwise.gates.options import Check, choice
 from headwise.selection import Selection
+
+if TYPE_CHECKING:
+    from headwise.gates.scope import GateScope
 
 EXECUTIONS = ("all", "selected")
 _GATES: dict[str, type[Gate]] = {}
@@ -33,6 +38,10 @@ class Gate(nn.Module):
 
     #: Arguments of ``__init__`` that describe the layer, not the gate.
     _BINDING = ("embed_dim", "num_heads", "device", "dtype")
+    #: What each option must be, in the order of :meth:`config`. A gate that declares its options
+    #: here, its parent's among them, ends its ``__init__`` with ``super().__init__(
+    #: **self._declared(locals()))``: they are checked, and become attributes.
+    _OPTIONS: Mapping[str, Check] = {}
 
     embed_dim: int | None
     num_heads: int | None
@@ -52,8 +61,11 @@ class Gate(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        if execution not in EXECUTIONS:
-            raise ValueError(f"execution must be one of {', '.join(EXECUTIONS)}, got {execution!r}")
+        checks = {**self._OPTIONS, "execution": choice(*EXECUTIONS)}
+        options = {
+            name: checks[name](name, value) if name in checks else value
+            for name, value in {**options, "execution": execution}.items()
+        }
         if (embed_dim is None) != (num_heads is None):
             raise ValueError("embed_dim and num_heads must be given together, or neither")
         if embed_dim is not None and (embed_dim <= 0 or num_heads < 0):
@@ -61,14 +73,26 @@ class Gate(nn.Module):
                 "embed_dim must be positive and num_heads not negative, "
                 f"got embed_dim={embed_dim} and num_heads={num_heads}"
             )
-        self._options = {**options, "execution": execution}
-        self.execution = execution
+        self._options = options
+        for name in checks:
+            if not hasattr(type(self), name):  # a method may have the name of an option
+                self.__dict__[name] = options[name]
+        self._check_options()
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.expected_heads: Tensor | None = None
         if embed_dim is not None:
             self._build(device, dtype)
             self.reset_parameters()
+
+    @classmethod
+    def _declared(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """What ``__init__`` of this class is given, from the arguments of a gate's own."""
+        held = {name: arguments[name] for name in ("execution", *cls._BINDING)}
+        return {"options": {name: arguments[name] for name in cls._OPTIONS}, **held}
+
+    def _check_options(self) -> None:
+        """Checks what single options do not show."""
 
     def _build(self, device, dtype) -> None:
         """Creates the parameters and buffers of a bound gate."""
@@ -141,11 +165,31 @@ class Gate(nn.Module):
         if x.dim() != 3 or x.size(2) != self.embed_dim:
             raise ValueError(f"x must have shape [B, L, {self.embed_dim}], got {list(x.shape)}")
 
+    #: Whether the gate chooses by queries and keys: the layer then hands it ``HeadInputs``.
+    reads_heads = False
+
+    #: Whether it also changes how heads attend: the layer then calls its ``attend(heads, v)``.
+    attends = False
+
+    #: Whether it only passes on what another gate inside it chose: then that one is annealed,
+    #: linked and penalised.
+    wraps = False
+
+    def scope_key(self) -> str | None:
+        """Gates of scope ``"model"`` with equal keys decide together; None: this one alone."""
+        return None
+
+    def join(self, scope: GateScope, position: int) -> None:
+        """Takes its place among the gates of ``scope``, all of which are already in it."""
+
     #: Attributes that hold tensors of the last forward's graph: not part of a copy or a file.
     _RECORDED: tuple[str, ...] = ("expected_heads",)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, **dict.fromkeys(self._RECORDED)}
+
+    def _config_key(self) -> str:
+        return json.dumps(self.config(), sort_keys=True)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{key}={value!r}" for key, value in self._options.items())
@@ -170,8 +214,12 @@ def gate_from_config(config: Mapping[str, Any]) -> Gate:
 
 
 def gates(model: nn.Module) -> list[Gate]:
-    """The bound gates of a model, in the order of its modules."""
-    return [m for m in model.modules() if isinstance(m, Gate) and m.num_heads is not None]
+    """The bound gates of a model that choose, in the order of its modules."""
+    return [
+        m
+        for m in model.modules()
+        if isinstance(m, Gate) and m.num_heads is not None and not m.wraps
+    ]
 
 
 def penalty(model: nn.Module) -> Tensor:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
-from headwise.gates.targeted import TargetedGate, check_fraction
+from headwise.gates.options import (
+    at_least,
+    choice,
+    finite,
+    fraction,
+    not_negative,
+    optional,
+    positive,
+)
+from headwise.gates.targeted import TargetedGate
 from headwise.selection import Selection
 
 _ops = torch.ops.headwise
-
-RELAXATIONS = ("exact_mass", "straight_through")
-KEPT_WEIGHTS = ("one", "soft")
-NOISES = ("gumbel", "normal")
-ROUNDINGS = ("round", "ceil")
 
 
 class BudgetGate(TargetedGate):
@@ -94,6 +97,25 @@ class BudgetGate(TargetedGate):
     """
 
     base: Tensor
+    _OPTIONS = {
+        **TargetedGate._OPTIONS,
+        "budget": optional(fraction),
+        "min_budget": fraction,
+        "max_budget": fraction,
+        "initial_budget": fraction,
+        "hidden_dim": optional(at_least(1)),
+        "min_heads": at_least(0),
+        "rounding": choice("round", "ceil"),
+        "bounds_strength": not_negative,
+        "entropy_strength": finite,
+        "temperature": positive,
+        "final_temperature": positive,
+        "noise": choice("gumbel", "normal"),
+        "noise_scale": not_negative,
+        "relaxation": choice("exact_mass", "straight_through"),
+        "kept_weight": choice("one", "soft"),
+    }
+    _INITIAL = "initial_budget"
 
     def __init__(
         self,
@@ -125,72 +147,21 @@ class BudgetGate(TargetedGate):
         device=None,
         dtype=None,
     ) -> None:
-        check_fraction("target", target)
-        if budget is not None:
-            check_fraction("budget", budget)
-        if not 0.0 < min_budget <= max_budget <= 1.0:
+        super().__init__(**self._declared(locals()))
+
+    def _check_options(self) -> None:
+        if not self.min_budget <= self.max_budget:
             raise ValueError(
                 "min_budget and max_budget must satisfy 0 < min_budget <= max_budget <= 1, got "
-                f"{min_budget} and {max_budget}"
+                f"{self.min_budget} and {self.max_budget}"
             )
-        fixed = budget if budget is not None else (1.0 if target == 1.0 else None)
-        if fixed is None and not min_budget <= target <= max_budget:
+        fixed = self.budget if self.budget is not None else (1.0 if self.target == 1.0 else None)
+        if fixed is None and not self.min_budget <= self.target <= self.max_budget:
             raise ValueError(
-                f"target must lie between min_budget={min_budget} and max_budget={max_budget}, "
-                f"got {target}"
+                f"target must lie between min_budget={self.min_budget} and "
+                f"max_budget={self.max_budget}, got {self.target}"
             )
-        for name, value, choices in (
-            ("rounding", rounding, ROUNDINGS),
-            ("noise", noise, NOISES),
-            ("relaxation", relaxation, RELAXATIONS),
-            ("kept_weight", kept_weight, KEPT_WEIGHTS),
-        ):
-            if value not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-        for name, value in (("temperature", temperature), ("final_temperature", final_temperature)):
-            if not 0.0 < value < float("inf"):
-                raise ValueError(f"{name} must be positive and finite, got {value}")
-        for name, value in (("noise_scale", noise_scale), ("bounds_strength", bounds_strength)):
-            if not 0.0 <= value < float("inf"):
-                raise ValueError(f"{name} must be finite and not negative, got {value}")
-        if min_heads < 0:
-            raise ValueError(f"min_heads must not be negative, got {min_heads}")
-        if hidden_dim is not None and hidden_dim <= 0:
-            raise ValueError(f"hidden_dim must be positive, got {hidden_dim}")
-        options: dict[str, Any] = {
-            "budget": budget,
-            "min_budget": float(min_budget),
-            "max_budget": float(max_budget),
-            "initial_budget": float(initial_budget),
-            "hidden_dim": hidden_dim,
-            "min_heads": int(min_heads),
-            "rounding": rounding,
-            "bounds_strength": float(bounds_strength),
-            "entropy_strength": float(entropy_strength),
-            "temperature": float(temperature),
-            "final_temperature": float(final_temperature),
-            "noise": noise,
-            "noise_scale": float(noise_scale),
-            "relaxation": relaxation,
-            "kept_weight": kept_weight,
-        }
-        check_fraction("initial_budget", initial_budget)
-        self.__dict__.update(options, fixed_budget=fixed)
-        super().__init__(
-            options,
-            target=target,
-            initial_target=initial_budget,
-            target_scope=target_scope,
-            strength=strength,
-            warmup=warmup,
-            static_until=static_until,
-            hard_from=hard_from,
-            execution=execution,
-            embed_dim=embed_dim,
-            num_heads=num_heads,
-            device=device,
-            dtype=dtype,
-        )
+        self.fixed_budget = fixed
 
     def _build(self, device, dtype) -> None:
         super()._build(device, dtype)
@@ -223,7 +194,6 @@ class BudgetGate(TargetedGate):
         held = min(max(budget, self.min_budget, 1e-3), self.max_budget, 1 - 1e-3)
         self.budget_out.bias.fill_(math.log(held / (1.0 - held)))
 
-    @torch.no_grad()
     def _start(self, relevance: Tensor, budget: float) -> None:
         self.base.copy_(relevance)
         if self.fixed_budget is None:
@@ -325,7 +295,3 @@ class BudgetGate(TargetedGate):
             entropy = schedule * _ops.relevance_entropy(relevance)
             terms = entropy if terms is None else terms + entropy
         return terms
-
-    def penalty_pool(self) -> tuple | None:
-        pool = super().penalty_pool()
-        return None if pool is None else (*pool, self.initial_budget)

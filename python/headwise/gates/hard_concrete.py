@@ -8,13 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
+from headwise.gates.options import choice, finite, flag, fraction, positive
 from headwise.gates.targeted import TargetedGate
 from headwise.selection import Selection
 
 _ops = torch.ops.headwise
-
-PENALTIES = ("squared", "lagrangian", "l0")
-KEPT_WEIGHTS = ("gate", "one")
 
 
 class HardConcreteGate(TargetedGate):
@@ -68,6 +66,17 @@ class HardConcreteGate(TargetedGate):
     """
 
     log_alpha: Tensor
+    _OPTIONS = {
+        **TargetedGate._OPTIONS,
+        "input_dependent": flag,
+        "penalty": choice("squared", "lagrangian", "l0"),
+        "kept_weight": choice("gate", "one"),
+        "init_log_alpha": finite,
+        "beta": positive,
+        "gamma": finite,
+        "zeta": finite,
+        "initial_target": fraction,
+    }
 
     def __init__(
         self,
@@ -92,45 +101,17 @@ class HardConcreteGate(TargetedGate):
         device=None,
         dtype=None,
     ) -> None:
-        if penalty not in PENALTIES:
-            raise ValueError(f"penalty must be one of {', '.join(PENALTIES)}, got {penalty!r}")
-        if kept_weight not in KEPT_WEIGHTS:
+        super().__init__(**self._declared(locals()))
+
+    def _check_options(self) -> None:
+        if not (self.gamma < 0.0 and self.zeta > 1.0):
             raise ValueError(
-                f"kept_weight must be one of {', '.join(KEPT_WEIGHTS)}, got {kept_weight!r}"
+                f"gamma must be below 0 and zeta above 1, got {self.gamma} and {self.zeta}"
             )
-        if not beta > 0.0:
-            raise ValueError(f"beta must be positive, got {beta}")
-        if not (gamma < 0.0 and zeta > 1.0):
-            raise ValueError(f"gamma must be below 0 and zeta above 1, got {gamma} and {zeta}")
-        if init_log_alpha - init_log_alpha != 0.0:
-            raise ValueError(f"init_log_alpha must be finite, got {init_log_alpha}")
-        options = {
-            "input_dependent": bool(input_dependent),
-            "penalty": penalty,
-            "kept_weight": kept_weight,
-            "init_log_alpha": float(init_log_alpha),
-            "beta": float(beta),
-            "gamma": float(gamma),
-            "zeta": float(zeta),
-            "initial_target": float(initial_target),
-        }
-        held = {key: value for key, value in options.items() if key != "penalty"}
-        self.__dict__.update(held, penalty_form=penalty)
-        super().__init__(
-            options,
-            target=target,
-            initial_target=initial_target,
-            target_scope=target_scope,
-            strength=strength,
-            warmup=warmup,
-            static_until=static_until,
-            hard_from=hard_from,
-            execution=execution,
-            embed_dim=embed_dim,
-            num_heads=num_heads,
-            device=device,
-            dtype=dtype,
-        )
+
+    @property
+    def penalty_form(self) -> str:
+        return self._options["penalty"]
 
     def _build(self, device, dtype) -> None:
         super()._build(device, dtype)
@@ -154,7 +135,6 @@ class HardConcreteGate(TargetedGate):
         if self.penalty_form == "lagrangian":
             nn.init.zeros_(self.multipliers)
 
-    @torch.no_grad()
     def _start(self, relevance: Tensor, budget: float) -> None:
         # P(open) is 1/2 where the relevance is 0.
         self.log_alpha.copy_(relevance + self.beta * math.log(-self.gamma / self.zeta))
@@ -210,7 +190,3 @@ class HardConcreteGate(TargetedGate):
 
     def _multipliers(self) -> Tensor | None:
         return self.multipliers if self.penalty_form == "lagrangian" else None
-
-    def penalty_pool(self) -> tuple | None:
-        pool = super().penalty_pool()
-        return None if pool is None else (*pool, self.initial_target)

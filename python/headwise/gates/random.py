@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from headwise.gates.base import Gate
+from headwise.gates.options import flag, fraction
 from headwise.selection import Selection
 
 
@@ -29,6 +30,7 @@ class RandomGate(Gate):
     """
 
     relevance: Tensor
+    _OPTIONS = {"keep": fraction, "per_input": flag}
 
     def __init__(
         self,
@@ -41,19 +43,7 @@ class RandomGate(Gate):
         device=None,
         dtype=None,
     ) -> None:
-        if not 0.0 < keep <= 1.0:
-            raise ValueError(f"keep must be in (0, 1], got {keep}")
-        options = {"keep": float(keep), "per_input": bool(per_input)}
-        super().__init__(
-            options,
-            execution=execution,
-            embed_dim=embed_dim,
-            num_heads=num_heads,
-            device=device,
-            dtype=dtype,
-        )
-        self.keep = keep
-        self.per_input = per_input
+        super().__init__(**self._declared(locals()))
 
     def _build(self, device, dtype) -> None:
         self.register_buffer("relevance", torch.empty(self.num_heads, device=device, dtype=dtype))

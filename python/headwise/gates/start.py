@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from headwise.gates.base import gates
-from headwise.gates.targeted import TargetedGate, check_fraction
+from headwise.gates.base import Gate
+from headwise.gates.options import fraction
 
 
 def start_gates(
@@ -22,7 +22,7 @@ def start_gates(
     the share of its heads among the ``keep`` most important. Ours.
 
     Args:
-        model: has gates that are trained towards a share of heads.
+        model: has gates that are trained.
         importance: for every such gate, by the name of its attention layer, a score a head ``[H]``.
         keep: share of the heads of the model to start with, in (0, 1].
         sharpness: range of the relevance over the ranking.
@@ -30,13 +30,16 @@ def start_gates(
     Raises:
         ValueError: ``keep`` outside (0, 1], a gate without a score, or the wrong number of heads.
     """
-    check_fraction("keep", keep)
-    bound = set(gates(model))
-    found = {
-        name.removesuffix(".gate"): gate
-        for name, gate in model.named_modules()
-        if gate in bound and isinstance(gate, TargetedGate)
-    }
+    fraction("keep", keep)
+    found: dict[str, Gate] = {}
+    for name, module in model.named_modules():
+        outer = next(reversed(found), None)
+        if outer is not None and name.startswith(f"{outer}."):
+            continue  # started by the gate that it is in
+        if isinstance(module, Gate) and module.num_heads is not None:
+            if hasattr(module, "start_from"):
+                found[name] = module
+    found = {name.removesuffix("gate").removesuffix("."): gate for name, gate in found.items()}
     scores = []
     for name, gate in found.items():
         if name not in importance:
@@ -54,4 +57,4 @@ def start_gates(
     parts = start.split([len(score) for score in scores])
     for gate, part in zip(found.values(), parts, strict=True):
         if len(part):
-            gate.start_from(part.to(gate.progress.device), float((part > 0).double().mean()))
+            gate.start_from(part, float((part > 0).double().mean()))

@@ -1,0 +1,69 @@
+"""Methods that rank the heads of the dense model and keep the best: one plan for every text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+import headwise as hw
+from headwise.compare.method import Outcome
+from headwise.compare.workbench import Workbench
+
+#: Shares of importance that hies is tried with; validation texts choose.
+_ALPHAS = (0.25, 0.5, 0.75, 0.9)
+
+
+def random_plan(bench: Workbench, keep: float) -> hw.HeadPlan:
+    generator = torch.Generator().manual_seed(4000 + bench.seed)
+    values = {
+        name: torch.rand(heads, generator=generator, dtype=torch.float64)
+        for name, heads in bench.dense_layers.items()
+    }
+    return hw.plan(hw.HeadScores("random", values), keep=keep)
+
+
+def michel_plan(bench: Workbench, keep: float) -> hw.HeadPlan:
+    return hw.plan(bench.scores()["michel"], keep=keep)
+
+
+def hies_plan(bench: Workbench, keep: float) -> hw.HeadPlan:
+    """The plan of HIES (arXiv 2510.13832); its alpha is the best of a few on validation texts."""
+    if ("hies", keep) in bench.plans:
+        return bench.plans["hies", keep]
+    scores = bench.scores()
+    found = hw.select_alpha(
+        scores["michel"],
+        scores["entropy"],
+        lambda plan: bench.validation_accuracy(hw.prune(bench.converted(), plan)),
+        keep,
+        alphas=_ALPHAS,
+    )
+    bench.plans["hies", keep] = found.plan
+    return found.plan
+
+
+Planner = Callable[[Workbench, float], "hw.HeadPlan"]
+
+
+def post_hoc(planner: Planner) -> Callable[[Workbench, float, int], Outcome]:
+    def run(bench: Workbench, keep: float, steps: int) -> Outcome:
+        return Outcome(hw.prune(bench.converted(), planner(bench, keep)), 0)
+
+    return run
+
+
+def fine_tuned(planner: Planner) -> Callable[[Workbench, float, int], Outcome]:
+    def run(bench: Workbench, keep: float, steps: int) -> Outcome:
+        model = hw.prune(bench.converted(), planner(bench, keep))
+        bench.finetune(model, bench.batches(), steps)
+        return Outcome(model, steps)
+
+    return run
+
+
+def dense_continued(bench: Workbench, keep: float, steps: int) -> Outcome:
+    """The dense model with the same further steps: what the steps alone are worth."""
+    model = bench.converted()
+    bench.finetune(model, bench.batches(), steps)
+    return Outcome(model, steps)

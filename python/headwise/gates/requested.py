@@ -1,0 +1,241 @@
+"""A gate whose budget is an argument at run time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import Parameter
+
+from headwise.gates.base import gates
+from headwise.gates.options import at_least, choice, fraction, moment, not_negative, positive, unit
+from headwise.gates.scheduled import ScheduledGate
+from headwise.gates.scope import ScopedGate
+from headwise.selection import Selection
+
+_ops = torch.ops.headwise
+
+
+class RequestedBudgetGate(ScopedGate, ScheduledGate):
+    r"""One model, any cost: the share of the heads to run is asked for call by call.
+
+    Gates conditioned on a requested budget, as in budgeted attention allocation (arXiv
+    2605.02697). Training draws a budget :math:`b` for every sequence; evaluation runs the one that
+    was requested, exactly: :math:`K = \mathrm{round}(b N)` of the model's N heads for every input
+    (at least one). How, is ours: a head's static score is :math:`base + tilt\,(b - 1/2)`; the K
+    largest of the model say how many heads each layer is given; which of them run in a layer
+    depends on the input, by :math:`a = base + tilt\,(b - 1/2) + W z / \sqrt D` with :math:`z` as in
+    :class:`BudgetGate`. Relaxation, noise and schedule are :class:`BudgetGate`'s.
+
+    ::
+
+        model = hw.convert(model, hw.RequestedBudgetGate())     # train with hw.anneal as usual
+        hw.request_budget(model, 0.25)                          # a quarter of the heads from now on
+        hw.request_budget(model, torch.tensor([0.25, 1.0]))     # or a budget for each sequence
+
+    Args:
+        budget: what evaluation runs until another is requested, in (0, 1].
+        min_budget: the least that training draws. Below it evaluation runs what was not trained.
+        max_budget: the most that training draws.
+        scope: ``"model"``: the budget is shared out among the layers
+            (:func:`headwise.link_gates`, which ``convert`` and ``load`` call); ``"layer"``: each
+            layer runs that share of its own heads.
+        min_heads: no layer runs fewer heads; above 0 a model may run more than it was asked for.
+        temperature: of the relaxation, at the start.
+        final_temperature: of the relaxation, when the hard selection begins.
+        noise_scale: of the Gumbel noise at the start; falls linearly to 0 at ``hard_from``.
+        static_until: progress at which the input's part sets in.
+        hard_from: progress from which training runs the hard selection.
+        execution: see :class:`Gate`.
+        embed_dim: width of the layer's input, D.
+        num_heads: heads of the layer, H.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Parameters: ``base [H]``, ``tilt [H]``, ``relevance.weight [H, D]``. What was requested is not
+    saved: a model that is loaded runs ``budget``.
+
+    Raises:
+        ValueError: an argument out of its range; a request that is neither one budget nor one for
+            each sequence; in a CPU forward, relevance that is not finite.
+        RuntimeError: a forward of a gate of scope ``"model"`` that is not linked.
+    """
+
+    base: Tensor
+    tilt: Tensor
+    requested: Tensor
+    _OPTIONS = {
+        "budget": fraction,
+        "min_budget": fraction,
+        "max_budget": fraction,
+        "scope": choice("model", "layer"),
+        "min_heads": at_least(0),
+        "temperature": positive,
+        "final_temperature": positive,
+        "noise_scale": not_negative,
+        "static_until": unit,
+        "hard_from": moment,
+    }
+
+    def __init__(
+        self,
+        budget: float = 0.5,
+        *,
+        min_budget: float = 0.1,
+        max_budget: float = 1.0,
+        scope: str = "model",
+        min_heads: int = 0,
+        temperature: float = 0.5,
+        final_temperature: float = 0.1,
+        noise_scale: float = 0.5,
+        static_until: float = 0.4,
+        hard_from: float = 0.75,
+        execution: str = "all",
+        embed_dim: int | None = None,
+        num_heads: int | None = None,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__(**self._declared(locals()))
+
+    def _check_options(self) -> None:
+        if self.min_budget > self.max_budget:
+            raise ValueError(
+                f"min_budget must not be above max_budget, got {self.min_budget} and "
+                f"{self.max_budget}"
+            )
+
+    def _build(self, device, dtype) -> None:
+        super()._build(device, dtype)
+        self._build_features(device, dtype)
+        factory = {"device": device, "dtype": dtype}
+        self.base = Parameter(torch.empty(self.num_heads, **factory))
+        self.tilt = Parameter(torch.empty(self.num_heads, **factory))
+        self.relevance = nn.Linear(self.embed_dim, self.num_heads, bias=False, **factory)
+        # A tensor: another request recompiles nothing.
+        start = torch.tensor(self.budget, dtype=torch.float64, device=device)
+        self.register_buffer("requested", start, persistent=False)  # [] or [B]
+
+    def reset_parameters(self) -> None:
+        """Small random ``base``; zero for all that multiplies the budget or the input."""
+        if self.num_heads is None:
+            return
+        self.progress.zero_()
+        self._reset_features()
+        nn.init.normal_(self.base, std=0.01)
+        nn.init.zeros_(self.tilt)
+        nn.init.zeros_(self.relevance.weight)
+
+    def _start(self, relevance: Tensor, budget: float) -> None:
+        self.base.copy_(relevance)
+
+    def request(self, budget: float | Tensor) -> None:
+        """What evaluation runs from now on: a share in (0, 1], or ``[B]``, one a sequence.
+
+        Raises:
+            ValueError: a share outside (0, 1], or a tensor of more than one dimension.
+        """
+        self.requested = _checked(budget).to(self.base.device)
+
+    def _share_out(self, budget: Tensor) -> Tensor:
+        """``[R]`` -> ``[R, N]``: which of the scope's heads the layers are given."""
+        members = self._scope.gates
+        return _ops.allocate_budget(
+            torch.cat([gate.base for gate in members]),
+            torch.cat([gate.tilt for gate in members]),
+            budget,
+            self.progress,
+            self.training,
+            self.temperature,
+            self.final_temperature,
+            self.hard_from,
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        key_padding_mask: Tensor | None = None,
+        budget: float | Tensor | None = None,
+    ) -> Selection:
+        """Chooses heads; ``budget`` takes the place of what was requested, for this call."""
+        self._check_bound(x)
+        scope = self._joined()
+        features = self._features(x, key_padding_mask)  # [B, D]
+        batch = x.size(0)
+        if self.training:
+
+            def draw() -> tuple[Tensor, Tensor]:
+                share = torch.rand(batch, device=features.device, dtype=features.dtype)
+                drawn = share * (self.max_budget - self.min_budget) + self.min_budget  # [B]
+                return drawn, self._share_out(drawn)
+
+            asked, given = scope.draw(self._position, draw)
+        else:
+            asked = self.requested if budget is None else _checked(budget)
+            asked = asked.to(features.device, features.dtype).reshape(-1)  # [B] or [1]
+            given = self._share_out(asked)  # [B or 1, N]
+        if asked.size(0) not in (1, batch):
+            raise ValueError(
+                f"budget must be one for all sequences or one for each of the {batch}, "
+                f"got {asked.size(0)}"
+            )
+        own = given.narrow(1, scope.start(self._position), self.num_heads)
+        share = (own.detach().sum(1) / max(1, self.num_heads)).expand(batch)  # [B]
+        relevance = _ops.input_relevance(
+            features,
+            self.base,
+            self.relevance.weight,
+            self.progress,
+            self.training,
+            self.static_until,
+        ) + self.tilt.to(features.dtype) * (asked.unsqueeze(1) - 0.5)  # [B, H]
+        noise = None
+        if self.training and self.noise_scale > 0.0:
+            noise = _ops.gumbel_noise(torch.rand_like(relevance))
+        index, count, weight, expected = _ops.budget_select(
+            relevance,
+            share,
+            self.progress,
+            noise,
+            self.training,
+            self.execution == "all",
+            self.temperature,
+            self.final_temperature,
+            self.noise_scale,
+            self.hard_from,
+            False,  # straight_through
+            False,  # soft_weight
+            self.min_heads,
+            "round",
+        )
+        if self.training:
+            self.expected_heads = expected
+            # The choice among layers answers for its own heads: zeros that carry the gradient.
+            weight = weight + (own - own.detach())
+        return Selection(index, count, weight.to(x.dtype), relevance, asked.expand(batch))
+
+
+def _checked(budget: float | Tensor) -> Tensor:
+    asked = torch.as_tensor(budget, dtype=torch.float64).detach().clone()
+    if asked.dim() > 1:
+        raise ValueError(f"budget must have shape [] or [B], got {list(asked.shape)}")
+    wrong = asked[~((asked > 0) & (asked <= 1))]
+    if wrong.numel():
+        raise ValueError(f"budget must be in (0, 1], got {wrong.reshape(-1)[0].item()}")
+    return asked
+
+
+def request_budget(model: nn.Module, budget: float | Tensor) -> None:
+    """Every :class:`RequestedBudgetGate` of the model runs this share of the heads from now on.
+
+    Args:
+        model: has such gates.
+        budget: a share in (0, 1], or ``[B]``: one for each sequence of the batches to come.
+
+    Raises:
+        ValueError: a share outside (0, 1], or a model without such a gate.
+    """
+    found = [gate for gate in gates(model) if isinstance(gate, RequestedBudgetGate)]
+    if not found:
+        raise ValueError(f"model ({type(model).__name__}) must have a RequestedBudgetGate")
+    for gate in found:
+        gate.request(budget)

@@ -1,0 +1,80 @@
+"""Gates that are trained."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from headwise.gates.base import Gate
+
+_ops = torch.ops.headwise
+
+
+class ScheduledGate(Gate):
+    """A gate that is trained, in phases that :meth:`Gate.anneal` moves through.
+
+    Attributes:
+        progress: float32 ``[]``, what :meth:`Gate.anneal` sets. A buffer that is saved, so that
+            training resumes where it stopped, and so that annealing recompiles nothing.
+        feature_mean: ``[D]``, running mean of the pooled input, where the gate sees its input.
+        feature_variance: ``[D]``, its running variance.
+        feature_batches: ``[]``, how many batches they have seen.
+    """
+
+    progress: Tensor
+    feature_mean: Tensor
+    feature_variance: Tensor
+    feature_batches: Tensor
+
+    def _build(self, device, dtype) -> None:
+        self.register_buffer("progress", torch.zeros((), device=device, dtype=torch.float32))
+
+    def _build_features(self, device, dtype) -> None:
+        factory = {"device": device, "dtype": dtype}
+        self.register_buffer("feature_mean", torch.zeros(self.embed_dim, **factory))
+        self.register_buffer("feature_variance", torch.ones(self.embed_dim, **factory))
+        self.register_buffer("feature_batches", torch.zeros((), device=device))
+
+    def _reset_features(self) -> None:
+        self.feature_mean.zero_()
+        self.feature_variance.fill_(1.0)
+        self.feature_batches.zero_()
+
+    def _features(self, x: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+        """``[B, D]``: the masked mean, standardised over the inputs seen in training."""
+        features = _ops.gate_features(x, key_padding_mask)
+        if self.training:
+            mean, variance, batches = _ops.update_statistics(
+                features, self.feature_mean, self.feature_variance, self.feature_batches
+            )
+            self.feature_mean.copy_(mean)
+            self.feature_variance.copy_(variance)
+            self.feature_batches.copy_(batches)
+        return _ops.standardize(features, self.feature_mean, self.feature_variance)
+
+    def anneal(self, progress: float) -> None:
+        super().anneal(progress)
+        if self.num_heads is not None:
+            self.progress.fill_(progress)
+
+    def start_from(self, relevance: Tensor, budget: float) -> None:
+        """Starts the gate from a static choice instead of from all heads.
+
+        Args:
+            relevance: ``[H]``, positive for heads that the static choice keeps.
+            budget: share of the layer's heads that it keeps.
+
+        Raises:
+            ValueError: ``relevance`` is not finite or not of shape ``[H]``.
+        """
+        if relevance.shape != (self.num_heads,):
+            raise ValueError(
+                f"relevance must have shape [{self.num_heads}], got {list(relevance.shape)}"
+            )
+        if not bool(torch.isfinite(relevance).all()):
+            raise ValueError("relevance must be finite")
+        with torch.no_grad():
+            self._start(relevance, budget)
+
+    def _start(self, relevance: Tensor, budget: float) -> None:
+        raise NotImplementedError

@@ -1,0 +1,100 @@
+"""Gates that decide together: those of scope ``"model"``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+
+from headwise.gates.base import Gate, gates
+
+
+class GateScope:
+    """The gates of one model that decide as one, in the model's order; made by :func:`link_gates`.
+
+    Each gate keeps its parameters, under its layer's name; what they share is this object, which
+    every one of them refers to. It is copied and pickled with them. A gate that has been taken out
+    of the model stays counted until :func:`link_gates` is called again.
+
+    Attributes:
+        gates: the gates.
+        num_heads: of all their layers.
+    """
+
+    def __init__(self, members: Sequence[Gate]):
+        self.gates = list(members)
+        self._drawn: tuple[Tensor, ...] = ()
+        self._served: set[int] | None = None
+
+    @property
+    def num_heads(self) -> int:
+        return sum(gate.num_heads for gate in self.gates)
+
+    def start(self, position: int) -> int:
+        """Where the heads of the gate at ``position`` begin among the model's."""
+        return sum(gate.num_heads for gate in self.gates[:position])
+
+    def draw(self, position: int, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """What is drawn once for a training forward of the model.
+
+        The gate that asks a second time begins the next forward, so no gate need know which one
+        comes first.
+        """
+        if self._served is None or position in self._served:
+            self._drawn = make()
+            self._served = set()
+        self._served.add(position)
+        return self._drawn
+
+    def __getstate__(self) -> dict:
+        # What was drawn belongs to a graph, and a copy begins with a forward of its own.
+        return {**self.__dict__, "_drawn": (), "_served": None}
+
+
+def link_gates(model: nn.Module) -> nn.Module:
+    """Links the gates of scope ``"model"`` that have equal options: each set decides as one.
+
+    :func:`headwise.convert` and :func:`headwise.load` call it; call it yourself where gates are put
+    into layers one by one. Linking again is allowed.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: the options do not fit the number of heads there are.
+    """
+    alike: dict[str, list[Gate]] = {}
+    for gate in gates(model):
+        key = gate.scope_key()
+        if key is not None:
+            alike.setdefault(key, []).append(gate)
+    for members in alike.values():
+        scope = GateScope(members)
+        for position, gate in enumerate(members):
+            gate.join(scope, position)
+    return model
+
+
+class ScopedGate:
+    """Mixed into gates with an option ``scope``: ``"model"`` or ``"layer"``."""
+
+    _scope: GateScope | None = None
+    _position = 0
+
+    def scope_key(self) -> str | None:
+        return self._config_key() if self.scope == "model" else None
+
+    def join(self, scope: GateScope, position: int) -> None:
+        self._scope = scope
+        self._position = position
+
+    def _joined(self) -> GateScope:
+        """The gate's scope; one of its own where it decides alone."""
+        if self._scope is None and self.scope == "layer":
+            self.join(GateScope([self]), 0)
+        if self._scope is None:
+            raise RuntimeError(
+                f"{type(self).__name__} has scope 'model' and does not know the other layers' "
+                "gates: call headwise.link_gates(model)"
+            )
+        return self._scope

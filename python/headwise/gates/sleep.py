@@ -1,0 +1,203 @@
+"""Heads that sleep and wake while the model trains."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from headwise.gates.options import at_least, choice, fraction, moment, not_negative, unit
+from headwise.gates.scheduled import ScheduledGate
+from headwise.gates.scope import GateScope, ScopedGate
+from headwise.selection import Selection, select_all
+
+_ops = torch.ops.headwise
+
+
+class HeadMove(NamedTuple):
+    """One head that :class:`SleepGate` put to sleep or woke."""
+
+    step: int  # training forwards before it
+    progress: float  # of annealing
+    head: int
+    event: str  # "sleeps" or "wakes"
+    score: float  # of the head, when it moved
+
+
+def _decay(name: str, value: float) -> float:
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{name} must be in [0, 1), got {value}")
+    return float(value)
+
+
+class SleepGate(ScopedGate, ScheduledGate):
+    r"""Puts the heads that matter least to sleep in training, and wakes them when they matter.
+
+    Ours, in the manner of dynamic sparse training (Evci et al., arXiv 1911.11134). Every training
+    step scores every head by :math:`\sum_b |\partial L / \partial w_{bh}|`, the importance of
+    Michel et al. (arXiv 1905.10650) for the head as it is, asleep or awake, in a running average.
+    Every ``every`` steps the heads of largest score are awake, as many as the schedule allows,
+    where the score of a head that is awake counts :math:`1 + margin` times: a sleeping head takes
+    the place of another one only where it has clearly recovered. A head that sleeps has weight 0.
+    With ``scope="model"`` layers compete, so heads move from one layer to another.
+
+    What moved, when and with which score is in :attr:`moves` (of a model:
+    :func:`headwise.head_moves`). The list is copied and pickled with the gate; files keep the
+    state (awake, score, steps) and not the list.
+
+    Args:
+        keep: share of the heads that is awake in the end, in (0, 1]; at least one head.
+        scope: ``"model"``: heads of all layers compete (:func:`headwise.link_gates`, which
+            ``convert`` and ``load`` call); ``"layer"``: those of each layer.
+        every: training steps from one decision to the next.
+        margin: how much better a sleeping head must score than one that is awake to replace it.
+        decay: of the running average of scores, in [0, 1).
+        asleep_by: progress at which all that are to sleep do; until then their number grows
+            linearly.
+        settled_from: progress from which no head moves; above 1: never.
+        probe_every: with ``execution="selected"``, steps from one in which every head runs, so that
+            sleeping ones are scored, to the next.
+        execution: see :class:`Gate`.
+        embed_dim: width of the layer's input, D.
+        num_heads: heads of the layer, H.
+        device: of the buffers.
+        dtype: of ``awake``.
+
+    Buffers: ``awake [H]`` of ones and zeros, ``score`` float32 ``[H]``, ``steps`` int64 ``[]``.
+
+    Raises:
+        ValueError: an argument out of its range; in a CPU forward, scores that are not finite (the
+            gradients were not).
+        RuntimeError: a forward of a gate of scope ``"model"`` that is not linked.
+    """
+
+    awake: Tensor
+    score: Tensor
+    steps: Tensor
+    _RECORDED = ("expected_heads", "_weight")
+    _OPTIONS = {
+        "keep": fraction,
+        "scope": choice("model", "layer"),
+        "every": at_least(1),
+        "margin": not_negative,
+        "decay": _decay,
+        "asleep_by": unit,
+        "settled_from": moment,
+        "probe_every": at_least(1),
+    }
+
+    def __init__(
+        self,
+        keep: float = 0.5,
+        *,
+        scope: str = "model",
+        every: int = 10,
+        margin: float = 0.2,
+        decay: float = 0.9,
+        asleep_by: float = 0.3,
+        settled_from: float = 0.75,
+        probe_every: int = 4,
+        execution: str = "all",
+        embed_dim: int | None = None,
+        num_heads: int | None = None,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__(**self._declared(locals()))
+        #: What moved in this layer, oldest first.
+        self.moves: list[HeadMove] = []
+        self._weight: Tensor | None = None
+
+    def _build(self, device, dtype) -> None:
+        super()._build(device, dtype)
+        heads = self.num_heads
+        self.register_buffer("awake", torch.ones(heads, device=device, dtype=dtype))
+        self.register_buffer("score", torch.zeros(heads, device=device))
+        self.register_buffer("steps", torch.zeros((), device=device, dtype=torch.int64))
+
+    def reset_parameters(self) -> None:
+        """Every head awake, no scores, nothing moved."""
+        if self.num_heads is not None:
+            self.progress.zero_()
+            self.awake.fill_(1.0)
+            self.score.zero_()
+            self.steps.zero_()
+            self.moves = []
+
+    def _start(self, relevance: Tensor, budget: float) -> None:
+        self.awake.copy_(relevance > 0)
+
+    @torch.no_grad()
+    def _advance(self) -> tuple[()]:
+        """Once a training forward of the model: takes in the gradients of the last one, and where
+        it is time lets heads move."""
+        members: list[SleepGate] = self._scope.gates
+        for gate in members:
+            if gate._weight is not None and gate._weight.grad is not None:
+                first = not bool(gate.score.any())
+                gate.score.copy_(
+                    _ops.update_head_score(gate.score, gate._weight.grad, self.decay, first)
+                )
+            gate._weight = None
+        step = int(self.steps)
+        for gate in members:
+            gate.steps.add_(1)
+        progress = float(self.progress)
+        if step > 0 and step % self.every == 0 and progress < self.settled_from:
+            self._move(members, step, progress)
+        return ()
+
+    def _move(self, members: list[SleepGate], step: int, progress: float) -> None:
+        before = torch.cat([gate.awake for gate in members])  # [N]
+        score = torch.cat([gate.score for gate in members])  # [N]
+        heads = len(before)
+        ramp = min(1.0, progress / self.asleep_by) if self.asleep_by > 0.0 else 1.0
+        count = math.floor((1.0 - (1.0 - self.keep) * ramp) * heads + 0.5)
+        count = min(max(count, min(1, heads)), heads)
+        after = _ops.awake_heads(score, before, count, self.margin)  # [N]
+        sizes = [gate.num_heads for gate in members]
+        for gate, was, now in zip(members, before.split(sizes), after.split(sizes), strict=True):
+            for head in (was != now).nonzero().flatten().tolist():
+                event = "wakes" if now[head] else "sleeps"
+                gate.moves.append(HeadMove(step, progress, head, event, float(gate.score[head])))
+            gate.awake.copy_(now)
+
+    def static_weight(self) -> Tensor:
+        return self.awake.clone()
+
+    def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Selection:
+        self._check_bound(x)
+        scope: GateScope = self._joined()
+        if self.training and x.size(0) > 0:
+            scope.draw(self._position, self._advance)
+        weight = self.awake.to(x.dtype).expand(x.size(0), -1)  # [B, H]
+        index, count = _ops.select_nonzero(weight)
+        relevance = _ops.static_relevance(self.score, x)  # [B, H]
+        if not self.training:
+            return Selection(index, count, weight, relevance)
+        # A leaf: after the backward its gradient says what each head is worth to each sequence.
+        everyone = self.execution == "all" or int(self.steps) % self.probe_every == 0
+        weight = weight.clone().requires_grad_(everyone and torch.is_grad_enabled())
+        if everyone:
+            self._weight = weight
+            index, count = select_all(x.size(0), self.num_heads, device=x.device)[:2]
+        self.expected_heads = weight.detach().sum(1)
+        return Selection(index, count, weight, relevance)
+
+
+def head_moves(model: nn.Module) -> list[dict[str, Any]]:
+    """What the :class:`SleepGate` gates of a model moved, oldest first; JSON can hold it.
+
+    Returns:
+        ``{"layer", "step", "progress", "head", "event", "score"}`` for each head that fell asleep
+        (``"sleeps"``) or woke (``"wakes"``); ``layer`` is the name of the gate's layer.
+    """
+    found = [
+        {"layer": name.removesuffix("gate").removesuffix("."), **move._asdict()}
+        for name, module in model.named_modules()
+        if isinstance(module, SleepGate)
+        for move in module.moves
+    ]
+    return sorted(found, key=lambda move: move["step"])

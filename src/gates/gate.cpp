@@ -1,0 +1,136 @@
+// What gates have in common.
+#include <ATen/ATen.h>
+#include <torch/types.h>
+
+#include <algorithm>
+
+#include "gates/budget.h"
+#include "gates/checks.h"
+#include "gates/hard_concrete.h"
+#include "headwise/gates.h"
+
+namespace headwise {
+
+torch::nn::Linear make_linear(int64_t in, int64_t out, bool bias,
+                              const at::TensorOptions& tensors) {
+  // Linear's own initialisation divides by its width.
+  torch::nn::Linear linear(torch::nn::LinearOptions(in, std::max<int64_t>(out, 1)).bias(bias));
+  linear->to(tensors.device(), c10::typeMetaToScalarType(tensors.dtype()));
+  if (out == 0) {
+    linear->options.out_features(0);
+    linear->weight.set_data(torch::empty({0, in}, tensors));
+  }
+  return linear;
+}
+
+GateImpl::GateImpl(std::string name, int64_t embed_dim, int64_t num_heads,
+                   const std::string& execution)
+    : torch::nn::Module(std::move(name)),
+      embed_dim_(embed_dim),
+      num_heads_(num_heads),
+      run_all_(execution == "all") {
+  check_choice("execution", execution, {"all", "selected"});
+  TORCH_CHECK_VALUE(embed_dim > 0 && num_heads >= 0,
+                    "embed_dim must be positive and num_heads not negative, got embed_dim=",
+                    embed_dim, " and num_heads=", num_heads);
+}
+
+void GateImpl::check_input(const at::Tensor& x) const {
+  TORCH_CHECK_VALUE(x.dim() == 3 && x.size(2) == embed_dim_, "x must have shape [B, L, ",
+                    embed_dim_, "], got ", x.sizes());
+}
+
+at::Tensor GateImpl::penalty() const { return at::zeros({}); }
+
+Selection GateImpl::forward_heads(const HeadInputs&) {
+  TORCH_CHECK(false, "this gate does not read queries and keys");
+}
+
+at::Tensor GateImpl::attend(const HeadInputs&, const at::Tensor&) {
+  TORCH_CHECK(false, "this gate does not change how heads attend");
+}
+
+void GateImpl::start_from(const at::Tensor&, double) {
+  TORCH_CHECK(false, "this gate has nothing to start from");
+}
+
+void GateImpl::contribute(GateScope&) const {}
+
+void GateImpl::join(const std::shared_ptr<GateScope>&, int64_t) {}
+
+void GateImpl::anneal(double progress) {
+  TORCH_CHECK_VALUE(progress >= 0.0 && progress <= 1.0, "progress must be between 0 and 1, got ",
+                    progress);
+}
+
+ScheduledGateImpl::ScheduledGateImpl(const std::string& type, int64_t embed_dim, int64_t num_heads,
+                                     const std::string& execution,
+                                     const at::TensorOptions& tensor_options)
+    : GateImpl("headwise::" + type, embed_dim, num_heads, execution) {
+  progress = register_buffer("progress", torch::zeros({}, tensor_options.dtype(at::kFloat)));
+}
+
+void ScheduledGateImpl::anneal(double value) {
+  GateImpl::anneal(value);
+  progress.fill_(value);
+}
+
+void ScheduledGateImpl::start_from(const at::Tensor& relevance, double budget) {
+  TORCH_CHECK_VALUE(relevance.sizes() == at::IntArrayRef({num_heads()}),
+                    "relevance must have shape [", num_heads(), "], got ", relevance.sizes());
+  TORCH_CHECK_VALUE(at::isfinite(relevance).all().item<bool>(), "relevance must be finite");
+  torch::NoGradGuard no_grad;
+  start(relevance.to(progress.device()), budget);
+}
+
+void ScheduledGateImpl::build_features(const at::TensorOptions& tensors) {
+  feature_mean = register_buffer("feature_mean", torch::zeros({embed_dim()}, tensors));
+  feature_variance = register_buffer("feature_variance", torch::ones({embed_dim()}, tensors));
+  feature_batches = register_buffer("feature_batches", torch::zeros({}, tensors.dtype(at::kFloat)));
+}
+
+void ScheduledGateImpl::reset_features() {
+  feature_mean.zero_();
+  feature_variance.fill_(1.0);
+  feature_batches.zero_();
+}
+
+at::Tensor ScheduledGateImpl::features(const at::Tensor& x, const at::Tensor& key_padding_mask) {
+  const auto pooled = gate_features(x, optional(key_padding_mask));  // [B, D]
+  if (is_training()) {
+    const auto [mean, variance, batches] =
+        update_statistics(pooled, feature_mean, feature_variance, feature_batches);
+    feature_mean.copy_(mean);
+    feature_variance.copy_(variance);
+    feature_batches.copy_(batches);
+  }
+  return standardize(pooled, feature_mean, feature_variance);
+}
+
+TargetedGateImpl::TargetedGateImpl(Target target, double static_until, double hard_from,
+                                   int64_t embed_dim, int64_t num_heads,
+                                   const std::string& execution,
+                                   const at::TensorOptions& tensor_options)
+    : ScheduledGateImpl(target.type, embed_dim, num_heads, execution, tensor_options),
+      target_(std::move(target)) {
+  check_fraction("target", target_.target);
+  check_fraction(target_.type == "BudgetGate" ? "initial_budget" : "initial_target",
+                 target_.initial);
+  check_choice("target_scope", target_.scope, {"model", "layer"});
+  check_unit("warmup", target_.warmup);
+  check_unit("static_until", static_until);
+  check_hard_from(hard_from);
+  check_not_negative("strength", target_.strength);
+}
+
+at::Tensor TargetedGateImpl::penalty() const {
+  if (!expected_heads.defined()) {
+    return at::zeros({}, progress.options());
+  }
+  const auto term = target_penalty({expected_heads}, {num_heads()}, progress, target_.target,
+                                   target_.initial, target_.warmup, target_.strength, target_.form,
+                                   optional(multipliers_or_undefined()));
+  return regulariser.defined() ? term + regulariser : term;
+}
+
+}  // namespace headwise

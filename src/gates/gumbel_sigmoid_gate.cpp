@@ -1,0 +1,57 @@
+// The module of GumbelSigmoidGate; its formulas are in gumbel_sigmoid.cpp.
+#include <ATen/ATen.h>
+#include <torch/types.h>
+
+#include "gates/budget.h"
+#include "gates/checks.h"
+#include "gates/gumbel_sigmoid.h"
+#include "headwise/gates.h"
+
+namespace headwise {
+
+GumbelSigmoidGateImpl::GumbelSigmoidGateImpl(GumbelSigmoidGateOptions options_, int64_t embed_dim,
+                                             int64_t num_heads,
+                                             const at::TensorOptions& tensor_options)
+    : TargetedGateImpl({"GumbelSigmoidGate", options_.target_scope(), "squared", options_.target(),
+                        options_.initial_target(), options_.warmup(), options_.strength()},
+                       options_.static_until(), options_.hard_from(), embed_dim, num_heads,
+                       options_.execution(), tensor_options),
+      options(std::move(options_)) {
+  check_positive("temperature", options.temperature());
+  TORCH_CHECK_VALUE(std::isfinite(options.init_logit()), "init_logit must be finite, got ",
+                    options.init_logit());
+  build_features(tensor_options);
+  logit = register_parameter("logit", torch::empty({num_heads}, tensor_options));
+  relevance =
+      register_module("relevance", make_linear(embed_dim, num_heads, false, tensor_options));
+  reset_parameters();
+}
+
+void GumbelSigmoidGateImpl::reset_parameters() {
+  torch::NoGradGuard no_grad;
+  progress.zero_();
+  reset_features();
+  logit.normal_(options.init_logit(), 0.01);
+  relevance->weight.zero_();
+}
+
+void GumbelSigmoidGateImpl::start(const at::Tensor& relevance_, double) { logit.copy_(relevance_); }
+
+Selection GumbelSigmoidGateImpl::forward(const at::Tensor& x, const at::Tensor& key_padding_mask) {
+  check_input(x);
+  const bool training = is_training();
+  const auto logits = input_relevance(features(x, key_padding_mask), logit, relevance->weight,
+                                      progress, training, options.static_until());  // [B, H]
+  std::optional<at::Tensor> uniform;
+  if (training) {
+    uniform = torch::rand_like(logits);
+  }
+  const auto [index, count, weight, expected] = gumbel_sigmoid_select(
+      logits, uniform, progress, training, run_all(), options.hard_from(), options.temperature());
+  if (training) {
+    expected_heads = expected;
+  }
+  return {index, count, weight.to(x.scalar_type()), logits, {}};
+}
+
+}  // namespace headwise

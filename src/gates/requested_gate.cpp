@@ -1,0 +1,140 @@
+// The module of RequestedBudgetGate; its formulas are in requested.cpp and budget.cpp.
+#include <ATen/ATen.h>
+#include <torch/types.h>
+
+#include <algorithm>
+
+#include "gates/budget.h"
+#include "gates/checks.h"
+#include "gates/requested.h"
+#include "gates/scope.h"
+#include "headwise/gates.h"
+
+namespace headwise {
+
+RequestedBudgetGateImpl::RequestedBudgetGateImpl(RequestedBudgetGateOptions options_,
+                                                 int64_t embed_dim, int64_t num_heads,
+                                                 const at::TensorOptions& tensor_options)
+    : ScheduledGateImpl("RequestedBudgetGate", embed_dim, num_heads, options_.execution(),
+                        tensor_options),
+      options(std::move(options_)) {
+  check_fraction("budget", options.budget());
+  check_fraction("min_budget", options.min_budget());
+  check_fraction("max_budget", options.max_budget());
+  TORCH_CHECK_VALUE(options.min_budget() <= options.max_budget(),
+                    "min_budget must not be above max_budget, got ", options.min_budget(), " and ",
+                    options.max_budget());
+  check_choice("scope", options.scope(), {"model", "layer"});
+  TORCH_CHECK_VALUE(options.min_heads() >= 0, "min_heads must not be negative, got ",
+                    options.min_heads());
+  check_positive("temperature", options.temperature());
+  check_positive("final_temperature", options.final_temperature());
+  check_not_negative("noise_scale", options.noise_scale());
+  check_unit("static_until", options.static_until());
+  check_hard_from(options.hard_from());
+  build_features(tensor_options);
+  base = register_parameter("base", torch::empty({num_heads}, tensor_options));
+  tilt = register_parameter("tilt", torch::empty({num_heads}, tensor_options));
+  relevance =
+      register_module("relevance", make_linear(embed_dim, num_heads, false, tensor_options));
+  requested_ = torch::full({}, options.budget(), at::kDouble);
+  reset_parameters();
+  if (options.scope() == "layer") {
+    const auto alone = std::make_shared<GateScope>();
+    contribute(*alone);
+    join(alone, 0);
+  }
+}
+
+void RequestedBudgetGateImpl::reset_parameters() {
+  torch::NoGradGuard no_grad;
+  progress.zero_();
+  reset_features();
+  base.normal_(0.0, 0.01);
+  tilt.zero_();
+  relevance->weight.zero_();
+}
+
+void RequestedBudgetGateImpl::start(const at::Tensor& relevance_, double) {
+  base.copy_(relevance_);
+}
+
+std::string RequestedBudgetGateImpl::scope_key() const {
+  return options.scope() == "model" ? gate_options_to_json(options) : std::string();
+}
+
+void RequestedBudgetGateImpl::contribute(GateScope& scope) const {
+  scope.scores.push_back(base);
+  scope.tilts.push_back(tilt);
+}
+
+void RequestedBudgetGateImpl::join(const std::shared_ptr<GateScope>& scope, int64_t position) {
+  scope_ = scope;
+  position_ = position;
+}
+
+void RequestedBudgetGateImpl::request(const at::Tensor& budget) {
+  TORCH_CHECK_VALUE(budget.dim() <= 1 && budget.is_floating_point(),
+                    "budget must be floating, of shape [] or [B], got ", budget.scalar_type(), " ",
+                    budget.sizes());
+  const auto fits = at::logical_and(budget.gt(0), budget.le(1));
+  TORCH_CHECK_VALUE(
+      fits.all().item<bool>(), "budget must be in (0, 1], got ",
+      budget.reshape({-1}).masked_select(fits.reshape({-1}).logical_not())[0].item<double>());
+  requested_ = budget.detach().clone();
+}
+
+Selection RequestedBudgetGateImpl::forward(const at::Tensor& x,
+                                           const at::Tensor& key_padding_mask) {
+  check_input(x);
+  check_linked(scope_, "RequestedBudgetGate");
+  const bool training = is_training();
+  const int64_t batch = x.size(0);
+  const auto z = features(x, key_padding_mask);  // [B, D]
+  const auto floats = z.options().requires_grad(false);
+  const auto share_out = [&](const at::Tensor& budget) {  // [R] -> [R, N]
+    return allocate_budget(at::cat(scope_->scores), at::cat(scope_->tilts), budget, progress,
+                           training, options.temperature(), options.final_temperature(),
+                           options.hard_from());
+  };
+  at::Tensor budget, given;  // [B] or [1]; [B or 1, N]
+  if (training) {
+    const auto& drawn = scope_->draw(position_, [&]() -> std::vector<at::Tensor> {
+      const auto asked =
+          torch::rand({batch}, floats) * (options.max_budget() - options.min_budget()) +
+          options.min_budget();
+      return {asked, share_out(asked)};
+    });
+    budget = drawn[0];
+    given = drawn[1];
+  } else {
+    budget = requested_.to(floats.device(), z.scalar_type()).reshape({-1});
+    given = share_out(budget);
+  }
+  TORCH_CHECK_VALUE(budget.size(0) == 1 || budget.size(0) == batch,
+                    "budget must be one for all sequences or one for each of the ", batch, ", got ",
+                    budget.size(0));
+  const auto own = given.narrow(1, scope_->start(position_), num_heads());  // [B or 1, H]
+  // [B]: of this layer's heads, the share that is among the model's chosen.
+  const auto share = (own.detach().sum(1) / static_cast<double>(std::max<int64_t>(num_heads(), 1)))
+                         .expand({batch});
+  const auto scores =
+      input_relevance(z, base, relevance->weight, progress, training, options.static_until()) +
+      tilt.to(z.scalar_type()) * (budget.unsqueeze(1) - 0.5);  // [B, H]
+  std::optional<at::Tensor> noise;
+  if (training && options.noise_scale() > 0.0) {
+    noise = gumbel_noise(torch::rand_like(scores));
+  }
+  auto [index, count, weight, expected] = budget_select(
+      scores, share, progress, noise, training, run_all(), options.temperature(),
+      options.final_temperature(), options.noise_scale(), options.hard_from(),
+      /*straight_through=*/false, /*soft_weight=*/false, options.min_heads(), "round");
+  if (training) {
+    expected_heads = expected;
+    // The choice among layers answers for its own heads: zeros that carry the gradient.
+    weight = weight + (own - own.detach());
+  }
+  return {index, count, weight.to(x.scalar_type()), scores, budget.expand({batch})};
+}
+
+}  // namespace headwise

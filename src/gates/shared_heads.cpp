@@ -1,0 +1,52 @@
+// Shared and routed heads (MoH, Jin et al. 2024, arXiv 2410.11842). Ours: weight 1 for every shared
+// head, where MoH weighs both kinds by a second router.
+#include "gates/shared_heads.h"
+
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include "headwise/selection.h"
+
+namespace headwise {
+
+at::Tensor routed_first(const at::Tensor& shared, int64_t num_heads) {
+  const auto is_shared = at::zeros({num_heads}, shared.options()).index_fill(0, shared, 1);
+  return is_shared.argsort(/*stable=*/true, 0, false);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> share_heads(const at::Tensor& index,
+                                                                       const at::Tensor& count,
+                                                                       const at::Tensor& weight,
+                                                                       const at::Tensor& relevance,
+                                                                       const at::Tensor& shared) {
+  TORCH_CHECK_VALUE(index.dim() == 2 && shared.dim() == 1,
+                    "index must have shape [B, R] and shared [s], got ", index.sizes(), " and ",
+                    shared.sizes());
+  const auto batch = index.sym_size(0);
+  const int64_t routed = index.size(1), always = shared.size(0);
+  const auto place = routed_first(shared, routed + always).argsort();  // of each head
+  const auto ones = at::ones_symint({batch, always}, weight.options().requires_grad(false));
+  const auto spread = [&](const at::Tensor& among_routed, const at::Tensor& of_shared) {
+    return at::cat({among_routed, of_shared}, 1).index_select(1, place);  // [B, H]
+  };
+  const auto chosen = spread(selection_mask(index, count, weight.scalar_type()), ones);
+  const auto all = (count + always).to(at::kInt);
+  const auto most = routed > 0 ? relevance.detach().amax(1, true)
+                               : at::zeros_symint({batch, 1}, relevance.options());
+  return {select_heads(chosen.detach().to(at::kFloat), all), all, spread(weight, ones),
+          spread(relevance, most.expand_symint({batch, always}))};
+}
+
+TORCH_LIBRARY_FRAGMENT(headwise, m) {
+  m.def("routed_first(Tensor shared, int num_heads) -> Tensor");
+  m.def(
+      "share_heads(Tensor index, Tensor count, Tensor weight, Tensor relevance, Tensor shared) "
+      "-> (Tensor index, Tensor count, Tensor weight, Tensor relevance)");
+}
+
+TORCH_LIBRARY_IMPL(headwise, CompositeImplicitAutograd, m) {
+  m.impl("routed_first", routed_first);
+  m.impl("share_heads", share_heads);
+}
+
+}  // namespace headwise

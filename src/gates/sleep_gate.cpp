@@ -1,0 +1,148 @@
+// The module of SleepGate; its formulas are in sleep.cpp.
+#include <ATen/ATen.h>
+#include <torch/types.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "gates/budget.h"
+#include "gates/checks.h"
+#include "gates/scope.h"
+#include "gates/selection_ops.h"
+#include "gates/sleep.h"
+#include "headwise/gates.h"
+
+namespace headwise {
+
+SleepGateImpl::SleepGateImpl(SleepGateOptions options_, int64_t embed_dim, int64_t num_heads,
+                             const at::TensorOptions& tensor_options)
+    : ScheduledGateImpl("SleepGate", embed_dim, num_heads, options_.execution(), tensor_options),
+      options(std::move(options_)) {
+  check_fraction("keep", options.keep());
+  check_choice("scope", options.scope(), {"model", "layer"});
+  TORCH_CHECK_VALUE(options.every() >= 1, "every must be at least 1, got ", options.every());
+  TORCH_CHECK_VALUE(options.probe_every() >= 1, "probe_every must be at least 1, got ",
+                    options.probe_every());
+  check_not_negative("margin", options.margin());
+  TORCH_CHECK_VALUE(options.decay() >= 0.0 && options.decay() < 1.0,
+                    "decay must be in [0, 1), got ", options.decay());
+  check_unit("asleep_by", options.asleep_by());
+  check_hard_from(options.settled_from());
+  awake = register_buffer("awake", torch::ones({num_heads}, tensor_options));
+  score = register_buffer("score", torch::zeros({num_heads}, tensor_options.dtype(at::kFloat)));
+  steps = register_buffer("steps", torch::zeros({}, tensor_options.dtype(at::kLong)));
+  if (options.scope() == "layer") {
+    const auto alone = std::make_shared<GateScope>();
+    contribute(*alone);
+    join(alone, 0);
+  }
+}
+
+void SleepGateImpl::reset_parameters() {
+  progress.zero_();
+  awake.fill_(1.0);
+  score.zero_();
+  steps.zero_();
+}
+
+void SleepGateImpl::start(const at::Tensor& relevance, double) { awake.copy_(relevance.gt(0)); }
+
+std::string SleepGateImpl::scope_key() const {
+  return options.scope() == "model" ? gate_options_to_json(options) : std::string();
+}
+
+void SleepGateImpl::contribute(GateScope& scope) const {
+  scope.scores.push_back(score);
+  scope.awake.push_back(awake);
+  scope.steps.push_back(steps);
+  scope.weights.emplace_back();
+}
+
+void SleepGateImpl::join(const std::shared_ptr<GateScope>& scope, int64_t position) {
+  scope_ = scope;
+  position_ = position;
+}
+
+std::vector<HeadMove> SleepGateImpl::moves() const {
+  std::vector<HeadMove> own;
+  if (scope_) {
+    std::copy_if(scope_->moves.begin(), scope_->moves.end(), std::back_inserter(own),
+                 [&](const HeadMove& move) { return move.position == position_; });
+  }
+  return own;
+}
+
+// Once a training forward of the model: takes in the gradients of the last one, and where it is
+// time lets heads move.
+void SleepGateImpl::advance() {
+  torch::NoGradGuard no_grad;
+  auto& scope = *scope_;
+  for (size_t i = 0; i < scope.weights.size(); ++i) {
+    auto& weight = scope.weights[i];
+    if (weight.defined() && weight.grad().defined()) {
+      const bool first = !scope.scores[i].ne(0).any().item<bool>();
+      scope.scores[i].copy_(
+          update_head_score(scope.scores[i], weight.grad(), options.decay(), first));
+    }
+    weight = at::Tensor();
+  }
+  const int64_t step = steps.item<int64_t>();
+  for (auto& counter : scope.steps) counter.add_(1);
+  const double now = progress.item<double>();
+  if (step == 0 || step % options.every() != 0 || now >= options.settled_from()) {
+    return;
+  }
+  const auto before = at::cat(scope.awake);  // [N]
+  const auto scores = at::cat(scope.scores);
+  const int64_t heads = before.size(0);
+  const double ramp = options.asleep_by() > 0.0 ? std::min(1.0, now / options.asleep_by()) : 1.0;
+  const double share = 1.0 - (1.0 - options.keep()) * ramp;
+  const auto rounded = static_cast<int64_t>(std::floor(share * static_cast<double>(heads) + 0.5));
+  const auto after =
+      awake_heads(scores, before, std::clamp<int64_t>(rounded, std::min<int64_t>(1, heads), heads),
+                  options.margin());
+  int64_t start = 0;
+  for (size_t i = 0; i < scope.awake.size(); ++i) {
+    for (int64_t head = 0; head < scope.awake[i].size(0); ++head) {
+      const auto at = start + head;
+      const bool was = before[at].item<double>() != 0.0, is = after[at].item<double>() != 0.0;
+      if (was != is) {
+        scope.moves.push_back(
+            {step, now, static_cast<int64_t>(i), head, is, scores[at].item<double>()});
+      }
+    }
+    scope.awake[i].copy_(after.narrow(0, start, scope.awake[i].size(0)));
+    start += scope.awake[i].size(0);
+  }
+}
+
+Selection SleepGateImpl::forward(const at::Tensor& x, const at::Tensor&) {
+  check_input(x);
+  check_linked(scope_, "SleepGate");
+  const bool training = is_training();
+  if (training && x.size(0) > 0) {
+    scope_->draw(position_, [&]() -> std::vector<at::Tensor> {
+      advance();
+      return {};
+    });
+  }
+  auto weight = awake.detach().to(x.scalar_type()).expand({x.size(0), -1});  // [B, H]
+  auto [index, count] = select_nonzero(weight);
+  const auto relevance = static_relevance(score, x);
+  if (!training) {
+    return {index, count, weight, relevance, {}};
+  }
+  // A leaf: after the backward its gradient says what each head is worth to each sequence.
+  const bool all = run_all() || steps.item<int64_t>() % options.probe_every() == 0;
+  weight = weight.clone().requires_grad_(all);
+  if (all) {
+    scope_->weights[position_] = weight;
+    auto every = select_all(x.size(0), num_heads(), weight.options().requires_grad(false));
+    index = every.index;
+    count = every.count;
+  }
+  expected_heads = weight.detach().sum(1);
+  return {index, count, weight, relevance, {}};
+}
+
+}  // namespace headwise

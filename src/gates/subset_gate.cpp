@@ -1,0 +1,95 @@
+// The module of SubsetGate; its formulas are in subset.cpp.
+#include <ATen/ATen.h>
+#include <torch/types.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "gates/budget.h"
+#include "gates/checks.h"
+#include "gates/scope.h"
+#include "gates/selection_ops.h"
+#include "gates/subset.h"
+#include "headwise/gates.h"
+
+namespace headwise {
+
+SubsetGateImpl::SubsetGateImpl(SubsetGateOptions options_, int64_t embed_dim, int64_t num_heads,
+                               const at::TensorOptions& tensor_options)
+    : ScheduledGateImpl("SubsetGate", embed_dim, num_heads, options_.execution(), tensor_options),
+      options(std::move(options_)) {
+  TORCH_CHECK_VALUE(!options.k() || *options.k() >= 1, "k must be at least 1, got ",
+                    options.k().value_or(0));
+  check_fraction("keep", options.keep());
+  check_choice("scope", options.scope(), {"model", "layer"});
+  check_choice("estimator", options.estimator(), {"gumbel", "straight_through"});
+  check_positive("temperature", options.temperature());
+  check_positive("final_temperature", options.final_temperature());
+  check_unit("cooled_at", options.cooled_at());
+  check_hard_from(options.hard_from());
+  scores = register_parameter("scores", torch::empty({num_heads}, tensor_options));
+  reset_parameters();
+  if (options.scope() == "layer") {
+    const auto alone = std::make_shared<GateScope>();
+    contribute(*alone);
+    join(alone, 0);
+  }
+}
+
+void SubsetGateImpl::reset_parameters() {
+  torch::NoGradGuard no_grad;
+  progress.zero_();
+  scores.normal_(0.0, 0.01);
+}
+
+void SubsetGateImpl::start(const at::Tensor& relevance, double) { scores.copy_(relevance); }
+
+std::string SubsetGateImpl::scope_key() const {
+  return options.scope() == "model" ? gate_options_to_json(options) : std::string();
+}
+
+void SubsetGateImpl::contribute(GateScope& scope) const { scope.scores.push_back(scores); }
+
+void SubsetGateImpl::join(const std::shared_ptr<GateScope>& scope, int64_t position) {
+  const int64_t heads = scope->num_heads();
+  TORCH_CHECK_VALUE(!options.k() || *options.k() <= heads, "k must be in 1..", heads, ", got ",
+                    options.k().value_or(0));
+  const auto rounded =
+      static_cast<int64_t>(std::floor(options.keep() * static_cast<double>(heads) + 0.5));
+  k_ = options.k().value_or(std::clamp<int64_t>(rounded, std::min<int64_t>(1, heads), heads));
+  scope_ = scope;
+  position_ = position;
+}
+
+Selection SubsetGateImpl::forward(const at::Tensor& x, const at::Tensor&) {
+  check_input(x);
+  check_linked(scope_, "SubsetGate");
+  const bool training = is_training();
+  const auto weigh = [&]() -> std::vector<at::Tensor> {
+    const auto all = at::cat(scope_->scores);  // [N]
+    std::optional<at::Tensor> noise;
+    if (training && options.estimator() == "gumbel") {
+      noise = gumbel_noise(torch::rand_like(all, all.options().dtype(at::kDouble)));
+    }
+    return {subset_weight(all, noise, progress, k_, training, options.temperature(),
+                          options.final_temperature(), options.cooled_at(), options.hard_from())};
+  };
+  at::Tensor row = scores.detach();  // [H]
+  if (num_heads() > 0) {
+    const auto all = training ? scope_->draw(position_, weigh) : weigh();
+    row = all[0].narrow(0, scope_->start(position_), num_heads());
+  }
+  const auto weight = row.to(x.scalar_type()).expand({x.size(0), -1});  // [B, H]
+  const auto relevance = static_relevance(scores, x);                   // [B, H]
+  if (training) {
+    expected_heads = row.sum().expand({x.size(0)});
+  }
+  if (training && run_all()) {
+    auto all = select_all(x.size(0), num_heads(), weight.options().requires_grad(false));
+    return {all.index, all.count, weight, relevance, {}};
+  }
+  const auto [index, count] = select_nonzero(weight);
+  return {index, count, weight, relevance, {}};
+}
+
+}  // namespace headwise
