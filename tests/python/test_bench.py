@@ -62,12 +62,14 @@ def test_train_and_gate(tmp_path):
 
 @pytest.mark.skipif(not memory.measurable(), reason="this system does not record a peak")
 def test_memory_is_that_of_the_call(tmp_path):
-    found = bench(tmp_path, "layer", "--shapes", "4,256,64,4", "--fractions", "0.5", "--no-mixed")
+    found = bench(tmp_path, "layer", "--shapes", "8,512,128,4", "--fractions", "0.5", "--no-mixed")
     peak = next(result for result in found["results"] if result["what"] == "memory")
-    output = 4 * 256 * 64 * 4
+    output = 8 * 512 * 128 * 4
+    inexact = 1 << 19  # Linux counts resident pages by processor and adds them up now and then
     # The dense layer holds q, k, v, context and output; whatever runs holds its output.
-    assert peak["call_bytes"]["dense"] >= 4 * output
-    assert all(output <= size < 64 * output for size in peak["call_bytes"].values())
+    assert peak["call_bytes"]["dense"] >= 4 * output - inexact
+    sizes = peak["call_bytes"].values()
+    assert all(output - inexact <= size < 64 * output for size in sizes), list(sizes)
 
 
 def test_entropy(tmp_path):
