@@ -33,7 +33,7 @@ int main() {
   const auto plan = headwise::HeadPlan::from_json(
       headwise::HeadPlan({{"layer", kHeads, {1, 3}, {1.0, 0.5}}}).to_json());
   gated->set_gate(headwise::FixedGateOptions().scale(std::vector<double>{0.0, 1.0, 0.0, 0.5}));
-  const auto small = headwise::prune(gated, plan.layers().at(0));
+  auto small = headwise::prune(gated, plan.layers().at(0));
   small->eval();
   const auto masked = std::get<0>(gated->forward(x, x, x, {}, false));
   const auto pruned = std::get<0>(small->forward(x, x, x, {}, false));
