@@ -65,7 +65,7 @@ def preset(size: str, seed: int) -> Settings:
             settings,
             budgets=(0.5,),
             steps=80,
-            dense_steps=140,
+            dense_steps=200,
             test_limit=1200,
             validation_limit=500,
             score_limit=256,
