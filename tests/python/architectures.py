@@ -166,6 +166,49 @@ def albert(class_name: str, **kwargs) -> nn.Module:
     return _randomise(getattr(transformers, class_name)(config))
 
 
+def small(prefix: str, class_name: str, **kwargs) -> nn.Module:
+    """A model of transformers whose configuration has the names of BERT's."""
+    import transformers
+
+    config = getattr(transformers, f"{prefix}Config")(
+        **{
+            "vocab_size": 50,
+            "hidden_size": EMBED,
+            "num_hidden_layers": 2,
+            "num_attention_heads": HEADS,
+            "intermediate_size": 32,
+            "max_position_embeddings": 16,
+            **kwargs,
+        }
+    )
+    return _randomise(getattr(transformers, class_name)(config))
+
+
+def distilbert(class_name: str, **kwargs) -> nn.Module:
+    import transformers
+
+    config = transformers.DistilBertConfig(
+        vocab_size=50,
+        dim=EMBED,
+        n_layers=2,
+        n_heads=HEADS,
+        hidden_dim=32,
+        max_position_embeddings=16,
+        **kwargs,
+    )
+    return _randomise(getattr(transformers, class_name)(config))
+
+
+def vision(prefix: str, class_name: str, **kwargs) -> nn.Module:
+    return small(
+        prefix, class_name, vocab_size=None, image_size=8, patch_size=4, num_channels=3, **kwargs
+    )
+
+
+def image_inputs():
+    return {"pixel_values": torch.randn(3, 3, 8, 8)}
+
+
 def bert_inputs():
     return {
         "input_ids": torch.randint(0, 50, (3, 7)),
@@ -187,6 +230,10 @@ def _run_whole(model, inputs):
 
 def _run_hidden(model, inputs):
     return _valid(model(**inputs).last_hidden_state, inputs["attention_mask"] == 0)
+
+
+def _run_image(model, inputs):
+    return model(**inputs).last_hidden_state
 
 
 def _run_token_logits(model, inputs):
@@ -246,6 +293,56 @@ ARCHITECTURES = {
             lambda: albert("AlbertForSequenceClassification", num_hidden_groups=3, num_labels=3),
             bert_inputs,
             _run_logits,
+        ),
+        *(
+            Architecture(
+                f"{prefix}Model",
+                lambda prefix=prefix: small(prefix, f"{prefix}Model"),
+                bert_inputs,
+                _run_hidden,
+            )
+            for prefix in ("Camembert", "Data2VecText", "Ernie", "RoCBert", "XLMRoberta")
+        ),
+        Architecture(
+            "RobertaForSequenceClassification",
+            lambda: small("Roberta", "RobertaForSequenceClassification", num_labels=3),
+            bert_inputs,
+            _run_logits,
+        ),
+        Architecture(
+            "ElectraForSequenceClassification",
+            lambda: small(
+                "Electra", "ElectraForSequenceClassification", embedding_size=12, num_labels=3
+            ),
+            bert_inputs,
+            _run_logits,
+        ),
+        Architecture(
+            "DistilBertForSequenceClassification",
+            lambda: distilbert("DistilBertForSequenceClassification", num_labels=3),
+            bert_inputs,
+            _run_logits,
+        ),
+        Architecture(
+            "ViTForImageClassification",
+            lambda: vision("ViT", "ViTForImageClassification", num_labels=3),
+            image_inputs,
+            _run_logits,
+        ),
+        Architecture(
+            "Dinov2Model, without biases",
+            lambda: vision("Dinov2", "Dinov2Model", qkv_bias=False, use_swiglu_ffn=False),
+            image_inputs,
+            _run_image,
+        ),
+        *(
+            Architecture(
+                f"{prefix}Model",
+                lambda prefix=prefix: vision(prefix, f"{prefix}Model"),
+                image_inputs,
+                _run_image,
+            )
+            for prefix in ("DeiT", "Dinov2WithRegisters", "IJepa", "ViTMSN")
         ),
     ]
 }

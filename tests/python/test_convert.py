@@ -1,7 +1,11 @@
 """headwise.convert: equal outputs, every head under the gate's control, clear refusals."""
 
+import ast
 import copy
+import importlib
+import inspect
 import pickle
+import textwrap
 import warnings
 
 import headwise as hw
@@ -11,6 +15,11 @@ from architectures import ARCHITECTURES, EMBED, HEADS, bert, bert_config, bert_i
 from torch import nn
 
 transformers = pytest.importorskip("transformers")
+
+from headwise.convert import bert as bert_family  # noqa: E402
+from headwise.convert import vit as vit_family  # noqa: E402
+
+TRANSFORMERS = [name for name in ARCHITECTURES if not name.startswith(("Multihead", "Transformer"))]
 
 
 @pytest.fixture(params=ARCHITECTURES.values(), ids=lambda row: row.name)
@@ -69,8 +78,53 @@ def test_gradients_equal_the_original(architecture):
 
 def _first_matrix(model):
     """The weights of the first embedding or output projection: both models have it."""
-    names = ("word_embeddings.weight", "out_proj.weight")
+    names = ("word_embeddings.weight", "projection.weight", "out_proj.weight")
     return next(p for n, p in model.named_parameters() if n.endswith(names))
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_attention_maps_are_collected(name):
+    row = ARCHITECTURES[name]
+    original = row.build()
+    original.set_attn_implementation("eager")
+    converted = hw.convert(copy.deepcopy(original))
+    inputs = row.inputs()
+    with torch.no_grad():
+        expected = original(**inputs, output_attentions=True).attentions
+        actual = converted(**inputs, output_attentions=True).attentions
+    assert len(actual) == len(expected) > 0
+    valid = inputs.get("attention_mask", torch.ones(expected[0].shape[::3])).bool()  # [B, L]
+    for own, maps in zip(actual, expected, strict=True):  # [B, H, L, L]
+        close(own.transpose(1, 2)[valid], maps.transpose(1, 2)[valid])
+
+
+def _statements(kind, prefix, other):
+    """The code of a class as a tree, comments apart, with the names of another model in it."""
+    lines = textwrap.dedent(inspect.getsource(kind)).replace(prefix, other)
+    return ast.dump(ast.parse(lines))
+
+
+@pytest.mark.parametrize(
+    "family, parts",
+    [(bert_family, ("SelfAttention", "Attention", "SelfOutput")), (vit_family, ("Attention",))],
+)
+def test_a_family_has_the_same_attention(family, parts):
+    first = {bert_family: "Bert", vit_family: "ViT"}[family]
+    assert first in family.FAMILY and len(family.FAMILY) == 8
+    for prefix, module in family.FAMILY.items():
+        for part in parts:
+            own = getattr(importlib.import_module(module), prefix + part)
+            reference = getattr(importlib.import_module(family.FAMILY[first]), first + part)
+            assert _statements(own, prefix, first) == _statements(reference, first, first)
+
+
+def test_another_layout_of_a_known_class_is_refused():
+    model = ARCHITECTURES["ViTForImageClassification"].build()
+    layer = model.vit.layers[1].attention
+    layer.query = layer.q_proj
+    del layer.q_proj
+    with pytest.raises(ValueError, match="lays it out otherwise .*q_proj"):
+        hw.convert(model)
 
 
 def test_prototype_serves_every_layer():

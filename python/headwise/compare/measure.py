@@ -171,7 +171,8 @@ def macs(config, use: HeadUse, lengths: Tensor, model: nn.Module | None = None) 
             dimensions cost less.
     """
     n = lengths.double()  # [N]
-    width, neurons = config.hidden_size, len(use.layers) * config.intermediate_size
+    inner = getattr(config, "intermediate_size", None) or config.hidden_dim  # DistilBERT's name
+    width, neurons = config.hidden_size, len(use.layers) * inner
     pooled = config.hidden_size
     head = width // config.num_attention_heads
     if model is not None:

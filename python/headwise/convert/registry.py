@@ -14,11 +14,35 @@ from torch import nn
 
 from headwise.multihead_attention import MultiheadAttention
 
+_BERT, _VIT = "headwise.convert.bert", "headwise.convert.vit"
+_MODELS = "transformers.models."
+
 # Class of the module that holds the attention -> file whose ARCHITECTURE converts it.
 _FILES = {
     "torch.nn.modules.activation.MultiheadAttention": "headwise.convert.torch_attention",
-    "transformers.models.albert.modeling_albert.AlbertAttention": "headwise.convert.albert",
-    "transformers.models.bert.modeling_bert.BertAttention": "headwise.convert.bert",
+    f"{_MODELS}albert.modeling_albert.AlbertAttention": "headwise.convert.albert",
+    f"{_MODELS}audio_spectrogram_transformer.modeling_audio_spectrogram_transformer.ASTAttention": (
+        _VIT
+    ),
+    f"{_MODELS}bert.modeling_bert.BertAttention": _BERT,
+    f"{_MODELS}camembert.modeling_camembert.CamembertAttention": _BERT,
+    f"{_MODELS}data2vec.modeling_data2vec_text.Data2VecTextAttention": _BERT,
+    f"{_MODELS}deit.modeling_deit.DeiTAttention": _VIT,
+    f"{_MODELS}dinov2.modeling_dinov2.Dinov2Attention": _VIT,
+    f"{_MODELS}dinov2_with_registers.modeling_dinov2_with_registers."
+    "Dinov2WithRegistersAttention": _VIT,
+    f"{_MODELS}distilbert.modeling_distilbert.DistilBertSelfAttention": (
+        "headwise.convert.distilbert"
+    ),
+    f"{_MODELS}electra.modeling_electra.ElectraAttention": _BERT,
+    f"{_MODELS}ernie.modeling_ernie.ErnieAttention": _BERT,
+    f"{_MODELS}ijepa.modeling_ijepa.IJepaAttention": _VIT,
+    f"{_MODELS}roberta.modeling_roberta.RobertaAttention": _BERT,
+    f"{_MODELS}roc_bert.modeling_roc_bert.RoCBertAttention": _BERT,
+    f"{_MODELS}vit.modeling_vit.ViTAttention": _VIT,
+    f"{_MODELS}vit_mae.modeling_vit_mae.ViTMAEAttention": _VIT,
+    f"{_MODELS}vit_msn.modeling_vit_msn.ViTMSNAttention": _VIT,
+    f"{_MODELS}xlm_roberta.modeling_xlm_roberta.XLMRobertaAttention": _BERT,
 }
 _REGISTERED: dict[str, Architecture] = {}
 
@@ -50,6 +74,16 @@ class Architecture(abc.ABC):
     def finish(self, model: nn.Module, converted: list[nn.Module]) -> None:  # noqa: B027
         """Called once after all of a model's modules of this class, the old ones in ``converted``,
         were replaced."""
+
+
+def family(file: str) -> dict[str, str]:
+    """The classes ``PREFIXAttention`` that a file converts: prefix -> the module that has them."""
+    found = {}
+    for path, own in _FILES.items():
+        module, _, name = path.rpartition(".")
+        if own == file:
+            found[name.removesuffix("Attention")] = module
+    return found
 
 
 def class_path(kind: type) -> str:

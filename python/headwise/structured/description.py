@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from headwise import _C
-from headwise.convert.registry import class_path
+from headwise.convert.registry import class_path, family
 from headwise.layers import attention_layers
 from headwise.multihead_attention import MultiheadAttention
 from headwise.structured.narrow import NARROW
@@ -152,6 +152,14 @@ class _LayerNames:
     norm_first: Callable[[nn.Module], bool] = lambda module: False
 
 
+_BERT = family("headwise.convert.bert")  # prefix of the classes -> their module
+_VIT = family("headwise.convert.vit")
+_BERT_LAYER = _LayerNames(
+    "attention.self.mha",
+    "intermediate.dense",
+    "output.dense",
+    ("attention.output.LayerNorm", "output.LayerNorm"),
+)
 _LAYERS = {
     "torch.nn.modules.transformer.TransformerEncoderLayer": _LayerNames(
         "self_attn", "linear1", "linear2", ("norm1", "norm2"), lambda module: module.norm_first
@@ -160,13 +168,17 @@ _LAYERS = {
     "torch.nn.modules.transformer.TransformerDecoderLayer": _LayerNames(
         None, "linear1", "linear2", None
     ),
-    "transformers.models.bert.modeling_bert.BertLayer": _LayerNames(
-        "attention.self.mha",
-        "intermediate.dense",
-        "output.dense",
-        ("attention.output.LayerNorm", "output.LayerNorm"),
+    **{f"{module}.{prefix}Layer": _BERT_LAYER for prefix, module in _BERT.items()},
+    "transformers.models.distilbert.modeling_distilbert.TransformerBlock": _LayerNames(
+        "attention.mha", "ffn.lin1", "ffn.lin2", ("sa_layer_norm", "output_layer_norm")
     ),
+    # What normalises and scales a block differs among them; their neurons can go.
+    **{
+        f"{module}.{prefix}Layer": _LayerNames(None, "mlp.fc1", "mlp.fc2", None)
+        for prefix, module in _VIT.items()
+    },
 }
+_BERT_MODELS = {f"{module}.{prefix}Model" for prefix, module in _BERT.items()}
 
 
 def structure(model: nn.Module) -> Structure:
@@ -174,8 +186,9 @@ def structure(model: nn.Module) -> Structure:
 
     Heads and attention blocks: of every :class:`headwise.MultiheadAttention`. Neurons and
     feed-forward blocks: of ``torch.nn.TransformerEncoderLayer`` and ``TransformerDecoderLayer``,
-    and of BERT of transformers. Hidden dimensions: where the model has exactly one residual stream,
-    a ``torch.nn.TransformerEncoder`` or a ``BertModel``.
+    and of the encoders of transformers that :func:`headwise.convert` knows, where they have two
+    linear layers. Hidden dimensions: where the model has exactly one residual stream, a
+    ``torch.nn.TransformerEncoder`` or a ``BertModel``, ``RobertaModel`` and the like.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -193,7 +206,10 @@ def structure(model: nn.Module) -> Structure:
         names = _LAYERS.get(class_path(type(module)))
         if names is None:
             continue
-        first, second = (module.get_submodule(part) for part in (names.first, names.second))
+        try:
+            first, second = (module.get_submodule(part) for part in (names.first, names.second))
+        except AttributeError:
+            continue  # another kind of feed-forward network, such as SwiGLU
         if not (isinstance(first, nn.Linear) and isinstance(second, nn.Linear)):
             continue  # somebody replaced them
         found = FeedForward(join(name, names.first), first, second, join(name, names.second))
@@ -254,7 +270,10 @@ def _encoder_streams(model: nn.Module, layers: list[TransformerLayer]) -> _Found
 def _bert_streams(model: nn.Module, layers: list[TransformerLayer]) -> _Found:
     found = []
     for name, module in model.named_modules():
-        if class_path(type(module)) != "transformers.models.bert.modeling_bert.BertModel":
+        if class_path(type(module)) not in _BERT_MODELS:
+            continue
+        # ELECTRA may widen its embeddings after their norm, RoCBert narrows them before.
+        if hasattr(module, "embeddings_project") or hasattr(module.embeddings, "map_inputs_layer"):
             continue
         own = [layer for layer in layers if any(layer.module is m for m in module.encoder.layer)]
         norms = [module.embeddings.LayerNorm]

@@ -1,0 +1,67 @@
+"""Vision transformers of transformers version 5 whose attention is ``ViTAttention``, or the same
+code under another name: DeiT, DINOv2 (with registers too), I-JEPA, ViT-MAE, ViT-MSN, and the audio
+spectrogram transformer, which sees a sound as an image.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from torch import Tensor, nn
+
+from headwise.convert.registry import family
+from headwise.convert.transformers_attention import SeparateProjections, attend, named
+from headwise.multihead_attention import MultiheadAttention
+
+#: What the classes of a model begin with -> the module that has them. tests/python/test_convert.py
+#: compares the attention of each with ViT's, statement by statement.
+FAMILY = family(__name__)
+
+
+class SelectedAttention(nn.Module):
+    """Stands where ``ViTAttention`` stood."""
+
+    def __init__(self, original: nn.Module, mha: MultiheadAttention):
+        nn.Module.__init__(self)
+        self.config = original.config
+        self.is_causal = original.is_causal
+        self.mha = mha
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states [B, L, D] -> output [B, L, D] and, where asked for, maps [B, H, L, L]."""
+        return attend(self.mha, hidden_states, attention_mask, self.config, kwargs)
+
+
+@functools.cache
+def _selected(prefix: str) -> type[SelectedAttention]:
+    # It is a ViTAttention (DeiTAttention, ...) so that transformers finds it when it collects
+    # attention maps (output_attentions=True).
+    original = named(f"{FAMILY[prefix]}.{prefix}Attention")
+    name = f"Selected{prefix}Attention"
+    return type(name, (SelectedAttention, original), {"__module__": __name__})
+
+
+def __getattr__(name: str) -> type:
+    """``SelectedDeiTAttention`` and the like, made when first asked for: pickles name them."""
+    prefix = name.removeprefix("Selected").removesuffix("Attention")
+    if name == f"Selected{prefix}Attention" and prefix in FAMILY:
+        return _selected(prefix)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class VisionTransformer(SeparateProjections):
+    name = "transformers ViT"
+
+    def projections(self, module: nn.Module) -> dict[str, nn.Linear]:
+        return {name: getattr(module, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+
+    def shape(self, module: nn.Module) -> tuple[int, int, float]:
+        return module.num_attention_heads, module.head_dim, module.attention_dropout
+
+    def successor(self, old: nn.Module, mha: MultiheadAttention) -> nn.Module:
+        return _selected(type(old).__name__.removesuffix("Attention"))(old, mha)
+
+
+ARCHITECTURE = VisionTransformer()
