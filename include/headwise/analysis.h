@@ -60,4 +60,15 @@ HEADWISE_API at::Tensor prediction_confidence(const at::Tensor& logits, std::str
 HEADWISE_API double confidence_threshold(const at::Tensor& confidence, const at::Tensor& cost,
                                          double limit);
 
+/// The least threshold that keeps the accuracy: going down from infinity, the last one before the
+/// mean loss of accuracy against the widest stage, plus `z` of its standard errors, exceeds `loss`.
+/// (Tests in a fixed order need no correction for their number.)
+/// @param confidence float64 [S - 1, N], as in confidence_threshold
+/// @param correct bool [S, N]: whether each stage's prediction is right
+/// @param loss the share of examples that may be lost, in [0, 1]
+/// @param z not negative: 0 compares means, 1.64 is sure at 95%
+/// @returns the threshold: one of the confidences, or infinity
+HEADWISE_API double accurate_threshold(const at::Tensor& confidence, const at::Tensor& correct,
+                                       double loss, double z);
+
 }  // namespace headwise

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -84,9 +85,11 @@ HEADWISE_API std::vector<int64_t> rearrange(const at::Tensor& gradients,
                                             const std::vector<int64_t>& kept);
 
 /// Scales of a layer's units that bring what it writes to the residual stream near a teacher's
-/// (section 3.4): minimises |Y_teacher - Y(s)|^2 + damp |s - 1|^2 over one scale a unit, where
-/// Y(s) = rest + sum_u s_u x_u W_u. The normal equations are summed up batch by batch; of the
-/// design matrix [tokens * D, U] only X^T X is needed.
+/// (section 3.4): minimises |Y_teacher - Y(s)|^2 + damp m |s - 1|^2 over one scale a unit, where
+/// Y(s) = rest + sum_u s_u x_u W_u, and m is the mean of |x_u W_u|^2 over units. So damp has no
+/// unit: it means the same for any number of tokens and any size of what units write. The normal
+/// equations are summed up batch by batch; of the design matrix [tokens * D, U] only X^T X is
+/// needed.
 class HEADWISE_API ScaleSolver {
  public:
   /// @param weight [D, E]: what the units are projected by, E = units * group
@@ -96,13 +99,21 @@ class HEADWISE_API ScaleSolver {
   /// @param residual [T, D]: what the teacher writes minus what the layer writes with scales 1
   void add(const at::Tensor& inputs, const at::Tensor& residual);
   /// The scales; none if the equations have no finite solution.
-  std::optional<std::vector<double>> solve(double damp = 1.0) const;
+  std::optional<std::vector<double>> solve(double damp) const;
+  /// |Y_teacher - Y(scale)|^2 over the tokens that were added, without the ridge.
+  double error(const std::vector<double>& scale) const;
+  int64_t units() const;
 
  private:
+  struct Equations;
+  const Equations& equations() const;
+
   at::Tensor weight_;  // [D, E]
   int64_t group_;
-  at::Tensor gram_;   // float64 [E, E]
-  at::Tensor cross_;  // float64 [E]
+  at::Tensor gram_;                                     // float64 [E, E]
+  at::Tensor cross_;                                    // float64 [E]
+  double residual_ = 0.0;                               // |residual|^2
+  mutable std::shared_ptr<const Equations> equations_;  // of all that was added
 };
 
 }  // namespace headwise

@@ -40,7 +40,8 @@ void bind_kwon(py::module_& m) {
   py::class_<ScaleSolver>(m, "ScaleSolver")
       .def(py::init<const at::Tensor&, int64_t>(), py::arg("weight"), py::arg("group"))
       .def("add", &ScaleSolver::add, py::arg("inputs"), py::arg("residual"))
-      .def("solve", &ScaleSolver::solve, py::arg("damp") = 1.0);
+      .def("solve", &ScaleSolver::solve, py::arg("damp"))
+      .def("error", &ScaleSolver::error, py::arg("scale"));
   m.def("search_macs", &headwise::search_macs, py::arg("heads"), py::arg("neurons"),
         py::arg("head_cost"), py::arg("neuron_cost"), py::arg("limit"));
   m.def("fit_latency", &headwise::fit_latency, py::arg("units"), py::arg("seconds"));

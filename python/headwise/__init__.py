@@ -5,7 +5,7 @@ from headwise.ablation import Ablation, ablate_heads, keep_one_head
 from headwise.agreement import Agreement, score_agreement
 from headwise.alpha import AlphaSearch, select_alpha
 from headwise.causal import CausalHeads, causal_heads
-from headwise.confidence import ConfidencePolicy, StagedPrediction
+from headwise.confidence import ConfidencePolicy, FittedPolicy, StagedPrediction
 from headwise.convert import convert
 from headwise.explain import (
     AnnotatedBatch,
@@ -59,7 +59,7 @@ from headwise.selection import Selection, select_all, select_heads
 from headwise.serialization import load, save
 from headwise.structured.cofi import CoFi
 from headwise.structured.description import Structure, structure
-from headwise.structured.kwon import KwonResult, kwon_prune
+from headwise.structured.kwon import KwonResult, fisher_scores, kwon_prune
 from headwise.structured.latency import LatencyTable, measure_latency
 from headwise.structured.plan import BlockPlan, FfnPlan, HiddenPlan, StructurePlan
 from headwise.trace import Trace, trace
@@ -77,6 +77,7 @@ __all__ = [
     "ConfidencePolicy",
     "Explanation",
     "FfnPlan",
+    "FittedPolicy",
     "FixedGate",
     "Gate",
     "GumbelSigmoidGate",
@@ -115,6 +116,7 @@ __all__ = [
     "convert",
     "explain",
     "explain_data",
+    "fisher_scores",
     "gate_from_config",
     "head_interactions",
     "head_moves",

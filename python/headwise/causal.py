@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from headwise.importance import HeadScores
 from headwise.intervention import (
     LossFunction,
+    check_journal_loss,
     converted,
     evaluating,
     fingerprint,
@@ -26,6 +27,10 @@ __all__ = ["CausalHeads", "causal_heads"]
 
 _ROLES = ("facilitating", "interfering", "irrelevant")
 _CHECKPOINT = 10  # steps between two entries of the journal
+_NO_GRADIENT = (
+    "loss_fn must return a loss that depends on the heads, got one whose gradient by every gate is "
+    "zero"
+)
 
 
 @dataclass(frozen=True)
@@ -37,12 +42,14 @@ class CausalHeads:
         interfering: layer name -> float64 ``[H]``: its gate stays shut though pushed open.
         irrelevant: layer name -> float64 ``[H]``: its gate goes where it is pushed.
         scores: facilitating - interfering, in [-1, 1].
+        strength: weight of the regulariser.
     """
 
     facilitating: Mapping[str, Tensor]
     interfering: Mapping[str, Tensor]
     irrelevant: Mapping[str, Tensor]
     scores: HeadScores
+    strength: float
 
     def roles(self) -> dict[str, list[str]]:
         """layer name -> the largest of the three degrees, a head."""
@@ -61,7 +68,7 @@ def causal_heads(
     batches: Iterable[Any],
     loss_fn: LossFunction,
     *,
-    strength: float = 0.01,
+    strength: float | None = None,
     steps: int = 200,
     learning_rate: float = 0.1,
     limit: float = 4.0,
@@ -74,14 +81,18 @@ def causal_heads(
     +strength and with -strength. A gate that stays open both times belongs to a head that
     facilitates the task, one that stays shut to a head that interferes with it, and one that goes
     where it is pushed to a head that is irrelevant. Where ``strength`` is large against what one
-    head changes in the loss, every head is irrelevant; where it is small, steps decide.
+    head changes in the loss, every head is irrelevant; where it is small, steps decide. Ours: by
+    default it follows the loss and the data, so that another unit of the loss changes no role.
 
     Args:
         model: a converted or convertible model, run in evaluation mode and left as it was. Gates of
             its own stay in force.
         batches: whatever ``loss_fn`` takes; read once, kept, and gone through in turn.
         loss_fn: ``(model, batch) -> loss``, one an example ``[B]`` or their mean.
-        strength: weight of the regulariser, above 0.
+        strength: weight of the regulariser, above 0; None: half of the mean, over heads, of how
+            much the loss of all ``batches`` changes with the logit of a gate that is half open
+            (:attr:`CausalHeads.strength` says how much that came to). The regulariser then moves
+            the gate of a head that the loss holds with less than half the average force.
         steps: of Adam, each way.
         learning_rate: of Adam.
         limit: logits stay within [-limit, limit]: gates within 1.8% of 0 and 1 for 4.
@@ -93,7 +104,7 @@ def causal_heads(
             not depend on the heads.
     """
     for name, value in (("strength", strength), ("learning_rate", learning_rate), ("limit", limit)):
-        if not 0.0 < value < float("inf"):
+        if value is not None and not 0.0 < value < float("inf"):
             raise ValueError(f"{name} must be positive and finite, got {value}")
     if steps < 1:
         raise ValueError(f"steps must be positive, got {steps}")
@@ -106,28 +117,30 @@ def causal_heads(
         **fingerprint(model, batches),
     }  # fmt: skip
     log = Journal(journal, "causal heads", settings)
+    check_journal_loss(log, model, batches, loss_fn)
     with evaluating(model), _frozen(model), scaled_heads(model) as scales:
         sizes = [len(scale) for scale in scales.values()]
+
+        def loss_of(logits: Tensor, batch: Any) -> Tensor:
+            parts = torch.sigmoid(logits).split(sizes)
+            for name, part in zip(list(scales), parts, strict=True):
+                scales[name] = part.to(scales[name])
+            return loss_fn(model, batch)
+
+        if strength is None:
+            strength = log.get("strength") or _half_mean_gradient(loss_of, batches, sum(sizes))
+            log.add("strength", strength)
         gates = []
         for sign, direction in ((1.0, "raised"), (-1.0, "lowered")):
             fit = _Fit(torch.zeros(sum(sizes), dtype=torch.float64), learning_rate, limit)
             fit.resume(log.get(direction))
             remaining = range(fit.step, steps)
             for step in with_progress(remaining, f"gates {direction}", "step", progress):
-                batch = batches[step % len(batches)]
-
-                def loss(logits: Tensor, batch: Any = batch) -> Tensor:
-                    parts = torch.sigmoid(logits).split(sizes)
-                    for name, part in zip(list(scales), parts, strict=True):
-                        scales[name] = part.to(scales[name])
-                    return loss_fn(model, batch)
-
-                fit.update(loss, sign * strength)
+                fit.update(loss_of, batches[step % len(batches)], sign * strength)
                 if fit.step % _CHECKPOINT == 0 or fit.step == steps:
                     log.add(direction, fit.state())
             if not fit.moved:
-                raise ValueError("loss_fn must return a loss that depends on the heads, got one "
-                                 "whose gradient by every gate is zero")  # fmt: skip
+                raise ValueError(_NO_GRADIENT)
             gates.append(torch.sigmoid(fit.logits.detach()))
         names = list(scales)
     parts = [
@@ -135,7 +148,28 @@ def causal_heads(
         for degree in torch.ops.headwise.causal_roles(*gates)
     ]
     worth = {name: parts[0][name] - parts[1][name] for name in names}
-    return CausalHeads(*parts, HeadScores("causal", worth))
+    return CausalHeads(*parts, HeadScores("causal", worth), strength)
+
+
+def _half_mean_gradient(loss_of, batches: Sequence[Any], count: int) -> float:
+    """Half of the mean size of the loss's gradient by the logits of half-open gates."""
+    total = torch.zeros(count, dtype=torch.float64)
+    for batch in batches:
+        total += _gradient(loss_of, batch, torch.zeros_like(total, requires_grad=True))
+    if not total.any():
+        raise ValueError(_NO_GRADIENT)
+    return 0.5 * (total / len(batches)).abs().mean().item()
+
+
+def _gradient(loss_of, batch: Any, logits: Tensor) -> Tensor:
+    """float64 ``[T]``: of the mean loss, by the logits of all gates."""
+    loss = loss_of(logits, batch).mean()
+    if not torch.isfinite(loss):
+        raise ValueError("loss_fn must return a finite loss, got NaN or infinity")
+    gradient = None
+    if loss.requires_grad:
+        (gradient,) = torch.autograd.grad(loss, logits, allow_unused=True)
+    return torch.zeros_like(logits) if gradient is None else gradient
 
 
 @contextlib.contextmanager
@@ -160,16 +194,8 @@ class _Fit:
         self._limit = limit
         self._adam = torch.optim.Adam([self.logits], lr=learning_rate)
 
-    def update(self, loss_fn, strength: float) -> None:
-        loss = loss_fn(self.logits).mean()
-        if not torch.isfinite(loss):
-            raise ValueError("loss_fn must return a finite loss, got NaN or infinity")
-        if loss.requires_grad:
-            (gradient,) = torch.autograd.grad(loss, self.logits, allow_unused=True)
-        else:
-            gradient = None
-        if gradient is None:
-            gradient = torch.zeros_like(self.logits)
+    def update(self, loss_of, batch: Any, strength: float) -> None:
+        gradient = _gradient(loss_of, batch, self.logits)
         self.moved = self.moved or bool(gradient.any())
         penalty = torch.ops.headwise.causal_penalty(self.logits, strength, self._limit)
         (push,) = torch.autograd.grad(penalty, self.logits)

@@ -7,6 +7,7 @@ gates rank highest; where the prediction is not sure enough, it runs again with 
 from __future__ import annotations
 
 import contextlib
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from headwise.intervention import evaluating
 from headwise.layers import attention_layers
 from headwise.selection import Selection
 
-__all__ = ["ConfidencePolicy", "StagedPrediction"]
+__all__ = ["ConfidencePolicy", "FittedPolicy", "StagedPrediction"]
 
 MEASURES = ("probability", "margin", "entropy")
 _ops = torch.ops.headwise
@@ -69,6 +70,30 @@ class StagedPrediction:
         return "; ".join(steps)
 
 
+@dataclass(frozen=True)
+class FittedPolicy:
+    """What :meth:`ConfidencePolicy.fit_accuracy` found, on the data it was given.
+
+    Attributes:
+        threshold: that the policy now has.
+        heads: that an input runs on average, all stages together.
+        accuracy: of the policy.
+        widest_heads: that the widest stage alone runs on average.
+        widest_accuracy: of the widest stage alone.
+    """
+
+    threshold: float
+    heads: float
+    accuracy: float
+    widest_heads: float
+    widest_accuracy: float
+
+    @property
+    def pays(self) -> bool:
+        """Whether the policy runs fewer heads than the widest stage alone."""
+        return self.heads < self.widest_heads
+
+
 class ConfidencePolicy:
     """Runs a model on a small head budget, and on wider ones where it is not sure.
 
@@ -97,7 +122,7 @@ class ConfidencePolicy:
 
     Example:
         >>> policy = ConfidencePolicy(model, factors=(0.5, 1.0), ranking=scores["michel"])
-        >>> policy.fit(held_out, heads=0.7 * 72)
+        >>> policy.fit_accuracy(held_out, lambda batch: batch["labels"], loss=0.01)
         >>> prediction = policy.predict(batch)
         >>> print(prediction.reason(0))
     """
@@ -149,7 +174,7 @@ class ConfidencePolicy:
         Raises:
             ValueError: logits that are not ``[B, C]`` or not finite.
         """
-        return self._run(batch, stop=True)
+        return self._run(batch, stop=True)[0]
 
     @torch.no_grad()
     def fit(self, batches: Iterable[Any], heads: float) -> float:
@@ -161,7 +186,7 @@ class ConfidencePolicy:
         Raises:
             ValueError: no batches, or fewer heads than the first stage alone runs.
         """
-        found = [self._run(batch, stop=False) for batch in batches]
+        found = [self._run(batch, stop=False)[0] for batch in batches]
         if not found:
             raise ValueError("batches must not be empty: there is nothing to fit a threshold on")
         confidence = torch.cat([f.confidence[:-1] for f in found], 1).double().cpu()  # [S-1, N]
@@ -169,7 +194,74 @@ class ConfidencePolicy:
         self.threshold = _ops.confidence_threshold(confidence, cost, float(heads))
         return self.threshold
 
-    def _run(self, batch: Any, stop: bool) -> StagedPrediction:
+    @torch.no_grad()
+    def fit_accuracy(
+        self,
+        batches: Iterable[Any],
+        target_fn: Callable[[Any], Tensor] | None = None,
+        *,
+        loss: float = 0.01,
+        certainty: float = 0.5,
+    ) -> FittedPolicy:
+        """Sets the threshold to the least that loses at most ``loss`` of the accuracy.
+
+        Against the widest stage, on ``batches``. Take data that neither the model nor the ranking
+        was fitted on: a model is surer of what it was trained on, and a threshold from there lets
+        too many inputs go on.
+
+        Args:
+            batches: what the model is run on.
+            target_fn: ``batch -> int64 [B]``, its labels; None: what the widest stage predicts, so
+                that ``loss`` is the share of predictions that may change.
+            loss: the share of inputs, in [0, 1], that may be lost.
+            certainty: how sure that must be, in [0.5, 1): the threshold goes down from infinity as
+                long as the upper bound of the loss (normal approximation) stays within ``loss``.
+                0.5: the mean does.
+
+        Returns:
+            The threshold and what it means. Where ``pays`` is False, the widest stage alone is
+            cheaper: fewer or narrower stages, or another gate, are needed.
+
+        Raises:
+            ValueError: no batches, ``loss`` or ``certainty`` out of range, or targets that are not
+                int64 ``[B]``.
+        """
+        if not 0.5 <= certainty < 1.0:
+            raise ValueError(f"certainty must be in [0.5, 1), got {certainty}")
+        runs, right = [], []
+        for batch in batches:
+            run, stages = self._run(batch, stop=False)
+            runs.append(run)
+            predicted = torch.stack(stages).argmax(2)  # [S, B]
+            targets = predicted[-1] if target_fn is None else target_fn(batch)
+            if targets.shape != predicted[-1].shape or targets.is_floating_point():
+                raise ValueError(
+                    f"target_fn must return whole numbers [{len(predicted[-1])}], got "
+                    f"{targets.dtype} {list(targets.shape)}"
+                )
+            right.append((predicted == targets.to(predicted.device)).cpu())
+        if not runs:
+            raise ValueError("batches must not be empty: there is nothing to fit a threshold on")
+        confidence = torch.cat([run.confidence for run in runs], 1).double().cpu()  # [S, N]
+        correct = torch.cat(right, 1)  # [S, N]
+        heads = torch.cat([run.heads for run in runs], 1).double().cpu()  # [S, N]
+        z = statistics.NormalDist().inv_cdf(certainty)
+        self.threshold = _ops.accurate_threshold(confidence[:-1], correct, loss, z)
+        # Every input stops at the first stage that is sure enough, or at the last.
+        sure = confidence >= self.threshold
+        sure[-1] = True
+        stage = sure.int().argmax(0, keepdim=True)  # [1, N]
+        return FittedPolicy(
+            self.threshold,
+            heads.cumsum(0).gather(0, stage).mean().item(),
+            correct.gather(0, stage).double().mean().item(),
+            heads[-1].mean().item(),
+            correct[-1].double().mean().item(),
+        )
+
+    def _run(self, batch: Any, stop: bool) -> tuple[StagedPrediction, list[Tensor]]:
+        """The prediction, and the logits of each stage that ran, of the inputs that it ran."""
+        stages: list[Tensor] = []
         logits = stage = confidence = heads = rows = None
         with evaluating(self.model):
             for number, factor in enumerate(self.factors):
@@ -177,6 +269,7 @@ class ConfidencePolicy:
                 with _widened(self.model, factor, self.ranking) as counts:
                     found = self._forward(self.model, part)
                 _check_logits(found)
+                stages.append(found)
                 if logits is None:
                     rows = torch.arange(len(found), device=found.device)
                     logits = torch.empty_like(found)
@@ -192,7 +285,7 @@ class ConfidencePolicy:
                     rows = rows[sure < self.threshold]
                     if len(rows) == 0:
                         break
-        return StagedPrediction(logits, stage, confidence, heads, self.threshold)
+        return StagedPrediction(logits, stage, confidence, heads, self.threshold), stages
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from headwise.convert import convert
 from headwise.gates import FixedGate
+from headwise.journal import Journal
 from headwise.layers import attention_layers
 from headwise.selection import Selection
 
@@ -133,6 +135,35 @@ def fingerprint(model: nn.Module, batches: Sequence[Any]) -> dict[str, str]:
     _digest(weights, model.state_dict())
     _digest(data, batches)
     return {"model": weights.hexdigest(), "data": data.hexdigest()}
+
+
+@torch.no_grad()
+def check_journal_loss(
+    journal: Journal, model: nn.Module, batches: Sequence[Any], loss_fn: LossFunction
+) -> None:
+    """Refuses to go on from a journal that another loss was written to.
+
+    The mean loss of the first batch goes into the journal; one that is there must be the same up to
+    rounding.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if journal.path is None:
+        return
+    with evaluating(model):
+        loss = torch.as_tensor(loss_fn(model, batches[0])).double().mean().item()
+    if not math.isfinite(loss):
+        raise ValueError("loss_fn must return a finite loss, got NaN or infinity")
+    step = "loss of the first batch"
+    before = journal.get(step)
+    if before is None:
+        journal.add(step, loss)
+    elif not math.isclose(before, loss, rel_tol=1e-4, abs_tol=1e-6):
+        raise ValueError(
+            f"'{journal.path}' is a journal of another loss: of the first batch it was "
+            f"{before:.6g}, and is {loss:.6g}; remove it or give another file"
+        )
 
 
 def _digest(digest: Any, value: Any) -> None:

@@ -10,7 +10,13 @@ from typing import Any
 from torch import nn
 
 from headwise.importance import METRICS, HeadScores, score_heads
-from headwise.intervention import LossFunction, converted, fingerprint, with_progress
+from headwise.intervention import (
+    LossFunction,
+    check_journal_loss,
+    converted,
+    fingerprint,
+    with_progress,
+)
 from headwise.journal import Journal
 from headwise.layers import attention_layers
 from headwise.plan import HeadPlan, LayerPlan, plan
@@ -59,7 +65,7 @@ def pruning_path(
 
     Raises:
         ValueError: an option out of range, a model that has gates, a journal of another model,
-            other data or other options, or what :func:`headwise.score_heads` and
+            other data, another loss or other options, or what :func:`headwise.score_heads` and
             :func:`headwise.plan` raise.
     """
     for name, value in (("keep", keep), ("step", step)):
@@ -84,6 +90,9 @@ def pruning_path(
         "pruning path",
         settings if journal is None else {**settings, **fingerprint(model, batches)},
     )
+
+    if batches:
+        check_journal_loss(log, model, batches, loss_fn)
 
     def score(pruned: nn.Module) -> HeadScores:
         return score_heads(pruned, batches, loss_fn, [metric], progress=False, **scoring)[metric]

@@ -45,6 +45,11 @@ class Journal:
         else:
             self._write("w", head)
 
+    @property
+    def path(self) -> Path | None:
+        """The file, or None."""
+        return self._path
+
     def get(self, step: str) -> Any:
         """What was kept of a step, or None."""
         return self._steps.get(step)

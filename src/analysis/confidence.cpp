@@ -27,17 +27,39 @@ at::Tensor prediction_confidence(const at::Tensor& logits, std::string_view meas
   return (1 - entropy / std::log(static_cast<double>(logits.size(1)))).clamp(0, 1);
 }
 
+namespace {
+
+/// On the CPU, in double. @throws c10::ValueError
+at::Tensor checked_confidence(const at::Tensor& confidence, int64_t stages, int64_t examples) {
+  TORCH_CHECK_VALUE(
+      confidence.dim() == 2 && confidence.size(0) == stages - 1 && confidence.size(1) == examples,
+      "confidence must be [S - 1, N] = [", stages - 1, ", ", examples, "], got ",
+      confidence.sizes());
+  const auto sure = confidence.detach().to(at::kCPU, at::kDouble).contiguous();
+  TORCH_CHECK_VALUE(at::isfinite(sure).all().item<bool>(),
+                    "confidence must be finite, got NaN or infinity");
+  return sure;
+}
+
+/// The thresholds that tell examples apart, infinity last.
+std::vector<double> ascending(const at::Tensor& sure) {
+  std::vector<double> found(sure.const_data_ptr<double>(),
+                            sure.const_data_ptr<double>() + sure.numel());
+  std::sort(found.begin(), found.end());
+  found.erase(std::unique(found.begin(), found.end()), found.end());
+  found.push_back(std::numeric_limits<double>::infinity());
+  return found;
+}
+
+}  // namespace
+
 double confidence_threshold(const at::Tensor& confidence, const at::Tensor& cost, double limit) {
   TORCH_CHECK_VALUE(cost.dim() == 2 && cost.size(0) >= 1 && cost.size(1) >= 1,
                     "cost must be [S, N] of at least one stage and example, got ", cost.sizes());
-  TORCH_CHECK_VALUE(confidence.dim() == 2 && confidence.size(0) == cost.size(0) - 1 &&
-                        confidence.size(1) == cost.size(1),
-                    "confidence must be [S - 1, N] = [", cost.size(0) - 1, ", ", cost.size(1),
-                    "], got ", confidence.sizes());
-  const auto sure = confidence.detach().to(at::kCPU, at::kDouble).contiguous();
+  const auto sure = checked_confidence(confidence, cost.size(0), cost.size(1));
   const auto price = cost.detach().to(at::kCPU, at::kDouble).contiguous();
-  TORCH_CHECK_VALUE(at::isfinite(sure).all().item<bool>() && at::isfinite(price).all().item<bool>(),
-                    "confidence and cost must be finite, got NaN or infinity");
+  TORCH_CHECK_VALUE(at::isfinite(price).all().item<bool>(),
+                    "cost must be finite, got NaN or infinity");
   TORCH_CHECK_VALUE(price.ge(0).all().item<bool>(), "cost must not be negative");
   const auto c = sure.accessor<double, 2>(), p = price.accessor<double, 2>();
   const int64_t stages = price.size(0), examples = price.size(1);
@@ -53,11 +75,7 @@ double confidence_threshold(const at::Tensor& confidence, const at::Tensor& cost
     return sum / static_cast<double>(examples);
   };
 
-  std::vector<double> candidates(sure.const_data_ptr<double>(),
-                                 sure.const_data_ptr<double>() + sure.numel());
-  std::sort(candidates.begin(), candidates.end());
-  candidates.erase(std::unique(candidates.begin(), candidates.end()), candidates.end());
-  candidates.push_back(std::numeric_limits<double>::infinity());
+  const auto candidates = ascending(sure);
   const double least = mean_cost(candidates.front());
   TORCH_CHECK_VALUE(least <= limit, "limit must be at least ", least,
                     ", what the first stage costs, got ", limit);
@@ -67,11 +85,43 @@ double confidence_threshold(const at::Tensor& confidence, const at::Tensor& cost
   return *std::prev(over);
 }
 
+double accurate_threshold(const at::Tensor& confidence, const at::Tensor& correct, double loss,
+                          double z) {
+  TORCH_CHECK_VALUE(correct.dim() == 2 && correct.size(0) >= 1 && correct.size(1) >= 1,
+                    "correct must be [S, N] of at least one stage and example, got ",
+                    correct.sizes());
+  TORCH_CHECK_VALUE(loss >= 0 && loss <= 1, "loss must be in [0, 1], got ", loss);
+  TORCH_CHECK_VALUE(z >= 0 && std::isfinite(z), "z must be finite and not negative, got ", z);
+  const int64_t stages = correct.size(0), examples = correct.size(1);
+  const auto sure = checked_confidence(confidence, stages, examples);
+  const auto right = correct.detach().to(at::kCPU, at::kDouble).contiguous();
+  const auto c = sure.accessor<double, 2>(), r = right.accessor<double, 2>();
+  const auto count = static_cast<double>(examples);
+  const auto lost = [&](double threshold) {
+    double sum = 0, squares = 0;
+    for (int64_t n = 0; n < examples; ++n) {
+      int64_t s = 0;
+      while (s + 1 < stages && c[s][n] < threshold) ++s;
+      const double change = r[stages - 1][n] - r[s][n];
+      sum += change;
+      squares += change * change;
+    }
+    const double mean = sum / count;
+    const double variance = std::max(squares / count - mean * mean, 0.0);
+    return mean + z * std::sqrt(variance / count);
+  };
+  const auto candidates = ascending(sure);
+  auto kept = std::prev(candidates.end());  // infinity loses nothing
+  while (kept != candidates.begin() && lost(*std::prev(kept)) <= loss) --kept;
+  return *kept;
+}
+
 TORCH_LIBRARY_FRAGMENT(headwise, m) {
   // [B, C] -> [B]
   m.def("prediction_confidence(Tensor logits, str measure='probability') -> Tensor");
   // [S - 1, N], [S, N] -> the threshold
   m.def("confidence_threshold(Tensor confidence, Tensor cost, float limit) -> float");
+  m.def("accurate_threshold(Tensor confidence, Tensor correct, float loss, float z) -> float");
 }
 
 TORCH_LIBRARY_IMPL(headwise, CompositeImplicitAutograd, m) {
@@ -80,6 +130,9 @@ TORCH_LIBRARY_IMPL(headwise, CompositeImplicitAutograd, m) {
   });
 }
 
-TORCH_LIBRARY_IMPL(headwise, CPU, m) { m.impl("confidence_threshold", confidence_threshold); }
+TORCH_LIBRARY_IMPL(headwise, CPU, m) {
+  m.impl("confidence_threshold", confidence_threshold);
+  m.impl("accurate_threshold", accurate_threshold);
+}
 
 }  // namespace headwise

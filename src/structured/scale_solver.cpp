@@ -3,10 +3,17 @@
 #include <c10/util/Exception.h>
 
 #include <Eigen/Cholesky>
+#include <algorithm>
+#include <utility>
 
 #include "headwise/kwon.h"
 
 namespace headwise {
+
+struct ScaleSolver::Equations {
+  Eigen::MatrixXd normal;  // [U, U]: <x_u W_u, x_v W_v>, summed over tokens
+  Eigen::VectorXd right;   // [U]: <x_u W_u, residual>
+};
 
 ScaleSolver::ScaleSolver(const at::Tensor& weight, int64_t group)
     : weight_(weight.detach()), group_(group) {
@@ -29,31 +36,55 @@ void ScaleSolver::add(const at::Tensor& inputs, const at::Tensor& residual) {
   const at::Tensor x = inputs.to(type), r = residual.to(type);
   gram_ += at::mm(x.t(), x);                           // [E, E]
   cross_ += (x * at::mm(r, weight_.to(type))).sum(0);  // [E]
+  residual_ += r.to(at::kDouble).square().sum().item<double>();
+  equations_.reset();
+}
+
+int64_t ScaleSolver::units() const { return weight_.size(1) / group_; }
+
+const ScaleSolver::Equations& ScaleSolver::equations() const {
+  if (equations_) return *equations_;
+  const c10::NoGradGuard no_grad;
+  const int64_t count = units();
+  const at::Tensor weight = weight_.to(at::kDouble);
+  // The sum over the columns of u and v of (X^T X) * (W^T W).
+  const at::Tensor normal = (gram_ * at::mm(weight.t(), weight))
+                                .view({count, group_, count, group_})
+                                .sum({1, 3})
+                                .to(at::kCPU)
+                                .contiguous();
+  const at::Tensor right = cross_.view({count, group_}).sum(1).to(at::kCPU).contiguous();
+  auto made = std::make_shared<Equations>();
+  // Symmetric: the order of storage does not matter.
+  made->normal = Eigen::Map<const Eigen::MatrixXd>(normal.const_data_ptr<double>(), count, count);
+  made->right = Eigen::Map<const Eigen::VectorXd>(right.const_data_ptr<double>(), count);
+  equations_ = std::move(made);
+  return *equations_;
 }
 
 std::optional<std::vector<double>> ScaleSolver::solve(double damp) const {
   TORCH_CHECK_VALUE(damp >= 0, "damp must not be negative, got ", damp);
-  const c10::NoGradGuard no_grad;
-  const int64_t units = weight_.size(1) / group_;
-  const at::Tensor weight = weight_.to(at::kDouble);
-  // <x_u W_u, x_v W_v> summed over tokens: sum over the columns of u and v of (X^T X) * (W^T W)
-  const at::Tensor normal = (gram_ * at::mm(weight.t(), weight))
-                                .view({units, group_, units, group_})
-                                .sum({1, 3})
-                                .to(at::kCPU)
-                                .contiguous();                                             // [U, U]
-  const at::Tensor right = cross_.view({units, group_}).sum(1).to(at::kCPU).contiguous();  // [U]
-  using Matrix = Eigen::Matrix<double, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
-  Matrix a = Eigen::Map<const Matrix>(normal.const_data_ptr<double>(), units, units);
-  a.diagonal().array() += damp;
-  const Eigen::Map<const Eigen::VectorXd> b(right.const_data_ptr<double>(), units);
-  const Eigen::LDLT<Matrix> solver(a);
+  const Equations& found = equations();
+  Eigen::MatrixXd a = found.normal;
+  a.diagonal().array() += damp * found.normal.diagonal().mean();
+  const Eigen::LDLT<Eigen::MatrixXd> solver(a);
   if (solver.info() != Eigen::Success || !(solver.vectorD().array() > 0).all()) return std::nullopt;
-  const Eigen::VectorXd change = solver.solve(b);
+  const Eigen::VectorXd change = solver.solve(found.right);
   if (!change.allFinite()) return std::nullopt;
-  std::vector<double> scale(units);
-  for (int64_t i = 0; i < units; ++i) scale[i] = 1.0 + change[i];
+  std::vector<double> scale(static_cast<size_t>(units()));
+  for (Eigen::Index i = 0; i < change.size(); ++i) scale[i] = 1.0 + change[i];
   return scale;
+}
+
+double ScaleSolver::error(const std::vector<double>& scale) const {
+  TORCH_CHECK_VALUE(static_cast<int64_t>(scale.size()) == units(), "scale must have ", units(),
+                    " units, got ", scale.size());
+  const Equations& found = equations();
+  const Eigen::VectorXd change =
+      Eigen::Map<const Eigen::VectorXd>(scale.data(), found.right.size()).array() - 1.0;
+  const double error =
+      residual_ - 2.0 * change.dot(found.right) + change.dot(found.normal * change);
+  return std::max(error, 0.0);  // rounding
 }
 
 }  // namespace headwise

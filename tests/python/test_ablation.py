@@ -214,11 +214,13 @@ def test_an_interrupted_path_goes_on(tmp_path):
     path = tmp_path / "path.jsonl"
     expected = hw.pruning_path(model, batches, loss, keep=0.3, step=0.2)
     with pytest.raises(Interrupt):
-        hw.pruning_path(model, batches, interrupted(loss, 2), 0.3, step=0.2, journal=path)
-    found = hw.pruning_path(model, batches, interrupted(loss, 2), 0.3, step=0.2, journal=path)
+        hw.pruning_path(model, batches, interrupted(loss, 3), 0.3, step=0.2, journal=path)
+    found = hw.pruning_path(model, batches, interrupted(loss, 3), 0.3, step=0.2, journal=path)
     assert found == expected
     with pytest.raises(ValueError, match="with step=0.2, not 0.1: remove it or give another file"):
         hw.pruning_path(model, batches, loss, 0.3, step=0.1, journal=path)
+    with pytest.raises(ValueError, match="is a journal of another loss: of the first batch it wa"):
+        hw.pruning_path(model, batches, lambda m, b: 3 * loss(m, b), 0.3, step=0.2, journal=path)
 
 
 def test_path_refusals():

@@ -65,7 +65,7 @@ def test_an_interrupted_search_goes_on(problem, tmp_path):
 
     def fails(model, batch):
         calls.append(1)
-        if len(calls) == 38:  # step 13 of the second direction
+        if len(calls) == 39:  # step 13 of the second direction, after one look at the loss
             raise KeyError("stop")
         return squared(model, batch)
 
@@ -74,10 +74,33 @@ def test_an_interrupted_search_goes_on(problem, tmp_path):
         hw.causal_heads(model, batches, fails, journal=path, **options)
     calls.clear()
     found = hw.causal_heads(model, batches, fails, journal=path, **options)
-    assert len(calls) == 15  # from step 10 of the second direction
+    assert len(calls) == 16  # from step 10 of the second direction
     torch.testing.assert_close(found.scores.values[NAME], expected.scores.values[NAME])
     with pytest.raises(ValueError, match="with strength=0.01, not 0.02"):
         hw.causal_heads(model, batches, squared, strength=0.02, steps=25, journal=path)
+    with pytest.raises(ValueError, match="is a journal of another loss: of the first batch it wa"):
+        hw.causal_heads(model, batches, lambda m, b: 2 * squared(m, b), journal=path, **options)
+
+
+def test_the_default_strength_follows_the_loss(problem, tmp_path):
+    model, batches = problem
+    found = hw.causal_heads(model, batches, squared, steps=150)
+    assert found.roles() == {NAME: ["facilitating", "interfering", "irrelevant", "facilitating"]}
+    # Half-open gates: the error is x / 2, or x / 2 more than it should be; its gradient by a logit
+    # is 2 * 1/2 * 1/4 for one of four examples a head, and 0 for the idle head.
+    assert found.strength == pytest.approx(0.5 * (3 / 16) / 4)
+    scaled = hw.causal_heads(model, batches, lambda m, b: 50 * squared(m, b), steps=150)
+    assert scaled.strength == pytest.approx(50 * found.strength)
+    assert scaled.roles() == found.roles()
+    torch.testing.assert_close(
+        scaled.scores.values[NAME], found.scores.values[NAME], atol=0.02, rtol=0
+    )
+    path = tmp_path / "gates"
+    kept = hw.causal_heads(model, batches, squared, steps=20, journal=path)
+    again = hw.causal_heads(model, batches, squared, steps=20, journal=path)
+    assert again.strength == kept.strength
+    with pytest.raises(ValueError, match="with strength=None, not 0.5"):
+        hw.causal_heads(model, batches, squared, strength=0.5, steps=20, journal=path)
 
 
 def test_causal_refusals(problem):

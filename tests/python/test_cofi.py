@@ -194,6 +194,33 @@ def test_what_does_nothing_is_pruned():
     assert torch.nn.functional.mse_loss(cofi.compact()(x), wanted) < 0.02
 
 
+def test_masks_start_from_a_ranking():
+    cofi = hw.CoFi(encoder(), 0.5, init_log_alpha=1.0)
+    before = cofi.log_alpha["hidden"][0].clone()
+    torch.manual_seed(0)
+    found = hw.structure(cofi.model)
+    scores = {name: torch.rand(n) for name, n in {**found.heads, **found.neurons}.items()}
+    cofi.start(scores, sharpness=4.0)
+    for group, sizes in (("heads", found.heads), ("neurons", found.neurons)):
+        every = torch.cat([scores[name] for name in sizes])
+        logits = torch.cat([p.detach() for p in cofi.log_alpha[group]])
+        assert torch.equal(logits.argsort(), every.argsort())
+        reach = 4.0 * (0.5 - 0.5 / len(every))  # ranks are the middles of equal parts of [0, 1]
+        assert logits.min().item() == pytest.approx(1.0 - reach)
+        assert logits.max().item() == pytest.approx(1.0 + reach)
+    assert torch.equal(cofi.log_alpha["hidden"][0], before)
+    name = next(iter(found.heads))
+    for wrong, message in (
+        ({}, f"importance must have scores for '{name}'"),
+        ({**scores, name: torch.ones(2)}, f"importance of '{name}' must have 4 scores, got shape"),
+        ({**scores, name: torch.full((4,), math.nan)}, f"importance of '{name}' must be finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cofi.start(wrong)
+    with pytest.raises(ValueError, match="sharpness must be finite and not negative, got -1"):
+        cofi.start(scores, sharpness=-1)
+
+
 def test_gradients_reach_every_mask():
     cofi = hw.CoFi(hw.convert(classifier()), 0.5, init_log_alpha=0.0)
     torch.manual_seed(0)

@@ -52,6 +52,56 @@ def test_the_threshold_is_the_largest_that_the_limit_allows(stages, examples, se
     assert found == max(allowed)
 
 
+def lost(confidence, correct, threshold, z):
+    """Mean loss of accuracy against the last stage, plus z standard errors."""
+    changes = []
+    for n in range(correct.size(1)):
+        stages = range(len(confidence))
+        stage = next((s for s in stages if confidence[s, n] >= threshold), len(confidence))
+        changes.append(float(correct[-1, n]) - float(correct[stage, n]))
+    mean = sum(changes) / len(changes)
+    variance = sum((change - mean) ** 2 for change in changes) / len(changes)
+    return mean + z * math.sqrt(variance / len(changes))
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.integers(1, 3),
+    st.integers(1, 12),
+    st.integers(0, 1000),
+    st.sampled_from([0.0, 0.1, 0.3, 1.0]),
+    st.sampled_from([0.0, 1.0]),
+)
+def test_the_threshold_that_keeps_the_accuracy(stages, examples, seed, loss, z):
+    torch.manual_seed(seed)
+    confidence = (torch.rand(stages - 1, examples) * 8).round().double() / 8
+    correct = torch.rand(stages, examples) < 0.6
+    if loss == 1:
+        found = ops.accurate_threshold(confidence, correct, 1.0, 0.0)
+        assert found == min([*confidence.flatten().tolist(), math.inf])
+        return
+    found = ops.accurate_threshold(confidence, correct, loss + 1e-9, z)
+    downwards = sorted({*confidence.flatten().tolist(), math.inf}, reverse=True)
+    expected = math.inf
+    for threshold in downwards[1:]:
+        if lost(confidence, correct, threshold, z) > loss + 1e-9:
+            break
+        expected = threshold
+    assert found == expected
+
+
+def test_accurate_threshold_refusals():
+    confidence, correct = torch.rand(1, 4).double(), torch.ones(2, 4).bool()
+    for arguments, message in (
+        ((confidence, correct, 1.5, 0.0), r"loss must be in \[0, 1\], got 1.5"),
+        ((confidence, correct, 0.1, -1.0), "z must be finite and not negative, got -1"),
+        ((confidence * math.nan, correct, 0.1, 0.0), "confidence must be finite"),
+        ((confidence, correct[:1], 0.1, 0.0), r"confidence must be \[S - 1, N\] = \[0, 4\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.accurate_threshold(*arguments)
+
+
 def test_threshold_refusals():
     confidence, cost = torch.rand(1, 4).double(), torch.full((2, 4), 3.0).double()
     for arguments, message in (
@@ -125,6 +175,44 @@ def test_a_fitted_threshold_keeps_to_its_heads():
     assert before == math.inf
     with pytest.raises(ValueError, match="limit must be at least 1, what the first stage costs"):
         policy.fit([x], 0.5)
+
+
+def test_a_threshold_fitted_for_accuracy_saves_where_it_can():
+    """Head 0 has the say for most inputs; for a few, heads 1 to 3 overrule it."""
+    torch.manual_seed(0)
+    x = 0.05 * torch.randn(400, 4, dtype=torch.float64)
+    x[:, 0] += 4.0 * torch.randn(400).sign()
+    hard = torch.arange(400) % 8 == 0
+    x[hard, 0] = 0.3
+    x[hard, 1:] = -2.0
+    model = Sum([1.0, 1.0, 1.0, 1.0])
+    policy = hw.ConfidencePolicy(model, (0.25, 1.0), ranking=RANKING)
+    with torch.no_grad():
+        labels = model(x).argmax(1)
+    found = policy.fit_accuracy(x.split(100), loss=0.0)
+    assert found.accuracy == found.widest_accuracy == 1.0
+    assert found.widest_heads == 4.0 and found.heads == pytest.approx(1 + 4 / 8) and found.pays
+    assert policy.predict(x).total_heads.double().mean().item() == pytest.approx(found.heads)
+    assert torch.equal(policy.predict(x).logits.argmax(1), labels)
+    # All may be lost: every input stops at once.
+    assert policy.fit_accuracy([x], lambda batch: labels, loss=1.0).heads == 1.0
+    # With few inputs little is certain: nothing may stop, and the policy does not pay.
+    few = torch.cat([x[hard][:1], x[~hard][:3]])
+    unsure = policy.fit_accuracy([few], loss=0.0, certainty=0.95)
+    assert unsure.heads <= 5.0 and unsure.accuracy == 1.0
+    same = torch.zeros(8, 4, dtype=torch.float64)
+    same[:, 1] = torch.tensor([-3.0, 3.0]).repeat(4)  # stage 0 knows nothing
+    blind = policy.fit_accuracy([same], loss=0.0)
+    assert blind.heads == 5.0 and not blind.pays and blind.threshold == math.inf
+    for options, message in (
+        (dict(certainty=0.2), r"certainty must be in \[0.5, 1\), got 0.2"),
+        (dict(loss=-0.1), r"loss must be in \[0, 1\], got -0.1"),
+        (dict(target_fn=lambda batch: torch.rand(8)), r"return whole numbers \[8\], got torch"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            policy.fit_accuracy([same], **options)
+    with pytest.raises(ValueError, match="batches must not be empty"):
+        policy.fit_accuracy([])
 
 
 def test_any_gate_is_widened_by_its_own_relevance():

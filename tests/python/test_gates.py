@@ -310,6 +310,29 @@ def test_budget_gate_learns_different_heads_for_different_inputs():
     assert abs(selection.count.float().mean() / H - 1 / 3) < 0.05
 
 
+def test_static_hard_concrete_gates_close_what_is_not_needed():
+    """Voita et al.: from open gates, with the loss of each module; three heads of twelve matter."""
+    torch.manual_seed(0)
+    useful = torch.zeros(2 * H)
+    useful[[1, 4, 9]] = 1.0
+    gates = torch.nn.ModuleList(
+        [hw.HardConcreteGate(penalty="l0", strength=0.1).bind(D, H) for _ in range(2)]
+    )
+    optimiser = torch.optim.Adam(gates.parameters(), 0.1)
+    x = torch.randn(8, 3, D)
+    for step in range(200):
+        hw.anneal(gates, step / 199)
+        weight = torch.cat([gate(x).weight for gate in gates], 1)  # [B, 2 H]
+        loss = ((1 - weight) * useful).square().sum(1).mean() + hw.penalty(gates)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    gates.eval()
+    left = torch.cat([gate(x).weight[0] for gate in gates])
+    assert torch.equal(left > 0, useful > 0)
+    assert (left[useful > 0] > 0.8).all()
+
+
 def test_start_gates_from_a_ranking():
     options = {"gate": hw.BudgetGate(0.5, warmup=0.0, static_until=0.0), "batch_first": True}
     model = torch.nn.ModuleDict(

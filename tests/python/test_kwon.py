@@ -10,6 +10,9 @@ import pytest
 import torch
 from architectures import EMBED, HEADS, _encoder, bert, bert_inputs
 from headwise import _C
+from headwise.structured.description import structure as structure_of
+from headwise.structured.masks import StructureMasks, masks_of
+from headwise.structured.tuning import _read_tokens, _sensitivity, tune
 from torch import nn
 from torch.nn import functional as F
 
@@ -171,7 +174,7 @@ def test_rearrangement_lets_opposites_go_together():
 
 
 @pytest.mark.parametrize("group", [1, 3])
-@pytest.mark.parametrize("damp", [0.0, 1.0, 30.0])
+@pytest.mark.parametrize("damp", [0.0, 0.01, 1.0])
 def test_scales_are_the_ridge_solution(group, damp):
     torch.manual_seed(group)
     tokens, width, units = 40, 7, 4
@@ -186,11 +189,31 @@ def test_scales_are_the_ridge_solution(group, damp):
         own = slice(unit * group, (unit + 1) * group)
         columns.append((inputs[:, own] @ weight[:, own].T).flatten().double().numpy())
     design, target = np.stack(columns, 1), residual.flatten().double().numpy()
-    ridge = np.sqrt(damp) * np.eye(units)
+    ridge = np.sqrt(damp * np.square(design).sum(0).mean()) * np.eye(units)
     expected = np.linalg.lstsq(
         np.vstack([design, ridge]), np.concatenate([target, np.zeros(units)]), rcond=None
     )[0]
-    np.testing.assert_allclose(solver.solve(damp), 1 + expected, rtol=1e-4, atol=1e-5)
+    scale = solver.solve(damp)
+    np.testing.assert_allclose(scale, 1 + expected, rtol=1e-4, atol=1e-5)
+    error = np.square(target - design @ expected).sum()
+    assert solver.error(scale) == pytest.approx(error, rel=1e-4)
+    assert solver.error([1.0] * units) == pytest.approx(np.square(target).sum(), rel=1e-6)
+    with pytest.raises(ValueError, match="scale must have 4 units, got 3"):
+        solver.error([1.0] * 3)
+
+
+def test_the_ridge_has_no_unit():
+    """More tokens of the same kind, or a stream of another size, leave the scales as they are."""
+    torch.manual_seed(0)
+    weight, inputs, residual = torch.randn(5, 3), torch.randn(20, 3), torch.randn(20, 5)
+    scales = []
+    for size, times in ((1.0, 1), (1.0, 7), (30.0, 1)):
+        solver = _C.ScaleSolver(weight, 1)
+        for _ in range(times):
+            solver.add(size * inputs, size * residual)
+        scales.append(solver.solve(0.1))
+    assert scales[1] == pytest.approx(scales[0], rel=1e-4)
+    assert scales[2] == pytest.approx(scales[0], rel=1e-4)
 
 
 def test_equations_without_a_solution():
@@ -218,6 +241,34 @@ def test_fisher_information_is_the_sum_of_squared_mask_gradients():
 
 
 # --- the whole ---
+
+
+def test_fisher_scores_of_a_model():
+    model = planted(hw.convert(classifier()).double())
+    scores = hw.fisher_scores(model, task(), loss_fn)
+    heads, neurons = hw.structure(model).heads, hw.structure(model).neurons
+    assert {name: len(values) for name, values in scores.items()} == {**heads, **neurons}
+    first = scores[next(iter(heads))]
+    assert first[1:3].max() < 1e-4 * min(first[0], first[3])
+    second = scores[list(neurons)[1]]
+    assert second[::2].max() < 1e-2 * second[1::2].max()
+    # By hand: the squared derivative of each batch's mean loss by a head's factor.
+    name = next(iter(heads))
+    layer = hw.attention_layers(model)[name]
+    size, weight = layer.head_dim, layer.out_proj.weight.detach().clone()
+    expected = 0.0
+    for batch in task():
+        losses = []
+        for factor in (1.001, 0.999):
+            with torch.no_grad():
+                layer.out_proj.weight[:, :size] = factor * weight[:, :size]
+                losses.append(loss_fn(model, batch).mean())
+        expected += ((losses[0] - losses[1]) / 0.002) ** 2
+    assert first[0].item() == pytest.approx(expected.item(), rel=0.02)
+    with pytest.raises(ValueError, match="batches must not be empty"):
+        hw.fisher_scores(model, [], loss_fn)
+    with pytest.raises(ValueError, match="scores must not all be 0: the loss does not depend on t"):
+        hw.fisher_scores(model, task(1), lambda m, b: loss_fn(m, b) * 0)
 
 
 def task(count=6, classes=3):
@@ -257,30 +308,133 @@ def test_the_limit_holds_and_the_plan_is_the_model(macs):
     assert all(p.requires_grad for p in result.model.parameters())
 
 
-def stream_error(model, teacher, batches):
+def squared_error(model, dense, batches):
+    """Of the logits."""
     with torch.no_grad():
-        return sum(
-            (model.bert(**b).last_hidden_state - teacher.bert(**b).last_hidden_state)[
-                b["attention_mask"] == 1
-            ]
-            .square()
-            .sum()
-            for b in ({k: v for k, v in b.items() if k != "labels"} for b in batches)
-        )
+        inputs = [{k: v for k, v in batch.items() if k != "labels"} for batch in batches]
+        return sum((model(**b).logits - dense(**b).logits).square().sum() for b in inputs).item()
 
 
-def test_tuning_comes_nearer_to_the_dense_model():
+def near(dense):
+    """A loss that is 0 for what computes the same as ``dense``."""
+
+    def loss(model, batch):
+        inputs = {k: v for k, v in batch.items() if k != "labels"}
+        with torch.no_grad():
+            wanted = dense(**inputs).logits
+        return (model(**inputs).logits - wanted).square().sum(1)
+
+    return loss
+
+
+def test_tuning_makes_up_for_what_went():
+    """Heads 0 and 1 do the same, and so do neurons 0 and 1: one of two, doubled, is both."""
+    model = hw.convert(classifier())
+    size = EMBED // HEADS
+    for layer in hw.attention_layers(model).values():
+        with torch.no_grad():
+            for part in layer.in_proj_weight.chunk(3):
+                part[size : 2 * size] = part[:size]
+            for part in layer.in_proj_bias.chunk(3):
+                part[size : 2 * size] = part[:size]
+            layer.out_proj.weight[:, size : 2 * size] = layer.out_proj.weight[:, :size]
+    for network in hw.structure(model).ffn.values():
+        with torch.no_grad():
+            network.first.weight[1], network.first.bias[1] = (
+                network.first.weight[0],
+                network.first.bias[0],
+            )
+            network.second.weight[:, 1] = network.second.weight[:, 0]
+    plain = hw.mask(
+        copy.deepcopy(model),
+        hw.StructurePlan(
+            hw.HeadPlan([hw.LayerPlan(n, 4, [0, 2, 3]) for n in hw.attention_layers(model)]),
+            [hw.FfnPlan(n, 32, [0, *range(2, 32)]) for n in hw.structure(model).ffn],
+        ),
+    )
+    batches = task(16)
+    masks, whole = masks_of(plain), StructureMasks()
+    whole.heads = {name: torch.ones(4) for name in masks.heads}
+    whole.neurons = {name: torch.ones(32) for name in masks.neurons}
+    untuned = squared_error(plain, model, batches[12:])
+    units = [*masks.heads, *masks.neurons]
+    with torch.no_grad():
+        tuned = tune(
+            plain, structure_of(plain), masks, batches[:12], near(model), whole, units=units,
+            damp=1e-9,
+        )  # fmt: skip
+    assert tuned.step == 1.0 and tuned.loss[1] < 1e-4 * tuned.loss[0]
+    assert [block["error_left"] < 1e-3 for block in tuned.blocks] == [True] * 4
+    assert squared_error(plain, model, batches[12:]) < 1e-4 * untuned  # batches it never saw
+    for mask in (*masks.heads.values(), *masks.neurons.values()):
+        assert mask[0].item() == pytest.approx(2.0, abs=0.01) and mask[1] == 0
+        torch.testing.assert_close(mask[2:], torch.ones_like(mask[2:]), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("macs", [0.3, 0.6])
+def test_tuning_is_never_worse_on_what_is_held_out(macs):
     model, batches = classifier(), task(12)
-    plain = hw.kwon_prune(model, batches, loss_fn, macs=0.6, tune=False)
-    tuned = hw.kwon_prune(model, batches, loss_fn, macs=0.6)
-    assert tuned.report["tuned_blocks"] == 4 and tuned.report["tuning_stopped"] == ""
-    dense = hw.convert(copy.deepcopy(model))
-    assert stream_error(tuned.model, dense, batches) < stream_error(plain.model, dense, batches)
+    plain = hw.kwon_prune(model, batches, loss_fn, macs=macs, tune=False)
+    tuned = hw.kwon_prune(model, batches, loss_fn, macs=macs)
     assert all(s == 1.0 for entry in plain.plan.heads.layers for s in entry.scale)
-    assert any(s != 1.0 for entry in tuned.plan.heads.layers for s in entry.scale)
-    limited = hw.kwon_prune(model, batches, loss_fn, macs=0.6, max_scale=0.5)
-    assert limited.report["tuned_blocks"] == 0
-    assert "more than 0.5" in limited.report["tuning_stopped"]
+    with torch.no_grad():
+        before, after = (
+            torch.cat([loss_fn(found.model, batches[i]) for i in (3, 7, 11)]).mean().item()
+            for found in (plain, tuned)
+        )
+    report = tuned.report
+    assert report["tuning_loss"][0] == pytest.approx(before, rel=1e-4)
+    assert after <= before * (1 + 1e-6)
+    assert after == pytest.approx(report["tuning_loss"][1], rel=1e-4)
+    assert (report["tuning_step"] > 0) == (report["tuning_loss"][1] < report["tuning_loss"][0])
+    for block in report["tuning"]:
+        assert block["error_left"] <= 1.0
+        assert (block["damp"] is None) == (block["error_left"] == 1.0)
+    limited = hw.kwon_prune(model, batches, loss_fn, macs=macs, max_scale=0.01)
+    assert limited.report["tuned_blocks"] == 0 and limited.report["tuning_step"] == 0
+    assert all(s == 1.0 for entry in limited.plan.heads.layers for s in entry.scale)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_sensitivity_is_the_root_mean_square_of_the_gradient(norm_first):
+    torch.manual_seed(0)
+    model = hw.convert(_encoder(norm_first=norm_first)).double()
+    model.requires_grad_(False)
+    x, c = torch.randn(2, 5, EMBED).double(), torch.randn(EMBED).double()
+    found = hw.structure(model)
+    last = found.layers[-1]
+    if norm_first:
+        model.norm = None
+        expected = c.abs() / c.square().mean().sqrt()
+    else:  # through the last norm, by differences
+        norm, seen = last.module.norm2, []
+        handle = norm.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        model(x)
+        handle.remove()
+        (stream,) = seen
+        columns = []
+        for d in range(EMBED):
+            step = torch.zeros(EMBED).double()
+            step[d] = 1e-6
+            change = (norm(stream + step) - norm(stream - step)) @ c / 2e-6  # [B, L]
+            columns.append(change.square().sum())
+        squares = torch.stack(columns)
+        expected = (squares / squares.mean()).sqrt()
+    measured = _sensitivity(model, found, [x], lambda m, x: (m(x) @ c).sum(1))
+    assert set(measured) == {layer.name for layer in found.layers}
+    torch.testing.assert_close(measured[last.name][1], expected, rtol=1e-5, atol=1e-6)
+    for parts in measured.values():
+        assert all(part.square().mean().item() == pytest.approx(1.0) for part in parts)
+    assert all(not m._forward_pre_hooks for m in model.modules() if isinstance(m, nn.LayerNorm))
+
+
+def test_of_the_last_layer_only_what_the_loss_reads_counts():
+    model, batches = hw.convert(classifier()), task(2)
+    last = hw.structure(model).layers[-1].module
+    model.requires_grad_(False)
+    for batch, read in zip(batches, _read_tokens(model, last, batches, loss_fn), strict=True):
+        assert read.shape == batch["input_ids"].shape
+        assert read[:, 0].all() and not read[:, 1:].any()  # the pooler takes the first token
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
@@ -291,7 +445,9 @@ def test_encoders_of_torch(norm_first):
     result = hw.kwon_prune(
         model, batches, lambda m, x: m(x).square().mean((1, 2)), macs=0.5, tuning_batches=3
     )
-    assert result.report["tuned_blocks"] == 4
+    names = [block["name"] for block in result.report["tuning"]]
+    kept = [entry.name for entry in result.plan.heads.layers if entry.heads]
+    assert sorted(names) == sorted(kept + [n.name for n in result.plan.ffn if n.neurons])
     masked = hw.mask(copy.deepcopy(model), result.plan)
     with torch.no_grad():
         torch.testing.assert_close(
@@ -382,6 +538,7 @@ def test_times_are_measured():
     [
         ({}, loss_fn, "give one of macs and latency, got macs=None and latency=None"),
         ({"macs": 0.5, "latency": 0.5}, loss_fn, "give one of macs and latency, got macs=0.5"),
+        ({"macs": 0.5, "damp": -1.0}, loss_fn, "damp must be finite and not negative, got -1.0"),
         ({"macs": 0.0}, loss_fn, "macs must be in \\(0, 1\\], got 0.0"),
         ({"macs": 0.5, "heads": False, "ffn": False}, loss_fn, "heads and ffn must not both be"),
         (

@@ -184,6 +184,31 @@ def test_calibration_finds_the_share(keep):
     assert abs(ran - keep) < 0.06
 
 
+def test_a_share_that_cannot_be_reached_names_the_nearest():
+    torch.manual_seed(0)
+    x = torch.randn(4, 5, 12)
+    built = layer(hw.ThresholdGate(0.5, min_heads=2))
+    heads = built.num_heads
+    run = {"forward_fn": lambda model, x: model(x, x, x, need_weights=False)}
+    message = rf"keep=0.1 cannot be reached: the nearest share of heads is {2 / heads:.4f} \(thr"
+    with pytest.raises(ValueError, match=message):
+        hw.calibrate_threshold(built, [x], 0.1, **run)
+    assert built.gate.threshold.item() == 0.5  # as it was
+    assert hw.calibrate_threshold(built, [x], 0.1, tolerance=1.0, **run) > 0.5
+    small = layer(hw.ThresholdGate(0.5, min_heads=0))
+    with torch.no_grad():
+        small.in_proj_weight.mul_(1e-3)
+    with pytest.raises(ValueError, match="nearest share of heads is 0.0000 .* gates' resolution"):
+        hw.calibrate_threshold(small, [x], 0.5, **run)
+
+    def interrupted(model, x):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        hw.calibrate_threshold(built, [x], 0.9, forward_fn=interrupted)
+    assert built.gate.threshold.item() > 0.5 and not built.gate._forward_hooks
+
+
 @pytest.mark.parametrize(
     ("build", "error", "message"),
     [

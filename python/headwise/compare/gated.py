@@ -117,7 +117,11 @@ def threshold(bench: Workbench, keep: float, steps: int) -> Outcome:
     """Hybrid dynamic pruning: nothing is trained but one threshold, on validation texts."""
     model = hw.convert(bench.converted(), hw.ThresholdGate())
     found = hw.calibrate_threshold(
-        model, bench.validation.take(256).in_order(64), keep, forward_fn=bench.forward
+        model,
+        bench.validation.take(256).in_order(64),
+        keep,
+        forward_fn=bench.forward,
+        tolerance=1.0,  # the share that it came to is reported
     )
     return Outcome(model, 0, {"threshold": found})
 

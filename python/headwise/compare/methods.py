@@ -36,6 +36,7 @@ METHODS: dict[str, Method] = {
         Method("dense-continued", "dense, trained on", "dense", True, planned.dense_continued),
         *_planned("random", planned.random_plan),
         *_planned("michel", planned.michel_plan),
+        *_planned("michel-exact", planned.michel_exact_plan),
         *_planned("hies", planned.hies_plan),
         Method(
             "static-hard-concrete",
@@ -92,7 +93,7 @@ METHODS: dict[str, Method] = {
 FAMILIES: dict[str, tuple[str, ...]] = {
     **{
         family: (f"{family}-posthoc", f"{family}-finetuned")
-        for family in ("random", "michel", "hies")
+        for family in ("random", "michel", "michel-exact", "hies")
     },
     "ablations": (
         "budget-gate",

@@ -10,10 +10,8 @@ import time
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import headwise as hw
-from headwise.compare.examples import Batch
 from headwise.compare.method import Outcome
 from headwise.compare.training import (
     autocast,
@@ -33,23 +31,29 @@ _SEARCH = 0.75
 
 def kwon(bench: Workbench, keep: float, steps: int) -> Outcome:
     """Heads and neurons at ``keep`` of the multiply-accumulates, without training."""
-
-    def loss(model: nn.Module, batch: Batch) -> Tensor:
-        labels = batch.labels.to(bench.device)
-        return F.cross_entropy(bench.forward(model, batch), labels, reduction="none")
-
     batches = list(bench.train.take(KWON_EXAMPLES).in_order(32))
-    result = hw.kwon_prune(bench.converted(), batches, loss, macs=keep, progress=False)
+    result = hw.kwon_prune(bench.converted(), batches, bench.losses, macs=keep, progress=False)
     seconds = sum(value for name, value in result.report.items() if name.endswith("_s"))
     notes = {"share_kept": result.report["macs"], "method_s": seconds}
     return Outcome(result.model, 0, notes)
 
 
+def _fisher(bench: Workbench) -> dict[str, Tensor]:
+    """Of every head and neuron of the dense model, once for all budgets."""
+    if "fisher" not in bench.plans:
+        bench.plans["fisher"] = hw.fisher_scores(
+            bench.converted(), bench.scoring_batches(), bench.losses, progress=False
+        )
+    return bench.plans["fisher"]
+
+
 def cofi(bench: Workbench, keep: float, steps: int) -> Outcome:
-    """Masks of all five grains train down to ``keep`` of the weights; what stays trains on."""
+    """Masks of all five grains, from a ranking of heads and neurons, train down to ``keep`` of the
+    weights; what stays trains on."""
     began = time.perf_counter()
     teacher = bench.converted().requires_grad_(False)
     masked = hw.CoFi(bench.converted(), 1.0 - keep, teacher=teacher, warmup=0.7, init_log_alpha=2.0)
+    masked.start(_fisher(bench))
     searching = round(_SEARCH * steps)
     batches = bench.batches()
     _train(bench, masked, batches, searching, steps)

@@ -106,25 +106,32 @@ class Workbench:
             output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
         return output.logits.float()
 
-    def scores(self) -> dict:
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The loss of each text, [B]."""
+        labels = batch.labels.to(self.device)
+        return F.cross_entropy(self.forward(model, batch), labels, reduction="none")
+
+    def scoring_batches(self) -> Iterator[Batch]:
+        """The training texts that heads are scored on, once."""
+        return self.train.take(self.settings.score_limit).in_order(32)
+
+    def scores(self, absolute: str = "per_token") -> dict:
         """Head scores of the dense model: michel and entropy, on training texts.
 
-        Computed once: random, michel and hies plans of all budgets come from them.
+        Computed once: the plans of all budgets come from them.
+
+        Args:
+            absolute: that of :func:`headwise.score_heads`.
         """
-        if not self._scores:
-            examples = self.train.take(self.settings.score_limit)
-
-            def loss(model: nn.Module, batch: Batch) -> Tensor:
-                logits = self.forward(model, batch)
-                return F.cross_entropy(logits, batch.labels.to(self.device), reduction="none")
-
-            self._scores = hw.score_heads(
+        if absolute not in self._scores:
+            self._scores[absolute] = hw.score_heads(
                 self.converted().eval(),
-                examples.in_order(32),
-                loss,
-                metrics=["michel", "entropy", "hies"],
+                self.scoring_batches(),
+                self.losses,
+                metrics=["michel", "entropy"],
+                absolute=absolute,
             )
-        return self._scores
+        return self._scores[absolute]
 
     def validation_accuracy(self, model: nn.Module) -> float:
         logits = predict(

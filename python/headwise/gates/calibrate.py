@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from headwise.gates.base import gates
-from headwise.gates.options import fraction
+from headwise.gates.options import fraction, unit
 from headwise.gates.threshold import ThresholdGate
 
 
@@ -28,6 +28,7 @@ def calibrate_threshold(
     *,
     forward_fn: Callable[[nn.Module, Any], Any] = _call,
     passes: int = 12,
+    tolerance: float = 0.1,
 ) -> float:
     """Sets the one threshold of the model's :class:`ThresholdGate` gates for a share of heads.
 
@@ -40,16 +41,20 @@ def calibrate_threshold(
         keep: mean share of the heads that should run, in (0, 1].
         forward_fn: runs a batch; default ``model(**batch)`` of a mapping, ``model(batch)`` else.
         passes: trials.
+        tolerance: how far the share may be from ``keep``; 1 accepts any.
 
     Returns:
         The threshold, which the gates now have: of those tried the one whose share is nearest.
-        Where queries and keys are so small that their integer parts are zero, all heads score the
-        same and no threshold meets the share: raise the gates' ``resolution``.
 
     Raises:
-        ValueError: ``keep`` outside (0, 1], no batches, or a model without such a gate.
+        ValueError: ``keep`` outside (0, 1], no batches, a model without such a gate, or a share
+            that cannot be reached (the text names the nearest): where gates have ``min_heads``, or
+            where queries and keys are so small that their integer parts are zero and all heads
+            score the same (raise the gates' ``resolution``). The gates then keep the thresholds
+            that they had, as they do where a batch fails.
     """
     fraction("keep", keep)
+    unit("tolerance", tolerance)
     found = [gate for gate in gates(model) if isinstance(gate, ThresholdGate)]
     if not found:
         raise ValueError(f"model ({type(model).__name__}) must have a ThresholdGate")
@@ -58,6 +63,7 @@ def calibrate_threshold(
         raise ValueError("batches must not be empty")
     was_training = model.training
     model.eval()
+    before = [gate.threshold.clone() for gate in found]
     ran, importance = [], []
 
     def record(gate, arguments, selection):
@@ -75,17 +81,31 @@ def calibrate_threshold(
                 forward_fn(model, batch)
             return sum(heads for heads, _ in ran) / max(1, sum(total for _, total in ran))
 
-        best, low = 0.0, 0.0
-        nearest = abs(share(0.0) - keep)
+        best, low, met = 0.0, 0.0, share(0.0)
+        nearest = abs(met - keep)
         high = max(importance, default=0.0)
         for _ in range(passes):
             middle = (low + high) / 2
             used = share(middle)
             if abs(used - keep) < nearest:
-                best, nearest = middle, abs(used - keep)
+                best, met, nearest = middle, used, abs(used - keep)
             low, high = (middle, high) if used > keep else (low, middle)
+        if nearest > tolerance:
+            why = (
+                "min_heads of the gates allows no less"
+                if met > keep
+                else ("the other heads score zero: raise the gates' resolution")
+            )
+            raise ValueError(
+                f"keep={keep:.6g} cannot be reached: the nearest share of heads is {met:.4f} "
+                f"(threshold {best:.6g}); {why}"
+            )
         for gate in found:
             gate.threshold.fill_(best)
+    except BaseException:
+        for gate, threshold in zip(found, before, strict=True):
+            gate.threshold.copy_(threshold)
+        raise
     finally:
         for hook in hooks:
             hook.remove()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -175,10 +175,54 @@ class CoFi(nn.Module):
     @torch.no_grad()
     def reset_masks(self, init_log_alpha: float = 10.0) -> None:
         """Starts all masks anew."""
+        self._init_log_alpha = float(init_log_alpha)
         for parameter in self.mask_parameters():
             parameter.normal_(init_log_alpha, 0.01).clamp_(-_CLAMP, _CLAMP)
         self.multipliers.zero_()
         self.shift.zero_()
+
+    @torch.no_grad()
+    def start(self, importance: Mapping[str, Tensor], sharpness: float = 6.0) -> None:
+        """Starts the masks of heads and neurons from a ranking, such as :func:`fisher_scores`.
+
+        The logits of each kind become ``init_log_alpha + sharpness (rank - 1/2)`` with rank in
+        [0, 1] over all layers, within +-4.605: what matters least closes first. Ours; masks that
+        all start alike are all half open on the way to the target, and a short training does not
+        tell them apart.
+
+        Args:
+            importance: attention layer or feed-forward network -> scores of its heads ``[H]`` or
+                neurons ``[F]``; kinds that are not masked are left out.
+            sharpness: range of the logits.
+
+        Raises:
+            ValueError: no or not as many scores for a layer, or scores that are not finite.
+        """
+        if not 0.0 <= sharpness < float("inf"):
+            raise ValueError(f"sharpness must be finite and not negative, got {sharpness}")
+        for group, names in zip(("heads", "neurons"), self._names, strict=True):
+            logits = self.log_alpha[group]
+            if logits is None:
+                continue
+            scores = []
+            for name, parameter in zip(names, logits, strict=True):
+                if name not in importance:
+                    raise ValueError(f"importance must have scores for '{name}'")
+                score = torch.as_tensor(importance[name]).double().cpu()
+                if score.shape != parameter.shape:
+                    raise ValueError(
+                        f"importance of '{name}' must have {len(parameter)} scores, "
+                        f"got shape {list(score.shape)}"
+                    )
+                if not bool(torch.isfinite(score).all()):
+                    raise ValueError(f"importance of '{name}' must be finite, got NaN or infinity")
+                scores.append(score)
+            if not sum(map(len, scores)):
+                continue
+            offset = _ops.importance_start(torch.cat(scores), 0.5, sharpness)  # [N]
+            parts = offset.split([len(score) for score in scores])
+            for parameter, part in zip(logits, parts, strict=True):
+                parameter.copy_((self._init_log_alpha + part).clamp(-_CLAMP, _CLAMP))
 
     def mask_parameters(self) -> list[Parameter]:
         """The logits of all masks."""

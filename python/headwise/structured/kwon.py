@@ -23,7 +23,7 @@ from headwise.structured.masks import StructureMasks, attach, detach, masks_of
 from headwise.structured.plan import FfnPlan, StructurePlan
 from headwise.structured.tuning import tune as tune_masks
 
-__all__ = ["KwonResult", "kwon_prune"]
+__all__ = ["KwonResult", "fisher_scores", "kwon_prune"]
 
 
 class KwonResult(NamedTuple):
@@ -40,6 +40,44 @@ class KwonResult(NamedTuple):
     report: dict[str, Any]
 
 
+def fisher_scores(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss_fn: Callable[[nn.Module, Any], Tensor],
+    *,
+    progress: bool | None = None,
+) -> dict[str, Tensor]:
+    """The Fisher information of every head's and neuron's mask: sum over batches of (dL/dm)^2.
+
+    What :func:`kwon_prune` searches with (Kwon et al. 2022, section 3.2).
+
+    Args:
+        model: a converted or convertible model, unchanged. No gates.
+        batches: what ``loss_fn`` takes.
+        loss_fn: ``(model, batch) -> loss``, one loss an example or their mean.
+        progress: a progress bar on stderr; None: where that is a terminal.
+
+    Returns:
+        attention layer -> float64 ``[H]``, and feed-forward network -> float64 ``[F]``.
+
+    Raises:
+        ValueError: no batches, a loss that is not finite or does not depend on the masks, or a
+            model with gates.
+    """
+    batches = list(batches)
+    if not batches:
+        raise ValueError("batches must not be empty: there is nothing to calibrate on")
+    search = _Search(_own_copy(model), heads=True, ffn=True)
+    fisher, _ = search.fisher(batches, loss_fn, progress)
+    found = {
+        name: torch.tensor(fisher.scores(name), dtype=torch.float64)
+        for name in (*search.heads, *search.neurons)
+    }
+    if not any(bool(scores.any()) for scores in found.values()):
+        raise ValueError("scores must not all be 0: the loss does not depend on the units")
+    return found
+
+
 def kwon_prune(
     model: nn.Module,
     batches: Iterable[Any],
@@ -51,8 +89,8 @@ def kwon_prune(
     ffn: bool = True,
     rearrange: bool = True,
     tune: bool = True,
-    tuning_batches: int = 16,
-    damp: float = 1.0,
+    tuning_batches: int = 32,
+    damp: float | None = None,
     max_scale: float = 10.0,
     tokens: float | None = None,
     latency_table: LatencyTable | None = None,
@@ -64,7 +102,9 @@ def kwon_prune(
     2. A search for the masks that keep the most of it under the limit.
     3. Per layer a rearrangement of as many units, by the layer's block of the Fisher matrix.
     4. Scales of what stays, by least squares against the masks of the milder limit
-       sqrt(limit). They are folded into the weights.
+       sqrt(limit). They are folded into the weights. A quarter of the batches is held out of it:
+       a block keeps scales 1 where tuning brings it no nearer to what it should write on them,
+       and the loss on them says how far all scales go: the whole way, half, a quarter, or not.
 
     The authors use 2,048 training examples in batches of 32.
 
@@ -79,8 +119,9 @@ def kwon_prune(
         rearrange: do step 3.
         tune: do step 4.
         tuning_batches: how many batches step 4 uses; it holds their hidden states.
-        damp: weight of the ridge that holds scales to 1.
-        max_scale: step 4 ends for good where a scale would be larger.
+        damp: weight of the ridge that holds scales to 1, as a share of the mean squared size of
+            what a unit writes; None: for each block the best of a few, on held-out batches.
+        max_scale: solutions of step 4 with a larger scale are not used.
         tokens: length of a sequence, for counting MACs; default: the mean over ``batches``.
         latency_table: measured times; default: :func:`measure_latency` at the mean length.
         progress: a progress bar on stderr; None: where that is a terminal.
@@ -101,6 +142,8 @@ def kwon_prune(
         raise ValueError("batches must not be empty: there is nothing to calibrate on")
     if tuning_batches <= 0:
         raise ValueError(f"tuning_batches must be positive, got {tuning_batches}")
+    if damp is not None and not 0.0 <= damp < math.inf:
+        raise ValueError(f"damp must be finite and not negative, got {damp}")
     model = _own_copy(model)
     clock = _Clock()
     search = _Search(model, heads, ffn)
@@ -134,7 +177,13 @@ def kwon_prune(
             damp=damp,
             max_scale=max_scale,
         )
-        report |= {"tuned_blocks": tuned.blocks, "tuning_stopped": tuned.stopped}
+        report |= {
+            "tuned_blocks": sum(block["damp"] is not None for block in tuned.blocks),
+            "tuning": tuned.blocks,
+            "tuning_loss": tuned.loss,
+            "tuning_step": tuned.step,
+            "tuning_skipped": tuned.skipped,
+        }
         clock.lap("tuning_s")
     limit = {"macs": macs} if macs is not None else {"latency": latency}
     metadata = {"method": "kwon", **limit, "tokens": tokens, "rearrange": rearrange, "tune": tune}

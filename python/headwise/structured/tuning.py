@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,13 +16,32 @@ from headwise.multihead_attention import AttentionProbe, MultiheadAttention
 from headwise.structured.description import Structure, TransformerLayer
 from headwise.structured.masks import StructureMasks
 
+#: Batches that the sensitivity of the stream's dimensions is measured on.
+SENSITIVITY_BATCHES = 8
+#: Ridges that are tried, as shares of the mean squared size of what a unit writes.
+DAMPS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+
+Values = tuple[dict[str, Tensor], dict[str, Tensor]]  # masks of heads and of neurons, by name
+
 
 @dataclass
 class Tuned:
-    """What tuning did: how many blocks have scales now, and why it stopped where it did."""
+    """What tuning did.
 
-    blocks: int = 0
-    stopped: str = ""
+    Attributes:
+        blocks: of each block that was looked at its name, the ridge that was chosen (None: no
+            scales were better than 1), and what share of the untuned error on held-out batches is
+            left.
+        loss: mean loss on the held-out batches, untuned and as the scales are now.
+        step: how far scales went from 1 to the solutions; 0: no step lowered that loss for sure.
+        skipped: why nothing could be tuned, or "".
+    """
+
+    blocks: list[dict[str, Any]] = field(default_factory=list)
+    loss: tuple[float, float] = (math.nan, math.nan)
+    step: float = 0.0
+    skipped: str = ""
 
 
 class _FirstLayer(Exception):
@@ -30,12 +50,16 @@ class _FirstLayer(Exception):
 
 @dataclass
 class _Calls:
-    """How each batch calls the layers, and where it stands: teacher and student apart."""
+    """How each batch calls the layers, and where it stands: teacher and student apart.
+
+    ``read``: of each batch the tokens of the last layer's output that the loss depends on.
+    """
 
     args: list[tuple] = field(default_factory=list)
     kwargs: list[dict] = field(default_factory=list)
     teacher: list[Tensor] = field(default_factory=list)  # [B, L, D], the layer's input
     student: list[Tensor] = field(default_factory=list)
+    read: list[Tensor] = field(default_factory=list)  # bool [B, L]
 
 
 class _Capture:
@@ -60,45 +84,168 @@ def tune(
     teacher: StructureMasks,
     *,
     units: Collection[str],
-    damp: float = 1.0,
+    damp: float | None = None,
     max_scale: float = 10.0,
 ) -> Tuned:
     """Scales what stays, layer by layer, so that the residual stream comes near the teacher's.
 
     Least squares over one scale for each head, then for each neuron of a layer, ridge towards 1
-    (``_C.ScaleSolver``); the layers before are already tuned. Tokens that are padding do not count.
+    (``_C.ScaleSolver``); the layers before are already tuned. Tokens that are padding do not count,
+    and of the last layer only those that the loss depends on do: a classifier's first token.
+    Dimensions of the stream count by how much the loss feels them (root mean square of its gradient
+    by them): in plain least squares the few of large values decide.
+
+    Every fourth batch is held out. It chooses the ridge of each block, and where no ridge brings
+    what the block writes nearer to the teacher's, the block keeps scales 1. What is nearer to the
+    teacher need not be better at the task: in the end the model's loss on what is held out says
+    whether all scales go to the solutions, half or a quarter of the way, or stay 1, where no step
+    lowers it by more than chance (paired, one-sided, 95%).
 
     Args:
         model: in evaluation mode, with gates and hooks that read ``masks``.
         masks: 1 where a unit stays, 0 where it does not; changed.
         batches: calibration data.
-        loss_fn: only to call the model.
+        loss_fn: ``(model, batch) -> loss``.
         teacher: masks of a larger model, of the same weights.
         units: names of the attention layers and networks that get scales.
-        damp: weight of the ridge.
-        max_scale: tuning stops for good where a scale is larger.
+        damp: the ridge; None: the best of :data:`DAMPS`, block by block.
+        max_scale: solutions with a larger scale are not used.
     """
-    done = Tuned()
     if not found.layers:
-        done.stopped = "the model has no transformer layers that headwise knows"
-        return done
+        return Tuned(skipped="the model has no transformer layers that headwise knows")
+    done = Tuned()
+    untuned = (dict(masks.heads), dict(masks.neurons))
+    held_out = [i for i in range(len(batches)) if i % 4 == 3] or [len(batches) - 1]
+    before = _losses(model, batches, held_out, loss_fn)
     calls = _first_inputs(model, found.layers[0].module, batches, loss_fn)
+    calls.read = _read_tokens(model, found.layers[-1].module, batches, loss_fn)
+    some = [batch for i, batch in enumerate(batches) if i not in held_out] or list(batches)
+    sensitivity = _sensitivity(model, found, some[:SENSITIVITY_BATCHES], loss_fn)
     for layer in found.layers:
-        runner = _Runner(model, found, layer, masks, calls)
+        runner = _Runner(
+            model, found, layer, masks, calls, layer is found.layers[-1], held_out,
+            sensitivity[layer.name],
+        )  # fmt: skip
         expected = [runner.run("teacher", i, teacher) for i in range(len(batches))]
+        for capture in expected:
+            capture.context = capture.activations = None  # the largest tensors, and not needed
         for name, tune_block in (
             (layer.attention, runner.tune_heads),
             (layer.ffn, runner.tune_neurons),
         ):
-            if name not in units:
-                continue
-            done.stopped = tune_block(expected, damp, max_scale)
-            if done.stopped:
-                return done
-            done.blocks += 1
+            if name in units:
+                done.blocks += tune_block(expected, DAMPS if damp is None else (damp,), max_scale)
         calls.student = [runner.run("student", i, masks).output for i in range(len(batches))]
         calls.teacher = [capture.output for capture in expected]
+    tuned = (dict(masks.heads), dict(masks.neurons))
+    done.loss = (before.mean().item(),) * 2
+    for step in (1.0, 0.5, 0.25):
+        masks.heads, masks.neurons = _between(untuned, tuned, step)
+        after = _losses(model, batches, held_out, loss_fn)
+        if after.mean() < done.loss[1] and _is_better(before - after):
+            done.loss, done.step = (done.loss[0], after.mean().item()), step
+    masks.heads, masks.neurons = _between(untuned, tuned, done.step)
     return done
+
+
+def _is_better(gain: Tensor) -> bool:
+    """Whether a mean gain [N] is above 0 by more than chance: one-sided, 95%."""
+    error = gain.std() / math.sqrt(len(gain)) if len(gain) > 1 else 0.0
+    return bool(gain.mean() > 1.645 * error)
+
+
+def _between(one: Values, other: Values, step: float) -> Values:
+    """The masks ``one`` + step * (``other`` - ``one``)."""
+    return tuple(
+        {name: torch.lerp(mask, b[name], step) for name, mask in a.items()}
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def _losses(model: nn.Module, batches: Sequence[Any], chosen: list[int], loss_fn) -> Tensor:
+    """float64 [N]: of each example, or where ``loss_fn`` gives means, of each batch."""
+    losses = [loss_fn(model, batches[i]).double().reshape(-1) for i in chosen]
+    return torch.cat(losses).cpu()
+
+
+def _sensitivity(
+    model: nn.Module, found: Structure, batches: Sequence[Any], loss_fn
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """How much the loss feels each dimension of the stream: root mean square gradients [D].
+
+    Of each layer, by name, after attention and after the feed-forward network; their mean square is
+    1.
+    """
+    sums: dict[tuple[str, int], Tensor] = {}
+    handles = []
+
+    def record(key: tuple[str, int], x: Tensor) -> None:
+        def add(gradient: Tensor) -> None:
+            sums[key] = sums.get(key, 0.0) + gradient.double().square().sum((0, 1))
+
+        x.register_hook(add)
+
+    def start(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if args:
+            return (args[0].detach().requires_grad_(), *args[1:]), kwargs
+        first = next(iter(kwargs))
+        return args, {**kwargs, first: kwargs[first].detach().requires_grad_()}
+
+    handles.append(found.layers[0].module.register_forward_pre_hook(start, with_kwargs=True))
+    for layer in found.layers:
+        points = [(name, i) for i, name in enumerate(layer.norms)]
+        if layer.norm_first:  # a norm reads the stream as the block before left it
+            points = [(layer.norms[1], 0)]
+
+            def after(module, args, output, name=layer.name) -> None:
+                record((name, 1), output[0] if isinstance(output, tuple) else output)
+
+            handles.append(layer.module.register_forward_hook(after))
+        for norm, i in points:
+
+            def before(module, args, key=(layer.name, i)) -> None:
+                record(key, args[0])
+
+            handles.append(model.get_submodule(norm).register_forward_pre_hook(before))
+    try:
+        with torch.enable_grad():
+            for batch in batches:
+                loss_fn(model, batch).sum().backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {layer.name: tuple(_root(sums, layer.name, i) for i in (0, 1)) for layer in found.layers}
+
+
+def _root(sums: dict[tuple[str, int], Tensor], name: str, i: int) -> Tensor:
+    total = sums[name, i]
+    mean = total.mean()
+    return torch.ones_like(total) if mean == 0 else (total / mean).sqrt()
+
+
+def _read_tokens(
+    model: nn.Module, last: nn.Module, batches: Sequence[Any], loss_fn
+) -> list[Tensor]:
+    """Of each batch, bool [B, L]: where the loss has a gradient by the last layer's output."""
+    read = []
+    for batch in batches:
+        outputs: list[Tensor] = []
+
+        def leaf(module, args, output, outputs=outputs):
+            whole = isinstance(output, tuple)
+            x = (output[0] if whole else output).detach().requires_grad_()
+            outputs.append(x)
+            return (x, *output[1:]) if whole else x
+
+        handle = last.register_forward_hook(leaf)
+        try:
+            with torch.enable_grad():
+                loss = loss_fn(model, batch).mean()
+                (gradient,) = torch.autograd.grad(loss, outputs[-1:])
+        finally:
+            handle.remove()
+        read.append((gradient != 0).any(-1))
+    return read
 
 
 def _first_inputs(model: nn.Module, first: nn.Module, batches: Sequence[Any], loss_fn) -> _Calls:
@@ -133,8 +280,13 @@ class _Runner:
         layer: TransformerLayer,
         masks: StructureMasks,
         calls: _Calls,
+        last: bool,
+        held_out: list[int],
+        sensitivity: tuple[Tensor, Tensor],
     ) -> None:
         self.layer, self.masks, self.calls = layer, masks, calls
+        self.last, self.held_out = last, held_out
+        self.sensitivity = sensitivity  # [D] after attention, [D] after the network
         self.attention: MultiheadAttention = found.attention[layer.attention]
         self.ffn = found.ffn[layer.ffn]
         self.norms = [model.get_submodule(name) for name in layer.norms]
@@ -193,49 +345,87 @@ class _Runner:
             for handle in handles:
                 handle.remove()
 
-    def tune_heads(self, expected: list[_Capture], damp: float, max_scale: float) -> str:
+    def tune_heads(
+        self, expected: list[_Capture], damps: Sequence[float], max_scale: float
+    ) -> list[dict[str, Any]]:
         name, size = self.layer.attention, self.attention.head_dim
         kept = self.masks.heads[name].nonzero()[:, 0]
-        if len(kept) == 0:
-            return ""
         columns = (kept[:, None] * size + torch.arange(size)).flatten()
-        solver = _C.ScaleSolver(self.attention.out_proj.weight[:, columns], size)
-        for i, teacher in enumerate(expected):
-            own = self.run("student", i, self.masks)
-            rows = own.context.transpose(1, 2).flatten(2)[own.valid][:, columns]  # [T, E]
-            residual = teacher.after_attention - own.after_attention  # [B, L, D]
-            solver.add(rows, residual[own.valid])
-        return self._set(self.masks.heads, name, kept, solver, damp, max_scale)
 
-    def tune_neurons(self, expected: list[_Capture], damp: float, max_scale: float) -> str:
+        def rows(own: _Capture, teacher: _Capture) -> tuple[Tensor, Tensor]:
+            context = own.context.transpose(1, 2).flatten(2)[..., columns]  # [B, L, E]
+            return context, teacher.after_attention - own.after_attention
+
+        weight = self.attention.out_proj.weight[:, columns]
+        solvers = self._equations(expected, weight, size, rows, self.sensitivity[0])
+        return self._set(self.masks.heads, name, kept, solvers, damps, max_scale)
+
+    def tune_neurons(
+        self, expected: list[_Capture], damps: Sequence[float], max_scale: float
+    ) -> list[dict[str, Any]]:
         name = self.layer.ffn
         kept = self.masks.neurons[name].nonzero()[:, 0]
-        if len(kept) == 0:
-            return ""
-        solver = _C.ScaleSolver(self.ffn.second.weight[:, kept], 1)
+
+        def rows(own: _Capture, teacher: _Capture) -> tuple[Tensor, Tensor]:
+            return own.activations[..., kept], teacher.after_ffn - own.after_ffn
+
+        weight = self.ffn.second.weight[:, kept]
+        solvers = self._equations(expected, weight, 1, rows, self.sensitivity[1])
+        return self._set(self.masks.neurons, name, kept, solvers, damps, max_scale)
+
+    def _equations(
+        self,
+        expected: list[_Capture],
+        weight: Tensor,
+        group: int,
+        rows: Callable,
+        sensitivity: Tensor,
+    ) -> tuple[_C.ScaleSolver, _C.ScaleSolver]:
+        """Those of the batches to fit, and those of the batches that are held out.
+
+        Dimensions of the stream count by ``sensitivity`` [D].
+        """
+        factor = sensitivity.to(weight)  # [D]
+        weight = factor[:, None] * weight
+        fitted, held_out = _C.ScaleSolver(weight, group), _C.ScaleSolver(weight, group)
+        if weight.size(1) == 0:
+            return fitted, held_out
         for i, teacher in enumerate(expected):
             own = self.run("student", i, self.masks)
-            residual = teacher.after_ffn - own.after_ffn  # [B, L, D]
-            solver.add(own.activations[own.valid][:, kept], residual[own.valid])
-        return self._set(self.masks.neurons, name, kept, solver, damp, max_scale)
+            valid = own.valid & self.calls.read[i] if self.last else own.valid  # [B, L]
+            inputs, residual = rows(own, teacher)
+            residual = factor * residual  # [B, L, D]
+            if i in self.held_out:
+                held_out.add(inputs[valid], residual[valid])
+            if i not in self.held_out or len(expected) == 1:
+                fitted.add(inputs[valid], residual[valid])
+        return fitted, held_out
 
     def _set(
         self,
         values: dict[str, Tensor],
         name: str,
         kept: Tensor,
-        solver: _C.ScaleSolver,
-        damp: float,
+        solvers: tuple[_C.ScaleSolver, _C.ScaleSolver],
+        damps: Sequence[float],
         max_scale: float,
-    ) -> str:
-        """Puts the solution into the mask, or returns why there is none."""
-        scale = solver.solve(damp)
-        if scale is None:
-            return f"the equations of '{name}' have no finite solution"
-        largest = max(abs(value) for value in scale)
-        if largest > max_scale:
-            return f"a scale of '{name}' would be {largest:.3g}, more than {max_scale:g}"
-        tuned = values[name].clone()
-        tuned[kept] = torch.tensor(scale, dtype=torch.float64).to(tuned)
-        values[name] = tuned
-        return ""
+    ) -> list[dict[str, Any]]:
+        """Puts the best solution into the mask, where one is better than none."""
+        if len(kept) == 0:
+            return []
+        fitted, held_out = solvers
+        untuned = held_out.error([1.0] * len(kept))
+        best, best_error, best_damp = None, untuned, None
+        for damp in damps:
+            scale = fitted.solve(damp)
+            if scale is None or max(map(abs, scale)) > max_scale:
+                continue
+            error = held_out.error(scale)
+            if error < best_error:
+                best, best_error, best_damp = scale, error, damp
+        if best is not None:
+            tuned = values[name].clone()
+            tuned[kept] = torch.tensor(best, dtype=torch.float64).to(tuned)
+            values[name] = tuned
+        left = best_error / untuned if untuned > 0 else 1.0
+        return [{"name": name, "damp": best_damp, "error_left": left}]
