@@ -8,6 +8,7 @@ from headwise.causal import CausalHeads, causal_heads
 from headwise.confidence import ConfidencePolicy, FittedPolicy, StagedPrediction
 from headwise.convert import convert
 from headwise.explain import (
+    AlignedPair,
     AnnotatedBatch,
     Explanation,
     RoleThresholds,
@@ -16,6 +17,7 @@ from headwise.explain import (
     explain_data,
     head_roles,
     parse_with_spacy,
+    read_alignments,
     read_conllu,
 )
 from headwise.explain_page import write_page, write_pngs
@@ -68,6 +70,7 @@ from headwise.weights import load_safetensors, read_safetensors_metadata, save_s
 __all__ = [
     "Ablation",
     "Agreement",
+    "AlignedPair",
     "AlphaSearch",
     "AnnotatedBatch",
     "BlockPlan",
@@ -138,6 +141,7 @@ __all__ = [
     "plan_from_gates",
     "prune",
     "pruning_path",
+    "read_alignments",
     "read_conllu",
     "read_safetensors_metadata",
     "request_budget",

@@ -263,7 +263,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         heads, values = self._head_inputs(inputs)
         selection = self._select(inputs, heads)
         if self._probe is not None or selection is None:
-            output = self._run_all(inputs, selection)
+            output = self._run_all(inputs, selection, heads)
         elif self.gate.attends:
             context = self.gate.attend(heads, values)  # [B, H, L, d]
             output = _ops.combine_heads(
@@ -337,19 +337,24 @@ class MultiheadAttention(nn.MultiheadAttention):
             self.add_zero_attn,
         )
 
-    def _run_all(self, inputs: AttentionInputs, selection: Selection | None) -> Tensor:
+    def _run_all(
+        self, inputs: AttentionInputs, selection: Selection | None, heads: HeadInputs | None
+    ) -> Tensor:
         """Every head, with plain operators; a recorder sees each head's output."""
         q, k, v = self._project(inputs)
-        context = _ops.dense_attention(
-            q,
-            k,
-            v,
-            inputs.key_padding_mask,
-            inputs.attn_mask,
-            inputs.is_causal,
-            self.dropout if self.training else 0.0,
-            added_keys=self._added_keys,
-        )
+        if selection is not None and self.gate.attends:
+            context = self.gate.attend(heads, v)  # [B, H, L, d]
+        else:
+            context = _ops.dense_attention(
+                q,
+                k,
+                v,
+                inputs.key_padding_mask,
+                inputs.attn_mask,
+                inputs.is_causal,
+                self.dropout if self.training else 0.0,
+                added_keys=self._added_keys,
+            )
         weight = None if selection is None else selection.weight
         if self._probe is not None:
             probe = AttentionProbe(

@@ -10,26 +10,43 @@
 namespace headwise {
 namespace {
 
-/// Gives a layer, call by call, weights that were decided beforehand.
+/// Gives a layer, call by call, weights that were decided beforehand. The heads attend as with the
+/// gate that it takes the place of.
 class HeldGate : public GateImpl {
  public:
-  HeldGate(int64_t embed_dim, int64_t num_heads)
-      : GateImpl("headwise::HeldGate", embed_dim, num_heads, "selected") {}
+  HeldGate(int64_t embed_dim, int64_t num_heads, std::shared_ptr<GateImpl> gate)
+      : GateImpl("headwise::HeldGate", embed_dim, num_heads, "selected"), gate_(std::move(gate)) {}
 
   Selection forward(const at::Tensor& x, const at::Tensor&) override {
-    TORCH_CHECK_VALUE(next < weights.size(),
-                      "forward must call the layers as often for every input: a layer was called "
-                      "more than ",
-                      weights.size(), " times");
-    const at::Tensor weight = weights[next++].to(x.options());  // [N, H]
-    TORCH_CHECK_VALUE(weight.size(0) == x.size(0), "forward must run the ", weight.size(0),
-                      " inputs that rows names, got ", x.size(0));
-    const auto [index, count] = select_nonzero(weight);
-    return {index, count, weight, {}, {}};
+    return next_selection(x.size(0), x.options());
+  }
+
+  bool attends() const override { return gate_ && gate_->attends(); }
+  bool reads_heads() const override { return attends(); }
+  Selection forward_heads(const HeadInputs& heads) override {
+    return next_selection(heads.q.size(0), heads.q.options());
+  }
+  at::Tensor attend(const HeadInputs& heads, const at::Tensor& v) override {
+    return gate_->attend(heads, v);
   }
 
   std::vector<at::Tensor> weights;  ///< of each call in a forward
   size_t next = 0;
+
+ private:
+  Selection next_selection(int64_t batch, const at::TensorOptions& options) {
+    TORCH_CHECK_VALUE(next < weights.size(),
+                      "forward must call the layers as often for every input: a layer was called "
+                      "more than ",
+                      weights.size(), " times");
+    const at::Tensor weight = weights[next++].to(options);  // [N, H]
+    TORCH_CHECK_VALUE(weight.size(0) == batch, "forward must run the ", weight.size(0),
+                      " inputs that rows names, got ", batch);
+    const auto [index, count] = select_nonzero(weight);
+    return {index, count, weight, {}, {}};
+  }
+
+  std::shared_ptr<GateImpl> gate_;  // not a submodule: it is the layer's
 };
 
 using Layers = std::vector<std::pair<std::string, MultiheadAttention>>;
@@ -94,8 +111,8 @@ std::string explain(const Layers& layers, int64_t batch,
 
   std::vector<std::shared_ptr<HeldGate>> held;
   for (const auto& [name, layer] : layers) {
-    held.push_back(
-        std::make_shared<HeldGate>(layer->options.embed_dim(), layer->options.num_heads()));
+    held.push_back(std::make_shared<HeldGate>(layer->options.embed_dim(),
+                                              layer->options.num_heads(), layer.ptr()->gate));
     layer.ptr()->probe = nullptr;
     layer.ptr()->gate = held.back();
   }

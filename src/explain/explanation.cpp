@@ -86,12 +86,21 @@ Json value_of(const at::Tensor& values, int64_t b, int64_t h) {
 }
 
 Json whole_of(const at::Tensor& values, int64_t b, int64_t h) {
-  return values.defined() ? Json(static_cast<int64_t>(values[b][h].item<double>())) : Json(nullptr);
+  const double value = values.defined() ? values[b][h].item<double>() : NAN;
+  return std::isfinite(value) ? Json(static_cast<int64_t>(value)) : Json(nullptr);
+}
+
+/// The shares of a head, null where the gate gives it none.
+Json shares_of(const GateReasons& r, int64_t b, int64_t h, const at::Tensor& tokens) {
+  if (!r.shares.defined() || !std::isfinite(r.constant[b][h].item<double>())) return nullptr;
+  return numbers(r.shares[b][h].index_select(0, tokens));
 }
 
 Json gate_json(const GateReasons& r) {
   return {{"type", r.type},
+          {"how", r.how},
           {"rule", r.rule},
+          {"ranked", r.relevance.defined() ? Json(r.among) : Json(nullptr)},
           {"threshold", r.rule == "threshold" ? number(r.threshold) : Json(nullptr)},
           {"count", nullptr},
           {"budget", nullptr}};
@@ -121,7 +130,7 @@ Json budget_json(const GateReasons& r, int64_t b, const at::Tensor& tokens, int6
 Json agreement_of(const Json& layer) {
   std::vector<double> relevance, effect;
   for (const Json& head : layer["heads"]) {
-    if (head["relevance"].is_null() || head["effect"].is_null()) return nullptr;
+    if (head["relevance"].is_null() || head["effect"].is_null()) continue;  // a shared head
     relevance.push_back(head["relevance"].get<double>());
     effect.push_back(head["effect"].get<double>());
   }
@@ -151,6 +160,18 @@ Json agreement_of(const std::vector<Json>& layers) {
           {"sites", std::move(sites)}};
 }
 
+/// Where the heads of a layer stand among all that they compete with.
+void add_standing(Json& layer, const Contestant& one, const Standing& found, int64_t b) {
+  layer["gate"]["ranked"] = found.among;
+  for (int64_t place = 0; place < one.heads.numel(); ++place) {
+    Json& head = layer["heads"][one.heads[place].item<int64_t>()];
+    if (found.rank.defined()) head["rank"] = whole_of(found.rank, b, place);
+    if (found.margin.defined()) head["margin"] = value_of(found.margin, b, place);
+    if (found.budget_needed.defined())
+      head["budget_needed"] = value_of(found.budget_needed, b, place);
+  }
+}
+
 }  // namespace
 
 struct Explanation::State {
@@ -158,6 +179,7 @@ struct Explanation::State {
     std::string name;
     int64_t num_heads;
     at::Tensor weight, chosen;  // [B, H] float64 and bool, on the host
+    std::optional<Contestant> contestant;
   };
   ExplainOptions options;
   std::vector<Site> sites;
@@ -220,7 +242,8 @@ void Explanation::add_layer(const std::string& name, int64_t num_heads, const st
     drawn[head] = true;
   }
   const at::NoGradGuard no_grad;
-  const GateReasons r = gate_reasons(gate, gate_tensors, probe, num_heads, state.options.steps());
+  const GateReasons r =
+      gate_reasons(gate, gate_tensors, probe, name, num_heads, state.options.steps());
   const auto [entropy, confidence] = statistics(probe);  // [B, H]
   const int64_t call = state.calls[name]++;
   for (int64_t b = 0; b < batch; ++b) {
@@ -231,24 +254,22 @@ void Explanation::add_layer(const std::string& name, int64_t num_heads, const st
     Json heads = Json::array();
     for (int64_t h = 0; h < num_heads; ++h) {
       const auto map = attention_map(probe, b, h).index_select(0, queries).index_select(1, seen);
-      heads.push_back(
-          {{"head", h},
-           {"on", r.chosen[b][h].item<bool>()},
-           {"weight", value_of(r.weight, b, h)},
-           {"relevance", value_of(r.relevance, b, h)},
-           {"rank", whole_of(r.rank, b, h)},
-           {"margin", value_of(r.margin, b, h)},
-           {"budget_needed", value_of(r.budget_needed, b, h)},
-           {"constant", value_of(r.constant, b, h)},
-           {"shares",
-            r.shares.defined() ? numbers(r.shares[b][h].index_select(0, queries)) : Json(nullptr)},
-           {"effect", nullptr},
-           {"changes_prediction", nullptr},
-           {"entropy", value_of(entropy, b, h)},
-           {"confidence", value_of(confidence, b, h)},
-           {"pairs", strongest_pairs(map, state.options.pairs())},
-           {"attention", drawn[h] ? numbers(map, kMapDigits) : Json(nullptr)},
-           {"roles", nullptr}});
+      heads.push_back({{"head", h},
+                       {"on", r.chosen[b][h].item<bool>()},
+                       {"weight", value_of(r.weight, b, h)},
+                       {"relevance", value_of(r.relevance, b, h)},
+                       {"rank", whole_of(r.rank, b, h)},
+                       {"margin", value_of(r.margin, b, h)},
+                       {"budget_needed", value_of(r.budget_needed, b, h)},
+                       {"constant", value_of(r.constant, b, h)},
+                       {"shares", shares_of(r, b, h, queries)},
+                       {"effect", nullptr},
+                       {"changes_prediction", nullptr},
+                       {"entropy", value_of(entropy, b, h)},
+                       {"confidence", value_of(confidence, b, h)},
+                       {"pairs", strongest_pairs(map, state.options.pairs())},
+                       {"attention", drawn[h] ? numbers(map, kMapDigits) : Json(nullptr)},
+                       {"roles", nullptr}});
     }
     Json gate_part = gate_json(r);
     if (r.count.defined()) gate_part["count"] = whole_of(r.count.unsqueeze(1), b, 0);
@@ -267,7 +288,7 @@ void Explanation::add_layer(const std::string& name, int64_t num_heads, const st
                                {"gate", std::move(gate_part)},
                                {"heads", std::move(heads)}});
   }
-  state.sites.push_back({name, num_heads, r.weight, r.chosen});
+  state.sites.push_back({name, num_heads, r.weight, r.chosen, r.contestant});
 }
 
 void Explanation::set_prediction(const at::Tensor& logits, const std::vector<std::string>& labels) {
@@ -352,11 +373,20 @@ std::string Explanation::to_json(int indent) const {
     TORCH_CHECK_VALUE(site >= 0 && site < static_cast<int64_t>(state_->sites.size()),
                       "maps name site ", site, ", but the forward has ", state_->sites.size());
   }
+  std::vector<std::optional<Contestant>> contestants;
+  for (const auto& site : state_->sites) contestants.push_back(site.contestant);
+  const auto found = standings(contestants);
   Json document = {{"format", kFormat}, {"version", kVersion}, {"inputs", Json::array()}};
   for (size_t b = 0; b < state_->inputs.size(); ++b) {
     Json input = state_->inputs[b];
     input["agreement"] = agreement_of(state_->layers[b]);
     input["layers"] = state_->layers[b];
+    for (size_t site = 0; site < found.size(); ++site) {
+      if (contestants[site]) {
+        add_standing(input["layers"][site], *contestants[site], found[site],
+                     static_cast<int64_t>(b));
+      }
+    }
     document["inputs"].push_back(std::move(input));
   }
   // Texts come from outside: bytes that are not UTF-8 must not stop the document.

@@ -3,12 +3,15 @@
 #include <ATen/ATen.h>
 
 #include <cmath>
+#include <limits>
 #include <optional>
 #include <vector>
 
+#include "explain/gate_words.h"
 #include "explain/numbers.h"
 #include "explain/relevance.h"
 #include "gates/selection_ops.h"
+#include "headwise/selection.h"
 
 namespace headwise {
 namespace {
@@ -38,10 +41,25 @@ std::optional<double> threshold_of(const Json& config, const NamedTensors& tenso
 std::string rule_of(const std::string& type, const GateReasons& r) {
   if (type == "none" || type == "RandomGate") return type == "none" ? "none" : "random";
   if (!r.relevance.defined()) return "fixed";
+  if (type == "SleepGate") return "awake";
   // Any gate of which no chosen head is less relevant than one that was not chosen ranks them.
   const at::Tensor margin = selection_margin(r.relevance, r.chosen);
   const at::Tensor misplaced = r.chosen.logical_and(margin.lt(0));
   return misplaced.any().item<bool>() ? "other" : "rank";
+}
+
+/// The relevance [B, H] above which each head runs where all above `threshold` do, and always the
+/// `least` most relevant: the others as they are, a head of the least runs above the least-th of
+/// the others. Minus infinity where it runs whatever its relevance.
+at::Tensor cut_of_each(const at::Tensor& relevance, double threshold, int64_t least) {
+  const int64_t heads = relevance.size(1);
+  const auto cut = at::full_like(relevance, threshold);
+  if (least <= 0 || heads == 0) return cut;
+  if (least >= heads) return cut.fill_(-std::numeric_limits<double>::infinity());
+  const auto sorted = std::get<0>(relevance.sort(1, /*descending=*/true));  // [B, H]
+  const auto last_in = sorted.narrow(1, least - 1, 1), best_out = sorted.narrow(1, least, 1);
+  // Without a head of the least, the next one moves up among them.
+  return at::minimum(cut, at::where(relevance.ge(last_in), best_out, last_in));
 }
 
 /// What gates call the part of their relevance that does not depend on the input.
@@ -95,15 +113,109 @@ void add_budget(const Json& config, const NamedTensors& tensors, const Attention
   r.attribution = host(attribution), r.baseline = host(baseline), r.asked = host(asked);
 }
 
+/// The tensors of a submodule, by their names in it.
+NamedTensors within(const NamedTensors& tensors, const std::string& prefix) {
+  NamedTensors found;
+  for (const auto& [name, tensor] : tensors) {
+    if (name.rfind(prefix, 0) == 0) found[name.substr(prefix.size())] = tensor;
+  }
+  return found;
+}
+
+/// What a gate of a module of its own, not one that wraps another, has for reasons. `r` holds what
+/// it chose of its H heads, and its relevance and budget where it gives them; `heads` int64 [H] are
+/// their numbers in the layer.
+void add_reasons(const Json& config, const NamedTensors& tensors, const AttentionProbe& probe,
+                 const std::string& layer, const at::Tensor& heads, int64_t steps, GateReasons& r) {
+  const std::string type = config.value("type", "unknown");
+  const int64_t num_heads = heads.numel();
+  r.rule = rule_of(type, r);
+  if (const auto threshold = threshold_of(config, tensors); threshold && r.relevance.defined()) {
+    r.rule = "threshold";
+    r.threshold = *threshold;
+  }
+  if (r.relevance.defined()) {
+    r.among = num_heads;
+    r.rank = relevance_rank(r.relevance);
+    if (r.rule == "threshold") {
+      r.margin = r.relevance -
+                 cut_of_each(r.relevance, r.threshold, config.value("min_heads", int64_t{0}));
+    } else if (r.rule != "other") {
+      r.margin = selection_margin(r.relevance, r.chosen);
+    }
+    add_shares(tensors, probe, r);
+  }
+  if (competes(type) && r.relevance.defined()) {
+    Contestant one{layer, config, heads, r.relevance, r.chosen, {}, {}, {}};
+    const at::Tensor *base = find(tensors, "base"), *tilt = find(tensors, "tilt");
+    if (base && tilt && r.budget.defined()) {
+      one.base = host(*base), one.tilt = host(*tilt), one.asked = r.budget;
+    }
+    if (type != "RequestedBudgetGate" || one.asked.defined()) r.contestant = std::move(one);
+  } else if (r.budget.defined()) {
+    const auto least = config.value("min_heads", int64_t{1});
+    const std::string rounding = config.value("rounding", "round");
+    const auto count = budget_count(r.budget.to(at::kFloat), num_heads, least, rounding);
+    if (r.rank.defined() && at::equal(count.to(at::kLong), r.chosen.sum(1))) {
+      r.budget_needed = budget_needed(r.rank, least, rounding);
+    }
+    add_budget(config, tensors, probe, steps, r);
+  }
+  if (r.rank.defined()) r.rank = host(r.rank);
+}
+
+/// [B, R, ...] of the heads `columns` [R] as [B, H, ...]; the other heads have NaN.
+at::Tensor spread(const at::Tensor& part, const at::Tensor& columns, int64_t num_heads) {
+  if (!part.defined()) return part;
+  auto shape = part.sizes().vec();
+  shape[1] = num_heads;
+  return at::full(shape, std::numeric_limits<double>::quiet_NaN(), part.options())
+      .index_copy(1, columns, part);
+}
+
+/// Shared heads run whatever the gate inside says, which sees only the others.
+void add_shared_reasons(const Json& config, const NamedTensors& tensors,
+                        const AttentionProbe& probe, const std::string& layer, int64_t num_heads,
+                        int64_t steps, GateReasons& r) {
+  auto is_routed = at::ones({num_heads}, at::kBool);
+  if (const at::Tensor* shared = find(tensors, "shared")) {
+    is_routed.index_fill_(0, shared->to(at::kCPU), 0);
+  }
+  const auto routed = is_routed.nonzero().flatten();  // [R]
+  GateReasons inner;
+  inner.chosen = r.chosen.index_select(1, routed);
+  inner.budget = r.budget;
+  const auto weight = r.weight.index_select(1, routed);
+  const auto relevance = r.relevance.index_select(1, routed);
+  // Of a gate that gives no relevance the weights stand in its place.
+  if (!at::equal(weight, relevance)) inner.relevance = relevance;
+  add_reasons(config["gate"], within(tensors, "gate."), probe, layer, routed, steps, inner);
+  const auto kept = [&](const at::Tensor& part) { return spread(part, routed, num_heads); };
+  inner.chosen = r.chosen;
+  inner.type = r.type, inner.weight = r.weight, inner.count = r.count;
+  inner.relevance = kept(inner.relevance), inner.rank = kept(inner.rank);
+  inner.margin = kept(inner.margin), inner.shares = kept(inner.shares);
+  inner.constant = kept(inner.constant), inner.budget_needed = kept(inner.budget_needed);
+  if (inner.contestant) {
+    inner.budget_needed = at::full_like(r.weight, std::numeric_limits<double>::quiet_NaN());
+  }
+  if (inner.budget_needed.defined()) {
+    inner.budget_needed.masked_fill_(is_routed.logical_not().unsqueeze(0), 0.0);
+  }
+  r = std::move(inner);
+}
+
 }  // namespace
 
 GateReasons gate_reasons(const std::string& text, const NamedTensors& tensors,
-                         const AttentionProbe& probe, int64_t num_heads, int64_t steps) {
+                         const AttentionProbe& probe, const std::string& layer, int64_t num_heads,
+                         int64_t steps) {
   GateReasons r;
   const int64_t batch = probe.q.size(0);
   const std::vector<int64_t> shape{batch, num_heads};
   if (!probe.selection) {
     r.type = r.rule = "none";
+    r.how = how_it_decides(Json::object(), 0.0, false);
     r.chosen = at::ones(shape, at::kBool);
     r.weight = at::ones(shape, at::kDouble);
     return r;
@@ -118,32 +230,14 @@ GateReasons gate_reasons(const std::string& text, const NamedTensors& tensors,
   r.weight = host(selection.weight);
   r.count = host(selection.count);
   if (selection.relevance.defined()) r.relevance = host(selection.relevance);
-  r.rule = rule_of(r.type, r);
-  if (const auto threshold = threshold_of(config, tensors); threshold && r.relevance.defined()) {
-    r.rule = "threshold";
-    r.threshold = *threshold;
+  if (selection.budget.defined()) r.budget = host(selection.budget);
+  if (r.type == "SharedHeadsGate" && config.contains("gate") && r.relevance.defined()) {
+    add_shared_reasons(config, tensors, probe, layer, num_heads, steps, r);
+  } else {
+    add_reasons(config, tensors, probe, layer, at::arange(num_heads), steps, r);
   }
-  if (r.relevance.defined()) {
-    r.rank = relevance_rank(r.relevance);
-    if (r.rule == "threshold") {
-      r.margin = r.relevance - r.threshold;
-    } else if (r.rule != "other") {
-      r.margin = selection_margin(r.relevance, r.chosen);
-    }
-    add_shares(tensors, probe, r);
-  }
-  if (selection.budget.defined()) {
-    r.budget = host(selection.budget);
-    const auto least = config.value("min_heads", int64_t{1});
-    const std::string rounding = config.value("rounding", "round");
-    // Only where the budget is the layer's own, not a share of the whole model's heads.
-    const auto count = budget_count(selection.budget.detach(), num_heads, least, rounding);
-    if (r.rank.defined() && at::equal(count, selection.count)) {
-      r.budget_needed = budget_needed(r.rank, least, rounding);
-    }
-    add_budget(config, tensors, probe, steps, r);
-  }
-  if (r.rank.defined()) r.rank = host(r.rank);
+  r.how = how_it_decides(text.empty() ? Json{{"type", r.type}} : config, r.threshold,
+                         r.relevance.defined());
   return r;
 }
 

@@ -9,6 +9,10 @@
 
 namespace headwise {
 
+at::Tensor held_score(const at::Tensor& score, const at::Tensor& awake, double margin) {
+  return score.to(at::kDouble) * (1 + margin * awake.to(at::kDouble));
+}
+
 at::Tensor awake_heads(const at::Tensor& score, const at::Tensor& awake, int64_t count,
                        double margin) {
   TORCH_CHECK_VALUE(score.dim() == 1 && awake.sizes() == score.sizes(),
@@ -17,8 +21,7 @@ at::Tensor awake_heads(const at::Tensor& score, const at::Tensor& awake, int64_t
   TORCH_CHECK_VALUE(count >= 0 && count <= score.size(0), "count must be in 0..", score.size(0),
                     ", got ", count);
   TORCH_CHECK_VALUE(margin >= 0.0, "margin must not be negative, got ", margin);
-  const auto held = score.to(at::kDouble) * (1 + margin * awake.to(at::kDouble));  // [N]
-  const auto row = held.unsqueeze(0);
+  const auto row = held_score(score, awake, margin).unsqueeze(0);  // [1, N]
   const auto counts = at::full({1}, count, row.options().dtype(at::kInt));
   return selection_mask(select_heads(row, counts), counts, awake.scalar_type()).squeeze(0);
 }

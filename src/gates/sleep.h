@@ -5,8 +5,12 @@
 
 namespace headwise {
 
-/// Which `count` of N heads are awake, 1 or 0 in the dtype of `awake` [N]: those of largest score,
-/// where the score of a head that is awake counts 1 + margin times (ties: the lower head).
+/// What heads are ranked by when they may move: the score of a head that is awake counts 1 + margin
+/// times. score, awake [N] or alike -> float64
+at::Tensor held_score(const at::Tensor& score, const at::Tensor& awake, double margin);
+
+/// Which `count` of N heads are awake, 1 or 0 in the dtype of `awake` [N]: those of largest
+/// held_score (ties: the lower head).
 at::Tensor awake_heads(const at::Tensor& score, const at::Tensor& awake, int64_t count,
                        double margin);
 

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 
+#include <algorithm>
 #include <cmath>
 #include <nlohmann/json.hpp>
 
@@ -29,8 +30,13 @@ struct Classifier {
       if (layer->gate) {
         for (auto& parameter : layer->gate->parameters()) parameter.normal_();
         for (auto& item : layer->gate->named_buffers()) {
-          if (item.key() == "feature_mean") item.value().normal_();
-          if (item.key() == "feature_variance") item.value().uniform_(0.2, 2.0);
+          const auto ends = [&](const std::string& name) {
+            return item.key().size() >= name.size() &&
+                   item.key().compare(item.key().size() - name.size(), name.size(), name) == 0;
+          };
+          if (ends("feature_mean")) item.value().normal_();
+          if (ends("feature_variance")) item.value().uniform_(0.2, 2.0);
+          if (ends("score")) item.value().uniform_(0.5, 1.5);
         }
       }
       layers.emplace_back(name, layer);
@@ -44,6 +50,14 @@ struct Classifier {
       y = y + std::get<0>(MultiheadAttention(layer)->forward(y, y, y, mask, false));
     }
     return out(y.select(1, 0));
+  }
+};
+
+/// Links the gates of the layers of one model.
+struct Together : torch::nn::Module {
+  explicit Together(const std::vector<std::pair<std::string, MultiheadAttention>>& layers) {
+    for (const auto& [name, layer] : layers) register_module(name, layer);
+    link_gates(*this);
   }
 };
 
@@ -96,6 +110,69 @@ TEST(Explain, EffectsAreThoseOfTheSwitchedModel) {
                 (before - after)[b][predicted].item<double>(), 1e-5);
     EXPECT_EQ(input["layers"][1]["gate"]["type"], "none");
   }
+}
+
+TEST(Explain, EveryGateSaysHowItDecidesAndWhatItKnows) {
+  const std::vector<std::pair<GateOptions, std::string>> gates = {
+      {SubsetGateOptions().k(3), "The heads of all layers with the largest scores run"},
+      {SubsetGateOptions().k(2).scope("layer"), "The layer's heads with the largest scores run"},
+      {RequestedBudgetGateOptions().budget(0.4), "The budget is asked for at run time and shared"},
+      {GumbelSigmoidGateOptions(), "A head runs where its relevance is above 0"},
+      {SleepGateOptions(), "Training put the heads of all layers"},
+      {ThresholdGateOptions().threshold(0.5).resolution(4.0).approximate(true),
+       "Nothing was learned"},
+      {SharedHeadsGateOptions().gate(BudgetGateOptions()).shared({1}),
+       "Head 1 runs for every input; of the others: a network gives every input a budget"},
+      {SharedHeadsGateOptions().gate(FixedGateOptions()).shared({0, 2}),
+       "Heads 0 and 2 run for every input; of the others: the same heads run"},
+  };
+  for (const auto& [options, how] : gates) {
+    SCOPED_TRACE(how);
+    torch::manual_seed(3);
+    Classifier model(options);
+    const Together linked(model.layers);
+    const auto forward = [&](const at::Tensor& rows) { return model(rows); };
+    const auto document = Json::parse(explain(model.layers, 2, forward));
+    const torch::NoGradGuard no_grad;
+    const auto scores = model(torch::arange(2)).log_softmax(1);
+    for (int64_t b = 0; b < 2; ++b) {
+      const Json& input = document["inputs"][b];
+      const int64_t predicted = input["prediction"]["class"];
+      EXPECT_NEAR(input["prediction"]["log_probability"].get<double>(),
+                  scores[b][predicted].item<double>(), 1e-5);
+      for (const Json& layer : input["layers"]) {
+        EXPECT_EQ(layer["gate"]["how"].get<std::string>().rfind(how, 0), 0u) << layer["gate"];
+        int64_t on = 0;
+        for (const Json& head : layer["heads"]) {
+          on += head["on"].get<bool>();
+          EXPECT_TRUE(head["effect"].is_number());
+          if (head["shares"].is_null()) continue;
+          double sum = head["constant"];
+          for (const Json& share : head["shares"]) sum += share.get<double>();
+          EXPECT_NEAR(sum, head["relevance"].get<double>(), 1e-5);
+        }
+        EXPECT_EQ(layer["gate"]["count"], on);
+      }
+    }
+  }
+}
+
+TEST(Explain, HeadsOfAllLayersCompete) {
+  torch::manual_seed(5);
+  Classifier model(SubsetGateOptions().k(3));
+  const Together linked(model.layers);
+  const auto document =
+      Json::parse(explain(model.layers, 2, [&](const at::Tensor& rows) { return model(rows); }));
+  std::vector<bool> seen(9, false);
+  for (const Json& layer : document["inputs"][1]["layers"]) {
+    EXPECT_EQ(layer["gate"]["ranked"], 8);
+    for (const Json& head : layer["heads"]) {
+      seen[head["rank"].get<int64_t>()] = true;
+      EXPECT_EQ(head["on"].get<bool>(), head["rank"].get<int64_t>() <= 3);
+      EXPECT_EQ(head["on"].get<bool>(), head["margin"].get<double>() > 0);
+    }
+  }
+  EXPECT_EQ(std::count(seen.begin(), seen.end(), true), 8);
 }
 
 TEST(Explain, RefusesWhatDoesNotFit) {

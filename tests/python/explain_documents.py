@@ -69,6 +69,8 @@ def explanation(
                     "queries": tokens, "keys": tokens, "heads": own,
                     "gate": {
                         "type": "BudgetGate" if gated else "none",
+                        "how": "A network gives every input a budget." if gated else "No gate.",
+                        "ranked": heads if gated else None,
                         "rule": "rank" if gated else "none",
                         "threshold": None,
                         "count": heads - 1 if gated else None,

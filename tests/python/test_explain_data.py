@@ -2,6 +2,8 @@
 
 import json
 import random
+import sys
+import types
 from pathlib import Path
 
 import headwise as hw
@@ -9,8 +11,11 @@ import pytest
 import torch
 from headwise.cli import main
 from headwise.compare.models import load_tokenizer, load_trained
+from headwise.explain import annotate_texts
 from headwise.explain.data_set import role_use
+from headwise.explain.faithfulness import measure_faithfulness
 from headwise.explain.noise import NOISES
+from headwise.explain.stand_in import joint_ablation
 from headwise.explain.use import Use, describe_use
 from test_explain import trained
 
@@ -108,8 +113,10 @@ def test_an_interrupted_run_goes_on(command, document, tmp_path, monkeypatch, ca
     assert main([*command, "--out", str(out), "--batch-size", "32"]) == 0
     first = len(calls) - before
     assert json.loads((out / "use.json").read_text()) == document
+    assert (out / "parts" / "faithfulness" / "curves-00000.safetensors").is_file()
     assert main([*command, "--out", str(out), "--batch-size", "32"]) == 0
-    assert len(calls) - before - first < first  # parts that are whole are not computed again
+    # Parts that are whole are not computed again: one forward a stage says what the layers are.
+    assert len(calls) - before - first < 15 < first
 
 
 def test_models_of_other_seeds_and_ungated_models(tiny_model, gated, tiny_texts):
@@ -148,6 +155,213 @@ def test_syntax_from_a_file(command, tmp_path):
                for head in layer["heads"])  # fmt: skip
     with pytest.raises(ValueError, match="roles must be a document of format 'headwise.roles'"):
         hw.explain(model, "a good film", tokenizer=load_tokenizer(folder), roles={})
+
+
+def test_the_curves_of_faithfulness_are_those_of_removed_heads(gated):
+    model, tokenizer = load_trained(gated), load_tokenizer(gated)
+    inputs = tokenizer(["a good film", "the plot is dull"], padding=True, return_tensors="pt")
+    forward = lambda model, inputs: model(**inputs).logits  # noqa: E731
+    with torch.no_grad():
+        found = measure_faithfulness(model.eval(), [inputs], forward, points=4, resamples=10)
+        explained = hw.explain(model, dict(inputs), effects=False).inputs
+        before = forward(model, inputs).log_softmax(1)
+        expected = []
+        for b, entry in enumerate(explained):
+            heads = [(s["site"], h) for s in entry["layers"] for h in s["heads"] if h["on"]]
+            # Where a layer lets no head sleep there is no cut: from its least relevant head.
+            lowest = [min(h["relevance"] for h in s["heads"]) for s in entry["layers"]]
+            heads.sort(key=lambda one: one[1]["margin"] if one[1]["margin"] is not None
+                       else one[1]["relevance"] - lowest[one[0]])  # fmt: skip
+            row = [before[b].max().item()]
+            for point in range(1, 5):
+                gone = {(s, h["head"]) for s, h in heads[: (len(heads) * point + 2) // 4]}
+                held = hw.convert(load_trained(gated))
+                for site, layer in enumerate(hw.attention_layers(held).values()):
+                    layer.set_gate(hw.FixedGate(scale=[
+                        0.0 if (site, h["head"]) in gone else h["weight"]
+                        for h in entry["layers"][site]["heads"]
+                    ]))  # fmt: skip
+                one = {name: value[b : b + 1] for name, value in inputs.items()}
+                after = forward(held, one).log_softmax(1)
+                row.append(after[0, before[b].argmax()].item())
+            expected.append(row)
+    assert found["removed"] == [0, 0.25, 0.5, 0.75, 1.0]
+    assert found["stated"] == pytest.approx(torch.tensor(expected).mean(0).tolist(), abs=1e-3)
+    assert found["random"][0] == pytest.approx(found["stated"][0], abs=1e-4)
+    assert found["random"][-1] == pytest.approx(found["stated"][-1], abs=1e-4)
+    assert found["inputs"] == 2 and found["low"] <= found["area"] <= found["high"]
+
+
+def test_alignments_from_a_file(command, tmp_path):
+    lines = ["a good film ||| film a good ||| 0-1 1-2 2-0", "", "the plot ||| the plot ||| 0-0 1-1"]
+    path, use = tmp_path / "pairs.txt", tmp_path / "use.json"
+    path.write_text("\n".join(lines * 15), encoding="utf-8")
+    assert main([*command, "--alignments", str(path), "--json", str(use)]) == 0
+    roles = json.loads(use.read_text())["roles"]
+    trials = {q["detail"]: q["trials"] for q in roles["questions"] if q["role"] == "alignment"}
+    assert set(trials) == {"1 to 2", "2 to 1"} and trials["1 to 2"] == trials["2 to 1"] > 30
+    pairs = hw.read_alignments(path)
+    assert pairs[0] == hw.AlignedPair(
+        ("a", "good", "film"), ("film", "a", "good"), ((0, 1), (1, 2), (2, 0))
+    )
+    assert len(pairs) == 30 and len(hw.read_alignments(path, limit=4)) == 4
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("a b", "line 1 of {path} must have the form 'words ||| words ||| 0-0 1-1'"),
+        ("a ||| b ||| 0", "line 1 of {path} has the alignment '0', not 0-0"),
+        ("a ||| b ||| 0-0\na ||| b ||| 0-1", "line 2 of {path} aligns 0-1, but has 1 and 1 words"),
+        ("\n", "{path} has no aligned pair"),
+    ],
+)
+def test_alignments_that_cannot_be_read(content, sentence, tmp_path):
+    path = tmp_path / "pairs.txt"
+    path.write_text(content)
+    with pytest.raises(ValueError) as failed:
+        hw.read_alignments(path)
+    assert str(failed.value) == sentence.format(path=path)
+
+
+def test_aligned_pairs_become_batches(gated):
+    tokenizer = load_tokenizer(gated)
+    pair = hw.AlignedPair(("a", "xfilmx", "good"), ("good", "film"), ((2, 0), (0, 1)))
+    (batch,) = annotate_texts([pair], tokenizer)
+    tokens = tokenizer.convert_ids_to_tokens(batch.ids[0].tolist())
+    places = [place for place, token in enumerate(tokens) if token == "[SEP]"]
+    assert batch.side[0].tolist() == [0] + [1] * (places[0] - 1) + [0, 2, 2, 0]
+    (first, second) = batch.alignment[0]
+    assert tokens[first[0]] == "good" == tokens[first[1]] and first[1] > places[0]
+    assert (tokens[second[0]], tokens[second[1]]) == ("a", "film")
+    assert batch.words[0, places[0] + 1] == 3  # words of the second text count on
+    if "token_type_ids" in batch.inputs:
+        assert batch.inputs["token_type_ids"][0].tolist() == [int(s == 2) for s in batch.side[0]]
+    (mixed,) = annotate_texts([pair, "a film"], tokenizer)
+    assert mixed.alignment[0] == [] and mixed.side[0].sum() == 0 and mixed.alignment[1]
+
+
+def test_texts_that_are_images(gated):
+    model, tokenizer = load_trained(gated), load_tokenizer(gated)
+    texts = ["a good film the plot is"] * 8
+    result = hw.explain_data(
+        model, texts, tokenizer, grid=(2, 3), permutations=10, resamples=10, faithfulness_texts=2
+    )
+    details = {q["detail"] for q in result["roles"]["questions"] if q["role"] == "grid offset"}
+    assert {"+0,+1", "-1,+0", "+1,+1"} <= details
+    with pytest.raises(ValueError, match="grid must have as many places as there are content tok"):
+        hw.explain_data(model, texts, tokenizer, grid=(2, 2))
+
+
+def test_heads_that_stand_in_for_each_other_by_joint_ablation(gated, tmp_path):
+    model, tokenizer = load_trained(gated), load_tokenizer(gated)
+    texts = ["a good film", "the plot is dull", "it is a very good and fine film", "so poor"]
+    options = {"permutations": 10, "resamples": 10, "joint_ablation": 5, "folder": tmp_path}
+    result = hw.explain_data(model, texts, tokenizer, **options)
+    joint = result["joint_ablation"]
+    assert joint["inputs"] == 4 and len(joint["pairs"]) == 5
+    names = list(hw.attention_layers(model))
+    assert joint["layers"] == names
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        classes = model(**batch).logits.argmax(1)
+    known = hw.head_interactions(
+        model, [batch],
+        lambda m, b: torch.nn.functional.cross_entropy(m(**b).logits, classes, reduction="none"),
+        [tuple((names[s], h) for s, h in (row["first"], row["second"])) for row in joint["pairs"]],
+    )  # fmt: skip
+    for row, effect in zip(joint["pairs"], known.effect.tolist(), strict=True):
+        assert row["first"][0] == row["second"][0]
+        assert row["effect"] == pytest.approx(effect, abs=1e-5)
+    assert (tmp_path / "joint-ablation" / "ablations.jsonl").is_file()
+    assert hw.explain_data(model, texts, tokenizer, **options)["joint_ablation"] == joint
+
+
+def test_planted_substitutes_are_found():
+    """y = relu(x_0 + x_1), where x_0 = x_1: either head gives the sign away. Head 2 adds."""
+
+    class Either(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mha = hw.MultiheadAttention(4, 4, bias=False, batch_first=True)
+            with torch.no_grad():
+                self.mha.in_proj_weight.zero_()
+                self.mha.in_proj_weight[8:].copy_(torch.eye(4))
+                self.mha.out_proj.weight.copy_(torch.eye(4))
+
+        def forward(self, x):
+            y = self.mha(x[:, None], x[:, None], x[:, None], need_weights=False)[0][:, 0]
+            value = torch.maximum(y[:, 0], y[:, 1]) + 0.5 * y[:, 2]
+            return torch.stack([value, -value], 1)
+
+    torch.manual_seed(0)
+    x = torch.rand(200, 4) + 0.5
+    x[:, 1] = x[:, 0]
+    with torch.no_grad():
+        found = joint_ablation(Either(), [x], lambda m, b: m(b), pairs=6)
+    assert found["groups"] == [{"site": 0, "heads": [0, 1]}]
+    best = found["pairs"][0]
+    assert (best["first"], best["second"]) == ([0, 0], [0, 1]) and best["similarity"] == 1.0
+    assert best["alone"] == [0, 0] and best["effect"] > 0.05 and best["q"] < 1e-6
+
+
+class Word:
+    """A token of spaCy, as far as it is read."""
+
+    def __init__(self, place, text, head, relation):
+        self.i, self.text, self.dep_, self._head = place, text, relation, head
+        self.is_space = text.isspace()
+
+    @property
+    def head(self):
+        return self._head()
+
+
+def fake_spacy(known):
+    """A module that parses 'a good film' and knows one pipeline."""
+
+    def load(name):
+        if name != known:
+            raise OSError(f"[E050] Can't find model '{name}'")
+        return types.SimpleNamespace(pipe=lambda texts: map(parse, texts))
+
+    def parse(text):
+        words = []
+        for place, part in enumerate(text.split(" ")):
+            last = len(text.split(" ")) - 1
+            head = (lambda: words[-1]) if place < last else (lambda place=place: words[place])
+            words.append(Word(place, part, head, "det" if place == 0 else "ROOT"))
+        return types.SimpleNamespace(sents=[words])
+
+    return types.SimpleNamespace(load=load)
+
+
+def test_syntax_from_spacy_where_it_is_installed(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "spacy", fake_spacy("known"))
+    sentences = hw.parse_with_spacy(["a film", "word"], "known")
+    assert sentences == [hw.Sentence(("a", "film"), ((0, 1, "det"),))]
+    path = tmp_path / "use.json"
+    assert main([*command, "--spacy", "known", "--json", str(path)]) == 0
+    roles = json.loads(path.read_text())["roles"]
+    assert any(q["detail"] == "det: dependent to head" for q in roles["questions"])
+    capsys.readouterr()
+    assert main([*command, "--spacy", "unknown"]) == 2
+    sentence = "headwise explain: spaCy and its pipeline 'unknown' must be installed to parse"
+    assert capsys.readouterr().err.strip().splitlines()[-1] == sentence
+    monkeypatch.setitem(sys.modules, "spacy", None)  # as where it is not installed
+    assert main([*command, "--spacy", "known"]) == 2
+    sentence = "headwise explain: spaCy and its pipeline 'known' must be installed to parse"
+    assert capsys.readouterr().err.strip().splitlines()[-1] == sentence
+
+
+def test_spacy_itself(gated):
+    spacy = pytest.importorskip("spacy")
+    names = spacy.util.get_installed_models()
+    if not names:
+        pytest.skip("no pipeline of spaCy is installed")
+    (sentence,) = hw.parse_with_spacy(["The old man saw a dog."], names[0])
+    assert sentence.words == ("The", "old", "man", "saw", "a", "dog", ".")
+    assert (0, 2, "det") in sentence.dependencies
 
 
 def test_statistics_of_planted_use():
@@ -214,6 +428,8 @@ def test_noise_changes_texts_a_little():
             "headwise explain: --threshold: offset must be between 0 and",
         ),
         (["--threshold", "magic=1"], "headwise explain: --threshold must name one of offset, "),
+        (["--alignments", "no.txt"], "headwise explain: there is no file no.txt"),
+        (["--grid", "2", "2"], "headwise explain: grid must have as many places as there are "),
         (["--spacy", "no_such_pipeline"], "headwise explain: spaCy and its pipeline "),
     ],
 )

@@ -147,6 +147,33 @@ def test_a_head_without_a_habit_has_no_role():
     assert roles_of(document) == [set()]
 
 
+def test_what_most_heads_do_sets_no_head_apart():
+    """All of eight heads look at the first token most of the time, one of them always."""
+
+    def mostly(seed):
+        def score(ids, mask):
+            generator = torch.Generator().manual_seed(seed + ids.size(1))
+            away = (torch.rand(len(ids), ids.size(1), generator=generator) < 0.3).float()
+            ahead = torch.eye(ids.size(1)).roll(1, 1)
+            return to_first(ids, mask) + 20.0 * away[:, :, None] * ahead
+
+        return score
+
+    model = Planted([to_first, *(mostly(seed) for seed in range(7))])
+    document = hw.head_roles(model, planted_batches(), resamples=50)
+    found = roles_of(document)
+    assert "first" in found[0] and not any("first" in roles for roles in found[1:])
+    (role,) = [r for r in document["layers"][0]["heads"][0]["roles"] if r["role"] == "first"]
+    assert role["share"] == 1.0 and 0.6 < role["baseline"] < 0.8
+    # Where all do it always, it is the model's habit and no head's role.
+    document = hw.head_roles(Planted([to_first] * 3), planted_batches(), resamples=10)
+    assert not any("first" in roles for roles in roles_of(document))
+    (question,) = [q for q in document["questions"] if q["role"] == "first"]
+    assert question["best"]["share"] == question["baseline"] == 1.0
+    # A model of one head has no others.
+    assert "first" in roles_of(hw.head_roles(Planted([to_first]), planted_batches()))[0]
+
+
 def test_thresholds_decide():
     batches = planted_batches()
     model = Planted([looking(-1)])

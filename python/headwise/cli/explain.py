@@ -108,9 +108,16 @@ def explain_texts(options: argparse.Namespace) -> None:
     chosen = options.maps
     if len(chosen) > 1 and any(isinstance(one, str) for one in chosen):
         raise UsageError("--maps takes all, or none, or some LAYER:HEAD, not a mixture")
-    for text in options.text:
+    for place, text in enumerate(options.text):
         if not text.strip():
             raise UsageError("--text must not be empty")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(
+                "--text must be text that UTF-8 can hold, got half a surrogate pair at character "
+                f"{error.start} of text {place}"
+            ) from None
     writable_file(options.json)
     if options.out is not None:
         writable_folder(options.out)
@@ -156,7 +163,8 @@ def explain_texts(options: argparse.Namespace) -> None:
 
 def render(entry: dict[str, Any], summary: str, rows: int = 10) -> str:
     """A text's summary, the grid of heads, and the heads that matter most."""
-    lines = [entry["text"] or "", "", summary, "", "layer  heads (x ran, . slept)"]
+    lines = [printable(entry["text"] or ""), "", printable(summary), ""]
+    lines.append("layer  heads (x ran, . slept)")
     for layer in entry["layers"]:
         grid = "".join("x" if head["on"] else "." for head in layer["heads"])
         budget = layer["gate"]["budget"]
@@ -184,6 +192,15 @@ def render(entry: dict[str, Any], summary: str, rows: int = 10) -> str:
     return "\n".join(lines)
 
 
+def printable(text: str, most: int = 1000) -> str:
+    """What a terminal can be given: no control characters, and not more than ``most`` letters."""
+    shown = "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii")
+        for letter in text[:most]
+    )
+    return shown + ("…" if len(text) > most else "")
+
+
 def _number(value: float | None, width: int, sign: bool = False) -> str:
     return "-".rjust(width) if value is None else f"{value:{'+' if sign else ''}{width}.3f}"
 
@@ -197,7 +214,7 @@ def _share(head: dict[str, Any], tokens: list[str] | None) -> str:
     if not head["shares"] or tokens is None or len(tokens) != len(head["shares"]):
         return ""
     place = max(range(len(tokens)), key=lambda token: abs(head["shares"][token]))
-    return f"; {tokens[place]} ({head['shares'][place]:+.3f})"
+    return f"; {printable(tokens[place], 30)} ({head['shares'][place]:+.3f})"
 
 
 def _pair(head: dict[str, Any], tokens: list[str] | None) -> str:
@@ -206,5 +223,6 @@ def _pair(head: dict[str, Any], tokens: list[str] | None) -> str:
     pair = head["pairs"][0]
     query, key = pair["query"], pair["key"]
     if tokens is not None and max(query, key) < len(tokens):
-        return f"{tokens[query]} -> {tokens[key]} ({pair['weight']:.2f})"
+        names = [printable(tokens[place], 30) for place in (query, key)]
+        return f"{' -> '.join(names)} ({pair['weight']:.2f})"
     return f"{query} -> {key} ({pair['weight']:.2f})"

@@ -44,6 +44,26 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     syntax.add_argument(
         "--spacy", metavar="PIPELINE", help="parse the texts, for syntactic roles (if installed)"
     )
+    syntax.add_argument(
+        "--alignments",
+        type=Path,
+        metavar="FILE",
+        help="aligned pairs of texts, 'words ||| words ||| 0-0 1-1' a line, for alignment roles",
+    )
+    group.add_argument(
+        "--grid",
+        nargs=2,
+        type=positive,
+        metavar=("ROWS", "COLUMNS"),
+        help="the texts are images, a token a patch in reading order: ask about 2-D offsets",
+    )
+    group.add_argument(
+        "--joint-ablation",
+        type=positive,
+        default=0,
+        metavar="PAIRS",
+        help="test so many pairs of heads for standing in for each other (0.1 to 1 s each)",
+    )
     group.add_argument(
         "--others",
         nargs="+",
@@ -94,8 +114,10 @@ def run(options: argparse.Namespace) -> None:
                 )
     torch.manual_seed(options.seed)
     try:
-        sentences = None
-        if options.conllu is not None:
+        sentences = alignments = None
+        if options.alignments is not None:
+            alignments = hw.read_alignments(options.alignments, limit=options.limit)
+        elif options.conllu is not None:
             sentences = hw.read_conllu(options.conllu, limit=options.limit)
         elif options.spacy is not None:
             sentences = hw.parse_with_spacy(texts, options.spacy)
@@ -105,6 +127,9 @@ def run(options: argparse.Namespace) -> None:
             tokenizer,
             labels=None if labels is None else [known[label] for label in labels],
             sentences=sentences,
+            alignments=alignments,
+            grid=None if options.grid is None else tuple(options.grid),
+            joint_ablation=options.joint_ablation,
             others=others,
             thresholds=thresholds,
             batch_size=options.batch_size,
@@ -193,7 +218,7 @@ def render(result: dict[str, Any]) -> str:
         + f"; {use['heads_mean']:.1f} of {use['heads']} heads run on average "
         f"({use['heads_min']} to {use['heads_max']})",
         "",
-        "roles (share of the scoring half, its 95% interval, best fixed offset)",
+        "roles (share of the scoring half, its 95% interval, baseline)",
     ]
     found = 0
     for layer in result["roles"]["layers"]:
@@ -232,4 +257,13 @@ def render(result: dict[str, Any]) -> str:
             f"faithfulness: removing heads as ordered keeps {faith['area']:+.3f} "
             f"({faith['low']:+.3f} to {faith['high']:+.3f}) of log-probability more than at random",
         ]
+    joint = result["joint_ablation"]
+    if joint is not None:
+        lines += [
+            "",
+            f"joint ablation: {len(joint['pairs'])} pairs of heads, {len(joint['groups'])} groups "
+            "whose heads stand in for each other at 5% FDR",
+        ]
+        for group in joint["groups"]:
+            lines.append(f"  layer {group['site']} heads {', '.join(map(str, group['heads']))}")
     return "\n".join(lines)

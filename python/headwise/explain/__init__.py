@@ -1,10 +1,12 @@
 """Why these heads: one input explained, and the roles and uses of heads over a data set."""
 
 from headwise.explain.annotated import (
+    AlignedPair,
     AnnotatedBatch,
     Sentence,
     annotate_texts,
     parse_with_spacy,
+    read_alignments,
     read_conllu,
 )
 from headwise.explain.data_set import explain_data
@@ -13,6 +15,7 @@ from headwise.explain.one_input import explain
 from headwise.explain.roles import RoleThresholds, head_roles
 
 __all__ = [
+    "AlignedPair",
     "AnnotatedBatch",
     "Explanation",
     "RoleThresholds",
@@ -22,5 +25,6 @@ __all__ = [
     "explain_data",
     "head_roles",
     "parse_with_spacy",
+    "read_alignments",
     "read_conllu",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,21 @@ class Sentence:
 
 
 @dataclass(frozen=True)
+class AlignedPair:
+    """Two texts split into words, and which words of one are words of the other.
+
+    Attributes:
+        first: words of the first text.
+        second: words of the second.
+        pairs: (word of the first, word of the second), counted from 0.
+    """
+
+    first: tuple[str, ...]
+    second: tuple[str, ...]
+    pairs: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
 class AnnotatedBatch:
     """One batch for :func:`headwise.explain.head_roles`.
 
@@ -42,6 +57,8 @@ class AnnotatedBatch:
         dependencies: of each sequence; words as in ``words``.
         alignment: for each sequence pairs of tokens, one on either side.
         side: int64 ``[B, L]``: 1 or 2 for tokens of the two sides of an alignment, else 0.
+        rows: int64 ``[B]``, the inputs' numbers in the data set, where batches do not keep its
+            order.
     """
 
     inputs: Any
@@ -52,6 +69,7 @@ class AnnotatedBatch:
     dependencies: Sequence[Sequence[Dependency]] | None = None
     alignment: Sequence[Sequence[tuple[int, int]]] | None = None
     side: Tensor | None = None
+    rows: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.valid.dim() != 2 or self.valid.dtype != torch.bool:
@@ -87,61 +105,153 @@ class AnnotatedBatch:
         return (self.content.long().cumsum(1) - 1).masked_fill(~self.content, -1)
 
 
+#: What becomes a row of a batch.
+Input = str | Sentence | AlignedPair
+
+
 def annotate_texts(
-    texts: Sequence[str | Sentence],
+    texts: Sequence[Input],
     tokenizer: Any,
     *,
     batch_size: int = 32,
     max_length: int = 128,
 ) -> list[AnnotatedBatch]:
-    """Texts, or sentences split into words, as annotated batches, shortest first.
+    """Texts, sentences split into words, and aligned pairs, as annotated batches, shortest first.
 
     Raises:
         ValueError: no texts.
     """
     if not texts:
         raise ValueError("texts must not be empty")
-    encoded = [_encode(text, tokenizer, max_length) for text in texts]
-    order = sorted(range(len(texts)), key=lambda row: len(encoded[row]["input_ids"]))
+    encoded = _encode(texts, tokenizer, max_length)
+    order = sorted(range(len(texts)), key=lambda row: len(encoded[row].ids))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     specials = torch.tensor(sorted(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}))
+    aligned = any(isinstance(text, AlignedPair) for text in texts)
     batches = []
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        length = max(len(encoded[row]["input_ids"]) for row in rows)
+        length = max(len(encoded[row].ids) for row in rows)
         ids = torch.full((len(rows), length), pad, dtype=torch.long)  # [B, L]
         valid = torch.zeros(len(rows), length, dtype=torch.bool)  # [B, L]
         words = torch.full((len(rows), length), -1, dtype=torch.long)  # [B, L]
+        side = torch.zeros(len(rows), length, dtype=torch.long)  # [B, L]
         for position, row in enumerate(rows):
-            count = len(encoded[row]["input_ids"])
-            ids[position, :count] = torch.tensor(encoded[row]["input_ids"])
+            one = encoded[row]
+            count = len(one.ids)
+            ids[position, :count] = torch.tensor(one.ids)
             valid[position, :count] = True
-            found = [-1 if word is None else word for word in encoded[row].word_ids()]
-            words[position, :count] = torch.tensor(found)
+            words[position, :count] = torch.tensor(one.words)
+            side[position, :count] = torch.tensor(one.side)
+        inputs = {"input_ids": ids, "attention_mask": valid.long()}
+        if aligned and "token_type_ids" in tokenizer.model_input_names:
+            inputs["token_type_ids"] = (side == 2).long()
         batches.append(
             AnnotatedBatch(
-                inputs={"input_ids": ids, "attention_mask": valid.long()},
+                inputs=inputs,
                 valid=valid,
                 special=torch.isin(ids, specials),
                 ids=ids,
                 words=words,
-                dependencies=[
-                    texts[row].dependencies if isinstance(texts[row], Sentence) else ()
-                    for row in rows
-                ],
+                dependencies=[getattr(texts[row], "dependencies", ()) for row in rows],
+                alignment=[_aligned_tokens(texts[row], encoded[row]) for row in rows]
+                if aligned
+                else None,
+                side=side if aligned else None,
+                rows=torch.tensor(rows),
             )
         )
     return batches
 
 
-def _encode(text: str | Sentence, tokenizer: Any, max_length: int) -> Any:
-    split = isinstance(text, Sentence)
-    return tokenizer(
-        list(text.words) if split else text,
-        is_split_into_words=split,
-        truncation=True,
-        max_length=max_length,
-    )
+class _Encoded(NamedTuple):
+    """One input; a list each of a number a token."""
+
+    ids: list[int]
+    words: list[int]  # -1: of no word; those of a second text count on from the first's
+    side: list[int]  # 1 or 2 in a pair, else 0
+
+
+def _encode(texts: Sequence[Input], tokenizer: Any, max_length: int) -> list[_Encoded]:
+    """The tokenizer takes many texts of a kind at once much faster than one by one."""
+    options = {"truncation": True, "max_length": max_length}
+    found: dict[int, _Encoded] = {}
+    for kind in (str, Sentence, AlignedPair):
+        rows = [row for row, text in enumerate(texts) if isinstance(text, kind)]
+        if not rows:
+            continue
+        own: Sequence[Any] = [texts[row] for row in rows]
+        if kind is AlignedPair:
+            parts = [[list(text.first) for text in own], [list(text.second) for text in own]]
+        else:
+            parts = [own if kind is str else [list(text.words) for text in own]]
+        encoding = tokenizer(*parts, is_split_into_words=kind is not str, **options)
+        for place, row in enumerate(rows):
+            words = [-1 if word is None else word for word in encoding.word_ids(place)]
+            side = [0] * len(words)
+            if kind is AlignedPair:
+                side = [0 if n is None else n + 1 for n in encoding.sequence_ids(place)]
+                before = len(own[place].first)
+                words = [w + before * (s == 2) for w, s in zip(words, side, strict=True)]
+            found[row] = _Encoded(encoding["input_ids"][place], words, side)
+    return [found[row] for row in range(len(texts))]
+
+
+def _aligned_tokens(text: Input, encoded: _Encoded) -> list[tuple[int, int]]:
+    """The first tokens of words that are aligned and were not cut off."""
+    if not isinstance(text, AlignedPair):
+        return []
+    first: dict[int, int] = {}
+    for token, (word, side) in enumerate(zip(encoded.words, encoded.side, strict=True)):
+        if side:
+            first.setdefault(word, token)
+    pairs = [(one, other + len(text.first)) for one, other in text.pairs]
+    return [(first[a], first[b]) for a, b in pairs if a in first and b in first]
+
+
+def read_alignments(path: str | Path, limit: int | None = None) -> list[AlignedPair]:
+    """Aligned pairs of texts: a line each, ``a b c ||| x y z ||| 0-0 2-1``, words apart by spaces,
+    and the alignment in the form of the shared tasks on word alignment (Pharaoh): words of the
+    first and of the second text, from 0.
+
+    Raises:
+        ValueError: the file is not UTF-8 or not of that form (by line), or has no pair.
+        OSError: it cannot be read.
+    """
+    path = Path(path)
+    found: list[AlignedPair] = []
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        fields = [field.split() for field in line.split("|||")]
+        if len(fields) != 3 or not fields[0] or not fields[1]:
+            raise ValueError(
+                f"line {number} of {path} must have the form 'words ||| words ||| 0-0 1-1'"
+            )
+        pairs = []
+        for pair in fields[2]:
+            one, dash, other = pair.partition("-")
+            if not (dash and one.isdecimal() and other.isdecimal()):
+                raise ValueError(f"line {number} of {path} has the alignment {pair!r}, not 0-0")
+            if int(one) >= len(fields[0]) or int(other) >= len(fields[1]):
+                raise ValueError(
+                    f"line {number} of {path} aligns {pair}, but has {len(fields[0])} and "
+                    f"{len(fields[1])} words"
+                )
+            pairs.append((int(one), int(other)))
+        found.append(AlignedPair(tuple(fields[0]), tuple(fields[1]), tuple(pairs)))
+        if limit is not None and len(found) >= limit:
+            break
+    if not found:
+        raise ValueError(f"{path} has no aligned pair")
+    return found
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from None
 
 
 def read_conllu(path: str | Path, limit: int | None = None) -> list[Sentence]:
@@ -154,10 +264,7 @@ def read_conllu(path: str | Path, limit: int | None = None) -> list[Sentence]:
         OSError: it cannot be read.
     """
     path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from None
+    lines = _lines(path)
     sentences: list[Sentence] = []
     rows: list[tuple[str, int, str]] = []  # (form, head, relation)
 

@@ -14,14 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from headwise.convert import convert
-from headwise.explain.annotated import AnnotatedBatch, Sentence, annotate_texts
-from headwise.explain.faithfulness import measure_faithfulness
+from headwise.explain.annotated import (
+    AlignedPair,
+    AnnotatedBatch,
+    Input,
+    Sentence,
+    annotate_texts,
+)
+from headwise.explain.faithfulness import forwards_of, measure_faithfulness
 from headwise.explain.noise import NOISES
-from headwise.explain.one_input import default_forward
-from headwise.explain.parts import Parts, with_progress
+from headwise.explain.one_input import check_texts, default_forward
+from headwise.explain.parts import Parts, Stages
 from headwise.explain.questions import Questionnaire
 from headwise.explain.recording import evaluating
 from headwise.explain.roles import RoleThresholds, count_roles, score_roles
+from headwise.explain.stand_in import joint_ablation as measure_joint_ablation
 from headwise.explain.use import (
     Use,
     chosen_heads,
@@ -43,12 +50,16 @@ def explain_data(
     labels: Sequence[int] | None = None,
     classes: Sequence[str] | None = None,
     sentences: Sequence[Sentence] | None = None,
+    alignments: Sequence[AlignedPair] | None = None,
+    grid: tuple[int, int] | None = None,
     others: dict[str, nn.Module] | None = None,
     thresholds: RoleThresholds | None = None,
     offsets: int = 2,
     batch_size: int = 32,
     max_length: int = 128,
     faithfulness_texts: int = 256,
+    joint_ablation: int = 0,
+    joint_ablation_texts: int = 128,
     permutations: int = 1000,
     resamples: int = 1000,
     seed: int = 0,
@@ -70,6 +81,10 @@ def explain_data(
         classes: names of the classes; default: those of the model's configuration.
         sentences: sentences with dependencies, for syntactic roles (:func:`read_conllu`,
             :func:`parse_with_spacy`); default: roles are told from ``texts``, without syntax.
+        alignments: aligned pairs of texts, for alignment roles (:func:`read_alignments`); roles
+            are then told from these.
+        grid: (rows, columns) of texts that are images with a token a patch, in reading order: asks
+            about 2-D offsets.
         others: other models by name (other seeds, other tasks) with the same heads, whose
             selections are compared on the same texts.
         thresholds: when a head has a role.
@@ -77,6 +92,9 @@ def explain_data(
         batch_size: texts a run.
         max_length: tokens at which texts are cut.
         faithfulness_texts: texts on which heads are removed.
+        joint_ablation: pairs of heads to ablate jointly, to find those that stand in for each
+            other; each takes a forward over ``joint_ablation_texts``. 0: do not ask.
+        joint_ablation_texts: texts on which pairs are ablated.
         permutations: of the tests.
         resamples: of the bootstrap.
         seed: of everything that is drawn.
@@ -88,29 +106,43 @@ def explain_data(
         A document of format ``headwise.use`` (docs/interpretability.md).
 
     Raises:
-        ValueError: fewer than two texts, labels that do not fit, a model without class scores, or
-            an option out of range.
+        ValueError: fewer than two texts, labels that do not fit, both sentences and alignments, a
+            model without class scores, or an option out of range.
     """
     if len(texts) < 2:
         raise ValueError(f"texts must be at least two, got {len(texts)}")
+    check_texts("texts", texts)
     if labels is not None and len(labels) != len(texts):
         raise ValueError(f"labels must be one a text, {len(texts)}, got {len(labels)}")
     for name, value in (("batch_size", batch_size), ("max_length", max_length)):
         if value <= 0:
             raise ValueError(f"{name} must be positive, got {value}")
+    if joint_ablation < 0:
+        raise ValueError(f"joint_ablation must not be negative, got {joint_ablation}")
+    if sentences is not None and alignments is not None:
+        raise ValueError("sentences and alignments must not be given together")
     if not attention_layers(model):
         model = convert(copy.deepcopy(model))
     thresholds = thresholds or RoleThresholds()
     encoding = {"batch_size": batch_size, "max_length": max_length}
-    digest = hashlib.sha256(json.dumps([list(texts), sentences], default=str).encode()).hexdigest()
+    annotated = sentences or alignments or texts
+    content = json.dumps(
+        [list(texts), None if annotated is texts else list(annotated)], default=str
+    )
+    digest = hashlib.sha256(content.encode()).hexdigest()
     parts_key = {**(key or {}), "data": digest, **encoding, "seed": seed}
     root = None if folder is None else Path(folder)
-    study = _Study(model, tokenizer, encoding, root, parts_key, seed, progress)
+    faithful, ablated = texts[:faithfulness_texts], texts[:joint_ablation_texts]
+    passes = 1 + len(NOISES) + len(others or {}) + any(map(_draws, _gates_of(model)))
+    stages = Stages(
+        passes * len(texts) + 2 * len(annotated) + forwards_of() * len(faithful), progress
+    )
+    study = _Study(model, tokenizer, encoding, root, parts_key, seed, stages)
     with evaluating(model):
         torch.manual_seed(seed)  # gates that draw at random
         use = study.use("use", texts, labels, model)
         classes = list(classes or _class_names(model, use.logits.size(1)))
-        roles = study.roles(sentences or texts, offsets, thresholds, resamples)
+        roles = study.roles(annotated, offsets, grid, thresholds, resamples)
         described = describe_use(use, classes, permutations=permutations, seed=seed)
         document = {
             "format": "headwise.use",
@@ -138,8 +170,12 @@ def explain_data(
             "use": described,
             "role_use": role_use(roles, described, permutations, seed),
             "stability": study.stability(texts, labels, use, others or {}, resamples),
-            "faithfulness": study.faithfulness(texts[:faithfulness_texts], resamples),
+            "faithfulness": study.faithfulness(faithful, resamples),
+            "joint_ablation": None,
         }
+        stages.close()
+        if joint_ablation:
+            document["joint_ablation"] = study.joint_ablation(ablated, joint_ablation, progress)
     return document
 
 
@@ -154,7 +190,7 @@ class _Study:
         root: Path | None,
         key: dict[str, Any],
         seed: int,
-        progress: bool | None,
+        stages: Stages,
     ):
         self.model = model
         self.tokenizer = tokenizer
@@ -162,27 +198,37 @@ class _Study:
         self.root = root
         self.key = key
         self.seed = seed
-        self.progress = progress
+        self.stages = stages
         self.device = next(model.parameters()).device
 
-    def batches(self, texts: Sequence[str | Sentence]) -> list[AnnotatedBatch]:
+    def batches(self, texts: Sequence[Input]) -> list[AnnotatedBatch]:
         return annotate_texts(texts, self.tokenizer, **self.encoding)
 
     def folder(self, name: str) -> Path | None:
         return None if self.root is None else self.root / name
+
+    def parts(self, name: str, model: nn.Module, **key: Any) -> Parts:
+        """Where the finished batches of a measurement are kept."""
+        return Parts(self.folder(name), {**self.key, "weights": _fingerprint(model), **key})
+
+    def inputs(self, texts: Sequence[str]) -> list[dict[str, Tensor]]:
+        """Texts as batches on the model's device."""
+        return [self._on_device(batch) for batch in self.batches(texts)]
+
+    def _on_device(self, batch: AnnotatedBatch) -> dict[str, Tensor]:
+        return {name: value.to(self.device) for name, value in batch.inputs.items()}
 
     def use(
         self, name: str, texts: Sequence[str], labels: Sequence[int] | None, model: nn.Module
     ) -> Use:
         """Which heads ran for each text, in the order of the texts."""
         batches = self.batches(texts)
-        parts = Parts(self.folder(name), {**self.key, "weights": _fingerprint(model)})
+        parts = self.parts(name, model)
         sites: list[tuple[str, int, int]] = []
         found = []
+        self.stages.begin(name)
         with evaluating(model):
-            for number_, batch in with_progress(
-                enumerate(batches), len(batches), name, "batch", self.progress
-            ):
+            for number_, batch in enumerate(batches):
 
                 def compute(batch=batch) -> dict[str, Tensor]:
                     with watching(model) as seen:
@@ -191,6 +237,7 @@ class _Study:
                     return {"chosen": chosen, "logits": logits}
 
                 found.append(parts.get(f"part-{number_:05d}", compute))
+                self.stages.done(len(batch.valid))
             if not sites:
                 with watching(model) as seen:
                     self.forward(model, batches[0])
@@ -198,7 +245,7 @@ class _Study:
         # Batches hold texts by length: back to the order of the texts.
         lengths = torch.cat([batch.valid.sum(1) for batch in batches])
         entropy = torch.cat([token_entropy(batch.ids, batch.content) for batch in batches])
-        place = self._order(texts).argsort()
+        place = torch.cat([batch.rows for batch in batches]).argsort()
         return Use(
             sites=sites,
             chosen=torch.cat([part["chosen"] for part in found])[place],
@@ -210,35 +257,32 @@ class _Study:
 
     def forward(self, model: nn.Module, batch: AnnotatedBatch) -> Tensor:
         """Class scores, float32 ``[B, C]`` on the host."""
-        inputs = {name: value.to(self.device) for name, value in batch.inputs.items()}
-        logits = default_forward(model, inputs)
+        logits = default_forward(model, self._on_device(batch))
         if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.size(1) < 2:
             raise ValueError("model must give class scores [B, C] with C >= 2")
         return logits.float().cpu()
 
-    def _order(self, texts: Sequence[str]) -> Tensor:
-        """The texts' numbers in the order in which batches hold them."""
-        encoded = self.tokenizer(
-            list(texts), truncation=True, max_length=self.encoding["max_length"]
-        )["input_ids"]
-        return torch.tensor(sorted(range(len(texts)), key=lambda row: len(encoded[row])))
-
     def roles(
         self,
-        texts: Sequence[str | Sentence],
+        texts: Sequence[Input],
         offsets: int,
+        grid: tuple[int, int] | None,
         thresholds: RoleThresholds,
         resamples: int,
     ) -> dict[str, Any]:
         batches = self.batches(texts)
-        questions = Questionnaire(batches, offsets=offsets, least_trials=thresholds.least_trials)
+        questions = Questionnaire(
+            batches, offsets=offsets, grid=grid, least_trials=thresholds.least_trials
+        )
+        self.stages.begin("roles")
         counts = count_roles(
             self.model,
             batches,
             questions,
             folder=self.folder("roles"),
             key={**self.key, "weights": _fingerprint(self.model)},
-            progress=self.progress,
+            progress=False,
+            done=lambda texts: self.stages.done(2 * texts),
         )
         return score_roles(counts, thresholds, seed=self.seed, resamples=resamples)
 
@@ -257,7 +301,7 @@ class _Study:
             again = self.use(name.replace(" ", "-"), changed, labels, self.model)
             rows.append(_compared("noise", name, use, again, resamples, self.seed))
             rows[-1]["texts_changed"] = sum(a != b for a, b in zip(texts, changed, strict=True))
-        if any(_draws(layer.gate) for layer in attention_layers(self.model).values()):
+        if any(map(_draws, _gates_of(self.model))):
             torch.manual_seed(self.seed + 1)
             again = self.use("another-seed", texts, labels, self.model)
             rows.append(_compared("seed", "another draw", use, again, resamples, self.seed))
@@ -272,14 +316,34 @@ class _Study:
         return rows
 
     def faithfulness(self, texts: Sequence[str], resamples: int) -> dict[str, Any] | None:
-        batches = self.batches(texts)
-        inputs = [
-            {name: value.to(self.device) for name, value in batch.inputs.items()}
-            for batch in batches
-        ]
-        steps = with_progress(inputs, len(inputs), "removing heads", "batch", self.progress)
+        self.stages.begin("removing heads")
+        batches = self.inputs(texts)
+        rows = iter([len(batch["input_ids"]) for batch in batches])
         return measure_faithfulness(
-            self.model, steps, default_forward, resamples=resamples, seed=self.seed
+            self.model,
+            batches,
+            default_forward,
+            resamples=resamples,
+            seed=self.seed,
+            parts=self.parts("faithfulness", self.model, texts=len(texts)),
+            done=lambda forwards: self.stages.done(forwards * next(rows)),
+        )
+
+    def joint_ablation(
+        self, texts: Sequence[str], pairs: int, progress: bool | None
+    ) -> dict[str, Any] | None:
+        journal = None
+        if self.root is not None:
+            self.parts("joint-ablation", self.model, texts=len(texts))
+            journal = self.folder("joint-ablation") / "ablations.jsonl"
+        return measure_joint_ablation(
+            self.model,
+            self.inputs(texts),
+            default_forward,
+            pairs=pairs,
+            journal=journal,
+            seed=self.seed,
+            progress=progress,
         )
 
 
@@ -359,6 +423,10 @@ def _accuracy(use: Use) -> float | None:
     if use.labels is None:
         return None
     return number((use.predicted == use.labels).double().mean())
+
+
+def _gates_of(model: nn.Module) -> list[Any]:
+    return [layer.gate for layer in attention_layers(model).values()]
 
 
 def _draws(gate: Any) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from headwise.explain.one_input import Forward
+from headwise.explain.parts import Parts
 from headwise.explain.recording import holding, recording
 from headwise.explain.use import number
 
@@ -45,13 +46,15 @@ class _Margins:
 
 def measure_faithfulness(
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: Sequence[Any],
     forward: Forward,
     *,
     points: int = 8,
     orders: int = 3,
     resamples: int = 1000,
     seed: int = 0,
+    parts: Parts | None = None,
+    done: Callable[[int], None] = lambda runs: None,
 ) -> dict[str, Any] | None:
     """Removes the heads that ran, least relevant first, and in random orders for comparison.
 
@@ -68,41 +71,38 @@ def measure_faithfulness(
         orders: random orders, averaged.
         resamples: of the bootstrap.
         seed: of the random orders and of the bootstrap.
+        parts: keeps the curves of finished batches.
+        done: is told, batch by batch, how many forwards it took (:func:`forwards_of`).
 
     Returns:
         A part of the document ``headwise.use``; None for a model whose gates give no relevance.
     """
-    generator = torch.Generator().manual_seed(seed)
-    stated, shuffled = [], []
-    for inputs in batches:
-        recorder = _Margins()
-        with recording(model, recorder):
-            logits = forward(model, inputs).float()
-        weights, margin = torch.cat(recorder.weights, 1), torch.cat(recorder.margins, 1)  # [B, M]
-        if not recorder.sites or bool(margin.isnan().all()):
+    parts = parts or Parts()
+    found = []
+    for number_, inputs in enumerate(batches):
+
+        def compute(inputs=inputs, number_=number_) -> dict[str, Tensor]:
+            # Each batch draws its own orders, so that one that was kept changes no other.
+            generator = torch.Generator().manual_seed(seed + 7919 * number_)
+            return _batch_curves(model, inputs, forward, points, orders, generator)
+
+        found.append(parts.get(f"curves-{number_:05d}", compute))
+        if not found[-1]["stated"].numel():
             return None
-        predicted = logits.argmax(1)  # [B]
-        # Heads without relevance are removed in their random place among the others.
-        margin = torch.where(margin.isnan(), torch.randn(margin.shape, generator=generator), margin)
-
-        def curve(order: Tensor, inputs=inputs, weights=weights, predicted=predicted, r=recorder):
-            return _curve(model, inputs, forward, weights, order, predicted, r.sites, points)
-
-        stated.append(curve(margin))
-        rows = [
-            curve(torch.rand(margin.shape, generator=generator)) for _ in range(orders)
-        ]  # [B, points + 1] each
-        shuffled.append(torch.stack(rows).mean(0))
+        done(forwards_of(points, orders))
     along = torch.arange(points + 1, dtype=torch.float64) / points
-    first, other = torch.cat(shuffled).double(), torch.cat(stated).double()  # [N, points + 1]
-    areas = torch.stack([_ops.area_between(along, a, b) for a, b in zip(first, other, strict=True)])
-    areas = areas[:, None]  # [N, 1]
+    stated, other = (
+        torch.cat([part[key] for part in found]).double() for key in ("stated", "random")
+    )  # [N, points + 1]
+    areas = torch.stack(
+        [_ops.area_between(along, a, b) for a, b in zip(other, stated, strict=True)]
+    )[:, None]  # [N, 1]
     mean, low, high = _ops.share_interval(areas, torch.ones_like(areas), resamples, seed)
     return {
         "inputs": len(areas),
         "removed": [number(value) for value in along],
-        "stated": [number(value) for value in other.mean(0)],
-        "random": [number(value) for value in first.mean(0)],
+        "stated": [number(value) for value in stated.mean(0)],
+        "random": [number(value) for value in other.mean(0)],
         "random_orders": orders,
         "area": number(mean[0]),
         "low": number(low[0]),
@@ -110,36 +110,66 @@ def measure_faithfulness(
     }
 
 
-def _curve(
+def forwards_of(points: int = 8, orders: int = 3) -> int:
+    """Forwards that :func:`measure_faithfulness` makes of every input."""
+    return 2 + (points - 1) * (1 + orders)
+
+
+def _batch_curves(
     model: nn.Module,
     inputs: Any,
     forward: Forward,
-    weights: Tensor,
-    order: Tensor,
-    predicted: Tensor,
-    sites: Sequence[tuple[str, int]],
     points: int,
-) -> Tensor:
-    """Log-probability of ``predicted`` ``[B, points + 1]`` as heads go, lowest ``order`` first.
+    orders: int,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """``stated`` and ``random`` (its mean over orders) ``[B, points + 1]``; empty where gates give
+    no relevance."""
+    recorder = _Margins()
+    with recording(model, recorder):
+        logits = forward(model, inputs).float().cpu()
+    nothing = torch.zeros(0, points + 1)
+    if not recorder.sites:
+        return {"stated": nothing, "random": nothing.clone()}
+    weights, margin = torch.cat(recorder.weights, 1), torch.cat(recorder.margins, 1)  # [B, M]
+    if bool(margin.isnan().all()):
+        return {"stated": nothing, "random": nothing.clone()}
+    predicted = logits.argmax(1, keepdim=True)  # [B, 1]
+    # Heads without relevance are removed in their random place among the others.
+    margin = torch.where(margin.isnan(), torch.randn(margin.shape, generator=generator), margin)
+    with holding(model) as held:
 
-    weights, order ``[B, M]``.
-    """
+        def told(left: Tensor) -> Tensor:
+            """Log-probability of the prediction ``[B]`` with these weights ``[B, M]``."""
+            of_layer: dict[str, list[Tensor]] = {name: [] for name in held}
+            split = left.split([heads for _, heads in recorder.sites], 1)
+            for (name, _), part in zip(recorder.sites, split, strict=True):
+                of_layer[name].append(part)
+            for name, gate in held.items():
+                gate.hold(of_layer[name])
+            scores = forward(model, inputs).float().cpu().log_softmax(1)  # [B, C]
+            return scores.gather(1, predicted)[:, 0]
+
+        # All orders begin with every head that ran and end with none.
+        first = logits.log_softmax(1).gather(1, predicted)[:, 0]
+        last = told(torch.zeros_like(weights))
+
+        def curve(order: Tensor) -> Tensor:
+            between = [told(left) for left in _removed(weights, order, points)]
+            return torch.stack([first, *between, last], 1)
+
+        stated = curve(margin)
+        random = [curve(torch.rand(margin.shape, generator=generator)) for _ in range(orders)]
+    return {"stated": stated, "random": torch.stack(random).mean(0)}
+
+
+def _removed(weights: Tensor, order: Tensor, points: int) -> Iterator[Tensor]:
+    """The weights ``[B, M]`` as heads go, lowest ``order`` first, between all and none of them."""
     on = weights != 0
     # Heads that do not run come last: there is nothing of them to remove.
     order = order.masked_fill(~on, float("inf"))
     place = order.argsort(dim=1, stable=True).argsort(dim=1)  # [B, M]
     running = on.sum(1, keepdim=True)  # [B, 1]
-    values = []
-    with holding(model) as held:
-        for point in range(points + 1):
-            gone = (running * point + points // 2) // points  # [B, 1]
-            left = weights.masked_fill(place < gone, 0.0)
-            of_layer: dict[str, list[Tensor]] = {name: [] for name in held}
-            parts = left.split([heads for _, heads in sites], 1)
-            for (name, _), part in zip(sites, parts, strict=True):
-                of_layer[name].append(part)
-            for name, gate in held.items():
-                gate.hold(of_layer[name])
-            scores = forward(model, inputs).float().cpu().log_softmax(1)  # [B, C]
-            values.append(scores.gather(1, predicted.cpu()[:, None])[:, 0])
-    return torch.stack(values, 1)
+    for point in range(1, points):
+        gone = (running * point + points // 2) // points  # [B, 1]
+        yield weights.masked_fill(place < gone, 0.0)

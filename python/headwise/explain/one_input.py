@@ -95,6 +95,7 @@ def explain(
     ):
         texts = [inputs] if isinstance(inputs, str) else list(inputs)
         inputs = encode_texts(model, texts, tokenizer, max_length)
+    cut = _tokens_cut(inputs, texts, tokenizer) if texts else []
     if tokens is None:
         tokens = _names_of_tokens(inputs, tokenizer)
     forward = forward or default_forward
@@ -145,6 +146,8 @@ def explain(
                 f"got {shape}"
             )
     document = json.loads(core.to_json())
+    for place, entry in enumerate(document["inputs"]):
+        entry["tokens_cut"] = cut[place] if cut else None
     document["model"] = {
         "class": type(model).__name__,
         "layers": len(dict.fromkeys(sites)),
@@ -230,19 +233,38 @@ def take_rows(inputs: Any, rows: Tensor) -> Any:
     return inputs
 
 
+def check_texts(name: str, texts: Sequence[str]) -> None:
+    """Refuses what no tokenizer takes.
+
+    Raises:
+        TypeError: something that is no string.
+        ValueError: an empty text, or one that UTF-8 cannot hold.
+    """
+    for position, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"{name} must be strings, got {type(text).__name__} at {position}")
+        if not text.strip():
+            raise ValueError(f"{name} must not hold an empty text, got one at {position}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{name} must be texts that UTF-8 can hold, got half a surrogate pair at character "
+                f"{error.start} of text {position}"
+            ) from None
+
+
 def encode_texts(
     model: nn.Module, texts: Sequence[str], tokenizer: Any, max_length: int | None
 ) -> dict[str, Tensor]:
     """Texts as a padded batch on the model's device.
 
     Raises:
-        ValueError: no tokenizer, or a text that is empty.
+        ValueError: no tokenizer, or a text that is empty or no text (half a surrogate pair).
     """
     if tokenizer is None:
         raise ValueError("inputs that are texts need tokenizer=")
-    for position, text in enumerate(texts):
-        if not text.strip():
-            raise ValueError(f"inputs must not hold an empty text, got one at {position}")
+    check_texts("inputs", texts)
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if max_length is None or (limit is not None and max_length > limit):
         max_length = limit
@@ -255,6 +277,15 @@ def encode_texts(
     )
     parameter = next(model.parameters())
     return {name: value.to(parameter.device) for name, value in batch.items()}
+
+
+def _tokens_cut(inputs: Any, texts: Sequence[str], tokenizer: Any) -> list[int]:
+    """How many tokens of each text were left out because it is too long."""
+    kept = inputs["attention_mask"].sum(1).tolist() if "attention_mask" in inputs else None
+    whole = [len(ids) for ids in tokenizer(list(texts), verbose=False)["input_ids"]]
+    if kept is None:
+        return [max(0, count - inputs["input_ids"].size(1)) for count in whole]
+    return [count - own for count, own in zip(whole, kept, strict=True)]
 
 
 def _names_of_tokens(inputs: Any, tokenizer: Any) -> list[list[str]] | None:

@@ -56,8 +56,33 @@ class Parts:
     def clear(self) -> None:
         """Removes the parts."""
         if self.folder is not None:
-            for path in self.folder.glob("*.safetensors"):
-                path.unlink()
+            for kind in ("*.safetensors", "*.jsonl"):
+                for path in self.folder.glob(kind):
+                    path.unlink()
+
+
+class Stages:
+    """One bar for a report of several stages, with the time that is left for all of them.
+
+    Args:
+        total: texts that all stages run through the model, however often.
+        show: None: where stderr is a terminal.
+    """
+
+    def __init__(self, total: int, show: bool | None):
+        from tqdm import tqdm
+
+        show = sys.stderr.isatty() if show is None else show
+        self._bar = tqdm(total=total, unit="text", leave=False, disable=not show)
+
+    def begin(self, label: str) -> None:
+        self._bar.set_description(label)
+
+    def done(self, texts: int) -> None:
+        self._bar.update(texts)
+
+    def close(self) -> None:
+        self._bar.close()
 
 
 def with_progress(

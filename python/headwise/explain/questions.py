@@ -259,16 +259,15 @@ def fixed_offset_peaks(batch: AnnotatedBatch) -> Tensor:
     """Where heads would look that always look a fixed number of words away: int32 ``[B, 2 R, L]``,
     -1 where there is no word."""
     word_of = batch.word_of
-    offsets = [o for o in range(-BASELINE_REACH, BASELINE_REACH + 1) if o]
+    offsets = torch.tensor([o for o in range(-BASELINE_REACH, BASELINE_REACH + 1) if o])
     peaks = torch.full((len(word_of), len(offsets), word_of.size(1)), -1, dtype=torch.int32)
     for b, row in enumerate(word_of):
         first = first_tokens(row)
         table = torch.full((max(first, default=-1) + 2 + 2 * BASELINE_REACH,), -1)
         for word, token in first.items():
             table[word + BASELINE_REACH] = token
-        for place, offset in enumerate(offsets):
-            target = table[(row + offset + BASELINE_REACH).clamp(0, len(table) - 1)]
-            peaks[b, place] = target.masked_fill(row < 0, -1).int()
+        at = row + offsets[:, None] + BASELINE_REACH  # [2 R, L]
+        peaks[b] = table[at.clamp(0, len(table) - 1)].masked_fill(row < 0, -1).int()
     return peaks
 
 

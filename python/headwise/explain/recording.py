@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from headwise.gates.base import Gate
+from headwise.gates.threshold import HeadInputs
 from headwise.layers import attention_layers
 from headwise.multihead_attention import AttentionProbe, MultiheadAttention
 from headwise.selection import Selection
@@ -73,22 +74,40 @@ def recording(model: nn.Module, receive: Receiver) -> Iterator[None]:
 
 
 class HeldGate(nn.Module):
-    """Gives a layer, call by call, weights that were decided beforehand: 0 = does not run."""
+    """Gives a layer, call by call, weights that were decided beforehand: 0 = does not run.
 
-    # What a layer asks a gate: whether it chooses by queries and keys, whether it also attends.
-    reads_heads = False
-    attends = False
+    The heads attend as with the gate that it takes the place of.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, gate: Gate | None) -> None:
         super().__init__()
         self.weights: list[Tensor] = []  # [N, H] for each call in a forward
         self._next = 0
+        self._gate = (gate,)  # no submodule: it is the layer's
+
+    # What a layer asks a gate: whether it also attends, whether it is given queries and keys.
+    @property
+    def attends(self) -> bool:
+        return self._gate[0] is not None and self._gate[0].attends
+
+    @property
+    def reads_heads(self) -> bool:
+        return self.attends
+
+    def attend(self, heads: HeadInputs, v: Tensor) -> Tensor:
+        """``v [N, H, S', d]`` -> ``[N, H, L, d]``"""
+        return self._gate[0].attend(heads, v)
 
     def hold(self, weights: Sequence[Tensor]) -> None:
         """The weights of the calls of the next forward, in their order."""
         self.weights, self._next = list(weights), 0
 
-    def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Selection:
+    def forward(
+        self,
+        x: Tensor,
+        key_padding_mask: Tensor | None = None,
+        heads: HeadInputs | None = None,
+    ) -> Selection:
         if self._next >= len(self.weights):
             raise ValueError(
                 "model must call its layers as often in every forward: a layer was called more "
@@ -109,7 +128,7 @@ def holding(model: nn.Module) -> Iterator[dict[str, HeldGate]]:
     """Every layer's gate replaced by a :class:`HeldGate`; afterwards the gates are back."""
     layers = attention_layers(model)
     gates = {name: layer.gate for name, layer in layers.items()}
-    held = {name: HeldGate() for name in layers}
+    held = {name: HeldGate(gates[name]) for name in layers}
     try:
         for name, layer in layers.items():
             layer.gate = held[name]

@@ -14,6 +14,15 @@ def summarise(entry: dict[str, Any]) -> str:
     """One input of a ``headwise.explanation`` as text: what ran, how close it was, what it does."""
     pairs = [(layer, head) for layer in entry["layers"] for head in layer["heads"]]
     sentences = [f"{entry['heads_on']} of {entry['heads']} heads ran."]
+    ways = {layer["gate"].get("how") for layer in entry["layers"]}
+    if len(ways) == 1 and None not in ways:
+        sentences.extend(ways)
+    if entry.get("tokens_cut"):
+        kept = entry["layers"][0]["queries"] if entry["layers"] else 0
+        sentences.append(
+            f"The text was cut: its last {entry['tokens_cut']:,} tokens were left out, and all of "
+            f"this is about the first {kept:,}."
+        )
     prediction = entry["prediction"]
     if prediction is not None:
         label = prediction["label"] if prediction["label"] is not None else prediction["class"]

@@ -233,29 +233,25 @@ def _together(sites: Sequence[tuple[str, int, int]], phi: Tensor, limit: int = 2
 def _stand_in(sites: Sequence[tuple[str, int, int]], phi: Tensor) -> list[dict[str, Any]]:
     """Groups of heads of a layer of which one is chosen when another is not."""
     names = _names(sites)
-    linked = (phi <= STAND_IN) & torch.tensor([[a[0] == b[0] for b in names] for a in names])
-    groups, seen = [], set()
-    for start in range(len(names)):
-        if start in seen:
-            continue
-        group, stack = set(), [start]
-        while stack:
-            head = stack.pop()
-            if head not in group:
-                group.add(head)
-                stack.extend(linked[head].nonzero().flatten().tolist())
-        seen |= group
-        if len(group) > 1:
-            members = sorted(group)
-            inside = phi[members][:, members]
-            groups.append(
-                {
-                    "site": names[start][0],
-                    "heads": [names[head][1] for head in members],
-                    "phi_min": number(inside.min()),
-                }
-            )
+    linked = (phi <= STAND_IN).triu(1).nonzero().tolist()
+    pairs = [(tuple(names[a]), tuple(names[b])) for a, b in linked if names[a][0] == names[b][0]]
+    groups = linked_groups(pairs)
+    place = {tuple(name): position for position, name in enumerate(names)}
+    for group in groups:
+        members = [place[group["site"], head] for head in group["heads"]]
+        group["phi_min"] = number(phi[members][:, members].min())
     return groups
+
+
+def linked_groups(pairs: Sequence[tuple[tuple[int, int], tuple[int, int]]]) -> list[dict[str, Any]]:
+    """Heads (site, head) that pairs of one site link, directly or through others, as groups."""
+    groups: list[set[tuple[int, int]]] = []
+    for pair in pairs:
+        touched = [group for group in groups if group & set(pair)]
+        groups = [group for group in groups if group not in touched]
+        groups.append(set(pair).union(*touched))
+    rows = [sorted(group) for group in groups]
+    return [{"site": row[0][0], "heads": [head for _, head in row]} for row in sorted(rows)]
 
 
 def number(value: Tensor | float | None) -> float | None:

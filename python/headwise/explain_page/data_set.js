@@ -31,7 +31,11 @@ function startRoles(parent, roles) {
                 ],
                 ["95% interval", "bootstrap over inputs", "text"],
                 ["share, other half", "in the half in which heads were chosen"],
-                ["fixed offset", "the best head that always looks equally far away"],
+                [
+                  "baseline",
+                  "the best head that always looks equally far away; for the first token and " +
+                      "separators, which heads fall back on, the mean of the other heads"
+                ],
                 ["questions"],
               ],
               rows) :
@@ -45,7 +49,7 @@ function startRoles(parent, roles) {
             ["layer"],
             ["head"],
             ["share"],
-            ["fixed offset"],
+            ["baseline", "as above"],
             ["questions"],
           ],
           roles.questions.map(
@@ -78,6 +82,38 @@ const uses = {
       "confidence", "with confidence", "correlation",
       "Rank-biserial correlation with the probability of the predicted class"),
 };
+
+function startJoint(parent, joint) {
+  const groups = joint.groups.map((group) => `layer ${group.site} heads ${group.heads.join(", ")}`);
+  parent.append(
+      make("h3", {}, "Heads that can replace each other"),
+      make(
+          "p", {class: "muted"},
+          "Measured by taking heads out alone and in pairs: where both together cost the " +
+              "prediction more than the sum of each alone, either stands in for the other " +
+              `(${joint.pairs.length} pairs with the most similar outputs, ${joint.inputs} texts).`),
+      make(
+          "p", {},
+          groups.length ? `At a false discovery rate of 5%: ${groups.join("; ")}.` :
+                          "No pair does so at a false discovery rate of 5%."));
+  foldedTable(
+      parent, "Table: joint ablation",
+      () => table(
+          "Joint ablation",
+          [
+            ["first", null, "text"], ["second", null, "text"],
+            ["similarity", "linear CKA of their outputs"],
+            ["first alone", "log-probability lost without it"],
+            ["second alone", "log-probability lost without it"],
+            ["beyond the sum", "what taking out both costs more than the sum"], ["standard error"],
+            ["q", "false discovery rate"]
+          ],
+          joint.pairs.map(
+              (pair) =>
+                  [headName(...pair.first), headName(...pair.second), number(pair.similarity, 2),
+                   signed(pair.alone[0], 4), signed(pair.alone[1], 4), signed(pair.effect, 4),
+                   number(pair.standard_error, 4), number(pair.q)])));
+}
 
 function startUse(parent, found) {
   const {use, roles} = found, classes = found.data.classes;
@@ -267,6 +303,7 @@ function startUse(parent, found) {
           [["layer"], ["heads", null, "text"], ["lowest phi"]],
           use.stand_in.map(
               (group) => [group.site, group.heads.join(", "), signed(group.phi_min, 2)])));
+  if (found.joint_ablation) startJoint(parent, found.joint_ablation);
 
   const stable = found.stability;
   if (stable.length) {

@@ -13,7 +13,7 @@ const measures = {
   ],
   weight: ["weight", "What the head's output is multiplied by", (head) => head.weight],
   budget_needed: [
-    "budget needed", "Smallest share of the layer's heads at which this one runs",
+    "budget needed", "Smallest budget, as a share of the heads, at which this one runs",
     (head) => head.budget_needed
   ],
   entropy:
@@ -97,7 +97,7 @@ function startExplained(parent, inputs) {
             ["ran", null, "text"],
             ["weight"],
             ["relevance"],
-            ["rank", "1 is the most relevant of its layer"],
+            ["rank", "1 is the most relevant of those that it is ranked among"],
             ["margin", measures.margin[1]],
             ["budget needed", measures.budget_needed[1]],
             ["effect", measures.effect[1]],
@@ -209,7 +209,9 @@ function startExplained(parent, inputs) {
                       headName(one.site, own.head),
                       own.on ? "ran" : "slept",
                       `${title} ${number(read(own))}`,
-                      own.rank === null ? null : `rank ${own.rank} of ${one.num_heads}`,
+                      own.rank === null ?
+                          null :
+                          `rank ${own.rank} of ${one.gate.ranked ?? one.num_heads}`,
                       own.effect === null || state.measure === "effect" ?
                           null :
                           `effect ${signed(own.effect)}`,
@@ -231,20 +233,27 @@ function startExplained(parent, inputs) {
         gate.type === "none" ? "none: every head runs" :
                                `${gate.type}, ${gate.count} of ${layer().num_heads} heads ran`
       ],
+      ["how it decides", gate.how ?? missing],
       ["weight", number(own.weight)],
       [
         "relevance",
-        own.rank === null ? number(own.relevance) : `${number(own.relevance)}, rank ${own.rank}`
+        own.rank === null ? number(own.relevance) :
+                            `${number(own.relevance)}, rank ${own.rank} of ${
+                                gate.ranked ?? layer().num_heads}`
       ],
       [
         "margin",
         own.margin === null ?
             missing :
-            `${signed(own.margin)} (${own.on ? "from being dropped" : "short of being chosen"})`
+            `${signed(own.margin)} (${
+                own.margin < 0 ? "below the cut: it lacks that to be chosen" :
+                                 "above the cut: it may lose that before it is dropped"})`
       ],
       [
         "budget needed",
-        own.budget_needed === null ? missing : percent(own.budget_needed) + " of the layer's heads"
+        own.budget_needed === null  ? missing :
+            own.budget_needed === 0 ? "none: it always runs" :
+                                      `${percent(own.budget_needed, 1)} of the heads`
       ],
       [
         "effect",
@@ -285,7 +294,7 @@ function startExplained(parent, inputs) {
     tokens.replaceChildren();
     if (!values) {
       tokenNote.textContent =
-          "The gate of this layer does not look at the tokens, so they have no share.";
+          "Tokens have no share: this head is not chosen by a sum over the tokens.";
       return;
     }
     if (state.tokens === "budget") {

@@ -1,0 +1,112 @@
+"""Heads that stand in for each other, by joint ablation: either can go, but not both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from headwise.explain.use import linked_groups, number
+from headwise.interaction import head_interactions, head_similarity
+from headwise.layers import attention_layers
+
+_ops = torch.ops.headwise
+
+#: False discovery rate at which a pair counts as standing in for each other.
+LEVEL = 0.05
+
+
+def joint_ablation(
+    model: nn.Module,
+    batches: Sequence[Any],
+    forward: Callable[[nn.Module, Any], Tensor],
+    *,
+    pairs: int,
+    journal: Path | None = None,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> dict[str, Any] | None:
+    """Which heads of a layer stand in for each other for the model's own predictions.
+
+    The ``pairs`` pairs of one layer whose outputs are most alike (:func:`headwise.head_similarity`)
+    are ablated one by one and together (:func:`headwise.head_interactions`); the loss is the
+    negative log-probability of the class that the whole model predicts. A pair stands in for each
+    other where taking out both costs more than the sum of what each costs, one-sided normal test of
+    the mean over inputs, corrected for the number of pairs.
+
+    Args:
+        model: a converted model in evaluation mode.
+        batches: what ``forward`` takes.
+        forward: ``(model, batch) -> class scores [B, C]``.
+        pairs: how many to test.
+        journal: keeps finished ablations.
+        seed: of the tokens on which outputs are compared.
+        progress: progress bars; None: where stderr is a terminal.
+
+    Returns:
+        A part of the document ``headwise.use``; None where no layer has two heads.
+    """
+    layers = attention_layers(model)
+    if not any(layer.num_heads > 1 for layer in layers.values()):
+        return None
+    batches = list(batches)
+    predicted = {id(batch): forward(model, batch).argmax(1) for batch in batches}
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:  # [B]
+        scores = forward(model, batch)
+        return F.cross_entropy(scores, predicted[id(batch)].to(scores.device), reduction="none")
+
+    alike = head_similarity(model, batches, forward, seed=seed, progress=progress)
+    row = {head: place for place, head in enumerate(alike.heads)}
+    inside = [
+        (float(alike.matrix[row[one], row[other]]), one, other)
+        for place, one in enumerate(alike.heads)
+        for other in alike.heads[place + 1 :]
+        if one[0] == other[0]
+    ]
+    inside.sort(key=lambda entry: -entry[0])
+    chosen = inside[:pairs]
+    found = head_interactions(
+        model,
+        batches,
+        loss,
+        [(one, other) for _, one, other in chosen],
+        journal=journal,
+        progress=progress,
+    )
+    z = found.effect / found.standard_error.clamp(min=1e-300)  # [P]
+    rates = _ops.false_discovery_rate(torch.special.ndtr(-z))
+    place_of = {name: place for place, name in enumerate(layers)}
+    rows, linked = [], []
+    for (likeness, one, other), effect, error, rate in zip(
+        chosen,
+        found.effect.tolist(),
+        found.standard_error.tolist(),
+        rates.tolist(),
+        strict=True,
+    ):
+        first, second = ((place_of[name], head) for name, head in (one, other))
+        rows.append(
+            {
+                "first": list(first),
+                "second": list(second),
+                "similarity": number(likeness),
+                "effect": number(effect),
+                "standard_error": number(error),
+                "alone": [number(found.single[one]), number(found.single[other])],
+                "q": number(rate),
+            }
+        )
+        if effect > 0 and rate < LEVEL:
+            linked.append((first, second))
+    rows.sort(key=lambda entry: -(entry["effect"] or 0.0))
+    return {
+        "inputs": sum(len(classes) for classes in predicted.values()),
+        "layers": list(layers),
+        "pairs": rows,
+        "groups": linked_groups(linked),
+    }
