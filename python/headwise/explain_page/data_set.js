@@ -362,7 +362,9 @@ function startUse(parent, found) {
     figure(
         parent, "Faithfulness",
         "Heads that ran are removed, the least relevant first, and in random order. If the " +
-            "order says what matters, its line stays higher.",
+            "order says what matters, its line stays higher: the area between the lines is " +
+            `${signed(faith.area)} (95% interval ${signed(faith.low)} to ${signed(faith.high)}, ` +
+            `${faith.inputs} texts).`,
         () => ({
           traces: [
             {

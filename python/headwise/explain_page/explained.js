@@ -39,6 +39,15 @@ function startExplained(parent, inputs) {
   const tokenName = (place) => entry().tokens?.[place] ?? `token ${place}`;
   const keyName = (place) =>
       (place < layer().queries ? tokenName(place) : entry().tokens?.[place] ?? `added ${place}`);
+  // Roles told with the input, or those of the data set on the same page where it is that model's.
+  const known = data.use?.roles ?? data.roles;
+  const rolesOf = (one, own) => {
+    const same = known?.layers.length === entry().layers.length &&
+        known.layers[one.site].name === one.name &&
+        known.layers[one.site].num_heads === one.num_heads;
+    return own.roles ?? (same ? known.layers[one.site].heads[own.head].roles : null);
+  };
+  const roleNames = (roles) => roles ? roles.map(roleName).join(", ") || "none" : missing;
   const each = (visit) => entry().layers.flatMap((one) => one.heads.map((own) => visit(one, own)));
   const everywhere = (read) => inputs.some((one) => one.layers.some((own) => read(own)));
   const offered = Object.keys(measures).filter(
@@ -120,7 +129,7 @@ function startExplained(parent, inputs) {
                        own.changes_prediction      ? "yes" :
                                                      "no",
                    number(own.entropy),
-                   own.roles === null ? missing : own.roles.map(roleName).join(", ") || "none",
+                   roleNames(rolesOf(one, own)),
   ])));
 
   const panel = make("div", {class: "panel", id: "head"});
@@ -215,7 +224,7 @@ function startExplained(parent, inputs) {
                       own.effect === null || state.measure === "effect" ?
                           null :
                           `effect ${signed(own.effect)}`,
-                      own.roles?.length ? own.roles.map(roleName).join(", ") : null,
+                      rolesOf(one, own)?.map(roleName).join(", "),
                     ].filter((line) => line)
                              .join("\n"),
                   })),
@@ -224,7 +233,7 @@ function startExplained(parent, inputs) {
   }
 
   function showHead() {
-    const own = head(), gate = layer().gate;
+    const own = head(), gate = layer().gate, roles = rolesOf(layer(), own);
     name.textContent = `${headName(state.site, state.head)}: ${own.on ? "ran" : "slept"}`;
     const rows = [
       ["layer", layer().call ? `${layer().name}, call ${layer().call}` : layer().name],
@@ -269,10 +278,9 @@ function startExplained(parent, inputs) {
       ["attention entropy", number(own.entropy)],
       [
         "roles",
-        own.roles === null ?
-            "not asked for" :
-            own.roles.map((role) => `${roleName(role)} (${percent(role.share)})`).join(", ") ||
-                "none"
+        roles ? roles.map((role) => `${roleName(role)} (${percent(role.share)})`).join(", ") ||
+                "none" :
+                "not asked for"
       ],
     ];
     facts.replaceChildren(
@@ -308,9 +316,11 @@ function startExplained(parent, inputs) {
           "Each share is that of the position, which in deeper layers has mixed with others.";
     }
     const most = largest(values) || 1;
+    // Two digits that say something, of the largest.
+    const digits = Math.min(6, Math.max(2, 1 - Math.floor(Math.log10(most))));
     values.forEach((value, place) => {
-      const token =
-          make("li", {}, make("bdi", {}, tokenName(place)), make("small", {}, signed(value, 2)));
+      const number = make("small", {}, signed(value, digits));
+      const token = make("li", {}, make("bdi", {}, tokenName(place)), number);
       shade(token, value / most);
       tokens.append(token);
     });

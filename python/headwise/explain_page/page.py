@@ -11,7 +11,7 @@ from typing import Any
 
 from headwise.explain_page.documents import Documents, sort_documents
 from headwise.explain_page.pack import pack, script_json
-from headwise.explain_page.words import sentences
+from headwise.explain_page.words import parts
 from headwise.files import write_atomic
 
 #: Bytes that a page may have: it is sent by mail and opened from disk.
@@ -90,15 +90,15 @@ def _render(documents: Documents) -> str:
     # All that is not data: the notes are a few hundred bytes.
     room = LIMIT - sum(len(script.encode()) for script in scripts) - len(css.encode()) - 40_000
     title, subtitle, sections = _headings(documents)
-    told = sentences(documents)
-    room -= sum(len(sentence.encode()) for sentence in told)
+    told = parts(documents)
+    room -= sum(len(sentence.encode("utf-8", "replace")) for _, own in told for sentence in own)
     shown, notes = pack(documents, room)
     content = template.render(
         title=title,
         subtitle=subtitle,
         sections=sections,
         summary=shown["inputs"][0]["summary"] if shown["inputs"] else None,
-        sentences=told,
+        told=told,
         notes=notes,
         hashes=[_hash(script) for script in scripts],
         # The package's own files, and JSON without a character that means anything to HTML.

@@ -7,18 +7,24 @@ from typing import Any
 from headwise.explain_page.documents import Documents
 
 
-def sentences(documents: Documents) -> list[str]:
-    """What stands at the top of the page about a data set and a comparison."""
-    found: list[str] = []
+def parts(documents: Documents) -> list[tuple[str, list[str]]]:
+    """(heading, sentences): what stands at the top of the page about a data set and a
+    comparison."""
+    over: list[str] = []
     if documents.use is not None:
-        found += use_sentences(documents.use)
+        over += use_sentences(documents.use)
     if documents.roles is not None:
-        found.append(role_sentence(documents.roles))
+        over.append(role_sentence(documents.roles))
     if documents.use is not None:
-        found += trust_sentences(documents.use)
-    if documents.compared is not None:
-        found += documents.compared.get("findings", [])
-    return found
+        over += trust_sentences(documents.use)
+    compared = [] if documents.compared is None else documents.compared.get("findings", [])
+    found = [("Over the data set", over), ("Static against dynamic", list(compared))]
+    return [(heading, own) for heading, own in found if own]
+
+
+def sentences(documents: Documents) -> list[str]:
+    """All of them."""
+    return [sentence for _, own in parts(documents) for sentence in own]
 
 
 def use_sentences(document: dict[str, Any]) -> list[str]:
@@ -82,6 +88,21 @@ def trust_sentences(document: dict[str, Any]) -> list[str]:
             f"When texts change a little ({worst['name']}), {worst['jaccard']:.0%} of the heads "
             f"that run before or after run both times; of two different texts "
             f"{worst['jaccard_other_inputs']:.0%}."
+        )
+    joint = document.get("joint_ablation")
+    if joint is not None:
+        listed = "; ".join(
+            f"layer {group['site']} heads {', '.join(map(str, group['heads']))}"
+            for group in joint["groups"][:3]
+        )
+        more = "" if len(joint["groups"]) <= 3 else f" and {len(joint['groups']) - 3} more"
+        found.append(
+            f"Of {count(len(joint['pairs']), 'pair')} of heads taken out together, "
+            + (
+                f"these can replace each other: {listed}{more}."
+                if listed
+                else "none can replace each other."
+            )
         )
     faith = document["faithfulness"]
     if faith is not None and faith["low"] is not None and faith["high"] is not None:
