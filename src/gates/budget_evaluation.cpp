@@ -1,11 +1,15 @@
-// The budget gate of an evaluated layer as one operator: where CUDA kernels were compiled and no
-// gradient is wanted, two launches instead of two dozen; elsewhere the operators it consists of.
+// The budget gate of an evaluated layer as one operator: where no gradient is wanted, a kernel that
+// reads the input once; elsewhere the two dozen operators it consists of.
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 #include <torch/library.h>
 
 #include "gates/budget.h"
+#include "ops/attention_ops.h"
+#include "ops/budget_gate.h"
+#ifdef HEADWISE_CUDA
 #include "ops/cuda/budget_gate.h"
+#endif
 
 namespace headwise {
 namespace {
@@ -27,14 +31,59 @@ GateResult composed(HEADWISE_BUDGET_GATE_PARAMETERS) {
   return {index, count, weight.to(x.scalar_type()), relevance, budgets};
 }
 
-#ifdef HEADWISE_CUDA
-bool wants_gradient(const std::initializer_list<const Tensor*>& tensors) {
-  if (!at::GradMode::is_enabled()) return false;
-  for (const auto* t : tensors)
-    if (t->requires_grad()) return true;
+bool wants_gradient(at::TensorList tensors) {
+  for (const auto& t : tensors)
+    if ((at::GradMode::is_enabled() && t.requires_grad()) || t._fw_grad(/*level=*/0).defined())
+      return true;
   return false;
 }
+
+/// The parameters, those of the network only where there is one.
+std::vector<Tensor> parameters(HEADWISE_BUDGET_GATE_PARAMETERS) {
+  std::vector<Tensor> all{base, relevance_weight};
+  if (hidden_weight) all.insert(all.end(), {*hidden_weight, *hidden_bias, *out_weight, *out_bias});
+  return all;
+}
+
+/// True if there is a kernel for these devices, dtypes and sizes. What does not fit together is
+/// left to the operators, which say so.
+bool is_fused(HEADWISE_BUDGET_GATE_PARAMETERS) {
+  const auto type = x.scalar_type(), parameter_type = base.scalar_type();
+  if (x.layout() != at::kStrided || x.dim() != 3 || base.dim() != 1 || !at::isFloatingType(type) ||
+      !at::isFloatingType(parameter_type) || ops::lse_type(type) != ops::lse_type(parameter_type))
+    return false;
+  const auto all = parameters(HEADWISE_BUDGET_GATE_ARGUMENTS);
+  if (wants_gradient(all)) return false;
+  for (const auto& t : all)
+    if (t.scalar_type() != parameter_type || t.device() != x.device()) return false;
+  for (const auto* t : {&mean, &variance, &progress})
+    if (!at::isFloatingType(t->scalar_type()) || t->device() != x.device()) return false;
+  const auto heads = base.sym_size(0), width = x.sym_size(2);
+  const auto shaped = [](const Tensor& t, c10::SymIntArrayRef sizes) {
+    return t.sym_sizes() == sizes;
+  };
+  if (width == 0 || !shaped(relevance_weight, {heads, width}) || !shaped(mean, {width}) ||
+      !shaped(variance, {width}) || progress.sym_numel() != 1)
+    return false;
+  if (hidden_weight) {
+    if (hidden_weight->dim() != 2) return false;
+    const auto hidden = hidden_weight->sym_size(0);
+    if (!shaped(*hidden_weight, {hidden, width}) || !shaped(*hidden_bias, {hidden}) ||
+        !shaped(*out_weight, {1, hidden}) || !shaped(*out_bias, {1}))
+      return false;
+  }
+  if (key_padding_mask) {
+    const auto& mask = *key_padding_mask;
+    if (mask.device() != x.device() || !shaped(mask, {x.sym_size(0), x.sym_size(1)}) ||
+        !(mask.scalar_type() == at::kBool || at::isFloatingType(mask.scalar_type())))
+      return false;
+  }
+  if (x.is_cpu()) return true;
+#ifdef HEADWISE_CUDA
+  if (x.is_cuda()) return ops::device::takes_budget_gate(HEADWISE_BUDGET_GATE_ARGUMENTS);
 #endif
+  return false;
+}
 
 }  // namespace
 
@@ -43,22 +92,20 @@ GateResult evaluate_budget_gate(HEADWISE_BUDGET_GATE_PARAMETERS) {
                         hidden_weight.has_value() == out_weight.has_value() &&
                         hidden_weight.has_value() == out_bias.has_value(),
                     "hidden_weight, hidden_bias, out_weight and out_bias must be given together");
-#ifdef HEADWISE_CUDA
-  const auto& other = hidden_weight ? *hidden_weight : base;
-  if (x.is_cuda() && !x.is_meta() && !wants_gradient({&base, &relevance_weight, &other}) &&
-      ops::device::takes_budget_gate(HEADWISE_BUDGET_GATE_ARGUMENTS)) {
+  TORCH_CHECK_VALUE(rounding == "round" || rounding == "ceil",
+                    "rounding must be round or ceil, got ", rounding);
+  TORCH_CHECK_VALUE(min_heads >= 0, "min_heads must not be negative, got ", min_heads);
+  if (is_fused(HEADWISE_BUDGET_GATE_ARGUMENTS)) {
     static const auto fused = c10::Dispatcher::singleton()
                                   .findSchemaOrThrow("headwise::_budget_gate", "")
                                   .typed<GateResult(HEADWISE_BUDGET_GATE_PARAMETERS)>();
     return fused.call(HEADWISE_BUDGET_GATE_ARGUMENTS);
   }
-#endif
   return composed(HEADWISE_BUDGET_GATE_ARGUMENTS);
 }
 
 namespace {
 
-#ifdef HEADWISE_CUDA
 // Shapes and dtypes, for tracing.
 GateResult traced(HEADWISE_BUDGET_GATE_PARAMETERS) {
   const auto batch = x.sym_size(0), heads = base.sym_size(0);
@@ -68,7 +115,6 @@ GateResult traced(HEADWISE_BUDGET_GATE_PARAMETERS) {
           at::empty_symint({batch, heads}, x.options()), at::empty_symint({batch, heads}, sums),
           at::empty_symint({batch}, sums)};
 }
-#endif
 
 constexpr const char* kArguments =
     "(Tensor x, Tensor? key_padding_mask, Tensor mean, Tensor variance, Tensor base, "
@@ -85,14 +131,16 @@ TORCH_LIBRARY_FRAGMENT(headwise, m) {
   // budget [B] of a BudgetGate in evaluation with weights of one. Without the four of the network
   // every sequence has `budget`.
   m.def((std::string("evaluate_budget_gate") + kArguments).c_str(), evaluate_budget_gate);
-#ifdef HEADWISE_CUDA
   m.def((std::string("_budget_gate") + kArguments).c_str());
-#endif
 }
 
+TORCH_LIBRARY_IMPL(headwise, Meta, m) { m.impl("_budget_gate", traced); }
+// Its results carry no gradient, though x may.
+TORCH_LIBRARY_IMPL(headwise, Autograd, m) {
+  m.impl("_budget_gate", torch::CppFunction::makeFallthrough());
+}
 #ifdef HEADWISE_CUDA
 TORCH_LIBRARY_IMPL(headwise, CUDA, m) { m.impl("_budget_gate", ops::device::budget_gate); }
-TORCH_LIBRARY_IMPL(headwise, Meta, m) { m.impl("_budget_gate", traced); }
 #endif
 
 }  // namespace headwise

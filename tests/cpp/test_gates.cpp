@@ -2,6 +2,7 @@
 // tests/python/test_cpp_parity.py.
 #include "headwise/gates.h"
 
+#include <ATen/Parallel.h>
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 
@@ -96,6 +97,34 @@ TEST(Gates, EvaluationRunsWhatTheEndOfTrainingRan) {
     EXPECT_TRUE(at::allclose(trained.weight, gate->forward(x).weight));
     EXPECT_TRUE(trained.weight.requires_grad());
   }
+}
+
+// Where no gradient is wanted a kernel evaluates the gate, elsewhere the operators do.
+TEST(Gates, EvaluatedInOnePassAsByTheOperators) {
+  torch::manual_seed(0);
+  const int before = at::get_num_threads();
+  at::set_num_threads(2);
+  for (const auto type : {at::kDouble, at::kFloat, at::kBFloat16, at::kHalf})
+    for (const int64_t length : {0, 1, 9, 300}) {
+      const auto x = torch::randn({11, length, 35}).to(type);
+      const auto padding = torch::arange(length).ge(torch::randint(0, length + 1, {11, 1}));
+      BudgetGate gate(BudgetGateOptions().rounding("ceil"), 35, kHeads, at::dtype(type));
+      gate->eval();
+      torch::NoGradGuard no_grad;
+      for (const auto& parameter : gate->parameters()) parameter.normal_();
+      const auto run = gate->forward(x.transpose(0, 1).contiguous().transpose(0, 1), padding);
+      // The operators round the mean to x's type: they are given the same numbers in more digits.
+      const auto wide = type == at::kDouble ? at::kDouble : at::kFloat;
+      gate->to(wide);
+      torch::AutoGradMode with_grad(true);
+      const auto expected = gate->forward(x.to(wide), padding);
+      EXPECT_TRUE(at::equal(run.index, expected.index)) << type << " " << length;
+      EXPECT_TRUE(at::equal(run.count, expected.count));
+      EXPECT_TRUE(at::equal(run.weight.to(wide), expected.weight));
+      EXPECT_TRUE(at::allclose(run.relevance, expected.relevance, 1e-4, 1e-4));
+      EXPECT_TRUE(at::allclose(run.budget, expected.budget, 1e-4, 1e-4));
+    }
+  at::set_num_threads(before);
 }
 
 TEST(Gates, FullBudgetIsExactlyOne) {

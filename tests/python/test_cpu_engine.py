@@ -17,13 +17,6 @@ from test_attention_ops import MASKS, Random, check, core_reference, layer_weigh
 ops = torch.ops.headwise
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @settings(deadline=None, max_examples=40, derandomize=True)
 @given(st.data())
 def test_any_shape_on_the_packed_kernels(data):

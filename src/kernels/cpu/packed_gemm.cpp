@@ -51,25 +51,6 @@ void round_rows(const float* x, int64_t n, uint16_t* y) {
   }
 }
 
-typedef uint16_t Half16 __attribute__((vector_size(32)));
-
-HEADWISE_INLINE void load_row(const float* p, Float16& v) { load(p, v); }
-HEADWISE_INLINE void load_row(const BFloat16* p, Float16& v) {
-  Half16 half;
-  std::memcpy(&half, p, sizeof half);
-  const Int16 bits = __builtin_convertvector(half, Int16) << 16;
-  std::memcpy(&v, &bits, sizeof v);
-}
-HEADWISE_INLINE float value(const float* p) { return *p; }
-HEADWISE_INLINE float value(const BFloat16* p) {
-  uint16_t half;
-  std::memcpy(&half, p, 2);
-  const uint32_t bits = uint32_t(half) << 16;
-  float v;
-  std::memcpy(&v, &bits, 4);
-  return v;
-}
-
 // Interleaves two vectors: what stands in their lower (upper) halves, in turn.
 HEADWISE_INLINE void interleave(const Int16& a, const Int16& b, Int16& low, Int16& high) {
   low = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
@@ -211,9 +192,9 @@ HEADWISE_INLINE float dot(const T* a, const T* b, int64_t k) {
   Float16 sum0 = {}, sum1 = {}, x, y;
   int64_t p = 0;
   for (; p + 2 * kLanes <= k; p += 2 * kLanes) {
-    load_row(a + p, x), load_row(b + p, y);
+    load(a + p, x), load(b + p, y);
     sum0 += x * y;
-    load_row(a + p + kLanes, x), load_row(b + p + kLanes, y);
+    load(a + p + kLanes, x), load(b + p + kLanes, y);
     sum1 += x * y;
   }
   float total = 0;

@@ -8,7 +8,45 @@
 #include <cstdint>
 #include <vector>
 
+#if defined(__SANITIZE_THREAD__)
+#define HEADWISE_OWN_THREADS
+#elif defined(__has_feature)
+#if __has_feature(thread_sanitizer)
+#define HEADWISE_OWN_THREADS
+#endif
+#endif
+#ifdef HEADWISE_OWN_THREADS
+#include <exception>
+#include <thread>
+#endif
+
 namespace headwise::kernels {
+
+/// f(worker) for every worker at once.
+template <typename F>
+void run_workers(int64_t workers, const F& f) {
+#ifdef HEADWISE_OWN_THREADS
+  // The thread sanitizer does not see how LibTorch's pool, which is not compiled with it, begins
+  // and ends work: with threads of their own it checks the tasks, and nothing but them.
+  std::vector<std::thread> threads;
+  std::vector<std::exception_ptr> failed(workers);
+  for (int64_t worker = 0; worker < workers; ++worker)
+    threads.emplace_back([&, worker] {
+      try {
+        f(worker);
+      } catch (...) {
+        failed[worker] = std::current_exception();
+      }
+    });
+  for (auto& thread : threads) thread.join();
+  for (const auto& exception : failed)
+    if (exception) std::rethrow_exception(exception);
+#else
+  at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) f(worker);
+  });
+#endif
+}
 
 /// f(task, worker) for every task in [0, tasks), handed out one at a time to whichever worker is
 /// free; worker < at::get_num_threads() names scratch memory. f must not depend on who runs it.
@@ -21,9 +59,8 @@ void parallel_tasks(int64_t tasks, const F& f) {
     return;
   }
   std::atomic<int64_t> next{0};
-  at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker)
-      for (int64_t i = next++; i < tasks; i = next++) f(i, worker);
+  run_workers(workers, [&](int64_t worker) {
+    for (int64_t i = next++; i < tasks; i = next++) f(i, worker);
   });
 }
 

@@ -2,6 +2,9 @@
 // AVX-512, AVX2, SSE or NEON.
 #pragma once
 
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -18,11 +21,57 @@ namespace headwise::kernels {
 
 typedef float Float16 __attribute__((vector_size(64)));
 typedef int32_t Int16 __attribute__((vector_size(64)));
+typedef uint16_t Short16 __attribute__((vector_size(32)));
 constexpr int64_t kLanes = 16;
 
 // Vectors pass by reference: by value their calling convention depends on the instruction set.
 HEADWISE_INLINE void load(const float* p, Float16& v) { std::memcpy(&v, p, sizeof v); }
 HEADWISE_INLINE void store(float* p, const Float16& v) { std::memcpy(p, &v, sizeof v); }
+
+/// Sixteen elements of a 16-bit type.
+HEADWISE_INLINE void load(const c10::BFloat16* p, Float16& v) {
+  Short16 half;
+  std::memcpy(&half, p, sizeof half);
+  const Int16 bits = __builtin_convertvector(half, Int16) << 16;
+  std::memcpy(&v, &bits, sizeof v);
+}
+HEADWISE_INLINE void load(const c10::Half* p, Float16& v) {
+  Short16 half;
+  std::memcpy(&half, p, sizeof half);
+  const Int16 h = __builtin_convertvector(half, Int16);
+  // Exponent and mantissa in their places, 112 too low an exponent, which a product mends, numbers
+  // below the normal ones included. Infinities and NaN have the highest exponent of both types.
+  const Int16 magnitude = (h & 0x7fff) << 13;
+  Float16 scaled;
+  std::memcpy(&scaled, &magnitude, sizeof scaled);
+  scaled = scaled * 5.192296858534828e33f;  // 2^112
+  Int16 bits;
+  std::memcpy(&bits, &scaled, sizeof bits);
+  const Int16 special = (h & 0x7c00) == 0x7c00;  // true is -1
+  bits = (bits | (special & 0x7f800000)) | ((h & 0x8000) << 16);
+  std::memcpy(&v, &bits, sizeof v);
+}
+
+/// One element as a float.
+HEADWISE_INLINE float value(const float* p) { return *p; }
+HEADWISE_INLINE float value(const c10::BFloat16* p) {
+  uint16_t half;
+  std::memcpy(&half, p, 2);
+  const uint32_t bits = uint32_t(half) << 16;
+  float v;
+  std::memcpy(&v, &bits, 4);
+  return v;
+}
+HEADWISE_INLINE float value(const c10::Half* p) { return static_cast<float>(*p); }
+
+/// The sum of the lanes.
+HEADWISE_INLINE float lane_sum(const Float16& v) {
+  float t[kLanes];
+  store(t, v);
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int lane = 0; lane < half; ++lane) t[lane] += t[lane + half];
+  return t[0];
+}
 
 /// x = exp(x), relative error below 2e-7 (the polynomial of Cephes' expf); 0 below -87.3 and at
 /// -inf; NaN stays NaN.

@@ -1,11 +1,11 @@
 // The budget gate of an evaluated layer in two launches: the mean of the tokens that are not
 // padding, then, a block a sequence, budget, relevance and the top k. The formulas are those of
-// src/gates/budget.cpp; tests hold one against the other.
+// kernels/budget_gate.h.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 
+#include "kernels/budget_gate.h"
 #include "kernels/cuda/layer.h"
 #include "kernels/selection.h"
 
@@ -58,19 +58,6 @@ HEADWISE_HOST_DEVICE int64_t pool_row(const GateArguments& a, int64_t b, int64_t
 }
 HEADWISE_HOST_DEVICE int64_t pool_scratch(const GateArguments& a) {
   return a.batch * pool_splits(a) * (a.width + 1);
-}
-
-/// Heads of a budget in (0, 1]: budget_count() of src/gates/selection_ops.cpp.
-template <typename C>
-HEADWISE_HOST_DEVICE int64_t heads_of_budget(C budget, int64_t heads, int64_t min_heads,
-                                             bool round_up) {
-  C wanted = budget * static_cast<C>(heads);
-  if (wanted != wanted) wanted = 0;
-  const C whole =
-      round_up ? ceil(wanted - static_cast<C>(1e-4)) : floor(wanted + static_cast<C>(0.5));
-  const int64_t least = min_heads < heads ? min_heads : heads;
-  if (!(whole > static_cast<C>(least))) return least;
-  return whole < static_cast<C>(heads) ? static_cast<int64_t>(whole) : heads;
 }
 
 int budget_gate(const GateArguments& a, Stream stream);

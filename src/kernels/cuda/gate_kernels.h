@@ -84,13 +84,12 @@ struct GateKernel {
     const C* const partial = static_cast<const C*>(a.partial);
     C tokens = 0;
     for (int64_t s = 0; s < pool_splits(a); ++s) tokens += partial[pool_row(a, b, s) + D];
-    // Nothing but padding has no mean: zeros. No tokens at all give NaN, as a mean does.
-    const C inverse = tokens == C(0) && (a.forbid || a.add) ? C(1) : C(1) / tokens;
+    const C inverse = inverse_tokens(tokens);
     for (int64_t c = thread_index(); c < D; c += kThreads) {
       C sum = 0;
       for (int64_t s = 0; s < pool_splits(a); ++s) sum += partial[pool_row(a, b, s) + c];
-      features[c] = (sum * inverse - static_cast<const C*>(a.mean)[c]) /
-                    sqrt(static_cast<const C*>(a.variance)[c] + static_cast<C>(1e-4));
+      features[c] = (sum * inverse - static_cast<const C*>(a.mean)[c]) *
+                    inverse_spread(static_cast<const C*>(a.variance)[c]);
     }
     barrier();
     const C scale = C(1) / sqrt(static_cast<C>(D));
@@ -104,9 +103,7 @@ struct GateKernel {
       for (int64_t n = warp_index(); n < a.hidden; n += kWarps) {
         const C x = product(features, a.hidden_weight, n) * scale +
                     static_cast<C>(static_cast<const P*>(a.hidden_bias)[n]);
-        const C gelu =
-            x * static_cast<C>(0.5) * (C(1) + erf(x * static_cast<C>(0.70710678118654752440)));
-        logit += gelu * static_cast<C>(static_cast<const P*>(a.out_weight)[n]);
+        logit += gelu(x) * static_cast<C>(static_cast<const P*>(a.out_weight)[n]);
       }
       if (lane_index() == 0) logits[warp_index()] = logit;
     }
@@ -117,13 +114,8 @@ struct GateKernel {
         C logit = static_cast<C>(static_cast<const P*>(a.out_bias)[0]);
         for (int w = 0; w < kWarps; ++w) logit += logits[w];
         const C progress = a.progress ? *static_cast<const C*>(a.progress) : C(1);
-        if (a.warmup > 0) {
-          const C left = C(1) - progress / static_cast<C>(a.warmup);
-          if (left > C(0)) logit += left * static_cast<C>(a.start_logit);
-        }
-        budget = C(1) / (C(1) + exp(-logit));
-        const C low = static_cast<C>(a.min_budget), high = static_cast<C>(a.max_budget);
-        budget = budget < low ? low : (budget > high ? high : budget);
+        budget =
+            budget_of_logit(logit, progress, a.warmup, a.start_logit, a.min_budget, a.max_budget);
       }
       logits[kWarps] = budget;
       static_cast<C*>(a.budget)[b] = budget;

@@ -1,14 +1,15 @@
 #include "ops/attention_statistics.h"
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "kernels/cpu/attention_statistics.h"
+#include "kernels/cpu/parallel.h"
 
 namespace headwise::ops {
 namespace {
@@ -75,14 +76,13 @@ Statistics compute(const StatisticsInputs& in) {
   // result does not depend on the number of threads.
   const int64_t blocks = (L + kernels::kStatisticsQueries - 1) / kernels::kStatisticsQueries;
   std::vector<double> sums(2 * B * H * blocks);
-  at::parallel_for(0, B * H * blocks, 1, [&](int64_t begin, int64_t end) {
-    std::vector<T> tile(kernels::kStatisticsQueries * kernels::kStatisticsKeys);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t row = task % blocks * kernels::kStatisticsQueries;
-      kernels::attention_statistics_block(a, task / blocks / H, task / blocks % H, row,
-                                          std::min(kernels::kStatisticsQueries, L - row),
-                                          tile.data(), &sums[2 * task]);
-    }
+  const int64_t size = kernels::kStatisticsQueries * kernels::kStatisticsKeys;
+  const std::unique_ptr<T[]> tiles(new T[size * at::get_num_threads()]);
+  kernels::parallel_tasks(B * H * blocks, [&](int64_t task, int64_t worker) {
+    const int64_t row = task % blocks * kernels::kStatisticsQueries;
+    kernels::attention_statistics_block(a, task / blocks / H, task / blocks % H, row,
+                                        std::min(kernels::kStatisticsQueries, L - row),
+                                        tiles.get() + worker * size, &sums[2 * task]);
   });
   auto entropy = at::zeros({B, H}, q.options()), confidence = at::zeros({B, H}, q.options());
   T* entropy_p = entropy.template mutable_data_ptr<T>();

@@ -1,35 +1,12 @@
 // The budget gate of an evaluated layer in two launches (kernels/cuda/gate.h).
 #pragma once
 
-#include <ATen/core/Tensor.h>
+#include "ops/budget_gate.h"
 
-#include <optional>
-#include <string_view>
-#include <tuple>
-
-namespace headwise::ops {
-
-#define HEADWISE_BUDGET_GATE_PARAMETERS                                                           \
-  const at::Tensor &x, const std::optional<at::Tensor>&key_padding_mask, const at::Tensor &mean,  \
-      const at::Tensor &variance, const at::Tensor &base, const at::Tensor &relevance_weight,     \
-      const std::optional<at::Tensor>&hidden_weight, const std::optional<at::Tensor>&hidden_bias, \
-      const std::optional<at::Tensor>&out_weight, const std::optional<at::Tensor>&out_bias,       \
-      const at::Tensor &progress, double budget, double min_budget, double max_budget,            \
-      double target, double initial_budget, double warmup, int64_t min_heads,                     \
-      std::string_view rounding
-#define HEADWISE_BUDGET_GATE_ARGUMENTS                                                        \
-  x, key_padding_mask, mean, variance, base, relevance_weight, hidden_weight, hidden_bias,    \
-      out_weight, out_bias, progress, budget, min_budget, max_budget, target, initial_budget, \
-      warmup, min_heads, rounding
-
-/// index, count, weight, relevance, budget.
-using GateResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-
-namespace device {
+namespace headwise::ops::device {
 
 /// True if the kernels take these dtypes and sizes.
 bool takes_budget_gate(HEADWISE_BUDGET_GATE_PARAMETERS);
 GateResult budget_gate(HEADWISE_BUDGET_GATE_PARAMETERS);
 
-}  // namespace device
-}  // namespace headwise::ops
+}  // namespace headwise::ops::device
