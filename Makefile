@@ -95,8 +95,12 @@ lint: $(STAMPS)/packages
 	@$(PY) tools/check.py build lint
 
 bench: $(STAMPS)/data build
-	@HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(V)/bin/headwise bench layer train gate entropy model \
-	  --break-even --out benchmarks/results $(BENCH_ARGS)
+	@HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(V)/bin/headwise bench layer train scaling gate entropy \
+	  model --break-even --most-seconds 20 --out benchmarks/results $(BENCH_ARGS)
+	@$(V)/bin/cmake build -DHEADWISE_BENCHMARKS=ON > build/configure.log
+	@$(V)/bin/ninja -C build -j $(JOBS) --quiet headwise_bench
+	@build/benchmarks/cpp/headwise_bench layer train gate entropy --most-seconds 20 \
+	  --json benchmarks/results/bench-cpp.json $(BENCH_CPP_ARGS)
 
 docs: $(STAMPS)/data build
 	@$(PY) tools/check.py build docs

@@ -195,8 +195,13 @@ std::tuple<at::Tensor, at::Tensor> MultiheadAttentionImpl::forward(
   arguments.key_padding_mask = optional(key_padding_mask);
   arguments.attn_mask = is_causal ? std::nullopt : optional(attn_mask);
   arguments.is_causal = is_causal;
-  const auto weights = projections();
   const int64_t added_keys = int64_t(bias_k.defined()) + int64_t(options.add_zero_attn());
+  const auto out_bias = optional(out_proj->bias);
+  // Weights side by side are taken as they stand; views of their parts cost time in a short call.
+  const bool together = self_attention && same_embed_dim_ && added_keys == 0;
+  const bool selects = gate && !gate->reads_heads();
+  const auto weights =
+      together && selects && !probe && !need_weights ? ProjectionWeights() : projections();
 
   std::optional<Selection> selection;
   HeadInputs heads;   // for gates that choose by them
@@ -239,10 +244,10 @@ std::tuple<at::Tensor, at::Tensor> MultiheadAttentionImpl::forward(
   if (!selection) {
     const auto [q, k, v] = project_heads(query, key, value, weights, num_heads);
     const auto context = dense_attention(q, k, v, arguments, added_keys);
-    output = combine_heads(context, {}, weights.out_proj_weight, weights.out_proj_bias);
+    output = combine_heads(context, {}, out_proj->weight, out_bias);
   } else if (gate->attends()) {
-    output = combine_heads(gate->attend(heads, values), selection->weight, weights.out_proj_weight,
-                           weights.out_proj_bias);
+    output =
+        combine_heads(gate->attend(heads, values), selection->weight, out_proj->weight, out_bias);
   } else {
     if (arguments.dropout_p > 0.0) {
       arguments.dropout_seed =
@@ -250,11 +255,10 @@ std::tuple<at::Tensor, at::Tensor> MultiheadAttentionImpl::forward(
                          query.options().dtype(at::kLong).requires_grad(false));
     }
     output =
-        self_attention && same_embed_dim_ && added_keys == 0
+        together
             ? selected_self_attention(query, in_proj_weight, optional(in_proj_bias),
-                                      weights.out_proj_weight, weights.out_proj_bias, num_heads,
-                                      selection->index, selection->count, selection->weight,
-                                      arguments)
+                                      out_proj->weight, out_bias, num_heads, selection->index,
+                                      selection->count, selection->weight, arguments)
             : selected_multihead_attention(query, key, value, weights, num_heads, selection->index,
                                            selection->count, selection->weight, arguments);
   }

@@ -12,15 +12,16 @@ from headwise.bench.contenders import CheckFailed, Layer, Shape
 from headwise.bench.goals import layer_goal
 from headwise.cli import main
 
-QUICK = ("--rounds", "2", "--threads", "1", "--dtype", "float32", "--clock", "process")
+QUICK = ("--rounds", "2", "--dtype", "float32", "--clock", "process")
 
 
 def bench(tmp_path, *arguments) -> dict:
     path = tmp_path / "bench.json"
+    if "--threads" not in arguments:
+        arguments += ("--threads", "1")
     assert main(["bench", *map(str, arguments), *QUICK, "--json", str(path)]) == 0
     found = json.loads(path.read_text())
     assert (found["format"], found["version"]) == ("headwise.bench", 1)
-    assert found["environment"]["threads"] == [1]
     assert found["settings"]["clock"] == "process"
     return found
 
@@ -107,7 +108,7 @@ def test_model(tmp_path, tiny_model, tiny_texts):
 
 def test_a_wrong_layer_is_not_timed(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(contenders, "TOLERANCE", {torch.float32: 0.0})
-    arguments = ["bench", "layer", "--shapes", "2,8,16,4", *QUICK]
+    arguments = ["bench", "layer", "--shapes", "2,8,16,4", "--threads", "1", *QUICK]
     assert main(arguments) == 1
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.startswith("headwise bench: RuntimeError: headwise differs from the oracle by ")
@@ -167,9 +168,24 @@ def test_contenders_take_turns_and_what_comes_before_is_not_timed():
     order: list[str] = []
     timer = timing.Timer(rounds=2, clock="wall", device=torch.device("cpu"))
     runs = {name: (lambda name=name: order.append(name)) for name in ("a", "b")}
-    times = timer.measure(runs, before=lambda: order.append("before"))
-    assert order == ["before", "a", "before", "b"] * 4  # two rounds warm up
+    times = timer.measure(runs, before=lambda name: order.append("before " + name))
+    assert order == ["before a", "a", "before b", "b"] * 4  # two rounds warm up
     assert [len(found) for found in times.seconds.values()] == [2, 2]
+
+
+def test_long_cases_end_early():
+    timer = timing.Timer(rounds=50, clock="wall", device=torch.device("cpu"), most_seconds=0)
+    times = timer.measure({"a": lambda: None})
+    assert len(times.seconds["a"]) == timing.LEAST_ROUNDS
+
+
+def test_scaling(tmp_path, threads):
+    found = bench(tmp_path, "scaling", "--shapes", "2,8,16,4", "--threads", "2")
+    assert [result["threads"] for result in found["results"]] == [1, 2]
+    for result in found["results"]:
+        assert result["heads"] == 2
+        assert result["ms"].keys() == result["speed_up"].keys() == {"headwise", "k heads", "dense"}
+    assert set(found["results"][0]["speed_up"].values()) == {1.0}
 
 
 def test_entropy_oracle_is_one_for_even_attention():

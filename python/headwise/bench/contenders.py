@@ -169,7 +169,7 @@ class Layer:
             parameter.copy_(value)
 
     @torch.no_grad()
-    def touch(self) -> None:
+    def touch(self, _: str | None = None) -> None:
         """Reads the input: in a network the layer before has just written it."""
         self.x.sum()
 

@@ -105,7 +105,10 @@ def line(result: dict) -> str:
         for name, value in result["ratio"].items()
         if name != "yardstick"
     ]
-    if "gate" in result:
+    if "speed_up" in result and result["threads"] > 1:
+        gain = ", ".join(f"{name} {value:.2f}" for name, value in result["speed_up"].items())
+        others.append(f"faster than one thread: {gain}")
+    elif "gate" in result:
         others.insert(0, result["gate"])
     elif others:
         others[0] = "over " + others[0]

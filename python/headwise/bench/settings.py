@@ -33,6 +33,7 @@ class Settings:
         threads: numbers of threads, each measured.
         fractions: of the heads that run.
         rounds: timed rounds.
+        most_seconds: limit of one case's rounds, see :class:`Timer`.
         clock: ``"wall"`` or ``"process"``.
         compiled: also time ``torch.compile`` of the dense layer and FlexAttention.
         mixed: also time budgets that differ within the batch.
@@ -53,6 +54,7 @@ class Settings:
     threads: tuple[int, ...] = (1,)
     fractions: tuple[float, ...] = FRACTIONS
     rounds: int = 11
+    most_seconds: float | None = None
     clock: str = "wall"
     seed: int = 0
     compiled: bool = False
@@ -68,7 +70,7 @@ class Settings:
     batch_size: int = 32
 
     def timer(self) -> Timer:
-        return Timer(self.rounds, self.clock, self.device)
+        return Timer(self.rounds, self.clock, self.device, self.most_seconds)
 
     def head_counts(self, shape: Shape) -> list[int]:
         """Heads that run, for each fraction."""

@@ -11,6 +11,8 @@ import torch
 
 #: ``process`` counts the processor time of all threads: for machines that others use too.
 CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
+WARM_UP = 2  #: rounds that are not timed
+LEAST_ROUNDS = 3  #: that are timed, however long they take
 
 
 @dataclass(frozen=True)
@@ -20,31 +22,39 @@ class Timer:
     Attributes:
         rounds: timed rounds, after two that are not.
         clock: a key of :data:`CLOCKS`.
+        most_seconds: no further round after so long; three are run in any case. None: no limit.
     """
 
     rounds: int
     clock: str
     device: torch.device
+    most_seconds: float | None = None
 
     def measure(
-        self, runs: Mapping[str, Callable[[], object]], before: Callable[[], object] | None = None
+        self,
+        runs: Mapping[str, Callable[[], object]],
+        before: Callable[[str], object] | None = None,
     ) -> Times:
         """Every contender once a round, in turn.
 
         Args:
-            before: called before each contender, and not timed.
+            before: called with the name of each contender before it, and not timed.
         """
         now, cuda = CLOCKS[self.clock], self.device.type == "cuda"
         seconds: dict[str, list[float]] = {name: [] for name in runs}
-        for turn in range(self.rounds + 2):
+        began = time.perf_counter()
+        for turn in range(self.rounds + WARM_UP):
+            if self.most_seconds is not None and turn >= WARM_UP + LEAST_ROUNDS:
+                if time.perf_counter() - began > self.most_seconds:
+                    break
             for name, run in runs.items():
                 if before is not None:
-                    before()
+                    before(name)
                 begin = now()
                 run()
                 if cuda:
                     torch.cuda.synchronize(self.device)
-                if turn >= 2:
+                if turn >= WARM_UP:
                     seconds[name].append(now() - begin)
         return Times(seconds)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from headwise.cli.common import add_common, positive, share, use_device, use_threads, writable_file
 from headwise.compare.errors import UsageError
 
-WHAT = ("layer", "train", "gate", "entropy", "model")
+WHAT = ("layer", "train", "scaling", "gate", "entropy", "model")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 DESCRIPTION = """\
@@ -20,6 +20,7 @@ heads, gate included, and says which goals are met. Every contender is checked a
   layer    one layer's forward: a quarter, half, three quarters and all of the heads, and budgets
            that differ within the batch; memory
   train    one layer's forward and backward, running the chosen heads only
+  scaling  one layer's forward on one thread and on more
   gate     gates alone, over the dense layer
   entropy  attention_entropy over scaled_dot_product_attention; memory
   model    a model with gates over the statically pruned one, on real texts
@@ -92,6 +93,12 @@ def add_parser(commands) -> argparse.ArgumentParser:
     how = parser.add_argument_group("how it is measured")
     how.add_argument("--rounds", type=positive, default=11, metavar="N", help="default: 11")
     how.add_argument(
+        "--most-seconds",
+        type=positive,
+        metavar="S",
+        help="rounds of one case end after so long, three in any case (default: no limit)",
+    )
+    how.add_argument(
         "--clock",
         choices=("wall", "process"),
         default="wall",
@@ -154,6 +161,7 @@ def settings_of(options: argparse.Namespace):
         threads=threads,
         fractions=tuple(options.fractions or FRACTIONS),
         rounds=options.rounds,
+        most_seconds=options.most_seconds,
         clock=options.clock,
         seed=options.seed,
         compiled=options.compiled,
@@ -185,6 +193,10 @@ def results_of(what: list[str], settings) -> Iterator[dict]:
             from headwise.bench import layer
 
             yield from layer.run(settings, training=name == "train")
+        elif name == "scaling":
+            from headwise.bench import scaling
+
+            yield from scaling.run(settings)
         elif name == "gate":
             from headwise.bench import gate
 

@@ -19,10 +19,9 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 /// The tile that enters the second product: floats as they are, bfloat16 rounded.
 const float* as_operand(const float* s, int64_t, int64_t, float*) { return s; }
 const BFloat16* as_operand(const float* s, int64_t rows, int64_t width, BFloat16* y) {
-  for (int64_t i = 0; i < rows; ++i) {
-    convert(s + i * kKeyBlock, width, y + i * kKeyBlock);
-    if (width % 2) y[i * kKeyBlock + width] = BFloat16(0.f);
-  }
+  convert_rows(rows, width, s, kKeyBlock, nullptr, y, kKeyBlock);
+  if (width % 2)
+    for (int64_t i = 0; i < rows; ++i) y[i * kKeyBlock + width] = BFloat16(0.f);
   return y;
 }
 
@@ -35,7 +34,7 @@ int64_t packed_keys_size(const AttentionShape<float>& shape) {
 
 template <typename T>
 int64_t packed_attention_scratch(const AttentionShape<float>& shape) {
-  const int64_t floats = kQueryBlock * (kKeyBlock + shape.value_width + 2);
+  const int64_t floats = kQueryBlock * (kKeyBlock + shape.value_width + 3);
   return floats * sizeof(float) + (sizeof(T) == 2 ? kQueryBlock * kKeyBlock * sizeof(T) : 0);
 }
 
@@ -60,11 +59,12 @@ void packed_attention_forward(const AttentionShape<float>& shape, int64_t b, int
   const int64_t visible = visible_columns(shape, row, rows, columns);
   const T* keys = packed;
   const T* values = packed + even(columns) * shape.width;
-  float* s = static_cast<float*>(scratch);         // [rows, kKeyBlock]
-  float* y = s + kQueryBlock * kKeyBlock;          // [rows, dv]
-  float* maximum = y + kQueryBlock * dv;           // [rows]
-  float* sum = maximum + kQueryBlock;              // [rows]
-  T* p = reinterpret_cast<T*>(sum + kQueryBlock);  // [rows, kKeyBlock], bfloat16 only
+  float* s = static_cast<float*>(scratch);            // [rows, kKeyBlock]
+  float* y = s + kQueryBlock * kKeyBlock;             // [rows, dv]
+  float* maximum = y + kQueryBlock * dv;              // [rows]
+  float* sum = maximum + kQueryBlock;                 // [rows]
+  float* factor = sum + kQueryBlock;                  // [rows]
+  T* p = reinterpret_cast<T*>(factor + kQueryBlock);  // [rows, kKeyBlock], bfloat16 only
   const bool plain =
       shape.scale > 0 && !shape.key_bias && !shape.mask.add && !shape.mask.forbid && !shape.causal;
   const float scale = plain ? shape.scale : 1.f;  // else mask_scores scales
@@ -77,29 +77,18 @@ void packed_attention_forward(const AttentionShape<float>& shape, int64_t b, int
     packed_gemm(rows, width, shape.width, q + row * ldq, ldq, keys + column * shape.width, block, s,
                 kKeyBlock, false);
     if (!plain) mask_scores(shape, b, h, row, rows, column, width, s, kKeyBlock);
-    for (int64_t i = 0; i < rows; ++i) {
-      float* si = s + i * kKeyBlock;
-      const float top = std::max(maximum[i], row_maximum(si, width) * scale);
-      // A row that has seen nothing yet is shifted by 0, so that exp(-inf) = 0 and not NaN.
-      const float shift = top == -kInfinity ? 0.f : top;
-      const float rescale = maximum[i] == -kInfinity ? 0.f : std::exp(maximum[i] - shift);
-      sum[i] = sum[i] * rescale + row_exponential(si, width, scale, shift);
-      maximum[i] = top;
-      if (column > 0) row_scale(y + i * dv, dv, rescale, y + i * dv);
-    }
+    softmax_block(s, kKeyBlock, rows, width, scale, maximum, sum, factor);
+    if (column > 0)
+      for (int64_t i = 0; i < rows; ++i) row_scale(y + i * dv, dv, factor[i], y + i * dv);
     if (shape.dropout_p > 0) drop(shape, b, h, row, rows, column, width, s, kKeyBlock);
     packed_gemm(rows, dv, sizeof(T) == 2 ? even(width) : width, as_operand(s, rows, width, p),
                 kKeyBlock, packed_at(values, dv, column, 0), dv, y, dv, column > 0);
   }
-  for (int64_t i = 0; i < rows; ++i) {
-    const bool empty = sum[i] == 0.f;
-    if (empty)
-      std::fill_n(y + i * dv, dv, 0.f);
-    else
-      row_scale(y + i * dv, dv, 1 / sum[i], y + i * dv);
-    convert(y + i * dv, dv, context + i * ldc);
-    lse[i] = empty ? kInfinity : std::log(sum[i]) + (sum[i] == sum[i] ? maximum[i] : 0.f);
-  }
+  for (int64_t i = 0; i < rows; ++i) factor[i] = sum[i] == 0.f ? 0.f : 1 / sum[i];
+  convert_scaled(rows, dv, y, dv, factor, context, ldc);
+  if (!lse) return;
+  for (int64_t i = 0; i < rows; ++i)
+    lse[i] = sum[i] == 0.f ? kInfinity : std::log(sum[i]) + (sum[i] == sum[i] ? maximum[i] : 0.f);
 }
 
 #define HEADWISE_INSTANTIATE(T)                                                                  \

@@ -21,7 +21,7 @@ template <typename T>
 void pack_keys(const AttentionShape<float>& shape, int64_t columns, const T* k, int64_t ldk,
                const T* v, int64_t ldv, T* packed);
 
-/// As attention_forward; `packed` from pack_keys.
+/// As attention_forward; `packed` from pack_keys, lse may be null.
 template <typename T>
 void packed_attention_forward(const AttentionShape<float>& shape, int64_t b, int64_t h, const T* q,
                               int64_t ldq, const T* packed, int64_t row, int64_t rows, T* context,

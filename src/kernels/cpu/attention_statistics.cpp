@@ -44,8 +44,7 @@ void reduce(const float* s, int64_t n, SoftmaxRow<float>& row) {
     load(s + i, v);
     top = v > top ? v : top;
   }
-  float best = hidden;
-  for (int lane = 0; lane < kLanes; ++lane) best = top[lane] > best ? top[lane] : best;
+  const float best = lane_maximum(top);
   // A row without a finite score keeps shift 0: -inf - -inf would be NaN.
   const Float16 maximum = Float16{} + (best == hidden ? 0.0f : best);
   Sums sums;
@@ -54,11 +53,9 @@ void reduce(const float* s, int64_t n, SoftmaxRow<float>& row) {
     accumulate(v, maximum, sums);
   }
   if (whole < n) accumulate(tail, maximum, sums);
-  for (int lane = 0; lane < kLanes; ++lane) {
-    row.sum += sums.sum[lane];
-    row.moment += sums.moment[lane];
-    row.visible += sums.visible[lane];
-  }
+  row.sum = lane_sum(sums.sum);
+  row.moment = lane_sum(sums.moment);
+  for (int lane = 0; lane < kLanes; ++lane) row.visible += sums.visible[lane];
   row.maximum = best;
 }
 

@@ -83,7 +83,7 @@ class Forward {
     return packed;
   }
 
-  /// y [rows, d] = x W_h' + b_h, in floats.
+  /// y [rows, d] = x W_h', in floats.
   void multiply(const Input& in, int64_t h, int64_t rows, const T* x, int64_t ldx, const T* packed,
                 float* y) const {
     const int64_t width = in.x.width;
@@ -91,8 +91,10 @@ class Forward {
       packed_gemm(rows, d_, width, x, ldx, packed, d_, y, d_, false);
     else
       thin_gemm(rows, d_, width, x, ldx, in.weight + h * d_ * width, width, y, d_, false);
-    if (in.bias)
-      for (int64_t r = 0; r < rows; ++r) row_add(y + r * d_, in.bias + h * d_, d_, y + r * d_);
+  }
+
+  const float* bias_of(const Input& in, int64_t h) const {
+    return in.bias ? in.bias + h * d_ : nullptr;
   }
 
   /// bias_k or bias_v and the row of zeros, after the given keys.
@@ -115,7 +117,7 @@ class Forward {
     for (; row < end; row += kRowBlock) {
       const int64_t n = std::min(kRowBlock, end - row);
       multiply(in, a.h, n, in.x.at(a.b, row), in.x.row, packed, tile);
-      convert(tile, n * d_, y + row * d_);
+      convert_rows(n, d_, tile, d_, bias_of(in, a.h), y + row * d_, d_);
     }
   }
 
@@ -123,20 +125,18 @@ class Forward {
   struct Attention {
     Scratch<T> keys;
     Scratch<std::byte> scratch;
-    Scratch<float> lse;
     Attention(const AttentionShape<float>& shape, int64_t workers)
         : keys(packed_keys_size<T>(shape), workers),
-          scratch((packed_attention_scratch<T>(shape) + 63) / 64 * 64, workers),
-          lse(shape.queries, workers) {}
+          scratch((packed_attention_scratch<T>(shape) + 63) / 64 * 64, workers) {}
   };
   void attend(const Attention& with, int64_t worker, const ActiveHead& a, const T* q, const T* k,
               const T* v, int64_t begin, int64_t end) const {
     T* keys = with.keys[worker];
     pack_keys(shape_, shape_.lengths[a.b] + shape_.added, k, d_, v, d_, keys);
-    float* lse = w_.lse ? w_.lse + a.slot * L_ : with.lse[worker];
+    float* lse = w_.lse ? w_.lse + a.slot * L_ : nullptr;
     for (int64_t row = begin; row < end; row += kQueryBlock)
       packed_attention_forward(shape_, a.b, a.h, q, d_, keys, row, std::min(kQueryBlock, end - row),
-                               w_.context + (a.slot * L_ + row) * d_, d_, lse + row,
+                               w_.context + (a.slot * L_ + row) * d_, d_, lse ? lse + row : nullptr,
                                with.scratch[worker]);
   }
 
@@ -157,7 +157,8 @@ class Forward {
     return layer_.query.data == layer_.key.data && layer_.key.data == layer_.value.data;
   }
 
-  /// tile [rows, parts, d] = the first `parts` of q, k and v of some rows of x, in the self form.
+  /// tile [rows, parts, d] = the first `parts` of q, k and v of some rows of x, in the self form
+  /// and without their biases.
   void multiply_self(int64_t h, int parts, int64_t rows, const T* x, int64_t ldx, const T* packed,
                      float* tile) const {
     const auto in = inputs();
@@ -168,17 +169,15 @@ class Forward {
       for (int i = 0; i < parts; ++i)
         thin_gemm(rows, d_, width, x, ldx, in[i].weight + h * d_ * width, width, tile + i * d_, ld,
                   false);
-    for (int i = 0; i < parts && in[i].bias; ++i)
-      for (int64_t r = 0; r < rows; ++r)
-        row_add(tile + r * ld + i * d_, in[i].bias + h * d_, d_, tile + r * ld + i * d_);
   }
 
-  /// Rows of a tile to where one sequence's rows stand, from row `row` on.
+  /// Rows of a tile, with biases, to where one sequence's rows stand, from row `row` on.
   void scatter(const Group& group, int64_t m, int parts, int64_t row, int64_t rows,
                const float* tile) const {
-    for (int64_t r = 0; r < rows; ++r)
-      for (int i = 0; i < parts; ++i, tile += d_)
-        convert(tile, d_, group.rows[i][m] + (row + r) * d_);
+    const auto in = inputs();
+    for (int i = 0; i < parts; ++i)
+      convert_rows(rows, d_, tile + i * d_, parts * d_, bias_of(in[i], group.heads[m]->h),
+                   group.rows[i][m] + row * d_, d_);
   }
 
   /// q, k and v of a group in the self form: all three of the given rows, q alone of padding. Short
@@ -332,21 +331,22 @@ class Forward {
     });
   }
 
-  void weigh(const ActiveHead& a, int64_t row, int64_t rows, T* y) const {
+  /// Rows of a head's context times its weight: in `y`, or, where that is one, as they stand.
+  const T* weigh(const ActiveHead& a, int64_t row, int64_t rows, T* y) const {
     const float weight = layer_.head_weight[a.b * shape_.num_heads + a.h];
     const T* context = w_.context + (a.slot * L_ + row) * d_;
-    for (int64_t i = 0; i < rows * d_; ++i) y[i] = T(float(context[i]) * weight);
+    if (weight == 1.f) return context;
+    scale(context, rows * d_, weight, y);
+    return y;
   }
 
   /// A tile of sums [rows, columns], row length kOutColumns, to the output's row `row` of all B *
   /// L.
-  void store(float* sums, int64_t row, int64_t rows, int64_t column, int64_t columns,
+  void store(const float* sums, int64_t row, int64_t rows, int64_t column, int64_t columns,
              T* output) const {
-    for (int64_t i = 0; i < rows; ++i) {
-      float* from = sums + i * kOutColumns;
-      if (layer_.out_bias) row_add(from, layer_.out_bias + column, columns, from);
-      convert(from, columns, output + (row + i) * layer_.out_width + column);
-    }
+    const float* bias = layer_.out_bias ? layer_.out_bias + column : nullptr;
+    convert_rows(rows, columns, sums, kOutColumns, bias, output + row * layer_.out_width + column,
+                 layer_.out_width);
   }
 
   void project_out(T* output) const {
@@ -374,7 +374,9 @@ class Forward {
         workers_ == 1 ? 1 : std::min(tiles, blocks(kTasksPerWorker * workers_, row_tasks));
     const int64_t split_columns = blocks(tiles, splits) * kOutColumns;
     Scratch<float> sums(kOutRows * kOutColumns, workers_);
-    Scratch<T> weighted(kOutRows * d_ * std::max<int64_t>(shape_.num_heads, 1), workers_);
+    const int64_t most = std::max<int64_t>(shape_.num_heads, 1);
+    Scratch<T> weighted(kOutRows * d_ * most, workers_);
+    Scratch<const T*> contexts(most, workers_);
     parallel_tasks(row_tasks * splits, [&](int64_t task, int64_t worker) {
       const int64_t b = task / splits / row_blocks, row = task / splits % row_blocks * kOutRows;
       const int64_t begin = task % splits * split_columns;
@@ -382,16 +384,18 @@ class Forward {
       if (begin >= end) return;
       const int64_t rows = std::min(kOutRows, L_ - row);
       const int64_t first = layer_.first[b], chosen = layer_.first[b + 1] - first;
+      const T** context = contexts[worker];
       for (int64_t n = 0; n < chosen; ++n)
-        weigh(layer_.active[first + n], row, rows, weighted[worker] + n * kOutRows * d_);
+        context[n] =
+            weigh(layer_.active[first + n], row, rows, weighted[worker] + n * kOutRows * d_);
       float* c = sums[worker];
       for (int64_t column = begin; column < end; column += kOutColumns) {
         const int64_t columns = std::min(kOutColumns, end - column);
         if (chosen == 0) std::fill_n(c, kOutRows * kOutColumns, 0.f);
         for (int64_t n = 0; n < chosen; ++n) {
           const T* right = packed + used_.place[layer_.active[first + n].h] * d_ * width;
-          packed_gemm(rows, columns, d_, weighted[worker] + n * kOutRows * d_, d_,
-                      packed_at(right, width, 0, column), width, c, kOutColumns, n > 0);
+          packed_gemm(rows, columns, d_, context[n], d_, packed_at(right, width, 0, column), width,
+                      c, kOutColumns, n > 0);
         }
         store(c, b * L_ + row, rows, column, columns, output);
       }
@@ -421,7 +425,9 @@ class Forward {
         int64_t rows = 0;
         for (auto a = begin; a != end; ++a)
           if (a->h == h) {
-            weigh(*a, 0, L_, weighted[worker] + rows * d_);
+            T* const to = weighted[worker] + rows * d_;
+            const T* const from = weigh(*a, 0, L_, to);
+            if (from != to) std::copy_n(from, L_ * d_, to);
             rows += L_;
           }
         if (rows == 0) continue;

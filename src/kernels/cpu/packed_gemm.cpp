@@ -199,9 +199,7 @@ HEADWISE_INLINE float dot(const T* a, const T* b, int64_t k) {
   }
   float total = 0;
   for (; p < k; ++p) total += value(a + p) * value(b + p);
-  sum0 += sum1;
-  for (int lane = 0; lane < kLanes; ++lane) total += sum0[lane];
-  return total;
+  return total + lane_sum(sum0 + sum1);
 }
 
 }  // namespace
@@ -221,6 +219,83 @@ void thin_gemm(int64_t m, int64_t n, int64_t k, const BFloat16* a, int64_t lda, 
     for (int64_t i = 0; i < m; ++i)
       c[i * ldc + j] = (add ? c[i * ldc + j] : 0.f) + dot(a + i * lda, b + j * ldb, k);
 }
+
+namespace {
+
+template <typename T>
+HEADWISE_INLINE void convert_block(int64_t rows, int64_t n, const float* x, int64_t ldx,
+                                   const float* bias, T* y, int64_t ldy) {
+  Float16 v, b = {};
+  for (int64_t r = 0; r < rows; ++r, x += ldx, y += ldy) {
+    int64_t c = 0;
+    for (; c + kLanes <= n; c += kLanes) {
+      load(x + c, v);
+      if (bias) load(bias + c, b);
+      store(y + c, v + b);
+    }
+    if (c == n) continue;
+    load_some(x + c, n - c, v);
+    if (bias) load_some(bias + c, n - c, b);
+    store_some(y + c, n - c, v + b);
+  }
+}
+
+template <typename T>
+HEADWISE_INLINE void scale_all(const T* x, int64_t n, float factor, T* y) {
+  Float16 v;
+  int64_t c = 0;
+  for (; c + kLanes <= n; c += kLanes) {
+    load(x + c, v);
+    store(y + c, v * factor);
+  }
+  if (c == n) return;
+  load_some(x + c, n - c, v);
+  store_some(y + c, n - c, v * factor);
+}
+
+template <typename T>
+HEADWISE_INLINE void scale_block(int64_t rows, int64_t n, const float* x, int64_t ldx,
+                                 const float* factors, T* y, int64_t ldy) {
+  Float16 v;
+  for (int64_t r = 0; r < rows; ++r, x += ldx, y += ldy) {
+    const float factor = factors[r];
+    int64_t c = 0;
+    for (; c + kLanes <= n; c += kLanes) {
+      load(x + c, v);
+      store(y + c, factor == 0.f ? Float16{} : v * factor);
+    }
+    if (c == n) continue;
+    load_some(x + c, n - c, v);
+    store_some(y + c, n - c, factor == 0.f ? Float16{} : v * factor);
+  }
+}
+
+}  // namespace
+
+HEADWISE_CLONES
+void convert_rows(int64_t rows, int64_t n, const float* x, int64_t ldx, const float* bias, float* y,
+                  int64_t ldy) {
+  convert_block(rows, n, x, ldx, bias, y, ldy);
+}
+HEADWISE_CLONES
+void convert_rows(int64_t rows, int64_t n, const float* x, int64_t ldx, const float* bias,
+                  BFloat16* y, int64_t ldy) {
+  convert_block(rows, n, x, ldx, bias, y, ldy);
+}
+HEADWISE_CLONES
+void convert_scaled(int64_t rows, int64_t n, const float* x, int64_t ldx, const float* factors,
+                    float* y, int64_t ldy) {
+  scale_block(rows, n, x, ldx, factors, y, ldy);
+}
+HEADWISE_CLONES
+void convert_scaled(int64_t rows, int64_t n, const float* x, int64_t ldx, const float* factors,
+                    BFloat16* y, int64_t ldy) {
+  scale_block(rows, n, x, ldx, factors, y, ldy);
+}
+HEADWISE_CLONES
+void scale(const float* x, int64_t n, float factor, float* y) { scale_all(x, n, factor, y); }
+HEADWISE_CLONES
+void scale(const BFloat16* x, int64_t n, float factor, BFloat16* y) { scale_all(x, n, factor, y); }
 
 void convert(const float* x, int64_t n, float* y) { std::copy_n(x, n, y); }
 void convert(const float* x, int64_t n, BFloat16* y) {

@@ -63,6 +63,22 @@ void transpose_scaled(int64_t rows, int64_t columns, const float* x, int64_t ldx
 void transpose_scaled(int64_t rows, int64_t columns, const c10::BFloat16* x, int64_t ldx,
                       float factor, c10::BFloat16* y, int64_t ldy, float* tile);
 
+/// y [rows, n] = x [rows, n] + bias [n] (null: none) in T; rows are ldx and ldy apart.
+void convert_rows(int64_t rows, int64_t n, const float* x, int64_t ldx, const float* bias, float* y,
+                  int64_t ldy);
+void convert_rows(int64_t rows, int64_t n, const float* x, int64_t ldx, const float* bias,
+                  c10::BFloat16* y, int64_t ldy);
+
+/// y [rows, n] = factors [rows] x [rows, n] in T, and zeros where the factor is 0.
+void convert_scaled(int64_t rows, int64_t n, const float* x, int64_t ldx, const float* factors,
+                    float* y, int64_t ldy);
+void convert_scaled(int64_t rows, int64_t n, const float* x, int64_t ldx, const float* factors,
+                    c10::BFloat16* y, int64_t ldy);
+
+/// y [n] = factor x [n].
+void scale(const float* x, int64_t n, float factor, float* y);
+void scale(const c10::BFloat16* x, int64_t n, float factor, c10::BFloat16* y);
+
 /// Rows of floats to T.
 void convert(const float* x, int64_t n, float* y);
 void convert(const float* x, int64_t n, c10::BFloat16* y);

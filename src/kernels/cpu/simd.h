@@ -21,6 +21,7 @@ namespace headwise::kernels {
 
 typedef float Float16 __attribute__((vector_size(64)));
 typedef int32_t Int16 __attribute__((vector_size(64)));
+typedef uint32_t Word16 __attribute__((vector_size(64)));
 typedef uint16_t Short16 __attribute__((vector_size(32)));
 constexpr int64_t kLanes = 16;
 
@@ -52,6 +53,33 @@ HEADWISE_INLINE void load(const c10::Half* p, Float16& v) {
   std::memcpy(&v, &bits, sizeof v);
 }
 
+/// Rounds to nearest, ties to even; NaN stays NaN.
+HEADWISE_INLINE void store(c10::BFloat16* p, const Float16& v) {
+  Word16 bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  const Int16 nan = v != v;  // true is -1
+  Word16 is_nan;
+  std::memcpy(&is_nan, &nan, sizeof is_nan);
+  Word16 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  rounded = (is_nan & 0x7fc0) | (~is_nan & rounded);
+  const Short16 half = __builtin_convertvector(rounded, Short16);
+  std::memcpy(p, &half, sizeof half);
+}
+
+/// The first `n` < kLanes elements of what load() and store() take whole.
+template <typename T>
+HEADWISE_INLINE void load_some(const T* p, int64_t n, Float16& v) {
+  T rest[kLanes] = {};
+  for (int64_t lane = 0; lane < n; ++lane) rest[lane] = p[lane];
+  load(rest, v);
+}
+template <typename T>
+HEADWISE_INLINE void store_some(T* p, int64_t n, const Float16& v) {
+  T rest[kLanes];
+  store(rest, v);
+  for (int64_t lane = 0; lane < n; ++lane) p[lane] = rest[lane];
+}
+
 /// One element as a float.
 HEADWISE_INLINE float value(const float* p) { return *p; }
 HEADWISE_INLINE float value(const c10::BFloat16* p) {
@@ -64,14 +92,32 @@ HEADWISE_INLINE float value(const c10::BFloat16* p) {
 }
 HEADWISE_INLINE float value(const c10::Half* p) { return static_cast<float>(*p); }
 
+// Half of the lanes onto the other half, four times.
+#define HEADWISE_FOLD(v, step)                                                                   \
+  v = step(v,                                                                                    \
+           __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7)); \
+  v = step(v,                                                                                    \
+           __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11)); \
+  v = step(v,                                                                                    \
+           __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13)); \
+  v = step(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14))
+#define HEADWISE_PLUS(a, b) ((a) + (b))
 /// The sum of the lanes.
-HEADWISE_INLINE float lane_sum(const Float16& v) {
-  float t[kLanes];
-  store(t, v);
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int lane = 0; lane < half; ++lane) t[lane] += t[lane + half];
-  return t[0];
+HEADWISE_INLINE float lane_sum(const Float16& lanes) {
+  Float16 v = lanes;
+  HEADWISE_FOLD(v, HEADWISE_PLUS);
+  return v[0];
 }
+/// The largest of the lanes, none of which is NaN.
+HEADWISE_INLINE float lane_maximum(const Float16& lanes) {
+  Float16 v = lanes, turned;
+#define HEADWISE_LARGER(a, b) (turned = (b), (a) > turned ? (a) : turned)
+  HEADWISE_FOLD(v, HEADWISE_LARGER);
+#undef HEADWISE_LARGER
+  return v[0];
+}
+#undef HEADWISE_PLUS
+#undef HEADWISE_FOLD
 
 /// x = exp(x), relative error below 2e-7 (the polynomial of Cephes' expf); 0 below -87.3 and at
 /// -inf; NaN stays NaN.

@@ -8,23 +8,23 @@
 
 namespace headwise::kernels {
 
-HEADWISE_CLONES
-float row_maximum(const float* x, int64_t n) {
-  constexpr float lowest = -std::numeric_limits<float>::infinity();
-  Float16 top = Float16{} + lowest, v;
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+HEADWISE_INLINE float maximum_of(const float* x, int64_t n) {
+  Float16 top = Float16{} - kInfinity, v;
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     load(x + i, v);
     top = v > top ? v : top;
   }
-  float best = lowest;
-  for (int lane = 0; lane < kLanes; ++lane) best = top[lane] > best ? top[lane] : best;
+  float best = lane_maximum(top);
   for (; i < n; ++i) best = x[i] > best ? x[i] : best;
   return best;
 }
 
-HEADWISE_CLONES
-float row_exponential(float* x, int64_t n, float scale, float shift) {
+HEADWISE_INLINE float exponential_of(float* x, int64_t n, float scale, float shift) {
   Float16 sum = {}, v;
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
@@ -39,17 +39,38 @@ float row_exponential(float* x, int64_t n, float scale, float shift) {
     const int64_t rest = n - i;
     float tail[kLanes];
     for (int64_t lane = 0; lane < kLanes; ++lane)
-      tail[lane] =
-          lane < rest ? x[i + lane] * scale - shift : -std::numeric_limits<float>::infinity();
+      tail[lane] = lane < rest ? x[i + lane] * scale - shift : -kInfinity;
     load(tail, v);
     exponential(v);
     sum += v;
     store(tail, v);
     for (int64_t lane = 0; lane < rest; ++lane) x[i + lane] = tail[lane];
   }
-  float total = 0;
-  for (int lane = 0; lane < kLanes; ++lane) total += sum[lane];
-  return total;
+  return lane_sum(sum);
+}
+
+}  // namespace
+
+HEADWISE_CLONES
+float row_maximum(const float* x, int64_t n) { return maximum_of(x, n); }
+
+HEADWISE_CLONES
+float row_exponential(float* x, int64_t n, float scale, float shift) {
+  return exponential_of(x, n, scale, shift);
+}
+
+HEADWISE_CLONES
+void softmax_block(float* s, int64_t lds, int64_t rows, int64_t n, float scale, float* maximum,
+                   float* sum, float* rescale) {
+  for (int64_t i = 0; i < rows; ++i, s += lds) {
+    const float before = maximum[i], own = maximum_of(s, n) * scale;
+    const float top = before < own ? own : before;
+    // A row that has seen nothing yet is shifted by 0, so that exp(-inf) = 0 and not NaN.
+    const float shift = top == -kInfinity ? 0.f : top;
+    rescale[i] = before == -kInfinity ? 0.f : std::exp(before - shift);
+    sum[i] = sum[i] * rescale[i] + exponential_of(s, n, scale, shift);
+    maximum[i] = top;
+  }
 }
 
 HEADWISE_CLONES
