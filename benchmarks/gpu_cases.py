@@ -1,15 +1,17 @@
 """What gpu_check times beside the layer: attention alone, decoding, the gate with its work list.
 
-Each case checks itself against the oracle in float64 before it is timed and returns rows
-{"case", "what", "median_ms", ..., "ratio", "goal", "reached"}: `ratio` is what the goal is about.
+Each case checks itself against the oracle in float64 before it is timed, and hands every row to
+`emit` as soon as it stands.
 """
 
+import contextlib
 import math
 import statistics
 
 import headwise as hw
 import oracle
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 ops = torch.ops.headwise
@@ -18,6 +20,10 @@ ops = torch.ops.headwise
 def largest_error(actual, expected):
     scale = expected.abs().max().clamp_min(1e-30)
     return ((actual.double() - expected).abs().max() / scale).item()
+
+
+def first_line(error):
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
 def replayed(run):
@@ -33,16 +39,16 @@ def replayed(run):
         return graph.replay, None
     except RuntimeError as error:
         torch.cuda.synchronize()
-        return None, str(error).splitlines()[0]
+        return None, first_line(error)
 
 
 class Timer:
-    """Median milliseconds of `run`: CUDA events on a GPU, the clock elsewhere."""
+    """Milliseconds of a call: CUDA events on a GPU, the clock elsewhere."""
 
     def __init__(self, device, repeats, clock):
         self.device, self.repeats, self.clock = device, repeats, clock
 
-    def __call__(self, *runs):
+    def times(self, *runs):
         """Several runs are taken in turn, so that what one leaves in the cache does not help it."""
         for run in runs:
             run()
@@ -61,7 +67,10 @@ class Timer:
                 begin = self.clock()
                 run()
                 times.append(1e3 * (self.clock() - begin))
-        return statistics.median(times)
+        return times
+
+    def __call__(self, *runs):
+        return statistics.median(self.times(*runs))
 
     def replay(self, *runs):
         """The same of CUDA graphs; (milliseconds, None) or (of the launches, why)."""
@@ -81,57 +90,35 @@ def selection(batch, heads, k, device):
     return ops.select_heads(relevance, count), count
 
 
-def row(case, what, median_ms, ratio, goal, lower_is_better=True, **more):
-    reached = ratio <= goal if lower_is_better else ratio >= goal
-    return {"case": case, "what": what, "median_ms": median_ms, "ratio": ratio, "goal": goal,
-            "goal_is": "at most" if lower_is_better else "at least", "reached": reached,
-            **more}  # fmt: skip
-
-
-def attention_core(shape, dtype, device, timer, tolerance):
-    """k = H/2 of the heads, over all heads by LibTorch's best fused attention."""
+def attention_core(emit, shape, dtype, device, timer, tolerance, route):
+    """k = H/2 of the heads, beside all heads by each of LibTorch's fused attentions."""
     batch, length, width, heads = shape
     d = width // heads
     q, k, v = (torch.randn(batch, heads, length, d, device=device).to(dtype) for _ in range(3))
     index, count = selection(batch, heads, heads // 2, device)
+    for backend in ("default", "FLASH_ATTENTION", "CUDNN_ATTENTION"):
+        if device.type != "cuda" and backend != "default":
+            continue
+        kernels = contextlib.nullcontext()
+        if backend != "default":
+            kernels = sdpa_kernel(getattr(SDPBackend, backend))
+        try:
+            with kernels:
+                ms = timer(lambda: scaled_dot_product_attention(q, k, v))
+            emit({"variant": f"all heads, {backend}", "median_ms": ms})
+        except RuntimeError as error:
+            emit({"variant": f"all heads, {backend}", "note": first_line(error)})
     few = slice(0, min(2, batch))
     expected = oracle.attention(q[few].double(), k[few].double(), v[few].double())
-    chosen = ops.selection_mask(index, count, torch.float64)[few, :, None, None]
-    y = ops.selected_attention(q, k, v, index, count)
-    error = largest_error(y[few], expected * chosen)
-    case = f"attention alone {shape}, k = H/2"
-    if not error <= tolerance:
-        return [{"case": case, "failed": f"error {error:.1e} above {tolerance:.0e}"}]
-    fused = timer(lambda: scaled_dot_product_attention(q, k, v))
-    ours = timer(lambda: ops.selected_attention(q, k, v, index, count))
-    rows = [row(case, "over fused attention of all heads", ours, ours / fused, 0.55, error=error)]
-    packed, reason = varlen_flash(q, k, v, index, heads // 2)
-    if packed:
-        rows[0]["libtorch_varlen_ms"] = timer(packed)
-        reason = f"LibTorch's varlen kernel on packed pairs: {rows[0]['libtorch_varlen_ms']:.3f} ms"
-    rows[0]["note"] = reason
-    return rows
-
-
-def varlen_flash(q, k, v, index, chosen):
-    """LibTorch's flash attention over the chosen pairs, gathered beforehand: the other route."""
-    try:
-        batch, _, length, d = q.shape
-        heads = index[:, :chosen].long()  # [B, k]
-        rows = torch.arange(batch, device=q.device).unsqueeze(1)
-        packed = [t[rows, heads].reshape(-1, 1, d) for t in (q, k, v)]  # [B k L, 1, d]
-        pairs = batch * chosen
-        begins = torch.arange(pairs + 1, device=q.device, dtype=torch.int32) * length
-
-        def run():
-            return torch.ops.aten._flash_attention_forward(
-                *packed, begins, begins, length, length, 0.0, False, False
-            )
-
-        run()
-        return run, None
-    except Exception as error:  # noqa: BLE001  (a comparison only: said, not raised)
-        return None, f"no varlen attention: {type(error).__name__}"
+    expected = expected * ops.selection_mask(index, count, torch.float64)[few, :, None, None]
+    for way in ("kernels", "flash"):
+        with route(way):
+            error = largest_error(ops.selected_attention(q, k, v, index, count)[few], expected)
+            emit({"check": str(dtype)[6:], "variant": way, "forward_error": error,
+                  "passed": error <= tolerance})  # fmt: skip
+            if error <= tolerance:
+                ms = timer(lambda: ops.selected_attention(q, k, v, index, count))
+                emit({"variant": way, "median_ms": ms})
 
 
 def copy_bandwidth(device, timer, size=1 << 30):
@@ -142,7 +129,7 @@ def copy_bandwidth(device, timer, size=1 << 30):
     return 2 * size / (timer(lambda: b.copy_(a)) * 1e-3)
 
 
-def decoding(batch, keys, dtype, device, timer, tolerance, bandwidth, sizes=(32, 8, 128)):
+def decoding(emit, batch, keys, dtype, device, timer, tolerance, sizes=(32, 8, 128)):
     """Half of 32 query heads on 8 groups; the bytes of the groups that some chosen head reads."""
     heads, groups, d = sizes
     element = torch.empty(0, dtype=dtype).element_size()
@@ -160,19 +147,18 @@ def decoding(batch, keys, dtype, device, timer, tolerance, bandwidth, sizes=(32,
     expected = oracle.attention(q[few].double(), k[few].double(), v[few].double())
     expected *= ops.selection_mask(index, count, torch.float64)[few, :, None, None]
     error = largest_error(ops.selected_attention(q, k, v, index, count)[few], expected)
-    case = f"decode B={batch}, {keys} keys, {heads // 2} of {heads} heads on {groups} groups"
+    emit({"check": str(dtype)[6:], "forward_error": error, "passed": error <= tolerance})
     if not error <= tolerance:
-        return [{"case": case, "failed": f"error {error:.1e} above {tolerance:.0e}"}]
+        return
     chosen = torch.stack([ops.selection_mask(i, c, torch.bool) for *_, i, c in inputs])
     read = chosen.unflatten(2, (groups, heads // groups)).any(3).double().sum((1, 2)).mean().item()
     bytes_read = read * keys * 2 * d * element
-    time, note = timer.replay(*(lambda x=x: ops.selected_attention(*x) for x in inputs))
-    reached = bytes_read / (time * 1e-3)
-    return [row(case, "bandwidth over that of a copy", time, reached / bandwidth, 0.85, False,
-                error=error, bytes=bytes_read, note=note)]  # fmt: skip
+    ms, note = timer.replay(*(lambda x=x: ops.selected_attention(*x) for x in inputs))
+    emit({"variant": "kernels", "median_ms": ms, "bytes": bytes_read, "no_graph": note,
+          "bytes_per_second": bytes_read / (ms * 1e-3)})  # fmt: skip
 
 
-def gate(dtype, device, timer, batch=64, heads=16, width=1024, length=128):
+def gate(emit, dtype, device, timer, batch=64, heads=16, width=1024, length=128):
     """The budget gate of an evaluated layer with its work list, by a graph's replay."""
     x = torch.randn(batch, length, width, device=device).to(dtype)
     module = hw.BudgetGate(embed_dim=width, num_heads=heads, device=device, dtype=dtype).eval()
@@ -180,23 +166,24 @@ def gate(dtype, device, timer, batch=64, heads=16, width=1024, length=128):
     module.relevance.weight.normal_()
     module.budget_out.weight.normal_()
     index, count, weight, relevance, budget = module(x)
-    case = f"gate and work list, B={batch}, H={heads}, L={length}"
     means = x.double().mean(1)  # [B, D]; the running statistics are those of a new gate
     features = (means - module.feature_mean) / (module.feature_variance.double() + 1e-4).sqrt()
     expected = linear(features, module.relevance.weight.double()) / math.sqrt(width)
     error = largest_error(relevance, expected + module.base.double())
     picked = ops.select_heads(relevance, (budget * heads + 0.5).floor().int())
-    if not (error < 2e-2 and torch.equal(index, picked)):
-        return [{"case": case, "failed": f"relevance off by {error:.1e}, or not its largest"}]
+    passed = error < 2e-2 and torch.equal(index, picked)
+    emit({"check": str(dtype)[6:], "forward_error": error, "passed": passed})
 
-    def run():
+    def both():
         index, count, *_ = module(x)
         if device.type == "cuda":
             ops._work_list(index, count, heads)
 
-    with torch.no_grad():
-        time, note = timer.replay(run)
-    return [row(case, "microseconds", time, 1e3 * time, 15.0, note=note, error=error)]
+    if passed:
+        with torch.no_grad():
+            for variant, run in (("gate and work list", both), ("gate", lambda: module(x))):
+                ms, note = timer.replay(run)
+                emit({"variant": variant, "median_ms": ms, "no_graph": note})
 
 
 def flex_layer(layer, k):
@@ -221,4 +208,4 @@ def flex_layer(layer, k):
             run(k)
         return run, None
     except Exception as error:  # noqa: BLE001  (a comparison only: said, not raised)
-        return None, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return None, first_line(error)

@@ -37,7 +37,7 @@ List emulate_work_list(const torch::Tensor& index, const torch::Tensor& count, i
   List list{std::vector<int32_t>(shape.capacity(), 77), std::vector<int32_t>(shape.capacity(), 77),
             std::vector<int32_t>(num_heads + 1, 77)};
   const WorkListOutput out{list.batch.data(), list.head.data(), list.offset.data()};
-  phase([&](int64_t t) { clear_slots(shape, t, threads, slot.data()); });
+  phase([&](int64_t t) { clear_slots(shape, t, threads, slot.data(), out); });
   phase([&](int64_t t) { mark_slots(shape, t, threads, heads, counts, slot.data(), out); });
   phase([&](int64_t t) { chosen[t] = count_chunk(shape, t, threads, slot.data()); });
   std::exclusive_scan(chosen.begin(), chosen.end(), at.begin(), 0);

@@ -76,19 +76,19 @@ TEST(CudaTiles, OuterSplitsCoverEveryRowOnce) {
 
 TEST(CudaTiles, PairsComeInTheOrderOfTheListAndEndWithIt) {
   // 2 sequences of 2 places; head 3 in both, head 1 in the second.
-  const int32_t head[] = {3, -1, 1, 3}, slots[] = {2, 0, 3, -1};
+  const int32_t head[] = {3, -1, 1, 3}, slots[] = {2, 0, 3, -1}, first[] = {0, 1, 3};
   Chosen chosen{};
   chosen.batch = chosen.columns = 2, chosen.num_heads = 4;
-  chosen.head = head, chosen.pair_slot = slots;
+  chosen.head = head, chosen.pair_slot = slots, chosen.first = first;
   const std::vector<std::tuple<int64_t, int64_t, int64_t>> pairs = {
-      {1, 0, 1}, {0, 0, 3}, {1, 1, 3}};
+      {1, 1, 1}, {0, 0, 3}, {1, 2, 3}};
   for (int64_t block = 0; block < 12; ++block) {
     const auto work = pair_tile(chosen, block, 3);
     if (block >= 9) {
       EXPECT_LT(work.pair.h, 0);
       continue;
     }
-    EXPECT_EQ(std::tuple(work.pair.b, work.pair.n, work.pair.h), pairs[block / 3]);
+    EXPECT_EQ(std::tuple(work.pair.b, work.pair.place, work.pair.h), pairs[block / 3]);
     EXPECT_EQ(work.tile, 2 - block % 3);  // the last rows first
   }
 }

@@ -1,5 +1,7 @@
 """Everything that runs on a CUDA device, against the oracle in float64. Skipped without one."""
 
+import os
+
 import headwise as hw
 import pytest
 import test_attention_ops as cases
@@ -21,10 +23,14 @@ from test_attention_ops import (  # noqa: F401  (collected again, on the device)
 from test_attention_statistics import DTYPES, KINDS, SHAPES, masks, plain
 from test_emulated import (  # noqa: F401
     test_an_index_with_few_columns_and_one_that_is_out_of_range,
+    test_choices_are_checked,
     test_core_widths,
     test_decoding_splits_the_keys,
     test_dropout_draws_the_mask_of_the_cpu,
     test_several_tiles_of_rows,
+    test_the_core_by_the_attention_of_libtorch,
+    test_the_layer_by_the_attention_of_libtorch,
+    test_the_layer_by_warpgroup_products,
     test_widths,
 )
 
@@ -57,6 +63,19 @@ def on_the_device(monkeypatch):
     monkeypatch.setattr(cases, "ops", DeviceOps())
 
 
+@pytest.fixture(autouse=True)
+def alive():
+    """A kernel that dies takes the context of its process along, and with it every later test:
+    where pytest-xdist replaces processes, this one ends here."""
+    yield
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)
+        raise
+
+
 @pytest.fixture
 def compiled_kernels():
     """Skips where the library has no CUDA kernels, only the paths through LibTorch."""
@@ -65,7 +84,9 @@ def compiled_kernels():
             pytest.skip(backend.reason)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
 @pytest.mark.parametrize("shape", [(1, 1), (64, 16), (5, 33), (0, 4), (3, 0), (2, 300)])
 def test_select_heads_equals_the_cpu(dtype, shape):
     relevance = torch.randn(shape)
@@ -170,10 +191,15 @@ class Replayed:
         return [y.detach(), *torch.autograd.grad(y.sum(), leaves)]
 
 
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_a_captured_layer_replays_with_other_selections(compiled_kernels, dtype, padded):
+@pytest.mark.parametrize("way", ["kernels", "padded", "flash", "warpgroups"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
+def test_a_captured_layer_replays_with_other_selections(compiled_kernels, dtype, way, monkeypatch):
     """Forward and backward in one CUDA graph, replayed: each equals the oracle."""
+    padded = way == "padded"
+    monkeypatch.setenv("HEADWISE_CUDA_ATTENTION", "flash" if way == "flash" else "kernels")
+    monkeypatch.setenv("HEADWISE_CUDA_PRODUCTS", "warpgroups" if way == "warpgroups" else "warps")
     layer = Replayed(dtype, padded)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -191,7 +217,7 @@ def test_a_captured_layer_replays_with_other_selections(compiled_kernels, dtype,
             cases.close(actual, expected, cases.BACKWARD[dtype], scale)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_nothing_waits_for_the_device(compiled_kernels, dtype):
     layer = Replayed(dtype, padded=True)
     q = torch.randn(3, 6, 1, 64, device="cuda").to(dtype)
@@ -222,7 +248,7 @@ def test_results_do_not_change_from_run_to_run(compiled_kernels):
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("budget", [None, 0.4])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_evaluated_budget_gate(compiled_kernels, dtype, budget, padded):
     """Two launches on the device, the composition on the CPU; captured, it replays."""
     torch.manual_seed(0)

@@ -24,6 +24,8 @@ from test_attention_ops import (  # noqa: F401  (collected again, on the emulate
     test_weight_may_have_another_dtype,
     test_what_was_not_chosen_is_not_read,
 )
+from test_attention_statistics import DTYPES as STATISTICS_DTYPES
+from test_attention_statistics import KINDS, masks, plain
 from test_grouped import Executors
 
 
@@ -38,6 +40,7 @@ def find_library():
 
 LIBRARY = find_library()
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="tests/cpp is not built")
+EMULATED = None
 if LIBRARY:
     torch.ops.load_library(str(LIBRARY))
     EMULATED = Executors(torch.ops.headwise_emulated)
@@ -45,8 +48,12 @@ if LIBRARY:
 
 @pytest.fixture(autouse=True)
 def emulated(monkeypatch):
+    """New tensors begin as NaN, and every access of a kernel is watched (emulator/memory.h)."""
     torch.manual_seed(0)
     monkeypatch.setattr(cases, "ops", EMULATED)
+    torch.ops.headwise_emulated.watch(True)
+    yield
+    torch.ops.headwise_emulated.watch(False)
 
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -64,10 +71,18 @@ def layer_case(dtype, batch, length, width, num_heads, d, kind, count, scale=1.0
         cases.ops.selected_self_attention, oracle.self_attention, leaves, dtype,
         x, *weights, num_heads, index, count, weight, **options,
     )  # fmt: skip
+    if EMULATED and cases.ops is EMULATED:  # what evaluation runs keeps nothing for a backward
+        inputs = (x, *weights, num_heads, index, count, weight)
+        order = ("key_padding_mask", "attn_mask", "is_causal")
+        rest = [options.get(name) for name in order[:2]] + [options.get("is_causal", False)]
+        with torch.no_grad():
+            expected = EMULATED.selected_self_attention(*inputs, **options)
+            y = torch.ops.headwise_emulated.self_attention(*inputs, *rest, 0.0, None, None)
+        assert torch.equal(y, expected)
 
 
 @pytest.mark.parametrize("kind", cases.MASKS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_self_attention(dtype, kind):
     """Two tiles of rows in the last sequence's products, one head nobody chose, odd sizes."""
     layer_case(dtype, 2, 69, 24, 3, 16, kind, [2, 3])
@@ -78,7 +93,7 @@ def test_self_attention(dtype, kind):
 @pytest.mark.parametrize(
     ("width", "heads", "d"), [(40, 3, 32), (20, 2, 5), (136, 2, 72), (16, 1, 136), (8, 5, 64)]
 )
-@pytest.mark.parametrize("dtype", [torch.float32, *TENSOR_CORES])
+@pytest.mark.parametrize("dtype", [torch.float32, *TENSOR_CORES], ids=str)
 def test_widths(dtype, width, heads, d):
     # Smaller inputs for wider heads: large scores would turn rounding into errors of the softmax.
     layer_case(dtype, 2, 21, width, heads, d, "ragged", [1, heads], scale=0.3)
@@ -91,14 +106,14 @@ def test_several_tiles_of_rows(kind):
 
 @pytest.mark.parametrize("kind", ["none", "all at once", "all hidden"])
 @pytest.mark.parametrize("added", [(False, False), (True, False), (False, True), (True, True)])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_multihead_attention(dtype, added, kind):
     cases.test_multihead_attention(dtype, added, kind, (8, 16, 8, 24, 8))
 
 
 @pytest.mark.parametrize("kind", cases.MASKS)
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_core_attention(dtype, weighted, kind):
     cases.test_core_attention(dtype, weighted, kind)
 
@@ -126,7 +141,7 @@ def test_an_index_with_few_columns_and_one_that_is_out_of_range():
     torch.testing.assert_close(clamped, expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dropout_draws_the_mask_of_the_cpu(dtype):
     """One seed means one mask, whatever executes the selection: outputs and gradients agree."""
     rand = cases.Random(1, dtype)
@@ -142,6 +157,45 @@ def test_dropout_draws_the_mask_of_the_cpu(dtype):
             cases.close(b, a.double(), cases.BACKWARD[dtype], 0.1)
 
 
+@pytest.mark.parametrize("kind", ["none", "causal", "ragged"])
+@pytest.mark.parametrize(("d", "count"), [(32, [2, 0, 3]), (8, [1, 3, 3]), (72, [3, 3, 3])])
+@pytest.mark.parametrize("dtype", TENSOR_CORES, ids=str)
+def test_the_layer_by_the_attention_of_libtorch(dtype, d, count, kind, monkeypatch):
+    """Packed rows without room between sequences, whatever each of them chose; what LibTorch does
+    not take (ragged) goes through the kernels. On the host a stand-in takes its place."""
+    monkeypatch.setenv("HEADWISE_CUDA_ATTENTION", "flash")
+    layer_case(dtype, 3, 37, 24, 3, d, kind, count, scale=0.3)
+
+
+@pytest.mark.parametrize(("d", "count"), [(64, [2, 0, 3]), (8, [1, 3, 3]), (72, [3, 3, 1])])
+@pytest.mark.parametrize("dtype", TENSOR_CORES, ids=str)
+def test_the_layer_by_warpgroup_products(dtype, d, count, monkeypatch):
+    """Two tiles of rows, the second of one warpgroup; heads that fill the swizzled rows or not."""
+    monkeypatch.setenv("HEADWISE_CUDA_PRODUCTS", "warpgroups")
+    layer_case(dtype, 3, 150, 72, 3, d, "ragged", count, scale=0.3)
+
+
+@pytest.mark.parametrize(("L", "S", "causal"), [(20, 33, False), (20, 20, True), (20, 20, False)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_core_by_the_attention_of_libtorch(weighted, L, S, causal, monkeypatch):
+    monkeypatch.setenv("HEADWISE_CUDA_ATTENTION", "flash")
+    rand = cases.Random(3, torch.bfloat16)
+    q, k, v = rand(2, 4, L, 16), rand(2, 2, S, 16), rand(2, 2, S, 16)
+    index, count, weight = rand.selection(2, 4, count=[0, 3])
+    weight = weight if weighted else None
+    cases.check(cases.ops.selected_attention, cases.core_reference,
+                [t for t in (q, k, v, weight) if t is not None], torch.bfloat16,
+                q, k, v, index, count, weight, is_causal=causal)  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "words"), [("ATTENTION", "kernels or flash"),
+                                             ("PRODUCTS", "warps or warpgroups")])  # fmt: skip
+def test_choices_are_checked(name, words, monkeypatch):
+    monkeypatch.setenv(f"HEADWISE_CUDA_{name}", "fast")
+    with pytest.raises(ValueError, match=f"HEADWISE_CUDA_{name} must be {words}, got fast"):
+        layer_case(torch.bfloat16, 1, 5, 8, 1, 8, "none", [1])
+
+
 DECODING = ["none", "ragged", "scattered", "padding bias", "per head", "causal", "all hidden"]
 
 
@@ -154,6 +208,7 @@ DECODING = ["none", "ragged", "scattered", "padding bias", "per head", "causal",
         (torch.bfloat16, 128, 128),
         (torch.float16, 200, 8),
     ],
+    ids=str,
 )
 def test_decoding_splits_the_keys(dtype, d, dv, kind):
     """One query against 300 keys; query heads share key/value heads; some of these nobody chose."""
@@ -168,7 +223,7 @@ def test_decoding_splits_the_keys(dtype, d, dv, kind):
                 q, k, v, index, count, weight, **options)  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (9, 16), (5, 33), (0, 4), (3, 0), (2, 300)])
 def test_select_heads(dtype, shape):
     relevance = torch.randn(shape)
@@ -221,3 +276,62 @@ def test_budget_gate(dtype, parameters, mask, rounding, fixed):
     assert got[2].dtype == dtype and torch.equal(got[2].to(wide), expected[2])
     for a, b in zip(got[3:], expected[3:], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [*STATISTICS_DTYPES, (torch.bfloat16, 1e-4), (torch.float16, 1e-4)]
+)
+def test_attention_statistics(kind, dtype, tolerance):
+    B, H, Hkv, L, S, d = shape = (2, 4, 2, 18, 70, 36)
+    q, k = (
+        torch.randn(B, H, L, d).to(dtype) * 2,
+        torch.randn(B, S, Hkv, d).to(dtype).transpose(1, 2),
+    )
+    arguments = masks(kind, *shape[:2], L, S)
+    options = [
+        arguments.get(name) for name in ("key_padding_mask", "query_padding_mask", "attn_mask")
+    ]
+    got = torch.ops.headwise_emulated.attention_statistics(
+        q, k, *options, arguments.get("is_causal", False), None
+    )
+    for value, expected in zip(got, plain(q, k, **arguments), strict=True):
+        torch.testing.assert_close(value.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(3, 4, 37, 9), (1, 2, 1, 1), (2, 2, 0, 5)])
+def test_copies_of_heads(dtype, shape):
+    """Rows of some pairs out of a tensor with strides of its own, and back."""
+    B, H, R, w = shape
+    tensor = torch.randn(B, R, H, w).to(dtype).transpose(1, 2)
+    pairs = torch.randperm(B * H)[: max(1, B * H - 2)]
+    batch, head = (pairs // H).int(), (pairs % H).int()
+    device = torch.ops.headwise_emulated
+    packed = device.gather_heads(tensor, batch, head, 1)
+    assert torch.equal(packed, tensor[batch.long(), head.long()])
+    shared = device.gather_heads(tensor[:, : H // 2], batch, head, 2)
+    assert torch.equal(shared, tensor[batch.long(), head.long() // 2])
+    back = torch.zeros(B, H, R, w, dtype=dtype)
+    device.scatter_heads(packed, batch, head, back)
+    expected = torch.zeros_like(back)
+    expected[batch.long(), head.long()] = packed
+    assert torch.equal(back, expected)
+
+
+# Which of two threads is caught depends on the order in which they ran.
+UNORDERED = "without a barrier since|a copy may still be under way"
+FAULTS = ["", *[UNORDERED] * 6, "with nothing to order them", "beside the shared memory",
+          "outside of every tensor"]  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", range(len(FAULTS)))
+def test_the_emulator_names_mistakes(fault):
+    """Kernels with one mistake each (emulator/faults.h): what only a device would show is found."""
+    if not torch.ops.headwise_emulated.watch(True):
+        pytest.skip("this build has a sanitizer of its own")
+    if not FAULTS[fault]:
+        torch.ops.headwise_emulated.faulty(fault)
+        return
+    with pytest.raises(RuntimeError, match=FAULTS[fault]):
+        torch.ops.headwise_emulated.faulty(fault)

@@ -20,12 +20,12 @@ struct Units {
   }
 };
 
-/// Units are the places n of the index (by_place: the layer, whose rows lie packed) or heads, in
+/// Units are rows of packed buffers (packed: the layer; their batch strides are 0) or heads, in
 /// which case head h reads unit h / group of k and v.
 struct PairAttentionArguments {
   Element type;
   Chosen chosen;
-  bool by_place;
+  bool packed;
   int64_t group;
   int64_t queries, keys;  ///< keys: all rows of k and v
   int64_t added;          ///< how many of the last keys no mask covers
@@ -42,45 +42,45 @@ struct PairAttentionArguments {
   int64_t mask_stride[4];
   const int64_t* dropout_seed;  ///< [1], or null: no dropout
   double dropout_p;
-  bool vectors;  ///< q, k, v and gradients of the context: 16 bytes at a time
+  bool vectors;          ///< q, k, v and gradients of the context: 16 bytes at a time
+  bool context_vectors;  ///< context and its gradients
 
   // Forward.
   Units context;       ///< written, before the weight
   Units weighted;      ///< written if not null: context times weight
   const void* weight;  ///< [B, H] accumulator type
-  void* lse;           ///< [B, U, L] accumulator type: log of the softmax denominator
+  void* lse;           ///< [B * K, L] packed or [B, H, L], accumulator type: log of the denominator
 
   // Backward.
   Units grad_context;            ///< of weight * context
-  const void* delta;             ///< [B, U, L] accumulator type: rows of grad_context . context
+  const void* delta;             ///< like lse: rows of grad_context . context
   Units grad_q, grad_k, grad_v;  ///< written; of k and v, a unit a pair (no groups)
   void* grad_mask;               ///< [B, H, L, keys - added] accumulator type, or null
 };
 
 int attention_forward(const PairAttentionArguments& a, Stream stream);
 /// delta and, where wanted, grad_weight [B, H]: sums over all rows and columns of grad_context .
-/// context, grad_context being that of weight * context.
-int attention_delta(const PairAttentionArguments& a, void* delta, void* grad_weight, Stream stream);
+/// context, grad_context being that of weight * context. With `weigh`, it is then multiplied by the
+/// weight.
+int attention_delta(const PairAttentionArguments& a, void* delta, void* grad_weight, bool weigh,
+                    Stream stream);
 int attention_backward(const PairAttentionArguments& a, Stream stream);
 
 constexpr int64_t kWidestHead = 256;        ///< for any type
 constexpr int64_t kWidestTensorHead = 128;  ///< through tensor cores
 
-/// One (sequence, head) pair.
+/// One (sequence, head) pair and its row of packed buffers.
 struct Pair {
-  int64_t b, n, h;
+  int64_t b, place, h;
   HEADWISE_HOST_DEVICE int64_t unit(const PairAttentionArguments& a) const {
-    return a.by_place ? n : h;
+    return a.packed ? place : h;
   }
   HEADWISE_HOST_DEVICE int64_t kv_unit(const PairAttentionArguments& a) const {
-    return a.by_place ? n : h / a.group;
-  }
-  HEADWISE_HOST_DEVICE int64_t units(const PairAttentionArguments& a) const {
-    return a.by_place ? a.chosen.columns : a.chosen.num_heads;
+    return a.packed ? place : h / a.group;
   }
   /// Row i of this pair in lse and delta.
   HEADWISE_HOST_DEVICE int64_t row(const PairAttentionArguments& a, int64_t i) const {
-    return (b * units(a) + unit(a)) * a.queries + i;
+    return (a.packed ? place : b * a.chosen.num_heads + h) * a.queries + i;
   }
 };
 
@@ -93,7 +93,8 @@ struct PairTile {
 HEADWISE_HOST_DEVICE PairTile pair_tile(const Chosen& chosen, int64_t block, int64_t tiles) {
   const int64_t slot = chosen.pair_slot[block / tiles];
   if (slot < 0) return {{0, 0, -1}, 0};
-  return {{slot / chosen.columns, slot % chosen.columns, chosen.head[slot]},
+  const int64_t b = slot / chosen.columns;
+  return {{b, chosen.first[b] + slot % chosen.columns, chosen.head[slot]},
           tiles - 1 - block % tiles};
 }
 

@@ -3,13 +3,18 @@
 
 namespace headwise::kernels::cuda {
 
-int attention_delta(const PairAttentionArguments& a, void* delta, void* grad_weight,
+int attention_delta(const PairAttentionArguments& a, void* delta, void* grad_weight, bool weigh,
                     Stream stream) {
+  const int64_t pairs = a.chosen.batch * a.chosen.columns;
   return with_element(a.type, [&](auto element) {
     using Kernel = DeltaKernel<decltype(element)>;
     using C = typename Kernel::C;
-    return launch(Kernel{a, static_cast<C*>(delta), static_cast<C*>(grad_weight)},
-                  a.chosen.batch * a.chosen.columns, Kernel::kShared, stream);
+    const int error = launch(Kernel{a, static_cast<C*>(delta), weigh},
+                             pairs * tiles_of(a.queries, kDeltaRows), 0, stream);
+    if (error || !grad_weight) return error;
+    using Sum = WeightGradientKernel<C>;
+    return launch(Sum{a, static_cast<const C*>(delta), static_cast<C*>(grad_weight)}, pairs,
+                  Sum::kShared, stream);
   });
 }
 

@@ -9,6 +9,7 @@ namespace headwise::kernels::cuda {
 
 constexpr int kRowsAtOnce = 4;             // warps a block
 constexpr int kOwn = kWidestHead / kWarp;  // columns a lane
+constexpr int kDeltaRows = 64;
 
 template <typename C>
 HEADWISE_DEVICE C warp_sum(C value) {
@@ -55,6 +56,60 @@ HEADWISE_DEVICE void store_row(const C (&sum)[kOwn], C factor, T* row, int64_t w
     const int64_t c = lane_index() + m * kWarp;
     if (c < width) row[c] = static_cast<T>(factor * sum[m]);
   }
+}
+
+constexpr int kPiece = 8;  // columns of a row that a lane reads
+
+/// Columns [column, column + 8) of a row of `width`; zeros beyond it, or where row is null.
+template <typename T, typename C>
+HEADWISE_DEVICE void read_piece(C (&to)[kPiece], const T* row, int64_t column, int64_t width,
+                                bool vectors) {
+  struct alignas(16) Vector {
+    T values[16 / sizeof(T)];
+  };
+  constexpr int kVector = 16 / sizeof(T), kCount = kPiece / kVector;
+  if (row && vectors && column + kPiece <= width) {
+    Vector pieces[kCount];
+#pragma unroll
+    for (int n = 0; n < kCount; ++n)
+      pieces[n] = *reinterpret_cast<const Vector*>(row + column + n * kVector);
+#pragma unroll
+    for (int c = 0; c < kPiece; ++c)
+      to[c] = static_cast<C>(pieces[c / kVector].values[c % kVector]);
+    return;
+  }
+#pragma unroll
+  for (int c = 0; c < kPiece; ++c)
+    to[c] = row && column + c < width ? static_cast<C>(row[column + c]) : C(0);
+}
+
+template <typename T, typename C>
+HEADWISE_DEVICE void write_piece(const C (&from)[kPiece], C factor, T* row, int64_t column,
+                                 int64_t width, bool vectors) {
+  struct alignas(16) Vector {
+    T values[16 / sizeof(T)];
+  };
+  constexpr int kVector = 16 / sizeof(T), kCount = kPiece / kVector;
+  if (vectors && column + kPiece <= width) {
+    Vector pieces[kCount];
+#pragma unroll
+    for (int c = 0; c < kPiece; ++c)
+      pieces[c / kVector].values[c % kVector] = static_cast<T>(factor * from[c]);
+#pragma unroll
+    for (int n = 0; n < kCount; ++n)
+      *reinterpret_cast<Vector*>(row + column + n * kVector) = pieces[n];
+    return;
+  }
+#pragma unroll
+  for (int c = 0; c < kPiece; ++c)
+    if (column + c < width) row[column + c] = static_cast<T>(factor * from[c]);
+}
+
+/// Lanes that read one row, a power of two: a warp reads 32 / lanes rows at once.
+HEADWISE_HOST_DEVICE int lanes_of(int64_t width) {
+  int lanes = 1;
+  while (lanes * kPiece < width) lanes *= 2;
+  return lanes;
 }
 
 /// A warp a query: lanes score 32 keys at a time, then each lane sums its columns of the values.
@@ -205,39 +260,64 @@ struct PlainBackwardKey {
   }
 };
 
-/// A warp a row: delta = grad_context . context.
+/// delta = grad_context . context of kDeltaRows rows a block; where wanted, grad_context becomes
+/// that of the context, not of weight * context.
 template <typename T>
 struct DeltaKernel {
   using C = Accumulator<T>;
-  static constexpr int kThreads = 8 * kWarp;
-  static constexpr int64_t kShared = 8 * sizeof(double);
+  static constexpr int kWarps = 8, kThreads = kWarps * kWarp;
   PairAttentionArguments a;
   C* delta;
+  bool weigh;
+
+  HEADWISE_DEVICE void operator()() const {
+    const auto [pair, tile] = pair_tile(a.chosen, block_index(), tiles_of(a.queries, kDeltaRows));
+    if (pair.h < 0) return;                                           // the whole block
+    const int lanes = lanes_of(a.value_width), rows = kWarp / lanes;  // rows of a warp at once
+    const int64_t column = lane_index() % lanes * kPiece, unit = pair.unit(a);
+    const C weight =
+        weigh ? static_cast<const C*>(a.weight)[pair.b * a.chosen.num_heads + pair.h] : C(1);
+    for (int first = warp_index() * rows; first < kDeltaRows; first += kWarps * rows) {
+      const int64_t i = tile * kDeltaRows + first + lane_index() / lanes;
+      const bool inside = first + lane_index() / lanes < kDeltaRows && i < a.queries;
+      C grad[kPiece], context[kPiece], sum = 0;
+      read_piece<T, C>(grad, inside ? unit_row<T>(a.grad_context, pair.b, unit, i) : nullptr,
+                       column, a.value_width, a.context_vectors);
+      read_piece<T, C>(context, inside ? unit_row<T>(a.context, pair.b, unit, i) : nullptr, column,
+                       a.value_width, a.context_vectors);
+#pragma unroll
+      for (int c = 0; c < kPiece; ++c) sum += grad[c] * context[c];
+      for (int d = 1; d < lanes; d *= 2) sum += shuffle_xor(sum, d);
+      if (inside && column == 0) delta[pair.row(a, i)] = sum;
+      if (inside && weigh)
+        write_piece<T, C>(grad, weight, written_row<T>(a.grad_context, pair.b, unit, i), column,
+                          a.value_width, a.context_vectors);
+    }
+  }
+};
+
+/// A block a pair: the gradient of its weight, the sum of delta in a fixed order.
+template <typename C>
+struct WeightGradientKernel {
+  static constexpr int kWarps = 4, kThreads = kWarps * kWarp;
+  static constexpr int64_t kShared = kWarps * sizeof(C);
+  PairAttentionArguments a;
+  const C* delta;
   C* grad_weight;
 
-  // A block a pair, so that the sum over rows has a fixed order.
   HEADWISE_DEVICE void operator()() const {
-    const auto [pair, tile] = pair_tile(a.chosen, block_index(), 1);
+    const Pair pair = pair_tile(a.chosen, block_index(), 1).pair;
     if (pair.h < 0) return;  // the whole block
-    C total = 0;
-    for (int64_t i = warp_index(); i < a.queries; i += kThreads / kWarp) {
-      const T* const grad = unit_row<T>(a.grad_context, pair.b, pair.unit(a), i);
-      const T* const context = unit_row<T>(a.context, pair.b, pair.unit(a), i);
-      C own = 0;
-      for (int64_t c = lane_index(); c < a.value_width; c += kWarp)
-        own += static_cast<C>(grad[c]) * static_cast<C>(context[c]);
-      const C sum = warp_sum(own);
-      if (lane_index() == 0) delta[pair.row(a, i)] = sum;
-      total += sum;
-    }
-    if (!grad_weight) return;
+    C sum = 0;
+    for (int64_t i = thread_index(); i < a.queries; i += kThreads) sum += delta[pair.row(a, i)];
+    sum = warp_sum(sum);
     C* const totals = reinterpret_cast<C*>(shared_memory());
-    if (lane_index() == 0) totals[warp_index()] = total;
+    if (lane_index() == 0) totals[warp_index()] = sum;
     barrier();
     if (thread_index()) return;
-    C sum = 0;
-    for (int w = 0; w < kThreads / kWarp; ++w) sum += totals[w];
-    grad_weight[pair.b * a.chosen.num_heads + pair.h] = sum;
+    C total = 0;
+    for (int w = 0; w < kWarps; ++w) total += totals[w];
+    grad_weight[pair.b * a.chosen.num_heads + pair.h] = total;
   }
 };
 

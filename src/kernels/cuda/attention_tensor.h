@@ -131,6 +131,7 @@ struct TensorForward {
     const int own = warp_index() * 16;                   // first row of this warp in the tile
     const int64_t row = first + own + lane_index() / 4;  // of accumulators 0 and 1
     const bool active = first + own < a.queries;
+    const float scale = static_cast<float>(a.scale);
     uint32_t queries[kD / 16][4];
     float context[kD / 8][4] = {}, maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {};
     pipeline<2>(tiles_of(end, kKeys), load, [&](int step, int stage) {
@@ -139,35 +140,42 @@ struct TensorForward {
       const int64_t first_key = int64_t{step} * kKeys;
       float s[kKeys / 8][4] = {};
       multiply_rows<T, kKeys, kD>(s, queries, k + stage * kKeys * kStride);
-      const bool plain = unmasked(a, view, first + own, first_key + kKeys);
-      const float scale = static_cast<float>(a.scale);
-      float highest[2] = {maximum[0], maximum[1]};
+      // Products that need no mask are scaled on their way into the exponent; not by a negative
+      // number, which would turn the largest into the smallest.
+      const bool plain = scale >= 0 && unmasked(a, view, first + own, first_key + kKeys);
+      float highest[2] = {-INFINITY, -INFINITY};
+      if (!plain) {
+#pragma unroll
+        for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+          for (int e = 0; e < 4; ++e)
+            s[n][e] =
+                masked_score(a, view, pair, row + 8 * (e / 2),
+                             first_key + 8 * n + 2 * (lane_index() % 4) + e % 2, scale * s[n][e]);
+      }
+      const float left = plain ? scale : 1.f, exponent = left * kLog2E;
+      // A NaN is no maximum, but reaches the sum and the output through its own exponential.
 #pragma unroll
       for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          s[n][e] *= scale;
-          if (!plain)
-            s[n][e] = masked_score(a, view, pair, row + 8 * (e / 2),
-                                   first_key + 8 * n + 2 * (lane_index() % 4) + e % 2, s[n][e]);
-          // A NaN is kept: it must reach the output.
-          if (!(s[n][e] <= highest[e / 2])) highest[e / 2] = s[n][e];
-        }
+        for (int e = 0; e < 4; ++e) highest[e / 2] = larger(highest[e / 2], s[n][e]);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        for (int d = 1; d < 4; d *= 2) {
-          const float other = shuffle_xor(highest[half], d);
-          if (!(other <= highest[half])) highest[half] = other;
-        }
+        for (int d = 1; d < 4; d *= 2)
+          highest[half] = larger(highest[half], shuffle_xor(highest[half], d));
+        // Nothing seen: 0 times the scale would be a score like any other.
+        highest[half] = highest[half] == -INFINITY ? maximum[half]
+                                                   : larger(maximum[half], left * highest[half]);
         const float base = highest[half] == -INFINITY ? 0.f : highest[half];
         const float shrink = power_of_two((maximum[half] - base) * kLog2E);
+        const float shift = -base * kLog2E;
         maximum[half] = highest[half];
         float added = 0;
 #pragma unroll
         for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
           for (int e = 2 * half; e < 2 * half + 2; ++e) {
-            s[n][e] = power_of_two((s[n][e] - base) * kLog2E);
+            s[n][e] = power_of_two(multiply_add(s[n][e], exponent, shift));
             added += s[n][e];
             if (dropout.on)
               s[n][e] *=
@@ -204,6 +212,11 @@ struct TensorForward {
                         a.value_width);
   }
 };
+
+/// What is added to a score, in powers of two, to make it a probability: 0 of a row outside.
+HEADWISE_DEVICE float lse_shift(const PairAttentionArguments& a, const Pair& pair, int64_t i) {
+  return i < a.queries ? -kLog2E * static_cast<const float*>(a.lse)[pair.row(a, i)] : -INFINITY;
+}
 
 /// Owns queries: gradients of q and of the mask.
 template <typename T, typename Tile>
@@ -242,10 +255,11 @@ struct TensorBackwardQuery {
     const bool active = first + own < a.queries;
     const float weight =
         a.weight ? static_cast<const float*>(a.weight)[pair.b * a.chosen.num_heads + pair.h] : 1.f;
-    float lse[2], delta[2];
+    const float scale = static_cast<float>(a.scale);
+    float shift[2], delta[2];
     for (int half = 0; half < 2; ++half) {
       const int64_t i = row + 8 * half;
-      lse[half] = i < a.queries ? static_cast<const float*>(a.lse)[pair.row(a, i)] : INFINITY;
+      shift[half] = lse_shift(a, pair, i);
       delta[half] = i < a.queries ? static_cast<const float*>(a.delta)[pair.row(a, i)] : 0.f;
     }
     uint32_t queries[kD / 16][4], grads[kD / 16][4];
@@ -261,15 +275,15 @@ struct TensorBackwardQuery {
       multiply_rows<T, kKeys, kD>(s, queries, k + stage * kKeys * kStride);
       multiply_rows<T, kKeys, kD>(dp, grads, v + stage * kKeys * kStride);
       const bool plain = unmasked(a, view, first + own, first_key + kKeys);
+      const float exponent = plain ? scale * kLog2E : kLog2E;
 #pragma unroll
       for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const int64_t i = row + 8 * (e / 2);
           const int64_t j = first_key + 8 * n + 2 * (lane_index() % 4) + e % 2;
-          float score = s[n][e] * static_cast<float>(a.scale);
-          if (!plain) score = masked_score(a, view, pair, i, j, score);
-          const float p = power_of_two((score - lse[e / 2]) * kLog2E);
+          if (!plain) s[n][e] = masked_score(a, view, pair, i, j, scale * s[n][e]);
+          const float p = power_of_two(multiply_add(s[n][e], exponent, shift[e / 2]));
           const float keep = dropout.on ? dropout(i, j) : 1.f;
           // Where the probability is 0 there is no gradient, whatever is multiplied.
           s[n][e] = p == 0 ? 0.f : weight * p * (keep * dp[n][e] - delta[e / 2]);
@@ -281,7 +295,6 @@ struct TensorBackwardQuery {
       multiply_columns<T, kKeys, kD>(grad_q, s, k + stage * kKeys * kStride);
     });
     if (!active) return;
-    const float scale = static_cast<float>(a.scale);
     store_rows<T, kD>(grad_q, {scale, scale}, a.grad_q, pair.b, unit, first + own, a.queries,
                       a.width);
   }
@@ -292,7 +305,8 @@ template <typename T, typename Tile>
 struct TensorBackwardKey {
   static constexpr int kThreads = Tile::kThreads, kD = Tile::kD, kKeys = Tile::kOwnKeys,
                        kQueries = Tile::kQueries, kStride = Tile::kStride;
-  static constexpr int64_t kRowNumbers = 2 * 2 * kQueries * sizeof(float);  // lse and delta, twice
+  // What lse_shift() gives, and delta; twice.
+  static constexpr int64_t kRowNumbers = 2 * 2 * kQueries * sizeof(float);
   static constexpr int64_t kShared =
       kRowNumbers + int64_t{2 * kKeys + 4 * kQueries} * kStride * sizeof(T);
   PairAttentionArguments a;
@@ -319,11 +333,11 @@ struct TensorBackwardKey {
                                            a.width, a.vectors, outside);
       load_rows<T, kQueries, kD, kThreads>(grad + stage * kQueries * kStride, a.grad_context,
                                            pair.b, unit, from, a.value_width, a.vectors, outside);
-      float* const lse = numbers + stage * 2 * kQueries;
+      float* const shift = numbers + stage * 2 * kQueries;
       for (int n = thread_index(); n < kQueries; n += kThreads) {
         const int64_t i = from + n;
-        lse[n] = i < a.queries ? static_cast<const float*>(a.lse)[pair.row(a, i)] : INFINITY;
-        lse[kQueries + n] =
+        shift[n] = lse_shift(a, pair, i);
+        shift[kQueries + n] =
             i < a.queries ? static_cast<const float*>(a.delta)[pair.row(a, i)] : 0.f;
       }
     };
@@ -336,13 +350,14 @@ struct TensorBackwardKey {
     const bool active = first + own < a.keys;
     const float weight =
         a.weight ? static_cast<const float*>(a.weight)[pair.b * a.chosen.num_heads + pair.h] : 1.f;
+    const float scale = static_cast<float>(a.scale);
     float grad_k[kD / 8][4] = {}, grad_v[kD / 8][4] = {};
     pipeline<2>(steps, load, [&](int step, int stage) {
       if (!active) return;
       const int64_t from = (begin + step) * kQueries;
       const T* const q_tile = q + stage * kQueries * kStride;
       const T* const grad_tile = grad + stage * kQueries * kStride;
-      const float* const lse = numbers + stage * 2 * kQueries;
+      const float* const shift = numbers + stage * 2 * kQueries;
       float p[kQueries / 8][4] = {}, ds[kQueries / 8][4] = {};
       {
         uint32_t fragments[kD / 16][4];
@@ -352,26 +367,25 @@ struct TensorBackwardKey {
         multiply_rows<T, kQueries, kD>(ds, fragments, grad_tile);
       }
       const bool plain = unmasked(a, view, from, first + kKeys) && from + kQueries <= a.queries;
+      const float exponent = plain ? scale * kLog2E : kLog2E;
 #pragma unroll
       for (int n = 0; n < kQueries / 8; ++n)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const int at = 8 * n + 2 * (lane_index() % 4) + e % 2;
           const int64_t i = from + at, j = key + 8 * (e / 2);
-          float score = p[n][e] * static_cast<float>(a.scale);
-          if (!plain) score = masked_score(a, view, pair, i, j, score);
-          const float probability = power_of_two((score - lse[at]) * kLog2E);
+          if (!plain) p[n][e] = masked_score(a, view, pair, i, j, scale * p[n][e]);
+          const float probability = power_of_two(multiply_add(p[n][e], exponent, shift[at]));
           const float keep = dropout.on ? dropout(i, j) : 1.f;
           ds[n][e] = probability == 0
                          ? 0.f
-                         : weight * probability * (keep * ds[n][e] - lse[kQueries + at]);
+                         : weight * probability * (keep * ds[n][e] - shift[kQueries + at]);
           p[n][e] = weight * probability * keep;
         }
       multiply_columns<T, kQueries, kD>(grad_v, p, grad_tile);
       multiply_columns<T, kQueries, kD>(grad_k, ds, q_tile);
     });
     if (!active) return;
-    const float scale = static_cast<float>(a.scale);
     store_rows<T, kD>(grad_k, {scale, scale}, a.grad_k, pair.b, unit, first + own, a.keys, a.width);
     store_rows<T, kD>(grad_v, {1.f, 1.f}, a.grad_v, pair.b, unit, first + own, a.keys,
                       a.value_width);

@@ -10,7 +10,7 @@ namespace headwise::kernels::cuda {
 constexpr int kDecodeHeads = 4;       ///< query heads that share one pass over the cache
 constexpr int64_t kDecodeKeys = 128;  ///< fewest keys of a split
 
-/// queries == 1, by_place == false, no dropout, no added rows. partial: scratch of
+/// queries == 1, packed == false, no dropout, no added rows. partial: scratch of
 /// decode_scratch() bytes.
 struct DecodeShape {
   int64_t splits, keys_each;  ///< split s covers keys [s keys_each, (s + 1) keys_each)

@@ -7,29 +7,26 @@
 
 namespace headwise::kernels::cuda {
 
-constexpr int kPiece = 8;  // columns of a row that a lane reads
-
-/// Columns [column, column + 8) of a row of `width`; zeros beyond it, or where row is null.
-template <typename T, typename C>
-HEADWISE_DEVICE void read_piece(C (&to)[kPiece], const T* row, int64_t column, int64_t width,
-                                bool vectors) {
-  struct alignas(16) Vector {
-    T values[16 / sizeof(T)];
-  };
-  constexpr int kVector = 16 / sizeof(T), kCount = kPiece / kVector;
-  if (row && vectors && column + kPiece <= width) {
-    Vector pieces[kCount];
-#pragma unroll
-    for (int n = 0; n < kCount; ++n)
-      pieces[n] = *reinterpret_cast<const Vector*>(row + column + n * kVector);
-#pragma unroll
-    for (int c = 0; c < kPiece; ++c)
-      to[c] = static_cast<C>(pieces[c / kVector].values[c % kVector]);
-    return;
-  }
+/// Columns [column, column + 8) of a row as they lie in memory.
+template <typename T>
+struct alignas(16) Raw {
+  T values[kPiece];
+};
+/// Zeros beyond `width`, or where row is null.
+template <typename T>
+HEADWISE_DEVICE Raw<T> read_raw(const T* row, int64_t column, int64_t width, bool vectors) {
+  if (row && vectors && column + kPiece <= width)
+    return *reinterpret_cast<const Raw<T>*>(row + column);
+  Raw<T> raw;
 #pragma unroll
   for (int c = 0; c < kPiece; ++c)
-    to[c] = row && column + c < width ? static_cast<C>(row[column + c]) : C(0);
+    raw.values[c] = row && column + c < width ? row[column + c] : static_cast<T>(0.f);
+  return raw;
+}
+template <typename T, typename C>
+HEADWISE_DEVICE void convert(C (&to)[kPiece], const Raw<T>& raw) {
+#pragma unroll
+  for (int c = 0; c < kPiece; ++c) to[c] = static_cast<C>(raw.values[c]);
 }
 
 /// Running softmax of some keys: merge() joins those of disjoint sets of keys.
@@ -53,18 +50,14 @@ struct Running {
   }
 };
 
-/// Lanes of one row of keys or values, a power of two, so that a warp reads 32 / lanes keys at
-/// once.
-HEADWISE_HOST_DEVICE int lanes_of(int64_t width) {
-  int lanes = 1;
-  while (lanes * kPiece < width) lanes *= 2;
-  return lanes;
-}
-
-template <typename T>
+/// kLanes lanes read one key or value: 8 kLanes columns at most.
+template <typename T, int kLanes>
 struct DecodeKernel {
   using C = Accumulator<T>;
-  static constexpr int kWarps = 4, kThreads = kWarps * kWarp, kAtOnce = 4;
+  static constexpr int kWarps = 4, kThreads = kWarps * kWarp;
+  static constexpr int kRows = kWarp / kLanes;                     // keys of a warp at once,
+  static constexpr int kAtOnce = 8 / static_cast<int>(sizeof(T));  // so many times in flight
+  static constexpr int64_t kStep = kWarps * kRows;
   static constexpr int64_t kHeadList = 16 + kDecodeHeads * sizeof(int32_t);
   static constexpr int64_t kShared = kHeadList + int64_t{kWarps} * kWarp * (kPiece + 2) * sizeof(C);
   PairAttentionArguments a;
@@ -94,59 +87,76 @@ struct DecodeKernel {
     return static_cast<int>(left < 0 ? 0 : (left < kDecodeHeads ? left : kDecodeHeads));
   }
 
+  /// What a lane has read of kAtOnce keys and values.
+  struct Pieces {
+    Raw<T> keys[kAtOnce], values[kAtOnce];
+  };
+
   HEADWISE_DEVICE void operator()() const {
     const auto tile = decode_tile(a, shape, block_index());
     int32_t* const list = reinterpret_cast<int32_t*>(shared_memory());
     const int heads = find_heads(tile, list);
     if (heads == 0) return;  // the whole block
-    const int64_t widest = a.width > a.value_width ? a.width : a.value_width;
-    const int lanes = lanes_of(widest), rows = kWarp / lanes;  // keys of a warp at once
-    const int64_t column = lane_index() % lanes * kPiece;
+    const int64_t column = lane_index() % kLanes * kPiece;
     C query[kDecodeHeads][kPiece];
     Running<C> running[kDecodeHeads];
 #pragma unroll
-    for (int g = 0; g < kDecodeHeads; ++g) {
-      const T* row = g < heads ? unit_row<T>(a.q, tile.b, list[g], 0) : nullptr;
-      read_piece<T, C>(query[g], row, column, a.width, a.vectors);
-    }
+    for (int g = 0; g < kDecodeHeads; ++g)
+      convert(query[g], read_raw(g < heads ? unit_row<T>(a.q, tile.b, list[g], 0) : nullptr, column,
+                                 a.width, a.vectors));
     // Masks that depend on the head (attn_mask) are read under each head.
     const Pair first_pair{tile.b, 0, list[0]};
     const auto view = key_view(a, first_pair);
     const int64_t begin = tile.split * shape.keys_each;
-    const int64_t end = smaller64(begin + shape.keys_each, keys_end(a, view, 1));
-    const int64_t step = kWarps * rows;
+    const int64_t last = begin + shape.keys_each, visible = keys_end(a, view, 1);
+    const int64_t end = last < visible ? last : visible;
     const bool plain = unmasked(a, view, 0, end);
-    for (int64_t at = begin + warp_index() * rows; at < end; at += kAtOnce * step) {
-      C keys[kAtOnce][kPiece], values[kAtOnce][kPiece];
-      const int64_t own = at + lane_index() / lanes;
+    const C scale = static_cast<C>(a.scale);
+    const auto load = [&](int64_t at) {
+      Pieces pieces;
 #pragma unroll
       for (int n = 0; n < kAtOnce; ++n) {
-        const int64_t j = own + n * step;
+        const int64_t j = at + lane_index() / kLanes + n * kStep;
         const bool read = j < end && !key_hidden(a, view, first_pair, j);
-        read_piece<T, C>(keys[n], read ? unit_row<T>(a.k, tile.b, tile.kv_head, j) : nullptr,
-                         column, a.width, a.vectors);
-        read_piece<T, C>(values[n], read ? unit_row<T>(a.v, tile.b, tile.kv_head, j) : nullptr,
-                         column, a.value_width, a.vectors);
+        pieces.keys[n] = read_raw(read ? unit_row<T>(a.k, tile.b, tile.kv_head, j) : nullptr,
+                                  column, a.width, a.vectors);
+        pieces.values[n] = read_raw(read ? unit_row<T>(a.v, tile.b, tile.kv_head, j) : nullptr,
+                                    column, a.value_width, a.vectors);
+      }
+      return pieces;
+    };
+    int64_t at = begin + warp_index() * kRows;
+    Pieces pieces = load(at);
+    for (; at < end; at += kAtOnce * kStep) {
+      const Pieces next = load(at + kAtOnce * kStep);  // on its way during the arithmetic
+      C score[kDecodeHeads][kAtOnce];
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) {
+        C key[kPiece];
+        convert(key, pieces.keys[n]);
+        const int64_t j = at + lane_index() / kLanes + n * kStep;
+#pragma unroll
+        for (int g = 0; g < kDecodeHeads; ++g) {
+          if (g >= heads) break;  // the whole block
+          C sum = 0;
+#pragma unroll
+          for (int c = 0; c < kPiece; ++c) sum += query[g][c] * key[c];
+#pragma unroll
+          for (int d = 1; d < kLanes; d *= 2) sum += shuffle_xor(sum, d);
+          score[g][n] = scale * sum;
+          if (j >= end)
+            score[g][n] = -static_cast<C>(INFINITY);
+          else if (!plain)
+            score[g][n] = masked_score(a, view, Pair{tile.b, 0, list[g]}, 0, j, score[g][n]);
+        }
       }
 #pragma unroll
       for (int g = 0; g < kDecodeHeads; ++g) {
-        if (g >= heads) break;  // the whole block
-        const Pair pair{tile.b, 0, list[g]};
-        C score[kAtOnce], highest = running[g].maximum;
+        if (g >= heads) break;
+        C highest = running[g].maximum;
 #pragma unroll
-        for (int n = 0; n < kAtOnce; ++n) {
-          C sum = 0;
-#pragma unroll
-          for (int c = 0; c < kPiece; ++c) sum += query[g][c] * keys[n][c];
-          for (int d = 1; d < lanes; d *= 2) sum += shuffle_xor(sum, d);
-          const int64_t j = own + n * step;
-          score[n] = static_cast<C>(a.scale) * sum;
-          if (j >= end)
-            score[n] = -static_cast<C>(INFINITY);
-          else if (!plain)
-            score[n] = masked_score(a, view, pair, 0, j, score[n]);
-          if (score[n] > highest || score[n] != score[n]) highest = score[n];
-        }
+        for (int n = 0; n < kAtOnce; ++n)
+          if (score[g][n] > highest || score[g][n] != score[g][n]) highest = score[g][n];
         const C base = highest == -static_cast<C>(INFINITY) ? C(0) : highest;
         const C shrink = exp(running[g].maximum - base);
         running[g].maximum = highest;
@@ -155,17 +165,28 @@ struct DecodeKernel {
         for (int c = 0; c < kPiece; ++c) running[g].values[c] *= shrink;
 #pragma unroll
         for (int n = 0; n < kAtOnce; ++n) {
-          const C p = exp(score[n] - base);
-          running[g].sum += p;
-#pragma unroll
-          for (int c = 0; c < kPiece; ++c) running[g].values[c] += p * values[n][c];
+          score[g][n] = exp(score[g][n] - base);
+          running[g].sum += score[g][n];
         }
       }
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) {
+        C value[kPiece];
+        convert(value, pieces.values[n]);
+#pragma unroll
+        for (int g = 0; g < kDecodeHeads; ++g) {
+          if (g >= heads) break;
+#pragma unroll
+          for (int c = 0; c < kPiece; ++c) running[g].values[c] += score[g][n] * value[c];
+        }
+      }
+      pieces = next;
     }
     C* const meeting = reinterpret_cast<C*>(shared_memory() + kHeadList);
     for (int g = 0; g < heads; ++g) {
       Running<C> own = pick(running, g);
-      for (int d = lanes; d < kWarp; d *= 2) {  // the rows of a warp
+#pragma unroll
+      for (int d = kLanes; d < kWarp; d *= 2) {  // the rows of a warp
         Running<C> other;
         other.maximum = shuffle_xor(own.maximum, d);
         other.sum = shuffle_xor(own.sum, d);
@@ -179,7 +200,7 @@ struct DecodeKernel {
 #pragma unroll
       for (int c = 0; c < kPiece; ++c) mine[2 + c] = own.values[c];
       barrier();
-      if (warp_index() == 0 && lane_index() < lanes) {
+      if (warp_index() == 0 && lane_index() < kLanes) {
         for (int w = 1; w < kWarps; ++w) {
           const C* const theirs = meeting + (w * kWarp + lane_index()) * (kPiece + 2);
           Running<C> other;
@@ -198,7 +219,6 @@ struct DecodeKernel {
   }
 
  private:
-  HEADWISE_DEVICE static int64_t smaller64(int64_t x, int64_t y) { return x < y ? x : y; }
   /// running[g] without an index that would move the array out of registers.
   HEADWISE_DEVICE static Running<C> pick(const Running<C> (&running)[kDecodeHeads], int g) {
     Running<C> own = running[0];
@@ -209,47 +229,66 @@ struct DecodeKernel {
   }
 };
 
-/// A warp a chosen head: the splits together.
+/// A block a chosen head: the splits together, a share of them a warp.
 template <typename T>
 struct DecodeMerge {
   using C = Accumulator<T>;
-  static constexpr int kThreads = kWarp;
+  static constexpr int kWarps = 8, kThreads = kWarps * kWarp;
+  static constexpr int64_t kShared = kWarps * (kWidestHead + 2) * sizeof(C);
   PairAttentionArguments a;
   DecodeShape shape;
   const C* partial;
 
+  HEADWISE_DEVICE static C highest(C x, C y) { return y > x || y != y ? y : x; }
+
   HEADWISE_DEVICE void operator()() const {
-    const auto [pair, tile] = pair_tile(a.chosen, block_index(), 1);
-    if (pair.h < 0) return;
+    const Pair pair = pair_tile(a.chosen, block_index(), 1).pair;
+    if (pair.h < 0) return;                                   // the whole block
+    C* const maxima = reinterpret_cast<C*>(shared_memory());  // [kWarps]
+    C* const sums = maxima + kWarps;                          // [kWarps]
+    C* const values = sums + kWarps;                          // [kWarps][kWidestHead]
+    const C* const first = partial + decode_row(a, shape, pair.b, pair.h, 0);
+    const int64_t row_size = a.value_width + 2;
     C maximum = -static_cast<C>(INFINITY);
-    for (int64_t s = lane_index(); s < shape.splits; s += kWarp) {
-      const C other = partial[decode_row(a, shape, pair.b, pair.h, s)];
-      if (other > maximum || other != other) maximum = other;
-    }
-    for (int d = 1; d < kWarp; d *= 2) {
-      const C other = shuffle_xor(maximum, d);
-      if (other > maximum || other != other) maximum = other;
-    }
+    for (int64_t s = thread_index(); s < shape.splits; s += kThreads)
+      maximum = highest(maximum, first[s * row_size]);
+#pragma unroll
+    for (int d = 1; d < kWarp; d *= 2) maximum = highest(maximum, shuffle_xor(maximum, d));
+    if (lane_index() == 0) maxima[warp_index()] = maximum;
+    barrier();
+    for (int w = 0; w < kWarps; ++w) maximum = highest(maximum, maxima[w]);
     const C base = maximum == -static_cast<C>(INFINITY) ? C(0) : maximum;
-    C sum = 0, values[kOwn] = {};
-    for (int64_t s = 0; s < shape.splits; ++s) {
-      const C* const row = partial + decode_row(a, shape, pair.b, pair.h, s);
+    C sum = 0, own[kOwn] = {};
+#pragma unroll 4
+    for (int64_t s = warp_index(); s < shape.splits; s += kWarps) {
+      const C* const row = first + s * row_size;
       const C factor = exp(row[0] - base);
       sum += factor * row[1];
 #pragma unroll
       for (int m = 0; m < kOwn; ++m) {
         const int64_t c = lane_index() + m * kWarp;
-        if (c < a.value_width) values[m] += factor * row[2 + c];
+        if (c < a.value_width) own[m] += factor * row[2 + c];
       }
     }
+    if (lane_index() == 0) sums[warp_index()] = sum;
+#pragma unroll
+    for (int m = 0; m < kOwn; ++m)
+      values[warp_index() * kWidestHead + lane_index() + m * kWarp] = own[m];
+    barrier();
+    sum = 0;
+    for (int w = 0; w < kWarps; ++w) sum += sums[w];
     const bool blind = sum == C(0);
     const C inverse = blind ? C(0) : C(1) / sum;
-    store_row(values, inverse, written_row<T>(a.context, pair.b, pair.h, 0), a.value_width);
-    if (a.weighted.data)
-      store_row(values,
-                inverse * static_cast<const C*>(a.weight)[pair.b * a.chosen.num_heads + pair.h],
-                written_row<T>(a.weighted, pair.b, pair.h, 0), a.value_width);
-    if (lane_index() == 0)
+    const C weight =
+        a.weight ? static_cast<const C*>(a.weight)[pair.b * a.chosen.num_heads + pair.h] : C(1);
+    for (int64_t c = thread_index(); c < a.value_width; c += kThreads) {
+      C total = 0;
+      for (int w = 0; w < kWarps; ++w) total += values[w * kWidestHead + c];
+      written_row<T>(a.context, pair.b, pair.h, 0)[c] = static_cast<T>(inverse * total);
+      if (a.weighted.data)
+        written_row<T>(a.weighted, pair.b, pair.h, 0)[c] = static_cast<T>(inverse * weight * total);
+    }
+    if (thread_index() == 0)
       static_cast<C*>(a.lse)[pair.row(a, 0)] =
           blind ? static_cast<C>(INFINITY) : maximum + log(sum);
   }

@@ -10,7 +10,7 @@ namespace headwise::kernels::cuda {
 template <typename T>
 struct PoolKernel {
   using C = Accumulator<T>;
-  static constexpr int kWarps = 8, kThreads = kWarps * kWarp;
+  static constexpr int kWarps = 8, kThreads = kWarps * kWarp, kAtOnce = 4;
   static constexpr int64_t kShared = kWarps * (kPoolColumns + 1) * sizeof(C);
   GateArguments a;
 
@@ -20,18 +20,27 @@ struct PoolKernel {
     const int64_t begin = tile.split * kPoolRows;
     const int64_t end = begin + kPoolRows < a.rows ? begin + kPoolRows : a.rows;
     C sum[kPiece] = {}, tokens = 0;
-    for (int64_t l = begin + warp_index(); l < end; l += kWarps) {
-      const int64_t at = tile.b * a.rows + l;
-      C weight = 1;
-      if (a.forbid) weight = a.forbid[at] ? C(0) : C(1);
-      if (a.add) weight = exp(static_cast<const C*>(a.add)[at]);
-      tokens += weight;
-      if (a.forbid && weight == C(0)) continue;  // padding is not read
-      C piece[kPiece];
-      read_piece<T, C>(piece, static_cast<const T*>(a.x.data) + a.x.offset(tile.b, l), column,
-                       a.width, a.vectors);
+    for (int64_t first = begin + warp_index(); first < end; first += kAtOnce * kWarps) {
+      C weight[kAtOnce];
+      Raw<T> raw[kAtOnce];
 #pragma unroll
-      for (int c = 0; c < kPiece; ++c) sum[c] += weight * piece[c];
+      for (int n = 0; n < kAtOnce; ++n) {
+        const int64_t l = first + n * kWarps, at = tile.b * a.rows + l;
+        weight[n] = l < end ? C(1) : C(0);
+        if (a.forbid && l < end) weight[n] = a.forbid[at] ? C(0) : C(1);
+        if (a.add && l < end) weight[n] = exp(static_cast<const C*>(a.add)[at]);
+        const bool read = l < end && !(a.forbid && weight[n] == C(0));  // padding is not read
+        raw[n] = read_raw(read ? static_cast<const T*>(a.x.data) + a.x.offset(tile.b, l) : nullptr,
+                          column, a.width, a.vectors);
+      }
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) {
+        C piece[kPiece];
+        convert(piece, raw[n]);
+        tokens += weight[n];
+#pragma unroll
+        for (int c = 0; c < kPiece; ++c) sum[c] += weight[n] * piece[c];
+      }
     }
     C* const sums = reinterpret_cast<C*>(shared_memory());
     C* const mine = sums + warp_index() * (kPoolColumns + 1);

@@ -24,18 +24,28 @@ struct WorkListShape {
 };
 
 struct WorkListOutput {
-  int32_t* batch;   // [B * K] sequence of each pair; -1 after the last
-  int32_t* head;    // [B * K] its head; -1 after the last
-  int32_t* offset;  // [H + 1] where each head's pairs begin; the last is the number of pairs
+  int32_t* batch = nullptr;   // [B * K] sequence of each pair; -1 after the last
+  int32_t* head = nullptr;    // [B * K] its head; -1 after the last
+  int32_t* offset = nullptr;  // [H + 1] where each head's pairs begin; the last is their number
   // Where not null:
   int32_t* place = nullptr;       // [B * K] place of each pair in index: row * K + column; then -1
   int32_t* place_head = nullptr;  // [B * K] the head of each place of index, -1: not chosen
   int32_t* count = nullptr;       // [B] clamped to [0, K]
+  // Rows of packed buffers: those of sequence 0 first, in the order of index, with no room between.
+  int32_t* first = nullptr;        // [B + 1] where each sequence begins; the last is their number
+  int32_t* packed_head = nullptr;  // [B * K] the head of each row, -1: none
+  // The same for attention over rows of many lengths: a chosen pair has `length` of them.
+  int64_t length = 0;
+  int32_t* begins = nullptr;  // [B * K + 1] where the packed pairs begin; those behind have none
+  int32_t* used = nullptr;    // [B, H] length of a chosen pair, 0 of the others
 };
 
 HEADWISE_HOST_DEVICE void clear_slots(const WorkListShape& s, int64_t thread, int64_t threads,
-                                      int32_t* slot) {
-  for (int64_t i = thread; i < s.slots(); i += threads) slot[i] = -1;
+                                      int32_t* slot, const WorkListOutput& out) {
+  for (int64_t i = thread; i < s.slots(); i += threads) {
+    slot[i] = -1;
+    if (out.used) out.used[i] = 0;
+  }
 }
 
 /// Heads out of range, which only the host reports, are left out.
@@ -48,6 +58,7 @@ HEADWISE_HOST_DEVICE void mark_slots(const WorkListShape& s, int64_t thread, int
     const int64_t h = index[i];
     const bool chosen = column < clamp_count(count[b], s.columns) && h >= 0 && h < s.num_heads;
     if (chosen) slot[h * s.batch + b] = static_cast<int32_t>(i);
+    if (chosen && out.used) out.used[b * s.num_heads + h] = static_cast<int32_t>(out.length);
     if (out.place_head) out.place_head[i] = chosen ? static_cast<int32_t>(h) : -1;
   }
   if (out.count)
@@ -67,6 +78,44 @@ HEADWISE_HOST_DEVICE int32_t count_chunk(const WorkListShape& s, int64_t thread,
   int32_t chosen = 0;
   for (int64_t i = chunk_begin(thread, threads, s.slots()); i < end; ++i) chosen += slot[i] >= 0;
   return chosen;
+}
+
+/// The packed rows of the thread's chunk of the sequences.
+template <typename Index>
+HEADWISE_HOST_DEVICE int32_t count_rows(const WorkListShape& s, int64_t thread, int64_t threads,
+                                        const Index* count) {
+  const int64_t end = chunk_begin(thread + 1, threads, s.batch);
+  int32_t rows = 0;
+  for (int64_t b = chunk_begin(thread, threads, s.batch); b < end; ++b)
+    rows += static_cast<int32_t>(clamp_count(count[b], s.columns));
+  return rows;
+}
+/// `at` = number of rows in the chunks of lower threads; `total` of all.
+template <typename Index>
+HEADWISE_HOST_DEVICE void write_rows(const WorkListShape& s, int64_t thread, int64_t threads,
+                                     const Index* count, int32_t at, int32_t total,
+                                     const WorkListOutput& out) {
+  if (!out.first) return;
+  const int64_t end = chunk_begin(thread + 1, threads, s.batch);
+  for (int64_t b = chunk_begin(thread, threads, s.batch); b < end; ++b) {
+    out.first[b] = at;
+    at += static_cast<int32_t>(clamp_count(count[b], s.columns));
+  }
+  if (thread == 0) out.first[s.batch] = total;
+}
+/// After write_rows() of all threads.
+HEADWISE_HOST_DEVICE void write_packed_heads(const WorkListShape& s, int64_t thread,
+                                             int64_t threads, int32_t total,
+                                             const WorkListOutput& out) {
+  if (out.begins)
+    for (int64_t i = thread; i <= s.capacity(); i += threads)
+      out.begins[i] = static_cast<int32_t>((i < total ? i : total) * out.length);
+  if (!out.packed_head) return;
+  for (int64_t i = thread; i < s.capacity(); i += threads) {
+    const int64_t b = i / s.columns, column = i % s.columns;
+    if (column < out.count[b]) out.packed_head[out.first[b] + column] = out.place_head[i];
+    if (i >= total) out.packed_head[i] = -1;
+  }
 }
 
 /// `at` = number of pairs in the chunks of lower threads; `total` of all.

@@ -9,14 +9,16 @@
 
 namespace headwise::kernels::cuda {
 
-/// A selection as the kernels read it, cleaned by prepare_selection(). Slot b * columns + n is
-/// place n of row b of index.
+/// A selection as the kernels read it, cleaned by work_list(). Slot b * columns + n is place n of
+/// row b of index. Packed buffers [B * K, R, d] hold its rows at first[b] + n: with no room between
+/// sequences, what follows the last is never touched.
 struct Chosen {
   int64_t batch, columns, num_heads;
   const int32_t* head;       ///< [B, K], -1 where the slot is not chosen
   const int32_t* count;      ///< [B] in [0, K]: chosen slots all lie before it
   const int32_t* pair_slot;  ///< [B * K] chosen slots, those of head 0 first; then -1
   const int32_t* offset;     ///< [H + 1] where the slots of each head begin in pair_slot
+  const int32_t* first;      ///< [B + 1]
 };
 
 /// A row [b, l] of a tensor [B, R, columns] by strides, columns next to each other.
@@ -30,15 +32,15 @@ struct Rows {
 
 constexpr int kMaxParts = 3;  // query, key, value
 
-/// packed[slot, l, :] = input[b, l, :] weight[h d .. h d + d, :]' + bias[h d .. h d + d], for the
-/// chosen slots; rows l >= limit[b] are left as they are.
+/// packed[first[b] + n, l, :] = input[b, l, :] weight[h d .. h d + d, :]' + bias[h d .. h d + d],
+/// for the chosen slots; rows l >= limit[b] are left as they are.
 struct ProjectPart {
   Rows input;             ///< [B, R, depth]
   int64_t rows, depth;    ///< R
   const void* weight;     ///< [E, depth]
   int64_t weight_stride;  ///< of its rows
   const void* bias;       ///< [E] or null
-  void* packed;           ///< [B, K, packed_rows, d]
+  void* packed;           ///< [B * K, packed_rows, d]
   int64_t packed_rows;
   const int32_t* limit;  ///< [B] or null: all R
   bool vectors;          ///< input and weight: 16 bytes at a time
@@ -49,12 +51,13 @@ struct ProjectArguments {
   int64_t width;  ///< d
   int parts;
   ProjectPart part[kMaxParts];
+  bool warpgroups;  ///< by warpgroup products where the device has them
 };
 
 /// output[b, l, :] = bias + sum over parts p and chosen slots of
-/// factor * packed_p[slot, l, :] weight[:, p E + h d .. + d]'.
+/// factor * packed_p[first[b] + n, l, :] weight[:, p E + h d .. + d]'.
 struct CombinePart {
-  const void* packed;  ///< [B, K, packed_rows, d]
+  const void* packed;  ///< [B * K, packed_rows, d]
   int64_t packed_rows;
   const int32_t* limit;  ///< [B] or null: rows at and after it count as zero
 };
@@ -70,13 +73,14 @@ struct CombineArguments {
   const void* bias;    ///< [columns] or null
   void* output;        ///< [B, R, columns]
   bool vectors;        ///< packed and weight
+  bool warpgroups;     ///< as above
 };
 
 /// partial[z, p, h d + c, j] = sum over the slots of head h and over rows l of split z of
-/// factor * packed_p[slot, l, c] input_p[b, l, j]: the gradient of a weight, to be summed over z.
+/// factor * packed_p[row, l, c] input_p[b, l, j]: the gradient of a weight, to be summed over z.
 /// sums[z, p, h d + c], where wanted, is the same with 1 for the input: the gradient of a bias.
 struct OuterPart {
-  const void* packed;  ///< [B, K, packed_rows, d]
+  const void* packed;  ///< [B * K, packed_rows, d]
   int64_t packed_rows;
   Rows input;  ///< [B, R, columns]
   int64_t rows;
@@ -89,8 +93,9 @@ struct OuterArguments {
   int parts, splits;
   OuterPart part[kMaxParts];
   const void* factor;  ///< [B, H] in accumulator type, or null
-  void* partial;       ///< [splits, parts, H * d, columns] in accumulator type
-  void* sums;          ///< [splits, parts, H * d] in accumulator type, or null
+  bool rounded;        ///< partial and sums are of the elements' type, else of the accumulators'
+  void* partial;       ///< [splits, parts, H * d, columns]
+  void* sums;          ///< [splits, parts, H * d] or null
   bool vectors;
 };
 
@@ -113,6 +118,11 @@ HEADWISE_HOST_DEVICE int64_t project_rows(const ProjectArguments& a) {
   int64_t rows = 0;
   for (int p = 0; p < a.parts; ++p) rows = rows < a.part[p].rows ? a.part[p].rows : rows;
   return rows;
+}
+HEADWISE_HOST_DEVICE bool all_vectors(const ProjectArguments& a) {
+  bool all = true;
+  for (int p = 0; p < a.parts; ++p) all = all && a.part[p].vectors;
+  return all;
 }
 HEADWISE_HOST_DEVICE int64_t project_blocks(const ProjectArguments& a, int64_t m, int64_t n) {
   return a.chosen.batch * tiles_of(project_rows(a), m) * a.parts *

@@ -4,8 +4,15 @@ namespace headwise::kernels::cuda {
 
 int project(const ProjectArguments& a, Stream stream) {
   return with_element(a.type, [&](auto element) {
-    using Kernel = ProjectKernel<decltype(element)>;
-    return launch(Kernel{a}, project_blocks(a, Kernel::kM, Kernel::kN), Kernel::kShared, stream);
+    using T = decltype(element);
+    const auto run = [&](auto gemm) {
+      using Kernel = ProjectKernel<T, decltype(gemm)>;
+      return launch(Kernel{a}, project_blocks(a, Kernel::kM, Kernel::kN), Kernel::kShared, stream);
+    };
+    if constexpr (kTensorCores<T>)
+      if (a.warpgroups && all_vectors(a) && warpgroups_run<ProjectKernel<T, WarpgroupGemm<T>>>())
+        return run(WarpgroupGemm<T>{});
+    return run(Gemm<T, 128, 128>{});
   });
 }
 

@@ -32,8 +32,9 @@ HEADWISE_DEVICE void load_tile(T* tile, const T* base, const Row& row, int colum
   }
 }
 
-/// Runs load(step, stage) kStages - 1 steps ahead of compute(step, stage).
-template <int kStages, typename Load, typename Compute>
+/// Runs load(step, stage) kStages - 1 steps ahead of compute(step, stage). kAsyncReads: the tensor
+/// cores themselves read what arrives.
+template <int kStages, bool kAsyncReads = false, typename Load, typename Compute>
 HEADWISE_DEVICE void pipeline(int64_t total, const Load& load, const Compute& compute) {
   const int steps = static_cast<int>(total);
   for (int s = 0; s < kStages - 1; ++s) {
@@ -42,6 +43,7 @@ HEADWISE_DEVICE void pipeline(int64_t total, const Load& load, const Compute& co
   }
   for (int step = 0; step < steps; ++step) {
     copy_wait<kStages - 2>();
+    if constexpr (kAsyncReads) async_read_fence();
     barrier();  // the step has arrived for all threads, and all have finished the one before
     const int next = step + kStages - 1;
     if (next < steps) load(next, next % kStages);
@@ -191,19 +193,40 @@ struct PlainProduct {
 
 /// Sizes of the products of T: C is kM x kN, kK of the summed dimension at a time.
 template <typename T, int kRows, int kColumns>
-struct Gemm {
+struct GemmSizes {
   using Product = TensorProduct<T, kRows, kColumns>;
-  static constexpr int kK = 32, kStages = 4, kPad = 8;
+  static constexpr int kK = 32, kStages = 4, kPad = 8, kResident = 2;
 };
 template <int kRows, int kColumns>
-struct Gemm<float, kRows, kColumns> {
+struct GemmSizes<float, kRows, kColumns> {
   using Product = PlainProduct<float, 64, 64>;
-  static constexpr int kK = 16, kStages = 2, kPad = 4;
+  static constexpr int kK = 16, kStages = 2, kPad = 4, kResident = 1;
 };
 template <int kRows, int kColumns>
-struct Gemm<double, kRows, kColumns> {
+struct GemmSizes<double, kRows, kColumns> {
   using Product = PlainProduct<double, 64, 64>;
-  static constexpr int kK = 16, kStages = 2, kPad = 2;
+  static constexpr int kK = 16, kStages = 2, kPad = 2, kResident = 1;
+};
+
+/// How both factors come to shared memory, summed dimension along their rows, and are multiplied.
+template <typename T, int kRows, int kColumns>
+struct Gemm : GemmSizes<T, kRows, kColumns> {
+  using Sizes = GemmSizes<T, kRows, kColumns>;
+  using typename Sizes::Product;
+  static constexpr bool kAsyncReads = false;
+  static constexpr int kStride = Sizes::kK + Sizes::kPad;
+  template <int kTileRows>
+  static constexpr int kTile = kTileRows * kStride;  // elements
+
+  template <int kTileRows, typename Row>
+  HEADWISE_DEVICE static void load(T* tile, const T* base, const Row& row, int columns,
+                                   bool vectors) {
+    load_tile<T, kTileRows, Sizes::kK, kStride, Product::kThreads>(tile, base, row, columns,
+                                                                   vectors);
+  }
+  HEADWISE_DEVICE static void step(Product& product, const T* a, const T* b, Accumulator<T> scale) {
+    product.template step<Sizes::kK, kStride, kStride, false>(a, b, scale);
+  }
 };
 
 /// Two neighbouring elements of a row of `columns`, in one store where the address allows it.

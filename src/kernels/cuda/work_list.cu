@@ -8,7 +8,7 @@ namespace {
 // each other.
 struct WorkListKernel {
   static constexpr int kThreads = 1024;
-  static constexpr int64_t kShared = kWarp * sizeof(int32_t);
+  static constexpr int64_t kShared = 2 * kWarp * sizeof(int32_t);
   WorkListShape shape;
   const int32_t *index, *count;
   int32_t* slot;
@@ -24,20 +24,29 @@ struct WorkListKernel {
   }
 
   HEADWISE_DEVICE void operator()() const {
-    int32_t* const warp_sums = reinterpret_cast<int32_t*>(shared_memory());
+    int32_t* const warp_sums = reinterpret_cast<int32_t*>(shared_memory());  // of pairs
+    int32_t* const warp_rows = warp_sums + kWarp;                            // of packed rows
     const int thread = thread_index(), warp = warp_index();
-    clear_slots(shape, thread, kThreads, slot);
+    clear_slots(shape, thread, kThreads, slot, out);
     barrier();
     mark_slots(shape, thread, kThreads, index, count, slot, out);
     barrier();
     const int32_t own = count_chunk(shape, thread, kThreads, slot);
-    const int32_t inclusive = inclusive_sum(own);
-    if (lane_index() == kWarp - 1) warp_sums[warp] = inclusive;
+    const int32_t own_rows = count_rows(shape, thread, kThreads, count);
+    const int32_t inclusive = inclusive_sum(own), inclusive_rows = inclusive_sum(own_rows);
+    if (lane_index() == kWarp - 1) warp_sums[warp] = inclusive, warp_rows[warp] = inclusive_rows;
     barrier();
-    if (warp == 0) warp_sums[lane_index()] = inclusive_sum(warp_sums[lane_index()]);
+    if (warp == 0) {
+      warp_sums[lane_index()] = inclusive_sum(warp_sums[lane_index()]);
+      warp_rows[lane_index()] = inclusive_sum(warp_rows[lane_index()]);
+    }
     barrier();
     const int32_t at = (warp ? warp_sums[warp - 1] : 0) + inclusive - own;
+    const int32_t row = (warp ? warp_rows[warp - 1] : 0) + inclusive_rows - own_rows;
     write_chunk(shape, thread, kThreads, slot, at, warp_sums[kWarp - 1], out);
+    write_rows(shape, thread, kThreads, count, row, warp_rows[kWarp - 1], out);
+    barrier();
+    write_packed_heads(shape, thread, kThreads, warp_rows[kWarp - 1], out);
   }
 };
 

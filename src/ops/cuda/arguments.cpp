@@ -8,28 +8,35 @@ namespace headwise::ops::device {
 
 using at::Tensor;
 
-Selected select(const Tensor& index, const Tensor& count, int64_t num_heads) {
+Selected select(const Tensor& index, const Tensor& count, int64_t num_heads, int64_t length) {
   const DeviceGuard guard(index.device());
   const int64_t B = index.size(0), K = index.size(1), capacity = B * K;
   const auto options = index.options().dtype(at::kInt);
   const auto indices = index.to(at::kInt).contiguous(), counts = count.to(at::kInt).contiguous();
   const kernels::cuda::WorkListShape shape{B, K, num_heads};
-  // One allocation: head, pair_slot, batch and head of each pair, count, offset, scratch.
-  Selected s{at::empty({4 * capacity + B + num_heads + 1 + shape.slots()}, options), {}, {}};
+  // One allocation: five lists of places, begins, used, count, first, offset, scratch.
+  Selected s;
+  s.lists = at::empty({6 * capacity + 2 * B + num_heads + 3 + 2 * shape.slots()}, options);
   int32_t* next = s.lists.mutable_data_ptr<int32_t>();
   const auto take = [&](int64_t size) {
     int32_t* const first = next;
     next += size;
     return first;
   };
-  int32_t *head = take(capacity), *pair_slot = take(capacity), *pair_batch = take(capacity),
-          *pair_head = take(capacity), *clean_count = take(B), *offset = take(num_heads + 1);
-  check_launch(kernels::cuda::work_list(
-      shape, indices.const_data_ptr<int32_t>(), counts.const_data_ptr<int32_t>(),
-      take(shape.slots()), {pair_batch, pair_head, offset, pair_slot, head, clean_count},
-      current_stream()));
-  s.head = s.lists.narrow(0, 0, capacity).view({B, K});
-  s.chosen = {B, K, num_heads, head, clean_count, pair_slot, offset};
+  kernels::cuda::WorkListOutput out;
+  out.packed_head = take(capacity);
+  int32_t *const begins = take(capacity + 1), *const used = take(shape.slots());
+  if (length) out.length = length, out.begins = begins, out.used = used;
+  out.place_head = take(capacity), out.place = take(capacity);
+  out.batch = take(capacity), out.head = take(capacity);
+  out.count = take(B), out.first = take(B + 1), out.offset = take(num_heads + 1);
+  check_launch(kernels::cuda::work_list(shape, indices.const_data_ptr<int32_t>(),
+                                        counts.const_data_ptr<int32_t>(), take(shape.slots()), out,
+                                        current_stream()));
+  s.packed_head = s.lists.narrow(0, 0, capacity);
+  s.begins = s.lists.narrow(0, capacity, capacity + 1);
+  s.used = s.lists.narrow(0, 2 * capacity + 1, shape.slots());
+  s.chosen = {B, K, num_heads, out.place_head, out.count, out.place, out.offset, out.first};
   return s;
 }
 
@@ -89,6 +96,10 @@ Tensor dense_rows(const Tensor& t) {
 Rows rows(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1)}; }
 
 Units units(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
+
+Units packed_units(const Tensor& t) {
+  return {t.const_data_ptr(), 0, t.size(2) * t.size(3), t.size(3)};
+}
 
 bool aligned(const Tensor& t) {
   const auto size = static_cast<int64_t>(t.element_size());

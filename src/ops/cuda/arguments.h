@@ -17,11 +17,14 @@ using kernels::cuda::Units;
 
 /// A selection in device memory, cleaned and listed. `chosen` points into the tensors.
 struct Selected {
-  at::Tensor lists;  ///< int32, everything that `chosen` points to
-  at::Tensor head;   ///< int32 [B, K], a view: -1 where not chosen
+  at::Tensor lists;        ///< int32, everything that `chosen` points to
+  at::Tensor packed_head;  ///< int32 [B * K], a view: the head of each row of packed buffers, or -1
+  at::Tensor begins, used;  ///< int32 [B K + 1] and [B H], views; where `length` was given
   Chosen chosen;
 };
-Selected select(const at::Tensor& index, const at::Tensor& count, int64_t num_heads);
+/// With `length`, rows of a pair, also what flash.h wants.
+Selected select(const at::Tensor& index, const at::Tensor& count, int64_t num_heads,
+                int64_t length = 0);
 
 /// Masks, dropout and scale in the form that the kernels take. Holds what the arguments point to.
 struct Masks {
@@ -42,6 +45,8 @@ at::Tensor dense_rows(const at::Tensor& t);
 Rows rows(const at::Tensor& t);
 /// [B, U, R, w], by dense_rows().
 Units units(const at::Tensor& t);
+/// Buffers [B, K, R, d] that hold packed rows [B * K, R, d].
+Units packed_units(const at::Tensor& t);
 /// True if every row begins at an address that is a multiple of 16 bytes.
 bool aligned(const at::Tensor& t);
 

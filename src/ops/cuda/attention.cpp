@@ -49,10 +49,15 @@ LayerForward multihead_forward(HEADWISE_MULTIHEAD_PARAMETERS) {
 }
 CoreForward core_forward(HEADWISE_CORE_PARAMETERS) { return forward(HEADWISE_CORE_INPUTS); }
 
-Tensor self(HEADWISE_SELF_PARAMETERS) { return std::get<0>(forward(HEADWISE_SELF_INPUTS)); }
-Tensor multihead(HEADWISE_MULTIHEAD_PARAMETERS) {
-  return std::get<0>(forward(HEADWISE_MULTIHEAD_INPUTS));
+template <typename Inputs>
+Tensor output(const Inputs& in) {
+#ifdef HEADWISE_CUDA
+  if (kernels_run(in)) return std::get<0>(device::forward(in, /*keep=*/false));
+#endif
+  return std::get<0>(grouped::forward(in));
 }
+Tensor self(HEADWISE_SELF_PARAMETERS) { return output(HEADWISE_SELF_INPUTS); }
+Tensor multihead(HEADWISE_MULTIHEAD_PARAMETERS) { return output(HEADWISE_MULTIHEAD_INPUTS); }
 Tensor core(HEADWISE_CORE_PARAMETERS) { return std::get<0>(forward(HEADWISE_CORE_INPUTS)); }
 
 SelfBackward self_backward(const Tensor& grad_output, HEADWISE_SELF_PARAMETERS, const Tensor& q,

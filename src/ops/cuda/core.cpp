@@ -6,6 +6,8 @@
 
 #include "kernels/cuda/decode.h"
 #include "ops/cuda/arguments.h"
+#include "ops/cuda/choices.h"
+#include "ops/cuda/flash.h"
 #include "ops/cuda/launch.h"
 #include "ops/cuda/selected.h"
 
@@ -17,6 +19,7 @@ using at::Tensor;
 /// Everything that forward and backward share; holds the tensors that the arguments point to.
 struct Core {
   Tensor q, k, v, weight;
+  bool flash;  ///< the forward by flash.h
   Selected selected;
   Masks masks;
   PairAttentionArguments a{};
@@ -25,13 +28,14 @@ struct Core {
       : q(dense_rows(in.q)),
         k(dense_rows(in.k)),
         v(dense_rows(in.v)),
-        selected(select(in.index, in.count, q.size(1))),
+        flash(takes_flash(in)),
+        selected(select(in.index, in.count, q.size(1), flash ? k.size(2) : 0)),
         masks(in.arguments, q.scalar_type(), q.device(), q.size(0), q.size(1), q.size(2),
               k.size(2)) {
     masks.apply(a);
     a.type = element_of(q.scalar_type());
     a.chosen = selected.chosen;
-    a.by_place = false;
+    a.packed = false;
     a.group = k.size(1) ? q.size(1) / k.size(1) : 1;
     a.queries = q.size(2), a.keys = k.size(2), a.added = 0;
     a.width = q.size(3), a.value_width = v.size(3);
@@ -42,6 +46,31 @@ struct Core {
       weight = in.weight->to(lse_type(q.scalar_type())).contiguous();  // [B, H]
       a.weight = weight.const_data_ptr();
     }
+  }
+
+  /// Where heads lie one after another; a decoding step has a kernel of its own.
+  bool takes_flash(const CoreInputs& in) const {
+    const auto& arguments = in.arguments;
+    const int64_t L = q.size(2), S = k.size(2);
+    return L > 1 && S > 0 && !arguments.key_padding_mask && !arguments.attn_mask &&
+           arguments.dropout_p == 0 && (!arguments.is_causal || L == S) && q.is_contiguous() &&
+           k.is_contiguous() && v.is_contiguous() && q.size(3) == v.size(3) &&
+           flash_takes(q.scalar_type(), q.size(0) * q.size(1), std::max(L, S), q.size(3)) &&
+           flash_wanted();
+  }
+
+  /// Every (sequence, head) pair is a sequence of flash.h; those not chosen use no key, for which
+  /// it writes zeros and computes nothing. -> context [B, H, L, d], lse [B, H, L]
+  std::tuple<Tensor, Tensor> flash_attention() const {
+    const int64_t B = q.size(0), H = q.size(1), L = q.size(2), S = k.size(2);
+    const auto rows = [](const Tensor& t) { return t.view({-1, 1, t.size(3)}); };
+    const auto pairs = at::arange(B * H + 1, selected.lists.options());
+    const auto begins = pairs * L;  // [B H + 1]
+    // The heads of a group begin at the same keys.
+    const auto begins_k = a.group == 1 && L == S ? begins : pairs.floor_divide(a.group) * S;
+    auto [context, lse] = flash_forward(rows(q), rows(k), rows(v),
+                                        {begins, begins_k, L, S, a.causal, a.scale}, selected.used);
+    return {context.view(q.sizes()), lse.view({B, H, L})};
   }
 };
 
@@ -62,6 +91,11 @@ CoreForward forward(const CoreInputs& in) {
   auto& a = core.a;
   const auto& q = core.q;
   const int64_t B = q.size(0), H = q.size(1), L = q.size(2);
+  if (core.flash) {
+    const auto [context, lse] = core.flash_attention();
+    if (!in.weight) return {context, at::empty({0}, q.options()), lse};
+    return {(context * core.weight.unsqueeze(2).unsqueeze(3)).to(q.scalar_type()), context, lse};
+  }
   auto output = at::zeros({B, H, L, a.value_width}, q.options());
   auto context = in.weight ? at::empty_like(output) : at::empty({0}, q.options());
   auto lse = at::empty({B, H, L}, q.options().dtype(lse_type(q.scalar_type())));
@@ -70,7 +104,7 @@ CoreForward forward(const CoreInputs& in) {
   a.lse = lse.mutable_data_ptr();
   if (L == 1 && !a.dropout_seed && H > 0) {
     // Enough splits of the keys to fill a device of any size, also where few heads are chosen.
-    constexpr int64_t kBlocks = 2048;
+    constexpr int64_t kBlocks = 1024;
     const auto shape = kernels::cuda::decode_shape(B, H / a.group, a.keys, kBlocks);
     auto partial = at::empty({kernels::cuda::decode_scratch(a, shape)}, lse.options());
     check_launch(kernels::cuda::decode(a, shape, partial.mutable_data_ptr(), current_stream()));
@@ -95,8 +129,9 @@ CoreBackward backward(const Tensor& grad_output, const CoreInputs& in, const Ten
   auto delta = at::empty({B, H, L}, options);
   const bool wants_weight = in.weight && needs[3];
   auto grad_weight = wants_weight ? at::zeros({B, H}, options) : Tensor();
+  a.context_vectors = aligned(grad) && aligned(in.weight ? context : output);
   check_launch(kernels::cuda::attention_delta(
-      a, delta.mutable_data_ptr(), wants_weight ? grad_weight.mutable_data_ptr() : nullptr,
+      a, delta.mutable_data_ptr(), wants_weight ? grad_weight.mutable_data_ptr() : nullptr, false,
       current_stream()));
   auto grad_q = at::zeros({B, H, L, a.width}, q.options());
   auto grad_k = at::zeros({B, H, S, a.width}, q.options());

@@ -7,6 +7,8 @@
 #include <cmath>
 
 #include "ops/cuda/arguments.h"
+#include "ops/cuda/choices.h"
+#include "ops/cuda/flash.h"
 #include "ops/cuda/launch.h"
 #include "ops/cuda/selected.h"
 
@@ -25,10 +27,11 @@ struct Layer {
   const MultiheadInputs& in;
   const Tensor* joint;  ///< or null
   Tensor query, key, value, weight;
-  Selected selected;
-  Masks masks;
   int64_t B, L, S, K, H, d, added;
   at::ScalarType type, accumulator;
+  bool flash;  ///< attention by flash.h
+  Selected selected;
+  Masks masks;
 
   Layer(const MultiheadInputs& inputs, const Tensor* joint_weight)
       : in(inputs),
@@ -37,9 +40,6 @@ struct Layer {
         key(in.key.is_same(in.query) ? query : dense_rows(in.key)),
         value(in.value.is_same(in.query) ? query : dense_rows(in.value)),
         weight(in.weight.to(lse_type(query.scalar_type())).contiguous()),
-        selected(select(in.index, in.count, in.num_heads)),
-        masks(in.arguments, query.scalar_type(), query.device(), query.size(0), in.num_heads,
-              query.size(1), key.size(1)),
         B(query.size(0)),
         L(query.size(1)),
         S(key.size(1)),
@@ -48,10 +48,21 @@ struct Layer {
         d(H ? in.weights.q_weight.size(0) / H : 0),
         added(in.weights.bias_k.has_value() + in.weights.add_zero_attn),
         type(query.scalar_type()),
-        accumulator(lse_type(type)) {}
+        accumulator(lse_type(type)),
+        flash(L == S && added == 0 && !in.arguments.key_padding_mask && !in.arguments.attn_mask &&
+              in.arguments.dropout_p == 0 && flash_takes(type, B * K, L, d) && flash_wanted()),
+        selected(select(in.index, in.count, H, flash ? L : 0)),
+        masks(in.arguments, type, query.device(), B, H, L, S) {}
 
   Tensor buffer(int64_t rows_) const { return at::empty({B, K, rows_, d}, query.options()); }
   at::TensorOptions sums() const { return query.options().dtype(accumulator); }
+
+  double scale() const { return in.arguments.scale.value_or(d ? 1 / std::sqrt(double(d)) : 1.0); }
+  FlashShape flash_shape() const {
+    return {selected.begins, selected.begins, L, L, in.arguments.is_causal, scale()};
+  }
+  /// A buffer as flash.h takes it.
+  Tensor flash_rows(const Tensor& t) const { return t.view({B * K * L, 1, d}); }
 
   /// The arguments of attention over buffers q, k, v.
   PairAttentionArguments attention(const Tensor& q, const Tensor& k, const Tensor& v) const {
@@ -59,11 +70,11 @@ struct Layer {
     masks.apply(a);
     a.type = element_of(type);
     a.chosen = selected.chosen;
-    a.by_place = true, a.group = 1;
+    a.packed = true, a.group = 1;
     a.queries = L, a.keys = S + added, a.added = added;
     a.width = a.value_width = d;
-    a.scale = in.arguments.scale.value_or(d ? 1 / std::sqrt(double(d)) : 1.0);
-    a.q = units(q), a.k = units(k), a.v = units(v);
+    a.scale = scale();
+    a.q = packed_units(q), a.k = packed_units(k), a.v = packed_units(v);
     a.vectors = aligned(q) && aligned(k) && aligned(v);
     return a;
   }
@@ -85,15 +96,15 @@ void add_part(ProjectArguments& a, const Tensor& input, const Tensor& weight, co
 
 Tensor defined_or_empty(const OptionalTensor& t) { return t ? t->contiguous() : Tensor(); }
 
-/// Row `row` of the keys and values [B, K, R, d]: the head's part of `values` [E], or zeros.
+/// Row `row` of the packed keys or values: the head's part of `values` [E], or zeros.
 void fill_row(const Layer& l, Tensor& packed, int64_t row, const OptionalTensor& values) {
   auto to = packed.select(2, row);  // [B, K, d]
   if (!values) {
     to.zero_();
     return;
   }
-  const auto heads = l.selected.head.clamp_min(0).view({-1});  // [B K]
-  to.copy_(values->view({l.H, l.d}).index_select(0, heads).view({l.B, l.K, l.d}));
+  const auto heads = l.selected.packed_head.clamp_min(0);  // [B K]
+  to.copy_(values->reshape({l.H, l.d}).index_select(0, heads).view({l.B, l.K, l.d}));
 }
 
 /// sum over parts of the packed rows times the rows of their heads in `weight` [C, parts * E].
@@ -105,6 +116,7 @@ Tensor combine(const Layer& l, const std::vector<const Tensor*>& packed,
   a.type = element_of(l.type);
   a.chosen = l.selected.chosen;
   a.width = l.d, a.rows = rows_, a.columns = weight.size(0);
+  a.warpgroups = warpgroups_wanted();
   a.vectors = aligned(weight);
   for (size_t p = 0; p < packed.size(); ++p) {
     a.part[a.parts++] = {packed[p]->const_data_ptr(), packed[p]->size(2), limits[p]};
@@ -147,8 +159,10 @@ WeightGradient outer(const Layer& l, const std::vector<OuterInput>& parts, const
   a.splits = static_cast<int>(
       std::clamp<int64_t>(kBlocks / std::max<int64_t>(tiles, 1), 1,
                           std::max<int64_t>(1, std::min<int64_t>(longest / kRows, 16))));
-  auto partial = at::empty({a.splits, a.parts * l.H * l.d, a.columns}, l.sums());
-  auto sums = wants_bias ? at::empty({a.splits, a.parts * l.H * l.d}, l.sums()) : Tensor();
+  a.rounded = a.splits == 1;
+  const auto stored = a.rounded ? l.query.options() : l.sums();
+  auto partial = at::empty({a.splits, a.parts * l.H * l.d, a.columns}, stored);
+  auto sums = wants_bias ? at::empty({a.splits, a.parts * l.H * l.d}, stored) : Tensor();
   a.factor = factor ? factor->const_data_ptr() : nullptr;
   a.partial = partial.mutable_data_ptr();
   // Sums are made by the blocks of the first columns; an input without columns has none.
@@ -156,23 +170,23 @@ WeightGradient outer(const Layer& l, const std::vector<OuterInput>& parts, const
   a.sums = wants_bias ? sums.mutable_data_ptr() : nullptr;
   check_launch(kernels::cuda::outer(a, current_stream()));
   const auto total = [&](const Tensor& t) {
-    return (a.splits == 1 ? t.squeeze(0) : t.sum(0)).to(l.type);
+    return a.rounded ? t.squeeze(0) : t.sum(0).to(l.type);
   };
   return {total(partial), wants_bias ? total(sums) : Tensor()};
 }
 
-LayerForward layer_forward(const Layer& l) {
+/// Without `keep`, what only a backward reads is not held while the output is made, nor returned.
+LayerForward layer_forward(const Layer& l, bool keep) {
   const auto& in = l.in;
   const auto& w = in.weights;
-  auto q = l.buffer(l.L), k = l.buffer(l.S + l.added), v = l.buffer(l.S + l.added),
-       context = l.buffer(l.L);
-  auto lse = at::empty({l.B, l.K, l.L}, l.sums());
+  auto q = l.buffer(l.L), k = l.buffer(l.S + l.added), v = l.buffer(l.S + l.added);
   const auto q_weight = dense_rows(w.q_weight), k_weight = dense_rows(w.k_weight),
              v_weight = dense_rows(w.v_weight);
   const auto q_bias = defined_or_empty(w.q_bias), k_bias = defined_or_empty(w.k_bias),
              v_bias = defined_or_empty(w.v_bias);
   ProjectArguments p{};
   p.type = element_of(l.type), p.chosen = l.selected.chosen, p.width = l.d;
+  p.warpgroups = warpgroups_wanted();
   add_part(p, l.query, q_weight, q_bias, q, nullptr);
   add_part(p, l.key, k_weight, k_bias, k, l.masks.limits());
   add_part(p, l.value, v_weight, v_bias, v, l.masks.limits());
@@ -185,10 +199,19 @@ LayerForward layer_forward(const Layer& l) {
     fill_row(l, k, l.S + l.added - 1, {});
     fill_row(l, v, l.S + l.added - 1, {});
   }
-  auto a = l.attention(q, k, v);
-  a.context = units(context);
-  a.lse = lse.mutable_data_ptr();
-  check_launch(kernels::cuda::attention_forward(a, current_stream()));
+  Tensor context, lse;
+  if (l.flash) {
+    std::tie(context, lse) = flash_forward(l.flash_rows(q), l.flash_rows(k), l.flash_rows(v),
+                                           l.flash_shape(), std::nullopt);
+    context = context.view(q.sizes()), lse = lse.view({l.B, l.K, l.L});
+  } else {
+    context = l.buffer(l.L), lse = at::empty({l.B, l.K, l.L}, l.sums());
+    auto a = l.attention(q, k, v);
+    a.context = packed_units(context);
+    a.lse = lse.mutable_data_ptr();
+    check_launch(kernels::cuda::attention_forward(a, current_stream()));
+  }
+  if (!keep) q = k = v = lse = Tensor();
   const auto out_weight = dense_rows(w.out_proj_weight),
              out_bias = defined_or_empty(w.out_proj_bias);
   auto y = combine(l, {&context}, {nullptr}, out_weight, l.L, &l.weight, out_bias);
@@ -204,7 +227,7 @@ struct LayerGradients {
 
 /// Gradient of an added row [E] from that of the keys or values [B, K, R, d].
 Tensor row_gradient(const Layer& l, const Tensor& grad) {
-  const auto heads = l.selected.head.view({-1});  // [B K]
+  const auto& heads = l.selected.packed_head;  // [B K]
   const auto rows_ = grad.select(2, l.S).reshape({-1, l.d}).to(l.accumulator);
   const auto chosen = rows_.masked_fill(heads.lt(0).unsqueeze(1), 0);
   return at::zeros({l.H, l.d}, l.sums())
@@ -231,32 +254,43 @@ LayerGradients layer_backward(const Layer& l, const Tensor& grad_output, const L
   const auto out_weight = w.out_proj_weight.t().contiguous();  // [E, D]
   ProjectArguments p{};
   p.type = element_of(l.type), p.chosen = l.selected.chosen, p.width = l.d;
+  p.warpgroups = warpgroups_wanted();
   add_part(p, grad, out_weight, {}, grad_context, nullptr);
   check_launch(kernels::cuda::project(p, current_stream()));
 
   auto delta = at::empty({l.B, l.K, l.L}, l.sums());
   auto grad_weight = needs[11] ? at::zeros({l.B, l.H}, l.sums()) : Tensor();
-  auto dq = l.buffer(l.L), dk = l.buffer(l.S + l.added), dv = l.buffer(l.S + l.added);
   auto a = l.attention(saved.q, saved.k, saved.v);
   a.vectors = a.vectors && aligned(grad_context);
   a.weight = l.weight.const_data_ptr();
-  a.grad_context = units(grad_context), a.context = units(saved.context);
+  a.grad_context = packed_units(grad_context), a.context = packed_units(saved.context);
+  a.context_vectors = aligned(grad_context) && aligned(saved.context);
   check_launch(kernels::cuda::attention_delta(a, delta.mutable_data_ptr(),
                                               needs[11] ? grad_weight.mutable_data_ptr() : nullptr,
-                                              current_stream()));
+                                              l.flash, current_stream()));
   if (needs[11]) g.weight = grad_weight.to(l.in.weight.scalar_type());
   Tensor grad_mask;
   if (needs[14]) {
     grad_mask = at::zeros({l.B, l.H, l.L, l.S}, l.sums());
     a.grad_mask = grad_mask.mutable_data_ptr();
   }
-  a.lse = const_cast<void*>(saved.lse.const_data_ptr()), a.delta = delta.const_data_ptr();
-  a.grad_q = units(dq), a.grad_k = units(dk), a.grad_v = units(dv);
-  check_launch(kernels::cuda::attention_backward(a, current_stream()));
+  Tensor dq, dk, dv;
+  if (l.flash) {
+    std::tie(dq, dk, dv) = flash_backward(
+        l.flash_rows(grad_context), l.flash_rows(saved.q), l.flash_rows(saved.k),
+        l.flash_rows(saved.v), l.flash_rows(saved.context), saved.lse.view({-1}), l.flash_shape());
+    for (auto* t : {&dq, &dk, &dv}) *t = t->view(saved.q.sizes());
+  } else {
+    dq = l.buffer(l.L), dk = l.buffer(l.S + l.added), dv = l.buffer(l.S + l.added);
+    a.lse = const_cast<void*>(saved.lse.const_data_ptr()), a.delta = delta.const_data_ptr();
+    a.grad_q = packed_units(dq), a.grad_k = packed_units(dk), a.grad_v = packed_units(dv);
+    check_launch(kernels::cuda::attention_backward(a, current_stream()));
+  }
   if (needs[14]) {
     const auto& mask = *l.in.arguments.attn_mask;
     g.attn_mask = at::sum_to(grad_mask, mask.sizes()).to(mask.scalar_type());
   }
+  grad_context = delta = Tensor();  // room for the gradients that follow
   if (needs[12]) g.bias_k = row_gradient(l, dk);
   if (needs[13]) g.bias_v = row_gradient(l, dv);
 
@@ -332,17 +366,17 @@ std::string refusal(const MultiheadInputs& in) {
 }
 std::string refusal(const SelfInputs& in) { return refusal(as_multihead(in)); }
 
-LayerForward forward(const MultiheadInputs& in) {
+LayerForward forward(const MultiheadInputs& in, bool keep) {
   check_inputs(in);
   const DeviceGuard guard(in.query.device());
-  return layer_forward(Layer(in, nullptr));
+  return layer_forward(Layer(in, nullptr), keep);
 }
 
-LayerForward forward(const SelfInputs& in) {
+LayerForward forward(const SelfInputs& in, bool keep) {
   check_inputs(in);
   const DeviceGuard guard(in.x.device());
   const auto inputs = as_multihead(in);
-  return layer_forward(Layer(inputs, &in.in_proj_weight));
+  return layer_forward(Layer(inputs, &in.in_proj_weight), keep);
 }
 
 MultiheadBackward backward(const Tensor& grad_output, const MultiheadInputs& in,

@@ -15,8 +15,9 @@ std::string refusal(const MultiheadInputs& in);
 std::string refusal(const SelfInputs& in);
 std::string refusal(const CoreInputs& in);
 
-LayerForward forward(const SelfInputs& in);
-LayerForward forward(const MultiheadInputs& in);
+/// Without `keep`, only the output: what a backward would read is undefined.
+LayerForward forward(const SelfInputs& in, bool keep = true);
+LayerForward forward(const MultiheadInputs& in, bool keep = true);
 CoreForward forward(const CoreInputs& in);
 SelfBackward backward(const at::Tensor& grad_output, const SelfInputs& in, const LayerSaved& saved,
                       const Needs<7>& needs);

@@ -17,7 +17,7 @@ using kernels::cuda::WorkListShape;
 /// The device's list by one thread.
 void host_work_list(const WorkListShape& shape, const int32_t* index, const int32_t* count,
                     int32_t* slot, const WorkListOutput& out) {
-  kernels::cuda::clear_slots(shape, 0, 1, slot);
+  kernels::cuda::clear_slots(shape, 0, 1, slot, out);
   kernels::cuda::mark_slots(shape, 0, 1, index, count, slot, out);
   const int32_t total = kernels::cuda::count_chunk(shape, 0, 1, slot);
   kernels::cuda::write_chunk(shape, 0, 1, slot, 0, total, out);

@@ -12,12 +12,14 @@
 #include <string>
 #include <vector>
 
+#include "emulator/memory.h"
+
 namespace headwise::emulator {
 namespace {
 
 constexpr int kLanes = 32, kSlot = 128;
 constexpr size_t kStack = 128 * 1024;
-constexpr int64_t kAlign = 128, kGuard = 1024;
+constexpr int64_t kAlign = 1024, kGuard = 1024;
 
 struct Copy {
   void* to;
@@ -34,20 +36,21 @@ struct Fiber {
   jmp_buf point;
   bool started = false;
   State state = State::ready;
-  int meetings = 0;  // of its warp, this far
+  int meetings = 0;       // of its warp, this far
+  bool unfenced = false;  // copies have arrived since its last fence
   std::deque<std::vector<Copy>> committed;
   std::vector<Copy> copies;
 };
 
 struct Warp {
-  int arrived = 0;
+  int arrived = 0, bytes = 0;  // of the lanes that wait, what each hands in
   // Two sets: a lane that has left a meeting may hand in for the next while others still read.
   alignas(16) unsigned char data[2][kLanes * kSlot];
 };
 
 struct Device {
   std::vector<Fiber> fibers;
-  std::vector<Warp> warps;
+  Warp warps[1024 / kLanes];
   std::vector<unsigned char> shared;  // with room to align it, and kGuard bytes behind it
   int64_t shared_bytes = 0;
   const std::function<void()>* kernel = nullptr;
@@ -55,10 +58,13 @@ struct Device {
   int current = 0;
   int64_t block = 0;
   int threads = 0, waiting = 0;
+  bool unfenced = false;  // of some thread, at the last barrier
   std::string error;
 };
 
 Device device;
+
+void runs(int thread) { memory::runs(thread, device.fibers[thread].stack.get(), kStack); }
 
 Fiber& self() { return device.fibers[device.current]; }
 
@@ -80,6 +86,7 @@ void entry() {
 
 void resume(int thread) {
   device.current = thread;
+  runs(thread);
   if (_setjmp(device.scheduler)) return;
   auto& fiber = self();
   if (fiber.started) _longjmp(fiber.point, 1);
@@ -95,7 +102,7 @@ void resume(int thread) {
 void run_block(std::mt19937& generator, std::vector<int>& order) {
   for (auto& fiber : device.fibers) {
     fiber.started = false, fiber.state = State::ready, fiber.meetings = 0;
-    fiber.committed.clear(), fiber.copies.clear();
+    fiber.committed.clear(), fiber.copies.clear(), fiber.unfenced = false;
   }
   for (auto& warp : device.warps) warp.arrived = 0;
   std::fill(device.shared.begin(), device.shared.end(), 0xff);
@@ -128,8 +135,14 @@ void run_block(std::mt19937& generator, std::vector<int>& order) {
     if (count(State::barrier) + done == device.threads) {
       if (done) fail("a thread left the kernel while others wait at a barrier");
       for (int t = 0; t < device.threads; ++t)
-        if (device.fibers[t].state == State::barrier) device.fibers[t].state = State::ready;
+        if (device.fibers[t].state == State::barrier) {
+          if (t == 0) device.unfenced = false;
+          device.unfenced |= device.fibers[t].unfenced;
+          device.fibers[t].state = State::ready;
+          memory::passes_barrier(t);
+        }
     } else if (!ran) {
+      memory::launch_ends();
       throw std::runtime_error("emulator: the lanes of a warp do not meet");
     }
   }
@@ -154,6 +167,8 @@ const unsigned char* exchange(const void* data, int bytes) {
   auto& warp = device.warps[device.current / kLanes];
   auto* slots = warp.data[fiber.meetings++ % 2];
   if (bytes > kSlot) fail("exchange: too much data");
+  if (warp.arrived && warp.bytes != bytes) fail("the lanes of a warp meet for different things");
+  warp.bytes = bytes;
   std::memcpy(slots + kSlot * (device.current % kLanes), data, bytes);
   if (++warp.arrived == kLanes) {
     warp.arrived = 0;
@@ -164,6 +179,7 @@ const unsigned char* exchange(const void* data, int bytes) {
     fiber.state = State::warp;
     leave();
   }
+  if (bytes == 0) memory::passes_warp_barrier(device.current);
   return slots;
 }
 
@@ -180,8 +196,15 @@ void copy_async(void* to, const void* from, int bytes) {
   const auto* at = static_cast<unsigned char*>(to);
   if (at < first || at + 16 > first + device.shared_bytes)
     fail("copy_async: not in the shared memory of the block");
+  memory::copy_begins(to, from, bytes);
   std::memset(to, 0xff, 16);  // unreadable until it has arrived
   self().copies.push_back({to, from, bytes});
+}
+
+void async_read_fence() { self().unfenced = false; }
+
+void check_async_reads() {
+  if (device.unfenced) fail("tensor cores read what arrived without a fence");
 }
 
 void copy_commit() {
@@ -195,6 +218,8 @@ void copy_wait(int remaining) {
     for (const auto& copy : groups.front()) {
       std::memcpy(copy.to, copy.from, copy.bytes);
       std::memset(static_cast<char*>(copy.to) + copy.bytes, 0, 16 - copy.bytes);
+      memory::copy_arrives(copy.to);
+      self().unfenced = true;
     }
     groups.pop_front();
   }
@@ -202,11 +227,11 @@ void copy_wait(int remaining) {
 
 void run(const std::function<void()>& kernel, int64_t blocks, int threads, int64_t shared_bytes) {
   if (blocks == 0) return;
-  if (threads % kLanes) throw std::runtime_error("emulator: threads must fill their warps");
+  if (threads % kLanes || threads > 1024)
+    throw std::runtime_error("emulator: a block has whole warps, at most 32");
   if (shared_bytes > 227 * 1024) throw std::runtime_error("emulator: too much shared memory");
   device.threads = threads;
   while (static_cast<int>(device.fibers.size()) < threads) device.fibers.emplace_back();
-  while (static_cast<int>(device.warps.size()) * kLanes < threads) device.warps.emplace_back();
   device.shared_bytes = shared_bytes;
   device.shared.assign(shared_bytes + kAlign + kGuard, 0xff);
   device.kernel = &kernel;
@@ -214,8 +239,13 @@ void run(const std::function<void()>& kernel, int64_t blocks, int threads, int64
   std::mt19937 generator(12345);
   std::vector<int> order(threads / kLanes);
   std::iota(order.begin(), order.end(), 0);
-  for (device.block = 0; device.block < blocks && device.error.empty(); ++device.block)
+  memory::launch_begins(shared(), shared_bytes, kGuard);
+  for (device.block = 0; device.block < blocks && device.error.empty(); ++device.block) {
+    memory::block_begins(device.block, threads);
     run_block(generator, order);
+    if (*memory::found()) fail(memory::found());
+  }
+  memory::launch_ends();
   device.kernel = nullptr;
   if (!device.error.empty()) throw std::runtime_error("emulator: " + device.error);
 }

@@ -30,6 +30,9 @@ void copy_async(void* to, const void* from, int bytes);
 void copy_commit();
 void copy_wait(int remaining);
 void check_aligned(const void* pointer, int bytes, const char* what);
+/// Of what has arrived before the last barrier, nothing lacks a fence.
+void async_read_fence();
+void check_async_reads();
 
 void run(const std::function<void()>& kernel, int64_t blocks, int threads, int64_t shared_bytes);
 
@@ -140,12 +143,47 @@ void multiply_accumulate(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
     }
 }
 
+inline void async_read_fence() { emulator::async_read_fence(); }
+
+template <typename T>
+void warpgroup_multiply_accumulate(float (&c)[16][4], const uint32_t (&a)[4][4], const T* b) {
+  emulator::check_aligned(b, 1024, "warpgroup_multiply_accumulate");
+  emulator::check_async_reads();
+  const auto* data = emulator::exchange(&a, sizeof a);
+  const int g = thread_index() % 32 / 4, t = thread_index() % 4;
+  for (int k = 0; k < 64; k += 2) {
+    float left[2][2];  // rows g and g + 8, columns k and k + 1
+    for (int row = 0; row < 2; ++row) {
+      uint32_t bits;
+      std::memcpy(&bits,
+                  data + 128 * (4 * g + k % 8 / 2) + 16 * (k / 16) + 4 * (k / 8 % 2 * 2 + row),
+                  sizeof bits);
+      unpack<T>(bits, left[row][0], left[row][1]);
+    }
+    for (int n = 0; n < 16; ++n)
+      for (int e = 0; e < 2; ++e) {
+        const int column = 8 * n + 2 * t + e;
+        const T* const right = b + 64 * column + ((k / 8) ^ (column % 8)) * 8 + k % 8;
+        for (int row = 0; row < 2; ++row)
+          c[n][2 * row + e] += left[row][0] * static_cast<float>(right[0]) +
+                               left[row][1] * static_cast<float>(right[1]);
+      }
+  }
+}
+
+inline float larger(float a, float b) { return std::fmax(a, b); }
+inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 inline float power_of_two(float x) { return std::exp2(x); }
 
 template <typename Kernel>
 int launch(const Kernel& kernel, int64_t blocks, int64_t shared_bytes, CUstream_st*) {
   emulator::run([&] { kernel(); }, blocks, Kernel::kThreads, shared_bytes);
   return 0;
+}
+
+template <typename Kernel>
+bool warpgroups_run() {
+  return true;
 }
 
 }  // namespace headwise::kernels::cuda

@@ -3,9 +3,15 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include "emulator/memory.h"
 #include "ops/cuda/budget_gate.h"
 #include "ops/cuda/launch.h"
 #include "ops/cuda/selected.h"
+#include "ops/cuda/statistics.h"
+
+namespace headwise::emulator {
+int faulty(int fault, const float* from, float* to);  // faults.h
+}
 
 namespace headwise::ops::device {
 namespace {
@@ -44,9 +50,42 @@ Tensor select_heads(const Tensor& relevance, const Tensor& count) {
   return index;
 }
 
+/// Copies between tensor [B, Hs, R, w] and packed [N, R, w] for pairs (batch[i], head[i]).
+Tensor gather_heads(const Tensor& tensor, const Tensor& batch, const Tensor& head, int64_t group) {
+  auto packed = at::empty({batch.size(0), tensor.size(2), tensor.size(3)}, tensor.options());
+  check_launch(
+      kernels::cuda::gather_heads({tensor.size(2), tensor.size(3), group, tensor.stride(0),
+                                   tensor.stride(1), tensor.stride(2), tensor.stride(3)},
+                                  tensor.const_data_ptr(), static_cast<int>(tensor.element_size()),
+                                  batch.const_data_ptr<int32_t>(), head.const_data_ptr<int32_t>(),
+                                  batch.size(0), packed.mutable_data_ptr(), current_stream()));
+  return packed;
+}
+void scatter_heads(const Tensor& packed, const Tensor& batch, const Tensor& head,
+                   const Tensor& tensor) {
+  check_launch(
+      kernels::cuda::scatter_heads({tensor.size(2), tensor.size(3), 1, tensor.stride(0),
+                                    tensor.stride(1), tensor.stride(2), tensor.stride(3)},
+                                   packed.const_data_ptr(), static_cast<int>(packed.element_size()),
+                                   batch.const_data_ptr<int32_t>(), head.const_data_ptr<int32_t>(),
+                                   batch.size(0), tensor.mutable_data_ptr(), current_stream()));
+}
+
+/// Runs a kernel with a mistake of emulator/faults.h.
+Tensor faulty(int64_t fault) {
+  const auto from = at::rand({256}), to = at::zeros({128});
+  check_launch(emulator::faulty(static_cast<int>(fault), from.const_data_ptr<float>(),
+                                to.mutable_data_ptr<float>()));
+  return to;
+}
+
 }  // namespace
 
 TORCH_LIBRARY(headwise_emulated, m) {
+  // In evaluation, where nothing is kept for a backward.
+  m.def("self_attention", [](HEADWISE_SELF_PARAMETERS) {
+    return std::get<0>(forward(HEADWISE_SELF_INPUTS, /*keep=*/false));
+  });
   m.def("self_attention_forward", self_forward);
   m.def("self_attention_backward", self_backward);
   m.def("multihead_attention_forward", multihead_forward);
@@ -56,6 +95,14 @@ TORCH_LIBRARY(headwise_emulated, m) {
   m.def("budget_gate", budget_gate);
   m.def("select_heads", select_heads);
   m.def("takes_budget_gate", takes_budget_gate);
+  m.def("attention_statistics", attention_statistics);
+  m.def("gather_heads", gather_heads);
+  m.def("scatter_heads", scatter_heads);
+  m.def("faulty", faulty);
+  m.def("watch", [](bool on) {
+    emulator::memory::watch_tensors(on);
+    return emulator::memory::watched();
+  });
 }
 
 }  // namespace headwise::ops::device
