@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <map>
 #include <set>
@@ -130,6 +131,69 @@ bool may_replace(const std::string& folder) {
   return is_regular_file(folder + "/" + kDescription) || is_empty_folder(folder);
 }
 
+/// The gates of a layer that put heads to sleep, by the names that Python gives their layers.
+std::vector<std::pair<std::string, SleepGateImpl*>> sleeping(const std::string& name,
+                                                             const MultiheadAttention& layer) {
+  std::vector<std::pair<std::string, SleepGateImpl*>> found;
+  for (const auto& item : layer->named_modules("", /*include_self=*/false)) {
+    auto* gate = dynamic_cast<SleepGateImpl*>(item.value().get());
+    if (gate == nullptr) continue;
+    std::string key = join(name, item.key());
+    if (key == "gate") {
+      key.clear();
+    } else if (key.ends_with(".gate")) {
+      key.resize(key.size() - 5);
+    }
+    found.emplace_back(key, gate);
+  }
+  return found;
+}
+
+void restore_moves(const Model& model, const Json& moves, const std::string& what) {
+  std::map<std::string, std::pair<SleepGateImpl*, std::vector<HeadMove>>> own;
+  for (const auto& [name, layer] : model.layers) {
+    for (const auto& [key, gate] : sleeping(name, layer)) own[key].first = gate;
+  }
+  for (const Json& entry : moves) {
+    check_keys(entry, {"layer", "step", "progress", "head", "event", "score"}, what);
+    TORCH_CHECK_VALUE(entry["progress"].is_number() && entry["score"].is_number(),
+                      "progress and score of ", what, " must be numbers");
+    const std::string event = get_string(entry, "event", what);
+    TORCH_CHECK_VALUE(event == "sleeps" || event == "wakes", "event of ", what,
+                      " must be \"sleeps\" or \"wakes\", got \"", event, "\"");
+    const std::string layer = get_string(entry, "layer", what);
+    const int64_t head = as_integer(entry["head"], "head of " + what);
+    const auto found = own.find(layer);
+    TORCH_CHECK_VALUE(found != own.end() && head >= 0 && head < found->second.first->num_heads(),
+                      what, " names head ", head, " of layer '", layer,
+                      "', which no SleepGate of the model has");
+    found->second.second.push_back({as_integer(entry["step"], "step of " + what),
+                                    entry["progress"].get<double>(), 0, head, event == "wakes",
+                                    entry["score"].get<double>()});
+  }
+  for (const auto& [key, gate] : own) gate.first->set_moves(gate.second);
+}
+
+Json all_moves(const Model& model) {
+  Json found = Json::array();
+  for (const auto& [name, layer] : model.layers) {
+    for (const auto& [key, gate] : sleeping(name, layer)) {
+      for (const HeadMove& move : gate->moves()) {
+        found.push_back({{"layer", key},
+                         {"step", move.step},
+                         {"progress", move.progress},
+                         {"head", move.head},
+                         {"event", move.wakes ? "wakes" : "sleeps"},
+                         {"score", move.score}});
+      }
+    }
+  }
+  std::stable_sort(found.begin(), found.end(), [](const Json& a, const Json& b) {
+    return a["step"].get<int64_t>() < b["step"].get<int64_t>();
+  });
+  return found;
+}
+
 /// Removes a folder at the end of a scope, if it is still there.
 struct Removal {
   std::string path;
@@ -161,6 +225,12 @@ Model load(const std::string& dir, const at::Device& device) {
     structure = std::move(document["structure"]);
     document.erase("structure");
     TORCH_CHECK_VALUE(structure.is_object(), "'structure' of ", what, " must be an object");
+  }
+  Json moves = Json::array();
+  if (document.contains("moves")) {
+    moves = std::move(document["moves"]);
+    document.erase("moves");
+    TORCH_CHECK_VALUE(moves.is_array(), "'moves' of ", what, " must be a list");
   }
   check_keys(document,
              {"format", "version", "headwise_version", "architecture", "layers", "aliases"}, what);
@@ -196,6 +266,7 @@ Model load(const std::string& dir, const at::Device& device) {
     if (layer->gate) gates.push_back(layer->gate.get());
   }
   link_gates(gates);
+  restore_moves(model, moves, "'moves' of " + what);
   for (const auto& [alias, target] : document["aliases"].items()) {
     const auto found =
         target.is_string() ? model.tensors.find(target.get<std::string>()) : model.tensors.end();
@@ -228,6 +299,7 @@ void save(const Model& model, const std::string& dir) {
     document["structure"] = parse_json(model.structure, "structure");
     TORCH_CHECK_VALUE(document["structure"].is_object(), "structure must be a JSON object");
   }
+  if (Json moves = all_moves(model); !moves.empty()) document["moves"] = std::move(moves);
   document["aliases"] = Json(aliases);
 
   fs::path absolute = fs::absolute(dir).lexically_normal();

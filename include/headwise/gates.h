@@ -299,6 +299,8 @@ class HEADWISE_API SleepGateImpl : public ScheduledGateImpl {
 
   /// What moved in this layer, oldest first.
   std::vector<HeadMove> moves() const;
+  /// Replaces it, once the gate is linked; the moves' `position` does not matter.
+  void set_moves(const std::vector<HeadMove>& moves);
 
   SleepGateOptions options;
   at::Tensor awake, score, steps;

@@ -1,8 +1,8 @@
 """``headwise.save`` and ``headwise.load``: a model as a folder that describes itself.
 
-The folder holds ``headwise.json`` (the attention layers with their sizes and gates, and for a model
-of transformers its class and configuration) and ``model.safetensors`` (every tensor). C++ reads the
-same folder (``headwise/model.h``).
+The folder holds ``headwise.json`` (the attention layers with their sizes and gates, the heads that
+moved while it trained, and for a model of transformers its class and configuration) and
+``model.safetensors`` (every tensor). C++ reads the same folder (``headwise/model.h``).
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from headwise import _C
 from headwise.convert import convert
-from headwise.gates import gate_from_config, link_gates
+from headwise.gates import gate_from_config, head_moves, link_gates
+from headwise.gates.sleep import restore_moves
 from headwise.layers import attention_layers, replace_module
 from headwise.multihead_attention import MultiheadAttention
 from headwise.structured.fitting import check_document, describe_structure, fit_structure
@@ -35,7 +36,7 @@ DESCRIPTION = "headwise.json"
 WEIGHTS = "model.safetensors"
 
 _DOCUMENT_KEYS = {"format", "version", "headwise_version", "architecture", "layers", "aliases"}
-_OPTIONAL_KEYS = {"structure"}  # files written before structured pruning have none
+_OPTIONAL_KEYS = {"structure", "moves"}  # where neurons or dimensions went, or heads moved
 # What describes a layer, and the type of each value.
 _LAYER_TYPES = {
     "name": str,
@@ -172,7 +173,7 @@ def save(model: nn.Module, dir: str | os.PathLike, *, tokenizer: Any = None) -> 
             "headwise.prune, or the model before it was masked"
         )
     tensors, aliases = _unique_tensors(model)
-    structure = describe_structure(model)
+    structure, moves = describe_structure(model), head_moves(model)
     document = {
         "format": FORMAT,
         "version": VERSION,
@@ -180,6 +181,7 @@ def save(model: nn.Module, dir: str | os.PathLike, *, tokenizer: Any = None) -> 
         "architecture": _describe_architecture(model),
         "layers": [_describe_layer(name, layer) for name, layer in layers.items()],
         **({} if structure is None else {"structure": structure}),
+        **({"moves": moves} if moves else {}),
         "aliases": aliases,
     }
     text = json.dumps(document, indent=1, allow_nan=False)
@@ -235,6 +237,7 @@ def load(dir: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
         model = _fit_layer(model, layers[entry["name"]], entry)
     _load_tensors(model, tensors, folder / WEIGHTS)
     link_gates(model)
+    restore_moves(model, document.get("moves", []), f"'moves' of '{folder / DESCRIPTION}'")
     return model.eval() if built_here else model
 
 

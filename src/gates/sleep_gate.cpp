@@ -72,6 +72,18 @@ std::vector<HeadMove> SleepGateImpl::moves() const {
   return own;
 }
 
+void SleepGateImpl::set_moves(const std::vector<HeadMove>& moves) {
+  check_linked(scope_, "SleepGate");
+  auto& all = scope_->moves;
+  std::erase_if(all, [&](const HeadMove& move) { return move.position == position_; });
+  for (HeadMove move : moves) {
+    move.position = position_;
+    all.push_back(move);
+  }
+  std::stable_sort(all.begin(), all.end(),
+                   [](const HeadMove& a, const HeadMove& b) { return a.step < b.step; });
+}
+
 // Once a training forward of the model: takes in the gradients of the last one, and where it is
 // time lets heads move.
 void SleepGateImpl::advance() {

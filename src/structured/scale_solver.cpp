@@ -67,8 +67,8 @@ std::optional<std::vector<double>> ScaleSolver::solve(double damp) const {
   const Equations& found = equations();
   Eigen::MatrixXd a = found.normal;
   a.diagonal().array() += damp * found.normal.diagonal().mean();
-  const Eigen::LDLT<Eigen::MatrixXd> solver(a);
-  if (solver.info() != Eigen::Success || !(solver.vectorD().array() > 0).all()) return std::nullopt;
+  const Eigen::LLT<Eigen::MatrixXd> solver(a);
+  if (solver.info() != Eigen::Success) return std::nullopt;
   const Eigen::VectorXd change = solver.solve(found.right);
   if (!change.allFinite()) return std::nullopt;
   std::vector<double> scale(static_cast<size_t>(units()));

@@ -15,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "gates/model_gates.h"
 #include "headwise/files.h"
 
 using namespace headwise;
@@ -87,6 +88,42 @@ Model small_model() {
   model.tensors["decoder"] = model.tensors["embedding"];
   model.tensors["empty"] = torch::zeros({0, 3}, torch::kLong);
   return model;
+}
+
+TEST_F(ModelFolder, KeepsWhatMoved) {
+  Model model;
+  const auto options = MultiheadAttentionOptions(12, 3).batch_first(true).gate(
+      SleepGateOptions().keep(0.34).every(2).asleep_by(0.0));
+  std::vector<GateImpl*> gates;
+  for (const char* name : {"first", "second"}) {
+    model.layers.emplace_back(name, MultiheadAttention(options));
+    gates.push_back(model.layers.back().second->gate.get());
+  }
+  link_gates(gates);
+  for (int step = 0; step < 7; ++step) {
+    for (auto* gate : gates) {
+      gate->train();
+      const auto weight = gate->forward(torch::randn({2, 4, 12})).weight;
+      (weight * torch::rand({3})).sum().backward();
+    }
+  }
+  const auto* before = dynamic_cast<SleepGateImpl*>(gates[1]);
+  ASSERT_FALSE(before->moves().empty());
+  save(model, folder());
+  const Model again = load(folder());
+  const auto* after = dynamic_cast<SleepGateImpl*>(again.layer("second")->gate.get());
+  ASSERT_EQ(after->moves().size(), before->moves().size());
+  for (size_t i = 0; i < before->moves().size(); ++i) {
+    const auto was = before->moves()[i], is = after->moves()[i];
+    EXPECT_EQ(is.step, was.step);
+    EXPECT_EQ(is.head, was.head);
+    EXPECT_EQ(is.wakes, was.wakes);
+    EXPECT_EQ(is.score, was.score);
+  }
+  edit([](auto& document) { document["moves"][0]["layer"] = "third"; });
+  EXPECT_NE(refusal().find("of layer 'third', which no SleepGate of the model has"),
+            std::string::npos)
+      << refusal();
 }
 
 }  // namespace

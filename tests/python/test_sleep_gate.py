@@ -7,6 +7,7 @@ import pickle
 import headwise as hw
 import pytest
 import torch
+from headwise.gates.sleep import HeadMove
 
 ops = torch.ops.headwise
 D, H = 8, 4
@@ -120,10 +121,37 @@ def test_in_a_model_copies_and_files_keep_the_state(tmp_path):
     x = torch.randn(2, 4, D)
     hw.save(model, tmp_path / "m")
     loaded = hw.load(tmp_path / "m", model=build())
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), loaded):
         assert hw.head_moves(other) == moves
     with torch.no_grad():
         torch.testing.assert_close(loaded.eval()(x), model.eval()(x))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layer": "elsewhere"}, "is of head 0 of layer 'elsewhere', which no SleepGate of the"),
+        ({"head": 99}, "is of head 99 of layer 'self_attn', which no SleepGate of the model has"),
+        ({"event": "dreams"}, "entry 0 of 'moves' of .* is not a move of a head"),
+        ({"step": "one"}, "entry 0 of 'moves' of .* is not a move of a head"),
+        ({"more": 1}, "entry 0 of 'moves' of .* is not a move of a head"),
+    ],
+)
+def test_moves_in_a_file_that_are_none(tmp_path, change, message):
+    def build():
+        return torch.nn.TransformerEncoderLayer(D, H, 16, batch_first=True)
+
+    model = hw.convert(build(), hw.SleepGate(0.5))
+    gate = next(iter(hw.attention_layers(model).values())).gate
+    gate.moves.append(HeadMove(1, 0.5, 0, "sleeps", 0.25))
+    hw.save(model, tmp_path / "m")
+    path = tmp_path / "m" / "headwise.json"
+    document = json.loads(path.read_text())
+    assert document["moves"][0]["score"] == 0.25
+    document["moves"][0].update(change)
+    path.write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=message):
+        hw.load(tmp_path / "m", model=build())
 
 
 @pytest.mark.parametrize(

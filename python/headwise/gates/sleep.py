@@ -44,8 +44,8 @@ class SleepGate(ScopedGate, ScheduledGate):
     With ``scope="model"`` layers compete, so heads move from one layer to another.
 
     What moved, when and with which score is in :attr:`moves` (of a model:
-    :func:`headwise.head_moves`). The list is copied and pickled with the gate; files keep the
-    state (awake, score, steps) and not the list.
+    :func:`headwise.head_moves`). The list is copied and pickled with the gate, and
+    :func:`headwise.save` and :func:`headwise.load` keep it.
 
     Args:
         keep: share of the heads that is awake in the end, in (0, 1]; at least one head.
@@ -187,6 +187,15 @@ class SleepGate(ScopedGate, ScheduledGate):
         return Selection(index, count, weight, relevance)
 
 
+def _sleeping(model: nn.Module) -> dict[str, SleepGate]:
+    """The gates of a model that put heads to sleep, by the names of their layers."""
+    return {
+        name.removesuffix("gate").removesuffix("."): module
+        for name, module in model.named_modules()
+        if isinstance(module, SleepGate)
+    }
+
+
 def head_moves(model: nn.Module) -> list[dict[str, Any]]:
     """What the :class:`SleepGate` gates of a model moved, oldest first; JSON can hold it.
 
@@ -195,9 +204,47 @@ def head_moves(model: nn.Module) -> list[dict[str, Any]]:
         (``"sleeps"``) or woke (``"wakes"``); ``layer`` is the name of the gate's layer.
     """
     found = [
-        {"layer": name.removesuffix("gate").removesuffix("."), **move._asdict()}
-        for name, module in model.named_modules()
-        if isinstance(module, SleepGate)
-        for move in module.moves
+        {"layer": name, **move._asdict()}
+        for name, gate in _sleeping(model).items()
+        for move in gate.moves
     ]
     return sorted(found, key=lambda move: move["step"])
+
+
+def restore_moves(model: nn.Module, moves: Any, where: str) -> None:
+    """Gives the gates of a model what :func:`head_moves` returned, in place of their own.
+
+    Raises:
+        ValueError: ``moves`` is not that, or is of other gates; the text begins with ``where``.
+    """
+    gates = _sleeping(model)
+    if not isinstance(moves, list):
+        raise ValueError(f"{where} must be a list, got {moves!r}")
+    own: dict[str, list[HeadMove]] = {name: [] for name in gates}
+    for number, entry in enumerate(moves):
+        move = _move(entry)
+        if move is None:
+            raise ValueError(f"entry {number} of {where} is not a move of a head: {entry!r}")
+        gate = gates.get(entry["layer"])
+        if gate is None or move.head >= (gate.num_heads or 0):
+            raise ValueError(
+                f"entry {number} of {where} is of head {move.head} of layer '{entry['layer']}', "
+                "which no SleepGate of the model has"
+            )
+        own[entry["layer"]].append(move)
+    for name, gate in gates.items():
+        gate.moves = own[name]
+
+
+def _move(entry: Any) -> HeadMove | None:
+    kinds = {"layer": str, "step": int, "progress": float, "head": int, "event": str,
+             "score": float}  # fmt: skip
+    if not isinstance(entry, dict) or set(entry) != set(kinds):
+        return None
+    for key, kind in kinds.items():
+        allowed = (int, float) if kind is float else kind
+        if not isinstance(entry[key], allowed) or isinstance(entry[key], bool):
+            return None
+    if entry["event"] not in ("sleeps", "wakes") or entry["step"] < 0 or entry["head"] < 0:
+        return None
+    return HeadMove(**{key: kinds[key](entry[key]) for key in HeadMove._fields})
