@@ -119,6 +119,25 @@ def test_an_interrupted_run_goes_on(command, document, tmp_path, monkeypatch, ca
     assert len(calls) - before - first < 15 < first
 
 
+def test_texts_in_which_noise_changes_no_token_are_not_run_again(gated, monkeypatch):
+    model, tokenizer = load_trained(gated), load_tokenizer(gated)
+    texts = ["a good film", "the plot is dull", "it is a very good and fine film", "so poor"] * 4
+    monkeypatch.setitem(NOISES, "word drop-out", lambda text, generator: "film" if "so" in text
+                        else text)  # fmt: skip
+    found = hw.explain_data(model, texts, tokenizer, permutations=10, resamples=10)
+    rows = {row["name"]: row for row in found["stability"]}
+    assert rows["capitals"]["texts_changed"] > 0 and rows["capitals"]["jaccard"] == 1.0
+    changed = [NOISES["word drop-out"](text, None) for text in texts]
+    masks = []
+    for own in (texts, changed):
+        run = hw.explain(model, own, tokenizer=tokenizer, effects=False).inputs
+        masks.append(
+            torch.tensor([[h["on"] for s in e["layers"] for h in s["heads"]] for e in run])
+        )
+    overlap = OPS.selection_overlap(*masks).mean().item()
+    assert rows["word drop-out"]["jaccard"] == pytest.approx(overlap, abs=1e-3)
+
+
 def test_models_of_other_seeds_and_ungated_models(tiny_model, gated, tiny_texts):
     texts = ["a good film", "the plot is dull", "it is a very good and fine film", "so poor"] * 3
     model, tokenizer = load_trained(tiny_model), load_tokenizer(tiny_model)

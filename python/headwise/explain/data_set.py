@@ -199,6 +199,7 @@ class _Study:
         self.key = key
         self.seed = seed
         self.stages = stages
+        self._fingerprints: dict[int, float] = {}
         self.device = next(model.parameters()).device
 
     def batches(self, texts: Sequence[Input]) -> list[AnnotatedBatch]:
@@ -209,7 +210,15 @@ class _Study:
 
     def parts(self, name: str, model: nn.Module, **key: Any) -> Parts:
         """Where the finished batches of a measurement are kept."""
-        return Parts(self.folder(name), {**self.key, "weights": _fingerprint(model), **key})
+        if self.root is None:
+            return Parts()
+        return Parts(self.folder(name), {**self.key, "weights": self.fingerprint(model), **key})
+
+    def fingerprint(self, model: nn.Module) -> float:
+        """Of the weights, which no part of the study changes."""
+        if id(model) not in self._fingerprints:
+            self._fingerprints[id(model)] = _fingerprint(model)
+        return self._fingerprints[id(model)]
 
     def inputs(self, texts: Sequence[str]) -> list[dict[str, Tensor]]:
         """Texts as batches on the model's device."""
@@ -255,6 +264,33 @@ class _Study:
             labels=None if labels is None else torch.tensor(list(labels)),
         )
 
+    def changed_use(
+        self,
+        name: str,
+        texts: Sequence[str],
+        changed: Sequence[str],
+        use: Use,
+    ) -> Use:
+        """As :meth:`use` of the changed texts, where ``use`` is that of ``texts``: what the
+        tokenizer sees no change in (capitals, often) is not run again."""
+        rows = list(range(len(texts)))
+        if not any(map(_draws, _gates_of(self.model))):
+            before, after = self._ids(texts), self._ids(changed)
+            rows = [row for row in rows if before[row] != after[row]]
+        self.stages.done(len(texts) - len(rows))
+        if not rows:
+            return use
+        part = self.use(name.replace(" ", "-"), [changed[row] for row in rows], None, self.model)
+        merged = {}
+        for key in ("chosen", "logits", "length", "entropy"):
+            merged[key] = getattr(use, key).clone()
+            merged[key][rows] = getattr(part, key)
+        return Use(sites=use.sites, labels=use.labels, **merged)
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        limit = self.encoding["max_length"]
+        return self.tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
+
     def forward(self, model: nn.Module, batch: AnnotatedBatch) -> Tensor:
         """Class scores, float32 ``[B, C]`` on the host."""
         logits = default_forward(model, self._on_device(batch))
@@ -280,11 +316,14 @@ class _Study:
             batches,
             questions,
             folder=self.folder("roles"),
-            key={**self.key, "weights": _fingerprint(self.model)},
+            key=None if self.root is None else self._role_key(),
             progress=False,
             done=lambda texts: self.stages.done(2 * texts),
         )
         return score_roles(counts, thresholds, seed=self.seed, resamples=resamples)
+
+    def _role_key(self) -> dict[str, Any]:
+        return {**self.key, "weights": self.fingerprint(self.model)}
 
     def stability(
         self,
@@ -298,7 +337,7 @@ class _Study:
         for name, noise in NOISES.items():
             generator = random.Random(self.seed)
             changed = [noise(text, generator) for text in texts]
-            again = self.use(name.replace(" ", "-"), changed, labels, self.model)
+            again = self.changed_use(name, texts, changed, use)
             rows.append(_compared("noise", name, use, again, resamples, self.seed))
             rows[-1]["texts_changed"] = sum(a != b for a, b in zip(texts, changed, strict=True))
         if any(map(_draws, _gates_of(self.model))):
