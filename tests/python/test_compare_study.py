@@ -64,6 +64,7 @@ def test_every_run_has_what_the_design_promises(results):
         assert run["kind"] in ("dense", "static", "dynamic")
         assert 0 <= run["accuracy"] <= 1 and 0 <= run["heads_mean"] <= 1
         assert run["heads_mean"] > 0 or "share_kept" in run
+        assert ("method_seconds" in run) == (run["method"] != "dense")
         assert run["latency_ms"] > 0 and run["latency_ratio_to_dense"] > 0
         low, high = run["accuracy_interval"]
         assert low <= run["accuracy"] <= high

@@ -55,6 +55,8 @@ def summarise(runs: Sequence[dict]) -> list[dict]:
         }
         for name in _AVERAGED:
             entry[name] = sum(run[name] for run in group) / len(group)
+        if all("method_seconds" in run for run in group):
+            entry["method_seconds"] = sum(run["method_seconds"] for run in group) / len(group)
         if "domains" in group[0]:
             entry["domains"] = [
                 {

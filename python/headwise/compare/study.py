@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -252,17 +253,19 @@ class Study:
         steps = self.settings.steps
         if run.method == DENSE:
             kind, title = "dense", "dense"
-            outcome = Outcome(bench.converted(), self.settings.dense_steps)
+            outcome, took = Outcome(bench.converted(), self.settings.dense_steps), {}
         else:
             method = METHODS[run.method]
             kind, title = method.kind, method.title
             torch.manual_seed(5000 + run.seed)
             label = f"{run.task}: {title}, {run.keep:.0%}, seed {run.seed}"
             self.progress.begin_training(label, steps if method.trains else 0)
+            began = time.perf_counter()
             try:
                 outcome = method.run(bench, run.keep, steps)
             finally:
                 self.progress.end_training()
+            took = {"method_seconds": time.perf_counter() - began}
         self.progress.stage(f"{run.name}: reading the test")
         record = {
             "task": run.task,
@@ -274,6 +277,7 @@ class Study:
             "train_steps": outcome.train_steps,
             "seed": run.seed,
             "title": title,
+            **took,
             **outcome.notes,
         }
         if self.keep_models and run.method != DENSE:

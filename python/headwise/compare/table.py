@@ -14,6 +14,7 @@ COLUMNS = (
     ("differ", "mean Jaccard distance of the heads of two texts; 0 = always the same heads"),
     ("time", "measured latency, dense = 1"),
     ("attn MACs", "multiply-accumulates of attention, gates included, dense = 1"),
+    ("took", "seconds that the method took: scores, training, choosing on validation texts"),
 )
 
 
@@ -31,6 +32,7 @@ def cells(entry: dict, dense: dict) -> list[str]:
         f"{entry['jaccard_distance']:.2f}" if dynamic else "",
         f"{entry['latency_ratio_to_dense']:.2f}",
         f"{entry['attention_macs_ratio_to_dense']:.2f}",
+        f"{entry['method_seconds']:.0f}" if "method_seconds" in entry else "",
     ]
 
 
