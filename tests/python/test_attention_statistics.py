@@ -5,6 +5,7 @@ import math
 import headwise  # noqa: F401  (registers torch.ops.headwise)
 import pytest
 import torch
+import torch.nn.functional as F
 
 ops = torch.ops.headwise
 INF = float("inf")
@@ -101,7 +102,7 @@ def test_non_contiguous_inputs():
 
 def test_limits():
     """Equal scores: entropy 1. One dominant score: entropy 0, confidence 1, however large."""
-    k = torch.randn(1, 2, 40, 8)
+    k = F.normalize(torch.randn(1, 2, 40, 8), dim=-1)  # so that no other key comes near its own
     entropy, confidence = ops.attention_statistics(torch.zeros(1, 2, 7, 8), k)
     torch.testing.assert_close(entropy, torch.ones(1, 2))
     torch.testing.assert_close(confidence, torch.full((1, 2), 1 / 40))

@@ -51,7 +51,10 @@ def test_selections_are_whole_and_finite_all_along_annealing(
         for part in (selection.weight, selection.relevance, selection.budget):
             assert part is None or torch.isfinite(part).all()
         assert (selection.count >= 0).all() and (selection.count <= H).all()
-        assert (selection.weight >= 0).all() and (selection.weight <= 1).all()
+        # Annealing draws K heads softly, one after the other, and adds up what each draw gives.
+        relaxed = training and isinstance(bound, hw.SubsetGate)
+        limit = bound.heads_kept * (1 + 1e-2) if relaxed else 1
+        assert (selection.weight >= 0).all() and (selection.weight <= limit).all()
         if training:
             assert torch.isfinite(hw.penalty(bound))
             if bound.expected_heads is not None:

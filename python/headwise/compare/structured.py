@@ -6,8 +6,6 @@ feed-forward networks. ``share_kept`` in their notes is what they came to.
 
 from __future__ import annotations
 
-import time
-
 import torch
 from torch import Tensor, nn
 
@@ -33,9 +31,7 @@ def kwon(bench: Workbench, keep: float, steps: int) -> Outcome:
     """Heads and neurons at ``keep`` of the multiply-accumulates, without training."""
     batches = list(bench.train.take(KWON_EXAMPLES).in_order(32))
     result = hw.kwon_prune(bench.converted(), batches, bench.losses, macs=keep, progress=False)
-    seconds = sum(value for name, value in result.report.items() if name.endswith("_s"))
-    notes = {"share_kept": result.report["macs"], "method_s": seconds}
-    return Outcome(result.model, 0, notes)
+    return Outcome(result.model, 0, {"share_kept": result.report["macs"]})
 
 
 def _fisher(bench: Workbench) -> dict[str, Tensor]:
@@ -50,7 +46,6 @@ def _fisher(bench: Workbench) -> dict[str, Tensor]:
 def cofi(bench: Workbench, keep: float, steps: int) -> Outcome:
     """Masks of all five grains, from a ranking of heads and neurons, train down to ``keep`` of the
     weights; what stays trains on."""
-    began = time.perf_counter()
     teacher = bench.converted().requires_grad_(False)
     masked = hw.CoFi(bench.converted(), 1.0 - keep, teacher=teacher, warmup=0.7, init_log_alpha=2.0)
     masked.start(_fisher(bench))
@@ -62,8 +57,7 @@ def cofi(bench: Workbench, keep: float, steps: int) -> Outcome:
     model = masked.compact()
     rest = (searching / steps if steps else 1.0, 1.0)
     bench.finetune(model, batches, steps - searching, rate_span=rest)
-    notes = {"share_kept": 1.0 - sparsity, "method_s": time.perf_counter() - began}
-    return Outcome(model, steps, notes)
+    return Outcome(model, steps, {"share_kept": 1.0 - sparsity})
 
 
 def _train(bench: Workbench, cofi: hw.CoFi, batches, searching: int, steps: int) -> None:
