@@ -15,7 +15,6 @@
 #include <string>
 #include <vector>
 
-#include "gates/model_gates.h"
 #include "headwise/files.h"
 
 using namespace headwise;
@@ -94,12 +93,14 @@ TEST_F(ModelFolder, KeepsWhatMoved) {
   Model model;
   const auto options = MultiheadAttentionOptions(12, 3).batch_first(true).gate(
       SleepGateOptions().keep(0.34).every(2).asleep_by(0.0));
+  torch::nn::ModuleList whole;
   std::vector<GateImpl*> gates;
   for (const char* name : {"first", "second"}) {
     model.layers.emplace_back(name, MultiheadAttention(options));
+    whole->push_back(model.layers.back().second);
     gates.push_back(model.layers.back().second->gate.get());
   }
-  link_gates(gates);
+  link_gates(*whole);
   for (int step = 0; step < 7; ++step) {
     for (auto* gate : gates) {
       gate->train();
