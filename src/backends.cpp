@@ -22,6 +22,9 @@ Backend packed() {
     reason += std::string(single ? "float32" : "bfloat16") + " only on this processor";
   else
     reason = "LibTorch's brgemm does not run here";
+#ifdef HEADWISE_SERIAL
+  reason += "; on one thread: compiled without OpenMP";
+#endif
   return {"cpu_packed", "cpu", single || half, reason};
 }
 

@@ -72,3 +72,25 @@ macro(headwise_find_torch)
 endmacro()
 
 headwise_locate_torch()
+
+# The OpenMP that LibTorch runs on, for a target that calls at::parallel_for: a template, which
+# without the compiler's flags for OpenMP runs on one thread and says nothing. LibTorch brings its
+# runtime along; another one would have threads of its own.
+function(headwise_use_openmp target)
+  find_package(OpenMP COMPONENTS CXX)
+  if(NOT OpenMP_CXX_FOUND)
+    message(WARNING "headwise found no OpenMP: its CPU kernels will run on one thread.")
+    target_compile_definitions(${target} PRIVATE HEADWISE_SERIAL)
+    return()
+  endif()
+  separate_arguments(flags NATIVE_COMMAND "${OpenMP_CXX_FLAGS}")
+  target_compile_options(${target} PRIVATE "$<$<COMPILE_LANGUAGE:CXX>:${flags}>")
+  cmake_path(SET root NORMALIZE "${HEADWISE_TORCH_DIR}/../../..")
+  file(GLOB runtime "${root}/lib/libgomp*.so*" "${root}/../torch.libs/libgomp*.so*")
+  if(runtime AND CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+    list(GET runtime 0 runtime)
+    target_link_libraries(${target} PRIVATE "${runtime}")
+  else()
+    target_link_libraries(${target} PRIVATE OpenMP::OpenMP_CXX)
+  endif()
+endfunction()

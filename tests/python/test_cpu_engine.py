@@ -161,3 +161,60 @@ def test_a_processor_without_bfloat16():
         [sys.executable, "-c", ELSEWHERE], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("queries", "keys"), [(3, 20), (20, 3), (70, 200), (200, 70)])
+def test_queries_and_keys_that_begin_at_one_place(dtype, queries, keys):
+    """The first tokens attend to all, and all to the first: views of one tensor."""
+    rand = Random(8, dtype)
+    x = rand(1, max(queries, keys), 16)
+    weights = [rand(32, 16) for _ in range(3)] + [rand(32) for _ in range(3)]
+    out = (rand(16, 32), rand(16))
+    selection = rand.selection(1, 4, count=3)
+    q, k = x[:, :queries], x[:, :keys]
+    check(
+        ops.selected_multihead_attention, oracle.multihead_attention,
+        [x, *weights, *out, selection[2]], dtype,
+        q, k, k, *weights, *out, 4, *selection, None, None, False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_strides_beyond_32_bits(dtype):
+    """A stride that no step takes may be any number; BLAS takes 32-bit ones."""
+    rand = Random(8, dtype)
+    q, k, v = (rand(1, 2, 1, 8) for _ in range(3))
+    far = [x.as_strided((1, 2, 1, 8), (16, 8, 2**33 + 1, 1)) for x in (q, k, v)]
+    index, count, weight = rand.selection(1, 2, count=1)
+    check(
+        ops.selected_attention, core_reference, [q, k, v, weight], dtype,
+        *far, index, count, weight,
+    )  # fmt: skip
+
+
+THREADS = """
+import os, headwise, torch
+from test_attention_ops import Random, layer_weights
+torch.set_num_threads(2)
+rand = Random(2, torch.float32)
+x, weights = rand(8, 16, 16), layer_weights(rand, 4, 8, 16)
+selection = rand.selection(8, 4, count=3)
+before = len(os.listdir("/proc/self/task"))
+with torch.no_grad():
+    torch.ops.headwise.selected_self_attention(x, *weights, 4, *selection)
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts the threads of a process")
+def test_the_engine_starts_threads():
+    """LibTorch's parallel loop is a template: compiled without OpenMP, it would run on one."""
+    if any("compiled without OpenMP" in backend.reason for backend in hw.backends()):
+        pytest.skip("compiled without OpenMP")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.pop("OMP_NUM_THREADS", None)
+    done = subprocess.run(
+        [sys.executable, "-c", THREADS], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "1", done.stdout + done.stderr

@@ -140,7 +140,7 @@ void packed_attention_backward(const AttentionShape<float>& shape, const HeadTen
           if (column + j < length)
             for (int64_t i = 0; i < rows; ++i)
               mask_head[(row + i) * mask.row + (column + j) * mask.column] += dp[i];
-          row_scale(dp, rows, shape.scale, dp);
+          scale(dp, rows, shape.scale, dp);
         }
       }
       if (shape.dropout_p > 0)

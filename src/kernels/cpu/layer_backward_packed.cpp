@@ -54,12 +54,8 @@ class Factors {
   std::vector<Factor<T>> factors_;
 };
 
-void add_row_sum(const float* x, int64_t n, float* sum) {
-  float total = 0;
-  for (int64_t i = 0; i < n; ++i) total += x[i];
-  *sum += total;
-}
-void add_row_sum(const BFloat16* x, int64_t n, float* sum) {
+template <typename T>
+void add_row_sum(const T* x, int64_t n, float* sum) {
   float total = 0;
   for (int64_t i = 0; i < n; ++i) total += float(x[i]);
   *sum += total;
@@ -130,7 +126,7 @@ class Backward {
           delta[row + i] = weight * sum;
           total += sum;
         }
-        row_scale(tile, rows * d_, weight, tile);
+        scale(tile, rows * d_, weight, tile);
         convert(tile, rows * d_, grad_context + row * d_);
       }
       if (g_.head_weight) g_.head_weight[a.b * shape_.num_heads + a.h] = total;

@@ -152,9 +152,14 @@ class Forward {
     Scratch<float> tile;  // [kRowBlock, 3 d]
   };
 
-  /// Whether query, key and value are one, so that one product gives q, k and v.
+  /// Whether query, key and value are one, so that one product gives q, k and v. They may begin at
+  /// one place and yet differ: the first tokens may attend to all.
   bool is_self() const {
-    return layer_.query.data == layer_.key.data && layer_.key.data == layer_.value.data;
+    const auto& x = layer_.query;
+    auto same = [&](const Rows<const T>& y) {
+      return x.data == y.data && x.batch == y.batch && x.row == y.row && x.width == y.width;
+    };
+    return L_ == shape_.keys && same(layer_.key) && same(layer_.value);
   }
 
   /// tile [rows, parts, d] = the first `parts` of q, k and v of some rows of x, in the self form
@@ -443,7 +448,7 @@ class Forward {
           if (a->h == h)
             for (int64_t i = 0; i < L_; ++i, from += kOutColumns) {
               float* to = sums + ((a->b - b0) * L_ + i) * kOutColumns;
-              row_add(from, to, columns, to);
+              convert_rows(1, columns, from, columns, to, to, columns);
             }
       }
       store(sums, b0 * L_, (b1 - b0) * L_, column, columns, output);

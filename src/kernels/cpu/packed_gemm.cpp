@@ -40,16 +40,8 @@ bool try_product() {
   return true;
 }
 
-/// Rounds to nearest, ties to even; NaN stays NaN.
-HEADWISE_CLONES
-void round_rows(const float* x, int64_t n, uint16_t* y) {
-  for (int64_t i = 0; i < n; ++i) {
-    uint32_t bits;
-    std::memcpy(&bits, x + i, 4);
-    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    y[i] = (bits & 0x7fffffff) > 0x7f800000 ? uint16_t(0x7fc0) : uint16_t(rounded);
-  }
-}
+// Words that stand where floats or pairs of bfloat16 are read and written elsewhere.
+typedef uint32_t __attribute__((may_alias)) Word;
 
 // Interleaves two vectors: what stands in their lower (upper) halves, in turn.
 HEADWISE_INLINE void interleave(const Int16& a, const Int16& b, Int16& low, Int16& high) {
@@ -60,7 +52,7 @@ HEADWISE_INLINE void interleave(const Int16& a, const Int16& b, Int16& low, Int1
 
 /// y = x' of a block of 16 by 16 words: interleaving row i with row i + 8 turns the rows' numbers
 /// by one bit into the columns'; four times, and they have changed places.
-HEADWISE_INLINE void transpose_block(const uint32_t* x, int64_t ldx, uint32_t* y, int64_t ldy) {
+HEADWISE_INLINE void transpose_block(const Word* x, int64_t ldx, Word* y, int64_t ldy) {
   Int16 a[kLanes], b[kLanes];
   for (int i = 0; i < kLanes; ++i) std::memcpy(&a[i], x + i * ldx, sizeof a[i]);
   for (int i = 0; i < 8; ++i) interleave(a[i], a[i + 8], b[2 * i], b[2 * i + 1]);
@@ -72,7 +64,7 @@ HEADWISE_INLINE void transpose_block(const uint32_t* x, int64_t ldx, uint32_t* y
 
 /// y [columns, rows] = x [rows, columns]' of 32-bit words.
 HEADWISE_CLONES
-void transpose_words(int64_t rows, int64_t columns, const uint32_t* x, int64_t ldx, uint32_t* y,
+void transpose_words(int64_t rows, int64_t columns, const Word* x, int64_t ldx, Word* y,
                      int64_t ldy) {
   const int64_t whole_rows = rows / kLanes * kLanes, whole_columns = columns / kLanes * kLanes;
   for (int64_t j = 0; j < whole_columns; j += kLanes)
@@ -85,11 +77,11 @@ void transpose_words(int64_t rows, int64_t columns, const uint32_t* x, int64_t l
 
 /// y [n, 2]: the elements of two rows in turn.
 HEADWISE_CLONES
-void pair_rows(const uint16_t* a, const uint16_t* b, int64_t n, uint32_t* y) {
+void pair_rows(const uint16_t* a, const uint16_t* b, int64_t n, Word* y) {
   for (int64_t j = 0; j < n; ++j) y[j] = a[j] | uint32_t(b[j]) << 16;
 }
 HEADWISE_CLONES
-void pair_with_zeros(const uint16_t* a, int64_t n, uint32_t* y) {
+void pair_with_zeros(const uint16_t* a, int64_t n, Word* y) {
   for (int64_t j = 0; j < n; ++j) y[j] = a[j];
 }
 
@@ -102,8 +94,8 @@ bool packed_gemm_supported() {
 }
 
 void transpose(int64_t rows, int64_t columns, const float* x, int64_t ldx, float* y, int64_t ldy) {
-  transpose_words(rows, columns, reinterpret_cast<const uint32_t*>(x), ldx,
-                  reinterpret_cast<uint32_t*>(y), ldy);
+  transpose_words(rows, columns, reinterpret_cast<const Word*>(x), ldx, reinterpret_cast<Word*>(y),
+                  ldy);
 }
 
 template <>
@@ -121,7 +113,7 @@ void pack<BFloat16>(int64_t k, int64_t n, const BFloat16* b, int64_t ldb, bool t
                     BFloat16* packed, int64_t ld) {
   // Pairs are words whose first element is the lower half: bfloat16 is packed on little-endian
   // machines only (packed_gemm_supported multiplies a matrix to find out).
-  auto* words = reinterpret_cast<uint32_t*>(packed);
+  auto* words = reinterpret_cast<Word*>(packed);
   const auto* bits = reinterpret_cast<const uint16_t*>(b);
   if (!transposed) {
     for (int64_t i = 0; i + 1 < k; i += 2)
@@ -129,7 +121,7 @@ void pack<BFloat16>(int64_t k, int64_t n, const BFloat16* b, int64_t ldb, bool t
     if (k % 2) pair_with_zeros(bits + (k - 1) * ldb, n, words + k / 2 * ld);
   } else if (k % 2 == 0 && ldb % 2 == 0 && reinterpret_cast<uintptr_t>(b) % 4 == 0) {
     // Pairs of a row of B' stay together: a transpose of 32-bit words.
-    transpose_words(n, k / 2, reinterpret_cast<const uint32_t*>(b), ldb / 2, words, ld);
+    transpose_words(n, k / 2, reinterpret_cast<const Word*>(b), ldb / 2, words, ld);
   } else {
     for (int64_t i = 0; i < k; i += 2)
       for (int64_t j = 0; j < n; ++j)
@@ -151,14 +143,22 @@ void packed_gemm_done() {
 
 namespace {
 
-HEADWISE_CLONES
-void scale_row(const float* x, int64_t n, float factor, float* y) {
-  for (int64_t i = 0; i < n; ++i) y[i] = x[i] * factor;
+template <typename T, typename U>
+HEADWISE_INLINE void scale_all(const T* x, int64_t n, float factor, U* y) {
+  Float16 v;
+  int64_t c = 0;
+  for (; c + kLanes <= n; c += kLanes) {
+    load(x + c, v);
+    store(y + c, v * factor);
+  }
+  if (c == n) return;
+  load_some(x + c, n - c, v);
+  store_some(y + c, n - c, v * factor);
 }
+
 HEADWISE_CLONES
-void scale_row(const BFloat16* x, int64_t n, float factor, float* y) {
-  for (int64_t i = 0; i < n; ++i) y[i] = value(x + i) * factor;
-}
+void widen(const BFloat16* x, int64_t n, float factor, float* y) { scale_all(x, n, factor, y); }
+void widen(const float* x, int64_t n, float factor, float* y) { scale(x, n, factor, y); }
 
 template <typename T>
 void transpose_blocks(int64_t rows, int64_t columns, const T* x, int64_t ldx, float factor, T* y,
@@ -166,8 +166,7 @@ void transpose_blocks(int64_t rows, int64_t columns, const T* x, int64_t ldx, fl
   float* turned = tile + kTransposeRows * columns;  // [columns, kTransposeRows]
   for (int64_t row = 0; row < rows; row += kTransposeRows) {
     const int64_t n = std::min(kTransposeRows, rows - row);
-    for (int64_t i = 0; i < n; ++i)
-      scale_row(x + (row + i) * ldx, columns, factor, tile + i * columns);
+    for (int64_t i = 0; i < n; ++i) widen(x + (row + i) * ldx, columns, factor, tile + i * columns);
     transpose(n, columns, tile, columns, turned, kTransposeRows);
     for (int64_t j = 0; j < columns; ++j)
       convert(turned + j * kTransposeRows, n, y + j * ldy + row);
@@ -241,19 +240,6 @@ HEADWISE_INLINE void convert_block(int64_t rows, int64_t n, const float* x, int6
 }
 
 template <typename T>
-HEADWISE_INLINE void scale_all(const T* x, int64_t n, float factor, T* y) {
-  Float16 v;
-  int64_t c = 0;
-  for (; c + kLanes <= n; c += kLanes) {
-    load(x + c, v);
-    store(y + c, v * factor);
-  }
-  if (c == n) return;
-  load_some(x + c, n - c, v);
-  store_some(y + c, n - c, v * factor);
-}
-
-template <typename T>
 HEADWISE_INLINE void scale_block(int64_t rows, int64_t n, const float* x, int64_t ldx,
                                  const float* factors, T* y, int64_t ldy) {
   Float16 v;
@@ -298,9 +284,7 @@ HEADWISE_CLONES
 void scale(const BFloat16* x, int64_t n, float factor, BFloat16* y) { scale_all(x, n, factor, y); }
 
 void convert(const float* x, int64_t n, float* y) { std::copy_n(x, n, y); }
-void convert(const float* x, int64_t n, BFloat16* y) {
-  round_rows(x, n, reinterpret_cast<uint16_t*>(y));
-}
+void convert(const float* x, int64_t n, BFloat16* y) { convert_rows(1, n, x, n, nullptr, y, n); }
 
 template bool packed_gemm_supported<float>();
 template bool packed_gemm_supported<BFloat16>();

@@ -8,6 +8,10 @@
 #include <cstdint>
 #include <vector>
 
+#if AT_PARALLEL_OPENMP && !defined(_OPENMP) && !defined(HEADWISE_SERIAL)
+#error "without OpenMP's flags LibTorch's parallel_for, a template, runs on one thread"
+#endif
+
 #if defined(__SANITIZE_THREAD__)
 #define HEADWISE_OWN_THREADS
 #elif defined(__has_feature)

@@ -1,6 +1,5 @@
 #include "kernels/cpu/softmax.h"
 
-#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -121,19 +120,6 @@ double row_exponential(double* x, int64_t n, double scale, double shift) {
 
 void row_gradient(const double* p, int64_t n, double delta, double* dp) {
   for (int64_t i = 0; i < n; ++i) dp[i] = p[i] == 0 ? 0 : p[i] * (dp[i] - delta);
-}
-
-HEADWISE_CLONES
-void row_scale(const float* x, int64_t n, float factor, float* y) {
-  for (int64_t i = 0; i < n; ++i) y[i] = x[i] * factor;
-}
-
-HEADWISE_CLONES
-void row_add(const float* x, const float* bias, int64_t n, float* y) {
-  if (bias)
-    for (int64_t i = 0; i < n; ++i) y[i] = x[i] + bias[i];
-  else
-    std::copy_n(x, n, y);
 }
 
 }  // namespace headwise::kernels

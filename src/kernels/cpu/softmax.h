@@ -30,10 +30,4 @@ void shifted_exponential(float* x, int64_t n, float scale, const float* shift);
 /// dp = scale * p * (dp - delta[i]); 0 where p = 0, as in row_gradient.
 void shifted_gradient(const float* p, int64_t n, const float* delta, float scale, float* dp);
 
-/// y = x * factor
-void row_scale(const float* x, int64_t n, float factor, float* y);
-
-/// y = x + bias (bias may be null)
-void row_add(const float* x, const float* bias, int64_t n, float* y);
-
 }  // namespace headwise::kernels
