@@ -26,10 +26,9 @@ void expect_products() {
         const auto product =
             at::matmul(a_turned ? left.t() : left, b_turned ? right.t() : right) * 1.5;
         if (beta == T(0)) c.narrow(1, 0, n).fill_(std::numeric_limits<T>::quiet_NaN());
-        headwise::kernels::plain_gemm<T>(
-            Transpose(a_turned), Transpose(b_turned), m, n, k, T(1.5), a.const_data_ptr<T>(),
-            a.stride(0), b.const_data_ptr<T>(), b.stride(0), beta, c.mutable_data_ptr<T>(),
-            c.stride(0));
+        headwise::kernels::plain_gemm<T>(Transpose(a_turned), Transpose(b_turned), m, n, k, T(1.5),
+                                         a.const_data_ptr<T>(), a.stride(0), b.const_data_ptr<T>(),
+                                         b.stride(0), beta, c.mutable_data_ptr<T>(), c.stride(0));
         auto expected = product;
         if (beta != T(0)) expected = product + before.narrow(1, 0, n) * beta;
         EXPECT_TRUE(at::allclose(c.narrow(1, 0, n), expected, 1e-4, 1e-5));
