@@ -144,7 +144,13 @@ def _pairs(
         if pairs < len(found):
             found = [found[i] for i in sorted(random.Random(seed).sample(range(len(found)), pairs))]
         return found
-    found = [(tuple(one), tuple(other)) for one, other in pairs]
+    try:
+        found = [(tuple(one), tuple(other)) for one, other in pairs]
+    except (TypeError, ValueError):
+        raise ValueError(
+            "pairs must be a number, or pairs of heads ((layer, head), (layer, head)), got "
+            f"{pairs!r}"
+        ) from None
     if not found:
         raise ValueError("pairs must not be empty")
     known = set(heads)

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import hashlib
 import math
+import pickle
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -129,7 +130,11 @@ def example_losses(model: nn.Module, batches: Iterable[Any], loss_fn: LossFuncti
 def fingerprint(model: nn.Module, batches: Sequence[Any]) -> dict[str, str]:
     """Short names of a model's weights and of data, by which a search that goes on knows them.
 
-    Of data, tensors and plain values count, in containers and attributes too.
+    Of data, tensors, arrays and plain values count, in containers and attributes too, and of other
+    objects what pickle keeps of them.
+
+    Raises:
+        ValueError: data of which that cannot be told.
     """
     weights, data = hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=8)
     _digest(weights, model.state_dict())
@@ -167,23 +172,49 @@ def check_journal_loss(
 
 
 def _digest(digest: Any, value: Any) -> None:
+    """Takes in ``value``: what it is and how long, then what it holds, so that no two collide."""
+
+    def put(kind: str, about: Any = "") -> None:
+        digest.update(f"{kind} {about}\0".encode())
+
     if isinstance(value, Tensor):
-        digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+        put("tensor", f"{value.dtype} {tuple(value.shape)}")
         flat = value.detach().cpu().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy().tobytes())
     elif isinstance(value, Mapping):
+        put("mapping", len(value))
         for key, item in value.items():
-            digest.update(str(key).encode())
+            _digest(digest, key)
             _digest(digest, item)
     elif isinstance(value, (list, tuple)):
-        digest.update(f"{len(value)}".encode())
+        put("sequence", len(value))
         for item in value:
             _digest(digest, item)
-    elif value is None or isinstance(value, (str, bytes, bool, int, float)):
-        digest.update(repr(value).encode())
+    elif isinstance(value, (str, bytes, bool, int, float, complex)) or value is None:
+        put("value", repr(value))
+    elif isinstance(value, (set, frozenset)):
+        _digest(digest, sorted(map(repr, value)))
+    elif hasattr(value, "__array_interface__"):  # NumPy's
+        put("array", f"{value.dtype} {value.shape} {value.tolist()!r}")
     else:
-        digest.update(type(value).__name__.encode())
-        _digest(digest, getattr(value, "__dict__", {}))
+        put("object", type(value).__name__)
+        _digest(digest, _content(value))
+
+
+def _content(value: Any) -> Any:
+    """What an object holds: its attributes, or what pickle would keep of it."""
+    held = dict(getattr(value, "__dict__", {}))
+    slots = [slot for kind in type(value).__mro__ for slot in getattr(kind, "__slots__", ())]
+    held |= {slot: getattr(value, slot) for slot in slots if hasattr(value, slot)}
+    if held:
+        return held
+    try:
+        return pickle.dumps(value)
+    except Exception as error:  # pickle raises what it likes
+        raise ValueError(
+            f"batches hold a {type(value).__name__}, of which a journal cannot tell whether it is "
+            f"the same as before: {error}"
+        ) from None
 
 
 def with_progress(items: Iterable[Any], what: str, unit: str, show: bool | None) -> Iterable[Any]:

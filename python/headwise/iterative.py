@@ -105,6 +105,7 @@ def pruning_path(
     heads = {name: list(range(size)) for name, size in sizes.items()}  # those that scores rank
     total = sum(sizes.values())
     counts = _counts(total, keep, step)
+    plan(scores, counts[-1] / total, min_heads_per_layer=min_heads_per_layer)  # can it be reached?
     plans: list[HeadPlan] = []
     for count in with_progress(counts, "pruning", "step", progress):
         kept = log.get(str(count))

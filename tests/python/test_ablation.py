@@ -1,8 +1,12 @@
 """Ablation and pruning by steps on models in which every head's worth is known."""
 
+import datetime
+
 import headwise as hw
+import numpy as np
 import pytest
 import torch
+from headwise.intervention import fingerprint
 from planted import Planted, logistic, outputs, squared
 from torch import nn
 
@@ -122,6 +126,42 @@ def test_an_interrupted_ablation_goes_on(data, tmp_path):
         hw.ablate_heads(model, [data], squared, journal=path)
 
 
+class Slotted:
+    __slots__ = ("x",)
+
+    def __init__(self, x):
+        self.x = x
+
+
+class Opaque:
+    def __reduce__(self):
+        raise TypeError("not to be pickled")
+
+
+@pytest.mark.parametrize(
+    ("one", "same", "other"),
+    [
+        (np.arange(3), np.arange(3), np.arange(3) + 1),
+        (np.zeros(2), np.zeros(2), np.zeros(2, dtype=np.float32)),
+        (Slotted(torch.ones(2)), Slotted(torch.ones(2)), Slotted(torch.zeros(2))),
+        ({"a", "b"}, {"b", "a"}, {"a", "c"}),
+        (datetime.date(2026, 1, 2), datetime.date(2026, 1, 2), datetime.date(2026, 1, 3)),
+        ([1, [2]], [1, [2]], [[1], 2]),
+        ({"ids": 1, "mask": None}, {"ids": 1, "mask": None}, {"ids": None, "mask": 1}),
+    ],
+)
+def test_other_data_is_told_apart(one, same, other):
+    model = Planted(*WEIGHTS)
+    first, again, changed = (fingerprint(model, [value]) for value in (one, same, other))
+    assert first == again and first != changed
+
+
+def test_data_that_cannot_be_told_apart_has_no_journal(tmp_path):
+    with pytest.raises(ValueError, match="batches hold a Opaque, of which a journal cannot tell"):
+        hw.ablate_heads(Planted(*WEIGHTS), [Opaque()], squared, journal=tmp_path / "steps")
+    assert not (tmp_path / "steps").exists()
+
+
 def test_bad_input_is_named(data):
     model = Planted(*WEIGHTS)
     for ablate in (hw.ablate_heads, hw.keep_one_head):
@@ -233,7 +273,7 @@ def test_path_refusals():
         hw.pruning_path(model, batches, loss, metric="magic")
     with pytest.raises(ValueError, match="batches must not be empty"):
         hw.pruning_path(model, [], loss)
-    with pytest.raises(ValueError, match="min_heads_per_layer=3 asks for 9 heads"):
+    with pytest.raises(ValueError, match="=3 asks for 9 heads, more than keep=0.5 leaves"):
         hw.pruning_path(model, batches, loss, 0.5, min_heads_per_layer=3)
     with pytest.raises(ValueError, match="model must have no gates, got a RandomGate in layer"):
         hw.pruning_path(hw.convert(Encoder(), hw.RandomGate()), batches, loss)

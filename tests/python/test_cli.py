@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 
 import headwise as hw
 import pytest
 from compare_fixtures import write_model
 from headwise.cli import build_parser, main
+from safetensors.torch import load_file, save_file
 
 
 def fails(capsys, status: int, *arguments: str) -> str:
@@ -289,6 +291,55 @@ def test_score_refuses_labels_that_the_model_does_not_know(tmp_path, tiny_texts,
     assert message == (
         "headwise score: label 'down' is none of the model's classes: 'LABEL_0', 'LABEL_1'"
     )
+
+
+def spoil(model, change) -> None:
+    """``change(state)`` of a model's folder."""
+    state = load_file(model / "model.safetensors")
+    change(state)
+    save_file(state, model / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("value", "complaint"),
+    [
+        (0.0, "michel is zero for every head: the loss does not depend on the heads"),
+        (math.nan, "loss_fn must return a finite loss, got NaN or infinity"),
+    ],
+)
+def test_a_model_that_says_nothing(tmp_path, tiny_texts, capsys, value, complaint):
+    """Its classifier is zero, so that no head changes the loss, or not a number."""
+    model = write_model(tmp_path / "model")
+    known_labels(model)
+    spoil(model, lambda state: state["classifier.weight"].fill_(value))
+    texts = ["--model", model, "--data", tiny_texts, "--text", "review", "--label", "mood"]
+    texts += ["--limit", "8", "--out", tmp_path / "out"]
+    assert fails(capsys, 2, "score", *texts, "--metrics", "michel") == (
+        f"headwise score: {complaint}"
+    )
+    assert fails(capsys, 2, "prune", *texts, "--keep", "0.5") == f"headwise prune: {complaint}"
+    assert not (tmp_path / "out" / "plan.json").exists()
+
+
+def test_a_journal_of_other_texts_is_refused(tmp_path, tiny_texts, capsys):
+    model = write_model(tmp_path / "model")
+    known_labels(model)
+    arguments = ["score", "--model", model, "--data", tiny_texts, "--text", "review"]
+    arguments += ["--label", "mood", "--metrics", "ablation", "--journal", tmp_path / "steps"]
+    assert main([*map(str, arguments), "--limit", "8"]) == 0
+    assert "is a journal of a search with data=" in fails(capsys, 2, *arguments, "--limit", "9")
+
+
+def test_a_share_that_cannot_be_reached_names_the_nearest(tmp_path, tiny_texts, capsys):
+    model = write_model(tmp_path / "model")
+    known_labels(model)
+    message = fails(
+        capsys, 2, "prune", "--model", model, "--data", tiny_texts, "--text", "review", "--label",
+        "mood", "--limit", "16", "--method", "kwon", "--latency", "0.0001", "--out",
+        tmp_path / "small",
+    )  # fmt: skip
+    assert "latency=0.0001 cannot be reached: " in message and "the nearest is latency=" in message
+    assert not (tmp_path / "small").exists()
 
 
 def test_prune_refuses_what_is_not_a_plan(tmp_path, tiny_model, capsys):

@@ -194,6 +194,48 @@ def test_what_does_nothing_is_pruned():
     assert torch.nn.functional.mse_loss(cofi.compact()(x), wanted) < 0.02
 
 
+def test_an_interrupted_training_goes_on_from_its_state():
+    torch.manual_seed(0)
+    x = torch.randn(8, 5, EMBED)
+
+    def begin():
+        cofi = hw.CoFi(encoder(), 0.5, teacher=encoder(), init_log_alpha=2.0)
+        return cofi, torch.optim.Adam(cofi.parameter_groups(1e-3, 0.2))
+
+    def steps(cofi, optimiser, which):
+        for step in which:
+            torch.manual_seed(step)
+            cofi.train().anneal(step / 11)
+            loss = cofi(x).square().mean() + cofi.layer_loss() + cofi.penalty()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+
+    whole, optimiser = begin()
+    steps(whole, optimiser, range(12))
+    first, optimiser = begin()
+    steps(first, optimiser, range(5))
+    kept = copy.deepcopy([first.state_dict(), optimiser.state_dict()])
+    second, optimiser = begin()
+    second.load_state_dict(kept[0])
+    optimiser.load_state_dict(kept[1])
+    steps(second, optimiser, range(5, 12))
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(second.state_dict()[name], value, rtol=0, atol=0)
+    assert second.eval().plan() == whole.eval().plan()
+
+
+def test_a_target_that_the_blocks_leave_out_of_reach_is_told():
+    cofi = hw.CoFi(encoder(), 0.25).eval()
+    with torch.no_grad():
+        cofi.log_alpha["attention"][0].fill_(-4.6)
+    share = 4 * EMBED / (4 * EMBED + 2 * 32)  # of attention, which is gone
+    text = f"the plan has a sparsity of {share:.4f}, the nearest to target=0.25 that the blocks al"
+    with pytest.warns(UserWarning, match=text):
+        plan = cofi.plan()
+    assert plan.metadata["sparsity"] == pytest.approx(share)
+
+
 def test_masks_start_from_a_ranking():
     cofi = hw.CoFi(encoder(), 0.5, init_log_alpha=1.0)
     before = cofi.log_alpha["hidden"][0].clone()

@@ -349,6 +349,10 @@ def test_start_gates_from_a_ranking():
         hw.start_gates(model, {"first": torch.ones(3)}, keep=0.5)
     with pytest.raises(ValueError, match=r"keep must be in \(0, 1\], got 0"):
         hw.start_gates(model, importance, keep=0)
+    spoilt = {**importance, "second": torch.tensor([7.0, math.nan, 8.0])}
+    with pytest.raises(ValueError, match="importance of layer 'second' must be finite, got NaN"):
+        hw.start_gates(model, spoilt, keep=0.5)
+    assert torch.equal(model["first"].gate(x).index, first.index)
 
 
 def test_random_gate_follows_the_seed():
@@ -413,6 +417,35 @@ def test_errors(build, message):
     with pytest.raises(ValueError) as error:
         build()
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "message"),
+    [
+        (lambda: hw.BudgetGate("half"), TypeError, "target must be a number, got 'half'"),
+        (lambda: hw.BudgetGate(None), TypeError, "target must be a number, got None"),
+        (lambda: hw.SubsetGate("3"), TypeError, "k must be a number, got '3'"),
+        (lambda: hw.SubsetGate(True), TypeError, "k must be a number, got True"),
+        (lambda: hw.SubsetGate(2.5), ValueError, "k must be a whole number, got 2.5"),
+        (lambda: hw.SubsetGate(math.nan), ValueError, "k must be a whole number, got nan"),
+        (lambda: hw.SubsetGate(math.inf), ValueError, "k must be a whole number, got inf"),
+        (
+            lambda: hw.RandomGate(0.5, per_input="no"),
+            TypeError,
+            "per_input must be True or False, got 'no'",
+        ),
+    ],
+)
+def test_options_of_another_kind(build, error, message):
+    with pytest.raises(error) as caught:
+        build()
+    assert str(caught.value) == message
+
+
+def test_options_are_numbers_of_any_kind():
+    assert hw.SubsetGate(torch.tensor(3)).config()["k"] == 3
+    assert hw.SubsetGate(2.0).config() == hw.SubsetGate(2).config()
+    assert hw.BudgetGate(torch.tensor(0.25)).config() == hw.BudgetGate(0.25).config()
 
 
 def test_unbound_gate_says_so():

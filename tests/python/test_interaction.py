@@ -85,6 +85,7 @@ def test_interaction_refusals():
     cases = [
         (dict(pairs=0), "pairs must be positive, got 0"),
         (dict(pairs=[]), "pairs must not be empty"),
+        (dict(pairs=[0, 1]), "pairs must be a number, or pairs of heads"),
         (dict(pairs=[((NAME, 0), (NAME, 5))]), r"the model's heads \(layer, head\), got \('lay"),
         (dict(pairs=[((NAME, 0), (NAME, 0))]), "two different heads"),
     ]

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+from dataclasses import replace
 
 import headwise as hw
 import numpy as np
@@ -523,6 +524,27 @@ def test_a_limit_on_time(tmp_path):
     document = {**json.loads((tmp_path / "table.json").read_text()), "head": 1}
     with pytest.raises(ValueError, match="latency table has an unknown key 'head'"):
         hw.LatencyTable.from_dict(document)
+    older = {k: v for k, v in table.to_dict().items() if k not in ("embed_dim", "head_dim")}
+    assert hw.LatencyTable.from_dict(older) == table
+    del older["threads"]
+    with pytest.raises(ValueError, match="latency table lacks the key 'threads'"):
+        hw.LatencyTable.from_dict(older)
+
+
+def test_a_latency_table_of_another_model_is_refused():
+    model = hw.convert(classifier())
+    table = hw.measure_latency(model, batch_size=2, length=5, budget_s=0.01)
+    assert (table.embed_dim, table.head_dim) == (EMBED, EMBED // HEADS)
+    changes = [
+        ({"embed_dim": 99}, f"got one of embed_dim=99, and layer '.*' has {EMBED}: measure it on"),
+        ({"heads": (1, 2), "head_seconds": (1.0, 2.0)}, "times of up to 2 heads for layers of 4"),
+        ({"neurons": (1, 9), "neuron_seconds": (1.0, 2.0)}, "up to 9 neurons for layers of 32"),
+    ]
+    for change, text in changes:
+        with pytest.raises(ValueError, match=text):
+            hw.kwon_prune(
+                model, task(), loss_fn, latency=0.5, latency_table=replace(table, **change)
+            )
 
 
 def test_times_are_measured():

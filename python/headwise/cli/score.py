@@ -60,7 +60,10 @@ def run(options: argparse.Namespace) -> None:
     torch.manual_seed(options.seed)
     model = load_trained(options.model).to(device).eval()
     texts = labelled_texts(options, model, device)
-    scores, details = _score(options, model, texts)
+    try:
+        scores, details = _score(options, model, texts)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     result = {
         "model": str(options.model),
         "data": texts.name,

@@ -209,7 +209,9 @@ def _selection_sentences(summary: Sequence[dict]) -> list[str]:
         disguised = [
             e for e in entries if all(e[key] < limit for key, limit in STATIC_IN_DISGUISE.items())
         ]
-        if len(disguised) == len(entries):
+        if entries[0]["method"] == "budget-random":
+            verdict = "draws heads without looking at the text"
+        elif len(disguised) == len(entries):
             verdict = "is static in disguise"
         elif disguised:
             budgets = ", ".join(f"{e['keep_target']:.0%}" for e in disguised)

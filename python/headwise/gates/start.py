@@ -28,7 +28,8 @@ def start_gates(
         sharpness: range of the relevance over the ranking.
 
     Raises:
-        ValueError: ``keep`` outside (0, 1], a gate without a score, or the wrong number of heads.
+        ValueError: ``keep`` outside (0, 1], a gate without a score, the wrong number of heads, or
+            a score that is not finite.
     """
     fraction("keep", keep)
     found: dict[str, Gate] = {}
@@ -50,6 +51,8 @@ def start_gates(
                 f"importance of layer {name!r} must have {gate.num_heads} heads, "
                 f"got {list(score.shape)}"
             )
+        if not bool(torch.isfinite(score).all()):
+            raise ValueError(f"importance of layer {name!r} must be finite, got NaN or infinity")
         scores.append(score)
     if not scores:
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from headwise.plan import HeadPlan, LayerPlan
 from headwise.structured.compaction import compact
 from headwise.structured.description import Structure, structure
 from headwise.structured.distillation import LayerOutputs, layer_distillation
-from headwise.structured.masks import StructureMasks, attach, masks_of, unmasked
+from headwise.structured.masks import StructureMasks, attach, refuse_gates, unmasked
 from headwise.structured.plan import BlockPlan, FfnPlan, HiddenPlan, StructurePlan
 
 __all__ = ["CoFi"]
@@ -98,7 +99,7 @@ class CoFi(nn.Module):
             raise ValueError(f"warmup must be between 0 and 1, got {warmup}")
         if init_log_alpha - init_log_alpha != 0.0:
             raise ValueError(f"init_log_alpha must be finite, got {init_log_alpha}")
-        _refuse_gates(model)
+        refuse_gates(model)
         if not attention_layers(model):
             model = convert(model)
         found = structure(model)
@@ -414,13 +415,20 @@ class CoFi(nn.Module):
 
         Where the masks of evaluation miss the target by more than ``tolerance``, the logits of
         heads, neurons and hidden dimensions are all shifted by one number (``shift``) that brings
-        them nearest to it, then those of neurons by another; blocks stay as training decided. The
-        shift is ours.
+        them nearest to it, then those of neurons by another; blocks stay as training decided, and
+        where they leave the target out of reach a warning says so. The shift is ours.
         """
         if abs(self.sparsity() - self.target) > tolerance:
             self.shift.zero_()
             for position in range(2):
                 self._find_shift(position)
+            found = self.sparsity()
+            if abs(found - self.target) > tolerance:
+                warnings.warn(
+                    f"the plan has a sparsity of {found:.4f}, the nearest to target="
+                    f"{self.target:.6g} that the blocks allow which training kept: train on",
+                    stacklevel=2,
+                )
         values = self._constant_values()
         self._set_values(values)
         attention, ffn = self._names
@@ -472,14 +480,3 @@ def _has(model: nn.Module, name: str) -> bool:
     except AttributeError:
         return False
     return True
-
-
-def _refuse_gates(model: nn.Module) -> None:
-    if masks_of(model) is not None:
-        raise ValueError("model must not have a structure plan as a mask: headwise.unmask it")
-    for name, layer in attention_layers(model).items():
-        if layer.gate is not None:
-            raise ValueError(
-                f"layer '{name}' has a {type(layer.gate).__name__}: take it out first "
-                f"(layer.set_gate(None))"
-            )

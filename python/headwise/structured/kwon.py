@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -14,12 +13,13 @@ from torch import Tensor, nn
 
 from headwise import _C
 from headwise.convert import convert
+from headwise.intervention import with_progress
 from headwise.layers import attention_layers
 from headwise.plan import HeadPlan, LayerPlan
 from headwise.structured.compaction import compact
 from headwise.structured.description import Structure, structure
 from headwise.structured.latency import LatencyTable, measure_latency
-from headwise.structured.masks import StructureMasks, attach, detach, masks_of
+from headwise.structured.masks import StructureMasks, attach, detach, refuse_gates
 from headwise.structured.plan import FfnPlan, StructurePlan
 from headwise.structured.tuning import tune as tune_masks
 
@@ -132,7 +132,7 @@ def kwon_prune(
     Raises:
         ValueError: not exactly one limit, or one outside (0, 1] or that cannot be reached (the text
             names the nearest); no batches; a loss that is not finite or does not depend on the
-            masks; a model with gates.
+            masks; a model with gates; a latency table of other layers.
     """
     share = _check_limit(macs, latency)
     if not (heads or ffn):
@@ -147,6 +147,8 @@ def kwon_prune(
     model = _own_copy(model)
     clock = _Clock()
     search = _Search(model, heads, ffn)
+    if latency is not None and latency_table is not None:
+        latency_table.check(search.found)
     fisher, length = search.fisher(batches, loss_fn, progress)
     clock.lap("fisher_s")
     tokens = length if tokens is None else float(tokens)
@@ -210,19 +212,10 @@ def _check_limit(macs: float | None, latency: float | None) -> float:
 
 
 def _own_copy(model: nn.Module) -> nn.Module:
-    """A converted copy in evaluation mode; refuses gates and masks."""
-    if masks_of(model) is not None:
-        raise ValueError("model must not have a structure plan as a mask: headwise.unmask it")
+    """A converted copy; refuses gates and masks."""
+    refuse_gates(model)
     model = copy.deepcopy(model)
-    if not attention_layers(model):
-        model = convert(model)
-    for name, layer in attention_layers(model).items():
-        if layer.gate is not None:
-            raise ValueError(
-                f"layer '{name}' has a {type(layer.gate).__name__}: take it out first "
-                f"(layer.set_gate(None))"
-            )
-    return model
+    return model if attention_layers(model) else convert(model)
 
 
 class _Clock:
@@ -296,7 +289,7 @@ class _Search:
         first = self.found.attention[next(iter(self.masks.heads))]
         first._observers.append(observe)
         accumulator = _C.FisherAccumulator()
-        for batch in _shown(batches, progress):
+        for batch in with_progress(batches, "calibrating", "batch", progress):
             loss = _mean_loss(loss_fn(self.model, batch))
             gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
             for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
@@ -412,13 +405,3 @@ def _mean_loss(loss: Any) -> Tensor:
     if not loss.requires_grad:
         raise ValueError("loss_fn must return a loss that depends on model's output")
     return loss.mean()
-
-
-def _shown(batches: Sequence[Any], progress: bool | None) -> Iterable[Any]:
-    if progress is None:
-        progress = sys.stderr.isatty()
-    if not progress:
-        return batches
-    from tqdm import tqdm
-
-    return tqdm(batches, desc="calibrating", unit="batch", leave=False)

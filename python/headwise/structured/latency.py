@@ -17,7 +17,7 @@ from headwise import _C
 from headwise._C import LatencyFit
 from headwise.files import write_json
 from headwise.multihead_attention import MultiheadAttention
-from headwise.structured.description import structure
+from headwise.structured.description import Structure, structure
 
 __all__ = ["LatencyTable", "measure_latency"]
 
@@ -38,6 +38,8 @@ class LatencyTable:
         neuron_seconds: the same of a feed-forward network.
         threads: threads that PyTorch used.
         device: where it was measured.
+        embed_dim: width of the measured layers; None: not known.
+        head_dim: width of their heads; None: not known.
     """
 
     batch_size: int
@@ -48,6 +50,8 @@ class LatencyTable:
     neuron_seconds: tuple[float, ...]
     threads: int
     device: str
+    embed_dim: int | None = None
+    head_dim: int | None = None
 
     @property
     def head_fit(self) -> LatencyFit:
@@ -57,6 +61,29 @@ class LatencyTable:
     @property
     def neuron_fit(self) -> LatencyFit:
         return _C.fit_latency(list(self.neurons), list(self.neuron_seconds))
+
+    def check(self, found: Structure) -> None:
+        """Refuses a model whose blocks are not those that were measured.
+
+        Raises:
+            ValueError: it has more units in a layer, or layers of another width.
+        """
+        units = (("heads", self.heads, found.heads), ("neurons", self.neurons, found.neurons))
+        for what, measured, there in units:
+            most = max(there.values(), default=0)
+            if most > max(measured):
+                raise ValueError(
+                    f"latency_table must cover the model's layers, got times of up to "
+                    f"{max(measured)} {what} for layers of {most}: measure it on this model"
+                )
+        for name, layer in found.attention.items():
+            for width in ("embed_dim", "head_dim"):
+                measured, there = getattr(self, width), getattr(layer, width)
+                if measured is not None and measured != there:
+                    raise ValueError(
+                        f"latency_table must be of the model's layers, got one of {width}="
+                        f"{measured}, and layer '{name}' has {there}: measure it on this model"
+                    )
 
     def to_dict(self) -> dict[str, Any]:
         return {"format": _FORMAT, "version": _VERSION, **asdict(self)}
@@ -69,7 +96,8 @@ class LatencyTable:
             raise ValueError(f"{what} must have format '{_FORMAT}' and version {_VERSION}")
         values = {key: value for key, value in document.items() if key not in ("format", "version")}
         expected = set(LatencyTable.__dataclass_fields__)
-        for key in sorted(set(values) ^ expected):
+        optional = {"embed_dim", "head_dim"}  # files of version 0.1 may lack them
+        for key in sorted(set(values) ^ expected - (optional - set(values))):
             verb = "lacks the" if key in expected else "has an unknown"
             raise ValueError(f"{what} {verb} key '{key}'")
         for units, seconds in (("heads", "head_seconds"), ("neurons", "neuron_seconds")):
@@ -137,6 +165,8 @@ def measure_latency(
         tuple(seconds[len(heads) :]),
         torch.get_num_threads(),
         str(x.device),
+        layer.embed_dim,
+        layer.head_dim,
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from headwise.convert.torch_attention import carry_hooks
 from headwise.gates import Gate
-from headwise.layers import replace_module
+from headwise.layers import attention_layers, replace_module
 from headwise.selection import Selection
 from headwise.structured.description import Structure
 from headwise.structured.plan import StructurePlan
@@ -240,3 +240,15 @@ def masks_of(model: nn.Module) -> StructureMasks | None:
 def unmasked(model: nn.Module) -> nn.Module:
     """A copy of ``model`` without masks."""
     return detach(copy.deepcopy(model))
+
+
+def refuse_gates(model: nn.Module) -> None:
+    """Raises ValueError: a model with gates, or under a structure plan as a mask."""
+    if masks_of(model) is not None:
+        raise ValueError("model must not have a structure plan as a mask: headwise.unmask it")
+    for name, layer in attention_layers(model).items():
+        if layer.gate is not None:
+            raise ValueError(
+                f"layer '{name}' has a {type(layer.gate).__name__}: take it out first "
+                f"(layer.set_gate(None))"
+            )
