@@ -204,14 +204,37 @@ class HEADWISE_API HardConcreteGateImpl : public TargetedGateImpl {
 };
 TORCH_MODULE(HardConcreteGate);
 
+/// A gate that decides together with those of the other layers (scope "model", see link_gates) or
+/// for its own layer alone ("layer").
+class HEADWISE_API ScopedGateImpl : public ScheduledGateImpl {
+ public:
+  std::string scope_key() const override { return key_; }
+  void join(const std::shared_ptr<GateScope>& scope, int64_t position) override;
+
+ protected:
+  ScopedGateImpl(const std::string& type, int64_t embed_dim, int64_t num_heads,
+                 const std::string& execution, const at::TensorOptions& tensor_options);
+  // For the end of a constructor. Gates of scope "model" with equal `options` decide together.
+  void set_scope(const std::string& scope, const GateOptions& options);
+  // What it decides in; null where it is not linked.
+  GateScope* linked() const { return scope_.get(); }
+  // The same. @throws c10::Error where it is not linked
+  GateScope& scope() const;
+  int64_t position() const { return position_; }
+
+ private:
+  std::string type_, key_;
+  std::shared_ptr<GateScope> scope_;
+  int64_t position_ = 0;
+};
+
 /// Exactly k heads, the same for every input. Parameter: scores [H].
-class HEADWISE_API SubsetGateImpl : public ScheduledGateImpl {
+class HEADWISE_API SubsetGateImpl : public ScopedGateImpl {
  public:
   SubsetGateImpl(SubsetGateOptions options, int64_t embed_dim, int64_t num_heads,
                  const at::TensorOptions& tensor_options = {});
   Selection forward(const at::Tensor& x, const at::Tensor& key_padding_mask = {}) override;
   void reset_parameters() override;
-  std::string scope_key() const override;
   void contribute(GateScope& scope) const override;
   /// @throws c10::ValueError if k is more than the heads of the scope
   void join(const std::shared_ptr<GateScope>& scope, int64_t position) override;
@@ -222,22 +245,19 @@ class HEADWISE_API SubsetGateImpl : public ScheduledGateImpl {
  private:
   void start(const at::Tensor& relevance, double budget) override;
 
-  std::shared_ptr<GateScope> scope_;
-  int64_t position_ = 0, k_ = 0;
+  int64_t k_ = 0;
 };
 TORCH_MODULE(SubsetGate);
 
 /// The share of the heads to run is an argument at run time. Parameters: base [H], tilt [H],
 /// relevance.weight [H, D].
-class HEADWISE_API RequestedBudgetGateImpl : public ScheduledGateImpl {
+class HEADWISE_API RequestedBudgetGateImpl : public ScopedGateImpl {
  public:
   RequestedBudgetGateImpl(RequestedBudgetGateOptions options, int64_t embed_dim, int64_t num_heads,
                           const at::TensorOptions& tensor_options = {});
   Selection forward(const at::Tensor& x, const at::Tensor& key_padding_mask = {}) override;
   void reset_parameters() override;
-  std::string scope_key() const override;
   void contribute(GateScope& scope) const override;
-  void join(const std::shared_ptr<GateScope>& scope, int64_t position) override;
 
   /// What evaluation runs from now on.
   /// @param budget floating [] or [B], each in (0, 1]
@@ -252,8 +272,6 @@ class HEADWISE_API RequestedBudgetGateImpl : public ScheduledGateImpl {
   void start(const at::Tensor& relevance, double budget) override;
 
   at::Tensor requested_;  // [] or [B]
-  std::shared_ptr<GateScope> scope_;
-  int64_t position_ = 0;
 };
 TORCH_MODULE(RequestedBudgetGate);
 
@@ -287,15 +305,13 @@ struct HeadMove {
 
 /// Puts the heads that matter least to sleep in training, and wakes them when their scores recover.
 /// Buffers: awake [H], score [H], steps [].
-class HEADWISE_API SleepGateImpl : public ScheduledGateImpl {
+class HEADWISE_API SleepGateImpl : public ScopedGateImpl {
  public:
   SleepGateImpl(SleepGateOptions options, int64_t embed_dim, int64_t num_heads,
                 const at::TensorOptions& tensor_options = {});
   Selection forward(const at::Tensor& x, const at::Tensor& key_padding_mask = {}) override;
   void reset_parameters() override;
-  std::string scope_key() const override;
   void contribute(GateScope& scope) const override;
-  void join(const std::shared_ptr<GateScope>& scope, int64_t position) override;
 
   /// What moved in this layer, oldest first.
   std::vector<HeadMove> moves() const;
@@ -308,9 +324,6 @@ class HEADWISE_API SleepGateImpl : public ScheduledGateImpl {
  private:
   void start(const at::Tensor& relevance, double budget) override;
   void advance();
-
-  std::shared_ptr<GateScope> scope_;
-  int64_t position_ = 0;
 };
 TORCH_MODULE(SleepGate);
 

@@ -7,6 +7,7 @@
 #include "gates/budget.h"
 #include "gates/checks.h"
 #include "gates/hard_concrete.h"
+#include "gates/scope.h"
 #include "headwise/gates.h"
 
 namespace headwise {
@@ -105,6 +106,33 @@ at::Tensor ScheduledGateImpl::features(const at::Tensor& x, const at::Tensor& ke
     feature_batches.copy_(batches);
   }
   return standardize(pooled, feature_mean, feature_variance);
+}
+
+ScopedGateImpl::ScopedGateImpl(const std::string& type, int64_t embed_dim, int64_t num_heads,
+                               const std::string& execution,
+                               const at::TensorOptions& tensor_options)
+    : ScheduledGateImpl(type, embed_dim, num_heads, execution, tensor_options), type_(type) {}
+
+void ScopedGateImpl::set_scope(const std::string& scope, const GateOptions& options) {
+  check_choice("scope", scope, {"model", "layer"});
+  if (scope == "model") {
+    key_ = gate_options_to_json(options);
+    return;
+  }
+  const auto alone = std::make_shared<GateScope>();
+  contribute(*alone);
+  join(alone, 0);
+}
+
+void ScopedGateImpl::join(const std::shared_ptr<GateScope>& scope, int64_t position) {
+  scope_ = scope;
+  position_ = position;
+}
+
+GateScope& ScopedGateImpl::scope() const {
+  TORCH_CHECK(scope_, type_, " has scope 'model' and does not know the other layers' gates: ",
+              "call headwise::link_gates on the model");
+  return *scope_;
 }
 
 TargetedGateImpl::TargetedGateImpl(Target target, double static_until, double hard_from,

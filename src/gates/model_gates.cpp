@@ -148,6 +148,8 @@ void start_gates(torch::nn::Module& model, const std::map<std::string, at::Tenso
     TORCH_CHECK_VALUE(score->second.sizes() == at::IntArrayRef({gate->num_heads()}),
                       "importance of layer '", name, "' must have ", gate->num_heads(),
                       " heads, got ", score->second.sizes());
+    TORCH_CHECK_VALUE(at::isfinite(score->second).all().item<bool>(), "importance of layer '", name,
+                      "' must be finite, got NaN or infinity");
     gates.push_back(gate);
     scores.push_back(score->second.to(at::kCPU, at::kDouble));
     sizes.push_back(gate->num_heads());

@@ -15,8 +15,8 @@ namespace headwise {
 RequestedBudgetGateImpl::RequestedBudgetGateImpl(RequestedBudgetGateOptions options_,
                                                  int64_t embed_dim, int64_t num_heads,
                                                  const at::TensorOptions& tensor_options)
-    : ScheduledGateImpl("RequestedBudgetGate", embed_dim, num_heads, options_.execution(),
-                        tensor_options),
+    : ScopedGateImpl("RequestedBudgetGate", embed_dim, num_heads, options_.execution(),
+                     tensor_options),
       options(std::move(options_)) {
   check_fraction("budget", options.budget());
   check_fraction("min_budget", options.min_budget());
@@ -24,7 +24,6 @@ RequestedBudgetGateImpl::RequestedBudgetGateImpl(RequestedBudgetGateOptions opti
   TORCH_CHECK_VALUE(options.min_budget() <= options.max_budget(),
                     "min_budget must not be above max_budget, got ", options.min_budget(), " and ",
                     options.max_budget());
-  check_choice("scope", options.scope(), {"model", "layer"});
   TORCH_CHECK_VALUE(options.min_heads() >= 0, "min_heads must not be negative, got ",
                     options.min_heads());
   check_positive("temperature", options.temperature());
@@ -39,11 +38,7 @@ RequestedBudgetGateImpl::RequestedBudgetGateImpl(RequestedBudgetGateOptions opti
       register_module("relevance", make_linear(embed_dim, num_heads, false, tensor_options));
   requested_ = torch::full({}, options.budget(), at::kDouble);
   reset_parameters();
-  if (options.scope() == "layer") {
-    const auto alone = std::make_shared<GateScope>();
-    contribute(*alone);
-    join(alone, 0);
-  }
+  set_scope(options.scope(), options);
 }
 
 void RequestedBudgetGateImpl::reset_parameters() {
@@ -59,18 +54,9 @@ void RequestedBudgetGateImpl::start(const at::Tensor& relevance_, double) {
   base.copy_(relevance_);
 }
 
-std::string RequestedBudgetGateImpl::scope_key() const {
-  return options.scope() == "model" ? gate_options_to_json(options) : std::string();
-}
-
 void RequestedBudgetGateImpl::contribute(GateScope& scope) const {
   scope.scores.push_back(base);
   scope.tilts.push_back(tilt);
-}
-
-void RequestedBudgetGateImpl::join(const std::shared_ptr<GateScope>& scope, int64_t position) {
-  scope_ = scope;
-  position_ = position;
 }
 
 void RequestedBudgetGateImpl::request(const at::Tensor& budget) {
@@ -87,19 +73,19 @@ void RequestedBudgetGateImpl::request(const at::Tensor& budget) {
 Selection RequestedBudgetGateImpl::forward(const at::Tensor& x,
                                            const at::Tensor& key_padding_mask) {
   check_input(x);
-  check_linked(scope_, "RequestedBudgetGate");
+  auto& shared = scope();
   const bool training = is_training();
   const int64_t batch = x.size(0);
   const auto z = features(x, key_padding_mask);  // [B, D]
   const auto floats = z.options().requires_grad(false);
   const auto share_out = [&](const at::Tensor& budget) {  // [R] -> [R, N]
-    return allocate_budget(at::cat(scope_->scores), at::cat(scope_->tilts), budget, progress,
+    return allocate_budget(at::cat(shared.scores), at::cat(shared.tilts), budget, progress,
                            training, options.temperature(), options.final_temperature(),
                            options.hard_from());
   };
   at::Tensor budget, given;  // [B] or [1]; [B or 1, N]
   if (training) {
-    const auto& drawn = scope_->draw(position_, [&]() -> std::vector<at::Tensor> {
+    const auto& drawn = shared.draw(position(), [&]() -> std::vector<at::Tensor> {
       const auto asked =
           torch::rand({batch}, floats) * (options.max_budget() - options.min_budget()) +
           options.min_budget();
@@ -114,7 +100,7 @@ Selection RequestedBudgetGateImpl::forward(const at::Tensor& x,
   TORCH_CHECK_VALUE(budget.size(0) == 1 || budget.size(0) == batch,
                     "budget must be one for all sequences or one for each of the ", batch, ", got ",
                     budget.size(0));
-  const auto own = given.narrow(1, scope_->start(position_), num_heads());  // [B or 1, H]
+  const auto own = given.narrow(1, shared.start(position()), num_heads());  // [B or 1, H]
   // [B]: of this layer's heads, the share that is among the model's chosen.
   const auto share = (own.detach().sum(1) / static_cast<double>(std::max<int64_t>(num_heads(), 1)))
                          .expand({batch});

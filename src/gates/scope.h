@@ -53,9 +53,4 @@ struct GateScope {
   std::vector<bool> served_;
 };
 
-inline void check_linked(const std::shared_ptr<GateScope>& scope, const char* type) {
-  TORCH_CHECK(scope, type, " has scope 'model' and does not know the other layers' gates: ",
-              "call headwise::link_gates on the model");
-}
-
 }  // namespace headwise

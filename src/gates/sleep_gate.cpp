@@ -16,10 +16,9 @@ namespace headwise {
 
 SleepGateImpl::SleepGateImpl(SleepGateOptions options_, int64_t embed_dim, int64_t num_heads,
                              const at::TensorOptions& tensor_options)
-    : ScheduledGateImpl("SleepGate", embed_dim, num_heads, options_.execution(), tensor_options),
+    : ScopedGateImpl("SleepGate", embed_dim, num_heads, options_.execution(), tensor_options),
       options(std::move(options_)) {
   check_fraction("keep", options.keep());
-  check_choice("scope", options.scope(), {"model", "layer"});
   TORCH_CHECK_VALUE(options.every() >= 1, "every must be at least 1, got ", options.every());
   TORCH_CHECK_VALUE(options.probe_every() >= 1, "probe_every must be at least 1, got ",
                     options.probe_every());
@@ -31,11 +30,7 @@ SleepGateImpl::SleepGateImpl(SleepGateOptions options_, int64_t embed_dim, int64
   awake = register_buffer("awake", torch::ones({num_heads}, tensor_options));
   score = register_buffer("score", torch::zeros({num_heads}, tensor_options.dtype(at::kFloat)));
   steps = register_buffer("steps", torch::zeros({}, tensor_options.dtype(at::kLong)));
-  if (options.scope() == "layer") {
-    const auto alone = std::make_shared<GateScope>();
-    contribute(*alone);
-    join(alone, 0);
-  }
+  set_scope(options.scope(), options);
 }
 
 void SleepGateImpl::reset_parameters() {
@@ -47,10 +42,6 @@ void SleepGateImpl::reset_parameters() {
 
 void SleepGateImpl::start(const at::Tensor& relevance, double) { awake.copy_(relevance.gt(0)); }
 
-std::string SleepGateImpl::scope_key() const {
-  return options.scope() == "model" ? gate_options_to_json(options) : std::string();
-}
-
 void SleepGateImpl::contribute(GateScope& scope) const {
   scope.scores.push_back(score);
   scope.awake.push_back(awake);
@@ -58,26 +49,20 @@ void SleepGateImpl::contribute(GateScope& scope) const {
   scope.weights.emplace_back();
 }
 
-void SleepGateImpl::join(const std::shared_ptr<GateScope>& scope, int64_t position) {
-  scope_ = scope;
-  position_ = position;
-}
-
 std::vector<HeadMove> SleepGateImpl::moves() const {
   std::vector<HeadMove> own;
-  if (scope_) {
-    std::copy_if(scope_->moves.begin(), scope_->moves.end(), std::back_inserter(own),
-                 [&](const HeadMove& move) { return move.position == position_; });
+  if (const auto* shared = linked()) {
+    std::copy_if(shared->moves.begin(), shared->moves.end(), std::back_inserter(own),
+                 [&](const HeadMove& move) { return move.position == position(); });
   }
   return own;
 }
 
 void SleepGateImpl::set_moves(const std::vector<HeadMove>& moves) {
-  check_linked(scope_, "SleepGate");
-  auto& all = scope_->moves;
-  std::erase_if(all, [&](const HeadMove& move) { return move.position == position_; });
+  auto& all = scope().moves;
+  std::erase_if(all, [&](const HeadMove& move) { return move.position == position(); });
   for (HeadMove move : moves) {
-    move.position = position_;
+    move.position = position();
     all.push_back(move);
   }
   std::stable_sort(all.begin(), all.end(),
@@ -88,7 +73,7 @@ void SleepGateImpl::set_moves(const std::vector<HeadMove>& moves) {
 // time lets heads move.
 void SleepGateImpl::advance() {
   torch::NoGradGuard no_grad;
-  auto& scope = *scope_;
+  auto& scope = this->scope();
   for (size_t i = 0; i < scope.weights.size(); ++i) {
     auto& weight = scope.weights[i];
     if (weight.defined() && weight.grad().defined()) {
@@ -130,10 +115,10 @@ void SleepGateImpl::advance() {
 
 Selection SleepGateImpl::forward(const at::Tensor& x, const at::Tensor&) {
   check_input(x);
-  check_linked(scope_, "SleepGate");
+  auto& shared = scope();
   const bool training = is_training();
   if (training && x.size(0) > 0) {
-    scope_->draw(position_, [&]() -> std::vector<at::Tensor> {
+    shared.draw(position(), [&]() -> std::vector<at::Tensor> {
       advance();
       return {};
     });
@@ -148,7 +133,7 @@ Selection SleepGateImpl::forward(const at::Tensor& x, const at::Tensor&) {
   const bool all = run_all() || steps.item<int64_t>() % options.probe_every() == 0;
   weight = weight.clone().requires_grad_(all);
   if (all) {
-    scope_->weights[position_] = weight;
+    shared.weights[position()] = weight;
     auto every = select_all(x.size(0), num_heads(), weight.options().requires_grad(false));
     index = every.index;
     count = every.count;

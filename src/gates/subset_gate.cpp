@@ -16,12 +16,11 @@ namespace headwise {
 
 SubsetGateImpl::SubsetGateImpl(SubsetGateOptions options_, int64_t embed_dim, int64_t num_heads,
                                const at::TensorOptions& tensor_options)
-    : ScheduledGateImpl("SubsetGate", embed_dim, num_heads, options_.execution(), tensor_options),
+    : ScopedGateImpl("SubsetGate", embed_dim, num_heads, options_.execution(), tensor_options),
       options(std::move(options_)) {
   TORCH_CHECK_VALUE(!options.k() || *options.k() >= 1, "k must be at least 1, got ",
                     options.k().value_or(0));
   check_fraction("keep", options.keep());
-  check_choice("scope", options.scope(), {"model", "layer"});
   check_choice("estimator", options.estimator(), {"gumbel", "straight_through"});
   check_positive("temperature", options.temperature());
   check_positive("final_temperature", options.final_temperature());
@@ -29,11 +28,7 @@ SubsetGateImpl::SubsetGateImpl(SubsetGateOptions options_, int64_t embed_dim, in
   check_hard_from(options.hard_from());
   scores = register_parameter("scores", torch::empty({num_heads}, tensor_options));
   reset_parameters();
-  if (options.scope() == "layer") {
-    const auto alone = std::make_shared<GateScope>();
-    contribute(*alone);
-    join(alone, 0);
-  }
+  set_scope(options.scope(), options);
 }
 
 void SubsetGateImpl::reset_parameters() {
@@ -44,10 +39,6 @@ void SubsetGateImpl::reset_parameters() {
 
 void SubsetGateImpl::start(const at::Tensor& relevance, double) { scores.copy_(relevance); }
 
-std::string SubsetGateImpl::scope_key() const {
-  return options.scope() == "model" ? gate_options_to_json(options) : std::string();
-}
-
 void SubsetGateImpl::contribute(GateScope& scope) const { scope.scores.push_back(scores); }
 
 void SubsetGateImpl::join(const std::shared_ptr<GateScope>& scope, int64_t position) {
@@ -57,16 +48,15 @@ void SubsetGateImpl::join(const std::shared_ptr<GateScope>& scope, int64_t posit
   const auto rounded =
       static_cast<int64_t>(std::floor(options.keep() * static_cast<double>(heads) + 0.5));
   k_ = options.k().value_or(std::clamp<int64_t>(rounded, std::min<int64_t>(1, heads), heads));
-  scope_ = scope;
-  position_ = position;
+  ScopedGateImpl::join(scope, position);
 }
 
 Selection SubsetGateImpl::forward(const at::Tensor& x, const at::Tensor&) {
   check_input(x);
-  check_linked(scope_, "SubsetGate");
+  auto& shared = scope();
   const bool training = is_training();
   const auto weigh = [&]() -> std::vector<at::Tensor> {
-    const auto all = at::cat(scope_->scores);  // [N]
+    const auto all = at::cat(shared.scores);  // [N]
     std::optional<at::Tensor> noise;
     if (training && options.estimator() == "gumbel") {
       noise = gumbel_noise(torch::rand_like(all, all.options().dtype(at::kDouble)));
@@ -76,8 +66,8 @@ Selection SubsetGateImpl::forward(const at::Tensor& x, const at::Tensor&) {
   };
   at::Tensor row = scores.detach();  // [H]
   if (num_heads() > 0) {
-    const auto all = training ? scope_->draw(position_, weigh) : weigh();
-    row = all[0].narrow(0, scope_->start(position_), num_heads());
+    const auto all = training ? shared.draw(position(), weigh) : weigh();
+    row = all[0].narrow(0, shared.start(position()), num_heads());
   }
   const auto weight = row.to(x.scalar_type()).expand({x.size(0), -1});  // [B, H]
   const auto relevance = static_relevance(scores, x);                   // [B, H]

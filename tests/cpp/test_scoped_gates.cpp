@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -95,6 +96,10 @@ TEST(ScopedGates, StartFromARankingAndLoadLinked) {
   EXPECT_EQ(model.layers[0]->last_selection->count[0].item<int64_t>(), 2);
   EXPECT_EQ(error_of([&] { start_gates(model, {{"layer0", torch::ones({3})}}, 0.5); }),
             "importance must have a score for layer 'layer1'");
+  const auto nan = torch::full({3}, std::numeric_limits<double>::quiet_NaN());
+  EXPECT_EQ(
+      error_of([&] { start_gates(model, {{"layer0", torch::ones({3})}, {"layer1", nan}}, 0.5); }),
+      "importance of layer 'layer1' must be finite, got NaN or infinity");
 
   Model saved;
   for (int i = 0; i < 2; ++i) {
