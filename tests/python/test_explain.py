@@ -9,6 +9,7 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, bert, bert_inputs
 from headwise.cli import main
+from headwise.compare.models import load_trained
 from torch import nn
 
 OPS = torch.ops.headwise
@@ -481,6 +482,22 @@ def test_the_command_explains_texts(tiny_model, tmp_path, capsys):
     assert first["layers"][1]["heads"][3]["effect"] is not None
 
 
+def test_folders_that_are_not_whole(tiny_model, tmp_path, capsys):
+    whole, roles = tmp_path / "whole", tmp_path / "roles.json"
+    model = hw.convert(load_trained(tiny_model), hw.BudgetGate(target=0.5))
+    hw.save(model, whole)  # without tokenizer=
+    roles.write_text("[1]")
+    for more, sentence in (
+        (["--model", str(whole)], f"the model folder {whole} has no tokenizer: save it there too "),
+        (["--model", str(tmp_path)], f"the model folder {tmp_path} has no config.json"),
+        (["--roles", str(roles)], "roles must be a document, got list"),
+        (["--roles", str(tmp_path)], f"{tmp_path} is not JSON from 'headwise explain'"),
+    ):
+        assert main(["explain", "--model", str(tiny_model), "--text", "a", *more]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert line.startswith(f"headwise explain: {sentence}")
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -491,6 +508,9 @@ def test_the_command_explains_texts(tiny_model, tmp_path, capsys):
         (["--text", "a", "--maps", "x"], "headwise explain: error: argument --maps: expected all"),
         (["--text", "a", "--json", "/nowhere/x.json"], "headwise explain: cannot write /nowhere/"),
         (["--text", "a", "--model", "nowhere"], "headwise explain: there is no model folder "),
+        (["--text", "a", "--max-length", "2"], "headwise explain: max_length must leave room for "),
+        (["--text", "a", "--limit", "9"], "headwise explain: --limit is for --data, not for "),
+        (["--text", "a", "--grid", "2", "2"], "headwise explain: --grid is for --data, not for "),
     ],
 )
 def test_bad_use_is_one_sentence_and_status_2(tiny_model, capsys, arguments, sentence):

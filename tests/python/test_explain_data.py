@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -12,9 +13,9 @@ import torch
 from headwise.cli import main
 from headwise.compare.models import load_tokenizer, load_trained
 from headwise.explain import annotate_texts
-from headwise.explain.data_set import role_use
 from headwise.explain.faithfulness import measure_faithfulness
 from headwise.explain.noise import NOISES
+from headwise.explain.role_use import role_use
 from headwise.explain.stand_in import joint_ablation
 from headwise.explain.use import Use, describe_use
 from test_explain import trained
@@ -233,6 +234,10 @@ def test_alignments_from_a_file(command, tmp_path):
         ("a ||| b ||| 0", "line 1 of {path} has the alignment '0', not 0-0"),
         ("a ||| b ||| 0-0\na ||| b ||| 0-1", "line 2 of {path} aligns 0-1, but has 1 and 1 words"),
         ("\n", "{path} has no aligned pair"),
+        (
+            "a ||| b |||\nc ||| d |||",
+            "{path} aligns no words: every line ends after the second |||",
+        ),
     ],
 )
 def test_alignments_that_cannot_be_read(content, sentence, tmp_path):
@@ -241,6 +246,17 @@ def test_alignments_that_cannot_be_read(content, sentence, tmp_path):
     with pytest.raises(ValueError) as failed:
         hw.read_alignments(path)
     assert str(failed.value) == sentence.format(path=path)
+
+
+def test_one_aligned_pair_is_not_enough_for_two_halves(command, tmp_path, capsys):
+    path = tmp_path / "pairs.txt"
+    path.write_text("a good film ||| film a good ||| 0-1 1-2 2-0\n")
+    assert main([*command, "--alignments", str(path)]) == 2
+    assert (
+        capsys.readouterr()
+        .err.strip()
+        .endswith("alignments must be at least two, one for each half, got 1")
+    )
 
 
 def test_aligned_pairs_become_batches(gated):
@@ -431,6 +447,25 @@ def test_noise_changes_texts_a_little():
         assert noise("word", random.Random(1)).lower()[0] == "w"
 
 
+def test_texts_of_one_class_and_models_of_one_name(gated, tiny_model, tmp_path, capsys):
+    path, use = tmp_path / "texts.csv", tmp_path / "use.json"
+    rows = ["a good film,LABEL_1", "the film is fine,LABEL_1", "a very good plot,LABEL_1"]
+    path.write_text("\n".join(["text,label", *rows]), encoding="utf-8")
+    others = []
+    for name in ("one", "two"):
+        others.append(tmp_path / name / "model")
+        shutil.copytree(gated, others[-1])
+    command = ["explain", "--model", str(gated), "--data", str(path), "--json", str(use)]
+    assert main([*command, "--others", *map(str, others)]) == 0
+    document = json.loads(use.read_text())
+    predicted = document["data"]["predicted"]
+    assert document["data"]["accuracy"] == pytest.approx(predicted[1] / 3, abs=1e-3)
+    rows = [row for row in document["stability"] if row["kind"] == "model"]
+    assert [row["name"] for row in rows] == list(map(str, others))
+    assert all(row["jaccard"] == 1.0 for row in rows)
+    assert "accuracy" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -441,6 +476,14 @@ def test_noise_changes_texts_a_little():
         ),
         (["--text-column", "words"], "headwise explain: {data} has no column 'words'; it has "),
         (["--label-column", "film"], "headwise explain: {data} has the label 'film "),
+        (["--label-column", "moods"], "headwise explain: {data} has no column 'moods'; it has "),
+        (["--max-length", "2"], "headwise explain: max_length must leave room for tokens of the "),
+        (["--roles", "no.json"], "headwise explain: --roles is for --text, not for --data"),
+        (["--no-effects"], "headwise explain: --no-effects is for --text, not for --data"),
+        (
+            ["--threshold", "least-trials=2.5"],
+            "headwise explain: --threshold: least_trials must be a whole number, got 2.5",
+        ),
         (["--conllu", "no.conllu"], "headwise explain: there is no file no.conllu"),
         (
             ["--threshold", "offset=2"],

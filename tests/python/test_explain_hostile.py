@@ -9,6 +9,7 @@ import torch
 from explain_documents import HOSTILE
 from headwise.cli import main
 from headwise.compare.models import load_tokenizer, load_trained
+from headwise.explain_page.words import use_sentences
 from test_explain import trained
 
 TEXTS = {
@@ -111,3 +112,35 @@ def test_a_text_longer_than_the_model_takes_is_cut_and_that_is_told(gated):
     assert "left out" not in result.summary(1)
     alone = hw.explain(model, dict(tokenizer("good", return_tensors="pt")))
     assert alone.inputs[0]["tokens_cut"] is None
+
+
+def test_texts_that_the_tokenizer_does_not_know(gated):
+    model, tokenizer = load_trained(gated), load_tokenizer(gated)
+    foreign = "这部电影 很好 good"
+    result = hw.explain(model, [foreign, "a good film"], tokenizer=tokenizer)
+    unknown = result.inputs[0]["tokens"].count("[UNK]")
+    assert [entry["tokens_unknown"] for entry in result.inputs] == [unknown, 0] and unknown >= 2
+    assert f"{unknown} of its tokens are unknown to the tokenizer" in result.summary(0)
+    assert "unknown" not in result.summary(1)
+    options = {"permutations": 10, "resamples": 10}
+    texts = [foreign, "a good film", "这部"]
+    use = hw.explain_data(model, texts, tokenizer, **options)
+    kept = sum(len(tokenizer(text)["input_ids"]) - 2 for text in texts)
+    assert use["data"]["tokens_unknown"] == pytest.approx((unknown + 1) / kept, abs=1e-3)
+    assert any("unknown to the tokenizer" in line for line in use_sentences(use))
+
+
+def test_texts_of_which_nothing_is_left(gated):
+    model, tokenizer = load_trained(gated), load_tokenizer(gated)
+    use = hw.explain_data(model, ["\u200b"] * 3, tokenizer, permutations=10, resamples=10)
+    assert use["data"]["tokens_unknown"] == 0.0 and use["data"]["tokens_mean"] == 2.0
+    for call, texts in ((hw.explain, "a good film"), (hw.explain_data, ["a good film", "a film"])):
+        with pytest.raises(ValueError, match=r"max_length must leave room .* beside 2 .* got 2"):
+            call(model, texts, tokenizer=tokenizer, max_length=2)
+
+
+def test_a_data_set_of_texts_longer_than_the_model_takes(gated):
+    model, tokenizer = load_trained(gated), load_tokenizer(gated)
+    texts = ["good film " * 100, "a good film"]
+    use = hw.explain_data(model, texts, tokenizer, max_length=5000, permutations=10, resamples=10)
+    assert use["settings"]["max_length"] == 64 and use["data"]["tokens_mean"] == (64 + 5) / 2

@@ -432,7 +432,7 @@ def test_the_command_writes_the_page_of_a_data_set(gated, tiny_texts, tmp_path):
 
     command = [
         "explain", "--model", gated, "--data", str(tiny_texts), "--text-column", "review",
-        "--label-column", "none", "--limit", "20", "--out", str(tmp_path), "--format", "html",
+        "--limit", "20", "--out", str(tmp_path), "--format", "html",
     ]  # fmt: skip
     assert main(command) == 0
     content = (tmp_path / "use.html").read_text(encoding="utf-8")

@@ -55,25 +55,30 @@ def add_parser(commands) -> argparse.ArgumentParser:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--text", nargs="+", metavar="TEXT", help="explain these texts")
     what.add_argument("--data", type=Path, metavar="FILE", help="a data set: .csv or .jsonl")
-    parser.add_argument(
-        "--roles", type=Path, metavar="FILE", help="JSON from --data: tell heads' roles with --text"
-    )
-    parser.add_argument(
-        "--maps",
-        nargs="+",
-        type=maps,
-        metavar="LAYER:HEAD",
-        help="attention maps to keep: all, none (default without --format) or some heads",
-    )
-    parser.add_argument(
-        "--pairs", type=positive, default=5, metavar="N", help="strongest token pairs a head"
-    )
-    parser.add_argument(
-        "--steps", type=positive, default=32, metavar="N", help="nodes of integrated gradients"
-    )
-    parser.add_argument(
-        "--no-effects", action="store_true", help="do not measure what switching heads over does"
-    )
+    one = parser.add_argument_group("texts")
+    of_text = [
+        one.add_argument(
+            "--roles", type=Path, metavar="FILE", help="JSON from --data: tell heads' roles"
+        ),
+        one.add_argument(
+            "--maps",
+            nargs="+",
+            type=maps,
+            metavar="LAYER:HEAD",
+            help="attention maps to keep: all, none (default without --format) or some heads",
+        ),
+        one.add_argument(
+            "--pairs", type=positive, default=5, metavar="N", help="strongest token pairs a head"
+        ),
+        one.add_argument(
+            "--steps", type=positive, default=32, metavar="N", help="nodes of integrated gradients"
+        ),
+        one.add_argument(
+            "--no-effects",
+            action="store_true",
+            help="do not measure what switching heads over does",
+        ),
+    ]
     parser.add_argument("--max-length", type=positive, default=128, metavar="N", help="tokens")
     parser.add_argument(
         "--batch-size",
@@ -82,13 +87,19 @@ def add_parser(commands) -> argparse.ArgumentParser:
         metavar="N",
         help="texts in a run, or heads switched over in a run",
     )
-    explain_data.add_options(parser)
+    of_data = explain_data.add_options(parser)
     page_options.add_options(parser)
     add_common(parser, out=None)
+    parser.set_defaults(of_text=of_text, of_data=of_data)
     return parser
 
 
 def run(options: argparse.Namespace) -> None:
+    kind, others = ("text", options.of_data) if options.data is None else ("data", options.of_text)
+    for action in others:
+        if getattr(options, action.dest) != action.default:
+            asked = "data" if kind == "text" else "text"
+            raise UsageError(f"{action.option_strings[0]} is for --{asked}, not for --{kind}")
     page_options.check(options)
     if options.data is not None:
         explain_data.run(options)

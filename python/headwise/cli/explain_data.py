@@ -11,6 +11,7 @@ from typing import Any
 from headwise.cli.common import positive
 from headwise.compare.errors import UsageError
 from headwise.explain_page import options as page_options
+from headwise.explain_page.words import TELL_UNKNOWN
 
 
 def threshold(text: str) -> tuple[str, float]:
@@ -22,64 +23,64 @@ def threshold(text: str) -> tuple[str, float]:
         raise argparse.ArgumentTypeError(f"expected NAME=NUMBER, got {text!r}") from None
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     """The options that ``--data`` has of its own."""
     group = parser.add_argument_group("data set")
-    group.add_argument(
-        "--text-column", default="text", metavar="COLUMN", help="of --data; default: text"
-    )
-    group.add_argument(
-        "--label-column",
-        default="label",
-        metavar="COLUMN",
-        help="of --data, where it has one; default: label",
-    )
-    group.add_argument(
-        "--limit", type=positive, default=2000, metavar="N", help="texts (default: 2000)"
-    )
     syntax = group.add_mutually_exclusive_group()
-    syntax.add_argument(
-        "--conllu", type=Path, metavar="FILE", help="parsed sentences, for syntactic roles"
-    )
-    syntax.add_argument(
-        "--spacy", metavar="PIPELINE", help="parse the texts, for syntactic roles (if installed)"
-    )
-    syntax.add_argument(
-        "--alignments",
-        type=Path,
-        metavar="FILE",
-        help="aligned pairs of texts, 'words ||| words ||| 0-0 1-1' a line, for alignment roles",
-    )
-    group.add_argument(
-        "--grid",
-        nargs=2,
-        type=positive,
-        metavar=("ROWS", "COLUMNS"),
-        help="the texts are images, a token a patch in reading order: ask about 2-D offsets",
-    )
-    group.add_argument(
-        "--joint-ablation",
-        type=positive,
-        default=0,
-        metavar="PAIRS",
-        help="test so many pairs of heads for standing in for each other (0.1 to 1 s each)",
-    )
-    group.add_argument(
-        "--others",
-        nargs="+",
-        type=Path,
-        default=[],
-        metavar="DIR",
-        help="models of other seeds or tasks, to compare selections with",
-    )
-    group.add_argument(
-        "--threshold",
-        nargs="+",
-        type=threshold,
-        default=[],
-        metavar="NAME=VALUE",
-        help="when a head has a role (see headwise.RoleThresholds)",
-    )
+    return [
+        group.add_argument("--text-column", default="text", metavar="COLUMN", help="default: text"),
+        group.add_argument(
+            "--label-column", metavar="COLUMN", help="default: label, where there is one"
+        ),
+        group.add_argument(
+            "--limit", type=positive, default=2000, metavar="N", help="texts (default: 2000)"
+        ),
+        syntax.add_argument(
+            "--conllu", type=Path, metavar="FILE", help="parsed sentences, for syntactic roles"
+        ),
+        syntax.add_argument(
+            "--spacy",
+            metavar="PIPELINE",
+            help="parse the texts, for syntactic roles (if installed)",
+        ),
+        syntax.add_argument(
+            "--alignments",
+            type=Path,
+            metavar="FILE",
+            help="aligned pairs of texts, 'words ||| words ||| 0-0 1-1' a line, for alignment "
+            "roles",
+        ),
+        group.add_argument(
+            "--grid",
+            nargs=2,
+            type=positive,
+            metavar=("ROWS", "COLUMNS"),
+            help="the texts are images, a token a patch in reading order: ask about 2-D offsets",
+        ),
+        group.add_argument(
+            "--joint-ablation",
+            type=positive,
+            default=0,
+            metavar="PAIRS",
+            help="test so many pairs of heads for standing in for each other (0.1 to 1 s each)",
+        ),
+        group.add_argument(
+            "--others",
+            nargs="+",
+            type=Path,
+            default=[],
+            metavar="DIR",
+            help="models of other seeds or tasks, to compare selections with",
+        ),
+        group.add_argument(
+            "--threshold",
+            nargs="+",
+            type=threshold,
+            default=[],
+            metavar="NAME=VALUE",
+            help="when a head has a role (see headwise.RoleThresholds)",
+        ),
+    ]
 
 
 def run(options: argparse.Namespace) -> None:
@@ -101,7 +102,13 @@ def run(options: argparse.Namespace) -> None:
     if not options.model.is_dir():
         raise UsageError(f"there is no model folder {options.model}")
     model = load_trained(options.model).to(device)
-    others = {path.name: load_trained(path).to(device) for path in options.others}
+    names = [path.name for path in options.others]
+    if len(set(names)) < len(names):  # runs/1/model and runs/2/model
+        names = [str(path) for path in options.others]
+    others = {
+        name: load_trained(path).to(device)
+        for name, path in zip(names, options.others, strict=True)
+    }
     tokenizer = load_tokenizer(options.model)
     known = {str(label): number for label, number in model.config.label2id.items()}
     known |= {str(number): number for number in range(model.config.num_labels)}
@@ -171,7 +178,10 @@ def _thresholds(given: list[tuple[str, float]]):
             names = ", ".join(vars(thresholds))
             raise UsageError(f"--threshold must name one of {names}, got {name!r}")
         try:
-            value = int(value) if name == "least_trials" else value
+            if name == "least_trials":
+                if not value.is_integer():
+                    raise ValueError(f"least_trials must be a whole number, got {value:g}")
+                value = int(value)
             thresholds = replace(thresholds, **{name: value})
         except ValueError as error:
             raise UsageError(f"--threshold: {error}") from None
@@ -189,21 +199,24 @@ def _texts(options: argparse.Namespace) -> tuple[list[str], list[str] | None]:
         raise UsageError(f"there is no file {path}")
     rows = read_rows(path)
     columns = list(rows[0]) if rows else []
-    if options.text_column not in columns:
-        raise UsageError(
-            f"{path} has no column {options.text_column!r}; it has "
-            + (", ".join(repr(str(name)) for name in columns) or "no rows")
-        )
+    label_column = options.label_column or "label"
+    asked_for = [options.text_column, *([label_column] if options.label_column else [])]
+    for column in asked_for:
+        if column not in columns:
+            raise UsageError(
+                f"{path} has no column {column!r}; it has "
+                + (", ".join(repr(str(name)) for name in columns) or "no rows")
+            )
     if len(rows) > options.limit:
         rows = random.Random(options.seed).sample(rows, options.limit)
     texts, labels = [], []
-    has_labels = options.label_column in columns
+    has_labels = label_column in columns
     for number, row in enumerate(rows, 1):
         text = read_cell(row, options.text_column, path, number)
         if text.strip():
             texts.append(text)
             if has_labels:
-                labels.append(read_cell(row, options.label_column, path, number))
+                labels.append(read_cell(row, label_column, path, number))
     if len(texts) < 2:
         raise UsageError(f"{path} must have at least two texts, got {len(texts)}")
     return texts, labels if has_labels else None
@@ -217,6 +230,11 @@ def render(result: dict[str, Any]) -> str:
         + ("" if data["accuracy"] is None else f", accuracy {data['accuracy']:.1%}")
         + f"; {use['heads_mean']:.1f} of {use['heads']} heads run on average "
         f"({use['heads_min']} to {use['heads_max']})",
+        *(
+            [f"{data['tokens_unknown']:.0%} of the tokens are unknown to the tokenizer"]
+            if (data["tokens_unknown"] or 0.0) >= TELL_UNKNOWN
+            else []
+        ),
         "",
         "roles (share of the scoring half, its 95% interval, baseline)",
     ]

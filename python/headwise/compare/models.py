@@ -75,14 +75,26 @@ def _quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def load_tokenizer(folder: Path):
-    """The tokenizer beside the model."""
+def load_tokenizer(folder: Path | str):
+    """The tokenizer beside the model.
+
+    Raises:
+        UsageError: there is none, or transformers cannot load it.
+    """
     from transformers import AutoTokenizer
 
+    folder = Path(folder)
     try:
         with _quiet_transformers():
             return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
+        if not any(
+            file for kind in ("*token*", "*vocab*", "*.model") for file in folder.glob(kind)
+        ):
+            raise UsageError(
+                f"the model folder {folder} has no tokenizer: save it there too "
+                "(headwise.save takes tokenizer=)"
+            ) from None
         raise UsageError(
             f"the model folder {folder} has no usable tokenizer: {_line(error)}"
         ) from None

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from headwise.explain.texts import check_length
+
 #: (dependent, head, relation): positions of words in a sentence.
 Dependency = tuple[int, int, str]
 
@@ -119,15 +121,16 @@ def annotate_texts(
     """Texts, sentences split into words, and aligned pairs, as annotated batches, shortest first.
 
     Raises:
-        ValueError: no texts.
+        ValueError: no texts, or no room for any of them.
     """
     if not texts:
         raise ValueError("texts must not be empty")
+    aligned = any(isinstance(text, AlignedPair) for text in texts)
+    check_length(tokenizer, max_length, pair=aligned)
     encoded = _encode(texts, tokenizer, max_length)
     order = sorted(range(len(texts)), key=lambda row: len(encoded[row].ids))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     specials = torch.tensor(sorted(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}))
-    aligned = any(isinstance(text, AlignedPair) for text in texts)
     batches = []
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
@@ -244,6 +247,8 @@ def read_alignments(path: str | Path, limit: int | None = None) -> list[AlignedP
             break
     if not found:
         raise ValueError(f"{path} has no aligned pair")
+    if not any(pair.pairs for pair in found):
+        raise ValueError(f"{path} aligns no words: every line ends after the second |||")
     return found
 
 

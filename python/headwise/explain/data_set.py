@@ -23,12 +23,14 @@ from headwise.explain.annotated import (
 )
 from headwise.explain.faithfulness import forwards_of, measure_faithfulness
 from headwise.explain.noise import NOISES
-from headwise.explain.one_input import check_texts, default_forward
+from headwise.explain.one_input import default_forward, labels_of
 from headwise.explain.parts import Parts, Stages
 from headwise.explain.questions import Questionnaire
 from headwise.explain.recording import evaluating
-from headwise.explain.roles import RoleThresholds, count_roles, score_roles
+from headwise.explain.role_use import role_use
+from headwise.explain.roles import RoleThresholds, count_roles, score_roles, to_device
 from headwise.explain.stand_in import joint_ablation as measure_joint_ablation
+from headwise.explain.texts import check_texts, longest
 from headwise.explain.use import (
     Use,
     chosen_heads,
@@ -90,7 +92,7 @@ def explain_data(
         thresholds: when a head has a role.
         offsets: token offsets to ask about, up to this far.
         batch_size: texts a run.
-        max_length: tokens at which texts are cut.
+        max_length: tokens at which texts are cut, at most as many as the model takes.
         faithfulness_texts: texts on which heads are removed.
         joint_ablation: pairs of heads to ablate jointly, to find those that stand in for each
             other; each takes a forward over ``joint_ablation_texts``. 0: do not ask.
@@ -121,11 +123,17 @@ def explain_data(
         raise ValueError(f"joint_ablation must not be negative, got {joint_ablation}")
     if sentences is not None and alignments is not None:
         raise ValueError("sentences and alignments must not be given together")
+    for name, own in (("sentences", sentences), ("alignments", alignments)):
+        if own is not None and len(own) < 2:
+            raise ValueError(f"{name} must be at least two, one for each half, got {len(own)}")
     if not attention_layers(model):
         model = convert(copy.deepcopy(model))
     thresholds = thresholds or RoleThresholds()
-    encoding = {"batch_size": batch_size, "max_length": max_length}
-    annotated = sentences or alignments or texts
+    encoding = {
+        "batch_size": batch_size,
+        "max_length": longest(model, tokenizer, max_length),
+    }
+    annotated: Sequence[Input] = sentences or alignments or texts
     content = json.dumps(
         [list(texts), None if annotated is texts else list(annotated)], default=str
     )
@@ -141,7 +149,10 @@ def explain_data(
     with evaluating(model):
         torch.manual_seed(seed)  # gates that draw at random
         use = study.use("use", texts, labels, model)
-        classes = list(classes or _class_names(model, use.logits.size(1)))
+        number_of_classes = use.logits.size(1)
+        classes = list(
+            classes or labels_of(model, number_of_classes) or map(str, range(number_of_classes))
+        )
         roles = study.roles(annotated, offsets, grid, thresholds, resamples)
         described = describe_use(use, classes, permutations=permutations, seed=seed)
         document = {
@@ -159,6 +170,7 @@ def explain_data(
                 "predicted": torch.bincount(use.predicted, minlength=len(classes)).tolist(),
                 "accuracy": _accuracy(use),
                 "tokens_mean": number(use.length.double().mean()),
+                "tokens_unknown": study.unknown_share(texts),
             },
             "settings": {
                 **encoding,
@@ -222,10 +234,7 @@ class _Study:
 
     def inputs(self, texts: Sequence[str]) -> list[dict[str, Tensor]]:
         """Texts as batches on the model's device."""
-        return [self._on_device(batch) for batch in self.batches(texts)]
-
-    def _on_device(self, batch: AnnotatedBatch) -> dict[str, Tensor]:
-        return {name: value.to(self.device) for name, value in batch.inputs.items()}
+        return [to_device(batch.inputs, self.device) for batch in self.batches(texts)]
 
     def use(
         self, name: str, texts: Sequence[str], labels: Sequence[int] | None, model: nn.Module
@@ -291,9 +300,19 @@ class _Study:
         limit = self.encoding["max_length"]
         return self.tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
 
+    def unknown_share(self, texts: Sequence[str]) -> float | None:
+        """Share of the texts' tokens that the tokenizer does not know; None where it knows all."""
+        unknown = self.tokenizer.unk_token_id
+        if unknown is None:
+            return None
+        ids = self._ids(texts)
+        special = self.tokenizer.num_special_tokens_to_add()
+        total = sum(len(row) - special for row in ids)
+        return number(sum(row.count(unknown) for row in ids) / max(1, total))
+
     def forward(self, model: nn.Module, batch: AnnotatedBatch) -> Tensor:
         """Class scores, float32 ``[B, C]`` on the host."""
-        logits = default_forward(model, self._on_device(batch))
+        logits = default_forward(model, to_device(batch.inputs, self.device))
         if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.size(1) < 2:
             raise ValueError("model must give class scores [B, C] with C >= 2")
         return logits.float().cpu()
@@ -386,59 +405,6 @@ class _Study:
         )
 
 
-def role_use(
-    roles: dict[str, Any], use: dict[str, Any], permutations: int, seed: int
-) -> list[dict[str, Any]]:
-    """Are heads with a role used differently from the others?
-
-    For each kind of role and each property of heads (how often they run; how much more for long
-    inputs, for inputs of high entropy, for confident predictions): the rank-biserial correlation
-    over heads, its permutation test, and the false discovery rate over the whole table.
-    """
-    with_roles = [
-        (kinds_of(head["roles"]), used)
-        for layer, own in zip(roles["layers"], use["layers"], strict=True)
-        for head, used in zip(layer["heads"], own["heads"], strict=True)
-    ]
-    kinds = sorted({kind for found, _ in with_roles for kind in found})
-    rows: list[dict[str, Any]] = []
-    for key in ("frequency", "length", "entropy", "confidence"):
-        usable = [
-            (found, used[key] if key == "frequency" else used[key]["correlation"])
-            for found, used in with_roles
-            if used[key] is not None
-        ]
-        if len(usable) < 2 or not kinds:
-            continue
-        has = torch.tensor([[kind in found for kind in kinds] for found, _ in usable])
-        values = torch.tensor([value for _, value in usable], dtype=torch.float64)
-        correlation, p = _ops.selection_association(has, values, permutations, seed)
-        for place, kind in enumerate(kinds):
-            count = int(has[:, place].sum())
-            if 0 < count < len(usable):
-                rows.append(
-                    {
-                        "role": kind,
-                        "heads": count,
-                        "others": len(usable) - count,
-                        "property": key,
-                        "mean": number(values[has[:, place]].mean()),
-                        "mean_of_others": number(values[~has[:, place]].mean()),
-                        "correlation": number(correlation[place]),
-                        "p": number(p[place]),
-                    }
-                )
-    rates = _ops.false_discovery_rate(torch.tensor([row["p"] for row in rows]))
-    for row, rate in zip(rows, rates.tolist(), strict=True):
-        row["q"] = number(rate)
-    return rows
-
-
-def kinds_of(found: Sequence[dict[str, Any]]) -> set[str]:
-    """The kinds of role a head has; "none" where it has none."""
-    return {role["role"] for role in found} or {"none"}
-
-
 def _compared(
     kind: str, name: str, first: Use, second: Use, resamples: int, seed: int
 ) -> dict[str, Any]:
@@ -472,13 +438,8 @@ def _draws(gate: Any) -> bool:
     return gate is not None and bool(getattr(gate, "per_input", False))
 
 
-def _class_names(model: nn.Module, classes: int) -> list[str]:
-    names = getattr(getattr(model, "config", None), "id2label", None) or {}
-    return [str(names.get(place, place)) for place in range(classes)]
-
-
 def _fingerprint(model: nn.Module) -> float:
     """A number that another model is unlikely to have."""
-    total = sum(p.detach().double().abs().sum() for p in model.parameters())
-    total += sum(b.detach().double().abs().sum() for b in model.buffers())
-    return float(total)
+    # Summed in float64 as they are: a copy of the embeddings in float64 would be the report's peak.
+    tensors = [*model.parameters(), *model.buffers()]
+    return float(sum(tensor.detach().sum(dtype=torch.float64) for tensor in tensors))

@@ -15,6 +15,7 @@ from headwise import _C
 from headwise.convert import convert
 from headwise.explain.document import Explanation
 from headwise.explain.recording import evaluating, gate_description, holding, recording
+from headwise.explain.texts import encode_texts, names_of_tokens, tokens_cut, tokens_unknown
 from headwise.layers import attention_layers
 
 Forward = Callable[[nn.Module, Any], Tensor]
@@ -95,9 +96,10 @@ def explain(
     ):
         texts = [inputs] if isinstance(inputs, str) else list(inputs)
         inputs = encode_texts(model, texts, tokenizer, max_length)
-    cut = _tokens_cut(inputs, texts, tokenizer) if texts else []
+    cut = tokens_cut(inputs, texts, tokenizer) if texts else None
+    unknown = tokens_unknown(inputs, tokenizer)
     if tokens is None:
-        tokens = _names_of_tokens(inputs, tokenizer)
+        tokens = names_of_tokens(inputs, tokenizer)
     forward = forward or default_forward
     core = _C.Explanation(
         pairs=pairs,
@@ -134,7 +136,7 @@ def explain(
         core.set_inputs(texts, [list(row) for row in tokens or ()])
         has_classes = isinstance(logits, Tensor) and logits.dim() == 2 and logits.size(1) >= 2
         if has_classes and logits.size(0) == core.num_inputs:
-            core.set_prediction(logits.float(), list(labels or _labels_of(model, logits.size(1))))
+            core.set_prediction(logits.float(), list(labels or labels_of(model, logits.size(1))))
             if effects is not False:
                 _measure(
                     core, model, sites, inputs, forward, take or take_rows, batch_size, progress
@@ -147,7 +149,8 @@ def explain(
             )
     document = json.loads(core.to_json())
     for place, entry in enumerate(document["inputs"]):
-        entry["tokens_cut"] = cut[place] if cut else None
+        entry["tokens_cut"] = None if cut is None else cut[place]
+        entry["tokens_unknown"] = None if unknown is None else unknown[place]
     document["model"] = {
         "class": type(model).__name__,
         "layers": len(dict.fromkeys(sites)),
@@ -161,6 +164,8 @@ def explain(
 
 def _add_roles(document: dict[str, Any], roles: Mapping[str, Any]) -> None:
     """Puts the roles that were found over a data set beside the heads of each input."""
+    if not isinstance(roles, Mapping):
+        raise ValueError(f"roles must be a document, got {type(roles).__name__}")
     if roles.get("format") == "headwise.use":
         roles = roles["roles"]
     if roles.get("format") != "headwise.roles":
@@ -233,76 +238,8 @@ def take_rows(inputs: Any, rows: Tensor) -> Any:
     return inputs
 
 
-def check_texts(name: str, texts: Sequence[str]) -> None:
-    """Refuses what no tokenizer takes.
-
-    Raises:
-        TypeError: something that is no string.
-        ValueError: an empty text, or one that UTF-8 cannot hold.
-    """
-    for position, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise TypeError(f"{name} must be strings, got {type(text).__name__} at {position}")
-        if not text.strip():
-            raise ValueError(f"{name} must not hold an empty text, got one at {position}")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"{name} must be texts that UTF-8 can hold, got half a surrogate pair at character "
-                f"{error.start} of text {position}"
-            ) from None
-
-
-def encode_texts(
-    model: nn.Module, texts: Sequence[str], tokenizer: Any, max_length: int | None
-) -> dict[str, Tensor]:
-    """Texts as a padded batch on the model's device.
-
-    Raises:
-        ValueError: no tokenizer, or a text that is empty or no text (half a surrogate pair).
-    """
-    if tokenizer is None:
-        raise ValueError("inputs that are texts need tokenizer=")
-    check_texts("inputs", texts)
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if max_length is None or (limit is not None and max_length > limit):
-        max_length = limit
-    batch = tokenizer(
-        list(texts),
-        padding=True,
-        truncation=max_length is not None,
-        max_length=max_length,
-        return_tensors="pt",
-    )
-    parameter = next(model.parameters())
-    return {name: value.to(parameter.device) for name, value in batch.items()}
-
-
-def _tokens_cut(inputs: Any, texts: Sequence[str], tokenizer: Any) -> list[int]:
-    """How many tokens of each text were left out because it is too long."""
-    kept = inputs["attention_mask"].sum(1).tolist() if "attention_mask" in inputs else None
-    whole = [len(ids) for ids in tokenizer(list(texts), verbose=False)["input_ids"]]
-    if kept is None:
-        return [max(0, count - inputs["input_ids"].size(1)) for count in whole]
-    return [count - own for count, own in zip(whole, kept, strict=True)]
-
-
-def _names_of_tokens(inputs: Any, tokenizer: Any) -> list[list[str]] | None:
-    if tokenizer is None or not isinstance(inputs, Mapping) or "input_ids" not in inputs:
-        return None
-    mask = inputs.get("attention_mask")
-    rows = []
-    for position, ids in enumerate(inputs["input_ids"].tolist()):
-        names = tokenizer.convert_ids_to_tokens(ids)
-        if mask is not None:
-            kept = mask[position].tolist()
-            names = [name for name, keep in zip(names, kept, strict=True) if keep]
-        rows.append([str(name) for name in names])
-    return rows
-
-
-def _labels_of(model: nn.Module, classes: int) -> list[str]:
+def labels_of(model: nn.Module, classes: int) -> list[str]:
+    """Names of the classes as the model's configuration has them; empty where it has not."""
     names = getattr(getattr(model, "config", None), "id2label", None) or {}
     labels = [names.get(position) for position in range(classes)]
     return [] if any(label is None for label in labels) else [str(label) for label in labels]

@@ -291,4 +291,4 @@ def _shifted(trials: Trials, number: int, content: Tensor, offset: int, length: 
 
 def _count(batches: Sequence[AnnotatedBatch]) -> Tensor:
     ids = torch.cat([batch.ids[batch.content] for batch in batches])
-    return torch.bincount(ids)
+    return torch.bincount(ids, minlength=1)  # texts may have nothing but special tokens

@@ -17,6 +17,7 @@ from headwise.explain.one_input import Forward, default_forward
 from headwise.explain.parts import Parts, with_progress
 from headwise.explain.questions import Question, Questionnaire, excluded_keys, fixed_offset_peaks
 from headwise.explain.recording import evaluating, recording
+from headwise.explain.use import number
 from headwise.layers import attention_layers
 
 _ops = torch.ops.headwise
@@ -245,23 +246,23 @@ def count_roles(
     device = next(model.parameters()).device
     with evaluating(model):
         steps = with_progress(enumerate(batches), len(batches), "roles", "batch", progress)
-        for number, batch in steps:
+        for place, batch in steps:
 
             def compute(batch=batch) -> dict[str, Tensor]:
                 counter = _Counter(questionnaire, batch)
                 with recording(model, counter):
-                    forward(model, _to(batch.inputs, device))
+                    forward(model, to_device(batch.inputs, device))
                 if not counter.sites:
                     raise ValueError("model must call its attention layers: forward called none")
                 sites[:] = counter.sites
                 return counter.result()
 
-            found.append(parts.get(f"roles-{number:05d}", compute))
+            found.append(parts.get(f"roles-{place:05d}", compute))
             done(len(batch.valid))
         if not sites:  # everything had been computed before
             counter = _Counter(questionnaire, batches[0])
             with recording(model, counter):
-                forward(model, _to(batches[0].inputs, device))
+                forward(model, to_device(batches[0].inputs, device))
             sites = counter.sites
     joined = {name: torch.cat([part[name] for part in found]) for name in found[0]}
     return RoleCounts(list(questionnaire.questions), sites, **joined)
@@ -291,7 +292,7 @@ def score_roles(
                 "heads": [
                     {
                         "head": head,
-                        "entropy": _rounded(counts.entropy[:, start + head].mean().item()),
+                        "entropy": number(counts.entropy[:, start + head].mean().item()),
                         "roles": [_public(label) for label in labels[start + head]],
                     }
                     for head in range(heads)
@@ -323,11 +324,11 @@ class _Half:
         others = max(1, len(self.share) - 1)
         self.habit = (self.share.sum(0) - self.share) / others  # [M, F]: mean of the other heads
 
-    def against(self, question: Question, number: int, offset: int) -> Tensor:
+    def against(self, question: Question, column: int, offset: int) -> Tensor:
         """``[M]``: what a head must beat to have the role."""
         if question.role in AGAINST_HEADS:
-            return self.habit[:, number]
-        return self.baseline[offset, number].expand(len(self.share))
+            return self.habit[:, column]
+        return self.baseline[offset, column].expand(len(self.share))
 
 
 def _label(
@@ -337,30 +338,30 @@ def _label(
     heads = counts.hits.size(1)
     labels: list[list[dict[str, Any]]] = [[] for _ in range(heads)]
     offset = first.baseline.argmax(0)  # [F]: the fixed offset that fits the first half best
-    for number, question in enumerate(counts.questions):
-        if min(first.trials[number], second.trials[number]) < thresholds.least_trials:
+    for column, question in enumerate(counts.questions):
+        if min(first.trials[column], second.trials[column]) < thresholds.least_trials:
             continue
         least = thresholds.of(question.role)
-        best = second.against(question, number, offset[number])  # [M]
+        best = second.against(question, column, offset[column])  # [M]
         both = torch.ones(heads, dtype=torch.bool)
         for half in (first, second):
             limit = torch.full((heads,), least, dtype=torch.float64)
             if question.role in AGAINST_OFFSETS + AGAINST_HEADS:
-                against = half.against(question, number, offset[number])
+                against = half.against(question, column, offset[column])
                 limit = limit.maximum(against + thresholds.margin)
-            both &= half.share[:, number] >= limit  # [M]
+            both &= half.share[:, column] >= limit  # [M]
         for head in both.nonzero().flatten().tolist():
             labels[head].append(
                 {
                     "role": question.role,
                     "detail": question.detail,
-                    "share": second.share[head, number].item(),
+                    "share": second.share[head, column].item(),
                     "low": None,
                     "high": None,
-                    "chosen_share": first.share[head, number].item(),
+                    "chosen_share": first.share[head, column].item(),
                     "baseline": best[head].item(),
-                    "trials": int(second.trials[number]),
-                    "_question": number,
+                    "trials": int(second.trials[column]),
+                    "_question": column,
                 }
             )
     return labels
@@ -420,22 +421,22 @@ def _question_table(counts: RoleCounts, first: _Half, second: _Half) -> list[dic
     """For each question the head that answers it best: chosen in the first half."""
     rows = []
     sites = [(site, h) for site, (_, _, heads) in enumerate(counts.sites) for h in range(heads)]
-    for number, question in enumerate(counts.questions):
-        if min(first.trials[number], second.trials[number]) < 1 or not sites:
+    for column, question in enumerate(counts.questions):
+        if min(first.trials[column], second.trials[column]) < 1 or not sites:
             continue
-        head = first.share[:, number].argmax().item()
-        offset = first.baseline[:, number].argmax().item()
+        head = first.share[:, column].argmax().item()
+        offset = first.baseline[:, column].argmax().item()
         rows.append(
             {
                 "role": question.role,
                 "detail": question.detail,
-                "trials": int(second.trials[number]),
+                "trials": int(second.trials[column]),
                 "best": {
                     "site": sites[head][0],
                     "head": sites[head][1],
-                    "share": _rounded(second.share[head, number].item()),
+                    "share": number(second.share[head, column].item()),
                 },
-                "baseline": _rounded(second.against(question, number, offset)[head].item()),
+                "baseline": number(second.against(question, column, offset)[head].item()),
             }
         )
     return rows
@@ -443,21 +444,17 @@ def _question_table(counts: RoleCounts, first: _Half, second: _Half) -> list[dic
 
 def _public(label: dict[str, Any]) -> dict[str, Any]:
     return {
-        key: _rounded(value) if isinstance(value, float) else value
+        key: number(value) if isinstance(value, float) else value
         for key, value in label.items()
         if not key.startswith("_")
     }
 
 
-def _rounded(value: float) -> float:
-    return float(f"{value:.4g}")
-
-
-def _to(inputs: Any, device: torch.device) -> Any:
+def to_device(inputs: Any, device: torch.device) -> Any:
     if isinstance(inputs, Tensor):
         return inputs.to(device)
     if isinstance(inputs, dict):
-        return {name: _to(value, device) for name, value in inputs.items()}
+        return {name: to_device(value, device) for name, value in inputs.items()}
     if isinstance(inputs, list | tuple):
-        return type(inputs)(_to(value, device) for value in inputs)
+        return type(inputs)(to_device(value, device) for value in inputs)
     return inputs

@@ -23,6 +23,12 @@ def summarise(entry: dict[str, Any]) -> str:
             f"The text was cut: its last {entry['tokens_cut']:,} tokens were left out, and all of "
             f"this is about the first {kept:,}."
         )
+    if entry.get("tokens_unknown"):
+        unknown = entry["tokens_unknown"]
+        sentences.append(
+            f"{unknown:,} of its tokens {'is' if unknown == 1 else 'are'} unknown to the "
+            "tokenizer, which is all that the model sees of them."
+        )
     prediction = entry["prediction"]
     if prediction is not None:
         label = prediction["label"] if prediction["label"] is not None else prediction["class"]
@@ -34,7 +40,7 @@ def summarise(entry: dict[str, Any]) -> str:
         state = "dropped" if head["on"] else "chosen"
         sentences.append(
             f"The closest decision was {name_of(layer, head)}: a relevance of "
-            f"{head['relevance']:.3f}, {abs(head['margin']):.3f} from being {state}."
+            f"{_told(head['relevance'])}, {_told(abs(head['margin']))} from being {state}."
         )
     measured = [p for p in pairs if p[1]["effect"] is not None]
     if measured:
@@ -43,7 +49,7 @@ def summarise(entry: dict[str, Any]) -> str:
         state = "which ran" if head["on"] else "which slept"
         sentences.append(
             f"The head that matters most is {name_of(layer, head)}, {state}: running it {verb} the "
-            f"log-probability of the prediction by {abs(head['effect']):.3f}."
+            f"log-probability of the prediction by {_told(abs(head['effect']))}."
         )
         if entry["agreement"] is not None:
             sentences.append(
@@ -58,3 +64,8 @@ def summarise(entry: dict[str, Any]) -> str:
             "when switched over alone."
         )
     return " ".join(sentences)
+
+
+def _told(value: float) -> str:
+    """Three decimals, and of what they would make nothing of two digits."""
+    return f"{value:.1e}" if 0 < abs(value) < 5e-4 else f"{value:.3f}"

@@ -50,11 +50,6 @@ class Use:
         """float64 ``[N]``: probability of the predicted class."""
         return self.logits.double().softmax(1).amax(1)
 
-    @property
-    def is_gated(self) -> bool:
-        """Whether any head is left out for any input."""
-        return not bool(self.chosen.all())
-
 
 @contextlib.contextmanager
 def watching(model: nn.Module) -> Iterator[list[tuple[str, Tensor | None]]]:

@@ -6,6 +6,9 @@ from typing import Any
 
 from headwise.explain_page.documents import Documents
 
+#: Share of unknown tokens from which on it is told: a few stand in every data set.
+TELL_UNKNOWN = 0.1
+
 
 def parts(documents: Documents) -> list[tuple[str, list[str]]]:
     """(heading, sentences): what stands at the top of the page about a data set and a
@@ -43,6 +46,11 @@ def use_sentences(document: dict[str, Any]) -> list[str]:
         f"{count(use['always'], 'head')} ran for every text, {use['never']} for none; which of the "
         f"other {use['heads'] - use['always'] - use['never']} ran depends on the text.",
     ]
+    if (data.get("tokens_unknown") or 0.0) >= TELL_UNKNOWN:
+        found.append(
+            f"{data['tokens_unknown']:.0%} of the tokens are unknown to the tokenizer: is this the "
+            "language of the model?"
+        )
     heads = [
         (layer["site"], head)
         for layer in use["layers"]

@@ -1,0 +1,114 @@
+"""Texts on their way into a model: what is refused, what is cut, what the tokenizer knows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def check_texts(name: str, texts: Sequence[str]) -> None:
+    """Refuses what no tokenizer takes.
+
+    Raises:
+        TypeError: something that is no string.
+        ValueError: an empty text, or one that UTF-8 cannot hold.
+    """
+    for position, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"{name} must be strings, got {type(text).__name__} at {position}")
+        if not text.strip():
+            raise ValueError(f"{name} must not hold an empty text, got one at {position}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{name} must be texts that UTF-8 can hold, got half a surrogate pair at character "
+                f"{error.start} of text {position}"
+            ) from None
+
+
+def check_length(tokenizer: Any, max_length: int, *, pair: bool = False) -> None:
+    """Refuses a length at which nothing of a text, or of one of a pair, would be left.
+
+    Raises:
+        ValueError: it is that short.
+    """
+    special = tokenizer.num_special_tokens_to_add(pair=pair)
+    if max_length <= special + pair:
+        raise ValueError(
+            f"max_length must leave room for tokens of the text beside {special} special ones, "
+            f"got {max_length}"
+        )
+
+
+def longest(model: nn.Module, tokenizer: Any, max_length: int | None) -> int | None:
+    """``max_length`` or, where that is less, the tokens that the model and its tokenizer take."""
+    config = getattr(model, "config", None)
+    known = [max_length, getattr(config, "max_position_embeddings", None)]
+    known.append(getattr(tokenizer, "model_max_length", None))  # 1e30 where it is not known
+    limit = min((value for value in known if value is not None), default=None)
+    return None if limit is None or limit > 1e9 else int(limit)
+
+
+def encode_texts(
+    model: nn.Module, texts: Sequence[str], tokenizer: Any, max_length: int | None
+) -> dict[str, Tensor]:
+    """Texts as a padded batch on the model's device.
+
+    Raises:
+        ValueError: no tokenizer, a text that is empty or no text (half a surrogate pair), or no
+            room for any of it.
+    """
+    if tokenizer is None:
+        raise ValueError("inputs that are texts need tokenizer=")
+    check_texts("inputs", texts)
+    max_length = longest(model, tokenizer, max_length)
+    if max_length is not None:
+        check_length(tokenizer, max_length)
+    batch = tokenizer(
+        list(texts),
+        padding=True,
+        truncation=max_length is not None,
+        max_length=max_length,
+        return_tensors="pt",
+    )
+    parameter = next(model.parameters())
+    return {name: value.to(parameter.device) for name, value in batch.items()}
+
+
+def tokens_cut(inputs: Mapping[str, Tensor], texts: Sequence[str], tokenizer: Any) -> list[int]:
+    """How many tokens of each text were left out because it is too long."""
+    kept = inputs["attention_mask"].sum(1).tolist() if "attention_mask" in inputs else None
+    whole = [len(ids) for ids in tokenizer(list(texts), verbose=False)["input_ids"]]
+    if kept is None:
+        return [max(0, count - inputs["input_ids"].size(1)) for count in whole]
+    return [count - own for count, own in zip(whole, kept, strict=True)]
+
+
+def tokens_unknown(inputs: Any, tokenizer: Any) -> list[int] | None:
+    """How many tokens of each input the tokenizer does not know; None where that cannot be told."""
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if unknown is None or not isinstance(inputs, Mapping) or "input_ids" not in inputs:
+        return None
+    # A tokenizer that pads with the unknown token is not rare among those made by hand.
+    found = inputs["input_ids"] == unknown  # [B, L]
+    if "attention_mask" in inputs:
+        found = found & inputs["attention_mask"].bool()
+    return found.sum(1).tolist()
+
+
+def names_of_tokens(inputs: Any, tokenizer: Any) -> list[list[str]] | None:
+    """The tokens of each input, without padding; None where there are none."""
+    if tokenizer is None or not isinstance(inputs, Mapping) or "input_ids" not in inputs:
+        return None
+    mask = inputs.get("attention_mask")
+    rows = []
+    for position, ids in enumerate(inputs["input_ids"].tolist()):
+        names = tokenizer.convert_ids_to_tokens(ids)
+        if mask is not None:
+            kept = mask[position].tolist()
+            names = [name for name, keep in zip(names, kept, strict=True) if keep]
+        rows.append([str(name) for name in names])
+    return rows
