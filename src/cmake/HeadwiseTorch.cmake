@@ -77,6 +77,10 @@ headwise_locate_torch()
 # without the compiler's flags for OpenMP runs on one thread and says nothing. LibTorch brings its
 # runtime along; another one would have threads of its own.
 function(headwise_use_openmp target)
+  # The module tries every language that is on, and for CUDA fails where architectures are set per
+  # source, as here; a result that stands is not looked for.
+  set(OpenMP_CUDA_FLAGS "")
+  set(OpenMP_CUDA_LIB_NAMES "")
   find_package(OpenMP COMPONENTS CXX)
   if(NOT OpenMP_CXX_FOUND)
     message(WARNING "headwise found no OpenMP: its CPU kernels will run on one thread.")
