@@ -17,9 +17,9 @@ void expect_products() {
   for (const bool a_turned : {false, true})
     for (const bool b_turned : {false, true})
       for (const T beta : {T(0), T(1), T(-0.5)}) {
-        const auto a = at::randn({a_turned ? k : m, (a_turned ? m : k) + gap}, options);
-        const auto b = at::randn({b_turned ? n : k, (b_turned ? k : n) + gap}, options);
-        auto c = at::randn({m, n + gap}, options);
+        const at::Tensor a = at::randn({a_turned ? k : m, (a_turned ? m : k) + gap}, options);
+        const at::Tensor b = at::randn({b_turned ? n : k, (b_turned ? k : n) + gap}, options);
+        at::Tensor c = at::randn({m, n + gap}, options);
         const auto before = c.clone();
         const auto left = a.narrow(1, 0, a_turned ? m : k);
         const auto right = b.narrow(1, 0, b_turned ? k : n);
