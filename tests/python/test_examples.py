@@ -142,14 +142,10 @@ def test_explain_page_example(tmp_path):
     assert "plot makes no sense" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
-@needs_minilm
 def test_compare_page_example(tmp_path):
     pytest.importorskip("plotly", reason="plotly is not installed")
     results = ROOT / "benchmarks" / "results" / "compare-reviews" / "results.json"
-    printed = run_python("compare_page.py", tmp_path / "large.html", results)
-    assert "large.html" in printed and "Static against dynamic" in (
-        (tmp_path / "large.html").read_text(encoding="utf-8")
-    )
-    printed = run_python("compare_page.py", tmp_path / "small.html")
-    page = (tmp_path / "small.html").read_text(encoding="utf-8")
-    assert "BudgetGate" in printed and "reviews.csv" in page
+    # Of a study that is there: its own takes a minute.
+    printed = run_python("compare_page.py", tmp_path / "page.html", results)
+    assert "page.html" in printed
+    assert "Static against dynamic" in (tmp_path / "page.html").read_text(encoding="utf-8")

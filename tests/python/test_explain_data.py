@@ -449,7 +449,7 @@ def test_noise_changes_texts_a_little():
 
 def test_texts_of_one_class_and_models_of_one_name(gated, tiny_model, tmp_path, capsys):
     path, use = tmp_path / "texts.csv", tmp_path / "use.json"
-    rows = ["a good film,LABEL_1", "the film is fine,LABEL_1", "a very good plot,LABEL_1"]
+    rows = ["a good film,1", "the film is fine,1", "a very good plot,1"]  # class 1, by number
     path.write_text("\n".join(["text,label", *rows]), encoding="utf-8")
     others = []
     for name in ("one", "two"):
