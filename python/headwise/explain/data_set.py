@@ -363,8 +363,8 @@ class _Study:
             torch.manual_seed(self.seed + 1)
             again = self.use("another-seed", texts, labels, self.model)
             rows.append(_compared("seed", "another draw", use, again, resamples, self.seed))
-        for name, other in others.items():
-            again = self.use(f"other-{name}", texts, labels, other)
+        for place, (name, other) in enumerate(others.items()):
+            again = self.use(f"other-{place}", texts, labels, other)  # a name may be a path
             if again.chosen.shape != use.chosen.shape:
                 raise ValueError(
                     f"others must have the heads of model, {use.chosen.size(1)}, but {name!r} has "
