@@ -13,6 +13,7 @@ from torch.nn.parameter import Parameter
 from headwise.attention_inputs import AttentionInputs, canonical_inputs, check_sizes
 from headwise.gates.base import Gate
 from headwise.gates.threshold import HeadInputs
+from headwise.linears import check_read
 from headwise.selection import Selection
 
 _ops = torch.ops.headwise
@@ -205,6 +206,29 @@ class MultiheadAttention(nn.MultiheadAttention):
     def __setstate__(self, state: dict[str, Any]) -> None:
         nn.Module.__setstate__(self, state)
 
+    def __prepare_scriptable__(self) -> nn.MultiheadAttention:
+        # torch.jit.script compiles what this returns: torch's module, with the same parameters.
+        if not (self._is_plain and self._has_standard_width):
+            raise RuntimeError(
+                "torch.jit.script cannot compile a layer with a gate or a pruned layer: use "
+                "torch.jit.trace, torch.export or torch.compile"
+            )
+        plain = nn.MultiheadAttention(
+            self.embed_dim,
+            self.num_heads,
+            dropout=self.dropout,
+            bias=self.in_proj_bias is not None,
+            add_bias_kv=self.bias_k is not None,
+            add_zero_attn=self.add_zero_attn,
+            kdim=self.kdim,
+            vdim=self.vdim,
+            batch_first=self.batch_first,
+            device="meta",
+        ).train(self.training)
+        plain._parameters.update(self._parameters)
+        plain.out_proj = self.out_proj
+        return plain
+
     def extra_repr(self) -> str:
         return (
             f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, head_dim={self.head_dim}, "
@@ -243,6 +267,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             ValueError: a shape that does not fit, or (on a CPU) a gate whose relevance is not
                 finite.
             TypeError: a mask that is neither boolean nor floating.
+                Or an ``out_proj`` that something was wrapped around: its weight is read.
             RuntimeError: ``is_causal`` without ``attn_mask``.
         """
         if self._is_plain and self._has_standard_width:
@@ -256,6 +281,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                 average_attn_weights=average_attn_weights,
                 is_causal=is_causal,
             )
+        check_read("out_proj", self.out_proj)
         if query.is_nested:
             return self._forward_nested(query, key, value, key_padding_mask, attn_mask)
 

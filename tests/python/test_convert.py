@@ -406,13 +406,41 @@ def test_refuses_subclasses_and_mixtures_unless_told():
 def test_refuses_replaced_and_tied_projections():
     model = bert("BertModel")
     model.encoder.layer[0].attention.self.query = nn.Sequential(nn.Linear(EMBED, EMBED))
-    with pytest.raises(ValueError, match="its self.query was replaced by a Sequential"):
+    with pytest.raises(
+        ValueError, match="its self.query was replaced by a torch.*Sequential .merge or remove"
+    ):
         hw.convert(model)
     model = bert("BertModel")
     first, second = (layer.attention.self for layer in model.encoder.layer)
     first.key.weight = second.key.weight
     with pytest.raises(ValueError, match="it shares a parameter with another module"):
         hw.convert(model)
+
+
+class Around(nn.Module):
+    """What an adapter puts where a layer stood."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+        self.weight = getattr(base_layer, "weight", None)
+
+    def forward(self, *args, **kwargs):
+        return self.base_layer(*args, **kwargs)
+
+
+@pytest.mark.parametrize("gate", [None, full_gate()], ids=["no gate", "all heads"])
+def test_an_adapter_around_a_layer(gate):
+    model = hw.convert(bert("BertModel"), gate).eval()
+    inputs = bert_inputs()
+    expected = model(**inputs).last_hidden_state
+    attention = model.encoder.layer[0].attention.self
+    attention.mha = Around(attention.mha)
+    close(model(**inputs).last_hidden_state, expected)
+    attention.mha = attention.mha.base_layer
+    attention.mha.out_proj = Around(attention.mha.out_proj)
+    with pytest.raises(TypeError, match="out_proj must be a torch.nn.Linear, .*Around"):
+        model(**inputs)
 
 
 def test_refuses_models_without_attention_and_bad_arguments():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 
 import headwise as hw
 import pytest
@@ -287,6 +288,29 @@ def test_penalty_without_a_forward_is_zero():
     assert hw.penalty(torch.nn.Linear(2, 2)) == 0
     assert hw.penalty(hw.BudgetGate().bind(D, H)) == 0
     assert hw.penalty(hw.FixedGate().bind(D, H)) == 0
+
+
+def test_penalty_of_a_forward_without_gradients_warns():
+    """As in ``torch.utils.checkpoint`` with ``use_reentrant=True``."""
+    x = torch.randn(2, 5, 16)
+    for gate, learns in (
+        (hw.HardConcreteGate(), True),
+        (hw.BudgetGate(), True),
+        (hw.BudgetGate(budget=0.5), False),
+    ):
+        layer = hw.MultiheadAttention(16, 4, gate=gate)
+        with torch.no_grad():
+            layer(x, x, x)
+            hw.penalty(layer)
+        if learns:
+            with pytest.warns(UserWarning, match="the penalty has no gradient, because the forwa"):
+                hw.penalty(layer)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            if not learns:
+                hw.penalty(layer)
+            layer(x, x, x)
+            hw.penalty(layer)
 
 
 def test_budget_gate_learns_different_heads_for_different_inputs():

@@ -211,6 +211,49 @@ def test_to_and_hooks():
     assert output.dtype == torch.bfloat16 and output.isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+# torch.jit.script cannot compile torch's own module without biases.
+@pytest.mark.parametrize("layer", [name for name in LAYERS if name != "no_bias"])
+def test_script_without_a_gate(layer):
+    options = LAYERS[layer]
+    _, ours = make_pair(**options)
+    widths = {key: options[key] for key in ("kdim", "vdim") if key in options}
+    inputs = make_inputs(**widths, batch_first=options.get("batch_first", False))
+    expected, weights = ours(*inputs)
+    output, scripted = torch.jit.script(ours)(*inputs)
+    torch.testing.assert_close((output, scripted), (expected, weights))
+    ours.set_gate(hw.FixedGate())
+    with pytest.raises(RuntimeError, match="torch.jit.script cannot compile a layer with a gate"):
+        torch.jit.script(ours)
+
+
+class Adapted(nn.Module):
+    """As an adapter does it: the layer it stands around, and a bit more."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+        self.weight = base_layer.weight
+
+    def forward(self, x):
+        return self.base_layer(x) + 1.0
+
+
+def test_a_projection_with_something_around_it_is_refused():
+    x = torch.randn(2, 5, EMBED_DIM)
+    layer = hw.MultiheadAttention(EMBED_DIM, NUM_HEADS, gate=hw.BudgetGate())
+    # Quantization by type passes both by.
+    assert type(layer.gate.relevance) is type(layer.out_proj) is not nn.Linear
+    layer.gate.relevance = Adapted(layer.gate.relevance)
+    with pytest.raises(TypeError, match="gate.relevance must be a torch.nn.Linear, .*Adapted"):
+        layer(x, x, x)
+    layer = hw.MultiheadAttention(EMBED_DIM, NUM_HEADS, gate=hw.FixedGate())
+    layer.out_proj = Adapted(layer.out_proj)
+    message = "out_proj must be a torch.nn.Linear, whose weight is read without calling it, got "
+    with pytest.raises(TypeError, match=message):
+        layer(x, x, x)
+
+
 def test_dropout_is_seeded_and_keeps_the_mean():
     _, ours = make_pair(hw.FixedGate([0, 3]), batch_first=True, dropout=0.4)
     x = torch.randn(2, 6, EMBED_DIM, dtype=torch.float64)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from headwise.convert.registry import Architecture
+from headwise.convert.registry import Architecture, class_path
 from headwise.multihead_attention import MultiheadAttention
 
 _PARAMETERS = (
@@ -31,12 +31,20 @@ def carry_hooks(old: nn.Module, new: nn.Module) -> None:
             new.__dict__[attribute].update(hooks)
 
 
+def replaced_text(name: str, linear: nn.Module) -> str:
+    """Why attention whose projection is not a plain linear layer is refused."""
+    return (
+        f"its {name} was replaced by a {class_path(type(linear))} (merge or remove what stands "
+        f"around the linear layer)"
+    )
+
+
 class TorchMultiheadAttention(Architecture):
     name = "torch.nn.MultiheadAttention"
 
     def refusal(self, module: nn.MultiheadAttention) -> str | None:
         if type(module.out_proj) is not NonDynamicallyQuantizableLinear:
-            return f"its out_proj was replaced by a {type(module.out_proj).__name__}"
+            return replaced_text("out_proj", module.out_proj)
         return None
 
     def convert(self, module: nn.MultiheadAttention) -> tuple[nn.Module, MultiheadAttention]:

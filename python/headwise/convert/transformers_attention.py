@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from headwise.convert.registry import Architecture
-from headwise.convert.torch_attention import carry_hooks
+from headwise.convert.torch_attention import carry_hooks, replaced_text
+from headwise.linears import check_read
 from headwise.multihead_attention import MultiheadAttention
 
 #: The attention implementation that converted models name in their configuration.
@@ -67,7 +68,12 @@ def attend(
     options: dict,
 ) -> tuple[Tensor, Tensor | None]:
     """Self-attention with the masks of transformers -> [B, L, D] and, where asked for, the maps."""
-    key_padding_mask, attn_mask = split_masks(mha, attention_mask, hidden_states.size(1))
+    layer = mha
+    while not isinstance(layer, MultiheadAttention):  # an adapter stands around it
+        layer = layer.base_layer
+    if layer is mha:  # without a gate, torch's own code runs, which does not check this
+        check_read("out_proj", layer.out_proj)
+    key_padding_mask, attn_mask = split_masks(layer, attention_mask, hidden_states.size(1))
     need_weights = options.get("output_attentions")
     if need_weights is None:
         need_weights = getattr(config, "output_attentions", False)
@@ -160,7 +166,7 @@ class SeparateProjections(Architecture):
             return f"another version of transformers lays it out otherwise ({error})"
         for name, linear in linears.items():
             if type(linear) is not nn.Linear:
-                return f"its {name} was replaced by a {type(linear).__name__}"
+                return replaced_text(name, linear)
         inputs = list(linears.values())[:3]
         if len({linear.bias is None for linear in inputs}) > 1:
             return "only some of its query, key and value have a bias"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from headwise.gates.options import Check, choice
+from headwise.linears import check_read
 from headwise.selection import Selection
 
 if TYPE_CHECKING:
@@ -164,6 +166,12 @@ class Gate(nn.Module):
             )
         if x.dim() != 3 or x.size(2) != self.embed_dim:
             raise ValueError(f"x must have shape [B, L, {self.embed_dim}], got {list(x.shape)}")
+        for name in self._READ:
+            if (linear := self._modules.get(name)) is not None:
+                check_read(f"gate.{name}", linear)
+
+    #: The linear layers whose weights the gate's operators read.
+    _READ: tuple[str, ...] = ()
 
     #: Whether the gate chooses by queries and keys: the layer then hands it ``HeadInputs``.
     reads_heads = False
@@ -231,16 +239,22 @@ def penalty(model: nn.Module) -> Tensor:
 
     Returns:
         A scalar; 0 where the model has no gate with a penalty, or has not run in training.
+
+    Warns:
+        UserWarning: gradients are on, and the forward ran without them (``torch.no_grad``, or
+            ``torch.utils.checkpoint`` with ``use_reentrant=True``): none would reach the gates.
     """
     from headwise.gates.targeted import TargetedGate, pooled_penalty
 
     pools: dict[tuple, list[TargetedGate]] = {}
     terms: list[Tensor] = []  # one a pool
     own: list[Tensor] = []  # one a layer
+    detached = False
     for gate in gates(model):
         if not isinstance(gate, TargetedGate):
             own.append(gate.penalty())
         elif gate.expected_heads is not None:
+            detached = detached or gate.ran_without_gradients()
             pool = gate.penalty_pool()
             if pool is None:
                 own.append(gate.penalty())
@@ -249,6 +263,12 @@ def penalty(model: nn.Module) -> Tensor:
             regulariser = gate.regulariser()
             if regulariser is not None:
                 own.append(regulariser)
+    if detached:
+        warnings.warn(
+            "the penalty has no gradient, because the forward ran without gradients: run it "
+            "without torch.no_grad, and checkpoint with use_reentrant=False",
+            stacklevel=2,
+        )
     terms.extend(pooled_penalty(pool) for pool in pools.values())
     if own:
         device = own[0].device

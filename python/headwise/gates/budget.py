@@ -18,6 +18,7 @@ from headwise.gates.options import (
     positive,
 )
 from headwise.gates.targeted import TargetedGate
+from headwise.linears import ReadLinear
 from headwise.selection import Selection
 
 _ops = torch.ops.headwise
@@ -97,6 +98,7 @@ class BudgetGate(TargetedGate):
     """
 
     base: Tensor
+    _READ = ("relevance", "budget_hidden", "budget_out")
     _OPTIONS = {
         **TargetedGate._OPTIONS,
         "budget": optional(fraction),
@@ -163,16 +165,20 @@ class BudgetGate(TargetedGate):
             )
         self.fixed_budget = fixed
 
+    @property
+    def learns_count(self) -> bool:
+        return self.fixed_budget is None
+
     def _build(self, device, dtype) -> None:
         super()._build(device, dtype)
         self._build_features(device, dtype)
         factory = {"device": device, "dtype": dtype}
         self.base = Parameter(torch.empty(self.num_heads, **factory))
-        self.relevance = nn.Linear(self.embed_dim, self.num_heads, bias=False, **factory)
+        self.relevance = ReadLinear(self.embed_dim, self.num_heads, bias=False, **factory)
         if self.fixed_budget is None:
             hidden = self.hidden_dim or max(8, self.embed_dim // 8)
-            self.budget_hidden = nn.Linear(self.embed_dim, hidden, **factory)
-            self.budget_out = nn.Linear(hidden, 1, **factory)
+            self.budget_hidden = ReadLinear(self.embed_dim, hidden, **factory)
+            self.budget_out = ReadLinear(hidden, 1, **factory)
 
     def reset_parameters(self) -> None:
         """Small random ``base``; zero for all that multiplies the input; the target as budget."""

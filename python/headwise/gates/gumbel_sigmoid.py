@@ -8,6 +8,7 @@ from torch.nn.parameter import Parameter
 
 from headwise.gates.options import finite, fraction, positive
 from headwise.gates.targeted import TargetedGate
+from headwise.linears import ReadLinear
 from headwise.selection import Selection
 
 _ops = torch.ops.headwise
@@ -46,6 +47,7 @@ class GumbelSigmoidGate(TargetedGate):
     """
 
     logit: Tensor
+    _READ = ("relevance",)
     _OPTIONS = {
         **TargetedGate._OPTIONS,
         "temperature": positive,
@@ -78,7 +80,7 @@ class GumbelSigmoidGate(TargetedGate):
         self._build_features(device, dtype)
         factory = {"device": device, "dtype": dtype}
         self.logit = Parameter(torch.empty(self.num_heads, **factory))
-        self.relevance = nn.Linear(self.embed_dim, self.num_heads, bias=False, **factory)
+        self.relevance = ReadLinear(self.embed_dim, self.num_heads, bias=False, **factory)
 
     def reset_parameters(self) -> None:
         """Every head open, nothing that depends on the input."""

@@ -10,6 +10,7 @@ from torch.nn.parameter import Parameter
 
 from headwise.gates.options import choice, finite, flag, fraction, positive
 from headwise.gates.targeted import TargetedGate
+from headwise.linears import ReadLinear
 from headwise.selection import Selection
 
 _ops = torch.ops.headwise
@@ -66,6 +67,7 @@ class HardConcreteGate(TargetedGate):
     """
 
     log_alpha: Tensor
+    _READ = ("relevance",)
     _OPTIONS = {
         **TargetedGate._OPTIONS,
         "input_dependent": flag,
@@ -119,7 +121,7 @@ class HardConcreteGate(TargetedGate):
         self.log_alpha = Parameter(torch.empty(self.num_heads, **factory))
         if self.input_dependent:
             self._build_features(device, dtype)
-            self.relevance = nn.Linear(self.embed_dim, self.num_heads, bias=False, **factory)
+            self.relevance = ReadLinear(self.embed_dim, self.num_heads, bias=False, **factory)
         if self.penalty_form == "lagrangian":
             self.multipliers = Parameter(torch.empty(2, **factory))
 

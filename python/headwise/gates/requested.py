@@ -10,6 +10,7 @@ from headwise.gates.base import gates
 from headwise.gates.options import at_least, choice, fraction, moment, not_negative, positive, unit
 from headwise.gates.scheduled import ScheduledGate
 from headwise.gates.scope import ScopedGate
+from headwise.linears import ReadLinear
 from headwise.selection import Selection
 
 _ops = torch.ops.headwise
@@ -63,6 +64,7 @@ class RequestedBudgetGate(ScopedGate, ScheduledGate):
     base: Tensor
     tilt: Tensor
     requested: Tensor
+    _READ = ("relevance",)
     _OPTIONS = {
         "budget": fraction,
         "min_budget": fraction,
@@ -110,7 +112,7 @@ class RequestedBudgetGate(ScopedGate, ScheduledGate):
         factory = {"device": device, "dtype": dtype}
         self.base = Parameter(torch.empty(self.num_heads, **factory))
         self.tilt = Parameter(torch.empty(self.num_heads, **factory))
-        self.relevance = nn.Linear(self.embed_dim, self.num_heads, bias=False, **factory)
+        self.relevance = ReadLinear(self.embed_dim, self.num_heads, bias=False, **factory)
         # A tensor: another request recompiles nothing.
         start = torch.tensor(self.budget, dtype=torch.float64, device=device)
         self.register_buffer("requested", start, persistent=False)  # [] or [B]

@@ -55,6 +55,20 @@ class TargetedGate(ScheduledGate):
         term = pooled_penalty([self])
         return term if self._regulariser is None else term + self._regulariser
 
+    def ran_without_gradients(self) -> bool:
+        """Whether the penalty of the last forward should have a gradient and has none."""
+        return (
+            torch.is_grad_enabled()
+            and not self.expected_heads.requires_grad
+            and self.learns_count
+            and any(parameter.requires_grad for parameter in self.parameters())
+        )
+
+    @property
+    def learns_count(self) -> bool:
+        """Whether the number of heads depends on parameters."""
+        return True
+
     def penalty_pool(self) -> tuple | None:
         """Gates of equal pools share one target; None: this gate has its own."""
         if self.target_scope != "model":
