@@ -189,6 +189,20 @@ def test_score_and_prune(tmp_path, tiny_texts, capsys):
     assert main(["score", *map(str, arguments), "--label", "mood", "--limit", "16"]) == 0
 
 
+def test_score_takes_other_encoders_long_texts_and_one_label(tmp_path, tiny_model, capsys):
+    from transformers import DistilBertConfig, DistilBertForSequenceClassification
+
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    config = DistilBertConfig(
+        vocab_size=30, dim=32, n_layers=2, n_heads=4, hidden_dim=32, max_position_embeddings=24
+    )
+    DistilBertForSequenceClassification(config).save_pretrained(model)
+    texts = tmp_path / "texts.csv"
+    texts.write_text("text,label\n" + "good film,1\n" + "very bad " * 100 + ",1\n")
+    assert main(["score", "--model", str(model), "--data", str(texts)]) == 0
+    assert "transformer.layer.0.attention" in capsys.readouterr().out
+
+
 def known_labels(model) -> None:
     """The model's classes are those of the tiny texts."""
     config = json.loads((model / "config.json").read_text())

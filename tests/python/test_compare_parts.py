@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import random
+import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from headwise.compare.breakeven import crossing
 from headwise.compare.errors import UsageError
 from headwise.compare.examples import Examples
 from headwise.compare.measure import Shape, inputs_of, macs
+from headwise.compare.models import folder_digest
 from headwise.compare.selections import HeadUse
 from headwise.compare.statistics import (
     mean_interval,
@@ -126,6 +129,48 @@ def test_a_csv_with_a_byte_order_mark_and_a_group(tmp_path):
     task = tasks.task_from_file(path, group="doc")
     assert len(task) == 100 and len(set(task.groups)) == 20
     assert task.classes == ("0", "1")
+
+
+def test_what_files_of_people_hold(tmp_path):
+    """Separators of lines inside strings, spaces around labels, rows that were left empty."""
+    path = tmp_path / "A.JSONL"
+    row = '{"text": "one\u2028two\x85", "label": %s}\n'
+    path.write_text("".join(row % (i % 2) for i in range(20)), encoding="utf-8")
+    task = tasks.task_from_file(path)
+    assert task.texts[0] == "one\u2028two\x85" and task.classes == ("0", "1")
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\n" + 'x, up\n"y, ""z""\n",down \n,\n' * 10)
+    task = tasks.task_from_file(path)
+    assert task.classes == ("down", "up") and set(task.texts) == {"x", 'y, "z"\n'}
+    path.write_text("text,label\nx,up\ny,\n")
+    with pytest.raises(UsageError, match="row 2 of a.csv has no value for 'label'"):
+        tasks.task_from_file(path)
+    path.write_text("text,label\nx,up\n")
+    assert tasks.task_from_file(path, least=1).classes == ("up",)
+
+
+def test_no_more_tokens_than_the_model_takes():
+    from headwise.explain.texts import longest
+
+    known = {"max_position_embeddings": 514, "pad_token_id": 1}
+    roberta = SimpleNamespace(model_type="roberta", **known)
+    assert longest(roberta, SimpleNamespace(model_max_length=10**30), 1000) == 512
+    assert longest(roberta, SimpleNamespace(model_max_length=100), 1000) == 100
+    assert longest(SimpleNamespace(model_type="bert", **known), None, 1000) == 514
+    assert longest(SimpleNamespace(), None, None) is None
+    assert Shape(8, 128).within(64) == Shape(8, 64) and Shape(8).within(64) == Shape(8)
+
+
+def test_a_model_trained_on_is_another_model(tiny_model, tmp_path):
+    """Of the same sizes, but not of the same weights: earlier runs are not taken over."""
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    before = folder_digest(folder)
+    assert before == folder_digest(tiny_model)
+    weights = folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert folder_digest(folder) != before
 
 
 def test_labels_in_a_trained_models_numbers():

@@ -16,8 +16,15 @@ from headwise.bench.settings import Settings
 from headwise.compare.breakeven import dynamic_model, static_model
 from headwise.compare.corpora import load_task
 from headwise.compare.examples import encode
-from headwise.compare.models import load_classifier, load_tokenizer, model_folder, model_name
+from headwise.compare.models import (
+    load_classifier,
+    load_config,
+    load_tokenizer,
+    model_folder,
+    model_name,
+)
 from headwise.compare.tasks import task_from_file
+from headwise.explain.texts import longest
 from headwise.layers import attention_layers
 
 OURS, PRUNED, DENSE = "headwise", "pruned", "dense"
@@ -84,7 +91,9 @@ def _batches(settings: Settings, folder) -> tuple[list[dict[str, Tensor]], dict[
     rows = list(range(len(task)))
     random.Random(settings.seed).shuffle(rows)
     rows = rows[: BATCHES * settings.batch_size]
-    examples = encode(task, rows, load_tokenizer(folder), settings.max_length)
+    tokenizer = load_tokenizer(folder)
+    length = longest(load_config(folder), tokenizer, settings.max_length)
+    examples = encode(task, rows, tokenizer, length)
     found = []
     for start in range(0, len(rows), settings.batch_size):
         batch = examples.batch(range(start, min(len(rows), start + settings.batch_size)))

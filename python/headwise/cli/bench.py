@@ -81,7 +81,11 @@ def add_parser(commands) -> argparse.ArgumentParser:
     )
     model = parser.add_argument_group("bench model")
     model.add_argument(
-        "--model", type=Path, metavar="DIR", help="a transformers BERT (default: all-MiniLM-L6-v2)"
+        "--model",
+        type=Path,
+        metavar="DIR",
+        help="a text encoder of transformers that docs/convert.md lists "
+        "(default: all-MiniLM-L6-v2)",
     )
     model.add_argument(
         "--data", type=Path, metavar="FILE", help="texts: .csv or .jsonl (default: film reviews)"

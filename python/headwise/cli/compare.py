@@ -56,7 +56,11 @@ def add_parser(commands) -> argparse.ArgumentParser:
         "--group", metavar="COLUMN", help="rows with the same value stay in one part of the split"
     )
     what.add_argument(
-        "--model", type=Path, metavar="DIR", help="a transformers BERT (default: all-MiniLM-L6-v2)"
+        "--model",
+        type=Path,
+        metavar="DIR",
+        help="a text encoder of transformers that docs/convert.md lists "
+        "(default: all-MiniLM-L6-v2)",
     )
     how = parser.add_argument_group("what is compared")
     how.add_argument(

@@ -21,7 +21,11 @@ def add_parser(commands) -> argparse.ArgumentParser:
         "networks go, too, and what stays is tuned.",
     )
     parser.add_argument(
-        "--model", type=Path, required=True, metavar="DIR", help="a transformers BERT"
+        "--model",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="a text classifier: from headwise.save, or of transformers",
     )
     parser.add_argument(
         "--plan",

@@ -25,7 +25,11 @@ def add_parser(commands) -> argparse.ArgumentParser:
         "prints a table, and with --keep writes a plan for 'headwise prune'.",
     )
     parser.add_argument(
-        "--model", type=Path, required=True, metavar="DIR", help="a fine-tuned transformers BERT"
+        "--model",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="a fine-tuned text classifier: from headwise.save, or of transformers",
     )
     add_texts(parser, required=True)
     parser.add_argument(

@@ -68,8 +68,9 @@ def labelled_texts(options: argparse.Namespace, model, device) -> LabelledTexts:
     from headwise.compare.examples import encode
     from headwise.compare.models import load_tokenizer
     from headwise.compare.tasks import task_from_file
+    from headwise.explain.texts import longest
 
-    task = task_from_file(options.data, options.text, options.label)
+    task = task_from_file(options.data, options.text, options.label, least=1)
     classes = model.config.num_labels
     if len(task.classes) > classes:
         raise UsageError(
@@ -80,7 +81,8 @@ def labelled_texts(options: argparse.Namespace, model, device) -> LabelledTexts:
     rows = list(range(len(task)))
     random.Random(options.seed).shuffle(rows)
     tokenizer = load_tokenizer(options.model)
-    examples = encode(task, rows[: options.limit], tokenizer, options.max_length)
+    length = longest(model.config, tokenizer, options.max_length)
+    examples = encode(task, rows[: options.limit], tokenizer, length)
 
     def logits(model, batch):
         batch = batch.to(device)

@@ -25,6 +25,12 @@ class Shape:
     batch: int
     length: int | None = None
 
+    def within(self, most: int | None) -> Shape:
+        """The same for a model that takes at most so many tokens."""
+        if self.length is None or most is None:
+            return self
+        return Shape(self.batch, min(self.length, most))
+
     def __str__(self) -> str:
         length = "real lengths" if self.length is None else f"{self.length} tokens"
         return f"batch {self.batch}, {length}"

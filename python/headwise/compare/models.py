@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import logging
 import sys
@@ -22,6 +23,7 @@ _WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+_TOKENIZER = ("*token*", "*vocab*", "*.model")
 # What transformers raises on files that are not what they should be.
 _UNLOADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 
@@ -50,6 +52,18 @@ def model_folder(given: Path | None) -> Path:
             f"the model folder {given} has no weights ({_WEIGHTS[0]} or {_WEIGHTS[2]})"
         )
     return given
+
+
+def folder_digest(folder: Path) -> str:
+    """SHA-256 of the configuration, the weights and the tokenizer in the folder, as hex digits."""
+    found = hashlib.sha256()
+    kinds = ("config.json", "*.safetensors", "pytorch_model*.bin", *_TOKENIZER)
+    for path in sorted({path for kind in kinds for path in folder.glob(kind) if path.is_file()}):
+        found.update(path.name.encode())
+        with path.open("rb") as file:
+            while part := file.read(1 << 20):
+                found.update(part)
+    return found.hexdigest()
 
 
 def model_name(given: Path | None) -> str:
@@ -88,9 +102,7 @@ def load_tokenizer(folder: Path | str):
         with _quiet_transformers():
             return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        if not any(
-            file for kind in ("*token*", "*vocab*", "*.model") for file in folder.glob(kind)
-        ):
+        if not any(file for kind in _TOKENIZER for file in folder.glob(kind)):
             raise UsageError(
                 f"the model folder {folder} has no tokenizer: save it there too "
                 "(headwise.save takes tokenizer=)"
@@ -163,7 +175,8 @@ def load_trained(folder: Path) -> nn.Module:
     try:
         return hw.convert(model.eval())
     except ValueError as error:
-        raise UsageError(str(error)) from None
+        lines = [line.strip() for line in str(error).splitlines()]
+        raise UsageError(" ".join(lines[:2])) from None
 
 
 def _line(error: Exception) -> str:

@@ -19,6 +19,7 @@ from headwise.compare.corpora import load_task
 from headwise.compare.examples import Examples, encode
 from headwise.compare.methods import METHODS, Outcome
 from headwise.compare.models import (
+    folder_digest,
     load_classifier,
     load_config,
     load_tokenizer,
@@ -33,6 +34,7 @@ from headwise.compare.store import RunStore, write_atomically
 from headwise.compare.tasks import Task, split, task_from_file
 from headwise.compare.training import accuracy, finetune, predict
 from headwise.compare.workbench import Workbench, dense_options
+from headwise.explain.texts import longest, positions
 
 DENSE = "dense"
 
@@ -100,6 +102,12 @@ class Study:
         # Everything that can be wrong with what was asked for is found before any training.
         self.folder = model_folder(source.model)
         self.tokenizer = load_tokenizer(self.folder)
+        self.model_digest = folder_digest(self.folder)
+        config = load_config(self.folder)
+        length = longest(config, self.tokenizer, settings.max_length)
+        most = positions(config)
+        shapes = tuple(shape.within(most) for shape in settings.shapes)
+        self.settings = replace(settings, max_length=length, shapes=shapes)
         self.tasks = self._load_tasks()
         for task in self.tasks:
             split(task, settings.seeds[0])
@@ -115,15 +123,13 @@ class Study:
         content = hashlib.sha256()
         for text, label in zip(task.texts, task.labels, strict=True):
             content.update(f"{label}\t{text}\n".encode())
-        config = (self.folder / "config.json").read_bytes()
-        weights = [(p.name, p.stat().st_size) for p in sorted(self.folder.glob("*model*"))]
         settings = self.settings.as_dict()
         for unrelated in ("size", "budgets", "methods", "seeds"):
             settings.pop(unrelated)
         return {
             "split_seed": self.settings.seeds[0],
             "data": content.hexdigest(),
-            "model": hashlib.sha256(config + repr(weights).encode()).hexdigest(),
+            "model": self.model_digest,
             "settings": settings,
             "device": str(self.device),
             "threads": self.threads,

@@ -77,23 +77,24 @@ def build_task(
     rows: Iterable[tuple[str, str, str]],
     source: str,
     classes: Sequence[str] | None = None,
+    least: int = 10,
 ) -> Task:
     """Builds a task from (text, label, group) rows, or says what is wrong with them."""
     rows = [(text, label, group) for text, label, group in rows if text.strip()]
     if not rows:
         raise UsageError(f"{source} has no rows with text")
     found = Counter(label for _, label, _ in rows)
-    if len(found) < 2:
+    if len(found) < 2 and least > 1:
         raise UsageError(
             f"{source} must have at least two different labels, got one ({next(iter(found))!r})"
         )
     rarest, seen = min(found.items(), key=lambda item: item[1])
-    if seen < 10:
+    if seen < least:
         hint = ""
         if len(found) > 50:
             hint = f"; with {len(found)} different values it does not look like a class label"
         raise UsageError(
-            f"every label of {source} needs at least 10 rows, but {rarest!r} has {seen}{hint}"
+            f"every label of {source} needs at least {least} rows, but {rarest!r} has {seen}{hint}"
         )
     classes = tuple(classes or sorted(found))
     number = {label: position for position, label in enumerate(classes)}
@@ -132,7 +133,7 @@ def read_rows(path: Path) -> list[dict]:
         raise UsageError(f"{path} is not UTF-8 text (byte {error.start})") from None
     if not content.strip():
         raise UsageError(f"{path} is empty")
-    if path.suffix == ".csv":
+    if path.suffix.lower() == ".csv":
         try:
             # Texts may be longer than csv's default limit of 128 KiB a field.
             csv.field_size_limit(1 << 27)
@@ -140,7 +141,8 @@ def read_rows(path: Path) -> list[dict]:
         except csv.Error as error:
             raise UsageError(f"{path} is not a CSV file: {error}") from None
     rows = []
-    for number, line in enumerate(content.splitlines(), 1):
+    # Not splitlines: a string in JSON may hold other line separators, such as U+2028.
+    for number, line in enumerate(content.split("\n"), 1):
         if line.strip():
             try:
                 row = json.loads(line)
@@ -155,7 +157,12 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def task_from_file(
-    path: str | Path, text: str = "text", label: str = "label", group: str | None = None
+    path: str | Path,
+    text: str = "text",
+    label: str = "label",
+    group: str | None = None,
+    *,
+    least: int = 10,
 ) -> Task:
     """A task from a ``.csv`` file with a header, or a ``.jsonl`` file with an object a line.
 
@@ -165,12 +172,15 @@ def task_from_file(
         label: column of the labels.
         group: column of the document that a row belongs to; rows of one document stay on one side
             of the split. Default: rows with equal texts stay together.
+        least: rows that every label needs; with 1, one label is enough.
+
+    Rows without text are left out. Spaces around a label do not belong to it.
 
     Raises:
-        UsageError: no such file or column, no rows, one label only, or a label with under 10 rows.
+        UsageError: no such file or column, no rows, one label only, or a label with too few rows.
     """
     path = Path(path)
-    if path.suffix not in (".csv", ".jsonl"):
+    if path.suffix.lower() not in (".csv", ".jsonl"):
         raise UsageError(f"data must be a .csv or .jsonl file, got {path.name!r}")
     if not path.is_file():
         raise UsageError(f"there is no file {path}")
@@ -188,8 +198,12 @@ def task_from_file(
     for number, row in enumerate(rows, 1):
         content = read_cell(row, text, path, number)
         owner = read_cell(row, group, path, number) if group else content
-        triples.append((content, read_cell(row, label, path, number), owner))
-    return build_task(path.stem, path.name, triples, path.name)
+        if content.strip():
+            name = read_cell(row, label, path, number).strip()
+            if not name:
+                raise UsageError(f"row {number} of {path.name} has no value for {label!r}")
+            triples.append((content, name, owner))
+    return build_task(path.stem, path.name, triples, path.name, least=least)
 
 
 def split(

@@ -131,7 +131,7 @@ def explain_data(
     thresholds = thresholds or RoleThresholds()
     encoding = {
         "batch_size": batch_size,
-        "max_length": longest(model, tokenizer, max_length),
+        "max_length": longest(getattr(model, "config", None), tokenizer, max_length),
     }
     annotated: Sequence[Input] = sentences or alignments or texts
     content = json.dumps(

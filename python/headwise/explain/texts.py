@@ -43,10 +43,21 @@ def check_length(tokenizer: Any, max_length: int, *, pair: bool = False) -> None
         )
 
 
-def longest(model: nn.Module, tokenizer: Any, max_length: int | None) -> int | None:
+#: Models (``config.model_type``) that number positions from the padding token's number on.
+_AFTER_PADDING = ("camembert", "data2vec-text", "roberta", "xlm-roberta")
+
+
+def positions(config: Any) -> int | None:
+    """The tokens that a model of this configuration takes; None where it does not say."""
+    known = getattr(config, "max_position_embeddings", None)
+    if known is not None and getattr(config, "model_type", None) in _AFTER_PADDING:
+        return known - config.pad_token_id - 1
+    return known
+
+
+def longest(config: Any, tokenizer: Any, max_length: int | None) -> int | None:
     """``max_length`` or, where that is less, the tokens that the model and its tokenizer take."""
-    config = getattr(model, "config", None)
-    known = [max_length, getattr(config, "max_position_embeddings", None)]
+    known = [max_length, positions(config)]
     known.append(getattr(tokenizer, "model_max_length", None))  # 1e30 where it is not known
     limit = min((value for value in known if value is not None), default=None)
     return None if limit is None or limit > 1e9 else int(limit)
@@ -64,7 +75,7 @@ def encode_texts(
     if tokenizer is None:
         raise ValueError("inputs that are texts need tokenizer=")
     check_texts("inputs", texts)
-    max_length = longest(model, tokenizer, max_length)
+    max_length = longest(getattr(model, "config", None), tokenizer, max_length)
     if max_length is not None:
         check_length(tokenizer, max_length)
     batch = tokenizer(
