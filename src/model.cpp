@@ -309,8 +309,8 @@ void save(const Model& model, const std::string& dir) {
                     "dir must not exist, be empty, or be a folder that headwise.save wrote, got '",
                     target, "'");
   const std::string stem =
-      (absolute.parent_path() / ("." + absolute.filename().string())).string() + "." +
-      std::to_string(::getpid());
+      (absolute.parent_path() / std::string(1, '.').append(absolute.filename().string())).string() +
+      "." + std::to_string(::getpid());
   const Removal beside{stem + ".part"}, replaced{stem + ".old"};
   remove_folder(beside.path);
   create_folders(beside.path);

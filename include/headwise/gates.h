@@ -135,6 +135,10 @@ class HEADWISE_API ScheduledGateImpl : public GateImpl {
   void reset_features();
   // The masked mean of x, standardised over the inputs seen in training [B, D].
   at::Tensor features(const at::Tensor& x, const at::Tensor& key_padding_mask);
+  // base [H] + weight [H, D] features / sqrt(D); in training base alone until progress reaches
+  // static_until [B, H].
+  at::Tensor relevance_of(const at::Tensor& x, const at::Tensor& key_padding_mask,
+                          const at::Tensor& base, const at::Tensor& weight, double static_until);
   virtual void start(const at::Tensor& relevance, double budget) = 0;
 };
 

@@ -73,6 +73,14 @@ at::Tensor relevance_entropy(const at::Tensor& relevance);
 /// Mean square of how far `asked` [B] lies outside [min_budget, max_budget] -> [].
 at::Tensor budget_bounds(const at::Tensor& asked, double min_budget, double max_budget);
 
+/// input_relevance of the standardised features of x [B, L, D], in evaluation: one pass over x
+/// where no gradient is wanted (src/gates/budget_evaluation.cpp) -> [B, H].
+at::Tensor evaluate_relevance(const at::Tensor& x,
+                              const std::optional<at::Tensor>& key_padding_mask,
+                              const at::Tensor& mean, const at::Tensor& variance,
+                              const at::Tensor& base, const at::Tensor& weight,
+                              const at::Tensor& progress);
+
 /// {index, count, weight, relevance, budget} of a BudgetGate in evaluation with weights of one, as
 /// one operator (src/gates/budget_evaluation.cpp). Without the four tensors of the network every
 /// sequence has `budget`.

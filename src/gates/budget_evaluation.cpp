@@ -1,5 +1,6 @@
-// The budget gate of an evaluated layer as one operator: where no gradient is wanted, a kernel that
-// reads the input once; elsewhere the two dozen operators it consists of.
+// The budget gate of an evaluated layer as one operator, and the relevance that other gates have in
+// common with it: where no gradient is wanted, a kernel that reads the input once; elsewhere the
+// two dozen operators it consists of.
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 #include <torch/library.h>
@@ -85,7 +86,28 @@ bool is_fused(HEADWISE_BUDGET_GATE_PARAMETERS) {
   return false;
 }
 
+GateResult fused(HEADWISE_BUDGET_GATE_PARAMETERS) {
+  static const auto kernel = c10::Dispatcher::singleton()
+                                 .findSchemaOrThrow("headwise::_budget_gate", "")
+                                 .typed<GateResult(HEADWISE_BUDGET_GATE_PARAMETERS)>();
+  return kernel.call(HEADWISE_BUDGET_GATE_ARGUMENTS);
+}
+
 }  // namespace
+
+at::Tensor evaluate_relevance(const Tensor& x, const std::optional<Tensor>& key_padding_mask,
+                              const Tensor& mean, const Tensor& variance, const Tensor& base,
+                              const Tensor& weight, const Tensor& progress) {
+  // A budget gate all of whose heads run: its relevance is what is wanted.
+  const std::optional<Tensor> none;
+  const auto one = [&](auto&& use) {
+    return use(x, key_padding_mask, mean, variance, base, weight, none, none, none, none, progress,
+               1.0, 1.0, 1.0, 0.5, 0.5, 0.0, 0, "round");
+  };
+  if (one(is_fused)) return std::get<3>(one(fused));
+  return input_relevance(standardize(gate_features(x, key_padding_mask), mean, variance), base,
+                         weight, progress, false, 0.0);
+}
 
 GateResult evaluate_budget_gate(HEADWISE_BUDGET_GATE_PARAMETERS) {
   TORCH_CHECK_VALUE(hidden_weight.has_value() == hidden_bias.has_value() &&
@@ -95,13 +117,8 @@ GateResult evaluate_budget_gate(HEADWISE_BUDGET_GATE_PARAMETERS) {
   TORCH_CHECK_VALUE(rounding == "round" || rounding == "ceil",
                     "rounding must be round or ceil, got ", rounding);
   TORCH_CHECK_VALUE(min_heads >= 0, "min_heads must not be negative, got ", min_heads);
-  if (is_fused(HEADWISE_BUDGET_GATE_ARGUMENTS)) {
-    static const auto fused = c10::Dispatcher::singleton()
-                                  .findSchemaOrThrow("headwise::_budget_gate", "")
-                                  .typed<GateResult(HEADWISE_BUDGET_GATE_PARAMETERS)>();
-    return fused.call(HEADWISE_BUDGET_GATE_ARGUMENTS);
-  }
-  return composed(HEADWISE_BUDGET_GATE_ARGUMENTS);
+  return is_fused(HEADWISE_BUDGET_GATE_ARGUMENTS) ? fused(HEADWISE_BUDGET_GATE_ARGUMENTS)
+                                                  : composed(HEADWISE_BUDGET_GATE_ARGUMENTS);
 }
 
 namespace {
@@ -132,6 +149,10 @@ TORCH_LIBRARY_FRAGMENT(headwise, m) {
   // every sequence has `budget`.
   m.def((std::string("evaluate_budget_gate") + kArguments).c_str(), evaluate_budget_gate);
   m.def((std::string("_budget_gate") + kArguments).c_str());
+  m.def(
+      "evaluate_relevance(Tensor x, Tensor? key_padding_mask, Tensor mean, Tensor variance, "
+      "Tensor base, Tensor weight, Tensor progress) -> Tensor",
+      evaluate_relevance);
 }
 
 TORCH_LIBRARY_IMPL(headwise, Meta, m) { m.impl("_budget_gate", traced); }

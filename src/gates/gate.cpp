@@ -108,6 +108,17 @@ at::Tensor ScheduledGateImpl::features(const at::Tensor& x, const at::Tensor& ke
   return standardize(pooled, feature_mean, feature_variance);
 }
 
+at::Tensor ScheduledGateImpl::relevance_of(const at::Tensor& x, const at::Tensor& key_padding_mask,
+                                           const at::Tensor& base, const at::Tensor& weight,
+                                           double static_until) {
+  if (is_training()) {
+    return input_relevance(features(x, key_padding_mask), base, weight, progress, true,
+                           static_until);
+  }
+  return evaluate_relevance(x, optional(key_padding_mask), feature_mean, feature_variance, base,
+                            weight, progress);
+}
+
 ScopedGateImpl::ScopedGateImpl(const std::string& type, int64_t embed_dim, int64_t num_heads,
                                const std::string& execution,
                                const at::TensorOptions& tensor_options)

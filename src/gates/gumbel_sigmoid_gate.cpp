@@ -40,8 +40,8 @@ void GumbelSigmoidGateImpl::start(const at::Tensor& relevance_, double) { logit.
 Selection GumbelSigmoidGateImpl::forward(const at::Tensor& x, const at::Tensor& key_padding_mask) {
   check_input(x);
   const bool training = is_training();
-  const auto logits = input_relevance(features(x, key_padding_mask), logit, relevance->weight,
-                                      progress, training, options.static_until());  // [B, H]
+  const auto logits = relevance_of(x, key_padding_mask, logit, relevance->weight,
+                                   options.static_until());  // [B, H]
   std::optional<at::Tensor> uniform;
   if (training) {
     uniform = torch::rand_like(logits);

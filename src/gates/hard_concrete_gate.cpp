@@ -63,8 +63,7 @@ Selection HardConcreteGateImpl::forward(const at::Tensor& x, const at::Tensor& k
   const bool training = is_training();
   const auto scores =
       options.input_dependent()
-          ? input_relevance(features(x, key_padding_mask), log_alpha, relevance->weight, progress,
-                            training, options.static_until())
+          ? relevance_of(x, key_padding_mask, log_alpha, relevance->weight, options.static_until())
           : static_relevance(log_alpha, x);  // [B, H]
   std::optional<at::Tensor> uniform;
   if (training && options.kept_weight() == "gate") {

@@ -17,8 +17,9 @@ constexpr size_t kMaxFile = size_t{1} << 28;
 
 std::vector<int64_t> get_integers(const Json& object, const char* key, const std::string& what) {
   std::vector<int64_t> numbers;
+  const std::string named = Json(key).dump() + " of " + what;
   for (const Json& value : get_array(object, key, what)) {
-    numbers.push_back(as_integer(value, "\"" + std::string(key) + "\" of " + what));
+    numbers.push_back(as_integer(value, named));
   }
   return numbers;
 }

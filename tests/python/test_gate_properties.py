@@ -11,6 +11,7 @@ from test_gates import EVERY_GATE, assert_consistent
 
 D, H = 16, 6
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+DETERMINISTIC = [gate for gate in EVERY_GATE if not isinstance(gate, hw.RandomGate)]
 EXAMPLES = settings(max_examples=15, deadline=None)
 unit = st.floats(0.0, 1.0)
 seeds = st.integers(0, 9999)
@@ -198,3 +199,23 @@ def test_shared_heads_are_always_there(shared, progress, seed):
     assert all(shared <= heads for heads in chosen(selection))
     assert (selection.weight[:, sorted(shared)] == 1).all()
     assert (selection.count >= len(shared) + 1).all()
+
+
+@pytest.mark.parametrize("gate", DETERMINISTIC, ids=lambda gate: type(gate).__name__)
+@EXAMPLES
+@given(scale=st.sampled_from([0.0, 1.0]), dtype=st.sampled_from(DTYPES), padded=st.booleans())
+def test_evaluation_in_one_pass_equals_the_operators_that_have_gradients(
+    gate, scale, dtype, padded
+):
+    bound, x, padding = random_gate(gate, 0, scale, dtype)
+    hw.anneal(bound.eval(), 1.0)
+    mask = padding if padded else None
+    composed = bound(x, mask)
+    with torch.no_grad():
+        alone = bound(x, mask)
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 3e-2)
+    for part in ("relevance", "budget"):
+        ours, theirs = getattr(alone, part), getattr(composed, part)
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)

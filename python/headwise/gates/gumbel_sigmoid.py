@@ -96,13 +96,8 @@ class GumbelSigmoidGate(TargetedGate):
 
     def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Selection:
         self._check_bound(x)
-        logits = _ops.input_relevance(
-            self._features(x, key_padding_mask),
-            self.logit,
-            self.relevance.weight,
-            self.progress,
-            self.training,
-            self.static_until,
+        logits = self._relevance_of(
+            x, key_padding_mask, self.logit, self.relevance.weight, self.static_until
         )  # [B, H]
         index, count, weight, expected = _ops.gumbel_sigmoid_select(
             logits,

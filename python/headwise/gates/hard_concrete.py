@@ -162,13 +162,8 @@ class HardConcreteGate(TargetedGate):
     def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Selection:
         self._check_bound(x)
         if self.input_dependent:
-            log_alpha = _ops.input_relevance(
-                self._features(x, key_padding_mask),
-                self.log_alpha,
-                self.relevance.weight,
-                self.progress,
-                self.training,
-                self.static_until,
+            log_alpha = self._relevance_of(
+                x, key_padding_mask, self.log_alpha, self.relevance.weight, self.static_until
             )  # [B, H]
         else:
             log_alpha = _ops.static_relevance(self.log_alpha, x)  # [B, H]

@@ -52,6 +52,29 @@ class ScheduledGate(Gate):
             self.feature_batches.copy_(batches)
         return _ops.standardize(features, self.feature_mean, self.feature_variance)
 
+    def _relevance_of(
+        self,
+        x: Tensor,
+        key_padding_mask: Tensor | None,
+        base: Tensor,
+        weight: Tensor,
+        static_until: float,
+    ) -> Tensor:
+        """``[B, H]``: base ``[H]`` + weight ``[H, D]`` features / sqrt(D); in training base alone
+        until progress reaches ``static_until``."""
+        if not self.training:
+            return _ops.evaluate_relevance(
+                x,
+                key_padding_mask,
+                self.feature_mean,
+                self.feature_variance,
+                base,
+                weight,
+                self.progress,
+            )
+        features = self._features(x, key_padding_mask)
+        return _ops.input_relevance(features, base, weight, self.progress, True, static_until)
+
     def anneal(self, progress: float) -> None:
         super().anneal(progress)
         if self.num_heads is not None:
