@@ -201,6 +201,11 @@ def test_score_takes_other_encoders_long_texts_and_one_label(tmp_path, tiny_mode
     texts.write_text("text,label\n" + "good film,1\n" + "very bad " * 100 + ",1\n")
     assert main(["score", "--model", str(model), "--data", str(texts)]) == 0
     assert "transformer.layer.0.attention" in capsys.readouterr().out
+    message = fails(capsys, 2, "score", "--model", model, "--data", texts, "--max-length", 2)
+    assert message == (
+        "headwise score: max_length must leave room for tokens of the text beside 2 special ones, "
+        "got 2"
+    )
 
 
 def known_labels(model) -> None:

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from headwise.compare.errors import UsageError
 from headwise.compare.tasks import Task
+from headwise.explain.texts import check_length
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,15 @@ class Examples:
 
 
 def encode(task: Task, rows: Sequence[int], tokenizer, max_length: int) -> Examples:
-    """Tokenises ``rows`` of ``task``; texts beyond ``max_length`` tokens are cut."""
+    """Tokenises ``rows`` of ``task``; texts beyond ``max_length`` tokens are cut.
+
+    Raises:
+        UsageError: nothing of a text would be left.
+    """
+    try:
+        check_length(tokenizer, max_length)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     encoded = tokenizer([task.texts[row] for row in rows], truncation=True, max_length=max_length)[
         "input_ids"
     ]
