@@ -55,6 +55,8 @@ def canonical_inputs(
         ("key", key, layer.kdim),
         ("value", value, layer.vdim),
     ):
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be floating, got {tensor.dtype}")
         if tensor.size(2) != width:
             raise ValueError(f"{name} must have {width} features, got {tensor.size(2)}")
     if key.shape[:2] != value.shape[:2] or key.size(0) != query.size(0):

@@ -266,7 +266,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         Raises:
             ValueError: a shape that does not fit, or (on a CPU) a gate whose relevance is not
                 finite.
-            TypeError: a mask that is neither boolean nor floating.
+            TypeError: an input that is not floating, a mask that is neither boolean nor floating.
                 Or an ``out_proj`` that something was wrapped around: its weight is read.
             RuntimeError: ``is_causal`` without ``attn_mask``.
         """

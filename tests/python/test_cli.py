@@ -208,6 +208,22 @@ def test_score_takes_other_encoders_long_texts_and_one_label(tmp_path, tiny_mode
     )
 
 
+def test_a_checkpoint_of_a_converted_model_is_refused(tmp_path, tiny_model, tiny_texts, capsys):
+    """transformers would make up what it does not find in it."""
+    from transformers import BertForSequenceClassification
+
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    hw.convert(BertForSequenceClassification.from_pretrained(folder)).save_pretrained(folder)
+    texts = ["--data", tiny_texts, "--text", "review", "--label", "mood"]
+    for command in ("score", "compare"):
+        message = fails(capsys, 2, command, "--model", folder, *texts, "--out", tmp_path / "out")
+        assert message == (
+            f"headwise {command}: the model folder {folder} lacks 16 weights of "
+            "BertForSequenceClassification, 'bert.encoder.layer.0.attention.output.dense.bias' for "
+            "one; it was saved after headwise.convert: save it with headwise.save"
+        )
+
+
 def known_labels(model) -> None:
     """The model's classes are those of the tiny texts."""
     config = json.loads((model / "config.json").read_text())

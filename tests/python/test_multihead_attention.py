@@ -435,6 +435,8 @@ def test_bad_inputs():
     x = torch.randn(2, 5, EMBED_DIM)
     with pytest.raises(ValueError, match="query must have 24 features, got 10"):
         layer(x[..., :10], x, x)
+    with pytest.raises(TypeError, match="query must be floating, got torch.int32"):
+        layer(x.int(), x.int(), x.int())
     with pytest.raises(
         ValueError, match=r"key_padding_mask must have shape \(2, 5\), got \(2, 4\)"
     ):

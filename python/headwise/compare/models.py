@@ -133,7 +133,7 @@ def load_classifier(folder: Path, classes: int) -> nn.Module:
 
     try:
         with _quiet_transformers():
-            return AutoModelForSequenceClassification.from_pretrained(
+            model, report = AutoModelForSequenceClassification.from_pretrained(
                 folder,
                 num_labels=classes,
                 attn_implementation="sdpa",
@@ -141,9 +141,34 @@ def load_classifier(folder: Path, classes: int) -> nn.Module:
                 local_files_only=True,
                 # A classification head of another number of classes is replaced, not an error.
                 ignore_mismatched_sizes=True,
+                output_loading_info=True,
             )
     except _UNLOADABLE as error:
         raise UsageError(f"cannot load the model folder {folder}: {_line(error)}") from None
+    _check_weights(folder, model, report)
+    return model
+
+
+def _check_weights(folder: Path, model: nn.Module, report: dict) -> None:
+    """Refuses an encoder that transformers had to make up weights for.
+
+    Raises:
+        UsageError: weights are missing, other than those of the pooler and the head.
+    """
+    prefix = f"{model.base_model_prefix}."
+    missing = sorted(
+        name
+        for name in report["missing_keys"]
+        if name.startswith(prefix) and ".pooler." not in name
+    )
+    if not missing:
+        return
+    converted = any(".mha." in name for name in report["unexpected_keys"])
+    hint = "; it was saved after headwise.convert: save it with headwise.save" if converted else ""
+    raise UsageError(
+        f"the model folder {folder} lacks {len(missing)} weights of {type(model).__name__}, "
+        f"{missing[0]!r} for one{hint}"
+    )
 
 
 def load_trained(folder: Path) -> nn.Module:
@@ -170,6 +195,7 @@ def load_trained(folder: Path) -> nn.Module:
             )
     except _UNLOADABLE as error:
         raise UsageError(f"cannot load the model folder {folder}: {_line(error)}") from None
+    _check_weights(folder, model, report)
     if any("classifier" in name for name in report["missing_keys"]):
         raise UsageError(f"the model in {folder} has no trained classification head")
     try:
