@@ -4,6 +4,9 @@
 #include <c10/util/BFloat16.h>
 
 #include "kernels/cpu/packed_gemm.h"
+#ifdef HEADWISE_CUDA
+#include "ops/cuda/launch.h"
+#endif
 
 namespace headwise {
 namespace {
@@ -36,8 +39,9 @@ std::vector<Backend> backends() {
   const bool device = no_device.empty();
   std::vector<Backend> list;
 #ifdef HEADWISE_CUDA
-  list.push_back({"cuda_kernels", "cuda", device,
-                  (device ? std::string() : no_device + "; ") + kUnverified +
+  const std::string refusal = device ? ops::devices_refusal() : no_device;
+  list.push_back({"cuda_kernels", "cuda", refusal.empty(),
+                  (refusal.empty() ? refusal : refusal + "; ") + kUnverified +
                       ": selection, projections of the chosen heads, attention, decoding, output "
                       "projection, their gradients and attention statistics, without waiting for "
                       "the device; heads of up to 256 columns"});

@@ -8,7 +8,7 @@ find_program(HEADWISE_NVCC nvcc HINTS "$ENV{CUDA_HOME}/bin" "$ENV{CUDA_PATH}/bin
   DOC "The CUDA compiler")
 mark_as_advanced(HEADWISE_NVCC)
 set(HEADWISE_CUDA_ARCHITECTURES "" CACHE STRING
-  "Compile CUDA sources for these only, e.g. 90a-real (empty: for all that each source supports)")
+  "Compile CUDA sources for these only, e.g. 90a-real or 120-real (empty: 80-real 90a-real 80-virtual)")
 
 set(HEADWISE_CUDA_DEFAULT OFF)
 if(HEADWISE_NVCC)
@@ -53,39 +53,43 @@ macro(headwise_enable_cuda)
 endmacro()
 
 # Adds CUDA sources to a target and sets for which architectures they are compiled, in CMake's
-# words: 80-real is machine code for sm_80, 90a-real for sm_90a (wgmma and TMA), 80-virtual is PTX,
-# which the driver compiles for any later GPU. The default covers Ampere, Hopper, and what follows.
-# A source that only Hopper can run says ARCHITECTURES 90a-real.
+# words: 80-real is machine code for sm_80 (and 8.6, 8.9), 90a-real for sm_90a (wgmma), 80-virtual is
+# PTX, which the driver compiles for any later GPU when a kernel is first launched. The default
+# covers Ampere, Hopper, and what follows; HEADWISE_CUDA_ARCHITECTURES replaces it.
+# A source that only Hopper can run says ARCHITECTURES 90a-real: those of the list that it runs on.
 #
 #   headwise_cuda_sources(headwise SOURCES kernels/cuda/select_heads.cu)
 #   headwise_cuda_sources(headwise ARCHITECTURES 90a-real SOURCES kernels/cuda/attention_sm90.cu)
+#
+# Sets HEADWISE_CUDA_CODE to what was chosen, as kernels/cuda/architectures.h reads it.
 function(headwise_cuda_sources target)
   cmake_parse_arguments(PARSE_ARGV 1 arg "" "" "ARCHITECTURES;SOURCES")
-  if(NOT arg_ARCHITECTURES)
-    set(arg_ARCHITECTURES 80-real 90a-real 80-virtual)
-  endif()
-  set(chosen "")
-  foreach(architecture IN LISTS HEADWISE_CUDA_ARCHITECTURES)
-    if(architecture IN_LIST arg_ARCHITECTURES)
-      list(APPEND chosen ${architecture})
+  set(chosen ${HEADWISE_CUDA_ARCHITECTURES})
+  if(arg_ARCHITECTURES)
+    list(JOIN arg_ARCHITECTURES "|" runs)
+    list(FILTER chosen INCLUDE REGEX "^(${runs})$")
+    if(NOT chosen)
+      set(chosen ${arg_ARCHITECTURES})
     endif()
-  endforeach()
-  if(NOT chosen)
-    set(chosen ${arg_ARCHITECTURES})
+  elseif(NOT chosen)
+    set(chosen 80-real 90a-real 80-virtual)
   endif()
   set(flags "")
   foreach(architecture IN LISTS chosen)
-    if(NOT architecture MATCHES "^([0-9]+a?)-(real|virtual)$")
-      message(FATAL_ERROR "headwise_cuda_sources: an architecture is written 80-real, 90a-real or "
-                          "80-virtual, not '${architecture}'.")
+    if(NOT architecture MATCHES "^([0-9]+)([af]?)-(real|virtual)$" OR CMAKE_MATCH_1 LESS 80)
+      message(FATAL_ERROR "HEADWISE_CUDA_ARCHITECTURES: an architecture is written 80-real, 90a-real "
+                          "or 80-virtual, and is 80 or later; got '${architecture}'.")
     endif()
-    set(code "sm_${CMAKE_MATCH_1}")
-    if(CMAKE_MATCH_2 STREQUAL "virtual")
-      set(code "compute_${CMAKE_MATCH_1}")
+    set(number "${CMAKE_MATCH_1}${CMAKE_MATCH_2}")
+    set(code "sm_${number}")
+    if(CMAKE_MATCH_3 STREQUAL "virtual")
+      set(code "compute_${number}")
     endif()
-    list(APPEND flags "-gencode=arch=compute_${CMAKE_MATCH_1},code=${code}")
+    list(APPEND flags "-gencode=arch=compute_${number},code=${code}")
   endforeach()
   set_source_files_properties(${arg_SOURCES} PROPERTIES COMPILE_OPTIONS "${flags}")
   set_target_properties(${target} PROPERTIES CUDA_ARCHITECTURES OFF)
   target_sources(${target} PRIVATE ${arg_SOURCES})
+  list(JOIN chosen " " words)
+  set(HEADWISE_CUDA_CODE "${words}" PARENT_SCOPE)
 endfunction()

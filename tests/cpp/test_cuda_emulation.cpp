@@ -83,6 +83,9 @@ TEST(CudaEmulation, WorkListLeavesOutWhatIsOutOfRange) {
   EXPECT_EQ(list.offset, (std::vector<int32_t>{0, 2, 3, 4}));
   EXPECT_EQ(list.batch, (std::vector<int32_t>{0, 1, 1, 1, -1, -1}));
   EXPECT_EQ(emulate_work_list(index, torch::tensor({-4, 0}, torch::kInt), 3, 32).offset.back(), 0);
+  const auto twice = torch::tensor({{1, 1, 0}, {2, 0, 2}}, torch::kInt);
+  EXPECT_EQ(emulate_work_list(twice, torch::tensor({3, 3}, torch::kInt), 3, 32).offset,
+            (std::vector<int32_t>{0, 2, 3, 4}));
 }
 
 TEST(CudaEmulation, EveryThreadOfSelectHeadsAgreesWithSorting) {

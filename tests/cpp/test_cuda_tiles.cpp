@@ -6,6 +6,7 @@
 #include <tuple>
 #include <vector>
 
+#include "kernels/cuda/architectures.h"
 #include "kernels/cuda/attention.h"
 #include "kernels/cuda/decode.h"
 #include "kernels/cuda/layer.h"
@@ -13,6 +14,22 @@
 namespace {
 
 using namespace headwise::kernels::cuda;
+
+TEST(CudaTiles, WhichDevicesCompiledCodeServes) {
+  constexpr const char* kDefault = "80-real 90a-real 80-virtual";
+  for (int capability : {80, 86, 89, 90, 100, 103, 110, 120, 121})
+    EXPECT_TRUE(runs_on(kDefault, capability)) << capability;
+  EXPECT_FALSE(runs_on(kDefault, 75));
+  EXPECT_TRUE(runs_on("90a-real", 90));
+  for (int capability : {80, 89, 100, 120}) EXPECT_FALSE(runs_on("90a-real", capability));
+  EXPECT_TRUE(runs_on("86-real", 89));
+  EXPECT_FALSE(runs_on("86-real", 80));
+  EXPECT_FALSE(runs_on("89-real 90a-virtual", 100));  // PTX of one device
+  EXPECT_TRUE(runs_on("100f-real", 103));
+  EXPECT_FALSE(runs_on("100f-virtual", 120));
+  EXPECT_TRUE(runs_on("100-virtual", 120));
+  EXPECT_FALSE(runs_on("", 80));
+}
 
 TEST(CudaTiles, ProjectCoversEveryColumnOfEveryPartOnce) {
   ProjectArguments a{};

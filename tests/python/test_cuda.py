@@ -27,6 +27,7 @@ from test_emulated import (  # noqa: F401
     test_core_widths,
     test_decoding_splits_the_keys,
     test_dropout_draws_the_mask_of_the_cpu,
+    test_one_row_whose_heads_begin_at_odd_addresses,
     test_several_tiles_of_rows,
     test_the_core_by_the_attention_of_libtorch,
     test_the_layer_by_the_attention_of_libtorch,

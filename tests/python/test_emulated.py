@@ -136,9 +136,23 @@ def test_an_index_with_few_columns_and_one_that_is_out_of_range():
     good = cases.ops.selected_self_attention(x, *weights, 4, index, count, weight)
     expected = oracle.self_attention(x, *weights, 4, index, count, weight)
     torch.testing.assert_close(good, expected)
-    wrong = torch.tensor([[1, 3], [0, 99]], dtype=torch.int64)
-    clamped = cases.ops.selected_self_attention(x, *weights, 4, wrong, count.long() * 5, weight)
-    torch.testing.assert_close(clamped, expected)
+    for place in (99, 0):  # a head that is not there, and one that is named twice
+        wrong = torch.tensor([[1, 3], [0, place]], dtype=torch.int64)
+        clamped = cases.ops.selected_self_attention(x, *weights, 4, wrong, count.long() * 5, weight)
+        torch.testing.assert_close(clamped, expected)
+
+
+@pytest.mark.parametrize("dtype", TENSOR_CORES, ids=str)
+def test_one_row_whose_heads_begin_at_odd_addresses(dtype):
+    """Rows of all tensors are aligned to 16 bytes, heads of 5 columns within them are not."""
+    rand = cases.Random(1, dtype)
+    x, weights = rand(1, 1, 16), cases.layer_weights(rand, 8, 5, 16)
+    index, count = torch.tensor([[3]], dtype=torch.int32), torch.tensor([1], dtype=torch.int32)
+    weight = rand.selection(1, 8, count=[8])[2]
+    cases.check(
+        cases.ops.selected_self_attention, oracle.self_attention, [x, *weights], dtype,
+        x, *weights, 8, index, count, weight,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -6,6 +6,25 @@
 
 #include <cstdint>
 
+namespace headwise::kernels::cuda {
+
+/// Shared memory of a block on every device since compute capability 8.0 (8.6, 8.9 and 12.0 have
+/// the least), and on Hopper.
+constexpr int64_t kSharedOfAny = 99 * 1024, kSharedOfHopper = 227 * 1024;
+/// True if a kernel fits where it is launched: those that only Hopper runs say so (kHopper).
+template <typename Kernel>
+constexpr bool shared_fits() {
+  if constexpr (requires { Kernel::kShared; })
+    if constexpr (requires { Kernel::kHopper; })
+      return Kernel::kShared <= (Kernel::kHopper ? kSharedOfHopper : kSharedOfAny);
+    else
+      return Kernel::kShared <= kSharedOfAny;
+  else
+    return true;
+}
+
+}  // namespace headwise::kernels::cuda
+
 #ifdef HEADWISE_EMULATE
 #include "emulator/emulator.h"
 #else
@@ -226,6 +245,7 @@ __global__ void __launch_bounds__(Kernel::kThreads, resident_blocks<Kernel>())
 
 template <typename Kernel>
 int launch(const Kernel& kernel, int64_t blocks, int64_t shared_bytes, CUstream_st* stream) {
+  static_assert(shared_fits<Kernel>());
   if (blocks == 0) return cudaSuccess;
   if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
   if (shared_bytes > 48 * 1024) {

@@ -13,6 +13,8 @@ namespace headwise::kernels::cuda {
 
 constexpr int64_t kPoolRows = 128;     ///< tokens of a sequence that a block adds up
 constexpr int64_t kPoolColumns = 256;  ///< and columns: 8 a lane
+/// The features of a sequence stand in the shared memory of one block.
+constexpr int64_t kWidestGate = 8192, kMostGateHeads = 2048;
 
 struct GateArguments {
   Element input_type, parameter_type;

@@ -65,6 +65,7 @@ struct PoolKernel {
 template <typename P, typename C>
 struct GateKernel {
   static constexpr int kWarps = 16, kThreads = kWarps * kWarp;
+  static_assert((kWidestGate + kMostGateHeads + kWarps + 1) * sizeof(C) <= kSharedOfAny);
   GateArguments a;
 
   static int64_t shared(const GateArguments& a) {

@@ -48,7 +48,15 @@ HEADWISE_HOST_DEVICE void clear_slots(const WorkListShape& s, int64_t thread, in
   }
 }
 
-/// Heads out of range, which only the host reports, are left out.
+/// True if place i of index names a head that an earlier place of its row names.
+template <typename Index>
+HEADWISE_HOST_DEVICE bool repeats(const WorkListShape& s, const Index* index, int64_t i) {
+  bool found = false;
+  for (int64_t n = i - i % s.columns; n < i; ++n) found |= index[n] == index[i];
+  return found;
+}
+
+/// Heads out of range and repeats, which only the host reports, are left out.
 template <typename Index>
 HEADWISE_HOST_DEVICE void mark_slots(const WorkListShape& s, int64_t thread, int64_t threads,
                                      const Index* index, const Index* count, int32_t* slot,
@@ -56,7 +64,8 @@ HEADWISE_HOST_DEVICE void mark_slots(const WorkListShape& s, int64_t thread, int
   for (int64_t i = thread; i < s.capacity(); i += threads) {
     const int64_t b = i / s.columns, column = i % s.columns;
     const int64_t h = index[i];
-    const bool chosen = column < clamp_count(count[b], s.columns) && h >= 0 && h < s.num_heads;
+    const bool chosen = column < clamp_count(count[b], s.columns) && h >= 0 && h < s.num_heads &&
+                        !repeats(s, index, i);
     if (chosen) slot[h * s.batch + b] = static_cast<int32_t>(i);
     if (chosen && out.used) out.used[b * s.num_heads + h] = static_cast<int32_t>(out.length);
     if (out.place_head) out.place_head[i] = chosen ? static_cast<int32_t>(h) : -1;

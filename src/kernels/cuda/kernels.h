@@ -18,8 +18,8 @@ enum class Element { f64, f32, f16, bf16 };
 int select_heads(const void* relevance, Element type, const int64_t* count, int32_t* index,
                  int64_t batch, int64_t num_heads, Stream stream);
 
-/// slot: scratch of shape.slots() int32. Counts are clamped to [0, K] and heads out of range are
-/// left out, without a word: reporting them would wait for the device.
+/// slot: scratch of shape.slots() int32. Counts are clamped to [0, K]; heads out of range and
+/// repeats are left out, without a word: reporting them would wait for the device.
 int work_list(const WorkListShape& shape, const int32_t* index, const int32_t* count, int32_t* slot,
               const WorkListOutput& out, Stream stream);
 

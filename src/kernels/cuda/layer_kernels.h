@@ -26,6 +26,7 @@ struct ProjectKernel {
                        kResident = G::kResident, kLeft = G::template kTile<kM>,
                        kRight = G::template kTile<kN>;
   static constexpr int64_t kOffsets = 2 * kN * sizeof(int64_t);
+  static constexpr bool kHopper = G::kAsyncReads;
   static constexpr int64_t kShared = kOffsets + int64_t{G::kStages} * (kLeft + kRight) * sizeof(T);
   ProjectArguments args;
 
@@ -101,6 +102,7 @@ struct CombineKernel {
   static constexpr int kThreads = Product::kThreads, kM = Product::kM, kN = Product::kN, kK = G::kK,
                        kResident = G::kResident, kLeft = G::template kTile<kM>,
                        kRight = G::template kTile<kN>;
+  static constexpr bool kHopper = G::kAsyncReads;
   static constexpr int64_t kShared = int64_t{G::kStages} * (kLeft + kRight) * sizeof(T);
   CombineArguments args;
 

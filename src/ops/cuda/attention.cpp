@@ -20,7 +20,7 @@ template <typename Inputs>
 bool kernels_run(const Inputs& in) {
 #ifdef HEADWISE_CUDA
   auto reason = device::refusal(in);
-  if (!device_fits(in.index.device())) reason = "the device is older than compute capability 8.0";
+  if (!device_fits(in.index.device())) reason = device_refusal(in.index.device());
   if (reason.empty()) return true;
   TORCH_WARN_ONCE("headwise: the grouped route runs instead of the CUDA kernels: ", reason);
 #endif

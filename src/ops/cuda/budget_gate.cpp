@@ -13,8 +13,6 @@ namespace headwise::ops::device {
 using at::Tensor;
 
 bool takes_budget_gate(HEADWISE_BUDGET_GATE_PARAMETERS) {
-  // The features of a sequence stand in the shared memory of one block.
-  constexpr int64_t kWidest = 8192, kMostHeads = 2048;
   if (x.is_cuda() && !device_fits(x.device())) return false;
   const auto type = x.scalar_type();
   if (!at::isFloatingType(type) || !at::isFloatingType(base.scalar_type())) return false;
@@ -24,7 +22,8 @@ bool takes_budget_gate(HEADWISE_BUDGET_GATE_PARAMETERS) {
     if (p->scalar_type() != base.scalar_type()) return false;
   if (x.dim() != 3 || lse_type(type) != lse_type(base.scalar_type())) return false;
   const auto width = x.sym_size(2).guard_int(__FILE__, __LINE__);
-  return width > 0 && width <= kWidest && base.size(0) <= kMostHeads &&
+  return width > 0 && width <= kernels::cuda::kWidestGate &&
+         base.size(0) <= kernels::cuda::kMostGateHeads &&
          (!key_padding_mask ||
           (key_padding_mask->dim() == 2 && key_padding_mask->sym_size(0) == x.sym_size(0) &&
            key_padding_mask->sym_size(1) == x.sym_size(1)));

@@ -48,13 +48,15 @@ struct Core {
     }
   }
 
-  /// Where heads lie one after another; a decoding step has a kernel of its own.
+  /// Where heads lie one after another, at addresses that LibTorch's kernel, which does not ask,
+  /// can read 16 bytes at a time; a decoding step has a kernel of its own.
   bool takes_flash(const CoreInputs& in) const {
     const auto& arguments = in.arguments;
     const int64_t L = q.size(2), S = k.size(2);
     return L > 1 && S > 0 && !arguments.key_padding_mask && !arguments.attn_mask &&
            arguments.dropout_p == 0 && (!arguments.is_causal || L == S) && q.is_contiguous() &&
-           k.is_contiguous() && v.is_contiguous() && q.size(3) == v.size(3) &&
+           k.is_contiguous() && v.is_contiguous() && aligned(q) && aligned(k) && aligned(v) &&
+           q.size(3) == v.size(3) &&
            flash_takes(q.scalar_type(), q.size(0) * q.size(1), std::max(L, S), q.size(3)) &&
            flash_wanted();
   }

@@ -9,6 +9,8 @@
 #include <c10/cuda/CUDAStream.h>
 #endif
 
+#include <string>
+
 #include "kernels/cuda/kernels.h"
 
 namespace headwise::ops {
@@ -40,12 +42,12 @@ inline bool device_fits(at::Device) { return true; }
 using DeviceGuard = c10::cuda::CUDAGuard;
 inline kernels::cuda::Stream current_stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
 inline void check_launch(int error) { C10_CUDA_CHECK(static_cast<cudaError_t>(error)); }
-/// True if the device can run the kernels: compute capability 8.0 and later.
-inline bool device_fits(at::Device device) {
-  int major = 0;
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device.index()));
-  return major >= 8;
-}
+/// True if the device can run the kernels: compute capability 8.0 and later, and compiled for it.
+bool device_fits(at::Device device);
+/// Why it cannot; empty if it can.
+std::string device_refusal(at::Device device);
+/// Why none of the devices can; empty if one can.
+std::string devices_refusal();
 #endif
 
 }  // namespace headwise::ops

@@ -117,7 +117,8 @@ Tensor combine(const Layer& l, const std::vector<const Tensor*>& packed,
   a.chosen = l.selected.chosen;
   a.width = l.d, a.rows = rows_, a.columns = weight.size(0);
   a.warpgroups = warpgroups_wanted();
-  a.vectors = aligned(weight);
+  // The columns of head h begin at h d: in a weight whose rows are aligned, the heads need not be.
+  a.vectors = aligned(weight) && l.d * static_cast<int64_t>(weight.element_size()) % 16 == 0;
   for (size_t p = 0; p < packed.size(); ++p) {
     a.part[a.parts++] = {packed[p]->const_data_ptr(), packed[p]->size(2), limits[p]};
     a.vectors = a.vectors && aligned(*packed[p]);

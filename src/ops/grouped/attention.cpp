@@ -127,7 +127,11 @@ Tensor attention_forward(const PairAttention& a, const Tensor& q, const Tensor& 
   auto context = at::zeros({N, L, v.size(2)}, q.options());
   if (N == 0 || L == 0 || keys == 0) return context;
   const bool plain_mask = !a.arguments.key_padding_mask && !a.arguments.attn_mask && !a.added;
-  const int64_t step = plain_mask && a.arguments.dropout_p == 0 ? N : pairs_at_a_time(L, keys);
+  // Pairs are the batch of LibTorch's attention, which is a dimension of a CUDA grid: 65,535 at
+  // most.
+  constexpr int64_t kMostPairs = 65535;
+  const int64_t step =
+      std::min(kMostPairs, plain_mask && a.arguments.dropout_p == 0 ? N : pairs_at_a_time(L, keys));
   const auto type = lse_type(q.scalar_type());
   for (int64_t first = 0; first < N; first += step) {
     const int64_t n = std::min(step, N - first);

@@ -177,6 +177,7 @@ inline float power_of_two(float x) { return std::exp2(x); }
 
 template <typename Kernel>
 int launch(const Kernel& kernel, int64_t blocks, int64_t shared_bytes, CUstream_st*) {
+  static_assert(shared_fits<Kernel>());
   emulator::run([&] { kernel(); }, blocks, Kernel::kThreads, shared_bytes);
   return 0;
 }
