@@ -6,11 +6,11 @@ Each case checks itself against the oracle in float64 before it is timed, and ha
 
 import contextlib
 import math
-import statistics
 
 import headwise as hw
 import oracle
 import torch
+from gpu_machine import checked_part, first_line
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import linear, scaled_dot_product_attention
 
@@ -22,65 +22,9 @@ def largest_error(actual, expected):
     return ((actual.double() - expected).abs().max() / scale).item()
 
 
-def first_line(error):
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-
-
-def replayed(run):
-    """(the same work as a CUDA graph, None), or (None, why it cannot be captured)."""
-    try:
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            run()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
-        return graph.replay, None
-    except RuntimeError as error:
-        torch.cuda.synchronize()
-        return None, first_line(error)
-
-
-class Timer:
-    """Milliseconds of a call: CUDA events on a GPU, the clock elsewhere."""
-
-    def __init__(self, device, repeats, clock):
-        self.device, self.repeats, self.clock = device, repeats, clock
-
-    def times(self, *runs):
-        """Several runs are taken in turn, so that what one leaves in the cache does not help it."""
-        for run in runs:
-            run()
-            run()
-        times = []
-        for n in range(max(self.repeats, len(runs))):
-            run = runs[n % len(runs)]
-            if self.device.type == "cuda":
-                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                begin.record()
-                run()
-                end.record()
-                end.synchronize()
-                times.append(begin.elapsed_time(end))
-            else:
-                begin = self.clock()
-                run()
-                times.append(1e3 * (self.clock() - begin))
-        return times
-
-    def __call__(self, *runs):
-        return statistics.median(self.times(*runs))
-
-    def replay(self, *runs):
-        """The same of CUDA graphs; (milliseconds, None) or (of the launches, why)."""
-        if self.device.type != "cuda":
-            return self(*runs), "no CUDA graphs on this device"
-        graphs = [replayed(run) for run in runs]
-        reasons = [reason for _, reason in graphs if reason]
-        if reasons:
-            return self(*runs), reasons[0]
-        return self(*(graph for graph, _ in graphs)), None
+def ends(batch):
+    """The first and the last sequence: an index that outgrew 32 bits would show in the last."""
+    return sorted({0, batch - 1})
 
 
 def selection(batch, heads, k, device):
@@ -90,14 +34,14 @@ def selection(batch, heads, k, device):
     return ops.select_heads(relevance, count), count
 
 
-def attention_core(emit, shape, dtype, device, timer, tolerance, route):
+def attention_core(emit, shape, dtype, timer, tolerance, route):
     """k = H/2 of the heads, beside all heads by each of LibTorch's fused attentions."""
     batch, length, width, heads = shape
-    d = width // heads
+    d, device = width // heads, timer.machine.device
     q, k, v = (torch.randn(batch, heads, length, d, device=device).to(dtype) for _ in range(3))
     index, count = selection(batch, heads, heads // 2, device)
     for backend in ("default", "FLASH_ATTENTION", "CUDNN_ATTENTION"):
-        if device.type != "cuda" and backend != "default":
+        if timer.machine.rehearsal and backend != "default":
             continue
         kernels = contextlib.nullcontext()
         if backend != "default":
@@ -108,12 +52,15 @@ def attention_core(emit, shape, dtype, device, timer, tolerance, route):
             emit({"variant": f"all heads, {backend}", "median_ms": ms})
         except RuntimeError as error:
             emit({"variant": f"all heads, {backend}", "note": first_line(error)})
-    few = slice(0, min(2, batch))
-    expected = oracle.attention(q[few].double(), k[few].double(), v[few].double())
+    sequences, rows = checked_part(timer.machine, batch, heads, length)
+    few = ends(batch)[-sequences:]
+    # Of the rows before `rows`, so that the oracle fits: keys are all there are.
+    expected = oracle.attention(q[few, :, :rows].double(), k[few].double(), v[few].double())
     expected = expected * ops.selection_mask(index, count, torch.float64)[few, :, None, None]
     for way in ("kernels", "flash"):
         with route(way):
-            error = largest_error(ops.selected_attention(q, k, v, index, count)[few], expected)
+            y = ops.selected_attention(q, k, v, index, count)[few, :, :rows]
+            error = largest_error(y, expected)
             emit({"check": str(dtype)[6:], "variant": way, "forward_error": error,
                   "passed": error <= tolerance})  # fmt: skip
             if error <= tolerance:
@@ -121,21 +68,22 @@ def attention_core(emit, shape, dtype, device, timer, tolerance, route):
                 emit({"variant": way, "median_ms": ms})
 
 
-def copy_bandwidth(device, timer, size=1 << 30):
+def copy_bandwidth(timer, size=1 << 30):
     """Bytes a second of a large copy, bytes read plus bytes written."""
-    size = size if device.type == "cuda" else 1 << 22
-    a = torch.empty(size, dtype=torch.uint8, device=device).random_()
+    size = 1 << 16 if timer.machine.rehearsal else size
+    a = torch.empty(size, dtype=torch.uint8, device=timer.machine.device).random_()
     b = torch.empty_like(a)
     return 2 * size / (timer(lambda: b.copy_(a)) * 1e-3)
 
 
-def decoding(emit, batch, keys, dtype, device, timer, tolerance, sizes=(32, 8, 128)):
+def decoding(emit, batch, keys, dtype, timer, tolerance, sizes=(32, 8, 128)):
     """Half of 32 query heads on 8 groups; the bytes of the groups that some chosen head reads."""
     heads, groups, d = sizes
+    device = timer.machine.device
     element = torch.empty(0, dtype=dtype).element_size()
     one_set = 2 * batch * groups * keys * d * element
     # Several caches in turn, so that none is still in the L2 of the device.
-    sets = max(1, min(16, math.ceil(4e8 / one_set))) if device.type == "cuda" else 1
+    sets = 2 if timer.machine.rehearsal else max(1, min(16, math.ceil(4e8 / one_set)))
     inputs = []
     for _ in range(sets):
         q = torch.randn(batch, heads, 1, d, device=device).to(dtype)
@@ -143,7 +91,7 @@ def decoding(emit, batch, keys, dtype, device, timer, tolerance, sizes=(32, 8, 1
         v = torch.randn(batch, groups, keys, d, device=device, dtype=dtype)
         inputs.append((q, k, v, *selection(batch, heads, heads // 2, device)))
     q, k, v, index, count = inputs[0]
-    few = slice(0, min(2, batch))
+    few = ends(batch)
     expected = oracle.attention(q[few].double(), k[few].double(), v[few].double())
     expected *= ops.selection_mask(index, count, torch.float64)[few, :, None, None]
     error = largest_error(ops.selected_attention(q, k, v, index, count)[few], expected)
@@ -158,8 +106,9 @@ def decoding(emit, batch, keys, dtype, device, timer, tolerance, sizes=(32, 8, 1
           "bytes_per_second": bytes_read / (ms * 1e-3)})  # fmt: skip
 
 
-def gate(emit, dtype, device, timer, batch=64, heads=16, width=1024, length=128):
+def gate(emit, dtype, timer, batch=64, heads=16, width=1024, length=128):
     """The budget gate of an evaluated layer with its work list, by a graph's replay."""
+    device = timer.machine.device
     x = torch.randn(batch, length, width, device=device).to(dtype)
     module = hw.BudgetGate(embed_dim=width, num_heads=heads, device=device, dtype=dtype).eval()
     module.requires_grad_(False)
@@ -176,8 +125,7 @@ def gate(emit, dtype, device, timer, batch=64, heads=16, width=1024, length=128)
 
     def both():
         index, count, *_ = module(x)
-        if device.type == "cuda":
-            ops._work_list(index, count, heads)
+        ops._work_list(index, count, heads)
 
     if passed:
         with torch.no_grad():
@@ -192,7 +140,10 @@ def flex_layer(layer, k):
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
         batch, length, _, heads = layer.shape
+        # Uncompiled in a rehearsal: compiling would take longer than all the rest.
         attend = torch.compile(flex_attention, dynamic=False)
+        if layer.device.type == "cpu":
+            attend = flex_attention
 
         def run(_):
             mask = layer.select(k)[2] != 0  # [B, H]

@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_check.py                      # all groups; writes results/gpu_<device>.*
     python benchmarks/gpu_check.py forward decode       # some of them
-    python benchmarks/gpu_check.py --device cpu --tiny  # small shapes, without a GPU
+    python benchmarks/gpu_check.py --rehearse           # every case without a GPU: measures nothing
     python benchmarks/gpu_check.py --summary results/gpu_h200.jsonl
 
 A layer that runs k of H heads, its gate included, is timed beside the dense layer that has only k
@@ -15,6 +15,10 @@ measured again: a run that was cut short goes on where it ended. Cases run in a 
 own, which is replaced when one of them kills it: what a faulty kernel costs is its own case. The
 last lines compare with the goals; gpu_<device>.json holds everything. Exit status 1: a check
 failed, or a case died.
+
+A rehearsal runs every line of this on small shapes: the kernels on the emulated device of the tests
+where tests/cpp is built, a wall clock in place of events, nothing in place of graphs. It finds a
+wrong name or shape before a GPU's time is spent on it. Its rows go to a temporary folder.
 """
 
 import argparse
@@ -23,6 +27,7 @@ import os
 import queue
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -33,14 +38,15 @@ import gpu_summary  # noqa: E402
 
 # B sequences, L tokens, D model width, H heads
 SHAPES = [(32, 512, 1024, 16), (16, 2048, 1024, 16), (8, 4096, 2048, 16), (64, 197, 768, 12)]
-TINY = [(2, 9, 16, 4), (3, 5, 12, 4)]
+# Of a rehearsal: heads that are copied 16 bytes at a time, and heads that are not.
+SMALL = [(2, 20, 32, 4), (3, 5, 12, 4)]
 GROUPS = ("gate", "forward", "attention", "decode", "training", "flex")
 CASE_SECONDS = 120  # then it hangs
 
 
-def cases(group, tiny):
+def cases(group, rehearse):
     """The names of a group's cases, the most telling first."""
-    shapes = TINY if tiny else SHAPES
+    shapes = SMALL if rehearse else SHAPES
     if group in ("forward", "training"):
         halves = [(s, s[3] // 2) for s in shapes]
         others = [(s, k) for s in shapes for k in (s[3] // 4, 3 * s[3] // 4, s[3])]
@@ -48,9 +54,8 @@ def cases(group, tiny):
     if group in ("attention", "flex"):
         return [f"{group} {s} k={s[3] // 2}" for s in shapes]
     if group == "decode":
-        caches = (
-            [(1, 40), (2, 33)] if tiny else [(b, s) for s in (32768, 4096) for b in (16, 64, 1)]
-        )
+        caches = [(b, keys) for keys in (32768, 4096) for b in (16, 64, 1)]
+        caches = [(1, 140), (2, 33)] if rehearse else caches
         return [f"decode B={b} keys={s}" for b, s in caches]
     return ["bandwidth", "gate"]
 
@@ -61,12 +66,17 @@ def cases(group, tiny):
 def work(options):
     import gpu_cases
     import gpu_layer
+    import gpu_machine
     import torch
 
-    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-    repeats = min(options.repeats, 3) if options.tiny else options.repeats
-    timer = gpu_cases.Timer(device, repeats, time.perf_counter)
-    tolerance = gpu_layer.TOLERANCE[dtype][0]
+    machine = gpu_machine.Host() if options.rehearse else gpu_machine.Gpu(options.device)
+    operators = "the CUDA device"
+    if options.rehearse:
+        import gpu_rehearsal
+
+        found, operators = gpu_rehearsal.operators()
+        gpu_layer.ops = gpu_cases.ops = found
+    timer = gpu_machine.Timer(machine, options.repeats)
     with options.rows.open("a") as file:
         for line in sys.stdin:
             name = line.rstrip("\n")
@@ -77,44 +87,51 @@ def work(options):
                 file.flush()
 
             torch.manual_seed(0)
-            group = name.split()[0]
-            if group in ("forward", "training", "attention", "flex"):
-                shape = tuple(
-                    int(n) for n in name[name.index("(") + 1 : name.index(")")].split(",")
-                )
-                k = int(name.rsplit("=", 1)[1])
-            if group in ("forward", "training"):
-                gpu_layer.case(emit, group, shape, k, dtype, device, timer)
-            elif group == "attention":
-                gpu_cases.attention_core(
-                    emit, shape, dtype, device, timer, tolerance, gpu_layer.route
-                )
-            elif group == "flex":
-                gpu_layer.flex_case(emit, shape, dtype, device, timer)
-            elif group == "decode":
-                batch, keys = (int(word.split("=")[1]) for word in name.split()[1:])
-                sizes = (8, 2, 16) if options.tiny else (32, 8, 128)
-                gpu_cases.decoding(emit, batch, keys, dtype, device, timer, tolerance, sizes)
-            elif group == "bandwidth":
-                emit({"bytes_per_second": gpu_cases.copy_bandwidth(device, timer)})
-                emit({"environment": environment(device)})
-            else:
-                small = {"batch": 4, "heads": 4, "width": 16, "length": 5} if options.tiny else {}
-                gpu_cases.gate(emit, dtype, device, timer, **small)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-                torch.cuda.empty_cache()
+            try:
+                if name == "bandwidth":
+                    emit({"environment": environment(machine, operators)})
+                run_case(name, emit, timer, getattr(torch, options.dtype))
+            except torch.OutOfMemoryError as error:
+                emit({"note": gpu_machine.first_line(error)})
+            machine.release()
             emit({"done": True})
             print(f"< {name}", flush=True)
 
 
-def environment(device):
+def run_case(name, emit, timer, dtype):
+    import gpu_cases
+    import gpu_layer
+
+    group, tolerance = name.split()[0], gpu_layer.TOLERANCE[dtype][0]
+    rehearse = timer.machine.rehearsal
+    if group in ("forward", "training", "attention", "flex"):
+        shape = tuple(int(n) for n in name[name.index("(") + 1 : name.index(")")].split(","))
+        k = int(name.rsplit("=", 1)[1])
+    if group in ("forward", "training"):
+        gpu_layer.case(emit, group, shape, k, dtype, timer)
+    elif group == "attention":
+        gpu_cases.attention_core(emit, shape, dtype, timer, tolerance, gpu_layer.route)
+    elif group == "flex":
+        gpu_layer.flex_case(emit, shape, dtype, timer)
+    elif group == "decode":
+        batch, keys = (int(word.split("=")[1]) for word in name.split()[1:])
+        sizes = (8, 2, 16) if rehearse else (32, 8, 128)
+        gpu_cases.decoding(emit, batch, keys, dtype, timer, tolerance, sizes)
+    elif group == "bandwidth":
+        emit({"bytes_per_second": gpu_cases.copy_bandwidth(timer)})
+    else:
+        small = {"batch": 4, "heads": 4, "width": 16, "length": 5} if rehearse else {}
+        gpu_cases.gate(emit, dtype, timer, **small)
+
+
+def environment(machine, operators):
     import headwise as hw
     import torch
 
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return {
-        "device": name,
+        "rehearsal": machine.rehearsal,
+        "device": machine.name,
+        "operators": operators,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "headwise": hw.__version__,
@@ -134,7 +151,7 @@ class Worker:
     def __init__(self, options):
         command = [sys.executable, __file__, "--worker", "--rows", str(options.rows)]
         command += ["--device", options.device, "--dtype", options.dtype]
-        command += ["--repeats", str(options.repeats)] + ["--tiny"] * options.tiny
+        command += ["--repeats", str(options.repeats)] + ["--rehearse"] * options.rehearse
         paths = [str(ROOT / "tests" / "python"), os.environ.get("PYTHONPATH", "")]
         self.log = options.rows.with_suffix(".log").open("a+")
         self.process = subprocess.Popen(
@@ -197,7 +214,7 @@ def drive(options, names):
         if name in finished:
             continue
         left = options.seconds - (time.monotonic() - begin)
-        if left < 10 and not options.tiny:
+        if left < 10:
             left_out.append(name)
             continue
         worker = worker or Worker(options)
@@ -228,11 +245,11 @@ def arguments():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"of {', '.join(GROUPS)}")
-    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ... or cpu")
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ...")
     parser.add_argument(
-        "--tiny", action="store_true", help="small shapes: tries the code, not speed"
+        "--rehearse", action="store_true", help="without a GPU: tries the code, measures nothing"
     )
-    parser.add_argument("--repeats", type=int, default=30, help="timed runs of each")
+    parser.add_argument("--repeats", type=int, help="timed runs of each; default: 30")
     parser.add_argument("--dtype", default="bfloat16", help="bfloat16, float16, float32 or float64")
     parser.add_argument(
         "--seconds", type=float, default=540.0, help="no case is run longer than this in all"
@@ -242,6 +259,7 @@ def arguments():
     parser.add_argument("--summary", type=Path, metavar="ROWS", help="only compare with the goals")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.repeats = options.repeats or (1 if options.rehearse else 30)
     unknown = [g for g in options.groups if g not in GROUPS]
     if unknown:
         parser.error(f"GROUP must be one of {', '.join(GROUPS)}, got {unknown[0]}")
@@ -259,16 +277,21 @@ def main():
     if options.dtype not in ("bfloat16", "float16", "float32", "float64"):
         print(f"gpu_check: no dtype {options.dtype} of the kernels", file=sys.stderr)
         return 2
-    device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        print("gpu_check: torch sees no CUDA device; try --device cpu --tiny", file=sys.stderr)
+    results = ROOT / "benchmarks" / "results"
+    if options.rehearse:
+        folder = Path(tempfile.mkdtemp(prefix="gpu_rehearsal_"))
+        options.rows = options.rows or folder / "rows.jsonl"
+        if results in options.rows.resolve().parents:
+            print("gpu_check: a rehearsal has no place among results", file=sys.stderr)
+            return 2
+    elif not torch.cuda.is_available():
+        print("gpu_check: torch sees no CUDA device; try --rehearse", file=sys.stderr)
         return 2
-    if options.rows is None:
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        name = name.lower().replace(" ", "_") + ("_tiny" if options.tiny else "")
-        options.rows = ROOT / "benchmarks" / "results" / f"gpu_{name}.jsonl"
+    elif options.rows is None:
+        name = torch.cuda.get_device_name(options.device).lower().replace(" ", "_")
+        options.rows = results / f"gpu_{name}.jsonl"
     options.rows.parent.mkdir(parents=True, exist_ok=True)
-    names = [name for group in options.groups or GROUPS for name in cases(group, options.tiny)]
+    names = [name for group in options.groups or GROUPS for name in cases(group, options.rehearse)]
     for name in drive(options, names):
         print(f"not run, no time left: {name}", flush=True)
     return gpu_summary.report(options.rows)

@@ -13,7 +13,8 @@ import gpu_cases
 import headwise as hw
 import oracle
 import torch
-from gpu_cases import largest_error, replayed
+from gpu_cases import largest_error
+from gpu_machine import checked_part
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 ops = torch.ops.headwise
@@ -54,11 +55,11 @@ class Layer:
     def __init__(self, shape, dtype, device):
         self.shape, self.dtype, self.device = shape, dtype, device
         B, L, D, H = shape
-        generator = torch.Generator().manual_seed(sum(shape))
+        generator = torch.Generator(device).manual_seed(sum(shape))
 
         def rand(*size, scale=1.0):
-            values = torch.randn(*size, generator=generator) * scale
-            return values.to(device, dtype).requires_grad_()
+            values = torch.randn(*size, generator=generator, device=device) * scale
+            return values.to(dtype).requires_grad_()
 
         self.x = rand(B, L, D)  # [B, L, D]
         self.in_weight = rand(3 * D, D, scale=1 / math.sqrt(D))
@@ -131,12 +132,12 @@ class Layer:
         return linear(context, self.out_weight, self.out_bias)
 
 
-def check(shape, k, dtype, device, way):
+def check(shape, k, dtype, machine, way):
     """Errors of output and gradients on two sequences: no sequence depends on another."""
+    H, device = shape[3], machine.device
     # Products in float32 and float64 run without tensor cores: shorter sequences show as much.
     length = shape[1] if dtype.itemsize == 2 else min(shape[1], 300)
-    layer = Layer((min(2, shape[0]), length, *shape[2:]), dtype, device)
-    H = shape[3]
+    layer = Layer((*checked_part(machine, shape[0], H, length), *shape[2:]), dtype, device)
     selection = [t.detach() for t in layer.select(k)]
     with route(way):
         y = ops.selected_self_attention(*layer.leaves(), H, *selection)
@@ -171,29 +172,23 @@ def run_of(layer, what, variant, k):
 
 
 def measure(emit, layer, what, variant, k, timer):
-    device = layer.device
     run = run_of(layer, what, variant, k)
     routes, row = {"events": run}, {"what": what, "variant": variant}
-    if device.type == "cuda" and variant in ("dense", *ROUTES):
-        graph, row["no_graph"] = replayed(run)
+    if variant in ("dense", *ROUTES):
+        graph, row["no_graph"] = timer.machine.captured(run)
         if graph:
             routes["graph"] = graph
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        run()
-        # What the weights and the input take is the same for all.
-        row["peak_bytes"] = torch.cuda.max_memory_allocated(device) - before
+    # What the weights and the input take is the same for all.
+    row["peak_bytes"] = timer.machine.peak_bytes(run)
     for timed_by, call in routes.items():
         times = timer.times(call)
         emit({**row, "timed_by": timed_by, "median_ms": statistics.median(times),
               "fastest_ms": min(times), "slowest_ms": max(times)})  # fmt: skip
 
 
-def case(emit, what, shape, k, dtype, device, timer):
+def case(emit, what, shape, k, dtype, timer):
     """Checks, then times; a route that fails its check is not timed."""
-    layer = Layer(shape, dtype, device)
+    layer = Layer(shape, dtype, timer.machine.device)
     measure(emit, layer, what, "dense", k, timer)
     for way in ROUTES:
         # The other dtypes need no check of their own where LibTorch does not take them.
@@ -201,7 +196,7 @@ def case(emit, what, shape, k, dtype, device, timer):
         passed = True
         for checked in dict.fromkeys(dtypes):
             torch.manual_seed(0)
-            result = check(shape, k, checked, device, way)
+            result = check(shape, k, checked, timer.machine, way)
             emit({"check": str(checked)[6:], "variant": way, **result})
             passed &= result["passed"]
         if passed:
@@ -210,10 +205,10 @@ def case(emit, what, shape, k, dtype, device, timer):
         measure(emit, layer, what, variant, k, timer)
 
 
-def flex_case(emit, shape, dtype, device, timer):
+def flex_case(emit, shape, dtype, timer):
     """FlexAttention with a mask of heads; a comparison only, so a failure is said, not raised."""
     k = shape[3] // 2
-    layer = Layer(shape, dtype, device)
+    layer = Layer(shape, dtype, timer.machine.device)
     layer.flex, reason = gpu_cases.flex_layer(layer, k)
     if reason:
         emit({"variant": "flex", "note": reason})

@@ -97,6 +97,10 @@ def report(path):
     by_case = {}
     for row in found:
         by_case.setdefault(row["case"], []).append(row)
+    environment = [row["environment"] for row in rows if "environment" in row]
+    rehearsal = bool(environment) and environment[-1].get("rehearsal", False)
+    if rehearsal:
+        print(f"REHEARSAL by {environment[-1]['operators']}: times and ratios mean nothing")
     print(GOALS)
     for case, numbers_ in by_case.items():
         line = (f"{row['what']} {row['value']:.3g}{'' if row['reached'] else '*'}"
@@ -113,14 +117,14 @@ def report(path):
                 notes.setdefault(row[key], []).append(f"{row['case']} {row.get('variant', '')}")
     for note, places in list(notes.items())[:10]:
         print(f"note, {len(places)} times ({places[0]}): {note}"[:250])
-    environment = [row["environment"] for row in rows if "environment" in row]
     passed = not wrong and not died and bool(checks)
     result = {"environment": environment[-1] if environment else None, "passed": passed,
               "goals": found, "rows": rows}  # fmt: skip
     beside = path.with_suffix(".partial")
     beside.write_text(json.dumps(result, indent=1) + "\n")
     beside.replace(path.with_suffix(".json"))
-    print(f"{'passed' if passed else 'FAILED'}: {len(checks)} checks, {len(wrong)} wrong, "
+    print(f"{'rehearsal ' * rehearsal}{'passed' if passed else 'FAILED'}: {len(checks)} checks, "
+          f"{len(wrong)} wrong, "
           f"{len(died)} cases died; {sum(r['reached'] for r in found)} of {len(found)} goals "
           f"reached; {path.with_suffix('.json')}")  # fmt: skip
     return 0 if passed else 1

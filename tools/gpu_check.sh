@@ -5,6 +5,8 @@
 #   tests     the tests of the device "cuda"
 #   sanitize  a few of them under compute-sanitizer
 #   bench     benchmarks/gpu_check.py: checks, times, compares with the goals
+#   rehearse  the benchmark without a GPU: small shapes on the emulated device of the tests, in what
+#             `make build` compiled; measures nothing and writes no results
 # Without a step: build, tests, bench. With words behind `--`, only these groups of the benchmark
 # (gpu_check.py --help), as in `gpu_check.sh build bench -- forward decode`.
 #
@@ -23,9 +25,9 @@ mkdir -p "$out"
 steps=() groups=()
 while (($#)); do
   case $1 in
-    build | tests | sanitize | bench) steps+=("$1") ;;
+    build | tests | sanitize | bench | rehearse) steps+=("$1") ;;
     --) shift; groups=("$@"); break ;;
-    *) echo "gpu-check: a step is build, tests, sanitize or bench, not '$1'" >&2; exit 2 ;;
+    *) echo "gpu-check: a step is build, tests, sanitize, bench or rehearse, not '$1'" >&2; exit 2 ;;
   esac
   shift
 done
@@ -38,8 +40,9 @@ if ! "$python" -c 'import torch' 2>/dev/null; then
   exit 1
 fi
 PATH="$(dirname "$python"):$PWD/.venv/bin:$PATH"
+libraries=${LD_LIBRARY_PATH:-}
 # Libraries from another machine look for each other where they were compiled.
-export PYTHONPATH=python PYTHONUNBUFFERED=1 LD_LIBRARY_PATH="$PWD/$build/src:${LD_LIBRARY_PATH:-}"
+export PYTHONPATH=python PYTHONUNBUFFERED=1 LD_LIBRARY_PATH="$PWD/$build/src:$libraries"
 capability=$("$python" -c \
   'import torch; print(*torch.cuda.get_device_capability(), sep="")' 2>/dev/null || true)
 left() { echo $((limit - SECONDS)); }  # SECONDS: since this script began
@@ -62,8 +65,13 @@ build() {
   command -v cmake >/dev/null || { echo "gpu-check: cmake was not found" >&2; return 1; }
   local generator=("Unix Makefiles") architecture=() launcher=()
   command -v ninja >/dev/null && generator=(Ninja)
-  # Only this machine's GPU: sm_90a where it is a Hopper, else whatever each source supports.
-  [ "$capability" = 90 ] && architecture=(-DHEADWISE_CUDA_ARCHITECTURES=90a-real)
+  # Only this machine's GPU, where nvcc knows it: else machine code for others, and PTX.
+  case $capability in
+    '' | [1-7]?) ;;
+    90) architecture=(-DHEADWISE_CUDA_ARCHITECTURES=90a-real) ;;
+    *) nvcc --list-gpu-arch 2>/dev/null | grep -qx "compute_$capability" &&
+      architecture=("-DHEADWISE_CUDA_ARCHITECTURES=$capability-real") ;;
+  esac
   command -v ccache >/dev/null &&
     launcher=(-DCMAKE_CXX_COMPILER_LAUNCHER=ccache -DCMAKE_CUDA_COMPILER_LAUNCHER=ccache)
   cmake -S . -B "$build" -G "${generator[@]}" -DCMAKE_BUILD_TYPE=Release -DHEADWISE_CUDA=ON \
@@ -101,8 +109,10 @@ sanitize() {
   command -v compute-sanitizer >/dev/null ||
     { echo "sanitize: compute-sanitizer was not found"; return 1; }
   local tool status=0
-  local some='test_several_tiles or test_core_widths or test_attention_statistics and causal'
-  some+=' or (test_widths or test_decoding or replays) and bfloat16 and not hidden'
+  # No graphs among them: without a cache of memory (below) nothing can be captured.
+  local some='test_several_tiles or test_core_widths or test_one_row or test_results_do_not_change'
+  some+=' or test_attention_statistics and causal'
+  some+=' or (test_widths or test_decoding or by_warpgroup) and bfloat16 and not hidden'
   for tool in memcheck racecheck synccheck initcheck; do
     (($(left) > 60)) || { echo "sanitize: no time left for $tool"; status=1; continue; }
     # Without a cache of memory, every tensor is an allocation of its own.
@@ -129,9 +139,14 @@ bench() {
     --seconds "$(($(left) - 15))"
 }
 
+rehearse() {
+  LD_LIBRARY_PATH=$libraries "$python" benchmarks/gpu_check.py --rehearse "${groups[@]}" \
+    --seconds "$(($(left) - 15))"
+}
+
 failed=0
 for step in "${steps[@]}"; do
-  if [ -z "$capability" ] && [ "$step" != build ]; then
+  if [ -z "$capability" ] && [ "$step" != build ] && [ "$step" != rehearse ]; then
     echo "gpu-check: torch sees no GPU here: $step is left out"
     continue
   fi

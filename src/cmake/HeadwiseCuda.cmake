@@ -61,7 +61,8 @@ endmacro()
 #   headwise_cuda_sources(headwise SOURCES kernels/cuda/select_heads.cu)
 #   headwise_cuda_sources(headwise ARCHITECTURES 90a-real SOURCES kernels/cuda/attention_sm90.cu)
 #
-# Sets HEADWISE_CUDA_CODE to what was chosen, as kernels/cuda/architectures.h reads it.
+# Sets HEADWISE_CUDA_CODE to what was chosen for a source that all run, as
+# kernels/cuda/architectures.h reads it.
 function(headwise_cuda_sources target)
   cmake_parse_arguments(PARSE_ARGV 1 arg "" "" "ARCHITECTURES;SOURCES")
   set(chosen ${HEADWISE_CUDA_ARCHITECTURES})
@@ -81,6 +82,10 @@ function(headwise_cuda_sources target)
                           "or 80-virtual, and is 80 or later; got '${architecture}'.")
     endif()
     set(number "${CMAKE_MATCH_1}${CMAKE_MATCH_2}")
+    if(number STREQUAL "90")  # warpgroups_run() takes code for 9.0 to hold warpgroup products
+      message(FATAL_ERROR "HEADWISE_CUDA_ARCHITECTURES: compute capability 9.0 is written 90a, got "
+                          "'${architecture}'.")
+    endif()
     set(code "sm_${number}")
     if(CMAKE_MATCH_3 STREQUAL "virtual")
       set(code "compute_${number}")
@@ -90,6 +95,8 @@ function(headwise_cuda_sources target)
   set_source_files_properties(${arg_SOURCES} PROPERTIES COMPILE_OPTIONS "${flags}")
   set_target_properties(${target} PROPERTIES CUDA_ARCHITECTURES OFF)
   target_sources(${target} PRIVATE ${arg_SOURCES})
-  list(JOIN chosen " " words)
-  set(HEADWISE_CUDA_CODE "${words}" PARENT_SCOPE)
+  if(NOT arg_ARCHITECTURES)
+    list(JOIN chosen " " words)
+    set(HEADWISE_CUDA_CODE "${words}" PARENT_SCOPE)
+  endif()
 endfunction()

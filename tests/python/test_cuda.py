@@ -25,6 +25,7 @@ from test_emulated import (  # noqa: F401
     test_an_index_with_few_columns_and_one_that_is_out_of_range,
     test_choices_are_checked,
     test_core_widths,
+    test_decoding_reads_an_index_as_it_is,
     test_decoding_splits_the_keys,
     test_dropout_draws_the_mask_of_the_cpu,
     test_one_row_whose_heads_begin_at_odd_addresses,
@@ -32,8 +33,10 @@ from test_emulated import (  # noqa: F401
     test_the_core_by_the_attention_of_libtorch,
     test_the_layer_by_the_attention_of_libtorch,
     test_the_layer_by_warpgroup_products,
+    test_views_at_odd_addresses,
     test_widths,
 )
+from test_ops_compile import CASES as TRACED
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="torch.cuda.is_available() is False: no CUDA device"
@@ -48,8 +51,11 @@ def move(x, device):
 class DeviceOps:
     """torch.ops.headwise with the arguments on the device; results and gradients come back."""
 
+    def __init__(self, operators=ops):
+        self.operators = operators
+
     def __getattr__(self, name):
-        operator = getattr(ops, name)
+        operator = getattr(self.operators, name)
 
         def call(*arguments, **options):
             arguments = [move(x, "cuda") for x in arguments]
@@ -274,6 +280,37 @@ def test_evaluated_budget_gate(compiled_kernels, dtype, budget, padded):
     assert torch.equal(got.weight.cpu(), expected.weight)
     for a, b in ((got.relevance, expected.relevance), (got.budget, expected.budget)):
         torch.testing.assert_close(a.cpu(), b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_opcheck(name):
+    """What tracing expects, and what compiled graphs compute, is what the device returns."""
+    operator, arguments, options = TRACED[name]
+    arguments = [move(x.detach(), "cuda").requires_grad_(x.requires_grad) if torch.is_tensor(x)
+                 else x for x in arguments]  # fmt: skip
+    options = {key: move(x.detach() if torch.is_tensor(x) else x, "cuda")
+               for key, x in options.items()}  # fmt: skip
+    torch.library.opcheck(operator.default, arguments, options)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+def test_another_device_and_another_stream_than_the_current_ones():
+    layers = []
+    for device in ("cuda:0", "cuda:1"):
+        layer = Replayed(torch.bfloat16, padded=True)
+        layer.x, *layer.weights = (
+            t.detach().to(device).requires_grad_() for t in (layer.x, *layer.weights)
+        )
+        layer.selection = [t.to(device) for t in layer.selection]
+        layer.padding = layer.padding.to(device)
+        layers.append(layer.run())  # cuda:0 is the current device
+        torch.cuda.synchronize(device)
+        with torch.cuda.stream(torch.cuda.Stream(device)):
+            layers.append(layer.run())
+            torch.cuda.synchronize(device)
+    for same in zip(*layers, strict=True):
+        for other in same[1:]:
+            assert torch.equal(same[0].cpu(), other.cpu())
 
 
 def test_wide_heads_take_the_grouped_route():

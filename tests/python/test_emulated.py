@@ -99,6 +99,75 @@ def test_widths(dtype, width, heads, d):
     layer_case(dtype, 2, 21, width, heads, d, "ragged", [1, heads], scale=0.3)
 
 
+class Shifted:
+    """Operators whose floating inputs begin one element behind an address that is aligned."""
+
+    def __init__(self, operators):
+        self.operators = operators
+
+    def __getattr__(self, name):
+        def shift(x):
+            if not torch.is_tensor(x) or not x.is_floating_point() or x.numel() == 0:
+                return x
+            return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+
+        def call(*arguments, **options):
+            options = {key: shift(x) for key, x in options.items()}
+            return getattr(self.operators, name)(*map(shift, arguments), **options)
+
+        return call
+
+
+@pytest.mark.parametrize(
+    "way", [("kernels", "warps"), ("flash", "warps"), ("kernels", "warpgroups")]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_views_at_odd_addresses(dtype, way, monkeypatch):
+    """Nothing is read 16 bytes at a time where its address does not allow it."""
+    monkeypatch.setenv("HEADWISE_CUDA_ATTENTION", way[0])
+    monkeypatch.setenv("HEADWISE_CUDA_PRODUCTS", way[1])
+    # On a GPU inputs travel there first.
+    inner = getattr(cases.ops, "operators", None)
+    shifted = Shifted(cases.ops) if inner is None else type(cases.ops)(Shifted(inner))
+    monkeypatch.setattr(cases, "ops", shifted)
+    layer_case(dtype, 2, 37, 24, 3, 16, "ragged", [3, 2], scale=0.3)
+    rand = cases.Random(4, dtype)
+    index, count, weight = rand.selection(2, 4, count=[1, 3])
+    for queries in (1, 20):
+        q, k, v = rand(2, 4, queries, 16), rand(2, 2, 20, 16), rand(2, 2, 20, 16)
+        cases.check(cases.ops.selected_attention, cases.core_reference, [q, k, v, weight], dtype,
+                    q, k, v, index, count, weight)  # fmt: skip
+
+
+@pytest.mark.parametrize("way", ["kernels", "flash"])
+def test_results_are_laid_out_as_tracing_expects(way, monkeypatch):
+    """Shapes, strides and dtypes of forward and backward are those of the Meta kernels."""
+    monkeypatch.setenv("HEADWISE_CUDA_ATTENTION", way)
+    rand = cases.Random(5, torch.bfloat16)
+    index, count, weight = rand.selection(2, 4, count=[1, 3], dtype=torch.float32)
+    masks = [None, None, True, 0.0, None, None]
+    x = rand(5, 2, 32).transpose(0, 1)  # [B, L, D]
+    layer = [*cases.layer_weights(rand, 4, 8, 32), 4, index[:, :3], count, weight]
+    core = [rand(2, 5, 4, 16).transpose(1, 2), *(rand(2, 2, 5, 16) for _ in range(2))]
+    for name, arguments, first_saved, needs in (
+        ("self_attention", [x, *layer, *masks], 1, [True] * 6 + [False]),
+        ("attention", [*core, index, count, weight, *masks], 0, [True] * 4 + [False]),
+        ("attention", [*core, index, count, None, *masks], 0, [True] * 3 + [False] * 2),
+    ):
+        arguments = [t.detach() if torch.is_tensor(t) else t for t in arguments]
+        traced = [t.to("meta") if torch.is_tensor(t) else t for t in arguments]
+        got = getattr(torch.ops.headwise_emulated, f"{name}_forward")(*arguments)
+        expected = getattr(torch.ops.headwise, f"_selected_{name}_forward")(*traced)
+        backward = getattr(torch.ops.headwise_emulated, f"{name}_backward")(
+            torch.ones_like(got[0]), *arguments, *got[first_saved:], needs
+        )
+        expected_backward = getattr(torch.ops.headwise, f"_selected_{name}_backward")(
+            torch.ones_like(expected[0]), *traced, *expected[first_saved:], needs
+        )
+        for a, b in zip((*got, *backward), (*expected, *expected_backward), strict=True):
+            assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype), name
+
+
 @pytest.mark.parametrize("kind", ["none", "causal", "ragged"])
 def test_several_tiles_of_rows(kind):
     layer_case(torch.bfloat16, 1, 150, 16, 2, 8, kind, [2])
@@ -235,6 +304,21 @@ def test_decoding_splits_the_keys(dtype, d, dv, kind):
     leaves = [q, k, v, weight] + [m for m in options.values() if cases.leaf(m)]
     cases.check(cases.ops.selected_attention, cases.core_reference, leaves, dtype,
                 q, k, v, index, count, weight, **options)  # fmt: skip
+
+
+def test_decoding_reads_an_index_as_it_is():
+    """Another type, a slice of columns, and values out of range, which are left out."""
+    rand = cases.Random(2, torch.float32)
+    q, k, v = rand(2, 4, 1, 16), rand(2, 2, 40, 16), rand(2, 2, 40, 16)
+    index = torch.tensor([[0, 3, -1], [2, -1, -1]])
+    count = torch.tensor([2, 1])
+    expected = cases.core_reference(q, k, v, index, count)
+    wrong = torch.tensor([[0, 3, 99, 7], [-5, 2, 1, 7]])
+    y = cases.ops.selected_attention(q, k, v, wrong[:, :3], torch.tensor([9, 2]))
+    torch.testing.assert_close(y, expected)
+    wrong = torch.tensor([[0, 0, 3, 3], [2, 2, 2, 0]])  # more places than the heads of a group
+    y = cases.ops.selected_attention(q, k, v, wrong, torch.tensor([4, 3]))
+    torch.testing.assert_close(y, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -91,6 +91,16 @@ def grouped(monkeypatch):
     monkeypatch.setattr(cases, "ops", GroupedOps)
 
 
+def test_more_pairs_than_a_cuda_grid_takes_at_once():
+    batch = 2**15
+    q, k, v = (torch.randn(batch, 3, 2, 2, dtype=torch.float64) for _ in range(3))
+    index = torch.arange(3, dtype=torch.int32).repeat(batch, 1)
+    count = torch.randint(0, 4, (batch,), dtype=torch.int32)
+    count[-100:] = 3
+    y = GroupedOps.selected_attention(q, k, v, index, count)
+    torch.testing.assert_close(y, ops.selected_attention(q, k, v, index, count))
+
+
 @pytest.mark.parametrize("p", [0.4, 1.0])
 def test_dropout_draws_the_mask_of_the_cpu(p):
     """One seed means one mask, whatever executes the selection: outputs and gradients agree."""

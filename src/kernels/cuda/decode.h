@@ -4,14 +4,14 @@
 #pragma once
 
 #include "kernels/cuda/attention.h"
+#include "kernels/selection.h"
 
 namespace headwise::kernels::cuda {
 
 constexpr int kDecodeHeads = 4;       ///< query heads that share one pass over the cache
 constexpr int64_t kDecodeKeys = 128;  ///< fewest keys of a split
 
-/// queries == 1, packed == false, no dropout, no added rows. partial: scratch of
-/// decode_scratch() bytes.
+/// How the keys are split.
 struct DecodeShape {
   int64_t splits, keys_each;  ///< split s covers keys [s keys_each, (s + 1) keys_each)
 };
@@ -25,6 +25,16 @@ HEADWISE_HOST_DEVICE DecodeShape decode_shape(int64_t batch, int64_t kv_heads, i
   // Whole warps of keys, so that no split begins in the middle of one.
   const int64_t each = tiles_of(tiles_of(keys, splits), 32) * 32;
   return {each ? tiles_of(keys, each) + (keys == 0) : 1, each ? each : 32};
+}
+
+/// The head at place n of row b, -1: none. The index need not have been listed (work_list): a step
+/// of decoding is short. What is out of range, or named twice, is left out here.
+HEADWISE_HOST_DEVICE int64_t decode_head(const Chosen& chosen, int64_t b, int64_t n) {
+  if (n >= clamp_count(chosen.count[b], chosen.columns)) return -1;
+  const int32_t* const row = chosen.head + b * chosen.columns;
+  bool valid = row[n] >= 0 && row[n] < chosen.num_heads;
+  for (int64_t before = 0; before < n; ++before) valid &= row[before] != row[n];
+  return valid ? row[n] : -1;
 }
 
 /// Block i: splits fastest, then passes of four heads, key/value heads, sequences.
@@ -56,6 +66,8 @@ HEADWISE_HOST_DEVICE int64_t decode_scratch(const PairAttentionArguments& a,
   return a.chosen.batch * a.chosen.num_heads * shape.splits * (a.value_width + 2);
 }
 
+/// queries == 1, packed == false, no dropout, no added rows; of `chosen` the sizes, head and count,
+/// which may be an index as it was given. partial: decode_scratch() elements.
 int decode(const PairAttentionArguments& a, const DecodeShape& shape, void* partial, Stream stream);
 
 }  // namespace headwise::kernels::cuda

@@ -72,7 +72,7 @@ struct DecodeKernel {
       int found = 0;
       for (int64_t first = 0; first < chosen.columns; first += kWarp) {
         const int64_t n = first + lane_index();
-        const int32_t h = n < chosen.columns ? chosen.head[tile.b * chosen.columns + n] : -1;
+        const auto h = static_cast<int32_t>(decode_head(chosen, tile.b, n));
         const bool ours = h >= 0 && h / a.group == tile.kv_head;
         const uint32_t bits = ballot(ours);
         const int64_t place =
@@ -229,7 +229,7 @@ struct DecodeKernel {
   }
 };
 
-/// A block a chosen head: the splits together, a share of them a warp.
+/// A block a place of the index: the splits together, a share of them a warp.
 template <typename T>
 struct DecodeMerge {
   using C = Accumulator<T>;
@@ -242,7 +242,8 @@ struct DecodeMerge {
   HEADWISE_DEVICE static C highest(C x, C y) { return y > x || y != y ? y : x; }
 
   HEADWISE_DEVICE void operator()() const {
-    const Pair pair = pair_tile(a.chosen, block_index(), 1).pair;
+    const int64_t columns = a.chosen.columns, b = block_index() / columns;
+    const Pair pair{b, 0, decode_head(a.chosen, b, block_index() % columns)};
     if (pair.h < 0) return;                                   // the whole block
     C* const maxima = reinterpret_cast<C*>(shared_memory());  // [kWarps]
     C* const sums = maxima + kWarps;                          // [kWarps]

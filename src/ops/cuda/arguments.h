@@ -20,7 +20,7 @@ struct Selected {
   at::Tensor lists;        ///< int32, everything that `chosen` points to
   at::Tensor packed_head;  ///< int32 [B * K], a view: the head of each row of packed buffers, or -1
   at::Tensor begins, used;  ///< int32 [B K + 1] and [B H], views; where `length` was given
-  Chosen chosen;
+  Chosen chosen{};
 };
 /// With `length`, rows of a pair, also what flash.h wants.
 Selected select(const at::Tensor& index, const at::Tensor& count, int64_t num_heads,

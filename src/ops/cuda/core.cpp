@@ -18,23 +18,37 @@ using at::Tensor;
 
 /// Everything that forward and backward share; holds the tensors that the arguments point to.
 struct Core {
-  Tensor q, k, v, weight;
-  bool flash;  ///< the forward by flash.h
+  Tensor q, k, v, weight, index, count;
+  bool decodes;  ///< the forward by decode.h, which reads the index as it is
+  bool flash;    ///< the forward by flash.h
   Selected selected;
   Masks masks;
   PairAttentionArguments a{};
 
-  explicit Core(const CoreInputs& in)
+  Core(const CoreInputs& in, bool forward)
       : q(dense_rows(in.q)),
         k(dense_rows(in.k)),
         v(dense_rows(in.v)),
-        flash(takes_flash(in)),
-        selected(select(in.index, in.count, q.size(1), flash ? k.size(2) : 0)),
+        decodes(forward && q.size(2) == 1 && q.size(1) > 0 && in.arguments.dropout_p == 0),
+        flash(forward && !decodes && takes_flash(in)),
+        selected(decodes ? Selected{}
+                         : select(in.index, in.count, q.size(1), flash ? k.size(2) : 0)),
         masks(in.arguments, q.scalar_type(), q.device(), q.size(0), q.size(1), q.size(2),
               k.size(2)) {
     masks.apply(a);
     a.type = element_of(q.scalar_type());
     a.chosen = selected.chosen;
+    if (decodes) {
+      index = in.index.to(at::kInt).contiguous(), count = in.count.to(at::kInt).contiguous();
+      a.chosen = {q.size(0),
+                  index.size(1),
+                  q.size(1),
+                  index.const_data_ptr<int32_t>(),
+                  count.const_data_ptr<int32_t>(),
+                  nullptr,
+                  nullptr,
+                  nullptr};
+    }
     a.packed = false;
     a.group = k.size(1) ? q.size(1) / k.size(1) : 1;
     a.queries = q.size(2), a.keys = k.size(2), a.added = 0;
@@ -89,7 +103,7 @@ std::string refusal(const CoreInputs& in) {
 CoreForward forward(const CoreInputs& in) {
   check_inputs(in);
   const DeviceGuard guard(in.q.device());
-  Core core(in);
+  Core core(in, /*forward=*/true);
   auto& a = core.a;
   const auto& q = core.q;
   const int64_t B = q.size(0), H = q.size(1), L = q.size(2);
@@ -104,7 +118,7 @@ CoreForward forward(const CoreInputs& in) {
   a.context = units(in.weight ? context : output);
   if (in.weight) a.weighted = units(output);
   a.lse = lse.mutable_data_ptr();
-  if (L == 1 && !a.dropout_seed && H > 0) {
+  if (core.decodes) {
     // Enough splits of the keys to fill a device of any size, also where few heads are chosen.
     constexpr int64_t kBlocks = 1024;
     const auto shape = kernels::cuda::decode_shape(B, H / a.group, a.keys, kBlocks);
@@ -119,7 +133,7 @@ CoreForward forward(const CoreInputs& in) {
 CoreBackward backward(const Tensor& grad_output, const CoreInputs& in, const Tensor& output,
                       const Tensor& context, const Tensor& lse, const Needs<5>& needs) {
   const DeviceGuard guard(in.q.device());
-  Core core(in);
+  Core core(in, /*forward=*/false);
   auto& a = core.a;
   const auto& q = core.q;
   const int64_t B = q.size(0), H = q.size(1), L = q.size(2), S = a.keys;

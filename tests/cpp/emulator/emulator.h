@@ -13,6 +13,8 @@
 #include <cstring>
 #include <functional>
 
+#include "kernels/cuda/shared_memory.h"
+
 #define HEADWISE_DEVICE inline
 
 namespace headwise::emulator {

@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "emulator/memory.h"
+#include "ops/cuda/arguments.h"
 #include "ops/cuda/budget_gate.h"
 #include "ops/cuda/launch.h"
 #include "ops/cuda/selected.h"
@@ -94,6 +95,9 @@ TORCH_LIBRARY(headwise_emulated, m) {
   m.def("attention_backward", core_backward);
   m.def("budget_gate", budget_gate);
   m.def("select_heads", select_heads);
+  m.def("_work_list", [](const Tensor& index, const Tensor& count, int64_t num_heads) {
+    return select(index, count, num_heads).lists;
+  });
   m.def("takes_budget_gate", takes_budget_gate);
   m.def("attention_statistics", attention_statistics);
   m.def("gather_heads", gather_heads);
