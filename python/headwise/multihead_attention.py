@@ -462,6 +462,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             raise ValueError(
                 "a nested query carries its own lengths; masks cannot be given with it"
             )
+        if query.size(0) == 0:
+            raise ValueError("query must be a nested tensor of one sequence or more, got none")
         lengths = [sequence.size(0) for sequence in query.unbind()]
         padded = query.to_padded_tensor(0.0)  # [B, L, D]
         position = torch.arange(padded.size(1), device=padded.device)

@@ -449,6 +449,9 @@ def test_bad_inputs():
         layer(x, x, x, is_causal=True)
     with pytest.raises(ValueError, match="must agree in batch"):
         layer(x, x[:1], x[:1])
+    nothing = torch.nested.nested_tensor([])
+    with pytest.raises(ValueError, match="a nested tensor of one sequence or more, got none"):
+        layer(nothing, nothing, nothing)
     with pytest.raises(TypeError, match=r"gate must be a headwise.Gate or None, got str"):
         hw.MultiheadAttention(EMBED_DIM, NUM_HEADS, gate="budget")
     with pytest.raises(ValueError, match="gate must be bound to embed_dim=24 and num_heads=4"):
