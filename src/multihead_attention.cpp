@@ -220,10 +220,17 @@ std::tuple<at::Tensor, at::Tensor> MultiheadAttentionImpl::forward(
     // The mask is about keys: it says which queries are padding only where they are the same.
     selection = gate->forward(query, query_is_key ? key_padding_mask : at::Tensor());
   }
+  at::Tensor context;  // [B, H, L, d], where a recorder wants it
   if (probe) {
     const auto [q, k, v] = project_heads(query, key, value, weights, num_heads);
+    if (probe_context) {
+      AttentionArguments training = arguments;
+      training.dropout_p = is_training() ? options.dropout() : 0.0;
+      context = gate && gate->attends() ? gate->attend(heads, values)
+                                        : dense_attention(q, k, v, training, added_keys);
+    }
     probe({query, optional(query_is_key ? key_padding_mask : at::Tensor()), selection, q, k,
-           arguments, added_keys});
+           arguments, added_keys, context});
   }
   at::Tensor probabilities;  // [B, H, L, S']
   if (need_weights) {
@@ -241,7 +248,10 @@ std::tuple<at::Tensor, at::Tensor> MultiheadAttentionImpl::forward(
 
   arguments.dropout_p = is_training() ? options.dropout() : 0.0;
   at::Tensor output;  // [B, L, D]
-  if (!selection) {
+  if (context.defined()) {
+    output = combine_heads(context, selection ? std::optional(selection->weight) : std::nullopt,
+                           out_proj->weight, out_bias);
+  } else if (!selection) {
     const auto [q, k, v] = project_heads(query, key, value, weights, num_heads);
     const auto context = dense_attention(q, k, v, arguments, added_keys);
     output = combine_heads(context, {}, out_proj->weight, out_bias);

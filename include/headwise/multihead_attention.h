@@ -62,6 +62,8 @@ struct AttentionProbe {
   at::Tensor q, k;                               ///< [B, H, L, d], [B, H, S', d], every head
   AttentionArguments arguments;                  ///< masks over the first S' - added_keys keys
   int64_t added_keys = 0;
+  at::Tensor context;  ///< [B, H, L, d] what every head gives, part of the output's graph;
+                       ///< undefined unless MultiheadAttentionImpl::probe_context is set
 };
 
 /// torch.nn.MultiheadAttention in which every input chooses its heads; without a gate it equals it.
@@ -107,6 +109,9 @@ class HEADWISE_API MultiheadAttentionImpl : public torch::nn::Module {
   std::optional<Selection> last_selection;
   /// Called in each forward, where it is set; projecting every head for it costs time.
   std::function<void(const AttentionProbe&)> probe;
+  /// Whether probe is also handed what the heads give. Every head then runs, also those that the
+  /// gate did not choose, and the output is made of that.
+  bool probe_context = false;
 
  protected:
   FORWARD_HAS_DEFAULT_ARGS({3, torch::nn::AnyValue(at::Tensor())}, {4, torch::nn::AnyValue(true)},

@@ -8,6 +8,7 @@
 void bind_explain(pybind11::module_& m);
 void bind_importance(pybind11::module_& m);
 void bind_pruning(pybind11::module_& m);
+void bind_searches(pybind11::module_& m);
 void bind_backends(pybind11::module_& m);
 void bind_kwon(pybind11::module_& m);
 void bind_structured(pybind11::module_& m);
@@ -22,6 +23,7 @@ PYBIND11_MODULE(_C, m) {
   bind_explain(m);
   bind_importance(m);
   bind_pruning(m);
+  bind_searches(m);
   bind_backends(m);
   bind_kwon(m);
   bind_structured(m);

@@ -247,10 +247,7 @@ class ConfidencePolicy:
         heads = torch.cat([run.heads for run in runs], 1).double().cpu()  # [S, N]
         z = statistics.NormalDist().inv_cdf(certainty)
         self.threshold = _ops.accurate_threshold(confidence[:-1], correct, loss, z)
-        # Every input stops at the first stage that is sure enough, or at the last.
-        sure = confidence >= self.threshold
-        sure[-1] = True
-        stage = sure.int().argmax(0, keepdim=True)  # [1, N]
+        stage = _ops.stopping_stage(confidence, self.threshold)[None]  # [1, N]
         return FittedPolicy(
             self.threshold,
             heads.cumsum(0).gather(0, stage).mean().item(),
@@ -322,16 +319,12 @@ def _widen(selection: Selection, factor: float, known: Tensor | None, name: str)
         if known is None:
             raise ValueError(f"layer '{name}' has no relevance: ranking must have scores for it")
         relevance = known.to(selection.weight).expand_as(selection.weight)
-    num_heads = relevance.size(1)
-    if num_heads == 0:
+    if relevance.size(1) == 0:
         return selection
-    share = selection.count.float() * (factor / num_heads)  # [B]
-    count = _ops.budget_count(share, num_heads, 1, "round")
-    count = count.masked_fill(selection.count == 0, 0)
-    index = _ops.select_heads(relevance.float(), count)
-    chosen = _ops.selection_mask(index, count, selection.weight.dtype)  # [B, H]
-    own = torch.where(selection.weight == 0, torch.ones_like(chosen), selection.weight)
-    return selection._replace(index=index, count=count, weight=own * chosen)
+    index, count, weight = _ops.widen_selection(
+        selection.weight, selection.count, relevance, factor
+    )
+    return selection._replace(index=index, count=count, weight=weight)
 
 
 def _check_logits(logits: Any) -> None:

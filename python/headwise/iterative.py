@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
+from headwise import _C
 from headwise.importance import METRICS, HeadScores, score_heads
 from headwise.intervention import (
     LossFunction,
@@ -19,7 +19,7 @@ from headwise.intervention import (
 )
 from headwise.journal import Journal
 from headwise.layers import attention_layers
-from headwise.plan import HeadPlan, LayerPlan, plan
+from headwise.plan import HeadPlan, LayerPlan
 from headwise.pruning import prune
 
 __all__ = ["pruning_path"]
@@ -68,9 +68,7 @@ def pruning_path(
             other data, another loss or other options, or what :func:`headwise.score_heads` and
             :func:`headwise.plan` raise.
     """
-    for name, value in (("keep", keep), ("step", step)):
-        if not 0.0 < value <= 1.0:
-            raise ValueError(f"{name} must be in (0, 1], got {value}")
+    _C.pruning_counts(1, keep, step)  # says what is out of range
     if metric not in METRICS:
         raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
     model = converted(model)
@@ -102,34 +100,23 @@ def pruning_path(
     if first is None:
         log.add("scores", scores.to_json())
     sizes = {name: len(values) for name, values in scores.values.items()}
-    heads = {name: list(range(size)) for name, size in sizes.items()}  # those that scores rank
+    whole = HeadPlan([LayerPlan(name, size, list(range(size))) for name, size in sizes.items()])
     total = sum(sizes.values())
-    counts = _counts(total, keep, step)
-    plan(scores, counts[-1] / total, min_heads_per_layer=min_heads_per_layer)  # can it be reached?
+    counts = _C.pruning_counts(total, keep, step)
+    _C.narrowed(whole, scores.core, counts[-1], min_heads_per_layer)  # can it be reached?
     plans: list[HeadPlan] = []
     for count in with_progress(counts, "pruning", "step", progress):
         kept = log.get(str(count))
         if kept is None:
+            before = whole
             if exact and plans:
-                scores = score(prune(model, plans[-1]))
-            ranked = sum(map(len, heads.values()))
-            chosen = plan(scores, count / ranked, min_heads_per_layer=min_heads_per_layer)
-            kept = {
-                entry.name: [heads[entry.name][place] for place in entry.heads]
-                for entry in chosen.layers
-            }
+                before = plans[-1]
+                scores = score(prune(model, before))
+            chosen = _C.narrowed(before, scores.core, count, min_heads_per_layer)
+            kept = {entry.name: entry.heads for entry in chosen.layers}
             log.add(str(count), kept)
-        if exact:
-            heads = kept
         layers = [LayerPlan(name, sizes[name], kept[name]) for name in sizes]
         about = {"keep": count / total, "step": step, "exact": exact}
         about["min_heads_per_layer"] = min_heads_per_layer
         plans.append(HeadPlan(layers, metric, about))
     return plans
-
-
-def _counts(total: int, keep: float, step: float) -> list[int]:
-    """How many heads are left after each step."""
-    last = max(1, math.floor(keep * total + 0.5))
-    removed = max(1, math.floor(step * total + 0.5))
-    return [*range(total - removed, last, -removed), last]

@@ -6,7 +6,9 @@
 #include <limits>
 #include <vector>
 
+#include "gates/selection_ops.h"
 #include "headwise/analysis.h"
+#include "headwise/confidence.h"
 
 namespace headwise {
 
@@ -116,7 +118,51 @@ double accurate_threshold(const at::Tensor& confidence, const at::Tensor& correc
   return *kept;
 }
 
+namespace {
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> widened(const at::Tensor& weight,
+                                                       const at::Tensor& count,
+                                                       const at::Tensor& relevance, double factor) {
+  TORCH_CHECK_VALUE(weight.dim() == 2 && relevance.sizes() == weight.sizes() && count.dim() == 1 &&
+                        count.size(0) == weight.size(0),
+                    "weight and relevance must be [B, H] and count [B], got ", weight.sizes(), ", ",
+                    relevance.sizes(), " and ", count.sizes());
+  TORCH_CHECK_VALUE(factor > 0.0 && std::isfinite(factor), "factor must be positive and finite, ",
+                    "got ", factor);
+  const int64_t heads = weight.size(1);
+  const at::Tensor share = count.to(at::kFloat) * (factor / static_cast<double>(heads));  // [B]
+  const at::Tensor wider = budget_count(share, heads, 1, "round").masked_fill(count.eq(0), 0);
+  const at::Tensor index = select_heads(relevance.to(at::kFloat), wider);  // [B, H]
+  const at::Tensor chosen = selection_mask(index, wider, weight.scalar_type());
+  const at::Tensor own = at::where(weight.eq(0), at::ones_like(weight), weight);
+  return {index, wider, own * chosen};
+}
+
+}  // namespace
+
+Selection widen_selection(const Selection& selection, const at::Tensor& relevance, double factor) {
+  Selection wider = selection;
+  if (selection.weight.size(1) == 0) return wider;
+  std::tie(wider.index, wider.count, wider.weight) =
+      widened(selection.weight, selection.count, relevance, factor);
+  return wider;
+}
+
+at::Tensor stopping_stage(const at::Tensor& confidence, double threshold) {
+  TORCH_CHECK_VALUE(confidence.dim() == 2 && confidence.size(0) >= 1,
+                    "confidence must be [S, N] of at least one stage, got ", confidence.sizes());
+  at::Tensor sure = confidence.ge(threshold);
+  sure.select(0, -1).fill_(true);
+  return sure.to(at::kInt).argmax(0);
+}
+
 TORCH_LIBRARY_FRAGMENT(headwise, m) {
+  // [B, H], [B], [B, H] -> index [B, H], count [B], weight [B, H]
+  m.def(
+      "widen_selection(Tensor weight, Tensor count, Tensor relevance, float factor) "
+      "-> (Tensor, Tensor, Tensor)");
+  // [S, N] -> int64 [N]
+  m.def("stopping_stage(Tensor confidence, float threshold) -> Tensor");
   // [B, C] -> [B]
   m.def("prediction_confidence(Tensor logits, str measure='probability') -> Tensor");
   // [S - 1, N], [S, N] -> the threshold
@@ -125,6 +171,8 @@ TORCH_LIBRARY_FRAGMENT(headwise, m) {
 }
 
 TORCH_LIBRARY_IMPL(headwise, CompositeImplicitAutograd, m) {
+  m.impl("widen_selection", widened);
+  m.impl("stopping_stage", stopping_stage);
   m.impl("prediction_confidence", [](const at::Tensor& logits, c10::string_view measure) {
     return prediction_confidence(logits, std::string_view(measure.data(), measure.size()));
   });

@@ -5,6 +5,7 @@
 #include <map>
 #include <optional>
 
+#include "analysis/probe_statistics.h"
 #include "explain/gate_reasons.h"
 #include "explain/numbers.h"
 #include "headwise/dense_attention.h"
@@ -20,30 +21,15 @@ constexpr int kMapDigits = 4;
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-at::Tensor is_padding(const at::Tensor& mask) {
-  return mask.scalar_type() == at::kBool ? mask : mask.eq(-INFINITY);
-}
-
 /// Positions of row `b` that a mask does not call padding, int64 [n].
 at::Tensor visible(const OptionalTensor& mask, int64_t b, int64_t length) {
   if (!mask) return at::arange(length);
   return is_padding((*mask)[b]).logical_not().nonzero().flatten().to(at::kCPU);
 }
 
-/// The masks as they cover all S' keys, the added ones always visible.
-OptionalTensor with_added_keys(const OptionalTensor& mask, int64_t added) {
-  if (!mask || added == 0 || mask->size(-1) == 1) return mask;
-  return at::constant_pad_nd(*mask, {0, added});
-}
-
-/// Entropy and confidence of every head, [B, H] each, in O(L) memory a head.
+/// Entropy and confidence of every head, float64 [B, H] each, on the host.
 std::tuple<at::Tensor, at::Tensor> statistics(const AttentionProbe& probe) {
-  OptionalTensor queries;
-  if (probe.query_padding_mask) queries = is_padding(*probe.query_padding_mask);
-  const auto [entropy, confidence] = attention_statistics(
-      probe.q, probe.k, with_added_keys(probe.arguments.key_padding_mask, probe.added_keys),
-      queries, with_added_keys(probe.arguments.attn_mask, probe.added_keys),
-      probe.arguments.is_causal);
+  const auto [entropy, confidence] = probe_statistics(probe);
   return {host(entropy), host(confidence)};
 }
 

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <string>
 
 #include "json.h"
 
@@ -18,6 +19,13 @@ inline Json number(double value, int digits = 7) {
   char text[40];
   std::snprintf(text, sizeof text, "%.*g", digits, value);
   return std::strtod(text, nullptr);
+}
+
+/// `value` with `digits` significant digits, for messages.
+inline std::string rounded(double value, int digits) {
+  char text[40];
+  std::snprintf(text, sizeof text, "%.*g", digits, value);
+  return text;
 }
 
 /// float64 on the host, contiguous.

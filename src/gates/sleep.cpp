@@ -33,7 +33,9 @@ at::Tensor update_head_score(const at::Tensor& score, const at::Tensor& gradient
       "gradient must have shape [B, H] with H of score, got ", gradient.sizes(), " and ",
       score.sizes());
   const auto now = gradient.detach().to(score.scalar_type()).abs().sum(0);  // [H]
-  return first ? now : decay * score + (1 - decay) * now;
+  const auto updated = first ? now : decay * score + (1 - decay) * now;
+  // A step that overflowed, as they do under loss scaling, says nothing and must not stay.
+  return at::where(at::isfinite(now).all(), updated, score);
 }
 
 TORCH_LIBRARY_FRAGMENT(headwise, m) {

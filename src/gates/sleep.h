@@ -15,7 +15,8 @@ at::Tensor awake_heads(const at::Tensor& score, const at::Tensor& awake, int64_t
                        double margin);
 
 /// The running average of head scores [H] after one more training step: decay * score + (1 - decay)
-/// * sum_b |gradient|, gradient [B, H] = dL/dweight of a mean loss; the first step replaces it.
+/// * sum_b |gradient|, gradient [B, H] = dL/dweight of a mean loss; the first step replaces it. A
+/// gradient that is not finite changes nothing.
 at::Tensor update_head_score(const at::Tensor& score, const at::Tensor& gradient, double decay,
                              bool first);
 

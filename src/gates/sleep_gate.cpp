@@ -91,6 +91,11 @@ void SleepGateImpl::advance() {
   }
   const auto before = at::cat(scope.awake);  // [N]
   const auto scores = at::cat(scope.scores);
+  if (scores.numel() > 0 && !scores.any().item<bool>()) {
+    TORCH_WARN("no head of SleepGate has a score, so none moves: no finite gradient has reached ",
+               "the gates");
+    return;
+  }
   const int64_t heads = before.size(0);
   const double ramp = options.asleep_by() > 0.0 ? std::min(1.0, now / options.asleep_by()) : 1.0;
   const double share = 1.0 - (1.0 - options.keep()) * ramp;

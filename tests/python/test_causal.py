@@ -103,6 +103,23 @@ def test_the_default_strength_follows_the_loss(problem, tmp_path):
         hw.causal_heads(model, batches, squared, strength=0.5, steps=20, journal=path)
 
 
+@pytest.mark.parametrize("factor", [0.03, 0.1, 0.5, 1.0, 2.0, 4.0])
+def test_strength_is_the_force_above_which_a_head_helps(factor):
+    # One example a head, y = a x: the loss is a^2 (1 - g)^2 / 4, and holds a half-open gate with
+    # a^2 / 16. Pushed shut with less, the gate stays more than half open.
+    weights = [2.0, 1.0, 0.5, 0.25]
+    x = torch.eye(4, dtype=torch.float64)
+    batch = (x, torch.tensor(weights, dtype=torch.float64))
+    forces = [a**2 / 16 for a in weights]
+    strength = factor * sum(forces) / 4
+    found = hw.causal_heads(
+        Planted(weights), [batch], squared, strength=strength, steps=300, learning_rate=0.1
+    )
+    assert found.roles()[NAME] == [
+        "facilitating" if force > strength else "irrelevant" for force in forces
+    ]
+
+
 def test_causal_refusals(problem):
     model, batches = problem
     for options, message in (

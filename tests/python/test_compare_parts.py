@@ -9,9 +9,10 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import headwise as hw
 import pytest
 import torch
-from headwise.compare import corpora, store, tasks
+from headwise.compare import corpora, planned, store, tasks
 from headwise.compare.breakeven import crossing
 from headwise.compare.errors import UsageError
 from headwise.compare.examples import Examples
@@ -113,6 +114,22 @@ def test_the_mixture_of_domains():
     rows = [set(task.groups[row] for row in part) for part in (parts.train, parts.test)]
     assert not rows[0] & rows[1]
     assert task == corpora.load_task("mixed")
+
+
+@pytest.mark.parametrize(("best", "alpha"), [("michel", 1.0), ("entropy", 0.0)])
+def test_hies_may_be_importance_or_entropy_alone(monkeypatch, best, alpha):
+    values = {"michel": [4.0, 3.0, 2.0, 1.0], "entropy": [0.9, 0.8, 0.1, 0.2]}
+    scores = {metric: hw.HeadScores(metric, {"a": v}) for metric, v in values.items()}
+    wanted = hw.plan(scores[best], keep=0.5).layers
+    monkeypatch.setattr(hw, "prune", lambda model, plan: plan)
+    bench = SimpleNamespace(
+        plans={},
+        scores=lambda absolute: scores,
+        converted=lambda: None,
+        validation_accuracy=lambda plan: float(plan.layers == wanted),
+    )
+    assert planned.hies_plan(bench, 0.5).layers == wanted
+    assert alpha in planned.ALPHAS
 
 
 def test_domains_follow_their_rows():

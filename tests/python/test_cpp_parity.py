@@ -3,26 +3,17 @@
 import json
 import os
 import subprocess
-from pathlib import Path
 
 import headwise as hw
 import pytest
 import torch
+from programs import find_program
 from safetensors.torch import load_file, save_file
 
 D, H = 24, 4
 
 
-def find_program():
-    """The program that tests/cpp builds, in HEADWISE_BUILD_DIR or the newest build folder."""
-    root = Path(__file__).resolve().parents[2]
-    folder = os.environ.get("HEADWISE_BUILD_DIR")
-    folders = [Path(folder)] if folder else [root / "build", *sorted(root.glob("build*"))]
-    found = [path for f in folders if (path := f / "tests" / "cpp" / "layer_parity").is_file()]
-    return max(found, key=lambda path: path.stat().st_mtime, default=None)
-
-
-PROGRAM = find_program()
+PROGRAM = find_program("layer_parity")
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="tests/cpp is not built")
 
 GATES = {

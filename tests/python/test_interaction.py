@@ -249,6 +249,14 @@ def test_alpha_is_the_best_on_held_out_data():
     assert dict(found.values) == expected
     assert found.alpha == max(a for a, v in expected.items() if v == 0)
     assert found.plan.layers[0].heads == [1, 2]
+    assert {0.0, 1.0} <= found.values.keys()  # entropy alone and importance alone are candidates
+    for heads, alpha, metric in (([0, 1], 1.0, importance), ([1, 2], 0.0, entropy)):
+        wanted = set(hw.plan(metric, 0.5).layers[0].heads)
+        assert wanted == set(heads)
+        ends = hw.select_alpha(
+            importance, entropy, lambda plan, w=wanted: w == set(plan.layers[0].heads), keep=0.5
+        )
+        assert ends.values[alpha] == 1.0
     assert len(tried) == len({tuple(heads) for heads in tried})  # each plan once
     torch.testing.assert_close(
         found.scores.values["layer.0"],

@@ -52,6 +52,24 @@ def test_score_is_the_average_of_absolute_gradients():
     torch.testing.assert_close(gate.score, 0.5 * (0.5 * first + 0.5 * second) + 0.5 * third)
 
 
+def test_a_step_that_overflowed_leaves_the_scores():
+    gate = linked(1, decay=0.5, every=100)[0]
+    x = torch.randn(3, 2, D)
+    for value in (1.0, float("inf"), float("nan"), 3.0):
+        (gate(x).weight * value).sum().backward()
+    gate(x)
+    torch.testing.assert_close(gate.score, torch.full((H,), 0.5 * 3.0 + 0.5 * 9.0))
+
+
+def test_without_scores_nothing_moves_and_that_is_said():
+    gates = linked(keep=0.25, every=1, asleep_by=0.0)
+    for gate in gates:
+        gate(torch.randn(2, 3, D)).weight.sum().mul(float("nan")).backward()
+    with pytest.warns(UserWarning, match="has a score, so none moves: no finite gradient has re"):
+        gates[0](torch.randn(2, 3, D))
+    assert awake(gates) == list(range(8)) and hw.head_moves(gates) == []
+
+
 def test_the_planted_heads_stay_awake():
     worth = torch.tensor([5.0, 0.1, 0.2, 4.0, 0.3, 0.1, 3.0, 0.2])
     gates = linked(keep=3 / 8, every=5, asleep_by=0.5)

@@ -10,8 +10,9 @@ import headwise as hw
 from headwise.compare.method import Outcome
 from headwise.compare.workbench import Workbench
 
-#: Shares of importance that hies is tried with; validation texts choose.
-_ALPHAS = (0.25, 0.5, 0.75, 0.9)
+#: Shares of importance that hies is tried with, from entropy alone to importance alone; validation
+#: texts choose.
+ALPHAS = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
 #: Share of the heads that a step of michel-exact removes (Michel et al. 2019, section 4).
 _STEP = 0.1
 
@@ -55,7 +56,7 @@ def hies_plan(bench: Workbench, keep: float) -> hw.HeadPlan:
         scores["entropy"],
         lambda plan: bench.validation_accuracy(hw.prune(bench.converted(), plan)),
         keep,
-        alphas=_ALPHAS,
+        alphas=ALPHAS,
     )
     bench.plans["hies", keep] = found.plan
     return found.plan

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from headwise import _C
 from headwise.gates.base import gates
 from headwise.gates.options import fraction, unit
 from headwise.gates.threshold import ThresholdGate
@@ -81,27 +82,12 @@ def calibrate_threshold(
                 forward_fn(model, batch)
             return sum(heads for heads, _ in ran) / max(1, sum(total for _, total in ran))
 
-        best, low, met = 0.0, 0.0, share(0.0)
-        nearest = abs(met - keep)
+        everything = (0.0, share(0.0))
         high = max(importance, default=0.0)
-        for _ in range(passes):
-            middle = (low + high) / 2
-            used = share(middle)
-            if abs(used - keep) < nearest:
-                best, met, nearest = middle, used, abs(used - keep)
-            low, high = (middle, high) if used > keep else (low, middle)
-        if nearest > tolerance:
-            why = (
-                "min_heads of the gates allows no less"
-                if met > keep
-                else ("the other heads score zero: raise the gates' resolution")
-            )
-            raise ValueError(
-                f"keep={keep:.6g} cannot be reached: the nearest share of heads is {met:.4f} "
-                f"(threshold {best:.6g}); {why}"
-            )
+        nearest = _C.nearest_by_halving(share, keep, 0.0, high, passes, everything)
+        _C.check_calibrated(nearest, keep, tolerance)
         for gate in found:
-            gate.threshold.fill_(best)
+            gate.threshold.fill_(nearest[0])
     except BaseException:
         for gate, threshold in zip(found, before, strict=True):
             gate.threshold.copy_(threshold)
@@ -110,4 +96,4 @@ def calibrate_threshold(
         for hook in hooks:
             hook.remove()
         model.train(was_training)
-    return best
+    return nearest[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -68,8 +69,7 @@ class SleepGate(ScopedGate, ScheduledGate):
     Buffers: ``awake [H]`` of ones and zeros, ``score`` float32 ``[H]``, ``steps`` int64 ``[]``.
 
     Raises:
-        ValueError: an argument out of its range; in a CPU forward, scores that are not finite (the
-            gradients were not).
+        ValueError: an argument out of its range.
         RuntimeError: a forward of a gate of scope ``"model"`` that is not linked.
     """
 
@@ -152,6 +152,13 @@ class SleepGate(ScopedGate, ScheduledGate):
     def _move(self, members: list[SleepGate], step: int, progress: float) -> None:
         before = torch.cat([gate.awake for gate in members])  # [N]
         score = torch.cat([gate.score for gate in members])  # [N]
+        if len(score) and not bool(score.any()):
+            warnings.warn(
+                "no head of SleepGate has a score, so none moves: no finite gradient has reached "
+                "the gates",
+                stacklevel=2,
+            )
+            return
         heads = len(before)
         ramp = min(1.0, progress / self.asleep_by) if self.asleep_by > 0.0 else 1.0
         count = math.floor((1.0 - (1.0 - self.keep) * ramp) * heads + 0.5)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
+from headwise import _C
 from headwise.convert import convert
 from headwise.layers import attention_layers
 from headwise.plan import HeadPlan, LayerPlan
@@ -458,16 +459,14 @@ class CoFi(nn.Module):
 
     def _find_shift(self, position: int) -> None:
         """Sets one number of ``shift`` such that the sparsity is nearest to the target."""
-        low, high = -16.0, 16.0  # less sparse as it grows
-        best, best_error = 0.0, abs(self.sparsity() - self.target)
-        for _ in range(50):
-            middle = (low + high) / 2
-            self.shift[position] = middle
-            sparsity = self.sparsity()
-            if abs(sparsity - self.target) < best_error:
-                best, best_error = middle, abs(sparsity - self.target)
-            low, high = (middle, high) if sparsity > self.target else (low, middle)
-        self.shift[position] = best
+
+        def shifted(value: float) -> float:
+            self.shift[position] = value
+            return self.sparsity()  # falls as it grows
+
+        start = (0.0, shifted(0.0))
+        found, _ = _C.nearest_by_halving(shifted, self.target, -16.0, 16.0, 50, start)
+        self.shift[position] = found
 
     def compact(self) -> nn.Module:
         """A physically smaller copy of the model: what evaluation computes, without masks."""

@@ -1,0 +1,58 @@
+// Which heads of a model of one's own matter, and how few it can do with: scores, ablation with its
+// significance, pruning by steps, and a budget that follows the confidence of the prediction.
+#include <headwise/headwise.h>
+#include <torch/torch.h>
+
+#include <iostream>
+
+/// Two attention layers, each added to its input, and a classifier of the mean.
+struct ClassifierImpl : torch::nn::Module {
+  ClassifierImpl() {
+    for (auto* layer : {&first, &second}) {
+      *layer = headwise::MultiheadAttention(
+          headwise::MultiheadAttentionOptions(32, 4).batch_first(true));
+    }
+    register_module("first", first);
+    register_module("second", second);
+    register_module("head", head);
+  }
+
+  at::Tensor forward(at::Tensor x) {  // [B, L, D] -> [B, classes]
+    for (auto& layer : {first, second}) x = x + std::get<0>(layer.ptr()->forward(x, x, x));
+    return head(x.mean(1));
+  }
+
+  headwise::MultiheadAttention first{nullptr}, second{nullptr};
+  torch::nn::Linear head{32, 3};
+};
+TORCH_MODULE(Classifier);
+
+int main() {
+  torch::manual_seed(0);
+  Classifier model;
+  model->eval();
+  const auto x = torch::randn({64, 10, 32});
+  const auto labels = model(x).argmax(1);
+
+  const auto layers = headwise::attention_layers(*model);
+  const auto loss = [&](int64_t batch) {  // of each of 32 examples
+    const auto rows = torch::arange(32 * batch, 32 * batch + 32);
+    return at::cross_entropy_loss(model(x.index_select(0, rows)), labels.index_select(0, rows), {},
+                                  at::Reduction::None);
+  };
+  const auto scores = headwise::score_heads(layers, 2, loss, {"michel", "entropy"});
+  const auto ablation = headwise::ablate_heads(layers, 2, loss);
+  for (const auto& [name, head] : ablation.significant(0.01)) {
+    std::cout << name << " " << head << " matters\n";
+  }
+  const auto path = headwise::pruning_path(layers, 2, loss, /*keep=*/0.5);
+  std::cout << path.back().to_json() << "\n";
+
+  headwise::ConfidencePolicy policy(
+      layers, headwise::ConfidencePolicyOptions().ranking(scores.at("michel")));
+  const headwise::PolicyBatch batch{
+      64, [&](const at::Tensor& rows) { return model(x.index_select(0, rows)); }, labels};
+  const auto fitted = policy.fit_accuracy({batch}, /*loss=*/0.05);
+  std::cout << fitted.heads << " heads on average, accuracy " << fitted.accuracy << "\n"
+            << policy.predict(batch).reason(0) << "\n";
+}

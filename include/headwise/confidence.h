@@ -1,0 +1,119 @@
+// A head budget that follows the confidence of the prediction, as headwise.ConfidencePolicy does in
+// Python: every input first runs few of the heads that its gates rank highest; where the prediction
+// is not sure enough, it runs again with more of them.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <torch/arg.h>
+
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "headwise/export.h"
+#include "headwise/importance.h"
+#include "headwise/layers.h"
+
+namespace headwise {
+
+/// What a ConfidencePolicy is.
+struct HEADWISE_API ConfidencePolicyOptions {
+  /// Of the budget of each stage, positive and ascending; 1 is what the gates choose.
+  TORCH_ARG(std::vector<double>, factors) = { 0.5, 1.0 };
+  /// An input whose confidence reaches it stops.
+  TORCH_ARG(double, threshold) = 0.9;
+  /// "probability", "margin" or "entropy": see prediction_confidence.
+  TORCH_ARG(std::string, measure) = "probability";
+  /// Importance of heads, for layers whose gates have no relevance.
+  TORCH_ARG(std::optional<HeadScores>, ranking) = std::nullopt;
+};
+
+/// What a policy said of a batch of B inputs, after S stages, and why.
+struct HEADWISE_API StagedPrediction {
+  at::Tensor logits;      ///< [B, C], of the stage at which each input stopped
+  at::Tensor stage;       ///< int64 [B], that stage
+  at::Tensor confidence;  ///< [S, B], after every stage; NaN where an input did not get there
+  at::Tensor heads;       ///< int64 [S, B], heads of all layers that each stage ran
+  double threshold = 0;   ///< the confidence that was asked for
+
+  /// int64 [B]: heads that each input ran, all stages together.
+  at::Tensor total_heads() const;
+  /// Why input `row` ran as many heads as it did, in words.
+  std::string reason(int64_t row) const;
+};
+
+/// What ConfidencePolicy::fit_accuracy found, on the data it was given.
+struct HEADWISE_API FittedPolicy {
+  double threshold = 0;        ///< that the policy now has
+  double heads = 0;            ///< that an input runs on average, all stages together
+  double accuracy = 0;         ///< of the policy
+  double widest_heads = 0;     ///< that the widest stage alone runs on average
+  double widest_accuracy = 0;  ///< of the widest stage alone
+  /// Whether the policy runs fewer heads than the widest stage alone.
+  bool pays() const { return heads < widest_heads; }
+};
+
+/// Inputs that a policy runs the model on.
+struct HEADWISE_API PolicyBatch {
+  int64_t size = 0;  ///< of inputs
+  /// Runs the model, in evaluation mode, on the inputs `rows` (int64 [N]) -> logits [N, C].
+  std::function<at::Tensor(const at::Tensor& rows)> forward;
+  at::Tensor targets;  ///< int64 [size], labels; undefined: what the widest stage predicts
+};
+
+/// Runs a model on a small head budget, and on wider ones where it is not sure.
+///
+/// Stage s multiplies the number of heads that each gate gives an input by factors[s] (rounded,
+/// half up; at least one head where the gate gave any, at most all), by the gate's own relevance,
+/// or by `ranking` where it has none. Heads that the gate chose keep their weight; added ones have
+/// weight 1. A later stage runs the model anew: what an input costs is the sum of its stages.
+class HEADWISE_API ConfidencePolicy {
+ public:
+  /// @throws c10::ValueError for factors that are not positive and ascending, a threshold that is
+  ///         NaN, an unknown measure, layers without heads, or a layer that `ranking` lacks and
+  ///         whose gate has no relevance of its own
+  explicit ConfidencePolicy(AttentionLayers layers, ConfidencePolicyOptions options = {});
+
+  /// Logits of every input, each at the budget that it took to be sure.
+  /// @throws c10::ValueError for logits that are not [N, C] of at least 2 classes, or not finite
+  StagedPrediction predict(const PolicyBatch& batch) const;
+
+  /// Sets the threshold to the largest with which inputs run `heads` heads on average, and returns
+  /// it: infinity where every input may run every stage.
+  /// @throws c10::ValueError for no batches, or fewer heads than the first stage alone runs
+  double fit(const std::vector<PolicyBatch>& batches, double heads);
+
+  /// Sets the threshold to the least that loses at most `loss` of the accuracy of the widest stage.
+  /// @param certainty in [0.5, 1): how sure that must be (normal approximation)
+  /// @throws c10::ValueError for no batches, loss or certainty out of range, or targets that are
+  ///         not whole numbers [size]
+  FittedPolicy fit_accuracy(const std::vector<PolicyBatch>& batches, double loss = 0.01,
+                            double certainty = 0.5);
+
+  const ConfidencePolicyOptions& options() const { return options_; }
+  double threshold() const { return options_.threshold(); }
+
+ private:
+  StagedPrediction run(const PolicyBatch& batch, bool stop, std::vector<at::Tensor>* stages) const;
+  at::Tensor run_stage(const PolicyBatch& batch, const at::Tensor& rows, double factor,
+                       at::Tensor& heads) const;
+
+  AttentionLayers layers_;
+  ConfidencePolicyOptions options_;
+};
+
+/// What a gate chose, with `factor` times as many heads (rounded, half up; at least one where there
+/// were any, at most all), by `relevance`. Heads that had a weight keep it; the others get 1.
+/// torch.ops.headwise.widen_selection gives index, count and weight.
+/// @param relevance [B, H], finite
+HEADWISE_API Selection widen_selection(const Selection& selection, const at::Tensor& relevance,
+                                       double factor);
+
+/// The first stage of each example whose confidence reaches the threshold; the last where none
+/// does.
+/// @param confidence [S, N] @returns int64 [N]
+HEADWISE_API at::Tensor stopping_stage(const at::Tensor& confidence, double threshold);
+
+}  // namespace headwise

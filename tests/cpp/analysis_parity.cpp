@@ -1,0 +1,202 @@
+// Runs every analysis and search of the C++ API on models that Python saved, for
+// tests/python/test_cpp_analyses.py, and writes what it found.
+//
+//   analysis_parity FOLDER
+//
+// FOLDER/plain, FOLDER/gated, FOLDER/threshold   models of two attention layers ("layers.0",
+//                          "layers.1"), added to their input one after the other, and a classifier
+//                          ("head") of the first token; float64. Without gates, with gates that
+//                          have a relevance, with ThresholdGate.
+// FOLDER/data.safetensors  "x.N" [B, L, D], "padding.N" bool [B, L], "labels.N" int64 [B]
+// FOLDER/cofi.safetensors  "state.NAME" for every parameter and buffer of a CoFi
+// FOLDER/found.json, FOLDER/found.safetensors    what is written
+#include <torch/torch.h>
+
+#include <cmath>
+#include <fstream>
+#include <iostream>
+#include <nlohmann/json.hpp>
+#include <string>
+
+#include "headwise/headwise.h"
+
+namespace {
+
+using Json = nlohmann::json;
+
+struct Batch {
+  at::Tensor x, padding, labels;
+};
+
+struct Problem {
+  headwise::Model model;
+  std::vector<Batch> batches;
+  const headwise::CoFiImpl* masks = nullptr;
+
+  at::Tensor logits(const at::Tensor& x_, const at::Tensor& padding) const {
+    at::Tensor x = x_;
+    for (const auto& [name, layer] : model.layers) {
+      at::Tensor y = std::get<0>(layer.ptr()->forward(x, x, x, padding, /*need_weights=*/false));
+      if (masks) y = y * masks->block(name);
+      x = x + y;
+    }
+    return at::linear(x.select(1, 0), model.tensor("head.weight"), model.tensor("head.bias"));
+  }
+  headwise::BatchLoss loss() const {
+    return [this](int64_t i) {
+      const Batch& batch = batches.at(i);
+      return at::cross_entropy_loss(logits(batch.x, batch.padding), batch.labels, {},
+                                    at::Reduction::None);
+    };
+  }
+  int64_t size() const { return static_cast<int64_t>(batches.size()); }
+};
+
+Problem read(const std::string& folder, const std::string& name) {
+  Problem problem{headwise::load(folder + "/" + name), {}, nullptr};
+  const auto data = headwise::load_safetensors(folder + "/data.safetensors").tensors;
+  for (int64_t i = 0; data.count("x." + std::to_string(i)); ++i) {
+    const std::string number = "." + std::to_string(i);
+    problem.batches.push_back(
+        {data.at("x" + number), data.at("padding" + number), data.at("labels" + number)});
+  }
+  return problem;
+}
+
+Json plans(const std::vector<headwise::HeadPlan>& found) {
+  Json list = Json::array();
+  for (const auto& plan : found) list.push_back(Json::parse(plan.to_json()));
+  return list;
+}
+
+Json ablation(const headwise::Ablation& found) {
+  return {{"scores", found.scores.values},
+          {"low", found.low},
+          {"high", found.high},
+          {"p_value", found.p_value},
+          {"metric", found.scores.metric}};
+}
+
+Json scored(const Problem& plain) {
+  Json json;
+  const std::map<std::string, headwise::AbsoluteValue> places{
+      {"per_token", headwise::AbsoluteValue::per_token},
+      {"per_example", headwise::AbsoluteValue::per_example},
+      {"per_batch", headwise::AbsoluteValue::per_batch}};
+  for (const auto& [name, absolute] : places) {
+    const auto found = headwise::score_heads(
+        plain.model.layers, plain.size(), plain.loss(), {"michel", "entropy", "confidence", "hies"},
+        headwise::ScoreOptions().absolute(absolute).alpha(0.3).scope(headwise::Scope::layer));
+    for (const auto& [metric, scores] : found) json[name][metric] = scores.values;
+  }
+  return json;
+}
+
+/// JSON has no infinity.
+double finite(double value) { return std::isinf(value) ? 1e300 : value; }
+
+Json staged(Problem& gated) {
+  std::vector<headwise::PolicyBatch> batches;
+  for (const Batch& batch : gated.batches) {
+    batches.push_back({batch.x.size(0),
+                       [&gated, batch](const at::Tensor& rows) {
+                         return gated.logits(batch.x.index_select(0, rows),
+                                             batch.padding.index_select(0, rows));
+                       },
+                       batch.labels});
+  }
+  headwise::ConfidencePolicy policy(gated.model.layers,
+                                    headwise::ConfidencePolicyOptions().factors({0.4, 1.0, 1.7}));
+  Json json;
+  json["fit"] = finite(policy.fit(batches, 5.0));
+  const auto fitted = policy.fit_accuracy(batches, 0.1, 0.6);
+  json["fitted"] = {finite(fitted.threshold), fitted.heads, fitted.accuracy, fitted.widest_heads,
+                    fitted.widest_accuracy};
+  const auto seen = policy.predict(batches[0]);
+  json["stage"] = std::vector<int64_t>(seen.stage.const_data_ptr<int64_t>(),
+                                       seen.stage.const_data_ptr<int64_t>() + seen.stage.numel());
+  const at::Tensor total = seen.total_heads();
+  json["total"] = std::vector<int64_t>(total.const_data_ptr<int64_t>(),
+                                       total.const_data_ptr<int64_t>() + total.numel());
+  for (int64_t row = 0; row < batches[0].size; ++row) json["reasons"].push_back(seen.reason(row));
+  return json;
+}
+
+void run(const std::string& folder) {
+  Problem plain = read(folder, "plain");
+  const auto& layers = plain.model.layers;
+  Json json;
+  headwise::NamedTensors tensors;
+  {
+    torch::NoGradGuard no_grad;
+    tensors["logits"] = plain.logits(plain.batches[0].x, plain.batches[0].padding);
+  }
+  json["scores"] = scored(plain);
+  json["ablation"] = ablation(headwise::ablate_heads(layers, plain.size(), plain.loss()));
+  json["one"] = ablation(headwise::keep_one_head(layers, plain.size(), plain.loss(),
+                                                 headwise::AblationOptions().resamples(50)));
+  json["path"] = plans(headwise::pruning_path(layers, plain.size(), plain.loss(), 0.25,
+                                              headwise::PruningPathOptions().step(0.2)));
+  json["hies path"] = plans(
+      headwise::pruning_path(layers, plain.size(), plain.loss(), 0.4,
+                             headwise::PruningPathOptions().metric("hies").min_heads_per_layer(1)));
+  json["one ranking"] =
+      plans(headwise::pruning_path(layers, plain.size(), plain.loss(), 0.5,
+                                   headwise::PruningPathOptions().exact(false).step(0.3)));
+  json["kwon"] =
+      Json::parse(headwise::kwon_plan(layers, plain.size(), plain.loss(), 0.5).to_json());
+
+  Problem threshold = read(folder, "threshold");
+  json["threshold"] = headwise::calibrate_threshold(
+      threshold.model.layers,
+      [&] {
+        for (const Batch& batch : threshold.batches) threshold.logits(batch.x, batch.padding);
+      },
+      0.5);
+  Problem gated = read(folder, "gated");
+  json["policy"] = staged(gated);
+
+  headwise::CoFi cofi(layers, std::vector<headwise::FfnSize>{},
+                      headwise::CoFiOptions().target(0.375));
+  auto state = cofi->named_parameters();
+  for (const auto& item : cofi->named_buffers()) state.insert(item.key(), item.value());
+  for (const auto& [name, tensor] :
+       headwise::load_safetensors(folder + "/cofi.safetensors").tensors) {
+    torch::NoGradGuard no_grad;
+    state[name.substr(std::string("state.").size())].copy_(tensor);
+  }
+  plain.masks = cofi.get();
+  torch::manual_seed(3);
+  cofi->train();
+  cofi->draw();
+  const auto drawn = plain.loss()(0);
+  (drawn.mean() + cofi->penalty()).backward();
+  tensors["cofi.losses"] = drawn.detach();
+  tensors["cofi.sparsity"] = cofi->expected_sparsity().detach();
+  tensors["cofi.penalty"] = cofi->penalty().detach();
+  for (const auto& item : cofi->named_parameters()) {
+    tensors["cofi.grad." + item.key()] = item.value().grad();
+  }
+  json["cofi"] = Json::parse(cofi->plan().to_json());
+  cofi->eval();
+  cofi->draw();
+  tensors["cofi.masked"] = plain.loss()(0).detach();
+
+  std::ofstream(folder + "/found.json") << json.dump(1);
+  headwise::save_safetensors(folder + "/found.safetensors", tensors);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 2) {
+    std::cerr << "usage: analysis_parity FOLDER\n";
+    return 2;
+  }
+  try {
+    run(argv[1]);
+  } catch (const std::exception& error) {
+    std::cerr << error.what() << "\n";
+    return 1;
+  }
+}

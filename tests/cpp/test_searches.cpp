@@ -1,0 +1,363 @@
+// Searches over the heads of a torch::nn::Module, where it is known what every head is worth; the
+// numbers of whole models are compared with Python's in tests/python/test_cpp_analyses.py.
+#include <gtest/gtest.h>
+#include <torch/torch.h>
+
+#include <limits>
+
+#include "headwise/headwise.h"
+
+namespace {
+
+using headwise::MultiheadAttention;
+using headwise::MultiheadAttentionOptions;
+
+/// y = sum over layers and heads of a[layer][head] * x[head], exactly: sequences have one token, so
+/// attention weighs nothing, and head h hands on feature h of its input.
+struct PlantedImpl : torch::nn::Module {
+  explicit PlantedImpl(const std::vector<std::vector<double>>& weights,
+                       const std::optional<headwise::GateOptions>& gate = std::nullopt) {
+    const auto heads = static_cast<int64_t>(weights[0].size());
+    for (const auto& row : weights) {
+      auto options =
+          MultiheadAttentionOptions(heads, heads).bias(false).batch_first(true).dtype(at::kDouble);
+      if (gate) options.gate(*gate);
+      MultiheadAttention layer(options);
+      const torch::NoGradGuard no_grad;
+      layer->in_proj_weight.zero_();
+      layer->in_proj_weight.slice(0, 2 * heads).copy_(at::eye(heads));
+      layer->out_proj->weight.zero_();
+      layer->out_proj->weight[0].copy_(at::tensor(row, at::kDouble));
+      layers->push_back(layer);
+    }
+    register_module("layers", layers);
+    eval();
+  }
+
+  at::Tensor forward(const at::Tensor& inputs) {  // [B, H] -> [B]
+    const at::Tensor x = inputs.unsqueeze(1);     // [B, 1, H]
+    at::Tensor y = at::zeros({x.size(0)}, at::kDouble);
+    for (const auto& module : *layers) {
+      auto* layer = module->as<headwise::MultiheadAttentionImpl>();
+      y = y + std::get<0>(layer->forward(x, x, x, {}, false)).select(2, 0).select(1, 0);
+    }
+    return y;
+  }
+
+  torch::nn::ModuleList layers;
+};
+TORCH_MODULE(Planted);
+
+template <typename Function>
+std::string refusal(Function function) {
+  try {
+    function();
+  } catch (const c10::Error& error) {
+    return error.what_without_backtrace();
+  }
+  return "nothing";
+}
+
+const std::vector<std::vector<double>> kWeights{{3.0, 0.0, 1.0, -2.0}, {0.5, 4.0, 0.0, 0.25}};
+
+struct Searches : testing::Test {
+  Planted model{kWeights};
+  headwise::AttentionLayers layers = headwise::attention_layers(*model);
+  at::Tensor x = at::randn({12, 4}, at::kDouble);
+  at::Tensor target = at::zeros({12}, at::kDouble);
+  /// The square of the output, in batches of 4.
+  headwise::BatchLoss loss = [this](int64_t batch) {
+    return (model->forward(x.slice(0, 4 * batch, 4 * batch + 4)) -
+            target.slice(0, 4 * batch, 4 * batch + 4))
+        .square();
+  };
+  at::Tensor outputs(int64_t layer, int64_t head) const {  // without one head; -1: the whole model
+    at::Tensor y = at::zeros({12}, at::kDouble);
+    for (int64_t l = 0; l < 2; ++l) {
+      for (int64_t h = 0; h < 4; ++h) {
+        if (l != layer || h != head) y = y + x.select(1, h) * kWeights[l][h];
+      }
+    }
+    return y;
+  }
+};
+
+TEST_F(Searches, LayersHaveTheNamesOfTheModel) {
+  ASSERT_EQ(layers.size(), 2u);
+  EXPECT_EQ(layers[0].first, "layers.0");
+  EXPECT_EQ(layers[1].first, "layers.1");
+  EXPECT_EQ(layers[0].second.ptr(), model->layers[0]);
+  MultiheadAttention alone(MultiheadAttentionOptions(4, 2));
+  ASSERT_EQ(headwise::attention_layers(*alone).size(), 1u);
+  EXPECT_EQ(headwise::attention_layers(*alone)[0].first, "");
+}
+
+TEST_F(Searches, AblationIsTheDifferenceOfTheLosses) {
+  const auto found = headwise::ablate_heads(layers, 3, loss);
+  const at::Tensor full = outputs(-1, -1).square();
+  EXPECT_TRUE(at::allclose(found.losses, full));
+  for (int64_t layer = 0; layer < 2; ++layer) {
+    for (int64_t head = 0; head < 4; ++head) {
+      const double expected = (outputs(layer, head).square() - full).mean().item<double>();
+      EXPECT_NEAR(found.scores.values[layer][head], expected, 1e-9);
+      EXPECT_LE(found.low[layer][head], expected + 1e-9);
+      EXPECT_GE(found.high[layer][head], expected - 1e-9);
+    }
+  }
+  EXPECT_EQ(found.p_value[0][1], 1.0);  // a head that does nothing
+  for (const auto& [name, head] : found.significant(0.05)) {
+    EXPECT_LT(found.p_value[name == "layers.1"][head], 0.05);
+  }
+  EXPECT_FALSE(layers[0].second->gate);
+}
+
+TEST_F(Searches, ScoresAreTheDerivativesByGates) {
+  // dL/dxi_h = 2 y a_h x_h for an example; tokens are examples here.
+  const auto options = headwise::ScoreOptions().normalize(false);
+  const auto found = headwise::score_heads(layers, 3, loss, {"michel", "entropy"}, options);
+  const at::Tensor y = outputs(-1, -1);
+  for (int64_t layer = 0; layer < 2; ++layer) {
+    for (int64_t head = 0; head < 4; ++head) {
+      const auto expected = (2 * y * kWeights[layer][head] * x.select(1, head)).abs().mean();
+      EXPECT_NEAR(found.at("michel").values[layer][head], expected.item<double>(), 1e-9);
+      EXPECT_EQ(found.at("entropy").values[layer][head], 0.0);  // one key
+    }
+  }
+  for (const auto& parameter : model->parameters()) EXPECT_FALSE(parameter.grad().defined());
+}
+
+TEST_F(Searches, PathsKeepWhatTheLossFeels) {
+  const auto flat = [this](int64_t batch) { return loss(batch) * 0; };
+  EXPECT_EQ(refusal([&] { headwise::pruning_path(layers, 3, flat, 0.5); }),
+            "michel is zero for every head: the loss does not depend on the heads");
+  const auto path = headwise::pruning_path(
+      layers, 3, loss, 0.25,
+      headwise::PruningPathOptions().step(0.25).scoring(headwise::ScoreOptions().normalize(false)));
+  ASSERT_EQ(path.size(), 3u);
+  EXPECT_EQ(path[0].heads_kept(), 6);
+  EXPECT_EQ(path[0].layers()[0].heads, (std::vector<int64_t>{0, 2, 3}));  // heads of weight 0 go
+  EXPECT_EQ(path[0].layers()[1].heads, (std::vector<int64_t>{0, 1, 3}));
+  for (size_t step = 1; step < path.size(); ++step) {
+    for (size_t i = 0; i < 2; ++i) {
+      const auto& before = path[step - 1].layers()[i].heads;
+      for (const int64_t head : path[step].layers()[i].heads) {
+        EXPECT_NE(std::find(before.begin(), before.end(), head), before.end());
+      }
+    }
+  }
+  EXPECT_EQ(path[2].heads_kept(), 2);
+  EXPECT_FALSE(layers[1].second->gate || layers[1].second->probe);
+}
+
+TEST_F(Searches, KwonKeepsTheLargestFisherInformation) {
+  const auto fisher = headwise::fisher_gradients(layers, 3, loss);
+  const at::Tensor y = outputs(-1, -1);
+  for (int64_t batch = 0; batch < 3; ++batch) {
+    const auto part = at::arange(4 * batch, 4 * batch + 4);
+    const at::Tensor expected =  // [H]
+        (2 * y.unsqueeze(1) * x * at::tensor(kWeights[0], at::kDouble))
+            .index_select(0, part)
+            .mean(0);
+    EXPECT_TRUE(at::allclose(fisher.gradients("layers.0")[batch], expected));
+  }
+  const auto plan = headwise::kwon_plan(layers, 3, loss, 0.75, /*rearrange_heads=*/false);
+  EXPECT_EQ(plan.layers()[0].heads, (std::vector<int64_t>{0, 2, 3}));
+  EXPECT_EQ(plan.layers()[1].heads, (std::vector<int64_t>{0, 1, 3}));
+  EXPECT_EQ(headwise::kwon_plan(layers, 3, loss, 0.75).heads_kept(), 6);
+  EXPECT_EQ(refusal([&] { headwise::kwon_plan(layers, 3, loss, 0.0); }),
+            "macs must be in (0, 1], got 0");
+}
+
+TEST_F(Searches, WhatIsRefusedLeavesTheLayersAlone) {
+  const auto nan = [](int64_t) { return at::full({4}, std::nan("")); };
+  EXPECT_EQ(refusal([&] { headwise::ablate_heads(layers, 3, nan); }),
+            "loss must return a finite loss, got NaN or infinity");
+  EXPECT_EQ(refusal([&] { headwise::ablate_heads(layers, 0, loss); }),
+            "batches must not be empty: there is nothing to measure heads on");
+  EXPECT_EQ(
+      refusal([&] { headwise::ablate_heads(layers, 1, [](int64_t) { return at::zeros({}); }); }),
+      "loss must return one loss an example [B], got shape []");
+  EXPECT_EQ(
+      refusal([&] { headwise::ablate_heads(layers, 1, [](int64_t) { return at::ones({4}); }); }),
+      "ablation is zero for every head: the loss does not depend on the heads, or is too "
+      "coarse to show it");
+  EXPECT_EQ(refusal([&] { headwise::score_heads(layers, 0, loss); }),
+            "batches must not be empty: there is nothing to score heads on");
+  EXPECT_EQ(refusal([&] { headwise::score_heads(layers, 1, loss, {"size"}); }),
+            "metrics must be of michel, entropy, confidence, hies, got 'size'");
+  EXPECT_EQ(
+      refusal([&] { headwise::score_heads(layers, 1, [](int64_t) { return at::ones({4}); }); }),
+      "loss must run the model: none of its layers was called");
+  EXPECT_EQ(
+      refusal([&] { headwise::score_heads(layers, 1, [&](int64_t i) { return loss(i) / 0.0; }); }),
+      "loss must return a finite loss, got NaN or infinity");
+  EXPECT_EQ(refusal([&] { headwise::pruning_path(layers, 1, loss, 0.0); }),
+            "keep must be in (0, 1], got 0");
+  EXPECT_EQ(refusal([&] {
+              headwise::pruning_path(layers, 1, loss, 0.25,
+                                     headwise::PruningPathOptions().min_heads_per_layer(3));
+            }).substr(0, 19),
+            "min_heads_per_layer");
+  EXPECT_THROW(headwise::ablate_heads(
+                   layers, 3, [&](int64_t) -> at::Tensor { throw std::runtime_error("stop"); }),
+               std::runtime_error);
+  for (const auto& [name, layer] : layers) {
+    EXPECT_FALSE(layer->gate || layer->probe || layer->probe_context);
+  }
+}
+
+TEST(Calibration, HalvingFindsTheNearest) {
+  const auto stairs = [](double x) { return std::floor(10 * (1 - x)) / 10; };
+  const auto found = headwise::nearest_by_halving(stairs, 0.3, 0.0, 1.0, 20, {0.0, stairs(0.0)});
+  EXPECT_DOUBLE_EQ(found.value, 0.3);
+  EXPECT_EQ(headwise::nearest_by_halving(stairs, 2.0, 0.0, 1.0, 5, {0.0, 1.0}).argument, 0.0);
+  headwise::check_calibrated({0.5, 0.45}, 0.5, 0.1);
+  EXPECT_EQ(refusal([] { headwise::check_calibrated({2.5, 0.75}, 0.5, 0.1); }),
+            "keep=0.5 cannot be reached: the nearest share of heads is 0.7500 (threshold 2.5); "
+            "min_heads of the gates allows no less");
+}
+
+TEST(Calibration, AThresholdThatFailsIsPutBack) {
+  Planted model(kWeights, headwise::ThresholdGateOptions().min_heads(3));
+  const auto layers = headwise::attention_layers(*model);
+  auto* gate = dynamic_cast<headwise::ThresholdGateImpl*>(layers[0].second->gate.get());
+  gate->threshold.fill_(0.7);
+  const auto forward = [&] { model->forward(at::randn({4, 4}, at::kDouble)); };
+  EXPECT_NE(refusal([&] {
+              headwise::calibrate_threshold(layers, forward, 0.25);
+            }).find("keep=0.25 cannot be reached: the nearest share of heads is "),
+            std::string::npos);
+  EXPECT_NEAR(gate->threshold.item<double>(), 0.7, 1e-6);
+  EXPECT_EQ(layers[0].second->gate.get(), gate);
+  EXPECT_EQ(refusal([&] { headwise::calibrate_threshold(layers, [] {}, 0.5); }),
+            "forward must run the model on at least one input");
+  Planted plain(kWeights);
+  EXPECT_EQ(refusal([&] {
+              headwise::calibrate_threshold(headwise::attention_layers(*plain), forward, 0.5);
+            }),
+            "layers must have a ThresholdGate, got none");
+}
+
+struct Policy : Searches {
+  headwise::HeadScores ranking{"mine", {"layers.0", "layers.1"}, {{4, 3, 2, 1}, {1, 2, 3, 4}}};
+  headwise::PolicyBatch batch{
+      12,
+      [this](const at::Tensor& rows) {  // logits y and -y: sure where |y| is large
+        const at::Tensor y = model->forward(x.index_select(0, rows));
+        return at::stack({y, -y}, 1);
+      },
+      {}};
+};
+
+TEST_F(Policy, StopsWhereItIsSureAndSaysWhy) {
+  const headwise::ConfidencePolicy policy(
+      layers, headwise::ConfidencePolicyOptions().ranking(ranking).threshold(0.8));
+  const auto found = policy.predict(batch);
+  const at::Tensor narrow = x.select(1, 0) * 3.0 + x.select(1, 3) * 0.25;  // heads 0 1, and 2 3
+  for (int64_t row = 0; row < 12; ++row) {
+    const double sure = 1 / (1 + std::exp(-2 * std::abs(narrow[row].item<double>())));
+    EXPECT_NEAR(found.confidence[0][row].item<double>(), sure, 1e-5);
+    EXPECT_EQ(found.stage[row].item<int64_t>(), sure >= 0.8 ? 0 : 1);
+    EXPECT_EQ(found.total_heads()[row].item<int64_t>(), sure >= 0.8 ? 4 : 12);
+    EXPECT_EQ(found.reason(row).find(sure >= 0.8 ? "stopped" : "widened") != std::string::npos,
+              true);
+    const at::Tensor y = sure >= 0.8 ? narrow : outputs(-1, -1);
+    EXPECT_NEAR(found.logits[row][0].item<double>(), y[row].item<double>(), 1e-9);
+  }
+  EXPECT_FALSE(layers[0].second->gate);
+}
+
+TEST_F(Policy, FitsAndRefuses) {
+  headwise::ConfidencePolicy policy(layers, headwise::ConfidencePolicyOptions().ranking(ranking));
+  EXPECT_TRUE(std::isinf(policy.fit({batch}, 12.0)));
+  EXPECT_LE(policy.fit({batch}, 8.0), 1.0);
+  const auto fitted = policy.fit_accuracy({batch}, 0.0);
+  EXPECT_EQ(fitted.accuracy, 1.0);  // of the widest stage's own predictions
+  EXPECT_EQ(fitted.widest_heads, 8.0);
+  EXPECT_EQ(fitted.pays(), fitted.heads < 8.0);
+  EXPECT_EQ(refusal([&] { policy.fit({}, 8.0); }),
+            "batches must not be empty: there is nothing to fit a threshold on");
+  EXPECT_EQ(refusal([&] { headwise::ConfidencePolicy{layers}; }),
+            "layer 'layers.0' has no relevance of its own: ranking must have scores for it");
+  const auto options = headwise::ConfidencePolicyOptions().ranking(ranking);
+  EXPECT_EQ(refusal([&] {
+              headwise::ConfidencePolicy(
+                  layers, headwise::ConfidencePolicyOptions(options).factors({1, 1}));
+            }),
+            "factors must be positive and ascending, got [1, 1]");
+  EXPECT_EQ(refusal([&] {
+              headwise::ConfidencePolicy(layers,
+                                         headwise::ConfidencePolicyOptions(options).measure("x"));
+            }),
+            "measure must be one of probability, margin, entropy, got 'x'");
+  auto broken = batch;
+  broken.forward = [&](const at::Tensor& rows) { return batch.forward(rows) / 0.0; };
+  EXPECT_EQ(refusal([&] { policy.predict(broken); }),
+            "forward must return finite logits, got NaN or infinity");
+  broken.forward = [](const at::Tensor&) { return at::zeros({12, 1}); };
+  EXPECT_EQ(refusal([&] { policy.predict(broken); }),
+            "forward must return logits [12, C] of at least 2 classes, got shape [12, 1]");
+}
+
+TEST_F(Searches, CoFiMasksHeadsForAsLongAsItLives) {
+  {
+    headwise::CoFi cofi(layers, std::vector<headwise::FfnSize>{{"ffn", 6}},
+                        headwise::CoFiOptions().target(0.5).init_log_alpha(4.0));
+    EXPECT_NEAR(cofi->expected_sparsity().item<double>(), 0.0, 0.05);
+    {
+      const torch::NoGradGuard no_grad;
+      auto logits = cofi->named_parameters();
+      logits["logits.heads.0"].copy_(at::tensor({-4.0, 4.0, 4.0, 4.0}));
+    }
+    cofi->eval();
+    cofi->draw();
+    EXPECT_EQ(cofi->heads("layers.0")[0].item<double>(), 0.0);
+    EXPECT_EQ(cofi->neurons("ffn").numel(), 6);
+    EXPECT_EQ(cofi->block("layers.1").dim(), 0);
+    EXPECT_TRUE(at::allclose(model->forward(x), outputs(0, 0)));
+    EXPECT_EQ(refusal([&] { cofi->neurons("no"); }), "there is no feed-forward network 'no'");
+    EXPECT_EQ(refusal([&] {
+                headwise::CoFi(layers, std::vector<headwise::FfnSize>{}, headwise::CoFiOptions());
+              }),
+              "layer 'layers.0' has a gate: build it without");
+    {
+      const torch::NoGradGuard no_grad;
+      cofi->multipliers.fill_(std::nan(""));
+      cofi->named_parameters()["logits.ffn.0"].fill_(std::nan(""));
+    }
+    EXPECT_EQ(refusal([&] { cofi->draw(); }),
+              "logits of the masks must be finite, got NaN or infinity");
+  }
+  EXPECT_FALSE(layers[0].second->gate);
+  EXPECT_EQ(refusal([&] {
+              headwise::CoFi(layers, std::vector<headwise::FfnSize>{},
+                             headwise::CoFiOptions().target(0.999).attention_blocks(false));
+            }).find("target=0.999 cannot be reached: with every mask as closed as it gets 0.95"),
+            0u);
+}
+
+TEST_F(Searches, CoFiTrainsToItsTarget) {
+  // Heads of weight 0 do nothing: two of eight may go for free.
+  const at::Tensor wanted = outputs(-1, -1);
+  headwise::CoFi cofi(
+      layers, std::vector<headwise::FfnSize>{},
+      headwise::CoFiOptions().target(0.25).attention_blocks(false).init_log_alpha(2.0));
+  for (auto& parameter : model->parameters()) parameter.requires_grad_(false);
+  torch::manual_seed(0);
+  torch::optim::Adam optimiser(cofi->parameters(), torch::optim::AdamOptions(0.1));
+  cofi->train();
+  for (int step = 0; step < 250; ++step) {
+    cofi->anneal(step / 249.0);
+    cofi->draw();
+    optimiser.zero_grad();
+    ((model->forward(x) - wanted).square().mean() + cofi->penalty()).backward();
+    optimiser.step();
+  }
+  cofi->eval();
+  const auto plan = cofi->plan();
+  EXPECT_NEAR(cofi->sparsity(), 0.25, 1e-9);
+  EXPECT_EQ(plan.heads().layers()[0].heads, (std::vector<int64_t>{0, 2, 3}));
+  EXPECT_EQ(plan.heads().layers()[1].heads, (std::vector<int64_t>{0, 1, 3}));
+}
+
+}  // namespace
