@@ -3,6 +3,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 
 #include "ops/attention_ops.h"
+#include "ops/projection.h"
 
 namespace headwise {
 namespace {
@@ -87,6 +88,29 @@ CoreBackward call_backward(const Tensor& grad_output, const CoreInputs& in, cons
   return op.call(grad_output, HEADWISE_UNPACK_CORE(in), output, context, lse, needs);
 }
 
+Tensor call(const ProjectionInputs& in) {
+  static auto op = find<Tensor(HEADWISE_PROJECTION_PARAMETERS)>("headwise::selected_projection");
+  return op.call(in.x, in.weight, in.bias, in.num_heads, in.index, in.count);
+}
+Tensor call(const OutputInputs& in) {
+  static auto op = find<Tensor(HEADWISE_OUTPUT_PARAMETERS)>("headwise::selected_output_projection");
+  return op.call(in.heads, in.weight, in.bias, in.index, in.count, in.head_weight);
+}
+ProjectionBackward call_backward(const Tensor& grad_output, const ProjectionInputs& in,
+                                 const Needs<3>& needs) {
+  static auto op = find<ProjectionBackward(const Tensor&, const Tensor&, const Tensor&, int64_t,
+                                           const Tensor&, const Tensor&, std::array<bool, 3>)>(
+      "headwise::_selected_projection_backward");
+  return op.call(grad_output, in.x, in.weight, in.num_heads, in.index, in.count, needs);
+}
+OutputBackward call_backward(const Tensor& grad_output, const OutputInputs& in,
+                             const Needs<4>& needs) {
+  static auto op = find<OutputBackward(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                       const Tensor&, const OptionalTensor&, std::array<bool, 4>)>(
+      "headwise::_selected_output_projection_backward");
+  return op.call(grad_output, in.heads, in.weight, in.index, in.count, in.head_weight, needs);
+}
+
 }  // namespace ops
 
 at::Tensor selected_self_attention(const at::Tensor& x, const at::Tensor& in_proj_weight,
@@ -114,6 +138,19 @@ at::Tensor selected_attention(const at::Tensor& q, const at::Tensor& k, const at
                               const std::optional<at::Tensor>& weight,
                               const AttentionArguments& arguments) {
   return ops::call(ops::CoreInputs{q, k, v, index, count, weight, arguments});
+}
+
+at::Tensor selected_projection(const at::Tensor& x, const at::Tensor& weight,
+                               const std::optional<at::Tensor>& bias, int64_t num_heads,
+                               const at::Tensor& index, const at::Tensor& count) {
+  return ops::call(ops::ProjectionInputs{x, weight, bias, num_heads, index, count});
+}
+
+at::Tensor selected_output_projection(const at::Tensor& heads, const at::Tensor& weight,
+                                      const std::optional<at::Tensor>& bias,
+                                      const at::Tensor& index, const at::Tensor& count,
+                                      const std::optional<at::Tensor>& head_weight) {
+  return ops::call(ops::OutputInputs{heads, weight, bias, index, count, head_weight});
 }
 
 std::tuple<at::Tensor, at::Tensor> attention_statistics(

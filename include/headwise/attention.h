@@ -46,6 +46,39 @@ HEADWISE_API at::Tensor selected_multihead_attention(
     const ProjectionWeights& weights, int64_t num_heads, const at::Tensor& index,
     const at::Tensor& count, const at::Tensor& weight, const AttentionArguments& arguments = {});
 
+/// Queries, keys or values of the chosen heads, for models that rotate, normalise or cache them
+/// before selected_attention: x [B, L, D] -> [B, H, L, d], exact zeros for heads that were not
+/// chosen. For keys and values that query heads share, pass the selection of select_groups() and
+/// their number of heads. Reads the chosen heads' rows of the weight and no others: O(L D d) for a
+/// chosen head, forward and backward. All other gradients of the weight are zeros.
+/// @param x       [B, L, D] float64, float32, bfloat16 or float16
+/// @param weight  [H d, D], rows of head 0 first, as torch.nn.Linear's
+/// @param bias    [H d] or none
+/// @param index, count  int32 or int64 [B, K] and [B]; K <= H = num_heads
+/// @throws c10::ValueError for a wrong shape, or a selection that is none (CPU; a CUDA device
+/// leaves out heads that do not exist); c10::IndexError (CPU) for a head out of range;
+/// c10::TypeError for another dtype.
+HEADWISE_API at::Tensor selected_projection(const at::Tensor& x, const at::Tensor& weight,
+                                            const std::optional<at::Tensor>& bias,
+                                            int64_t num_heads, const at::Tensor& index,
+                                            const at::Tensor& count);
+
+/// The output projection over the chosen heads: bias + sum over them of head_weight[b, h] *
+/// heads[b, h] weight[:, h d .. h d + d]'. Heads that were not chosen are not read, whatever they
+/// hold, and get gradients of zero; nor are their columns of the weight. O(L Dout d) for a chosen
+/// head. A sequence without heads gives the bias.
+/// @param heads   [B, H, L, d] by any strides, as selected_attention returns it
+/// @param weight  [Dout, H d], as torch.nn.Linear's
+/// @param bias    [Dout] or none
+/// @param index, count  int32 or int64 [B, K] and [B]; K <= H
+/// @param head_weight   floating [B, H] or none: 1
+/// @return [B, L, Dout]
+/// @throws as selected_projection
+HEADWISE_API at::Tensor selected_output_projection(
+    const at::Tensor& heads, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+    const at::Tensor& index, const at::Tensor& count,
+    const std::optional<at::Tensor>& head_weight = {});
+
 /// q [B, H, L, d], k [B, Hkv, S, d], v [B, Hkv, S, dv] (Hkv divides H) -> [B, H, L, dv]; zeros for
 /// heads that were not chosen. `weight` [B, H], where given, multiplies each head's output.
 HEADWISE_API at::Tensor selected_attention(const at::Tensor& q, const at::Tensor& k,

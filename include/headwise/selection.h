@@ -3,6 +3,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <tuple>
+
 #include "headwise/export.h"
 
 namespace headwise {
@@ -28,6 +30,17 @@ HEADWISE_API at::Tensor select_heads(const at::Tensor& relevance, const at::Tens
 /// float-like mask [B, H] with ones at the chosen heads of `index`/`count`, in `dtype`.
 HEADWISE_API at::Tensor selection_mask(const at::Tensor& index, const at::Tensor& count,
                                        at::ScalarType dtype);
+
+/// The key/value heads that the chosen query heads read, where num_heads / num_groups query heads
+/// share one (grouped-query attention, Ainslie et al. 2023): the selection that projects them.
+/// @param index, count  int32 or int64 [B, K] and [B], of query heads, K <= num_heads
+/// @return {index int32 [B, num_groups], count int32 [B]}
+/// @throws c10::ValueError where num_groups does not divide num_heads; and, on a CPU, as the
+/// attention operators do where the selection is not one.
+HEADWISE_API std::tuple<at::Tensor, at::Tensor> select_groups(const at::Tensor& index,
+                                                              const at::Tensor& count,
+                                                              int64_t num_heads,
+                                                              int64_t num_groups);
 
 /// Every head of every sequence, weight one.
 HEADWISE_API Selection select_all(int64_t batch, int64_t num_heads,

@@ -3,6 +3,7 @@
 #include <sstream>
 
 #include "ops/attention_ops.h"
+#include "ops/projection.h"
 
 namespace headwise::ops {
 namespace {
@@ -53,7 +54,7 @@ void check_floating(const Tensor& t, const char* name) {
 
 void check_selection(const Tensor& index, const Tensor& count, const OptionalTensor& weight,
                      const c10::SymInt& batch, int64_t num_heads, const Tensor& reference,
-                     const char* reference_name) {
+                     const char* reference_name, const char* weight_name = "weight") {
   auto check_device = [&](const Tensor& t, const char* name) {
     TORCH_CHECK(t.device() == reference.device(), name, " must be on the device of ",
                 reference_name, " (", reference.device(), "), got ", t.device());
@@ -72,11 +73,11 @@ void check_selection(const Tensor& index, const Tensor& count, const OptionalTen
   check_size(count, "count", 0, batch, "[B]");
   check_device(count, "count");
   if (!weight) return;
-  check_dim(*weight, "weight", 2, "[B, H]");
-  check_floating(*weight, "weight");
-  check_size(*weight, "weight", 0, batch, "[B, H]");
-  check_size(*weight, "weight", 1, num_heads, "[B, H]");
-  check_device(*weight, "weight");
+  check_dim(*weight, weight_name, 2, "[B, H]");
+  check_floating(*weight, weight_name);
+  check_size(*weight, weight_name, 0, batch, "[B, H]");
+  check_size(*weight, weight_name, 1, num_heads, "[B, H]");
+  check_device(*weight, weight_name);
 }
 
 void check_masks(const AttentionArguments& arguments, const c10::SymInt& batch, int64_t num_heads,
@@ -210,6 +211,31 @@ void check_inputs(const CoreInputs& in) {
                     kv_heads);
   check_selection(in.index, in.count, in.weight, batch, heads, q, "q");
   check_masks(in.arguments, batch, heads, q.sym_size(2), keys, q, "q");
+}
+
+void check_inputs(const ProjectionInputs& in) {
+  const auto& x = in.x;
+  check_floating(x, "x");
+  check_dim(x, "x", 3, "[B, L, D]");
+  check_dim(in.weight, "weight", 2, "[H * d, D]");
+  check_num_heads(in.num_heads, in.weight.sym_size(0), "the rows of weight");
+  check_size(in.weight, "weight", 1, x.sym_size(2), "[H * d, D]");
+  check_like(in.weight, "weight", x, "x");
+  check_bias(in.bias, "bias", in.weight.sym_size(0), x, "x");
+  check_selection(in.index, in.count, {}, x.sym_size(0), in.num_heads, x, "x");
+}
+
+void check_inputs(const OutputInputs& in) {
+  const auto& heads = in.heads;
+  check_floating(heads, "heads");
+  check_dim(heads, "heads", 4, "[B, H, L, d]");
+  check_dim(in.weight, "weight", 2, "[Dout, H * d]");
+  check_size(in.weight, "weight", 1, heads.sym_size(1) * heads.sym_size(3), "[Dout, H * d]");
+  check_like(in.weight, "weight", heads, "heads");
+  check_bias(in.bias, "bias", in.weight.sym_size(0), heads, "heads");
+  const int64_t num_heads = heads.sym_size(1).guard_int(__FILE__, __LINE__);
+  check_selection(in.index, in.count, in.head_weight, heads.sym_size(0), num_heads, heads, "heads",
+                  "head_weight");
 }
 
 void check_selection_values(const Tensor& index, const Tensor& count, int64_t num_heads) {

@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "ops/attention_ops.h"
+#include "ops/projection.h"
 
 namespace headwise::ops {
 namespace {
@@ -67,18 +68,36 @@ Tensor core(HEADWISE_CORE_PARAMETERS) {
       CoreInputs{cast(q), cast(k), cast(v), index, count, weight, {HEADWISE_MASK_ARGUMENTS}});
 }
 
+template <c10::DeviceType device>
+Tensor projection(HEADWISE_PROJECTION_PARAMETERS) {
+  const Cast cast{device};
+  auto guard = without_autocast<device>();
+  return call(ProjectionInputs{cast(x), cast(weight), cast(bias), num_heads, index, count});
+}
+
+template <c10::DeviceType device>
+Tensor output_projection(HEADWISE_OUTPUT_PARAMETERS) {
+  const Cast cast{device};
+  auto guard = without_autocast<device>();
+  return call(OutputInputs{cast(heads), cast(weight), cast(bias), index, count, head_weight});
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(headwise, AutocastCPU, m) {
   m.impl("selected_self_attention", self<c10::DeviceType::CPU>);
   m.impl("selected_multihead_attention", multihead<c10::DeviceType::CPU>);
   m.impl("selected_attention", core<c10::DeviceType::CPU>);
+  m.impl("selected_projection", projection<c10::DeviceType::CPU>);
+  m.impl("selected_output_projection", output_projection<c10::DeviceType::CPU>);
 }
 
 TORCH_LIBRARY_IMPL(headwise, AutocastCUDA, m) {
   m.impl("selected_self_attention", self<c10::DeviceType::CUDA>);
   m.impl("selected_multihead_attention", multihead<c10::DeviceType::CUDA>);
   m.impl("selected_attention", core<c10::DeviceType::CUDA>);
+  m.impl("selected_projection", projection<c10::DeviceType::CUDA>);
+  m.impl("selected_output_projection", output_projection<c10::DeviceType::CUDA>);
 }
 
 }  // namespace headwise::ops

@@ -47,6 +47,22 @@ TORCH_LIBRARY(headwise, m) {
       "bool is_causal=False, float dropout_p=0.0, Tensor? dropout_seed=None, "
       "float? scale=None) -> Tensor");
 
+  // The projections around the core, of the chosen heads only. x [B, L, D], weight [H d, D], bias
+  // [H d] -> [B, H, L, d], zeros where not chosen.
+  m.def(
+      "selected_projection(Tensor x, Tensor weight, Tensor? bias, int num_heads, "
+      "Tensor index, Tensor count) -> Tensor");
+  // heads [B, H, L, d] by any strides, weight [Dout, H d], bias [Dout], head_weight [B, H] ->
+  // [B, L, Dout]; heads that were not chosen are not read.
+  m.def(
+      "selected_output_projection(Tensor heads, Tensor weight, Tensor? bias, "
+      "Tensor index, Tensor count, Tensor? head_weight=None) -> Tensor");
+  // The key/value heads that the chosen query heads read: of H = num_heads, H / num_groups share
+  // one. index, count -> index int32 [B, num_groups], count int32 [B]
+  m.def(
+      "select_groups(Tensor index, Tensor count, int num_heads, int num_groups) "
+      "-> (Tensor index, Tensor count)");
+
   // Mean over query rows of (entropy of the row / ln(number of keys it can see)), in [0, 1], and of
   // the row's largest probability; padded queries are left out (query_padding_mask bool [B, L],
   // True = padding). q [B, H, L, d], k [B, Hkv, S, d] -> float32 or float64 [B, H] each.
@@ -148,6 +164,14 @@ TORCH_LIBRARY(headwise, m) {
       "bool is_causal, float dropout_p, Tensor? dropout_seed, float? scale, "
       "Tensor output, Tensor context, Tensor lse, bool[5] needs) -> "
       "(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_weight, Tensor grad_attn_mask)");
+  m.def(
+      "_selected_projection_backward(Tensor grad_output, Tensor x, Tensor weight, int num_heads, "
+      "Tensor index, Tensor count, bool[3] needs) -> "
+      "(Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
+  m.def(
+      "_selected_output_projection_backward(Tensor grad_output, Tensor heads, Tensor weight, "
+      "Tensor index, Tensor count, Tensor? head_weight, bool[4] needs) -> "
+      "(Tensor grad_heads, Tensor grad_weight, Tensor grad_bias, Tensor grad_head_weight)");
   m.def("soft_top_k(Tensor scores, Tensor mass, Tensor temperature) -> Tensor");
   m.def("gate_features(Tensor x, Tensor? key_padding_mask=None) -> Tensor");
   m.def(

@@ -1,5 +1,6 @@
-// Checks that select_heads and selection_mask share on every device (shapes and dtypes; values are
-// checked where reading them costs nothing, on the CPU). Sizes are SymInts: Meta uses these too.
+// Checks that select_heads, selection_mask and select_groups share on every device (shapes and
+// dtypes; values are checked where reading them costs nothing, on the CPU). Sizes are SymInts: Meta
+// uses these too.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -33,6 +34,18 @@ inline void check_selection_mask(const at::Tensor& index, const at::Tensor& coun
   check_count(count, index.sym_size(0));
   TORCH_CHECK_VALUE(index.device() == count.device(), "index and count must be on one device, got ",
                     index.device(), " and ", count.device());
+}
+
+inline void check_select_groups(const at::Tensor& index, const at::Tensor& count, int64_t num_heads,
+                                int64_t num_groups) {
+  check_selection_mask(index, count);
+  TORCH_CHECK_VALUE(num_heads >= 0, "num_heads must not be negative, got ", num_heads);
+  TORCH_CHECK_VALUE(index.sym_size(1) <= num_heads,
+                    "index must have at most num_heads = ", num_heads, " columns, got shape ",
+                    index.sym_sizes());
+  TORCH_CHECK_VALUE(
+      num_groups > 0 ? num_heads % num_groups == 0 : num_heads == 0 && num_groups == 0,
+      "num_groups must divide num_heads (", num_heads, "), got ", num_groups);
 }
 
 }  // namespace headwise::ops

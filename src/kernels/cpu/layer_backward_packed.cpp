@@ -12,6 +12,7 @@
 #include "kernels/cpu/packed_gemm.h"
 #include "kernels/cpu/packed_layer.h"
 #include "kernels/cpu/parallel.h"
+#include "kernels/cpu/projection.h"
 #include "kernels/cpu/softmax.h"
 
 namespace headwise::kernels {
@@ -19,47 +20,8 @@ namespace {
 
 using c10::BFloat16;
 
-constexpr int64_t kRows = 64;      // rows of a gradient that one task sums
-constexpr int64_t kColumns = 128;  // and its columns: the tile stays in L1
-
-/// Right factors: floats are read where they lie, bfloat16 is packed first.
-template <typename T>
-struct Factor {
-  const T* data = nullptr;
-  int64_t row_length = 0;
-  const T* column(int64_t n) const { return packed_at(data, row_length, 0, n); }
-};
-
-/// Some matrices as right factors; each may be packed by a task of its own.
-template <typename T>
-class Factors {
- public:
-  Factors(int64_t count, int64_t rows, int64_t columns)
-      : size_(packed_size<T>(rows, columns)), columns_(columns), factors_(count) {
-    if constexpr (sizeof(T) == 2) memory_.reset(new T[count * size_]);
-  }
-  void set(int64_t n, int64_t rows, const T* x, int64_t ldx) {
-    if constexpr (sizeof(T) == 2) {
-      pack(rows, columns_, x, ldx, false, memory_.get() + n * size_);
-      factors_[n] = {memory_.get() + n * size_, columns_};
-    } else {
-      factors_[n] = {x, ldx};
-    }
-  }
-  const Factor<T>& operator[](int64_t n) const { return factors_[n]; }
-
- private:
-  int64_t size_, columns_;
-  std::unique_ptr<T[]> memory_;
-  std::vector<Factor<T>> factors_;
-};
-
-template <typename T>
-void add_row_sum(const T* x, int64_t n, float* sum) {
-  float total = 0;
-  for (int64_t i = 0; i < n; ++i) total += float(x[i]);
-  *sum += total;
-}
+constexpr int64_t kRows = 64;                  // rows of a gradient that one task sums
+constexpr int64_t kColumns = kProductColumns;  // and its columns: the tile stays in L1
 
 template <typename T>
 class Backward {
@@ -193,27 +155,6 @@ class Backward {
     }
   }
 
-  /// sum [d, width] += sum over the sequences that chose the head of left' [d, rows] x [rows,
-  /// width].
-  template <typename Left>
-  void add_products(const std::vector<int64_t>& positions, const Factors<T>& right, int64_t width,
-                    int64_t ld, const Left& left, float* sum) const {
-    for (int64_t column = 0; column < width; column += kColumns)
-      for (size_t i = 0; i < positions.size(); ++i) {
-        const auto& factor = right[layer_.active[positions[i]].b];
-        const auto [data, row_length, rows] = left(i);
-        if (rows)
-          packed_gemm(d_, std::min(kColumns, width - column), sizeof(T) == 2 ? even(rows) : rows,
-                      data, row_length, factor.column(column), factor.row_length, sum + column, ld,
-                      true);
-      }
-  }
-
-  struct Left {
-    const T* data;
-    int64_t row_length, rows;
-  };
-
   /// The weights' gradients: one worker a head and matrix, sequences in their order.
   void weights() {
     const auto positions = by_head(layer_.active, shape_.num_heads);
@@ -226,13 +167,14 @@ class Backward {
         parallel_tasks(
             batch, [&](int64_t b, int64_t) { x.set(b, given(in, b), in.x.at(b, 0), in.x.row); });
       parallel_tasks(shape_.num_heads, [&](int64_t h, int64_t) {
-        auto left = [&](size_t i) -> Left {
+        auto left = [&](size_t i) -> LeftFactor<T> {
           const int64_t n = positions[h][i], b = layer_.active[n].b;
           const int64_t row_length = in.part ? even(shape_.lengths[b] + shape_.added) : even(L_);
           return {turned_of(in, n), row_length, given(in, b)};
         };
         if (in.dweight)
-          add_products(positions[h], x, width, width, left, in.dweight + h * d_ * width);
+          add_products<T>(positions[h], layer_.active, x, d_, width, left,
+                          in.dweight + h * d_ * width);
         for (size_t i = 0; i < positions[h].size(); ++i) {
           const auto [turned, row_length, rows] = left(i);
           for (int64_t c = 0; c < d_; ++c) {
@@ -243,37 +185,12 @@ class Backward {
         packed_gemm_done<T>();
       });
     }
-    if (g_.out_weight) out_weight(positions);
-  }
-
-  /// Of head h: (weight * context)' grad_output, [d, Dout], turned into its columns of [Dout, E].
-  void out_weight(const std::vector<std::vector<int64_t>>& positions) {
-    const int64_t workers = at::get_num_threads(), ld = even(L_);
-    size_t most = 0;
-    for (const auto& list : positions) most = std::max(most, list.size());
-    Factors<T> grads(shape_.batch, L_, out_);
-    parallel_tasks(shape_.batch, [&](int64_t b, int64_t) {
-      grads.set(b, L_, grad_output_ + b * L_ * out_, out_);
-    });
-    Scratch<T> contexts(most * d_ * ld, workers);
-    Scratch<float> floats(d_ * out_ + 2 * kTransposeRows * d_, workers);
-    parallel_tasks(shape_.num_heads, [&](int64_t h, int64_t worker) {
-      if (positions[h].empty()) return;
-      float *sum = floats[worker], *tile = sum + d_ * out_;
-      std::fill_n(sum, d_ * out_, 0.f);
-      for (size_t i = 0; i < positions[h].size(); ++i) {
-        const auto& a = layer_.active[positions[h][i]];
-        T* turned = contexts[worker] + i * d_ * ld;
-        transpose_scaled(L_, d_, w_.context + a.slot * L_ * d_, d_,
-                         layer_.head_weight[a.b * shape_.num_heads + h], turned, ld, tile);
-        if (L_ < ld)
-          for (int64_t c = 0; c < d_; ++c) turned[c * ld + L_] = T(0.f);
-      }
-      auto left = [&](size_t i) -> Left { return {contexts[worker] + i * d_ * ld, ld, L_}; };
-      add_products(positions[h], grads, out_, out_, left, sum);
-      transpose(d_, out_, sum, out_, g_.out_weight + h * d_, E_);
-      packed_gemm_done<T>();
-    });
+    if (g_.out_weight) {
+      const ChosenHeads chosen{batch, shape_.num_heads, L_, d_, layer_.active, layer_.first};
+      outer_heads_packed<T>(chosen, {w_.context, 0, 0, L_ * d_, d_},
+                            {grad_output_, L_ * out_, out_, out_}, layer_.head_weight,
+                            {g_.out_weight, out_, E_, true}, nullptr);
+    }
   }
 
   void out_bias() {

@@ -16,6 +16,7 @@
 #include "kernels/cpu/packed_gemm.h"
 #include "kernels/cpu/packed_layer.h"
 #include "kernels/cpu/parallel.h"
+#include "kernels/cpu/projection.h"
 #include "kernels/cpu/softmax.h"
 
 namespace headwise::kernels {
@@ -26,10 +27,6 @@ using c10::BFloat16;
 constexpr int64_t kRowBlock = 128;  // rows of x that a product takes, where there are many
 constexpr int64_t kLeastRows = 16;
 constexpr int64_t kTasksPerWorker = 4;  // tasks differ in cost: several a worker even that out
-constexpr int64_t kOutRows = 64;  // a tile of the output: rows and columns whose sums stay in L1
-constexpr int64_t kOutColumns = 64;
-constexpr int64_t kShortRows = 32;  // sequences shorter than this are projected out together
-constexpr int64_t kTogetherRows = 256;
 
 template <typename T>
 class Forward {
@@ -54,7 +51,11 @@ class Forward {
       else
         by_rows();
     }
-    project_out(output);
+    // The output projection is the second round.
+    const ChosenHeads chosen{shape_.batch, shape_.num_heads, L_, d_, layer_.active, layer_.first};
+    combine_heads_packed<T>(chosen, {w_.context, 0, 0, L_ * d_, d_},
+                            {layer_.out_weight, layer_.out_width, shape_.num_heads * d_, true},
+                            layer_.out_bias, layer_.head_weight, output);
   }
 
  private:
@@ -83,14 +84,22 @@ class Forward {
     return packed;
   }
 
-  /// y [rows, d] = x W_h', in floats.
+  /// y [rows, d] = x W_h' of a head that is_thin(), over its weight [d, width] as it stands.
+  void multiply_thin(int64_t rows, const T* x, int64_t ldx, int64_t width, const T* weight,
+                     float* y, int64_t ldy) const {
+    const T* at[kThinRows];
+    for (int64_t i = 0; i < rows; ++i) at[i] = x + i * ldx;
+    thin_gemm(rows, d_, {width}, at, weight, width, y, ldy);
+  }
+
+  /// The same of any head.
   void multiply(const Input& in, int64_t h, int64_t rows, const T* x, int64_t ldx, const T* packed,
                 float* y) const {
     const int64_t width = in.x.width;
     if (packed)
       packed_gemm(rows, d_, width, x, ldx, packed, d_, y, d_, false);
     else
-      thin_gemm(rows, d_, width, x, ldx, in.weight + h * d_ * width, width, y, d_, false);
+      multiply_thin(rows, x, ldx, width, in.weight + h * d_ * width, y, d_);
   }
 
   const float* bias_of(const Input& in, int64_t h) const {
@@ -172,8 +181,7 @@ class Forward {
       packed_gemm(rows, ld, width, x, ldx, packed, 3 * d_, tile, ld, false);
     else
       for (int i = 0; i < parts; ++i)
-        thin_gemm(rows, d_, width, x, ldx, in[i].weight + h * d_ * width, width, tile + i * d_, ld,
-                  false);
+        multiply_thin(rows, x, ldx, width, in[i].weight + h * d_ * width, tile + i * d_, ld);
   }
 
   /// Rows of a tile, with biases, to where one sequence's rows stand, from row `row` on.
@@ -332,126 +340,6 @@ class Forward {
       if (begin >= L_) return;
       attend(attention, worker, a, q + a.slot * L_ * d_, k + a.slot * S_ * d_, v + a.slot * S_ * d_,
              begin, std::min(L_, begin + chunk));
-      packed_gemm_done<T>();
-    });
-  }
-
-  /// Rows of a head's context times its weight: in `y`, or, where that is one, as they stand.
-  const T* weigh(const ActiveHead& a, int64_t row, int64_t rows, T* y) const {
-    const float weight = layer_.head_weight[a.b * shape_.num_heads + a.h];
-    const T* context = w_.context + (a.slot * L_ + row) * d_;
-    if (weight == 1.f) return context;
-    scale(context, rows * d_, weight, y);
-    return y;
-  }
-
-  /// A tile of sums [rows, columns], row length kOutColumns, to the output's row `row` of all B *
-  /// L.
-  void store(const float* sums, int64_t row, int64_t rows, int64_t column, int64_t columns,
-             T* output) const {
-    const float* bias = layer_.out_bias ? layer_.out_bias + column : nullptr;
-    convert_rows(rows, columns, sums, kOutColumns, bias, output + row * layer_.out_width + column,
-                 layer_.out_width);
-  }
-
-  void project_out(T* output) const {
-    if (shape_.batch * L_ == 0) return;
-    if (shape_.batch * L_ <= kThinRows) return project_out_together(nullptr, output);
-    const int64_t width = layer_.out_width, heads = used_.heads.size();
-    std::unique_ptr<T[]> packed(new T[heads * d_ * width]);  // [used][d, Dout]
-    parallel_tasks(heads, [&](int64_t n, int64_t) {
-      pack(d_, width, layer_.out_weight + used_.heads[n] * d_, shape_.num_heads * d_, true,
-           packed.get() + n * d_ * width);
-    });
-    if (L_ < kShortRows && shape_.batch > 1)
-      project_out_together(packed.get(), output);
-    else
-      project_out_by_sequence(packed.get(), output);
-  }
-
-  /// The sum over a sequence's heads, tile by tile, in the order of the heads.
-  void project_out_by_sequence(const T* packed, T* output) const {
-    const int64_t width = layer_.out_width;
-    const int64_t row_blocks = blocks(L_, kOutRows), row_tasks = shape_.batch * row_blocks;
-    // Few blocks of rows are divided up by columns too.
-    const int64_t tiles = blocks(width, kOutColumns);
-    const int64_t splits =
-        workers_ == 1 ? 1 : std::min(tiles, blocks(kTasksPerWorker * workers_, row_tasks));
-    const int64_t split_columns = blocks(tiles, splits) * kOutColumns;
-    Scratch<float> sums(kOutRows * kOutColumns, workers_);
-    const int64_t most = std::max<int64_t>(shape_.num_heads, 1);
-    Scratch<T> weighted(kOutRows * d_ * most, workers_);
-    Scratch<const T*> contexts(most, workers_);
-    parallel_tasks(row_tasks * splits, [&](int64_t task, int64_t worker) {
-      const int64_t b = task / splits / row_blocks, row = task / splits % row_blocks * kOutRows;
-      const int64_t begin = task % splits * split_columns;
-      const int64_t end = std::min(width, begin + split_columns);
-      if (begin >= end) return;
-      const int64_t rows = std::min(kOutRows, L_ - row);
-      const int64_t first = layer_.first[b], chosen = layer_.first[b + 1] - first;
-      const T** context = contexts[worker];
-      for (int64_t n = 0; n < chosen; ++n)
-        context[n] =
-            weigh(layer_.active[first + n], row, rows, weighted[worker] + n * kOutRows * d_);
-      float* c = sums[worker];
-      for (int64_t column = begin; column < end; column += kOutColumns) {
-        const int64_t columns = std::min(kOutColumns, end - column);
-        if (chosen == 0) std::fill_n(c, kOutRows * kOutColumns, 0.f);
-        for (int64_t n = 0; n < chosen; ++n) {
-          const T* right = packed + used_.place[layer_.active[first + n].h] * d_ * width;
-          packed_gemm(rows, columns, d_, context[n], d_, packed_at(right, width, 0, column), width,
-                      c, kOutColumns, n > 0);
-        }
-        store(c, b * L_ + row, rows, column, columns, output);
-      }
-      packed_gemm_done<T>();
-    });
-  }
-
-  /// Of short sequences, those that chose a head are multiplied together, head after head; `packed`
-  /// is null where there are so few rows that the weights are read as they stand.
-  void project_out_together(const T* packed, T* output) const {
-    const int64_t width = layer_.out_width, E = shape_.num_heads * d_;
-    const int64_t tiles = blocks(width, kOutColumns);
-    const int64_t sequences = std::max<int64_t>(1, kTogetherRows / L_);  // of a task
-    const int64_t row_tasks = blocks(shape_.batch, sequences), most = sequences * L_;
-    Scratch<float> floats(2 * most * kOutColumns, workers_);
-    Scratch<T> weighted(most * d_, workers_);
-    parallel_tasks(row_tasks * tiles, [&](int64_t task, int64_t worker) {
-      const int64_t b0 = task / tiles * sequences, b1 = std::min(shape_.batch, b0 + sequences);
-      const int64_t column = task % tiles * kOutColumns;
-      const int64_t columns = std::min(kOutColumns, width - column);
-      float *sums = floats[worker], *product = sums + most * kOutColumns;
-      std::fill_n(sums, (b1 - b0) * L_ * kOutColumns, 0.f);
-      const auto begin = layer_.active.begin() + layer_.first[b0];
-      const auto end = layer_.active.begin() + layer_.first[b1];
-      for (int64_t h = 0; h < shape_.num_heads; ++h) {
-        if (used_.place[h] < 0) continue;
-        int64_t rows = 0;
-        for (auto a = begin; a != end; ++a)
-          if (a->h == h) {
-            T* const to = weighted[worker] + rows * d_;
-            const T* const from = weigh(*a, 0, L_, to);
-            if (from != to) std::copy_n(from, L_ * d_, to);
-            rows += L_;
-          }
-        if (rows == 0) continue;
-        if (packed)
-          packed_gemm(rows, columns, d_, weighted[worker], d_,
-                      packed_at(packed + used_.place[h] * d_ * width, width, 0, column), width,
-                      product, kOutColumns, false);
-        else
-          thin_gemm(rows, columns, d_, weighted[worker], d_,
-                    layer_.out_weight + column * E + h * d_, E, product, kOutColumns, false);
-        const float* from = product;
-        for (auto a = begin; a != end; ++a)
-          if (a->h == h)
-            for (int64_t i = 0; i < L_; ++i, from += kOutColumns) {
-              float* to = sums + ((a->b - b0) * L_ + i) * kOutColumns;
-              convert_rows(1, columns, from, columns, to, to, columns);
-            }
-      }
-      store(sums, b0 * L_, (b1 - b0) * L_, column, columns, output);
       packed_gemm_done<T>();
     });
   }

@@ -186,37 +186,73 @@ void transpose_scaled(int64_t rows, int64_t columns, const BFloat16* x, int64_t 
 
 namespace {
 
-template <typename T>
-HEADWISE_INLINE float dot(const T* a, const T* b, int64_t k) {
-  Float16 sum0 = {}, sum1 = {}, x, y;
-  int64_t p = 0;
-  for (; p + 2 * kLanes <= k; p += 2 * kLanes) {
-    load(a + p, x), load(b + p, y);
-    sum0 += x * y;
-    load(a + p + kLanes, x), load(b + p + kLanes, y);
-    sum1 += x * y;
+/// A tile of a thin product. Every element is summed in the same order, whatever the tile.
+template <int kRows, int kColumns, typename A, typename B>
+HEADWISE_INLINE void thin_tile(const Terms& terms, const A* const* a, const B* b, int64_t ldb,
+                               float* c, int64_t ldc) {
+  const int64_t whole = terms.length / kLanes * kLanes;
+  Float16 sum[kRows][kColumns] = {};
+  float rest[kRows][kColumns] = {};
+  for (int64_t run = 0; run < terms.count; ++run) {
+    const B* const from = b + (terms.first ? terms.first[run] : 0);
+    const int64_t at = run * terms.length;
+    for (int64_t p = 0; p < whole; p += kLanes) {
+      Float16 x[kRows], y;
+#pragma GCC unroll 4
+      for (int i = 0; i < kRows; ++i) load(a[i] + at + p, x[i]);
+#pragma GCC unroll 4
+      for (int j = 0; j < kColumns; ++j) {
+        load(from + j * ldb + p, y);
+#pragma GCC unroll 4
+        for (int i = 0; i < kRows; ++i) sum[i][j] += x[i] * y;
+      }
+    }
+    for (int64_t p = whole; p < terms.length; ++p)
+      for (int j = 0; j < kColumns; ++j)
+        for (int i = 0; i < kRows; ++i)
+          rest[i][j] += value(a[i] + at + p) * value(from + j * ldb + p);
   }
-  float total = 0;
-  for (; p < k; ++p) total += value(a + p) * value(b + p);
-  return total + lane_sum(sum0 + sum1);
+  for (int i = 0; i < kRows; ++i)
+    for (int j = 0; j < kColumns; ++j) c[i * ldc + j] = rest[i][j] + lane_sum(sum[i][j]);
+}
+
+template <int kColumns, typename A, typename B>
+HEADWISE_INLINE void thin_columns(int64_t m, const Terms& terms, const A* const* a, const B* b,
+                                  int64_t ldb, float* c, int64_t ldc) {
+  int64_t i = 0;
+  for (; i + 4 <= m; i += 4) thin_tile<4, kColumns>(terms, a + i, b, ldb, c + i * ldc, ldc);
+  if (i + 2 <= m) {
+    thin_tile<2, kColumns>(terms, a + i, b, ldb, c + i * ldc, ldc);
+    i += 2;
+  }
+  if (i < m) thin_tile<1, kColumns>(terms, a + i, b, ldb, c + i * ldc, ldc);
+}
+
+template <typename A, typename B>
+HEADWISE_INLINE void thin_product(int64_t m, int64_t n, const Terms& terms, const A* const* a,
+                                  const B* b, int64_t ldb, float* c, int64_t ldc) {
+  int64_t j = 0;
+  for (; j + 4 <= n; j += 4) thin_columns<4>(m, terms, a, b + j * ldb, ldb, c + j, ldc);
+  for (; j < n; ++j) thin_columns<1>(m, terms, a, b + j * ldb, ldb, c + j, ldc);
 }
 
 }  // namespace
 
-// Two functions and not a template: clones are of functions.
+// Functions and not a template: clones are of functions.
 HEADWISE_CLONES
-void thin_gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
-               int64_t ldb, float* c, int64_t ldc, bool add) {
-  for (int64_t j = 0; j < n; ++j)
-    for (int64_t i = 0; i < m; ++i)
-      c[i * ldc + j] = (add ? c[i * ldc + j] : 0.f) + dot(a + i * lda, b + j * ldb, k);
+void thin_gemm(int64_t m, int64_t n, const Terms& terms, const float* const* a, const float* b,
+               int64_t ldb, float* c, int64_t ldc) {
+  thin_product(m, n, terms, a, b, ldb, c, ldc);
 }
 HEADWISE_CLONES
-void thin_gemm(int64_t m, int64_t n, int64_t k, const BFloat16* a, int64_t lda, const BFloat16* b,
-               int64_t ldb, float* c, int64_t ldc, bool add) {
-  for (int64_t j = 0; j < n; ++j)
-    for (int64_t i = 0; i < m; ++i)
-      c[i * ldc + j] = (add ? c[i * ldc + j] : 0.f) + dot(a + i * lda, b + j * ldb, k);
+void thin_gemm(int64_t m, int64_t n, const Terms& terms, const BFloat16* const* a,
+               const BFloat16* b, int64_t ldb, float* c, int64_t ldc) {
+  thin_product(m, n, terms, a, b, ldb, c, ldc);
+}
+HEADWISE_CLONES
+void thin_gemm(int64_t m, int64_t n, const Terms& terms, const float* const* a, const c10::Half* b,
+               int64_t ldb, float* c, int64_t ldc) {
+  thin_product(m, n, terms, a, b, ldb, c, ldc);
 }
 
 namespace {

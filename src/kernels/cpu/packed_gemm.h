@@ -4,6 +4,7 @@
 #pragma once
 
 #include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
 
 #include <cstdint>
 
@@ -41,13 +42,24 @@ void packed_gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const
                  float* c, int64_t ldc, bool add);
 
 /// Up to this many rows, reading B once costs less than packing it.
-constexpr int64_t kThinRows = 4;
+constexpr int64_t kThinRows = 16;
 
-/// C [m, n] (+)= A [m, k] B, m <= kThinRows, B given as it is stored: B' [n, k], rows ldb apart.
-void thin_gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
-               int64_t ldb, float* c, int64_t ldc, bool add);
-void thin_gemm(int64_t m, int64_t n, int64_t k, const c10::BFloat16* a, int64_t lda,
-               const c10::BFloat16* b, int64_t ldb, float* c, int64_t ldc, bool add);
+/// The terms of a thin product: `count` runs of `length`. In A they follow one another, in B run i
+/// begins at first[i].
+struct Terms {
+  int64_t length;
+  int64_t count = 1;
+  const int64_t* first = nullptr;  ///< null: one run, at 0
+};
+
+/// C [m, n] = A B, m <= kThinRows: of A the beginnings of its rows, B as it is stored: B' [n, .],
+/// rows ldb apart. B is read once.
+void thin_gemm(int64_t m, int64_t n, const Terms& terms, const float* const* a, const float* b,
+               int64_t ldb, float* c, int64_t ldc);
+void thin_gemm(int64_t m, int64_t n, const Terms& terms, const c10::BFloat16* const* a,
+               const c10::BFloat16* b, int64_t ldb, float* c, int64_t ldc);
+void thin_gemm(int64_t m, int64_t n, const Terms& terms, const float* const* a, const c10::Half* b,
+               int64_t ldb, float* c, int64_t ldc);
 
 /// Leaves brgemm's state of this thread; after the last product of a task.
 template <typename T>

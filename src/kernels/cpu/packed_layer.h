@@ -1,11 +1,13 @@
 // What the packed forward and backward of the layer share.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <vector>
 
 #include "kernels/cpu/layer.h"
+#include "kernels/cpu/packed_gemm.h"
 #include "kernels/cpu/parallel.h"
 
 namespace headwise::kernels {
@@ -65,6 +67,70 @@ std::vector<std::vector<int64_t>> by_mask_part(const std::vector<ActiveHead>& ac
 inline std::vector<std::vector<int64_t>> by_head(const std::vector<ActiveHead>& active,
                                                  int64_t num_heads) {
   return by_place(active.size(), num_heads, [&](int64_t n) { return active[n].h; });
+}
+
+/// Right factors: floats are read where they lie, bfloat16 is packed first.
+template <typename T>
+struct Factor {
+  const T* data = nullptr;
+  int64_t row_length = 0;
+  const T* column(int64_t n) const { return packed_at(data, row_length, 0, n); }
+};
+
+/// Some matrices as right factors; each may be packed by a task of its own.
+template <typename T>
+class Factors {
+ public:
+  Factors(int64_t count, int64_t rows, int64_t columns)
+      : size_(packed_size<T>(rows, columns)), columns_(columns), factors_(count) {
+    if constexpr (sizeof(T) == 2) memory_.reset(new T[count * size_]);
+  }
+  void set(int64_t n, int64_t rows, const T* x, int64_t ldx) {
+    if constexpr (sizeof(T) == 2) {
+      pack(rows, columns_, x, ldx, false, memory_.get() + n * size_);
+      factors_[n] = {memory_.get() + n * size_, columns_};
+    } else {
+      factors_[n] = {x, ldx};
+    }
+  }
+  const Factor<T>& operator[](int64_t n) const { return factors_[n]; }
+
+ private:
+  int64_t size_, columns_;
+  std::unique_ptr<T[]> memory_;
+  std::vector<Factor<T>> factors_;
+};
+
+template <typename T>
+inline void add_row_sum(const T* x, int64_t n, float* sum) {
+  float total = 0;
+  for (int64_t i = 0; i < n; ++i) total += float(x[i]);
+  *sum += total;
+}
+
+/// A left factor [d, rows] of a product.
+template <typename T>
+struct LeftFactor {
+  const T* data;
+  int64_t row_length, rows;
+};
+
+constexpr int64_t kProductColumns = 128;
+
+/// sum [d, width] += sum over the positions in `active` of left(i) [d, rows] right[b] [rows,
+/// width], in tiles of columns.
+template <typename T, typename Left>
+void add_products(const std::vector<int64_t>& positions, const std::vector<ActiveHead>& active,
+                  const Factors<T>& right, int64_t d, int64_t width, const Left& left, float* sum) {
+  for (int64_t column = 0; column < width; column += kProductColumns)
+    for (size_t i = 0; i < positions.size(); ++i) {
+      const auto& factor = right[active[positions[i]].b];
+      const LeftFactor<T> of = left(i);
+      if (of.rows)
+        packed_gemm(d, std::min(kProductColumns, width - column),
+                    sizeof(T) == 2 ? even(of.rows) : of.rows, of.data, of.row_length,
+                    factor.column(column), factor.row_length, sum + column, width, true);
+    }
 }
 
 }  // namespace headwise::kernels

@@ -32,8 +32,8 @@ struct ActiveList {
 /// of column n of sequence b is b * K + n.
 inline ActiveList list_active(const Tensor& index, const Tensor& count, int64_t num_heads,
                               bool compact) {
-  check_selection_values(index, count, num_heads);
   const auto heads = index.to(at::kLong).contiguous(), counts = count.to(at::kLong).contiguous();
+  check_selection_values(heads, counts, num_heads);
   const int64_t columns = index.size(1);
   ActiveList list;
   for (int64_t b = 0; b < count.size(0); ++b) {

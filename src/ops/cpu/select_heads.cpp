@@ -2,12 +2,14 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <cmath>
 
 #include "kernels/selection.h"
+#include "ops/attention_ops.h"
 
 namespace headwise::ops {
 namespace {
@@ -71,9 +73,37 @@ at::Tensor selection_mask_cpu(const at::Tensor& index, const at::Tensor& count,
   return mask;
 }
 
+std::tuple<at::Tensor, at::Tensor> select_groups_cpu(const at::Tensor& index,
+                                                     const at::Tensor& count, int64_t num_heads,
+                                                     int64_t num_groups) {
+  check_select_groups(index, count, num_heads, num_groups);
+  check_selection_values(index, count, num_heads);
+  const int64_t B = index.size(0), K = index.size(1);
+  const auto heads = index.to(at::kInt).contiguous();   // [B, K]
+  const auto chosen = count.to(at::kInt).contiguous();  // [B]
+  const auto options = index.options().dtype(at::kInt);
+  auto groups = at::full({B, num_groups}, -1, options), used = at::empty({B}, options);
+  const int32_t *heads_p = heads.const_data_ptr<int32_t>(),
+                *chosen_p = chosen.const_data_ptr<int32_t>();
+  int32_t *groups_p = groups.mutable_data_ptr<int32_t>(),
+          *used_p = used.mutable_data_ptr<int32_t>();
+  const int64_t shared = num_groups ? num_heads / num_groups : 1;  // heads of a group
+  for (int64_t b = 0; b < B; ++b) {
+    int32_t n = 0;
+    int32_t* const row = groups_p + b * num_groups;
+    for (int32_t i = 0; i < chosen_p[b]; ++i) {  // ascending heads: ascending groups
+      const auto group = static_cast<int32_t>(heads_p[b * K + i] / shared);
+      if (n == 0 || row[n - 1] != group) row[n++] = group;
+    }
+    used_p[b] = n;
+  }
+  return {groups, used};
+}
+
 TORCH_LIBRARY_IMPL(headwise, CPU, m) {
   m.impl("select_heads", select_heads_cpu);
   m.impl("selection_mask", selection_mask_cpu);
+  m.impl("select_groups", select_groups_cpu);
 }
 
 }  // namespace

@@ -44,9 +44,28 @@ at::Tensor selection_mask_cuda(const at::Tensor& index, const at::Tensor& count,
       .contiguous();
 }
 
+// The groups of the chosen heads by a few ATen calls, then a top k of the marks.
+std::tuple<at::Tensor, at::Tensor> select_groups_cuda(const at::Tensor& index,
+                                                      const at::Tensor& count, int64_t num_heads,
+                                                      int64_t num_groups) {
+  check_select_groups(index, count, num_heads, num_groups);
+  const int64_t B = index.size(0);
+  const auto heads = index.to(at::kLong);                                      // [B, K]
+  const auto place = at::arange(index.size(1), heads.options()).unsqueeze(0);  // [1, K]
+  const auto valid =
+      place.lt(count.unsqueeze(1)).logical_and_(heads.ge(0)).logical_and_(heads.lt(num_heads));
+  const auto groups = heads.floor_divide(num_groups ? num_heads / num_groups : 1);  // [B, K]
+  const auto marks = at::zeros({B, num_groups + 1}, index.options().dtype(at::kFloat))
+                         .scatter_(1, groups.masked_fill(valid.logical_not(), num_groups), 1)
+                         .narrow(1, 0, num_groups);  // [B, G]
+  const auto used = marks.sum(1).to(at::kInt);       // [B]
+  return {headwise::select_heads(marks, used), used};
+}
+
 TORCH_LIBRARY_IMPL(headwise, CUDA, m) {
   m.impl("select_heads", select_heads_cuda);
   m.impl("selection_mask", selection_mask_cuda);
+  m.impl("select_groups", select_groups_cuda);
 }
 
 }  // namespace

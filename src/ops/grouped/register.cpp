@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include "ops/grouped/grouped.h"
+#include "ops/grouped/projection.h"
 
 namespace headwise::ops::grouped {
 namespace {
@@ -32,6 +33,15 @@ CoreBackward core_backward(const Tensor& grad_output, HEADWISE_CORE_PARAMETERS,
   return backward(grad_output, HEADWISE_CORE_INPUTS, context, needs);
 }
 
+Tensor projection(HEADWISE_PROJECTION_PARAMETERS) { return forward(HEADWISE_PROJECTION_INPUTS); }
+ProjectionBackward projection_backward(HEADWISE_PROJECTION_BACKWARD_PARAMETERS) {
+  return backward(grad_output, ProjectionInputs{x, weight, {}, num_heads, index, count}, needs);
+}
+Tensor output_projection(HEADWISE_OUTPUT_PARAMETERS) { return forward(HEADWISE_OUTPUT_INPUTS); }
+OutputBackward output_projection_backward(HEADWISE_OUTPUT_BACKWARD_PARAMETERS) {
+  return backward(grad_output, OutputInputs{heads, weight, {}, index, count, head_weight}, needs);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(headwise, m) {
@@ -41,6 +51,10 @@ TORCH_LIBRARY_FRAGMENT(headwise, m) {
   m.def("_grouped_multihead_attention_backward", multihead_backward);
   m.def("_grouped_attention_forward", core_forward);
   m.def("_grouped_attention_backward", core_backward);
+  m.def("_grouped_projection", projection);
+  m.def("_grouped_projection_backward", projection_backward);
+  m.def("_grouped_output_projection", output_projection);
+  m.def("_grouped_output_projection_backward", output_projection_backward);
 }
 
 }  // namespace headwise::ops::grouped
