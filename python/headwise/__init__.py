@@ -21,10 +21,12 @@ from headwise.explain import (
     read_conllu,
 )
 from headwise.explain_page import write_page, write_pngs
+from headwise.gate_view import gates_see
 from headwise.gates import (
     BudgetGate,
     FixedGate,
     Gate,
+    GroupGate,
     GumbelSigmoidGate,
     HardConcreteGate,
     HeadMove,
@@ -43,6 +45,7 @@ from headwise.gates import (
     request_budget,
     start_gates,
 )
+from headwise.grouped_query_attention import GroupedQueryAttention
 from headwise.head_log import HeadLog, log_heads
 from headwise.importance import HeadScores, hies, score_heads
 from headwise.interaction import (
@@ -52,7 +55,8 @@ from headwise.interaction import (
     head_similarity,
 )
 from headwise.iterative import pruning_path
-from headwise.layers import attention_layers
+from headwise.key_value_cache import KeyValueCache
+from headwise.layers import attention_layers, head_groups
 from headwise.multihead_attention import MultiheadAttention
 from headwise.plan import HeadPlan, LayerPlan, plan
 from headwise.pruning import mask, plan_from_gates, prune, unmask
@@ -83,6 +87,8 @@ __all__ = [
     "FittedPolicy",
     "FixedGate",
     "Gate",
+    "GroupGate",
+    "GroupedQueryAttention",
     "GumbelSigmoidGate",
     "HardConcreteGate",
     "HeadInteractions",
@@ -93,6 +99,7 @@ __all__ = [
     "HeadScores",
     "HeadSimilarity",
     "HiddenPlan",
+    "KeyValueCache",
     "KwonResult",
     "LatencyTable",
     "LayerPlan",
@@ -121,6 +128,8 @@ __all__ = [
     "explain_data",
     "fisher_scores",
     "gate_from_config",
+    "gates_see",
+    "head_groups",
     "head_interactions",
     "head_moves",
     "head_relevance",

@@ -72,7 +72,7 @@ def scaled_heads(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """
     layers = attention_layers(model)
     scales = {
-        name: torch.ones(layer.num_heads, device=layer.out_proj.weight.device)
+        name: torch.ones(layer.num_heads, device=layer.output_projection.weight.device)
         for name, layer in layers.items()
     }
     handles, ungated = [], []

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from torch import nn
 
-from headwise.multihead_attention import MultiheadAttention
+from headwise.attention_layer import AttentionLayer
 
-__all__ = ["attention_layers"]
+__all__ = ["attention_layers", "head_groups"]
 
 
-def attention_layers(model: nn.Module) -> dict[str, MultiheadAttention]:
-    """The :class:`headwise.MultiheadAttention` layers of ``model``, by qualified module name.
+def attention_layers(model: nn.Module) -> dict[str, AttentionLayer]:
+    """The layers of ``model`` whose heads can be chosen, by qualified module name:
+    :class:`headwise.MultiheadAttention` and :class:`headwise.GroupedQueryAttention`.
 
     The order is that in which the modules were defined, which for the supported architectures is
     the order in which they run. A layer that stands in a model twice (tied) comes once, under its
@@ -22,10 +23,20 @@ def attention_layers(model: nn.Module) -> dict[str, MultiheadAttention]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, MultiheadAttention)
+        name: module for name, module in model.named_modules() if isinstance(module, AttentionLayer)
     }
+
+
+def head_groups(model: nn.Module) -> dict[str, list[int]]:
+    """For each layer of :func:`attention_layers` and each of its heads the number of its group.
+
+    The query heads of a group share a key/value head (:class:`headwise.GroupedQueryAttention`); in
+    other layers each head is a group.
+
+    Raises:
+        TypeError: ``model`` is not a ``torch.nn.Module``.
+    """
+    return {name: list(layer.head_groups) for name, layer in attention_layers(model).items()}
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -10,33 +11,23 @@ from torch.nn import init
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import Parameter
 
+from headwise import _C
 from headwise.attention_inputs import AttentionInputs, canonical_inputs, check_sizes
+from headwise.attention_layer import AttentionLayer, AttentionProbe
 from headwise.gates.base import Gate
 from headwise.gates.threshold import HeadInputs
 from headwise.linears import check_read
 from headwise.selection import Selection
 
+if TYPE_CHECKING:
+    from headwise._C import LayerPlan
+
+__all__ = ["AttentionProbe", "MultiheadAttention"]
+
 _ops = torch.ops.headwise
 
 
-class AttentionProbe(NamedTuple):
-    """What a recorder set as ``MultiheadAttention._probe`` is handed in each forward.
-
-    ``context`` is part of the graph that gives the output, before the gate's weight.
-    """
-
-    q: Tensor  # [B, H, L, d]
-    k: Tensor  # [B, H, S', d]
-    v: Tensor  # [B, H, S', d]
-    context: Tensor  # [B, H, L, d]
-    weight: Tensor | None  # [B, H]
-    key_padding_mask: Tensor | None  # [B, S]
-    attn_mask: Tensor | None  # [L, S] or [B, H, L, S]
-    is_causal: bool
-    query_padding_mask: Tensor | None  # [B, L]; None where nothing says which queries are padding
-
-
-class MultiheadAttention(nn.MultiheadAttention):
+class MultiheadAttention(AttentionLayer, nn.MultiheadAttention):
     r"""``torch.nn.MultiheadAttention`` in which every input chooses its heads.
 
     The arguments, their defaults, the parameters and the keys of ``state_dict`` are those of
@@ -79,7 +70,18 @@ class MultiheadAttention(nn.MultiheadAttention):
         >>> y, _ = mha(x, x, x, key_padding_mask=mask, need_weights=False)
     """
 
-    gate: Gate | None
+    DESCRIBED = {
+        "embed_dim": int,
+        "num_heads": int,
+        "head_dim": int,
+        "kdim": int,
+        "vdim": int,
+        "dropout": (int, float),
+        "bias": bool,
+        "add_bias_kv": bool,
+        "add_zero_attn": bool,
+        "batch_first": bool,
+    }
 
     def __init__(
         self,
@@ -141,28 +143,48 @@ class MultiheadAttention(nn.MultiheadAttention):
         elif bias:
             init.constant_(self.out_proj.bias, 0.0)
 
-        self._observers: list[Any] = []
-        self._probe: Any = None
-        self.set_gate(gate)
+        self._init_choosing(gate)
 
-    def set_gate(self, gate: Gate | None) -> None:
-        """Puts ``gate`` in the layer (bound to its sizes where it is not yet), or takes it out."""
-        if gate is not None and not isinstance(gate, Gate):
-            raise TypeError(f"gate must be a headwise.Gate or None, got {type(gate).__name__}")
-        if gate is not None and gate.num_heads is None:
-            parameter = self.out_proj.weight
-            gate = gate.bind(
-                self.embed_dim, self.num_heads, device=parameter.device, dtype=parameter.dtype
-            )
-        if gate is not None and (gate.embed_dim, gate.num_heads) != (
-            self.embed_dim,
-            self.num_heads,
-        ):
-            raise ValueError(
-                f"gate must be bound to embed_dim={self.embed_dim} and num_heads={self.num_heads}, "
-                f"got embed_dim={gate.embed_dim} and num_heads={gate.num_heads}"
-            )
-        self.gate = gate
+    @property
+    def output_projection(self) -> nn.Module:
+        return self.out_proj
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "embed_dim": self.embed_dim,
+            "num_heads": self.num_heads,
+            "head_dim": self.head_dim,
+            "kdim": self.kdim,
+            "vdim": self.vdim,
+            "dropout": self.dropout,
+            "bias": self.in_proj_bias is not None,
+            "add_bias_kv": self.bias_k is not None,
+            "add_zero_attn": self.add_zero_attn,
+            "batch_first": self.batch_first,
+        }
+
+    def fitted(self, described: Mapping[str, Any], name: str = "") -> MultiheadAttention:
+        self._check_same(described, ("embed_dim", "kdim", "vdim"), name)
+        if self.describe() == described:
+            return self
+        weight = self.out_proj.weight
+        fitted = MultiheadAttention(**described, device=weight.device, dtype=weight.dtype)
+        return fitted.train(self.training)
+
+    def pruned(self, entry: LayerPlan) -> MultiheadAttention:
+        sizes = {**self.describe(), "num_heads": len(entry.heads)}
+        smaller = MultiheadAttention(**sizes, device="meta")
+        parameters = {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if not name.startswith("gate.")
+        }
+        kept = _C.prune_projections(parameters, entry)
+        for name, old in parameters.items():
+            module = smaller.get_submodule(name.rpartition(".")[0])
+            new = nn.Parameter(kept[name], requires_grad=old.requires_grad)
+            setattr(module, name.rpartition(".")[2], new)
+        return smaller.train(self.training)
 
     @property
     def _is_plain(self) -> bool:
@@ -198,10 +220,6 @@ class MultiheadAttention(nn.MultiheadAttention):
             init.xavier_normal_(self.bias_k)
         if self.bias_v is not None:
             init.xavier_normal_(self.bias_v)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Recorders belong to whoever set them, not to a copy or a file.
-        return {**self.__dict__, "_observers": [], "_probe": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         nn.Module.__setstate__(self, state)

@@ -6,10 +6,8 @@ import copy
 
 from torch import nn
 
-from headwise import _C
 from headwise.gates import FixedGate
 from headwise.layers import attention_layers, replace_module
-from headwise.multihead_attention import MultiheadAttention
 from headwise.plan import HeadPlan, LayerPlan
 from headwise.structured.compaction import check_plan, compact
 from headwise.structured.description import structure
@@ -66,7 +64,7 @@ def prune(
     layers = attention_layers(model)
     for entry in plan.layers:
         layer = layers[entry.name]
-        model = replace_module(model, layer, _smaller(layer, entry))
+        model = replace_module(model, layer, layer.pruned(entry))
     return model
 
 
@@ -182,31 +180,3 @@ def _check(model: nn.Module, plan: HeadPlan) -> None:
                 f"plan has {entry.num_heads} heads for layer '{entry.name}', "
                 f"which has {layers[entry.name].num_heads} in model"
             )
-
-
-def _smaller(layer: MultiheadAttention, entry: LayerPlan) -> MultiheadAttention:
-    """A layer with only the heads of ``layer`` that ``entry`` keeps, scaled as it says."""
-    smaller = MultiheadAttention(
-        layer.embed_dim,
-        len(entry.heads),
-        dropout=layer.dropout,
-        bias=layer.in_proj_bias is not None,
-        add_bias_kv=layer.bias_k is not None,
-        add_zero_attn=layer.add_zero_attn,
-        kdim=layer.kdim,
-        vdim=layer.vdim,
-        batch_first=layer.batch_first,
-        head_dim=layer.head_dim,
-        device="meta",
-    )
-    parameters = {
-        name: parameter
-        for name, parameter in layer.named_parameters()
-        if not name.startswith("gate.")
-    }
-    kept = _C.prune_projections(parameters, entry)
-    for name, old in parameters.items():
-        module = smaller.get_submodule(name.rpartition(".")[0])
-        new = nn.Parameter(kept[name], requires_grad=old.requires_grad)
-        setattr(module, name.rpartition(".")[2], new)
-    return smaller.train(layer.training)

@@ -19,9 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from headwise import _C
+from headwise.attention_layer import AttentionLayer
 from headwise.convert import convert
 from headwise.gates import gate_from_config, head_moves, link_gates
 from headwise.gates.sleep import restore_moves
+from headwise.grouped_query_attention import GroupedQueryAttention
 from headwise.layers import attention_layers, replace_module
 from headwise.multihead_attention import MultiheadAttention
 from headwise.structured.fitting import check_document, describe_structure, fit_structure
@@ -37,37 +39,20 @@ WEIGHTS = "model.safetensors"
 
 _DOCUMENT_KEYS = {"format", "version", "headwise_version", "architecture", "layers", "aliases"}
 _OPTIONAL_KEYS = {"structure", "moves"}  # where neurons or dimensions went, or heads moved
-# What describes a layer, and the type of each value.
-_LAYER_TYPES = {
-    "name": str,
-    "embed_dim": int,
-    "num_heads": int,
-    "head_dim": int,
-    "kdim": int,
-    "vdim": int,
-    "dropout": (int, float),
-    "bias": bool,
-    "add_bias_kv": bool,
-    "add_zero_attn": bool,
-    "batch_first": bool,
-    "gate": (dict, type(None)),
+# The kinds of layer, by the "class" of their entries; an entry without one is of the first kind.
+_KINDS: dict[str, type[AttentionLayer]] = {
+    kind.__name__: kind for kind in (MultiheadAttention, GroupedQueryAttention)
 }
-_SIZES = tuple(key for key in _LAYER_TYPES if key not in ("name", "gate"))
+# What every entry has besides what its kind describes.
+_ENTRY_TYPES = {"name": str, "gate": (dict, type(None))}
 
 
-def _describe_layer(name: str, layer: MultiheadAttention) -> dict[str, Any]:
+def _describe_layer(name: str, layer: AttentionLayer) -> dict[str, Any]:
+    kind = next(kind for kind in type(layer).__mro__ if kind.__name__ in _KINDS).__name__
     return {
         "name": name,
-        "embed_dim": layer.embed_dim,
-        "num_heads": layer.num_heads,
-        "head_dim": layer.head_dim,
-        "kdim": layer.kdim,
-        "vdim": layer.vdim,
-        "dropout": layer.dropout,
-        "bias": layer.in_proj_bias is not None,
-        "add_bias_kv": layer.bias_k is not None,
-        "add_zero_attn": layer.add_zero_attn,
-        "batch_first": layer.batch_first,
+        **({} if kind == MultiheadAttention.__name__ else {"class": kind}),
+        **layer.describe(),
         "gate": None if layer.gate is None else layer.gate.config(),
     }
 
@@ -267,10 +252,16 @@ def _read_description(folder: Path) -> dict[str, Any]:
         where = f"layer {i} of '{path}'"
         if not isinstance(layer, dict):
             raise ValueError(f"{where} must be an object, got {layer!r}")
-        _check_keys(layer, set(_LAYER_TYPES), where)
-        for key, kind in _LAYER_TYPES.items():
-            is_number = kind is int or kind == (int, float)
-            if not isinstance(layer[key], kind) or (is_number and isinstance(layer[key], bool)):
+        kind = layer.get("class", MultiheadAttention.__name__)
+        if kind not in _KINDS:
+            raise ValueError(f"'class' of {where} must be one of {', '.join(_KINDS)}, got {kind!r}")
+        types = {**_ENTRY_TYPES, **_KINDS[kind].DESCRIBED}
+        _check_keys(layer, set(types) | (set(layer) & {"class"}), where)
+        for key, accepted in types.items():
+            fits = isinstance(layer[key], accepted)
+            if isinstance(layer[key], bool):  # which Python takes for a number
+                fits = accepted is bool
+            if not fits:
                 raise ValueError(f"'{key}' of {where} has the wrong type: {layer[key]!r}")
     return document
 
@@ -308,20 +299,15 @@ def _build(architecture: dict[str, Any], folder: Path) -> nn.Module:
     return kind(kind.config_class.from_dict(architecture["config"]))
 
 
-def _fit_layer(model: nn.Module, layer: MultiheadAttention, entry: dict[str, Any]) -> nn.Module:
+def _fit_layer(model: nn.Module, layer: AttentionLayer, entry: dict[str, Any]) -> nn.Module:
     """Gives ``layer`` the sizes and the gate of ``entry``."""
-    found = _describe_layer(entry["name"], layer)
-    sizes = {key: entry[key] for key in _SIZES}
-    parameter = layer.out_proj.weight
-    if any(found[key] != sizes[key] for key in _SIZES):
-        for key in ("embed_dim", "kdim", "vdim"):
-            if found[key] != sizes[key]:
-                raise ValueError(
-                    f"{key} of layer '{entry['name']}' is {found[key]} in model "
-                    f"and {sizes[key]} in the file"
-                )
-        fitted = MultiheadAttention(**sizes, device=parameter.device, dtype=parameter.dtype)
-        fitted.train(layer.training)
+    kind = entry.get("class", MultiheadAttention.__name__)
+    if not isinstance(layer, _KINDS[kind]):
+        raise ValueError(
+            f"layer '{entry['name']}' is a {type(layer).__name__} in model and a {kind} in the file"
+        )
+    fitted = layer.fitted({key: entry[key] for key in _KINDS[kind].DESCRIBED}, entry["name"])
+    if fitted is not layer:
         model = replace_module(model, layer, fitted)
         layer = fitted
     try:

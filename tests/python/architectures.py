@@ -205,6 +205,20 @@ def vision(prefix: str, class_name: str, **kwargs) -> nn.Module:
     )
 
 
+def decoder(prefix: str, class_name: str, **kwargs) -> nn.Module:
+    """A decoder of transformers: two query heads a group, where its heads share."""
+    return small(prefix, class_name, num_key_value_heads=2, pad_token_id=0, **kwargs)
+
+
+def decoder_inputs():
+    """Padded on the left, as for generation."""
+    return {"input_ids": torch.randint(3, 50, (3, 7)), "attention_mask": bert_mask().flip(1)}
+
+
+def bert_mask():
+    return (~padding_mask([7, 2, 5])).long()
+
+
 def image_inputs():
     return {"pixel_values": torch.randn(3, 3, 8, 8)}
 
@@ -343,6 +357,36 @@ ARCHITECTURES = {
                 _run_image,
             )
             for prefix in ("DeiT", "Dinov2WithRegisters", "IJepa", "ViTMSN")
+        ),
+        Architecture(
+            "LlamaForCausalLM",
+            lambda: decoder("Llama", "LlamaForCausalLM"),
+            decoder_inputs,
+            _run_token_logits,
+        ),
+        Architecture(
+            "MistralModel, sliding window",
+            lambda: decoder("Mistral", "MistralModel", sliding_window=4, head_dim=EMBED // HEADS),
+            decoder_inputs,
+            _run_hidden,
+        ),
+        Architecture(
+            "Qwen2ForSequenceClassification",
+            lambda: decoder("Qwen2", "Qwen2ForSequenceClassification", num_labels=3),
+            decoder_inputs,
+            _run_logits,
+        ),
+        Architecture(
+            "Qwen3ForCausalLM",
+            lambda: decoder("Qwen3", "Qwen3ForCausalLM", head_dim=EMBED // HEADS),
+            decoder_inputs,
+            _run_token_logits,
+        ),
+        Architecture(
+            "GPT2LMHeadModel",
+            lambda: small("GPT2", "GPT2LMHeadModel", intermediate_size=None, n_inner=32),
+            decoder_inputs,
+            _run_token_logits,
         ),
     ]
 }

@@ -79,6 +79,7 @@ def test_gradients_equal_the_original(architecture):
 def _first_matrix(model):
     """The weights of the first embedding or output projection: both models have it."""
     names = ("word_embeddings.weight", "projection.weight", "out_proj.weight")
+    names += ("embed_tokens.weight", "wte.weight")
     return next(p for n, p in model.named_parameters() if n.endswith(names))
 
 
@@ -368,15 +369,15 @@ def test_bert_trains_and_checkpoints():
 
 
 def test_refuses_with_the_list_of_what_it_found():
-    model = transformers.GPT2Model(transformers.GPT2Config(n_layer=2, n_embd=8, n_head=2))
+    model = transformers.BloomModel(transformers.BloomConfig(n_layer=2, hidden_size=8, n_head=2))
     with pytest.raises(ValueError) as error:
         hw.convert(model)
     assert str(error.value).splitlines() == [
-        "model (GPT2Model) has attention that headwise cannot convert (2 of 2 modules):",
-        "  GPT2Attention: no conversion is known for "
-        "transformers.models.gpt2.modeling_gpt2.GPT2Attention",
-        "    h.0.attn",
-        "    h.1.attn",
+        "model (BloomModel) has attention that headwise cannot convert (2 of 2 modules):",
+        "  BloomAttention: no conversion is known for "
+        "transformers.models.bloom.modeling_bloom.BloomAttention",
+        "    h.0.self_attention",
+        "    h.1.self_attention",
     ]
 
 

@@ -60,6 +60,13 @@ def test_prune_example():
     assert float(re.search(r"mean cosine ([\d.]+)", printed)[1]) > 0.5
 
 
+def test_decoder_example():
+    pytest.importorskip("transformers")
+    printed = run_python("decoder.py")
+    assert "the same tokens: True" in printed and "generate the same: True" in printed
+    assert printed.count("[4, 4, 4, 4] heads for 8 calls") == 3
+
+
 @needs_minilm
 def test_train_gate_example_and_what_cpp_makes_of_it(tmp_path):
     printed = run_python("train_gate.py", tmp_path / "model")

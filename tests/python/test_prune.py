@@ -47,8 +47,8 @@ def test_pruned_equals_masked(architecture, kept, grad):
         width = len(entry.heads) * layer.head_dim
         assert layer.num_heads == len(entry.heads)
         assert layer.head_dim == EMBED // HEADS
-        assert layer.out_proj.weight.shape == (EMBED, width)
-        if layer.in_proj_weight is not None:
+        assert layer.output_projection.weight.shape == (EMBED, width)
+        if getattr(layer, "in_proj_weight", None) is not None:
             assert layer.in_proj_weight.shape == (3 * width, EMBED)
     assert all(layer.num_heads == HEADS for layer in hw.attention_layers(model).values())
 
@@ -64,7 +64,8 @@ def test_gradients_of_pruned_equal_masked(architecture):
         a = hw.attention_layers(small)[entry.name]
         b = hw.attention_layers(masked)[entry.name]
         columns = [h * b.head_dim + i for h in entry.heads for i in range(b.head_dim)]
-        close(a.out_proj.weight.grad, b.out_proj.weight.grad[:, columns], 1e-4)
+        own, other = (layer.output_projection.weight.grad for layer in (a, b))
+        close(own, other[:, columns], 1e-4)
 
 
 def test_pruned_models_train(architecture):
@@ -74,7 +75,7 @@ def test_pruned_models_train(architecture):
     loss.backward()
     for layer in hw.attention_layers(small).values():
         if layer.num_heads:
-            assert layer.out_proj.weight.grad.abs().sum() > 0
+            assert layer.output_projection.weight.grad.abs().sum() > 0
 
 
 def test_keeps_dtype_mode_frozen_parameters_and_unnamed_layers():

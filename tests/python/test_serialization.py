@@ -60,7 +60,11 @@ def same(model, other, architecture):
 
 @pytest.mark.parametrize("gate", GATES.values(), ids=GATES)
 def test_round_trip(architecture, gate, tmp_path):
-    model = hw.convert(architecture.build(), gate)
+    model = hw.convert(architecture.build())
+    grouped = any(isinstance(m, hw.GroupedQueryAttention) for m in model.modules())
+    if grouped and isinstance(gate, hw.ThresholdGate):
+        pytest.skip("decoders refuse gates that read queries and keys")
+    hw.convert(model, gate)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

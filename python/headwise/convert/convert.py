@@ -6,17 +6,22 @@ from collections.abc import Callable
 
 from torch import nn
 
+from headwise.attention_layer import AttentionLayer
 from headwise.convert.discovery import find_attention, refusals_text
 from headwise.gates.base import Gate
 from headwise.gates.scope import link_gates
+from headwise.grouped_query_attention import GroupedQueryAttention
 from headwise.layers import attention_layers, replace_module
-from headwise.multihead_attention import MultiheadAttention
 
-GateFactory = Callable[[str, MultiheadAttention], Gate | None]
+GateFactory = Callable[[str, AttentionLayer], Gate | None]
 
 
 def convert(
-    model: nn.Module, gate: Gate | GateFactory | None = None, *, strict: bool = True
+    model: nn.Module,
+    gate: Gate | GateFactory | None = None,
+    *,
+    strict: bool = True,
+    keep_selection: bool | None = None,
 ) -> nn.Module:
     """Swaps the attention of ``model`` in place for layers that choose their heads.
 
@@ -27,13 +32,16 @@ def convert(
     Args:
         model: any module with ``torch.nn.MultiheadAttention`` in it (alone or inside
             ``torch.nn.TransformerEncoder``, ``TransformerDecoder``, ``Transformer``), or an
-            encoder of transformers that ``docs/convert.md`` lists. Layers that are already
-            converted keep their weights and, where ``gate`` is None, their gate.
+            encoder or decoder of transformers that ``docs/convert.md`` lists. Layers that are
+            already converted keep their weights and, where ``gate`` is None, their gate.
         gate: a prototype, of which every layer gets its own copy
             (``convert(model, hw.BudgetGate(target=0.5))``); or a function of the layer's name and
             the layer, which returns the layer's gate or None; or None: no gates.
         strict: refuse a model of which only a part can be converted. With False, that part is
             converted.
+        keep_selection: for the layers of decoders
+            (:class:`headwise.GroupedQueryAttention`): True: generation chooses once, by the prompt,
+            and keeps that choice; False: at every step; None: as the layers say (at first False).
 
     Returns:
         ``model``, or its successor if it is itself a ``torch.nn.MultiheadAttention``.
@@ -41,7 +49,8 @@ def convert(
     Raises:
         TypeError: ``model`` is not a module, or ``gate`` is neither a gate nor a function.
         ValueError: there is no attention in ``model`` that can be converted, or (``strict``) some
-            that cannot; the text lists each and why. ``model`` is then unchanged.
+            that cannot; the text lists each and why. ``model`` is then unchanged. Or
+            ``keep_selection`` is given and ``model`` is no decoder.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -74,21 +83,26 @@ def convert(
 
     if gate is not None:
         _set_gates(model, gate)
+    if keep_selection is not None:
+        layers = [
+            layer
+            for layer in attention_layers(model).values()
+            if isinstance(layer, GroupedQueryAttention)
+        ]
+        if not layers:
+            raise ValueError(
+                f"keep_selection is for decoders, and model ({type(model).__name__}) has no "
+                f"headwise.GroupedQueryAttention"
+            )
+        for layer in layers:
+            layer.keep_selection = keep_selection
     return model
 
 
 def _set_gates(model: nn.Module, gate: Gate | GateFactory) -> None:
     for name, layer in attention_layers(model).items():
         if isinstance(gate, Gate):
-            parameter = layer.out_proj.weight
-            layer.set_gate(
-                gate.bind(
-                    layer.embed_dim,
-                    layer.num_heads,
-                    device=parameter.device,
-                    dtype=parameter.dtype,
-                )
-            )
+            layer.set_gate(layer.bound(gate))
         else:
             layer.set_gate(gate(name, layer))
         if layer.gate is not None:

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from headwise.attention_layer import AttentionLayer
 from headwise.convert.registry import (
     Architecture,
     class_path,
     find_architecture,
     supported_classes,
 )
-from headwise.multihead_attention import MultiheadAttention
 
 # Names that projections to queries, keys and values go by, apart or fused.
 _PROJECTIONS = frozenset(
@@ -45,7 +45,7 @@ class Found:
     """The attention of a model; every module once, however often it stands there."""
 
     supported: list[Candidate] = field(default_factory=list)
-    converted: list[MultiheadAttention] = field(default_factory=list)
+    converted: list[AttentionLayer] = field(default_factory=list)
     refused: list[Refused] = field(default_factory=list)
 
 
@@ -80,7 +80,7 @@ def find_attention(model: nn.Module) -> Found:
         if id(module) in seen:
             return
         seen.add(id(module))
-        if isinstance(module, MultiheadAttention):
+        if isinstance(module, AttentionLayer):
             found.converted.append(module)
             return
         architecture = find_architecture(module)

@@ -12,9 +12,9 @@ import importlib
 
 from torch import nn
 
-from headwise.multihead_attention import MultiheadAttention
+from headwise.attention_layer import AttentionLayer
 
-_BERT, _VIT = "headwise.convert.bert", "headwise.convert.vit"
+_BERT, _LLAMA, _VIT = (f"headwise.convert.{name}" for name in ("bert", "llama", "vit"))
 _MODELS = "transformers.models."
 
 # Class of the module that holds the attention -> file whose ARCHITECTURE converts it.
@@ -43,12 +43,31 @@ _FILES = {
     f"{_MODELS}vit_mae.modeling_vit_mae.ViTMAEAttention": _VIT,
     f"{_MODELS}vit_msn.modeling_vit_msn.ViTMSNAttention": _VIT,
     f"{_MODELS}xlm_roberta.modeling_xlm_roberta.XLMRobertaAttention": _BERT,
+    f"{_MODELS}arcee.modeling_arcee.ArceeAttention": _LLAMA,
+    f"{_MODELS}dots1.modeling_dots1.Dots1Attention": _LLAMA,
+    f"{_MODELS}eurobert.modeling_eurobert.EuroBertAttention": _LLAMA,
+    f"{_MODELS}gemma.modeling_gemma.GemmaAttention": _LLAMA,
+    f"{_MODELS}granite.modeling_granite.GraniteAttention": _LLAMA,
+    f"{_MODELS}granitemoe.modeling_granitemoe.GraniteMoeAttention": _LLAMA,
+    f"{_MODELS}granitemoeshared.modeling_granitemoeshared.GraniteMoeSharedAttention": _LLAMA,
+    f"{_MODELS}hyperclovax.modeling_hyperclovax.HyperCLOVAXAttention": _LLAMA,
+    f"{_MODELS}jais2.modeling_jais2.Jais2Attention": _LLAMA,
+    f"{_MODELS}llama.modeling_llama.LlamaAttention": _LLAMA,
+    f"{_MODELS}mistral.modeling_mistral.MistralAttention": _LLAMA,
+    f"{_MODELS}mixtral.modeling_mixtral.MixtralAttention": _LLAMA,
+    f"{_MODELS}phimoe.modeling_phimoe.PhimoeAttention": _LLAMA,
+    f"{_MODELS}qwen2.modeling_qwen2.Qwen2Attention": _LLAMA,
+    f"{_MODELS}qwen2_moe.modeling_qwen2_moe.Qwen2MoeAttention": _LLAMA,
+    f"{_MODELS}qwen3.modeling_qwen3.Qwen3Attention": _LLAMA,
+    f"{_MODELS}qwen3_moe.modeling_qwen3_moe.Qwen3MoeAttention": _LLAMA,
+    f"{_MODELS}solar_open.modeling_solar_open.SolarOpenAttention": _LLAMA,
+    f"{_MODELS}gpt2.modeling_gpt2.GPT2Attention": "headwise.convert.gpt2",
 }
 _REGISTERED: dict[str, Architecture] = {}
 
 
 class Architecture(abc.ABC):
-    """How one class of attention module becomes a :class:`headwise.MultiheadAttention`."""
+    """How one class of attention module becomes a layer whose heads can be chosen."""
 
     #: What the support matrix calls it.
     name: str
@@ -63,7 +82,7 @@ class Architecture(abc.ABC):
         """Why this ``module`` cannot be converted (completes 'refused: ...'); None if it can."""
 
     @abc.abstractmethod
-    def convert(self, module: nn.Module) -> tuple[nn.Module, MultiheadAttention]:
+    def convert(self, module: nn.Module) -> tuple[nn.Module, AttentionLayer]:
         """``module``'s successor, and the ungated layer in it. Parameters are kept, not copied,
         where their layout allows. The successor may be ``module`` itself, changed in place."""
 

@@ -37,7 +37,7 @@ def _padding_mask(
     return None if attention_mask is None else attention_mask[:, -kv_length:]
 
 
-def _unconverted_attention(
+def unconverted_attention(
     module: nn.Module,
     query: Tensor,  # [B, H, L, d]
     key: Tensor,  # [B, H, S, d]
@@ -56,7 +56,7 @@ def _unconverted_attention(
     return output.transpose(1, 2), None
 
 
-AttentionInterface.register(IMPLEMENTATION, _unconverted_attention)
+AttentionInterface.register(IMPLEMENTATION, unconverted_attention)
 AttentionMaskInterface.register(IMPLEMENTATION, _padding_mask)
 
 
@@ -122,7 +122,9 @@ def split_masks(
     return padding, mask.expand(batch, heads, length, -1).reshape(batch * heads, length, -1)
 
 
-def name_implementation(model: nn.Module, configs: list) -> None:
+def name_implementation(
+    model: nn.Module, configs: list, implementation: str = IMPLEMENTATION
+) -> None:
     """Makes ``model`` hand its converted layers, which have these configurations, their masks."""
     # The configuration decides what mask the layers get. It may be shared with another model that
     # was not converted, so the converted one gets its own.
@@ -130,7 +132,7 @@ def name_implementation(model: nn.Module, configs: list) -> None:
     for config in configs:
         if id(config) not in copies:
             copies[id(config)] = copy.deepcopy(config)
-            copies[id(config)]._attn_implementation = IMPLEMENTATION
+            copies[id(config)]._attn_implementation = implementation
     for module in model.modules():
         config = module.__dict__.get("config")
         if id(config) in copies:

@@ -4,6 +4,7 @@ from headwise.gates.base import Gate, anneal, gate_from_config, penalty
 from headwise.gates.budget import BudgetGate
 from headwise.gates.calibrate import calibrate_threshold
 from headwise.gates.fixed import FixedGate
+from headwise.gates.group import GroupGate
 from headwise.gates.gumbel_sigmoid import GumbelSigmoidGate
 from headwise.gates.hard_concrete import HardConcreteGate
 from headwise.gates.random import RandomGate
@@ -19,6 +20,7 @@ __all__ = [
     "BudgetGate",
     "FixedGate",
     "Gate",
+    "GroupGate",
     "GumbelSigmoidGate",
     "HardConcreteGate",
     "HeadMove",

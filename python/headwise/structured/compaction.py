@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from headwise import _C
+from headwise.attention_layer import AttentionLayer
 from headwise.convert.registry import class_path
 from headwise.convert.torch_attention import carry_hooks
+from headwise.grouped_query_attention import GroupedQueryAttention
 from headwise.layers import replace_module
 from headwise.multihead_attention import MultiheadAttention
 from headwise.plan import LayerPlan
@@ -151,14 +153,30 @@ def _all_heads(name: str, num_heads: int) -> LayerPlan:
 
 
 def _compact_attention(
-    model: nn.Module, layer: MultiheadAttention, entry: LayerPlan, scale: float
+    model: nn.Module, layer: AttentionLayer, entry: LayerPlan, scale: float
 ) -> nn.Module:
     layer.set_gate(None)
+    if isinstance(layer, GroupedQueryAttention):
+        return replace_module(model, layer, _compact_grouped(layer, entry, scale))
     kept = _C.prune_attention(dict(layer.named_parameters()), entry, scale)
     removed = scale == 0.0
     new = resized_attention(layer, 0 if removed else len(entry.heads), layer.embed_dim, removed)
     set_parameters(new, kept, layer)
     return replace_module(model, layer, new)
+
+
+def _compact_grouped(
+    layer: GroupedQueryAttention, entry: LayerPlan, scale: float
+) -> GroupedQueryAttention:
+    """As :func:`_compact_attention`, for heads that share keys and values."""
+    new = layer.pruned(entry if scale != 0.0 else LayerPlan(entry.name, entry.num_heads, []))
+    carry_hooks(layer, new)
+    if scale == 0.0:
+        new.o_proj.bias = None
+    with torch.no_grad():
+        for parameter in new.o_proj.parameters():
+            parameter.mul_(scale)
+    return new
 
 
 def _compact_ffn(model: nn.Module, ffn: FeedForward, entry: FfnPlan, scale: float) -> None:

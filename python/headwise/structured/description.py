@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from headwise import _C
+from headwise.attention_layer import AttentionLayer
 from headwise.convert.registry import class_path, family
 from headwise.layers import attention_layers
-from headwise.multihead_attention import MultiheadAttention
 from headwise.structured.narrow import NARROW
 
 __all__ = ["FeedForward", "Structure", "TransformerLayer", "structure"]
@@ -84,7 +84,7 @@ class Structure:
         no_stream: else why hidden dimensions cannot be pruned.
     """
 
-    attention: dict[str, MultiheadAttention]
+    attention: dict[str, AttentionLayer]
     ffn: dict[str, FeedForward]
     layers: tuple[TransformerLayer, ...] = ()
     stream: Stream | None = None
@@ -110,6 +110,7 @@ class Structure:
         """Multiply-accumulates of all heads and neurons for one sequence of ``tokens``."""
         heads = sum(
             layer.num_heads * _C.head_macs(tokens, layer.embed_dim, layer.head_dim)
+            - 2 * _shared(layer) * tokens  # keys and values that query heads share
             for layer in self.attention.values()
         )
         neurons = sum(
@@ -122,7 +123,7 @@ class Structure:
     def size(self) -> int:
         """Weights of all heads and neurons, without biases: what CoFi calls the model's size."""
         heads = sum(
-            4 * layer.num_heads * layer.head_dim * layer.embed_dim
+            4 * layer.num_heads * layer.head_dim * layer.embed_dim - 2 * _shared(layer)
             for layer in self.attention.values()
         )
         return heads + sum(2 * f.num_neurons * f.first.in_features for f in self.ffn.values())
@@ -134,6 +135,11 @@ class Structure:
             f"{len(self.ffn)} feed-forward networks ({sum(self.neurons.values())} neurons), "
             f"hidden dimensions: {hidden}"
         )
+
+
+def _shared(layer: AttentionLayer) -> int:
+    """Weights that a key projection is smaller by than one a query head would be."""
+    return (layer.num_heads - len(set(layer.head_groups))) * layer.head_dim * layer.embed_dim
 
 
 def join(*parts: str) -> str:
@@ -231,7 +237,7 @@ def structure(model: nn.Module) -> Structure:
 
 
 def _stream(
-    model: nn.Module, attention: dict[str, MultiheadAttention], layers: list[TransformerLayer]
+    model: nn.Module, attention: dict[str, AttentionLayer], layers: list[TransformerLayer]
 ) -> tuple[Stream | None, str]:
     """The model's residual stream, or why its dimensions cannot be pruned."""
     if any(isinstance(module, NARROW) for module in model.modules()):

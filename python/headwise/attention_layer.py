@@ -1,0 +1,129 @@
+"""What the rest of headwise asks of a layer whose heads can be chosen."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor, nn
+
+from headwise.gates.base import Gate
+from headwise.gates.group import GroupGate
+
+if TYPE_CHECKING:
+    from headwise._C import LayerPlan
+
+
+class AttentionProbe(NamedTuple):
+    """What a recorder set as ``AttentionLayer._probe`` is handed in each forward.
+
+    ``context`` is part of the graph that gives the output, before the gate's weight. A layer with
+    fewer key/value heads than query heads repeats them, and one whose scores have a scale of their
+    own hands queries multiplied so that ``q k^T / sqrt(d)`` are the scores.
+    """
+
+    q: Tensor  # [B, H, L, d]
+    k: Tensor  # [B, H, S', d]
+    v: Tensor  # [B, H, S', d]
+    context: Tensor  # [B, H, L, d]
+    weight: Tensor | None  # [B, H]
+    key_padding_mask: Tensor | None  # [B, S]
+    attn_mask: Tensor | None  # [L, S] or broadcastable to [B, H, L, S]
+    is_causal: bool
+    query_padding_mask: Tensor | None  # [B, L]; None where nothing says which queries are padding
+
+
+class AttentionLayer(abc.ABC):
+    """Mixed into the modules that :func:`headwise.attention_layers` finds.
+
+    Such a module calls ``_init_choosing`` at the end of its ``__init__``, asks its ``gate`` in each
+    forward, tells every one of ``_observers`` what was chosen (``observer(layer, selection, x,
+    padding)``), and hands ``_probe``, where there is one, what every head computed.
+
+    Attributes:
+        embed_dim: width of the layer's input, D.
+        num_heads: query heads, H: what scores, plans and gates are about.
+        head_dim: width of a head, d.
+        gate: None: every head runs for every input.
+    """
+
+    #: What :meth:`describe` returns: the type, or types, of each value.
+    DESCRIBED: Mapping[str, type | tuple[type, ...]]
+
+    embed_dim: int
+    num_heads: int
+    head_dim: int
+    gate: Gate | None
+    _observers: list[Any]
+    _probe: Any
+
+    def _init_choosing(self, gate: Gate | None) -> None:
+        self._observers = []
+        self._probe = None
+        self.set_gate(gate)
+
+    @property
+    @abc.abstractmethod
+    def output_projection(self) -> nn.Module:
+        """What heads' outputs ``[.., H d]`` go through; its weight tells device and dtype."""
+
+    @property
+    def head_groups(self) -> list[int]:
+        """For each head the number of its group, ascending: heads of one group share keys and
+        values. By default each is alone."""
+        return list(range(self.num_heads))
+
+    @abc.abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """The sizes and options that ``headwise.json`` keeps of the layer, its gate apart."""
+
+    @abc.abstractmethod
+    def fitted(self, described: Mapping[str, Any], name: str = "") -> AttentionLayer:
+        """A layer without a gate of the sizes that another layer's :meth:`describe` gave; the layer
+        itself where it has them. ``name`` is for the error.
+
+        Raises:
+            ValueError: what cannot differ between a model and its pruned form does.
+        """
+
+    def _check_same(self, described: Mapping[str, Any], keys: Sequence[str], name: str) -> None:
+        own = self.describe()
+        for key in keys:
+            if own[key] != described[key]:
+                raise ValueError(
+                    f"{key} of layer '{name}' is {own[key]} in model and {described[key]} in the "
+                    f"file"
+                )
+
+    @abc.abstractmethod
+    def pruned(self, entry: LayerPlan) -> AttentionLayer:
+        """An ungated layer with only the heads that ``entry`` keeps, scaled as it says."""
+
+    def bound(self, gate: Gate) -> Gate:
+        """A new gate of the configuration of ``gate``, for a layer of these sizes."""
+        parameter = self.output_projection.weight
+        like = {"device": parameter.device, "dtype": parameter.dtype}
+        if isinstance(gate, GroupGate):
+            return gate.bind_groups(self.embed_dim, self.head_groups, **like)
+        return gate.bind(self.embed_dim, self.num_heads, **like)
+
+    def set_gate(self, gate: Gate | None) -> None:
+        """Puts ``gate`` in the layer (bound to its sizes where it is not yet), or takes it out."""
+        if gate is not None and not isinstance(gate, Gate):
+            raise TypeError(f"gate must be a headwise.Gate or None, got {type(gate).__name__}")
+        if gate is not None and gate.num_heads is None:
+            gate = self.bound(gate)
+        if gate is not None and (gate.embed_dim, gate.num_heads) != (
+            self.embed_dim,
+            self.num_heads,
+        ):
+            raise ValueError(
+                f"gate must be bound to embed_dim={self.embed_dim} and num_heads={self.num_heads}, "
+                f"got embed_dim={gate.embed_dim} and num_heads={gate.num_heads}"
+            )
+        self.gate = gate
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Recorders belong to whoever set them, not to a copy or a file.
+        return {**self.__dict__, "_observers": [], "_probe": None}
