@@ -161,6 +161,10 @@ def _leaf_parameters(model: nn.Module) -> Iterator[list[Parameter]]:
             parameter.requires_grad_(requires_grad)
 
 
+def _whole_activation(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    return _ops.held_slope(args[0], output)
+
+
 def _all_but(kept: set[int], arguments: tuple) -> tuple:
     return tuple(
         value.detach() if isinstance(value, Tensor) and place not in kept else value
@@ -202,11 +206,17 @@ class _Rules(TorchFunctionMode):
 
             return tuple(map(once, args)), {key: once(value) for key, value in kwargs.items()}
 
-        handle = model.register_forward_pre_hook(replaced, with_kwargs=True)
+        handles = [model.register_forward_pre_hook(replaced, with_kwargs=True)]
+        handles += [
+            module.register_forward_hook(_whole_activation)
+            for module in model.modules()
+            if type(module).__name__ in _ACTIVATIONS
+        ]
         try:
             yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -265,6 +275,11 @@ def _layer_norm(
     return _ops.held_layer_norm(flat, weight, bias, eps).view_as(input)
 
 
+#: Modules of transformers that write an elementwise function with f(0) = 0 as several operations:
+#: the rule is for the whole.
+_ACTIVATIONS = {
+    "NewGELUActivation", "FastGELUActivation", "QuickGELUActivation", "AccurateGELUActivation",
+}  # fmt: skip
 #: Their results are constants.
 _HELD = {
     F.softmax, torch.softmax, Tensor.softmax, torch.sigmoid, Tensor.sigmoid, F.sigmoid,

@@ -208,6 +208,28 @@ def test_score_takes_other_encoders_long_texts_and_one_label(tmp_path, tiny_mode
     )
 
 
+def test_prune_says_that_nothing_could_be_tuned(tmp_path, tiny_model, capsys):
+    from transformers import AlbertConfig, AlbertForSequenceClassification
+
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    config = AlbertConfig(
+        vocab_size=30,
+        embedding_size=8,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=32,
+    )
+    AlbertForSequenceClassification(config).save_pretrained(model)
+    texts = tmp_path / "texts.csv"
+    texts.write_text("text,label\n" + "good film,1\nvery bad,0\n" * 20)
+    arguments = ["--model", model, "--data", texts, "--method", "kwon", "--keep", "0.5"]
+    arguments += ["--out", tmp_path / "small", "--json", tmp_path / "report.json"]
+    assert main(["prune", *map(str, arguments)]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())["report"]
+    assert report["tuning_loss"] is None and "no transformer layers" in report["tuning_skipped"]
+
+
 def test_a_checkpoint_of_a_converted_model_is_refused(tmp_path, tiny_model, tiny_texts, capsys):
     """transformers would make up what it does not find in it."""
     from transformers import BertForSequenceClassification

@@ -134,8 +134,9 @@ def test_relevance_is_conserved(norm_first, activation):
         assert values.abs().sum() <= 1 + 1e-12
 
 
-def test_relevance_is_conserved_in_bert():
-    model = bert("BertForSequenceClassification", num_labels=3).double()
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "quick_gelu"])
+def test_relevance_is_conserved_in_bert(activation):
+    model = bert("BertForSequenceClassification", num_labels=3, hidden_act=activation).double()
     ids = torch.randint(1, 50, (3, 7))
     mask = (torch.arange(7) < torch.tensor([[7], [4], [5]])).long()
 

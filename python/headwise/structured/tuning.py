@@ -33,13 +33,14 @@ class Tuned:
         blocks: of each block that was looked at its name, the ridge that was chosen (None: no
             scales were better than 1), and what share of the untuned error on held-out batches is
             left.
-        loss: mean loss on the held-out batches, untuned and as the scales are now.
+        loss: mean loss on the held-out batches, untuned and as the scales are now; None: nothing
+            could be tuned.
         step: how far scales went from 1 to the solutions; 0: no step lowered that loss for sure.
         skipped: why nothing could be tuned, or "".
     """
 
     blocks: list[dict[str, Any]] = field(default_factory=list)
-    loss: tuple[float, float] = (math.nan, math.nan)
+    loss: tuple[float, float] | None = None
     step: float = 0.0
     skipped: str = ""
 
