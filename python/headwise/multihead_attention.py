@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["AttentionProbe", "MultiheadAttention"]
 
 _ops = torch.ops.headwise
+# Torch's own, also where somebody puts this module in its place in torch.nn.
+_TorchMultiheadAttention = nn.MultiheadAttention
 
 
 class MultiheadAttention(AttentionLayer, nn.MultiheadAttention):
@@ -231,7 +233,7 @@ class MultiheadAttention(AttentionLayer, nn.MultiheadAttention):
                 "torch.jit.script cannot compile a layer with a gate or a pruned layer: use "
                 "torch.jit.trace, torch.export or torch.compile"
             )
-        plain = nn.MultiheadAttention(
+        plain = _TorchMultiheadAttention(
             self.embed_dim,
             self.num_heads,
             dropout=self.dropout,
