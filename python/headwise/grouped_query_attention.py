@@ -41,8 +41,9 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
 
     .. math:: y = W_O\,[w_1 A_1(x), \dots, w_H A_H(x)] + b_O
 
-    where :math:`w_h` is 0 for a head that was not chosen: in evaluation its attention is not
-    computed; the projections are. :class:`headwise.GroupGate` chooses whole groups.
+    where :math:`w_h` is 0 for a head that was not chosen: in evaluation its query projection, its
+    attention and its share of the output projection are not computed. Keys and values that a later
+    step may need always are. :class:`headwise.GroupGate` chooses whole groups.
 
     The gate sees what this call brings: the prompt, then each step's token. **In training on whole
     sequences it therefore sees, through its pooling, tokens that a causal model must not know
@@ -64,7 +65,8 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
         key_value_heads: the key/value head of each query head, ascending, where groups are of
             different sizes (a pruned layer); default: groups of ``H / Hkv``.
         keep_selection: with a cache, choose once, when it is empty (the prompt), and keep that
-            choice for all later steps.
+            choice for all later steps. Keys and values that no chosen head reads are then neither
+            computed nor, where ``cache`` is made for it, stored.
         gate: a gate; an unbound one is bound to this layer's sizes.
         device: of the parameters.
         dtype: of the parameters.
@@ -297,10 +299,11 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
         )
         chosen = None if every else selection
 
+        q = self._project(self.q_proj, x, self.num_heads, self.q_norm, chosen)  # [B, H, L, d]
+        groups = self._groups(chosen, cache)
         shared = self.num_key_value_heads
-        q = self._project(self.q_proj, x, self.num_heads, self.q_norm)  # [B, H, L, d]
-        k = self._project(self.k_proj, x, shared, self.k_norm)  # [B, Hkv, L, d]
-        v = self._project(self.v_proj, x, shared, None)  # [B, Hkv, L, d]
+        k = self._project(self.k_proj, x, shared, self.k_norm, groups)  # [B, Hkv, L, d]
+        v = self._project(self.v_proj, x, shared, None, groups)  # [B, Hkv, L, d]
         if position_embeddings is not None:
             q, k = rotate(q, *position_embeddings), rotate(k, *position_embeddings)
         if cache is not None:
@@ -317,7 +320,7 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
             output = self._merge(context, weight)
         else:
             context = self._attend_chosen(q, k, v, chosen, masks)
-            output = self._merge(context, chosen.weight)
+            output = self._merge_chosen(context, chosen)
         weights = self._weights(q, k, selection, masks) if need_weights else None
         return output, weights
 
@@ -339,11 +342,34 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
                 observer(self, selection, x, padding)
         return selection
 
+    def _groups(self, chosen: Selection | None, cache: LayerCache | None) -> Selection | None:
+        """The key/value heads that anyone reads, now or later; None: all."""
+        if chosen is None or self.key_value_heads is not None:
+            return None
+        if cache is not None and not self.keep_selection:
+            return None  # a later step may choose others
+        if self.num_heads == self.num_key_value_heads:
+            return chosen
+        index, count = _ops.select_groups(
+            chosen.index, chosen.count, self.num_heads, self.num_key_value_heads
+        )
+        return chosen._replace(index=index, count=count)
+
     def _project(
-        self, linear: nn.Module, x: Tensor, num_heads: int, norm: nn.Module | None
+        self,
+        linear: nn.Module,
+        x: Tensor,
+        num_heads: int,
+        norm: nn.Module | None,
+        chosen: Selection | None,
     ) -> Tensor:
-        """[B, L, D] -> [B, heads, L, d]"""
-        heads = linear(x).view(*x.shape[:2], num_heads, self.head_dim).transpose(1, 2)
+        """[B, L, D] -> [B, heads, L, d]; zeros for heads that were not chosen."""
+        if chosen is not None and is_own(linear):
+            heads = _ops.selected_projection(
+                x, linear.weight, linear.bias, num_heads, chosen.index, chosen.count
+            )
+        else:
+            heads = linear(x).view(*x.shape[:2], num_heads, self.head_dim).transpose(1, 2)
         return heads if norm is None else norm(heads)
 
     def _cached(self, cache: LayerCache, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -409,6 +435,18 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
         if weight is not None:
             context = context * weight.to(context.dtype)[:, :, None, None]
         return self.o_proj(context.transpose(1, 2).flatten(2))
+
+    def _merge_chosen(self, context: Tensor, chosen: Selection) -> Tensor:
+        if not is_own(self.o_proj):
+            return self._merge(context, chosen.weight)
+        return _ops.selected_output_projection(
+            context,
+            self.o_proj.weight,
+            self.o_proj.bias,
+            chosen.index,
+            chosen.count,
+            chosen.weight,
+        )
 
     def _show(
         self,

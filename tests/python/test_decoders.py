@@ -499,6 +499,17 @@ def test_keeping_the_selection_of_the_prompt(gate, options):
         assert torch.equal(alone[0], tokens[row])
 
 
+def test_kept_keys_of_groups_that_were_not_chosen_are_not_computed():
+    model = hw.convert(build(), hw.GroupGate(hw.FixedGate([1])), keep_selection=True)
+    output = model(**prompts(), use_cache=True)
+    for layer in output.past_key_values.layers:
+        assert layer.keys[:, 1].abs().sum() > 0 and layer.keys[:, 0].abs().sum() == 0
+    every = hw.convert(build(), hw.GroupGate(hw.FixedGate([1])))
+    close(every(**prompts()).logits, output.logits)
+    cache = every(**prompts(), use_cache=True).past_key_values
+    assert all(layer.keys[:, 0].abs().sum() > 0 for layer in cache.layers)
+
+
 def test_a_group_gate_chooses_whole_groups():
     torch.manual_seed(3)
     model = hw.convert(build(), hw.GroupGate(hw.BudgetGate(target=0.5))).train()
