@@ -108,6 +108,16 @@ def linear(features: int, outputs: int, bias: bool, factory: dict[str, Any]) -> 
     return made
 
 
+def set_parameter(module: nn.Module, name: str, value: Tensor, like: Tensor) -> None:
+    setattr(module, name, nn.Parameter(value, requires_grad=like.requires_grad))
+
+
+def epsilon_of(norm: nn.Module | None) -> float | None:
+    if norm is None:
+        return None
+    return norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
+
+
 def even_groups(num_heads: int, groups: int) -> list[int]:
     return [head * groups // num_heads for head in range(num_heads)]
 

@@ -13,16 +13,19 @@ from torch.nn import functional as F
 from headwise import _C
 from headwise._C import LayerPlan
 from headwise.attention_layer import AttentionLayer, AttentionProbe
+from headwise.cache_slots import slots_of, spread, take
 from headwise.decoder_inputs import (
     Masks,
     align,
     check_group_sizes,
     check_inputs,
+    epsilon_of,
     even_groups,
     hide,
     is_own,
     linear,
     rotate,
+    set_parameter,
 )
 from headwise.gates.base import Gate
 from headwise.key_value_cache import LayerCache
@@ -65,8 +68,9 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
         key_value_heads: the key/value head of each query head, ascending, where groups are of
             different sizes (a pruned layer); default: groups of ``H / Hkv``.
         keep_selection: with a cache, choose once, when it is empty (the prompt), and keep that
-            choice for all later steps. Keys and values that no chosen head reads are then neither
-            computed nor, where ``cache`` is made for it, stored.
+            choice for all later steps. Keys and values that no chosen head reads are then not
+            computed, and the cache holds no more key/value heads than the sequence of the batch
+            that reads most.
         gate: a gate; an unbound one is bound to this layer's sizes.
         device: of the parameters.
         dtype: of the parameters.
@@ -179,7 +183,7 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
             "bias": self.q_proj.bias is not None,
             "output_bias": self.o_proj.bias is not None,
             "scale": self.scale,
-            "qk_norm_eps": _epsilon(self.q_norm),
+            "qk_norm_eps": epsilon_of(self.q_norm),
             "sliding_window": self.sliding_window,
             "key_value_heads": self.key_value_heads,
             "keep_selection": self.keep_selection,
@@ -214,12 +218,16 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
             for kind, old in getattr(self, name).named_parameters():
                 rows = old if old.dim() == 2 else old[:, None]
                 left = _C.prune_projections({"q_proj_weight": rows}, own)["q_proj_weight"]
-                _set(getattr(smaller, name), kind, left.reshape(left.size(0), *old.shape[1:]), old)
+                set_parameter(
+                    getattr(smaller, name), kind, left.reshape(left.size(0), *old.shape[1:]), old
+                )
         weight = self.o_proj.weight
         columns = _C.prune_projections({"out_proj.weight": weight}, entry)["out_proj.weight"]
-        _set(smaller.o_proj, "weight", columns, weight)
+        set_parameter(smaller.o_proj, "weight", columns, weight)
         if self.o_proj.bias is not None:
-            _set(smaller.o_proj, "bias", self.o_proj.bias.detach().clone(), self.o_proj.bias)
+            set_parameter(
+                smaller.o_proj, "bias", self.o_proj.bias.detach().clone(), self.o_proj.bias
+            )
         return smaller.train(self.training)
 
     def set_gate(self, gate: Gate | None) -> None:
@@ -306,8 +314,13 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
         v = self._project(self.v_proj, x, shared, None, groups)  # [B, Hkv, L, d]
         if position_embeddings is not None:
             q, k = rotate(q, *position_embeddings), rotate(k, *position_embeddings)
+        slots = cache.slots if self.keep_selection and cache is not None else None
+        if slots is not None:
+            k, v = take(k, slots), take(v, slots)  # [B, K, L, d]
         if cache is not None:
-            k, v = self._cached(cache, k, v)  # [B, Hkv, S, d]
+            k, v = self._cached(cache, k, v)  # [B, Hkv or K, S, d]
+        if slots is not None and (chosen is None or need_weights):
+            k, v, slots = spread(k, slots, shared), spread(v, slots, shared), None
         masks = align(
             key_padding_mask, attn_mask, is_causal, length, k.size(2), self.sliding_window, x.device
         )
@@ -319,7 +332,7 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
                 self._show(q, k, v, context, weight, masks, padding)
             output = self._merge(context, weight)
         else:
-            context = self._attend_chosen(q, k, v, chosen, masks)
+            context = self._attend_chosen(q, k, v, chosen, masks, slots)
             output = self._merge_chosen(context, chosen)
         weights = self._weights(q, k, selection, masks) if need_weights else None
         return output, weights
@@ -337,6 +350,7 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
             selection = self.gate(x, padding)
             if keeps:
                 cache.selection = selection
+                cache.slots = self._slots(selection)
         if self._observers:
             for observer in tuple(self._observers):
                 observer(self, selection, x, padding)
@@ -354,6 +368,13 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
             chosen.index, chosen.count, self.num_heads, self.num_key_value_heads
         )
         return chosen._replace(index=index, count=count)
+
+    def _slots(self, selection: Selection) -> Tensor | None:
+        """The key/value heads that a cache need hold for this selection, [B, K]; None: all."""
+        if self.training or self.key_value_heads is not None or torch.compiler.is_compiling():
+            return None
+        groups = self._groups(selection, None)
+        return slots_of(groups.index, groups.count)
 
     def _project(
         self,
@@ -416,17 +437,40 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
         return _ops.dense_attention(q, k, v, *masks, self._dropout(), self.scale)
 
     def _attend_chosen(
-        self, q: Tensor, k: Tensor, v: Tensor, chosen: Selection, masks: Masks
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        chosen: Selection,
+        masks: Masks,
+        slots: Tensor | None,
     ) -> Tensor:
-        """[B, H, L, d], zeros for heads that were not chosen."""
+        """[B, H, L, d], zeros for heads that were not chosen; with ``slots`` of k and v [B, K, S,
+        d]."""
+        index, count = chosen.index, chosen.count
+        each = self.num_heads // max(self.num_key_value_heads, 1)
         if self.key_value_heads is not None:
             k, v = self._for_each_head(k), self._for_each_head(v)
+        elif slots is not None:
+            # The same attention, among the heads that read a slot.
+            ran = _ops.selection_mask(index, count, q.dtype).unflatten(1, (-1, each))
+            ran = take(ran, slots) * (slots >= 0)[:, :, None]  # [B, K, H / Hkv]
+            index, count = _ops.select_nonzero(ran.flatten(1))
+            q = take(q.unflatten(1, (-1, each)), slots).flatten(1, 2)  # [B, K H / Hkv, L, d]
+            if not masks.same_for_all_heads:
+                own = masks.attn_mask.expand(q.size(0), self.num_heads, -1, -1)
+                own = take(own.unflatten(1, (-1, each)), slots).flatten(1, 2)
+                masks = masks._replace(attn_mask=own)
         dropout, seed = self._dropout(), None
         if dropout > 0.0:
             seed = torch.randint(2**63 - 1, (1,), device=q.device)
-        return _ops.selected_attention(
-            q, k, v, chosen.index, chosen.count, None, *masks, dropout, seed, self.scale
+        context = _ops.selected_attention(
+            q, k, v, index, count, None, *masks, dropout, seed, self.scale
         )
+        if slots is None:
+            return context
+        groups = context.unflatten(1, (-1, each))  # [B, K, H / Hkv, L, d]
+        return spread(groups, slots, self.num_key_value_heads).flatten(1, 2)
 
     def _merge(self, context: Tensor, weight: Tensor | None) -> Tensor:
         """[B, H, L, d] -> [B, L, D]"""
@@ -471,13 +515,3 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
             return weights
         ran = _ops.selection_mask(selection.index, selection.count, weights.dtype)  # [B, H]
         return weights * ran[:, :, None, None]
-
-
-def _set(module: nn.Module, name: str, value: Tensor, like: Tensor) -> None:
-    setattr(module, name, nn.Parameter(value, requires_grad=like.requires_grad))
-
-
-def _epsilon(norm: nn.Module | None) -> float | None:
-    if norm is None:
-        return None
-    return norm.eps if hasattr(norm, "eps") else norm.variance_epsilon

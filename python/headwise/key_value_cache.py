@@ -16,9 +16,12 @@ class LayerCache(Protocol):
     Attributes:
         selection: what the layer keeps of the prompt's selection (``keep_selection``); None while
             the sequence has none.
+        slots: int64 ``[B, K]``: the key/value heads that the layer keeps here for each sequence,
+            where they are not all; it writes and reads this, and hands K instead of Hkv heads.
     """
 
     selection: Selection | None
+    slots: Tensor | None
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Takes the new keys and values ``[B, Hkv, L, d]``; returns all there are,
@@ -39,12 +42,14 @@ class KeyValueCache:
         k: ``[B, Hkv, S, d]``, rotated; None before the first call.
         v: ``[B, Hkv, S, d]``.
         selection: see :class:`LayerCache`.
+        slots: see :class:`LayerCache`.
     """
 
     def __init__(self) -> None:
         self.k: Tensor | None = None
         self.v: Tensor | None = None
         self.selection: Selection | None = None
+        self.slots: Tensor | None = None
 
     def __len__(self) -> int:
         return 0 if self.k is None else self.k.size(2)

@@ -499,15 +499,46 @@ def test_keeping_the_selection_of_the_prompt(gate, options):
         assert torch.equal(alone[0], tokens[row])
 
 
-def test_kept_keys_of_groups_that_were_not_chosen_are_not_computed():
+def test_kept_keys_of_groups_that_were_not_chosen_are_neither_computed_nor_stored():
     model = hw.convert(build(), hw.GroupGate(hw.FixedGate([1])), keep_selection=True)
-    output = model(**prompts(), use_cache=True)
-    for layer in output.past_key_values.layers:
-        assert layer.keys[:, 1].abs().sum() > 0 and layer.keys[:, 0].abs().sum() == 0
     every = hw.convert(build(), hw.GroupGate(hw.FixedGate([1])))
-    close(every(**prompts()).logits, output.logits)
-    cache = every(**prompts(), use_cache=True).past_key_values
-    assert all(layer.keys[:, 0].abs().sum() > 0 for layer in cache.layers)
+    inputs = prompts()
+    output, expected = model(**inputs, use_cache=True), every(**inputs, use_cache=True)
+    close(output.logits, expected.logits)
+    for own, all_heads in zip(
+        output.past_key_values.layers, expected.past_key_values.layers, strict=True
+    ):
+        assert own.keys.shape == (3, 1, 6, EMBED // HEADS)
+        assert all_heads.keys[:, 0].abs().sum() > 0
+        close(own.values[:, 0], all_heads.values[:, 1])
+    assert torch.equal(generate(model), generate(every))
+    # Without a cache nobody reads them later.
+    layer = next(iter(layers_of(every)))
+    k = layer.k_proj
+    k.weight.data[:6] = float("nan")  # of the group that was not chosen
+    x = torch.randn(2, 5, EMBED)
+    assert layer(x, tables(5, 6))[0].isfinite().all()
+
+
+def test_caches_of_sequences_that_keep_different_groups():
+    """One keeps both groups of two, one the first, one the last: slots that stay empty."""
+    torch.manual_seed(7)
+    layer = hw.GroupedQueryAttention(EMBED, 6, 3, keep_selection=True, gate=hw.FixedGate()).eval()
+    dense = copy.deepcopy(layer)
+    dense.set_gate(None)
+    weight = torch.tensor([[1.0, 0.5, 0, 0, 0, 2.0], [0, 0, 0, 1.0, 0, 0], [0, 0, 0, 0, 1.0, 1.0]])
+    index, count = torch.ops.headwise.select_nonzero(weight)
+    layer.gate.forward = lambda x, mask=None: hw.Selection(index, count, weight)
+    x, rope = torch.randn(3, 6, EMBED), tables(6, 4)
+    expected = reference(dense, x, rope, weight)
+    cache = hw.KeyValueCache()
+    first = layer(x[:, :4], tuple(table[:, :4] for table in rope), cache=cache)[0]
+    assert cache.k.shape == (3, 2, 4, 4) and cache.slots.tolist() == [[0, 2], [1, -1], [2, -1]]
+    rest, weights = layer(
+        x[:, 4:], tuple(table[:, 4:] for table in rope), cache=cache, need_weights=True
+    )
+    close(torch.cat([first, rest], 1), expected)
+    assert weights.shape == (3, 6, 2, 6) and (weights[1, :3] == 0).all()
 
 
 def test_a_group_gate_chooses_whole_groups():

@@ -20,7 +20,9 @@ from headwise.selection import Selection
 #: The attention implementation that converted decoders name in their configuration.
 IMPLEMENTATION = "headwise_causal"
 
-_SELECTIONS = "_headwise_selections"  # attribute of a cache of transformers: layer -> Selection
+_SELECTIONS = (
+    "_headwise_selections"  # attribute of a cache of transformers: what its layers keep there
+)
 
 
 def _causal_mask(
@@ -71,7 +73,7 @@ class LayerCacheOf:
         return k, v
 
     @property
-    def _kept(self) -> dict[int, Selection]:
+    def _kept(self) -> dict[Any, Any]:
         if not hasattr(self._cache, _SELECTIONS):
             setattr(self._cache, _SELECTIONS, {})
         return getattr(self._cache, _SELECTIONS)
@@ -89,6 +91,14 @@ class LayerCacheOf:
     @selection.setter
     def selection(self, selection: Selection) -> None:
         self._kept[self._layer] = selection
+
+    @property
+    def slots(self) -> Tensor | None:
+        return self._kept.get((self._layer, "slots"))
+
+    @slots.setter
+    def slots(self, slots: Tensor | None) -> None:
+        self._kept[self._layer, "slots"] = slots
 
 
 class _Call(NamedTuple):
