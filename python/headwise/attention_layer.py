@@ -58,6 +58,9 @@ class AttentionLayer(abc.ABC):
     _observers: list[Any]
     _probe: Any
 
+    #: How many of the keys the layer adds itself: masks do not cover them.
+    _added_keys: int = 0
+
     def _init_choosing(self, gate: Gate | None) -> None:
         self._observers = []
         self._probe = None
