@@ -203,6 +203,8 @@ HEADWISE_INLINE void thin_tile(const Terms& terms, const A* const* a, const B* b
 #pragma GCC unroll 4
       for (int j = 0; j < kColumns; ++j) {
         load(from + j * ldb + p, y);
+        // Runs are gaps to the processor's own prefetching: the next columns' is asked for here.
+        if (terms.first) __builtin_prefetch(from + (j + kColumns) * ldb + p);
 #pragma GCC unroll 4
         for (int i = 0; i < kRows; ++i) sum[i][j] += x[i] * y;
       }

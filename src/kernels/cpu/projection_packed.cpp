@@ -22,7 +22,7 @@ constexpr int64_t kDepth = 1024;    // terms of a product: what it reads of the 
 constexpr int64_t kTasksPerWorker = 4;  // tasks differ in cost: several a worker even that out
 constexpr int64_t kOutRows = 64;  // a tile of the output: rows and columns whose sums stay in L1
 constexpr int64_t kOutColumns = 64;
-constexpr int64_t kShortRows = 32;  // sequences shorter than this are projected out together
+constexpr int64_t kShortRows = 8;  // sequences shorter than this are projected out together
 constexpr int64_t kTogetherRows = 256;
 
 /// The few rows of a head, those of its `users` in `active`. tile [kThinRows, d].
