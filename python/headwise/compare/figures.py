@@ -37,26 +37,49 @@ _VARIABLES = {
     _ON_PAGE.paper: "var(--paper)",
 }
 
-# Mid tones, legible on white and on near-black; dynamic methods have the two strongest.
+# By what a method's name begins with, the longest that fits: mid tones, legible on white and on
+# near-black, in which neighbours of a figure can be told apart; dynamic methods have the strongest.
 _COLOURS = {
     "random": "#8d959f",
     "michel": "#c98a1b",
+    "michel-exact": "#a35f2a",
     "hies": "#3f9a6d",
     "static": "#8a6fd1",
+    "subset": "#2aa3a3",
+    "sleeping": "#7d9a2e",
+    "kwon": "#6b7fb0",
+    "cofi": "#c77aa8",
+    "dense": "#5b6573",
     "budget": "#2f7de1",
+    "budget-fixed": "#6ea8ee",
+    "budget-unannealed": "#7c6ff0",
+    "budget-random": "#9aa4b2",
+    "budget-full": "#1f9bbf",
     "dynamic": "#d9485f",
+    "requested": "#e07b39",
+    "adavit": "#c044c0",
+    "shared": "#18a058",
+    "threshold": "#4fb3d9",
 }
+_DASHED = ("subset-pipelined", "michel-exact-finetuned")  # lines beside one of their colour
+
+
+def _colour(method: str, kind: str) -> str:
+    known = [name for name in _COLOURS if method == name or method.startswith(f"{name}-")]
+    if not known:  # a method of the user's own
+        return "#2f7de1" if kind == "dynamic" else "#8d959f"
+    return _COLOURS[max(known, key=len)]
 
 
 def _style(method: str, kind: str, palette: Palette) -> dict:
-    colour = _COLOURS.get(method.split("-")[0], "#2f7de1" if kind == "dynamic" else "#8d959f")
+    colour = _colour(method, kind)
     post_hoc = method.endswith("posthoc")
     return {
         "color": colour,
         "marker": "D" if kind == "dynamic" else "o",
         "markersize": 7 if kind == "dynamic" else 5.5,
         "linewidth": 2.2 if kind == "dynamic" else 1.3,
-        "linestyle": ":" if post_hoc else "-",
+        "linestyle": ":" if post_hoc else "--" if method in _DASHED else "-",
         "markerfacecolor": palette.paper if post_hoc else colour,
     }
 
