@@ -19,8 +19,8 @@ Tensor output_projection(HEADWISE_OUTPUT_PARAMETERS) {
   return grouped::forward(HEADWISE_OUTPUT_INPUTS);
 }
 OutputBackward output_projection_backward(HEADWISE_OUTPUT_BACKWARD_PARAMETERS) {
-  return grouped::backward(grad_output,
-                           OutputInputs{heads, weight, {}, index, count, head_weight}, needs);
+  return grouped::backward(grad_output, OutputInputs{heads, weight, {}, index, count, head_weight},
+                           needs);
 }
 
 }  // namespace
