@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <type_traits>
+#include <vector>
 
 #include "kernels/cpu/attention.h"
 #include "kernels/cpu/attention_packed.h"
@@ -42,6 +43,8 @@ struct CoreCall {
                ? head_weight.template const_data_ptr<Acc>()[a.b * masked.shape.num_heads + a.h]
                : Acc(1);
   }
+  /// Heads of one number read the same keys and values.
+  int64_t keys_of(const ActiveHead& a) const { return a.b * masked.shape.num_heads + a.h / group; }
   kernels::HeadTensors<T> tensors(const ActiveHead& a) const {
     auto at = [&](const Tensor& t, int64_t h) {
       return t.template const_data_ptr<T>() + a.b * t.stride(0) + h * t.stride(1);
@@ -70,6 +73,13 @@ bool packed_core_supported(const CoreInputs& in) {
   }
 }
 
+/// Packing the keys pays where several queries read them: not for the token of a step of decoding.
+template <typename T>
+bool packs_keys(const CoreInputs& in) {
+  constexpr int64_t kFewQueries = 4;
+  return packed_core_supported<T>(in) && !(std::is_same_v<T, float> && in.q.size(2) < kFewQueries);
+}
+
 /// f(T(), Acc()) with the types that a call is stored and summed in.
 template <typename F>
 auto dispatch_core(const CoreInputs& in, const F& f) {
@@ -93,18 +103,22 @@ void attend(const CoreCall<T, Acc>& call, bool packed, T* context, Acc* lse) {
   };
   if constexpr (!std::is_same_v<T, double>) {
     if (packed) {
-      // A task attends for a whole head where there are heads enough: its keys are packed once.
+      // A task attends for a whole head where there are heads enough: its keys are packed once, and
+      // stay packed for the heads of its group that the same worker comes to next.
       const int64_t splits =
           workers == 1 || heads >= 4 * workers ? 1 : std::clamp<int64_t>(query_blocks, 1, 4);
       const int64_t chunk = kernels::blocks(query_blocks, splits) * kernels::kQueryBlock;
       kernels::Scratch<T> keys(kernels::packed_keys_size<T>(s), workers);
       kernels::Scratch<std::byte> scratch(kernels::packed_attention_scratch<T>(s), workers);
+      std::vector<int64_t> held(workers, -1);
       kernels::parallel_tasks(heads * splits, [&](int64_t task, int64_t worker) {
         const int64_t begin = task % splits * chunk;
         if (begin >= L) return;
         const auto& a = call.list.heads[task / splits];
         const auto head = call.tensors(a);
-        kernels::pack_keys(s, s.lengths[a.b], head.k, head.ldk, head.v, head.ldv, keys[worker]);
+        if (held[worker] != call.keys_of(a))
+          kernels::pack_keys(s, s.lengths[a.b], head.k, head.ldk, head.v, head.ldv, keys[worker]);
+        held[worker] = call.keys_of(a);
         for_blocks(task / splits, begin, std::min(L, begin + chunk),
                    [&](const ActiveHead& a, int64_t row, int64_t rows, int64_t at) {
                      kernels::packed_attention_forward(s, a.b, a.h, head.q, head.ldq, keys[worker],
@@ -142,7 +156,7 @@ CoreForward core_forward(HEADWISE_CORE_PARAMETERS) {
     auto context = weight ? at::zeros_like(output) : output;
     T* y = output.template mutable_data_ptr<T>();
     T* c = context.template mutable_data_ptr<T>();
-    attend(call, packed_core_supported<T>(in), c, lse.template mutable_data_ptr<Acc>());
+    attend(call, packs_keys<T>(in), c, lse.template mutable_data_ptr<Acc>());
     if (weight)
       kernels::parallel_tasks(call.list.heads.size(), [&](int64_t n, int64_t) {
         const auto& a = call.list.heads[n];
