@@ -46,7 +46,7 @@ $(STAMPS)/python: tools/system_packages.sh
 	@$(PYTHON) -m venv $(V)
 	@mkdir -p $(STAMPS)
 	@echo "$(CURDIR)/python" > $$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/headwise.pth
-	@printf '#!%s\nimport sys\n\nfrom headwise.cli import main\n\nsys.exit(main())\n' '$(CURDIR)/$(PY)' > $(V)/bin/headwise
+	@printf '#!%s\nimport sys\n\nfrom headwise.apps.cli import main\n\nsys.exit(main())\n' '$(CURDIR)/$(PY)' > $(V)/bin/headwise
 	@chmod +x $(V)/bin/headwise
 	@touch $@
 

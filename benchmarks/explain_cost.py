@@ -25,7 +25,7 @@ from pathlib import Path
 
 import headwise as hw
 import torch
-from headwise.compare.models import load_tokenizer, load_trained
+from headwise.apps.tasks.models import load_tokenizer, load_trained
 
 
 def main() -> None:

@@ -8,9 +8,9 @@ import contextlib
 import math
 
 import headwise as hw
-import oracle
 import torch
 from gpu_machine import checked_part, first_line
+from support import oracle
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import linear, scaled_dot_product_attention
 

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 
 import gpu_cases
 import headwise as hw
-import oracle
 import torch
 from gpu_cases import largest_error
 from gpu_machine import checked_part
+from support import oracle
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 ops = torch.ops.headwise

@@ -20,17 +20,17 @@ from pathlib import Path
 
 import headwise as hw
 import torch
-from headwise.compare import measure
-from headwise.compare.corpora import load_task
-from headwise.compare.examples import Batch, Examples, encode
-from headwise.compare.models import load_classifier, load_tokenizer, model_folder
-from headwise.compare.settings import preset
-from headwise.compare.store import RunStore, write_atomically, write_json
-from headwise.compare.tasks import Split, Task, split
-from headwise.compare.training import accuracy, finetune, predict
-from headwise.compare.workbench import dense_options
-from headwise.importance import _Recorder as Recorder
-from headwise.intervention import probing
+from headwise.apps.compare import measure
+from headwise.apps.compare.settings import preset
+from headwise.apps.compare.store import RunStore, write_atomically, write_json
+from headwise.apps.compare.training import accuracy, finetune, predict
+from headwise.apps.compare.workbench import dense_options
+from headwise.apps.tasks.corpora import load_task
+from headwise.apps.tasks.examples import Batch, Examples, encode
+from headwise.apps.tasks.models import load_classifier, load_tokenizer, model_folder
+from headwise.apps.tasks.tasks import Split, Task, split
+from headwise.nn.intervention import probing
+from headwise.pruning.scores import _Recorder as Recorder
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F

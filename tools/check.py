@@ -148,7 +148,7 @@ def checks(
         yield "installed library", check_consumer(build, "find_package")
         yield "Python tests", check_python(reports, arguments)
     if what == "docs":
-        yield "documentation", check_python(reports, ["tests/python/test_docs.py"])
+        yield "documentation", check_python(reports, ["tests/python/docs/test_docs.py"])
     if what == "packaging":
         yield "embedded library, without CUDA", check_consumer(build, "add_subdirectory")
         yield "wheel", check_wheel(build)

@@ -97,7 +97,7 @@ tests() {
   "$python" -c 'import xdist' 2>/dev/null && spread=(-n 4 --max-worker-restart=30)
   "$python" -c 'import pytest_timeout' 2>/dev/null && spread+=(--timeout=60 --timeout-method=thread)
   timeout --signal=INT "$(($(left) > 330 ? 300 : $(left) - 20))" "$python" -m pytest -q --tb=short \
-    -p no:cacheprovider "${spread[@]}" --maxfail=40 tests/python/test_cuda.py \
+    -p no:cacheprovider "${spread[@]}" --maxfail=40 tests/python/ops/test_cuda.py \
     >"$out/gpu_tests.log" 2>&1
   local status=$?
   grep -E '^(FAILED|ERROR)|crashed' "$out/gpu_tests.log" | cut -c1-160 | head -n 20
@@ -118,7 +118,7 @@ sanitize() {
     # Without a cache of memory, every tensor is an allocation of its own.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout "$(($(left) > 150 ? 130 : $(left) - 20))" \
       compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 5 \
-      "$python" -m pytest -q -x -p no:cacheprovider tests/python/test_cuda.py -k "$some" \
+      "$python" -m pytest -q -x -p no:cacheprovider tests/python/ops/test_cuda.py -k "$some" \
       >"$out/gpu_$tool.log" 2>&1
     local code=$?
     echo "sanitize: $tool: exit status $code (9: found something, 124: no time);" \

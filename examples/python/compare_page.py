@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 import headwise as hw
-from headwise.cli import main
+from headwise.apps.cli import main
 
 SUBJECTS = ("the film", "this comedy", "the plot", "the cast", "every scene", "the music",
             "the ending", "her first role", "the camera", "this remake")  # fmt: skip

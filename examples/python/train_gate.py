@@ -12,7 +12,7 @@ from pathlib import Path
 
 import headwise as hw
 import torch
-from headwise.weights import save_safetensors
+from headwise.io.safetensors_files import save_safetensors
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
 
 STEPS = 8

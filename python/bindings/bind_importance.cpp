@@ -1,4 +1,4 @@
-// headwise._C: HeadScores, HeadScoreAccumulator and hies, under headwise.importance.
+// headwise._C: HeadScores, HeadScoreAccumulator and hies, under headwise.pruning.
 #include <pybind11/stl.h>
 #include <torch/extension.h>
 

@@ -1,4 +1,4 @@
-// headwise._C: the searches of Kwon et al. 2022, under headwise.structured.
+// headwise._C: the searches of Kwon et al. 2022, under headwise.pruning.structured.
 #include <pybind11/stl.h>
 #include <torch/extension.h>
 

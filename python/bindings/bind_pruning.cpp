@@ -1,4 +1,4 @@
-// headwise._C: plans and the pruning of weights, under headwise.plan and headwise.pruning.
+// headwise._C: plans and the pruning of weights, under headwise.pruning.
 #include <pybind11/stl.h>
 #include <pybind11/stl/filesystem.h>
 #include <torch/extension.h>

@@ -1,4 +1,4 @@
-// headwise._C: structure plans and the compaction of weights, under headwise.structured.
+// headwise._C: structure plans and the compaction of weights, under headwise.pruning.structured.
 #include <pybind11/stl.h>
 #include <pybind11/stl/filesystem.h>
 #include <torch/extension.h>

@@ -1,11 +1,18 @@
 """Every input chooses how many attention heads run, and which; the others cost nothing."""
 
 from headwise import _load  # first: it registers torch.ops.headwise.*
-from headwise.ablation import Ablation, ablate_heads, keep_one_head
-from headwise.agreement import Agreement, score_agreement
-from headwise.alpha import AlphaSearch, select_alpha
-from headwise.causal import CausalHeads, causal_heads
-from headwise.confidence import ConfidencePolicy, FittedPolicy, StagedPrediction
+from headwise.analysis.ablation import Ablation, ablate_heads, keep_one_head
+from headwise.analysis.agreement import Agreement, score_agreement
+from headwise.analysis.causal import CausalHeads, causal_heads
+from headwise.analysis.confidence import ConfidencePolicy, FittedPolicy, StagedPrediction
+from headwise.analysis.interaction import (
+    HeadInteractions,
+    HeadSimilarity,
+    head_interactions,
+    head_similarity,
+)
+from headwise.analysis.lrp import HeadRelevance, head_relevance
+from headwise.apps.pages import write_page, write_pngs
 from headwise.convert import convert
 from headwise.explain import (
     AlignedPair,
@@ -20,8 +27,8 @@ from headwise.explain import (
     read_alignments,
     read_conllu,
 )
-from headwise.explain_page import write_page, write_pngs
-from headwise.gate_view import gates_see
+from headwise.explain.head_log import HeadLog, log_heads
+from headwise.explain.trace import Trace, trace
 from headwise.gates import (
     BudgetGate,
     FixedGate,
@@ -45,31 +52,28 @@ from headwise.gates import (
     request_budget,
     start_gates,
 )
-from headwise.grouped_query_attention import GroupedQueryAttention
-from headwise.head_log import HeadLog, log_heads
-from headwise.importance import HeadScores, hies, score_heads
-from headwise.interaction import (
-    HeadInteractions,
-    HeadSimilarity,
-    head_interactions,
-    head_similarity,
+from headwise.gates.selection import Selection, select_all, select_heads
+from headwise.io.safetensors_files import (
+    load_safetensors,
+    read_safetensors_metadata,
+    save_safetensors,
 )
-from headwise.iterative import pruning_path
-from headwise.key_value_cache import KeyValueCache
-from headwise.layers import attention_layers, head_groups
-from headwise.multihead_attention import MultiheadAttention
-from headwise.plan import HeadPlan, LayerPlan, plan
-from headwise.pruning import mask, plan_from_gates, prune, unmask
-from headwise.relevance import HeadRelevance, head_relevance
-from headwise.selection import Selection, select_all, select_heads
-from headwise.serialization import load, save
-from headwise.structured.cofi import CoFi
-from headwise.structured.description import Structure, structure
-from headwise.structured.kwon import KwonResult, fisher_scores, kwon_prune
-from headwise.structured.latency import LatencyTable, measure_latency
-from headwise.structured.plan import BlockPlan, FfnPlan, HiddenPlan, StructurePlan
-from headwise.trace import Trace, trace
-from headwise.weights import load_safetensors, read_safetensors_metadata, save_safetensors
+from headwise.nn.grouped_query_attention import GroupedQueryAttention
+from headwise.nn.key_value_cache import KeyValueCache
+from headwise.nn.layers import attention_layers, head_groups
+from headwise.nn.multihead_attention import MultiheadAttention
+from headwise.nn.visibility import gates_see
+from headwise.pruning.alpha import AlphaSearch, select_alpha
+from headwise.pruning.path import pruning_path
+from headwise.pruning.plan import HeadPlan, LayerPlan, plan
+from headwise.pruning.prune import mask, plan_from_gates, prune, unmask
+from headwise.pruning.scores import HeadScores, hies, score_heads
+from headwise.pruning.structured.cofi import CoFi
+from headwise.pruning.structured.description import Structure, structure
+from headwise.pruning.structured.kwon import KwonResult, fisher_scores, kwon_prune
+from headwise.pruning.structured.latency import LatencyTable, measure_latency
+from headwise.pruning.structured.plan import BlockPlan, FfnPlan, HiddenPlan, StructurePlan
+from headwise.serialization.save_load import load, save
 
 __all__ = [
     "Ablation",

@@ -1,5 +1,5 @@
 // Runs every analysis and search of the C++ API on models that Python saved, for
-// tests/python/test_cpp_analyses.py, and writes what it found.
+// tests/python/cpp/test_cpp_analyses.py, and writes what it found.
 //
 //   analysis_parity FOLDER
 //

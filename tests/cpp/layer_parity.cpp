@@ -1,5 +1,5 @@
-// Runs one layer for tests/python/test_cpp_parity.py: reads its options, parameters and inputs from
-// a folder, writes what it computed.
+// Runs one layer for tests/python/cpp/test_cpp_parity.py: reads its options, parameters and inputs
+// from a folder, writes what it computed.
 //
 //   layer_parity FOLDER
 //

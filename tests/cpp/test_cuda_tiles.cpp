@@ -1,5 +1,5 @@
 // Which block of the CUDA kernels does what: every piece of work exactly once. The kernels
-// themselves run in tests/python/test_emulated.py.
+// themselves run in tests/python/ops/test_emulated.py.
 #include <gtest/gtest.h>
 
 #include <set>

@@ -1,5 +1,5 @@
 // Gates and their options. The numbers are held against Python's in
-// tests/python/test_cpp_parity.py.
+// tests/python/cpp/test_cpp_parity.py.
 #include "headwise/gates.h"
 
 #include <ATen/Parallel.h>

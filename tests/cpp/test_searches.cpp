@@ -1,5 +1,5 @@
 // Searches over the heads of a torch::nn::Module, where it is known what every head is worth; the
-// numbers of whole models are compared with Python's in tests/python/test_cpp_analyses.py.
+// numbers of whole models are compared with Python's in tests/python/cpp/test_cpp_analyses.py.
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 

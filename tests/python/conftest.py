@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from compare_fixtures import write_model, write_texts
+from support.compare_fixtures import write_model, write_texts
 
 
 @pytest.fixture

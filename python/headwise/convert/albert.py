@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.models.albert.modeling_albert import AlbertAttention
 
 from headwise.convert.transformers_attention import SeparateProjections, attend
-from headwise.multihead_attention import MultiheadAttention
+from headwise.nn.multihead_attention import MultiheadAttention
 
 
 class SelectedAlbertAttention(AlbertAttention):

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from headwise.convert.registry import family
 from headwise.convert.transformers_attention import SeparateProjections, attend, named
-from headwise.multihead_attention import MultiheadAttention
+from headwise.nn.multihead_attention import MultiheadAttention
 
-#: What the classes of a model begin with -> the module that has them. tests/python/test_convert.py
-#: compares the attention of each with BERT's, statement by statement.
+#: What the classes of a model begin with -> the module that has them.
+#: tests/python/convert/test_convert.py compares the attention of each with BERT's,
+#: statement by statement.
 FAMILY = family(__name__)
 
 

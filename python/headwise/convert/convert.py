@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 from torch import nn
 
-from headwise.attention_layer import AttentionLayer
 from headwise.convert.discovery import find_attention, refusals_text
 from headwise.gates.base import Gate
-from headwise.gates.scope import link_gates
-from headwise.grouped_query_attention import GroupedQueryAttention
-from headwise.layers import attention_layers, replace_module
+from headwise.gates.model import link_gates
+from headwise.nn.attention_layer import AttentionLayer
+from headwise.nn.grouped_query_attention import GroupedQueryAttention
+from headwise.nn.layers import attention_layers, replace_module
 
 GateFactory = Callable[[str, AttentionLayer], Gate | None]
 
@@ -108,3 +109,8 @@ def _set_gates(model: nn.Module, gate: Gate | GateFactory) -> None:
         if layer.gate is not None:
             layer.gate.train(layer.training)
     link_gates(model)
+
+
+def converted(model: nn.Module) -> nn.Module:
+    """``model``, or a converted copy where it has no headwise attention yet."""
+    return model if attention_layers(model) else convert(copy.deepcopy(model))

@@ -14,8 +14,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
 
 from headwise.convert.transformers_attention import unconverted_attention
-from headwise.grouped_query_attention import GroupedQueryAttention
-from headwise.selection import Selection
+from headwise.gates.selection import Selection
+from headwise.nn.grouped_query_attention import GroupedQueryAttention
 
 #: The attention implementation that converted decoders name in their configuration.
 IMPLEMENTATION = "headwise_causal"

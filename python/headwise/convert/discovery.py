@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from headwise.attention_layer import AttentionLayer
 from headwise.convert.registry import (
     Architecture,
     class_path,
     find_architecture,
     supported_classes,
 )
+from headwise.nn.attention_layer import AttentionLayer
 
 # Names that projections to queries, keys and values go by, apart or fused.
 _PROJECTIONS = frozenset(

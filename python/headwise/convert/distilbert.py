@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformers.models.distilbert.modeling_distilbert import DistilBertSelfAttention
 
 from headwise.convert.transformers_attention import SeparateProjections, attend
-from headwise.multihead_attention import MultiheadAttention
+from headwise.nn.multihead_attention import MultiheadAttention
 
 
 class SelectedDistilBertSelfAttention(DistilBertSelfAttention):

@@ -16,7 +16,7 @@ from headwise.convert.decoder import IMPLEMENTATION, SelectedDecoderAttention
 from headwise.convert.registry import Architecture
 from headwise.convert.torch_attention import carry_hooks, replaced_text
 from headwise.convert.transformers_attention import name_implementation
-from headwise.grouped_query_attention import GroupedQueryAttention
+from headwise.nn.grouped_query_attention import GroupedQueryAttention
 
 
 class SelectedGPT2Attention(SelectedDecoderAttention, GPT2Attention):

@@ -17,10 +17,11 @@ from headwise.convert.decoder import IMPLEMENTATION, SelectedDecoderAttention
 from headwise.convert.registry import Architecture, family
 from headwise.convert.torch_attention import carry_hooks, replaced_text
 from headwise.convert.transformers_attention import name_implementation, named
-from headwise.grouped_query_attention import GroupedQueryAttention
+from headwise.nn.grouped_query_attention import GroupedQueryAttention
 
-#: What the classes of a model begin with -> the module that has them. tests/python/test_decoders.py
-#: compares the attention of each with Llama's, statement by statement.
+#: What the classes of a model begin with -> the module that has them.
+#: tests/python/nn/test_decoders.py compares the attention of each with Llama's,
+#: statement by statement.
 FAMILY = family(__name__)
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")

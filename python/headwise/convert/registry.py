@@ -12,7 +12,7 @@ import importlib
 
 from torch import nn
 
-from headwise.attention_layer import AttentionLayer
+from headwise.nn.attention_layer import AttentionLayer
 
 _BERT, _LLAMA, _VIT = (f"headwise.convert.{name}" for name in ("bert", "llama", "vit"))
 _MODELS = "transformers.models."

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from headwise.convert.registry import Architecture, class_path
-from headwise.multihead_attention import MultiheadAttention
+from headwise.nn.multihead_attention import MultiheadAttention
 
 _PARAMETERS = (
     "in_proj_weight",

@@ -15,8 +15,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from headwise.convert.registry import Architecture
 from headwise.convert.torch_attention import carry_hooks, replaced_text
-from headwise.linears import check_read
-from headwise.multihead_attention import MultiheadAttention
+from headwise.gates.linears import check_read
+from headwise.nn.multihead_attention import MultiheadAttention
 
 #: The attention implementation that converted models name in their configuration.
 IMPLEMENTATION = "headwise"

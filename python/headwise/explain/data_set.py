@@ -39,7 +39,7 @@ from headwise.explain.use import (
     token_entropy,
     watching,
 )
-from headwise.layers import attention_layers
+from headwise.nn.layers import attention_layers
 
 _ops = torch.ops.headwise
 

@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from headwise.explain.summary import summarise
-from headwise.files import write_atomic
+from headwise.io.files import write_atomic
 
 
 class Explanation:

@@ -16,7 +16,7 @@ from headwise.convert import convert
 from headwise.explain.document import Explanation
 from headwise.explain.recording import evaluating, gate_description, holding, recording
 from headwise.explain.texts import encode_texts, names_of_tokens, tokens_cut, tokens_unknown
-from headwise.layers import attention_layers
+from headwise.nn.layers import attention_layers
 
 Forward = Callable[[nn.Module, Any], Tensor]
 Take = Callable[[Any, Tensor], Any]

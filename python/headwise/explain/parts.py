@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from headwise.files import write_json
-from headwise.weights import load_safetensors, save_safetensors
+from headwise.io.files import write_json
+from headwise.io.safetensors_files import load_safetensors, save_safetensors
 
 Tensors = dict[str, Tensor]
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from headwise.gates.base import Gate
+from headwise.gates.selection import Selection
 from headwise.gates.threshold import HeadInputs
-from headwise.layers import attention_layers
-from headwise.multihead_attention import AttentionProbe, MultiheadAttention
-from headwise.selection import Selection
+from headwise.nn.layers import attention_layers
+from headwise.nn.multihead_attention import AttentionProbe, MultiheadAttention
 
 #: Receives (layer's name, layer, selection or None, the gate's input x [B, L, D] or None, probe).
 Receiver = Callable[

@@ -18,7 +18,7 @@ from headwise.explain.parts import Parts, with_progress
 from headwise.explain.questions import Question, Questionnaire, excluded_keys, fixed_offset_peaks
 from headwise.explain.recording import evaluating, recording
 from headwise.explain.use import number
-from headwise.layers import attention_layers
+from headwise.nn.layers import attention_layers
 
 _ops = torch.ops.headwise
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from headwise.analysis.interaction import head_interactions, head_similarity
 from headwise.explain.use import linked_groups, number
-from headwise.interaction import head_interactions, head_similarity
-from headwise.layers import attention_layers
+from headwise.nn.layers import attention_layers
 
 _ops = torch.ops.headwise
 

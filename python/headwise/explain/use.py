@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headwise.layers import attention_layers
+from headwise.nn.layers import attention_layers
 
 _ops = torch.ops.headwise
 

@@ -1,15 +1,16 @@
 """Gates: modules that turn a layer's input into a selection of heads."""
 
-from headwise.gates.base import Gate, anneal, gate_from_config, penalty
+from headwise.gates.base import Gate, gate_from_config
 from headwise.gates.budget import BudgetGate
 from headwise.gates.calibrate import calibrate_threshold
 from headwise.gates.fixed import FixedGate
 from headwise.gates.group import GroupGate
 from headwise.gates.gumbel_sigmoid import GumbelSigmoidGate
 from headwise.gates.hard_concrete import HardConcreteGate
+from headwise.gates.model import anneal, link_gates, penalty
 from headwise.gates.random import RandomGate
 from headwise.gates.requested import RequestedBudgetGate, request_budget
-from headwise.gates.scope import link_gates
+from headwise.gates.selection import Selection, select_all, select_heads
 from headwise.gates.shared_heads import SharedHeadsGate
 from headwise.gates.sleep import HeadMove, SleepGate, head_moves
 from headwise.gates.start import start_gates
@@ -26,6 +27,7 @@ __all__ = [
     "HeadMove",
     "RandomGate",
     "RequestedBudgetGate",
+    "Selection",
     "SharedHeadsGate",
     "SleepGate",
     "SubsetGate",
@@ -37,5 +39,7 @@ __all__ = [
     "link_gates",
     "penalty",
     "request_budget",
+    "select_all",
+    "select_heads",
     "start_gates",
 ]

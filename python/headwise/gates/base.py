@@ -1,22 +1,18 @@
-"""What every gate has in common, and the functions that act on all the gates of a model."""
+"""What every gate has in common."""
 
 from __future__ import annotations
 
 import inspect
 import json
-import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from headwise.gates.linears import check_read
 from headwise.gates.options import Check, choice
-from headwise.linears import check_read
-from headwise.selection import Selection
-
-if TYPE_CHECKING:
-    from headwise.gates.scope import GateScope
+from headwise.gates.selection import Selection
 
 EXECUTIONS = ("all", "selected")
 _GATES: dict[str, type[Gate]] = {}
@@ -183,13 +179,6 @@ class Gate(nn.Module):
     #: linked and penalised.
     wraps = False
 
-    def scope_key(self) -> str | None:
-        """Gates of scope ``"model"`` with equal keys decide together; None: this one alone."""
-        return None
-
-    def join(self, scope: GateScope, position: int) -> None:
-        """Takes its place among the gates of ``scope``, all of which are already in it."""
-
     #: Attributes that hold tensors of the last forward's graph: not part of a copy or a file.
     _RECORDED: tuple[str, ...] = ("expected_heads",)
 
@@ -219,75 +208,3 @@ def gate_from_config(config: Mapping[str, Any]) -> Gate:
         if key not in accepted:
             raise ValueError(f"{name} has no option {key!r}; it has {', '.join(sorted(accepted))}")
     return _GATES[name](**options)
-
-
-def gates(model: nn.Module) -> list[Gate]:
-    """The bound gates of a model that choose, in the order of its modules."""
-    return [
-        m
-        for m in model.modules()
-        if isinstance(m, Gate) and m.num_heads is not None and not m.wraps
-    ]
-
-
-def penalty(model: nn.Module) -> Tensor:
-    """The gates' regulariser for the last training forward of the model: add it to the loss.
-
-    Gates whose ``target_scope`` is ``"model"`` are pooled: one penalty on the share of heads that
-    they expect to run together, averaged over layers and batch, so that layers and inputs may
-    differ. The terms that belong to one layer are averaged over the gates that have them.
-
-    Returns:
-        A scalar; 0 where the model has no gate with a penalty, or has not run in training.
-
-    Warns:
-        UserWarning: gradients are on, and the forward ran without them (``torch.no_grad``, or
-            ``torch.utils.checkpoint`` with ``use_reentrant=True``): none would reach the gates.
-    """
-    from headwise.gates.targeted import TargetedGate, pooled_penalty
-
-    pools: dict[tuple, list[TargetedGate]] = {}
-    terms: list[Tensor] = []  # one a pool
-    own: list[Tensor] = []  # one a layer
-    detached = False
-    for gate in gates(model):
-        if not isinstance(gate, TargetedGate):
-            own.append(gate.penalty())
-        elif gate.expected_heads is not None:
-            detached = detached or gate.ran_without_gradients()
-            pool = gate.penalty_pool()
-            if pool is None:
-                own.append(gate.penalty())
-                continue
-            pools.setdefault(pool, []).append(gate)
-            regulariser = gate.regulariser()
-            if regulariser is not None:
-                own.append(regulariser)
-    if detached:
-        warnings.warn(
-            "the penalty has no gradient, because the forward ran without gradients: run it "
-            "without torch.no_grad, and checkpoint with use_reentrant=False",
-            stacklevel=2,
-        )
-    terms.extend(pooled_penalty(pool) for pool in pools.values())
-    if own:
-        device = own[0].device
-        terms.append(torch.stack([term.to(device) for term in own]).mean())
-    if not terms:
-        return torch.zeros(())
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term.to(total.device)
-    return total
-
-
-def anneal(model: nn.Module, progress: float) -> None:
-    """Tells every gate of the model how far training has come, from 0 to 1.
-
-    Raises:
-        ValueError: ``progress`` is outside [0, 1].
-    """
-    if not 0.0 <= progress <= 1.0:
-        raise ValueError(f"progress must be between 0 and 1, got {progress}")
-    for gate in gates(model):
-        gate.anneal(progress)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
+from headwise.gates.linears import ReadLinear
 from headwise.gates.options import (
     at_least,
     choice,
@@ -17,9 +18,8 @@ from headwise.gates.options import (
     optional,
     positive,
 )
+from headwise.gates.selection import Selection
 from headwise.gates.targeted import TargetedGate
-from headwise.linears import ReadLinear
-from headwise.selection import Selection
 
 _ops = torch.ops.headwise
 

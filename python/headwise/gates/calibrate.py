@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from headwise import _C
-from headwise.gates.base import gates
+from headwise.gates.model import gates
 from headwise.gates.options import fraction, unit
 from headwise.gates.threshold import ThresholdGate
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from headwise.gates.base import Gate
-from headwise.selection import Selection
+from headwise.gates.selection import Selection
 
 
 class FixedGate(Gate):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from headwise.gates.base import Gate, gate_from_config
-from headwise.selection import Selection
+from headwise.gates.selection import Selection
 
 _ops = torch.ops.headwise
 

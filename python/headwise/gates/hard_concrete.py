@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
+from headwise.gates.linears import ReadLinear
 from headwise.gates.options import choice, finite, flag, fraction, positive
+from headwise.gates.selection import Selection
 from headwise.gates.targeted import TargetedGate
-from headwise.linears import ReadLinear
-from headwise.selection import Selection
 
 _ops = torch.ops.headwise
 

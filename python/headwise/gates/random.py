@@ -7,7 +7,7 @@ from torch import Tensor
 
 from headwise.gates.base import Gate
 from headwise.gates.options import flag, fraction
-from headwise.selection import Selection
+from headwise.gates.selection import Selection
 
 
 class RandomGate(Gate):

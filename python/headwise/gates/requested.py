@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
-from headwise.gates.base import gates
+from headwise.gates.linears import ReadLinear
+from headwise.gates.model import gates
 from headwise.gates.options import at_least, choice, fraction, moment, not_negative, positive, unit
 from headwise.gates.scheduled import ScheduledGate
 from headwise.gates.scope import ScopedGate
-from headwise.linears import ReadLinear
-from headwise.selection import Selection
+from headwise.gates.selection import Selection
 
 _ops = torch.ops.headwise
 

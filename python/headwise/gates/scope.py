@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from headwise.gates.base import Gate, gates
+from headwise.gates.base import Gate
 
 
 class GateScope:
@@ -51,30 +51,6 @@ class GateScope:
         return {**self.__dict__, "_drawn": (), "_served": None}
 
 
-def link_gates(model: nn.Module) -> nn.Module:
-    """Links the gates of scope ``"model"`` that have equal options: each set decides as one.
-
-    :func:`headwise.convert` and :func:`headwise.load` call it; call it yourself where gates are put
-    into layers one by one. Linking again is allowed.
-
-    Returns:
-        ``model``.
-
-    Raises:
-        ValueError: the options do not fit the number of heads there are.
-    """
-    alike: dict[str, list[Gate]] = {}
-    for gate in gates(model):
-        key = gate.scope_key()
-        if key is not None:
-            alike.setdefault(key, []).append(gate)
-    for members in alike.values():
-        scope = GateScope(members)
-        for position, gate in enumerate(members):
-            gate.join(scope, position)
-    return model
-
-
 class ScopedGate:
     """Mixed into gates with an option ``scope``: ``"model"`` or ``"layer"``."""
 
@@ -82,9 +58,11 @@ class ScopedGate:
     _position = 0
 
     def scope_key(self) -> str | None:
+        """Gates of scope ``"model"`` with equal keys decide together; None: this one alone."""
         return self._config_key() if self.scope == "model" else None
 
     def join(self, scope: GateScope, position: int) -> None:
+        """Takes its place among the gates of ``scope``, all of which are already in it."""
         self._scope = scope
         self._position = position
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from headwise.gates.options import at_least, choice, fraction, moment, not_negative, unit
 from headwise.gates.scheduled import ScheduledGate
 from headwise.gates.scope import GateScope, ScopedGate
-from headwise.selection import Selection, select_all
+from headwise.gates.selection import Selection, select_all
 
 _ops = torch.ops.headwise
 

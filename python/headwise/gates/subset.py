@@ -11,7 +11,7 @@ from torch.nn.parameter import Parameter
 from headwise.gates.options import at_least, choice, fraction, moment, optional, positive, unit
 from headwise.gates.scheduled import ScheduledGate
 from headwise.gates.scope import GateScope, ScopedGate
-from headwise.selection import Selection, select_all
+from headwise.gates.selection import Selection, select_all
 
 _ops = torch.ops.headwise
 

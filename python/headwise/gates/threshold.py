@@ -9,7 +9,7 @@ from torch import Tensor
 
 from headwise.gates.base import Gate
 from headwise.gates.options import at_least, flag, not_negative, optional, positive
-from headwise.selection import Selection, select_all
+from headwise.gates.selection import Selection, select_all
 
 _ops = torch.ops.headwise
 

@@ -1,5 +1,5 @@
-// torch.ops.headwise_emulated: what a CUDA device runs, on the host. tests/python/test_emulated.py
-// loads it.
+// torch.ops.headwise_emulated: what a CUDA device runs, on the host.
+// tests/python/ops/test_emulated.py loads it.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 

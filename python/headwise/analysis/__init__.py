@@ -1,0 +1,32 @@
+"""What the heads of a trained model do: ablation, interactions, relevance, causes, confidence."""
+
+from headwise.analysis.ablation import Ablation, ablate_heads, keep_one_head
+from headwise.analysis.agreement import Agreement, score_agreement
+from headwise.analysis.causal import CausalHeads, causal_heads
+from headwise.analysis.confidence import ConfidencePolicy, FittedPolicy, StagedPrediction
+from headwise.analysis.interaction import (
+    HeadInteractions,
+    HeadSimilarity,
+    head_interactions,
+    head_similarity,
+)
+from headwise.analysis.lrp import HeadRelevance, head_relevance
+
+__all__ = [
+    "Ablation",
+    "Agreement",
+    "CausalHeads",
+    "ConfidencePolicy",
+    "FittedPolicy",
+    "HeadInteractions",
+    "HeadRelevance",
+    "HeadSimilarity",
+    "StagedPrediction",
+    "ablate_heads",
+    "causal_heads",
+    "head_interactions",
+    "head_relevance",
+    "head_similarity",
+    "keep_one_head",
+    "score_agreement",
+]

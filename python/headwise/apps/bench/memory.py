@@ -1,0 +1,97 @@
+"""Peak memory of a call, measured in a process of its own.
+
+The process is told to give freed memory back to the system at once, runs the call once to warm up,
+resets the system's record of its peak, and runs the call again: what the record then shows above
+the resting size is what the call needed at most, scratch memory inside libraries included. Linux
+only (``/proc/self/clear_refs``).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+
+#: The C library and MKL keep freed memory for later; then a peak could hide in what they keep.
+GIVE_BACK = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "0",
+    "MALLOC_TOP_PAD_": "0",
+    "MKL_DISABLE_FAST_MM": "1",
+}
+
+
+def measurable() -> bool:
+    """Whether this system keeps a record of a process's peak that can be reset."""
+    return os.access("/proc/self/clear_refs", os.W_OK)
+
+
+def peaks(what: str, names: Sequence[str], **arguments) -> dict[str, dict[str, int]]:
+    """For each contender, ``call_bytes``: peak above the resting size, outputs included.
+
+    Args:
+        what: ``"layer"`` or ``"entropy"``; says which of this package's contenders are meant.
+        names: contenders.
+        arguments: of the contenders, as JSON can hold them.
+
+    Raises:
+        RuntimeError: the process that measures failed.
+    """
+    task = json.dumps({"what": what, "names": list(names), **arguments})
+    environment = {**os.environ, **GIVE_BACK, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        [sys.executable, "-m", "headwise.apps.bench.memory", task],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        raise RuntimeError(f"measuring memory failed: {lines[-1]}")
+    return json.loads(done.stdout)
+
+
+def call_bytes(run: Callable[[], object]) -> int:
+    """Peak memory of the second of two calls, above what the process held before it."""
+    run()
+    gc.collect()
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+    with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+        file.write("5")
+    resting = _status("VmRSS")
+    run()
+    return max(0, _status("VmHWM") - resting)
+
+
+def _status(field: str) -> int:
+    with open("/proc/self/status", encoding="ascii") as file:
+        for line in file:
+            if line.startswith(field + ":"):
+                return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def main(task: dict) -> dict[str, dict[str, int]]:
+    """Runs in the process that measures."""
+    import torch
+
+    from headwise.apps.bench import entropy, layer
+    from headwise.apps.bench.contenders import Shape
+
+    builders = {"layer": layer.memory_runs, "entropy": entropy.memory_runs}
+    torch.set_num_threads(task.pop("threads"))
+    what, names = task.pop("what"), task.pop("names")
+    shape, dtype = Shape(*task.pop("shape")), getattr(torch, task.pop("dtype"))
+    runs = builders[what](shape, dtype, **task)
+    return {name: {"call_bytes": call_bytes(runs[name])} for name in names}
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(json.loads(sys.argv[1]))))

@@ -1,0 +1,143 @@
+"""A whole model with a gate in every layer, over the pruned model of as many heads."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+import headwise as hw
+from headwise.apps.bench.contenders import CheckFailed, compare
+from headwise.apps.bench.goals import model_goal
+from headwise.apps.bench.settings import Settings
+from headwise.apps.compare.breakeven import dynamic_model, static_model
+from headwise.apps.tasks.corpora import load_task
+from headwise.apps.tasks.examples import encode
+from headwise.apps.tasks.models import (
+    load_classifier,
+    load_config,
+    load_tokenizer,
+    model_folder,
+    model_name,
+)
+from headwise.apps.tasks.tasks import task_from_file
+from headwise.explain.texts import longest
+from headwise.nn.layers import attention_layers
+
+OURS, PRUNED, DENSE = "headwise", "pruned", "dense"
+BATCHES = 8
+
+
+def run(settings: Settings) -> Iterator[dict]:
+    """Texts as they come, padded to the longest of their batch; half of the heads of every layer.
+
+    The dense model is the one of transformers; the pruned one has only the heads that are left.
+    """
+    folder = model_folder(settings.model)
+    batches, lengths = _batches(settings, folder)
+    dense = load_classifier(folder, 2).to(settings.device).eval()
+    share = 0.5
+    for dtype in settings.dtypes:
+        whole = copy.deepcopy(dense).to(dtype)
+        models = {
+            OURS: dynamic_model(hw.convert(copy.deepcopy(whole)), share),
+            PRUNED: static_model(hw.convert(copy.deepcopy(whole)), share),
+            DENSE: whole,
+        }
+        heads = [layer.num_heads for layer in attention_layers(models[PRUNED]).values()]
+        for threads in settings.threads:
+            torch.set_num_threads(threads)
+            error = _check(models[OURS], batches[0], dtype)
+            turns = {name: _Turns(model, batches) for name, model in models.items()}
+            times = settings.timer().measure(turns)
+            ratio = times.ratio(OURS, {PRUNED: 1.0})
+            yield {
+                "what": "model",
+                "model": model_name(settings.model),
+                "shape": [settings.batch_size, None, dense.config.hidden_size, None],
+                "dtype": str(dtype).removeprefix("torch."),
+                "threads": threads,
+                "heads_a_layer": heads,
+                "tokens": lengths,
+                "error": error,
+                "ms": times.milliseconds(),
+                "yardstick": PRUNED,
+                "ratio": {"yardstick": ratio, DENSE: times.ratio(OURS, {DENSE: 1.0})},
+                "goal": model_goal().judge(ratio["median"]),
+            }
+
+
+class _Turns:
+    """Calls a model, with the next batch in every call: contenders see the same batches."""
+
+    def __init__(self, model: nn.Module, batches: list[dict[str, Tensor]]):
+        self.model, self.batches, self.turn = model, batches, 0
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        self.model(**self.batches[self.turn % len(self.batches)])
+        self.turn += 1
+
+
+def _batches(settings: Settings, folder) -> tuple[list[dict[str, Tensor]], dict[str, float]]:
+    """Batches of texts drawn at random, and what lengths they have."""
+    if settings.data is None:
+        task = load_task("reviews")
+    else:
+        task = task_from_file(settings.data, settings.text, settings.label)
+    rows = list(range(len(task)))
+    random.Random(settings.seed).shuffle(rows)
+    rows = rows[: BATCHES * settings.batch_size]
+    tokenizer = load_tokenizer(folder)
+    length = longest(load_config(folder), tokenizer, settings.max_length)
+    examples = encode(task, rows, tokenizer, length)
+    found = []
+    for start in range(0, len(rows), settings.batch_size):
+        batch = examples.batch(range(start, min(len(rows), start + settings.batch_size)))
+        batch = batch.to(settings.device)
+        found.append({"input_ids": batch.input_ids, "attention_mask": batch.attention_mask})
+    tokens = [len(ids) for ids in examples.ids]
+    return found, {
+        "mean": sum(tokens) / len(tokens),
+        "longest": max(tokens),
+        "mean_padded": sum(batch["input_ids"].size(1) for batch in found) / len(found),
+    }
+
+
+@torch.no_grad()
+def _check(model: nn.Module, batch: dict[str, Tensor], dtype: torch.dtype) -> float:
+    """The model against itself with every head computed and weighed.
+
+    Rounding differs between the two, so where two heads are nearly as relevant a deeper layer may
+    choose another one: the texts that are compared are those for which all choices agree.
+    """
+    got, chosen = _traced(model, batch)
+    layers = attention_layers(model).values()
+    for layer in layers:
+        layer._probe = _nothing
+    try:
+        want, again = _traced(model, batch)
+    finally:
+        for layer in layers:
+            layer._probe = None
+    same = (chosen == again).flatten(1).all(1)  # [B]
+    if 2 * int(same.sum()) < same.numel():
+        raise CheckFailed(
+            f"headwise and the oracle chose the same heads for {int(same.sum())} of "
+            f"{same.numel()} texts only"
+        )
+    return compare(got[same], want[same].double(), dtype)
+
+
+def _traced(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The logits [B, C], and the heads that every layer chose: [B, layers, H]."""
+    with hw.trace(model) as trace:
+        logits = model(**batch).logits
+    return logits, torch.stack([found.index for found in trace.selections.values()], dim=1)
+
+
+def _nothing(*_) -> None:
+    """A recorder that records nothing; with one set, a layer computes every head."""

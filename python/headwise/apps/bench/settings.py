@@ -1,0 +1,77 @@
+"""What a run of the benchmarks measures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from headwise.apps.bench.contenders import Shape
+from headwise.apps.bench.timing import Timer
+
+#: Short texts, BERT, long texts, images, one text, many very short texts, a large model.
+SHAPES = (
+    Shape(16, 128, 384, 12),
+    Shape(8, 128, 768, 12),
+    Shape(4, 512, 768, 12),
+    Shape(8, 197, 768, 12),
+    Shape(1, 128, 768, 12),
+    Shape(32, 32, 384, 12),
+    Shape(2, 2048, 1024, 16),
+)
+FRACTIONS = (0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run of the benchmarks measures.
+
+    Attributes:
+        shapes: of the layer's input.
+        dtypes: of input and weights.
+        threads: numbers of threads, each measured.
+        fractions: of the heads that run.
+        rounds: timed rounds.
+        most_seconds: limit of one case's rounds, see :class:`Timer`.
+        clock: ``"wall"`` or ``"process"``.
+        compiled: also time ``torch.compile`` of the dense layer and FlexAttention.
+        mixed: also time budgets that differ within the batch.
+        memory: also measure peak memory.
+        break_even: also look for the break-even batch and length.
+        gates: types of the gates to time.
+        model: folder of the model; None: the bundled MiniLM.
+        data: file of texts; None: the film reviews.
+        text: its column of texts.
+        label: its column of labels.
+        max_length: texts are cut to this many tokens.
+        batch_size: texts a batch.
+    """
+
+    device: torch.device
+    shapes: tuple[Shape, ...] = SHAPES
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    threads: tuple[int, ...] = (1,)
+    fractions: tuple[float, ...] = FRACTIONS
+    rounds: int = 11
+    most_seconds: float | None = None
+    clock: str = "wall"
+    seed: int = 0
+    compiled: bool = False
+    mixed: bool = True
+    memory: bool = True
+    break_even: bool = False
+    gates: tuple[str, ...] = ()
+    model: Path | None = None
+    data: Path | None = None
+    text: str = "text"
+    label: str = "label"
+    max_length: int = 128
+    batch_size: int = 32
+
+    def timer(self) -> Timer:
+        return Timer(self.rounds, self.clock, self.device, self.most_seconds)
+
+    def head_counts(self, shape: Shape) -> list[int]:
+        """Heads that run, for each fraction."""
+        return sorted({max(1, round(fraction * shape.heads)) for fraction in self.fractions})

@@ -1,0 +1,173 @@
+"""``headwise compare``: static against dynamic head selection, on a real model and task."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from headwise.apps.cli.common import (
+    add_common,
+    positive,
+    seed,
+    share,
+    use_device,
+    use_threads,
+    writable_file,
+)
+from headwise.apps.tasks.errors import UsageError
+
+DESCRIPTION = """\
+Fine-tunes a model on a task, then lets every method cut its attention heads to the same average
+number with the same training steps, and compares accuracy and measured time on the test texts.
+Prints a table and writes results.json, index.html and figures to --out. Every finished run is kept
+there at once: the same command, given again, goes on where an interrupted one stopped.
+"""
+
+
+def add_parser(commands) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "compare",
+        help="compare static with dynamic head selection on a model and a task",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument(
+        "--quick", action="store_true", help="one budget, four methods: minutes on 2 cores"
+    )
+    size.add_argument(
+        "--full", action="store_true", help="three seeds, all training texts: hours on 2 cores"
+    )
+    what = parser.add_argument_group("task and model")
+    what.add_argument(
+        "--task",
+        "--tasks",
+        dest="tasks",
+        nargs="+",
+        metavar="NAME",
+        help="reviews (default), snippets, products, tweets, topics, mixed (four domains in one)",
+    )
+    what.add_argument("--data", type=Path, metavar="FILE", help="own texts: .csv or .jsonl")
+    what.add_argument("--text", default="text", metavar="COLUMN", help="default: text")
+    what.add_argument("--label", default="label", metavar="COLUMN", help="default: label")
+    what.add_argument(
+        "--group", metavar="COLUMN", help="rows with the same value stay in one part of the split"
+    )
+    what.add_argument(
+        "--model",
+        type=Path,
+        metavar="DIR",
+        help="a text encoder of transformers that docs/convert.md lists "
+        "(default: all-MiniLM-L6-v2)",
+    )
+    how = parser.add_argument_group("what is compared")
+    how.add_argument(
+        "--budgets", nargs="+", type=share, metavar="SHARE", help="shares of the heads, in (0, 1]"
+    )
+    how.add_argument("--methods", nargs="+", metavar="NAME", help="see --list-methods; or all")
+    how.add_argument("--seeds", nargs="+", type=seed, metavar="N", help="one training of each")
+    how.add_argument("--steps", type=positive, metavar="N", help="training steps of each method")
+    how.add_argument(
+        "--dense-steps", type=positive, metavar="N", help="steps of the dense model's fine-tuning"
+    )
+    how.add_argument("--batch-size", type=positive, metavar="N", help="texts a step (default: 32)")
+    how.add_argument("--max-length", type=positive, metavar="N", help="tokens (default: 48)")
+    how.add_argument(
+        "--precision",
+        choices=("auto", "float32", "bfloat16"),
+        help="of training and accuracy; latency is always measured in float32",
+    )
+    how.add_argument("--list-methods", action="store_true", help="print the methods and stop")
+    parser.add_argument(
+        "--keep-models", action="store_true", help="write every trained model to OUT/models"
+    )
+    add_common(parser, out="headwise-out")
+    return parser
+
+
+def settings_of(options: argparse.Namespace):
+    """The settings that the options ask for."""
+    from headwise.apps.compare.methods import (
+        DEFAULT_METHODS,
+        FULL_METHODS,
+        QUICK_METHODS,
+        resolve_methods,
+    )
+    from headwise.apps.compare.settings import check_budgets, preset
+
+    size = "quick" if options.quick else "full" if options.full else "default"
+    settings = preset(size, options.seed)
+    standard = {"quick": QUICK_METHODS, "default": DEFAULT_METHODS, "full": FULL_METHODS}[size]
+    changes: dict = {
+        "methods": resolve_methods(tuple(options.methods)) if options.methods else standard
+    }
+    if options.budgets:
+        changes["budgets"] = check_budgets(tuple(options.budgets))
+    if options.seeds:
+        changes["seeds"] = tuple(dict.fromkeys(options.seeds))
+    for name in ("steps", "dense_steps", "max_length"):
+        if getattr(options, name) is not None:
+            changes[name] = getattr(options, name)
+    training = settings.training
+    if options.batch_size is not None:
+        training = replace(training, batch_size=options.batch_size)
+    if options.precision is not None:
+        training = replace(training, precision=options.precision)
+    return replace(settings, training=training, **changes)
+
+
+def run(options: argparse.Namespace) -> None:
+    from headwise.apps.compare.methods import METHODS
+    from headwise.apps.compare.store import writable_folder, write_json
+
+    if options.list_methods:
+        for method in METHODS.values():
+            print(f"{method.name:24}{method.kind:9}{method.title}")
+        return
+    if options.data is not None and options.tasks:
+        raise UsageError("give --data or --task, not both")
+    settings = settings_of(options)
+    writable_file(options.json)
+    writable_folder(options.out)
+    device = use_device(options.device)
+    threads = use_threads(options.threads)
+
+    from headwise.apps.compare import report
+    from headwise.apps.compare.progress import Progress
+    from headwise.apps.compare.settings import Source
+    from headwise.apps.compare.study import Study
+    from headwise.apps.compare.table import render
+
+    source = Source(
+        tasks=tuple(dict.fromkeys(options.tasks or ("reviews",))),
+        data=options.data,
+        text=options.text,
+        label=options.label,
+        group=options.group,
+        model=options.model,
+    )
+    study = Study(
+        source,
+        settings,
+        options.out,
+        device=device,
+        threads=threads,
+        progress=Progress(),
+        keep_models=options.keep_models,
+    )
+    try:
+        result = report.complete(study.run())
+    except KeyboardInterrupt:
+        print(
+            f"headwise compare: interrupted; finished runs are kept in {options.out}, and the "
+            "same command goes on from there",
+            file=sys.stderr,
+        )
+        raise
+    print(render(result))
+    files = report.write(result, options.out)
+    if options.json is not None:
+        write_json(options.json, report.public(result))
+    print(f"\nwrote {', '.join(file.name for file in files)} to {options.out}")

@@ -1,0 +1,174 @@
+"""``headwise prune``: makes a model smaller for good, by a plan or by what is found on texts."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from headwise.apps.cli.common import add_common, share, use_device, use_threads, writable_file
+from headwise.apps.cli.score import ONE_PASS
+from headwise.apps.cli.texts import add_texts, journal, labelled_texts
+from headwise.apps.tasks.errors import UsageError
+
+
+def add_parser(commands) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "prune",
+        help="remove heads, or more, from a model",
+        description="Removes the heads that a plan drops from the weights of a model, or with "
+        "--keep and --data those that matter least on labelled texts, and writes the smaller model "
+        "to --out (read it with headwise.load). With --method kwon neurons of the feed-forward "
+        "networks go, too, and what stays is tuned.",
+    )
+    parser.add_argument(
+        "--model",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="a text classifier: from headwise.save, or of transformers",
+    )
+    parser.add_argument(
+        "--plan",
+        type=Path,
+        metavar="FILE",
+        help="from 'headwise score --keep', or a structure plan",
+    )
+    parser.add_argument(
+        "--keep",
+        type=share,
+        metavar="SHARE",
+        help="instead of --plan: the share of heads to keep (kwon: of multiply-accumulates)",
+    )
+    parser.add_argument(
+        "--method",
+        choices=("ranking", "kwon"),
+        default="ranking",
+        help="how --keep finds what goes: a ranking of the heads (default), or Kwon et al. 2022: "
+        "heads and neurons, without training",
+    )
+    parser.add_argument(
+        "--latency",
+        type=share,
+        metavar="SHARE",
+        help="kwon, instead of --keep: the share of the layers' time, measured on this machine",
+    )
+    parser.add_argument(
+        "--metric", choices=ONE_PASS, default="michel", help="what --keep ranks by (michel)"
+    )
+    parser.add_argument(
+        "--exact", action="store_true", help="score the heads that are left anew after every step"
+    )
+    parser.add_argument(
+        "--step",
+        type=share,
+        default=0.1,
+        metavar="SHARE",
+        help="share of all heads that a step of --exact removes (default: 0.1)",
+    )
+    add_texts(parser, required=False)
+    add_common(parser, out=None)
+    return parser
+
+
+def run(options: argparse.Namespace) -> None:
+    import torch
+
+    import headwise as hw
+    from headwise.apps.compare.store import write_json
+    from headwise.apps.tasks.models import load_tokenizer, load_trained
+
+    _check(options)
+    device = use_device(options.device)
+    use_threads(options.threads)
+    torch.manual_seed(options.seed)
+    plan = _load_plan(options.plan) if options.plan is not None else None
+    model = load_trained(options.model).to(device).eval()
+    try:
+        report = {}
+        small = None
+        if options.method == "kwon":
+            texts = labelled_texts(options, model, device)
+            plan, small, report = hw.kwon_prune(
+                model, texts.batches, texts.loss, macs=options.keep, latency=options.latency
+            )
+        elif plan is None:
+            texts = labelled_texts(options, model, device)
+            plan = hw.pruning_path(
+                model,
+                texts.batches,
+                texts.loss,
+                options.keep,
+                step=options.step if options.exact else 1.0,
+                exact=options.exact,
+                metric=options.metric,
+                journal=journal(options, "pruning"),
+            )[-1]
+        small = hw.prune(model, plan) if small is None else small
+        hw.save(small, options.out, tokenizer=load_tokenizer(options.model))
+        if options.plan is None:
+            plan.save(options.out / "plan.json")
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+    def heads(model) -> int:
+        return sum(layer.num_heads for layer in hw.attention_layers(model).values())
+
+    def parameters(model) -> int:
+        return sum(parameter.numel() for parameter in model.parameters())
+
+    result = {
+        "model": str(options.model),
+        "out": str(options.out),
+        "heads": [heads(model), heads(small)],
+        "parameters": [parameters(model), parameters(small)],
+        "heads_by_layer": {
+            name: layer.num_heads for name, layer in hw.attention_layers(small).items()
+        },
+        "neurons_by_layer": hw.structure(small).neurons,
+        "report": report,
+    }
+    print(
+        f"heads {result['heads'][0]} -> {result['heads'][1]}, "
+        f"parameters {result['parameters'][0]:,} -> {result['parameters'][1]:,}; "
+        f"wrote {options.out}"
+    )
+    if options.json is not None:
+        write_json(options.json, result)
+
+
+def _check(options: argparse.Namespace) -> None:
+    if options.out is None:
+        raise UsageError("prune needs --out DIR for the smaller model")
+    if options.out.resolve() == options.model.resolve():
+        raise UsageError("--out must not be the folder of the model that is pruned")
+    if options.latency is not None and options.method != "kwon":
+        raise UsageError("--latency needs --method kwon")
+    if options.latency is not None and options.keep is not None:
+        raise UsageError("--method kwon needs --keep SHARE or --latency SHARE, one of the two")
+    found = options.keep is not None or options.latency is not None
+    if (options.plan is None) != found:
+        raise UsageError("prune needs --plan FILE or --keep SHARE, one of the two")
+    if found and options.data is None:
+        raise UsageError("--keep scores heads on labelled texts, so it needs --data FILE")
+    if options.plan is not None and options.method != "ranking":
+        raise UsageError("--method is a way of finding heads, so it needs --keep, not --plan")
+    if options.method != "ranking" and options.exact:
+        raise UsageError("--exact belongs to --method ranking")
+    if options.plan is not None and options.exact:
+        raise UsageError("--exact is a way of finding heads, so it needs --keep, not --plan")
+    if options.plan is not None and not options.plan.is_file():
+        raise UsageError(f"there is no plan {options.plan}")
+    writable_file(options.json)
+    writable_file(options.out.parent / "out" if not options.out.exists() else None)
+
+
+def _load_plan(path: Path):
+    """A plan of heads, or of more."""
+    import headwise as hw
+
+    try:
+        plan = hw.StructurePlan.load(path)
+    except ValueError as error:
+        raise UsageError(f"{path} is not a plan: {error}") from None
+    alone = not plan.ffn and not plan.blocks and plan.hidden is None
+    return plan.heads if alone else plan

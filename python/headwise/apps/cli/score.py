@@ -1,0 +1,138 @@
+"""``headwise score``: how much each head of a trained model matters, and plans made of it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from headwise.apps.cli.common import add_common, share, use_device, use_threads, writable_file
+from headwise.apps.cli.texts import LabelledTexts, add_texts, journal, labelled_texts
+from headwise.apps.tasks.errors import UsageError
+
+#: From one pass over the texts.
+ONE_PASS = ("michel", "entropy", "confidence", "hies")
+#: From searches of their own.
+SEARCHES = ("ablation", "all-but-one", "lrp", "causal")
+#: Of these --keep makes no plan: they say what heads do, not how much that matters.
+DESCRIPTIVE = ("entropy", "confidence")
+
+
+def add_parser(commands) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "score",
+        help="score the heads of a trained model on labelled texts",
+        description="Scores every attention head of a trained text classifier on labelled texts, "
+        "prints a table, and with --keep writes a plan for 'headwise prune'.",
+    )
+    parser.add_argument(
+        "--model",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="a fine-tuned text classifier: from headwise.save, or of transformers",
+    )
+    add_texts(parser, required=True)
+    parser.add_argument(
+        "--metrics",
+        nargs="+",
+        choices=ONE_PASS + SEARCHES,
+        default=["michel", "entropy", "hies"],
+        help="default: michel entropy hies; ablation, all-but-one and causal take a pass over the "
+        "texts for every head or step",
+    )
+    parser.add_argument(
+        "--keep", type=share, metavar="SHARE", help="also write a plan that keeps this share"
+    )
+    add_common(parser, out=None)
+    return parser
+
+
+def run(options: argparse.Namespace) -> None:
+    import torch
+
+    import headwise as hw
+    from headwise.apps.compare.store import writable_folder, write_json
+    from headwise.apps.tasks.models import load_trained
+
+    if options.keep is not None and options.out is None:
+        raise UsageError("--keep writes plans, so it needs --out DIR")
+    writable_file(options.json)
+    if options.out is not None:
+        writable_folder(options.out)
+    device = use_device(options.device)
+    use_threads(options.threads)
+    torch.manual_seed(options.seed)
+    model = load_trained(options.model).to(device).eval()
+    texts = labelled_texts(options, model, device)
+    try:
+        scores, details = _score(options, model, texts)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    result = {
+        "model": str(options.model),
+        "data": texts.name,
+        "texts": texts.count,
+        "scores": {
+            metric: {name: values.tolist() for name, values in found.values.items()}
+            for metric, found in scores.items()
+        },
+    }
+    if details:
+        result["details"] = details
+    for metric, found in result["scores"].items():
+        print(f"{metric}\n{table(found)}\n")
+    if "lrp" in details:
+        print(f"lrp: conservation error {details['lrp']['conservation_error']:.1e}\n")
+    if options.json is not None:
+        write_json(options.json, result)
+    if options.out is not None:
+        write_json(options.out / "scores.json", result)
+        print(f"wrote {options.out / 'scores.json'}")
+        for metric in options.metrics if options.keep is not None else ():
+            if metric not in DESCRIPTIVE:
+                path = options.out / f"plan-{metric}.json"
+                hw.plan(scores[metric], keep=options.keep).save(path)
+                print(f"wrote {path}")
+
+
+def _score(options: argparse.Namespace, model, texts: LabelledTexts) -> tuple[dict, dict]:
+    """metric -> scores, in the order asked for, and what more is known of each."""
+    import headwise as hw
+
+    wanted = list(dict.fromkeys(options.metrics))
+    one_pass = [metric for metric in wanted if metric in ONE_PASS]
+    scores = hw.score_heads(model, texts.batches, texts.loss, metrics=one_pass) if one_pass else {}
+    details: dict[str, dict] = {}
+    for metric in wanted:
+        if metric in ("ablation", "all-but-one"):
+            search = hw.ablate_heads if metric == "ablation" else hw.keep_one_head
+            kept = journal(options, metric)
+            found = search(model, texts.batches, texts.loss, seed=options.seed, journal=kept)
+            details[metric] = {
+                "loss": found.losses.mean().item(),
+                "p_value": {name: p.tolist() for name, p in found.p_value.items()},
+            }
+        elif metric == "lrp":
+            found = hw.head_relevance(model, texts.batches, texts.logits)
+            details[metric] = {
+                "conservation_error": found.conservation_error,
+                "bias_share": found.bias_share,
+            }
+        elif metric == "causal":
+            kept = journal(options, metric)
+            found = hw.causal_heads(model, texts.batches, texts.loss, journal=kept)
+            details[metric] = {"roles": found.roles()}
+        else:
+            continue
+        scores[metric] = found.scores
+    return {metric: scores[metric] for metric in wanted}, details
+
+
+def table(scores: dict[str, list[float]]) -> str:
+    """A row a layer, a column a head."""
+    width = max(len(name) for name in scores)
+    heads = max(len(values) for values in scores.values())
+    lines = [" " * width + "".join(f"{head:>8}" for head in range(heads))]
+    for name, values in scores.items():
+        lines.append(name.ljust(width) + "".join(f"{value:8.4f}" for value in values))
+    return "\n".join(lines)

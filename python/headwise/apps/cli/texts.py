@@ -1,0 +1,107 @@
+"""Labelled texts and a trained classifier: what ``score`` and ``prune`` measure heads on."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from headwise.apps.cli.common import positive
+from headwise.apps.tasks.errors import UsageError
+
+
+def add_texts(parser: argparse.ArgumentParser, required: bool) -> None:
+    """The options that say which texts, and how many."""
+    parser.add_argument(
+        "--data",
+        type=Path,
+        required=required,
+        metavar="FILE",
+        help="labelled texts: .csv or .jsonl",
+    )
+    parser.add_argument("--text", default="text", metavar="COLUMN", help="default: text")
+    parser.add_argument("--label", default="label", metavar="COLUMN", help="default: label")
+    parser.add_argument(
+        "--limit", type=positive, default=512, metavar="N", help="texts (default: 512)"
+    )
+    parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="default: 32")
+    parser.add_argument("--max-length", type=positive, default=128, metavar="N", help="tokens")
+    parser.add_argument(
+        "--journal",
+        type=Path,
+        metavar="DIR",
+        help="keep the finished steps of long searches there; the same command goes on from them",
+    )
+
+
+@dataclass(frozen=True)
+class LabelledTexts:
+    """What a search over the heads of a model takes.
+
+    Attributes:
+        name: of the file.
+        count: of texts.
+        batches: encoded texts.
+        loss: (model, batch) -> cross entropy of each text [B].
+        logits: (model, batch) -> [B, C].
+    """
+
+    name: str
+    count: int
+    batches: list
+    loss: Callable[[Any, Any], Any]
+    logits: Callable[[Any, Any], Any]
+
+
+def labelled_texts(options: argparse.Namespace, model, device) -> LabelledTexts:
+    """Reads and encodes the texts that ``options`` name, for ``model``.
+
+    Raises:
+        UsageError: a file that cannot be used, or labels that the model does not know.
+    """
+    import random
+
+    from torch.nn import functional as F
+
+    from headwise.apps.tasks.examples import encode
+    from headwise.apps.tasks.models import load_tokenizer
+    from headwise.apps.tasks.tasks import task_from_file
+    from headwise.explain.texts import longest
+
+    task = task_from_file(options.data, options.text, options.label, least=1)
+    classes = model.config.num_labels
+    if len(task.classes) > classes:
+        raise UsageError(
+            f"{options.data} has {len(task.classes)} different labels, but the model in "
+            f"{options.model} was trained for {classes}"
+        )
+    task = task.with_labels_of(model.config.label2id)
+    rows = list(range(len(task)))
+    random.Random(options.seed).shuffle(rows)
+    tokenizer = load_tokenizer(options.model)
+    length = longest(model.config, tokenizer, options.max_length)
+    examples = encode(task, rows[: options.limit], tokenizer, length)
+
+    def logits(model, batch):
+        batch = batch.to(device)
+        found = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        return found.float()  # [B, C]
+
+    def loss(model, batch):
+        labels = batch.labels.to(device)
+        return F.cross_entropy(logits(model, batch), labels, reduction="none")  # [B]
+
+    batches = list(examples.in_order(options.batch_size))
+    return LabelledTexts(options.data.name, len(examples), batches, loss, logits)
+
+
+def journal(options: argparse.Namespace, search: str) -> Path | None:
+    """The file that keeps the steps of ``search``, where --journal was given."""
+    from headwise.apps.compare.store import writable_folder
+
+    if options.journal is None:
+        return None
+    writable_folder(options.journal)
+    return options.journal / f"{search}.jsonl"

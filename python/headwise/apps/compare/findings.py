@@ -1,0 +1,269 @@
+"""What a study found: means over seeds, comparisons, and the sentences that say it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from headwise.apps.compare.calibration import TOLERANCE
+from headwise.apps.compare.statistics import mean_interval, paired_difference
+
+#: Below both of these a dynamic method chooses practically the same heads for every text.
+STATIC_IN_DISGUISE = {"heads_std": 0.02, "jaccard_distance": 0.05}
+
+_AVERAGED = (
+    "heads_mean",
+    "heads_std",
+    "jaccard_distance",
+    "latency_ms",
+    "latency_ratio_to_dense",
+    "macs_ratio_to_dense",
+    "attention_macs_ratio_to_dense",
+    "validation_accuracy",
+)
+
+
+def summarise(runs: Sequence[dict]) -> list[dict]:
+    """One entry for each task, method and budget: the mean over seeds.
+
+    ``accuracy_low`` and ``accuracy_high`` are a 95% interval: of the mean over seeds (Student's t)
+    where there are several, else of the one proportion (Wilson). ``missed``: the average share of
+    heads on the test (of a method that prunes more: of its own measure) is further than 2 points
+    from the target.
+    """
+    grouped: dict[tuple, list[dict]] = {}
+    for run in runs:
+        grouped.setdefault((run["task"], run["method"], run["keep_target"]), []).append(run)
+    found = []
+    for (task, method, keep), group in grouped.items():
+        mean, low, high = mean_interval([run["accuracy"] for run in group])
+        if len(group) == 1:
+            low, high = group[0]["accuracy_interval"]
+        entry = {
+            "task": task,
+            "method": method,
+            "title": group[0]["title"],
+            "kind": group[0]["kind"],
+            "keep_target": keep,
+            "seeds": len(group),
+            "accuracy": mean,
+            "accuracy_low": max(0.0, low),
+            "accuracy_high": min(1.0, high),
+            "train_steps": group[0]["train_steps"],
+        }
+        for name in _AVERAGED:
+            entry[name] = sum(run[name] for run in group) / len(group)
+        if all("method_seconds" in run for run in group):
+            entry["method_seconds"] = sum(run["method_seconds"] for run in group) / len(group)
+        if "domains" in group[0]:
+            entry["domains"] = [
+                {
+                    "name": domain["name"],
+                    **{
+                        key: sum(run["domains"][i][key] for run in group) / len(group)
+                        for key in ("accuracy", "heads_mean")
+                    },
+                }
+                for i, domain in enumerate(group[0]["domains"])
+            ]
+        # A method that prunes more than heads has its budget in something else.
+        entry["whole_model"] = "share_kept" in group[0]
+        kept = [run.get("share_kept", run["heads_mean"]) for run in group]
+        entry["missed"] = abs(sum(kept) / len(kept) - keep) > TOLERANCE
+        found.append(entry)
+    return found
+
+
+def _correct(runs: Sequence[dict], task: str, method: str, keep: float) -> Tensor:
+    """[N]: how often each test text was right, the mean over seeds."""
+    rows = [
+        torch.tensor([float(character) for character in run["correct"]])
+        for run in runs
+        if (run["task"], run["method"], run["keep_target"]) == (task, method, keep)
+    ]
+    return torch.stack(rows).mean(0)
+
+
+def _best(entries: Sequence[dict], kind: str) -> dict | None:
+    """The best of a kind by validation accuracy: the test has no say in it.
+
+    Of methods whose budget is in heads; one that prunes more stands at another number of them.
+    """
+    candidates = [
+        entry for entry in entries if entry["kind"] == kind and not entry.get("whole_model")
+    ]
+    return max(candidates, key=lambda entry: entry["validation_accuracy"], default=None)
+
+
+def compare(runs: Sequence[dict], summary: Sequence[dict]) -> list[dict]:
+    """For each task and budget: the best dynamic method against the dense model and against the
+    best static method, each chosen on validation texts.
+
+    Differences are paired over test texts; intervals are 95% of a bootstrap over texts.
+    """
+    found = []
+    for task, keep in dict.fromkeys((e["task"], e["keep_target"]) for e in summary):
+        entries = [e for e in summary if e["task"] == task and e["keep_target"] == keep]
+        dynamic, static = _best(entries, "dynamic"), _best(entries, "static")
+        if dynamic is None and static is None:
+            continue
+        comparison: dict = {"task": task, "keep_target": keep}
+        dense = _correct(runs, task, "dense", 1.0)
+        for name, entry in (("dynamic", dynamic), ("static", static)):
+            if entry is not None:
+                own = _correct(runs, task, entry["method"], keep)
+                difference, low, high = paired_difference(own, dense)
+                comparison[name] = entry["method"]
+                comparison[f"{name}_minus_dense"] = {
+                    "points": 100 * difference,
+                    "low": 100 * low,
+                    "high": 100 * high,
+                }
+        if dynamic is not None and static is not None:
+            difference, low, high = paired_difference(
+                _correct(runs, task, dynamic["method"], keep),
+                _correct(runs, task, static["method"], keep),
+            )
+            comparison["dynamic_minus_static"] = {
+                "points": 100 * difference,
+                "low": 100 * low,
+                "high": 100 * high,
+            }
+        found.append(comparison)
+    return found
+
+
+def _points(difference: dict) -> str:
+    return (
+        f"{difference['points']:+.1f} points "
+        f"(95% interval {difference['low']:+.1f} to {difference['high']:+.1f})"
+    )
+
+
+def _verdict(difference: dict, first: str, second: str) -> str:
+    if difference["low"] > 0:
+        return f"{first} is better"
+    if difference["high"] < 0:
+        return f"{second} is better"
+    return "the test cannot tell them apart"
+
+
+def sentences(result: dict) -> list[str]:
+    """What was found and what missed, in plain words, the most important first."""
+    summary, found = result["summary"], []
+    entries = {(e["task"], e["method"], e["keep_target"]): e for e in summary}
+    several = len({e["task"] for e in summary}) > 1
+    for comparison in result["comparisons"]:
+        task, keep = comparison["task"], comparison["keep_target"]
+        where = f"{task}, {keep:.0%} of heads" if several else f"At {keep:.0%} of the heads"
+        parts = []
+        for name in ("dynamic", "static"):
+            if name in comparison:
+                entry = entries[task, comparison[name], keep]
+                parts.append(
+                    f"the best {name} method ({entry['title']}) keeps {entry['accuracy']:.1%}, "
+                    f"{_points(comparison[f'{name}_minus_dense'])} from dense"
+                )
+        text = f"{where}: " if several else f"{where} "
+        text += "; ".join(parts) + "."
+        if "dynamic_minus_static" in comparison:
+            difference = comparison["dynamic_minus_static"]
+            text += (
+                f" Dynamic against static: {_points(difference)}; "
+                f"{_verdict(difference, 'dynamic', 'static')}."
+            )
+        found.append(text)
+    found += _selection_sentences(summary)
+    found += _domain_sentences(summary)
+    found += _time_sentences(summary, result.get("break_even"))
+    missed = [e for e in summary if e["missed"]]
+    for e in missed:
+        found.append(
+            f"Missed: {e['title']} on {e['task']} runs {e['heads_mean']:.1%} of the heads, more "
+            f"than 2 points from its target of {e['keep_target']:.0%}; compare it with care."
+        )
+    if len({run["seed"] for run in result["runs"]}) == 1:
+        found.append(
+            "One seed: differences under about a point are within what another seed would change."
+        )
+    return found
+
+
+def _selection_sentences(summary: Sequence[dict]) -> list[str]:
+    """One for each dynamic method and task: whether its selections differ between texts."""
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for entry in summary:
+        if entry["kind"] == "dynamic":
+            groups.setdefault((entry["task"], entry["title"]), []).append(entry)
+    several = len({task for task, _ in groups}) > 1
+    found = []
+    for (task, title), entries in groups.items():
+        where = f" on {task}" if several else ""
+        parts = [
+            f"at {e['keep_target']:.0%} by {100 * e['heads_std']:.1f} points and "
+            f"{e['jaccard_distance']:.2f}"
+            for e in entries
+        ]
+        disguised = [
+            e for e in entries if all(e[key] < limit for key, limit in STATIC_IN_DISGUISE.items())
+        ]
+        if entries[0]["method"] == "budget-random":
+            verdict = "draws heads without looking at the text"
+        elif len(disguised) == len(entries):
+            verdict = "is static in disguise"
+        elif disguised:
+            budgets = ", ".join(f"{e['keep_target']:.0%}" for e in disguised)
+            verdict = f"chooses by the text, but is static in disguise at {budgets}"
+        else:
+            verdict = "chooses by the text"
+        found.append(
+            f"{title}{where} {verdict}: texts differ in how many heads they run (standard "
+            f"deviation) and in which (mean Jaccard distance) {', '.join(parts)}."
+        )
+    return found
+
+
+def _domain_sentences(summary: Sequence[dict]) -> list[str]:
+    """One for each dynamic method of a task with domains: how its heads are shared out."""
+    found = []
+    for e in summary:
+        if e["kind"] != "dynamic" or "domains" not in e:
+            continue
+        most = max(e["domains"], key=lambda domain: domain["heads_mean"])
+        least = min(e["domains"], key=lambda domain: domain["heads_mean"])
+        found.append(
+            f"{e['title']} on {e['task']} at {e['keep_target']:.0%} gives {most['name']} the most "
+            f"heads ({most['heads_mean']:.1%}) and {least['name']} the fewest "
+            f"({least['heads_mean']:.1%})."
+        )
+    return found
+
+
+def shape_text(shape: dict) -> str:
+    """How a latency's shape is called."""
+    length = "texts as they come" if shape["length"] is None else f"{shape['length']} tokens"
+    return f"batch {shape['batch']}, {length}"
+
+
+def _time_sentences(summary: Sequence[dict], curve: dict | None) -> list[str]:
+    found = []
+    for shape in (curve or {}).get("shapes", []):
+        share, price = shape["break_even_heads"], shape["price"]
+        if share is None:
+            pays = "was not faster than dense at any number of heads measured"
+        elif share >= shape["heads"][-1]:
+            pays = "was faster than dense at every number of heads measured"
+        else:
+            pays = f"is faster than dense up to {share:.0%} of the heads"
+        if abs(price) < 0.015:
+            costs = "as long as"
+        else:
+            costs = f"{abs(price):.0%} {'longer' if price > 0 else 'less'} than"
+        where = shape_text(shape)
+        found.append(
+            f"{where[0].upper()}{where[1:]}: dynamic selection {pays}; it takes {costs} a pruned "
+            "model with as many heads in every layer."
+        )
+    return found

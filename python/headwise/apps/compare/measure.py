@@ -1,0 +1,233 @@
+"""What a model costs: measured time against the dense model, and multiply-accumulates."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+import headwise as hw
+from headwise.apps.compare.selections import HeadUse
+from headwise.apps.tasks.examples import Examples
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One way to call a model: texts a batch, tokens a text (None: as the texts come)."""
+
+    batch: int
+    length: int | None = None
+
+    def within(self, most: int | None) -> Shape:
+        """The same for a model that takes at most so many tokens."""
+        if self.length is None or most is None:
+            return self
+        return Shape(self.batch, min(self.length, most))
+
+    def __str__(self) -> str:
+        length = "real lengths" if self.length is None else f"{self.length} tokens"
+        return f"batch {self.batch}, {length}"
+
+
+def inputs_of(
+    examples: Examples, shape: Shape, device: torch.device, count: int = 1
+) -> list[dict[str, Tensor]]:
+    """``count`` different batches of the given shape, from real texts.
+
+    Real texts, because a gate chooses by what it reads. Where the shape asks for a length, texts
+    are strung together and cut to it; without one, a batch holds texts of neighbouring lengths.
+    """
+    need = min(len(examples), shape.batch * count * 8)
+    rows = sorted(range(need), key=lambda row: len(examples.ids[row]))
+    found = []
+    for position in range(count):
+        start = (2 * position + 1) * len(rows) // (2 * count) - shape.batch // 2
+        start = max(0, min(start, len(rows) - shape.batch))
+        part = [rows[(start + i) % len(rows)] for i in range(shape.batch)]
+        if shape.length is None:
+            batch = examples.batch(part)
+            ids, mask = batch.input_ids, batch.attention_mask
+        else:
+            texts = []
+            for row in part:
+                tokens, at = list(examples.ids[row]), row
+                while len(tokens) < shape.length:
+                    at = (at + 1) % len(examples)
+                    tokens += examples.ids[at][1:] or examples.ids[at]
+                texts.append(tokens[: shape.length])
+            ids = torch.tensor(texts)  # [B, L]
+            mask = torch.ones_like(ids)
+        found.append({"input_ids": ids.to(device), "attention_mask": mask.to(device)})
+    return found
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+@torch.no_grad()
+def interleaved_seconds(
+    models: Sequence[nn.Module],
+    inputs: Sequence[dict[str, Tensor]],
+    device: torch.device,
+    *,
+    budget_s: float = 1.5,
+    least: int = 5,
+    most: int = 60,
+) -> list[list[float]]:
+    """Seconds of each call, a list for each model; the models take turns.
+
+    Taking turns, each model sees the same noise of the machine: ratios are steadier than times.
+    Stops after ``budget_s`` seconds, but not before ``least`` rounds.
+    """
+    for model in models:
+        model.eval()
+        for batch in inputs[:2]:
+            model(**batch)
+    seconds: list[list[float]] = [[] for _ in models]
+    start = time.perf_counter()
+    for turn in range(most):
+        if turn >= least and time.perf_counter() - start > budget_s:
+            break
+        batch = inputs[turn % len(inputs)]
+        for model, found in zip(models, seconds, strict=True):
+            began = _now(device)
+            model(**batch)
+            found.append(_now(device) - began)
+    return seconds
+
+
+def latency(
+    dense: nn.Module,
+    model: nn.Module,
+    examples: Examples,
+    shapes: Sequence[Shape],
+    device: torch.device,
+    budget_s: float = 1.5,
+) -> list[dict]:
+    """Median milliseconds of ``model`` and of ``dense`` for each shape, measured in turns.
+
+    ``ratio`` is the median over rounds of this model's time divided by the dense model's time in
+    the same round; ``ratio_low`` and ``ratio_high`` are its quartiles.
+    """
+    found = []
+    for shape in shapes:
+        inputs = inputs_of(examples, shape, device, count=4)
+        base, own = interleaved_seconds([dense, model], inputs, device, budget_s=budget_s)
+        ratios = sorted(b / a for a, b in zip(base, own, strict=True))
+        found.append(
+            {
+                **asdict(shape),
+                "ms": statistics.median(own) * 1e3,
+                "dense_ms": statistics.median(base) * 1e3,
+                "ratio": statistics.median(ratios),
+                "ratio_low": ratios[len(ratios) // 4],
+                "ratio_high": ratios[(3 * len(ratios)) // 4],
+                "rounds": len(ratios),
+            }
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Macs:
+    """Multiply-accumulates of a data set, in total."""
+
+    attention: float
+    rest: float
+    gates: float
+
+    @property
+    def total(self) -> float:
+        return self.attention + self.rest + self.gates
+
+
+def gate_macs(model: nn.Module) -> int:
+    """Multiply-accumulates of the gates for one text: the matrices that meet its pooled input."""
+    matrices = {
+        parameter
+        for module in model.modules()
+        if isinstance(module, hw.Gate)
+        for parameter in module.parameters()
+        if parameter.dim() > 1
+    }
+    return sum(parameter.numel() for parameter in matrices)
+
+
+def macs(config, use: HeadUse, lengths: Tensor, model: nn.Module | None = None) -> Macs:
+    """Multiply-accumulates of a BERT-like encoder over some texts, without padding.
+
+    All heads of a model cost the same (``head_macs``: 4 n D d + 2 n^2 d for n tokens), so the
+    number of heads that ran decides.
+
+    Args:
+        config: of the dense transformers model.
+        use: the heads that ran for each text.
+        lengths: int [N], tokens of each text.
+        model: where given, its gates are counted, and its widths are used: fewer neurons or hidden
+            dimensions cost less.
+    """
+    n = lengths.double()  # [N]
+    inner = getattr(config, "intermediate_size", None) or config.hidden_dim  # DistilBERT's name
+    width, neurons = config.hidden_size, len(use.layers) * inner
+    pooled = config.hidden_size
+    head = width // config.num_attention_heads
+    if model is not None:
+        found = hw.structure(model)
+        width = next(iter(found.attention.values())).embed_dim
+        neurons = sum(found.neurons.values())
+    each = [hw._C.head_macs(tokens, width, head) for tokens in n.tolist()]
+    each = torch.tensor(each, dtype=torch.float64)  # [N]
+    attention = (use.chosen.double().sum(1) * each).sum().item()
+    # The feed-forward networks; then the pooler and the classifier of each text.
+    rest = neurons * sum(hw._C.neuron_macs(tokens, width) for tokens in n.tolist())
+    rest += len(lengths) * (width * pooled + pooled * 2)
+    gates = len(lengths) * gate_macs(model) if model is not None else 0
+    if model is not None and any(isinstance(m, hw.ThresholdGate) for m in model.modules()):
+        # It decides by the queries, keys and integer scores of every head.
+        dropped = use.chosen.shape[1] - use.chosen.double().sum(1)  # [N]
+        decisions = dropped * 2 * n * width * head + use.chosen.shape[1] * n * n * head
+        gates += decisions.sum().item()
+    return Macs(attention, rest, gates)
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def environment(device: torch.device, threads: int) -> dict:
+    """The machine and the versions that a result was made with."""
+    import transformers
+
+    found = {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "device": str(device),
+        "system": f"{platform.system()} {platform.machine()}",
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "headwise": hw._C.__version__,
+    }
+    if device.type == "cuda":
+        found["accelerator"] = torch.cuda.get_device_name(device)
+        found["cuda"] = torch.version.cuda
+    return found

@@ -1,0 +1,38 @@
+"""What a method of the comparison is, and what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from headwise.apps.compare.workbench import Workbench
+
+
+@dataclass
+class Outcome:
+    """What a method made of the dense model."""
+
+    model: nn.Module
+    train_steps: int
+    notes: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method and how to speak of it.
+
+    Attributes:
+        name: as in ``--methods`` and ``results.json``.
+        title: as in tables and figures.
+        kind: "dense", "static" or "dynamic".
+        trains: whether it trains for ``steps`` steps (post-hoc methods do not).
+        run: (workbench, share of heads, steps) -> outcome.
+    """
+
+    name: str
+    title: str
+    kind: str
+    trains: bool
+    run: Callable[[Workbench, float, int], Outcome]

@@ -1,0 +1,131 @@
+"""The methods that are compared: each turns the dense model into one with fewer heads.
+
+Every method starts from the same fine-tuned dense model, sees the same batches, learns from the
+same teacher and, unless it is post-hoc, trains for the same number of steps.
+"""
+
+from __future__ import annotations
+
+from headwise.apps.compare import gated, planned, structured
+from headwise.apps.compare.method import Method, Outcome
+from headwise.apps.tasks.errors import UsageError
+
+__all__ = ["METHODS", "Method", "Outcome", "resolve_methods"]
+
+
+def _planned(family: str, planner: planned.Planner) -> tuple[Method, Method]:
+    return (
+        Method(f"{family}-posthoc", family, "static", False, planned.post_hoc(planner)),
+        Method(
+            f"{family}-finetuned",
+            f"{family}, fine-tuned",
+            "static",
+            True,
+            planned.fine_tuned(planner),
+        ),
+    )
+
+
+def _dynamic(name: str, title: str, prototype, kind: str = "dynamic") -> Method:
+    return Method(name, title, kind, True, gated.dynamic(prototype))
+
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("dense-continued", "dense, trained on", "dense", True, planned.dense_continued),
+        *_planned("random", planned.random_plan),
+        *_planned("michel", planned.michel_plan),
+        *_planned("michel-exact", planned.michel_exact_plan),
+        *_planned("hies", planned.hies_plan),
+        Method(
+            "static-hard-concrete",
+            "static hard concrete",
+            "static",
+            True,
+            gated.static(gated.hard_concrete_gate, lambda gate: gate.log_alpha),
+        ),
+        Method(
+            "subset",
+            "SubsetGate, joint",
+            "static",
+            True,
+            gated.static(gated.subset_gate, lambda gate: gate.scores),
+        ),
+        Method(
+            "subset-pipelined",
+            "SubsetGate, pipelined",
+            "static",
+            True,
+            gated.static(
+                gated.subset_gate,
+                lambda gate: gate.scores,
+                until=gated.PIPELINED_UNTIL,
+                joint=False,
+            ),
+        ),
+        Method(
+            "sleeping",
+            "heads asleep and awake",
+            "static",
+            True,
+            # The score says which heads stay where as many are awake as the plan keeps.
+            gated.static(gated.sleep_gate, lambda gate: gate.score + 1e9 * gate.awake),
+        ),
+        _dynamic("budget-gate", "BudgetGate", gated.budget_gate),
+        _dynamic(
+            "dynamic-hard-concrete", "dynamic hard concrete", gated.dynamic_hard_concrete_gate
+        ),
+        Method("requested-budget", "one model, any budget", "dynamic", True, gated.requested),
+        _dynamic("adavit", "AdaViT gate", gated.adavit_gate),
+        _dynamic("shared-heads", "BudgetGate, one head shared", gated.shared_heads_gate),
+        Method("threshold", "HDP threshold", "dynamic", False, gated.threshold),
+        _dynamic("budget-fixed", "BudgetGate, fixed budget", gated.fixed_budget_gate),
+        _dynamic("budget-unannealed", "BudgetGate, no annealing", gated.unannealed_gate),
+        _dynamic("budget-random", "random heads a text", gated.random_gate),
+        _dynamic("budget-full", "BudgetGate, full budget", gated.full_budget_gate, kind="dense"),
+        Method("kwon", "Kwon 2022", "static", False, structured.kwon),
+        Method("cofi", "CoFi", "static", True, structured.cofi),
+    )
+}
+
+#: What "--methods NAME" stands for, where it is no method's own name.
+FAMILIES: dict[str, tuple[str, ...]] = {
+    **{
+        family: (f"{family}-posthoc", f"{family}-finetuned")
+        for family in ("random", "michel", "michel-exact", "hies")
+    },
+    "ablations": (
+        "budget-gate",
+        "budget-fixed",
+        "budget-unannealed",
+        "budget-random",
+        "budget-full",
+    ),
+    "all": tuple(METHODS),
+}
+QUICK_METHODS = ("michel-posthoc", "michel-finetuned", "static-hard-concrete", "budget-gate")
+DEFAULT_METHODS = (
+    *FAMILIES["random"],
+    *FAMILIES["michel"],
+    *FAMILIES["hies"],
+    "static-hard-concrete",
+    "budget-gate",
+    "dynamic-hard-concrete",
+)
+FULL_METHODS = ("dense-continued", *DEFAULT_METHODS)
+
+
+def resolve_methods(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of methods, families spelled out, each once.
+
+    Raises:
+        UsageError: an unknown name; the text lists the known ones.
+    """
+    found: list[str] = []
+    for name in names:
+        if name not in METHODS and name not in FAMILIES:
+            known = ", ".join([*FAMILIES, *METHODS])
+            raise UsageError(f"unknown method {name!r}; the methods are {known}")
+        found += FAMILIES.get(name, (name,))
+    return tuple(dict.fromkeys(found))

@@ -1,0 +1,88 @@
+"""Methods that rank the heads of the dense model and keep the best: one plan for every text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+import headwise as hw
+from headwise.apps.compare.method import Outcome
+from headwise.apps.compare.workbench import Workbench
+
+#: Shares of importance that hies is tried with, from entropy alone to importance alone; validation
+#: texts choose.
+ALPHAS = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
+#: Share of the heads that a step of michel-exact removes (Michel et al. 2019, section 4).
+_STEP = 0.1
+
+
+def random_plan(bench: Workbench, keep: float) -> hw.HeadPlan:
+    generator = torch.Generator().manual_seed(4000 + bench.seed)
+    values = {
+        name: torch.rand(heads, generator=generator, dtype=torch.float64)
+        for name, heads in bench.dense_layers.items()
+    }
+    return hw.plan(hw.HeadScores("random", values), keep=keep)
+
+
+def michel_plan(bench: Workbench, keep: float) -> hw.HeadPlan:
+    return hw.plan(bench.scores()["michel"], keep=keep)
+
+
+def michel_exact_plan(bench: Workbench, keep: float) -> hw.HeadPlan:
+    """A tenth of the heads at a time; those that are left are scored anew after each."""
+    if ("michel-exact", keep) not in bench.plans:
+        path = hw.pruning_path(
+            bench.converted().eval(),
+            bench.scoring_batches(),
+            bench.losses,
+            keep,
+            step=_STEP,
+            exact=True,
+            progress=False,
+        )
+        bench.plans["michel-exact", keep] = path[-1]
+    return bench.plans["michel-exact", keep]
+
+
+def hies_plan(bench: Workbench, keep: float) -> hw.HeadPlan:
+    """The plan of HIES (arXiv 2510.13832); its alpha is the best of a few on validation texts."""
+    if ("hies", keep) in bench.plans:
+        return bench.plans["hies", keep]
+    scores = bench.scores("per_example")  # importance as the paper has it
+    found = hw.select_alpha(
+        scores["michel"],
+        scores["entropy"],
+        lambda plan: bench.validation_accuracy(hw.prune(bench.converted(), plan)),
+        keep,
+        alphas=ALPHAS,
+    )
+    bench.plans["hies", keep] = found.plan
+    return found.plan
+
+
+Planner = Callable[[Workbench, float], "hw.HeadPlan"]
+
+
+def post_hoc(planner: Planner) -> Callable[[Workbench, float, int], Outcome]:
+    def run(bench: Workbench, keep: float, steps: int) -> Outcome:
+        return Outcome(hw.prune(bench.converted(), planner(bench, keep)), 0)
+
+    return run
+
+
+def fine_tuned(planner: Planner) -> Callable[[Workbench, float, int], Outcome]:
+    def run(bench: Workbench, keep: float, steps: int) -> Outcome:
+        model = hw.prune(bench.converted(), planner(bench, keep))
+        bench.finetune(model, bench.batches(), steps)
+        return Outcome(model, steps)
+
+    return run
+
+
+def dense_continued(bench: Workbench, keep: float, steps: int) -> Outcome:
+    """The dense model with the same further steps: what the steps alone are worth."""
+    model = bench.converted()
+    bench.finetune(model, bench.batches(), steps)
+    return Outcome(model, steps)

@@ -1,0 +1,117 @@
+"""What a study does: the sizes behind --quick, the default and --full."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from headwise.apps.compare.measure import Shape
+from headwise.apps.compare.training import TrainingOptions
+from headwise.apps.tasks.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides what a study computes.
+
+    Attributes:
+        size: "quick", "default" or "full": what the rest came from.
+        budgets: shares of the heads, in (0, 1].
+        methods: names from :data:`headwise.apps.compare.methods.METHODS`.
+        seeds: one training of each method a seed; the split of the data is always that of the
+            first.
+        steps: training steps of every method that trains, after the dense model's.
+        dense_steps: steps in which the pretrained model learns the task.
+        train_limit: training texts at most; None: all.
+        validation_limit: validation texts at most; None: all.
+        test_limit: test texts at most; None: all.
+        score_limit: training texts that head scores are computed on.
+        max_length: tokens; longer texts are cut.
+        training: of every method, after the dense model.
+        dense_learning_rate: of the dense model's own fine-tuning.
+        shapes: what latency is measured on; the first is the one in the table.
+        latency_s: seconds of measuring a run and shape.
+    """
+
+    size: str = "default"
+    budgets: tuple[float, ...] = (0.75, 0.5, 0.25)
+    methods: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (0,)
+    steps: int = 160
+    dense_steps: int = 300
+    train_limit: int | None = None
+    validation_limit: int | None = None
+    test_limit: int | None = None
+    score_limit: int = 512
+    max_length: int = 48
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+    dense_learning_rate: float = 8e-5
+    shapes: tuple[Shape, ...] = (Shape(32), Shape(1), Shape(8, 128))
+    latency_s: float = 1.0
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+def preset(size: str, seed: int) -> Settings:
+    """The settings of one of the three sizes; ``methods`` is left to the caller.
+
+    quick: one budget, within 5 minutes on 2 cores. default: three budgets, within 15 minutes.
+    full: three seeds, all training data; hours on 2 cores, resumable.
+    """
+    settings = Settings(size=size, seeds=(seed,))
+    if size == "quick":
+        return replace(
+            settings,
+            budgets=(0.5,),
+            steps=80,
+            dense_steps=200,
+            test_limit=1200,
+            validation_limit=500,
+            score_limit=256,
+            shapes=(Shape(32), Shape(1)),
+            latency_s=0.6,
+        )
+    if size == "full":
+        # 280 steps of 32 texts: every training text of the bundled tasks at least once.
+        return replace(
+            settings,
+            seeds=(seed, seed + 1, seed + 2),
+            steps=280,
+            dense_steps=420,
+            latency_s=1.5,
+        )
+    if size != "default":
+        raise ValueError(f"size must be quick, default or full, got {size!r}")
+    return replace(
+        settings, steps=80, dense_steps=200, test_limit=1500, validation_limit=500, latency_s=0.4
+    )
+
+
+def check_budgets(budgets: tuple[float, ...]) -> tuple[float, ...]:
+    """Refuses budgets that are not shares of the heads."""
+    for budget in budgets:
+        if not 0 < budget <= 1:
+            raise UsageError(f"every budget must be above 0 and at most 1, got {budget:g}")
+    if not budgets:
+        raise UsageError("there must be at least one budget")
+    return tuple(dict.fromkeys(budgets))
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where tasks and model come from.
+
+    Attributes:
+        tasks: names of bundled tasks; empty where ``data`` is given.
+        data: one's own file.
+        text, label, group: its columns.
+        model: folder of a transformers model; None: the bundled MiniLM.
+    """
+
+    tasks: tuple[str, ...] = ("reviews",)
+    data: Path | None = None
+    text: str = "text"
+    label: str = "label"
+    group: str | None = None
+    model: Path | None = None

@@ -1,0 +1,360 @@
+"""The study: every task, seed, budget and method, one after the other, and what came of it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import headwise as hw
+from headwise.apps.compare import measure
+from headwise.apps.compare.breakeven import break_even
+from headwise.apps.compare.methods import METHODS, Outcome
+from headwise.apps.compare.progress import Progress
+from headwise.apps.compare.selections import HeadUse, predict_and_record
+from headwise.apps.compare.settings import Settings, Source
+from headwise.apps.compare.statistics import wilson_interval
+from headwise.apps.compare.store import RunStore, write_atomically
+from headwise.apps.compare.training import accuracy, finetune, predict
+from headwise.apps.compare.workbench import Workbench, dense_options
+from headwise.apps.tasks.corpora import load_task
+from headwise.apps.tasks.examples import Examples, encode
+from headwise.apps.tasks.models import (
+    folder_digest,
+    load_classifier,
+    load_config,
+    load_tokenizer,
+    model_folder,
+    model_name,
+)
+from headwise.apps.tasks.tasks import Task, split, task_from_file
+from headwise.explain.texts import longest, positions
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One line of the study's list of work."""
+
+    task: str
+    method: str
+    keep: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}-{self.method}-{self.keep:g}-{self.seed}"
+
+
+def runs_of(task: str, settings: Settings, seed: int) -> list[Run]:
+    """The runs of a task and seed, in the order in which they are done."""
+    found = [Run(task, DENSE, 1.0, seed)]
+    for name in settings.methods:
+        if METHODS[name].kind == "dense":
+            found.append(Run(task, name, 1.0, seed))
+    for keep in settings.budgets:
+        for name in settings.methods:
+            if METHODS[name].kind != "dense":
+                found.append(Run(task, name, keep, seed))
+    return found
+
+
+class Study:
+    """Does the runs that are not finished yet; every finished run is a file at once.
+
+    Args:
+        source: tasks and model.
+        settings: what to do.
+        out: folder of results; runs that an earlier study with the same settings finished there
+            are taken over.
+        device: where to train and measure.
+        threads: recorded with the results.
+        progress: hears of every step.
+        keep_models: write each trained model to ``out/models``.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        settings: Settings,
+        out: Path,
+        *,
+        device: torch.device,
+        threads: int,
+        progress: Progress,
+        keep_models: bool = False,
+    ):
+        self.source = source
+        self.settings = settings
+        self.out = out
+        self.device = device
+        self.threads = threads
+        self.progress = progress
+        self.keep_models = keep_models
+        self.store = RunStore(out / "runs")
+        # Everything that can be wrong with what was asked for is found before any training.
+        self.folder = model_folder(source.model)
+        self.tokenizer = load_tokenizer(self.folder)
+        self.model_digest = folder_digest(self.folder)
+        config = load_config(self.folder)
+        length = longest(config, self.tokenizer, settings.max_length)
+        most = positions(config)
+        shapes = tuple(shape.within(most) for shape in settings.shapes)
+        self.settings = replace(settings, max_length=length, shapes=shapes)
+        self.tasks = self._load_tasks()
+        for task in self.tasks:
+            split(task, settings.seeds[0])
+
+    def _load_tasks(self) -> list[Task]:
+        if self.source.data is not None:
+            source = self.source
+            return [task_from_file(source.data, source.text, source.label, source.group)]
+        return [load_task(name) for name in self.source.tasks]
+
+    def _key(self, task: Task) -> dict:
+        """Everything that decides a result, but for the run's own method, budget and seed."""
+        content = hashlib.sha256()
+        for text, label in zip(task.texts, task.labels, strict=True):
+            content.update(f"{label}\t{text}\n".encode())
+        settings = self.settings.as_dict()
+        for unrelated in ("size", "budgets", "methods", "seeds"):
+            settings.pop(unrelated)
+        return {
+            "split_seed": self.settings.seeds[0],
+            "data": content.hexdigest(),
+            "model": self.model_digest,
+            "settings": settings,
+            "device": str(self.device),
+            "threads": self.threads,
+            "versions": [hw._C.__version__, torch.__version__],
+        }
+
+    def run(self) -> dict:
+        """Does what is missing and returns ``{"environment", "settings", "runs", ...}``."""
+        records: list[dict] = []
+        work = [
+            (task, seed, runs_of(task.name, self.settings, seed), self._key(task))
+            for task in self.tasks
+            for seed in self.settings.seeds
+        ]
+        self.progress.start(sum(len(runs) for _, _, runs, _ in work))
+        curve = None
+        for task, seed, runs, key in work:
+            found = {run: self.store.find(run.name, key) for run in runs}
+            first = task is self.tasks[0] and seed == self.settings.seeds[0]
+            curve_name = f"{task.name}-break-even-{seed}"
+            curve = self.store.find(curve_name, key) if first else curve
+            bench = None
+            if any(record is None for record in found.values()) or (first and curve is None):
+                bench = self._workbench(task, seed, key)
+            for run in runs:
+                if found[run] is None:
+                    found[run] = self._do(bench, run)
+                    self.store.keep(run.name, key, found[run])
+                    self.progress.finished(run.name, found[run])
+                else:
+                    self.progress.taken_over(run.name, found[run])
+                records.append(found[run])
+            if first and curve is None:
+                self.progress.stage("measuring where dynamic selection starts to pay")
+                curve = break_even(bench)
+                self.store.keep(curve_name, key, curve)
+        return {
+            "environment": measure.environment(self.device, self.threads)
+            | {"seeds": list(self.settings.seeds)},
+            "settings": self.settings.as_dict(),
+            "tasks": [self._describe(task) for task in self.tasks],
+            "runs": records,
+            "break_even": curve,
+            "model": self._describe_model(),
+        }
+
+    def _describe_model(self) -> dict:
+        config = load_config(self.folder)
+        return {
+            "name": model_name(self.source.model),
+            "layers": config.num_hidden_layers,
+            "heads": config.num_hidden_layers * config.num_attention_heads,
+            "width": config.hidden_size,
+        }
+
+    def _parts(self, task: Task) -> tuple[Examples, Examples, Examples]:
+        parts, settings = split(task, self.settings.seeds[0]), self.settings
+
+        def examples(rows, limit: int | None) -> Examples:
+            rows = rows if limit is None else _sample(rows, limit)
+            return encode(task, rows, self.tokenizer, settings.max_length)
+
+        return (
+            examples(parts.train, settings.train_limit),
+            examples(parts.validation, settings.validation_limit),
+            examples(parts.test, settings.test_limit),
+        )
+
+    def _describe(self, task: Task) -> dict:
+        parts = split(task, self.settings.seeds[0])
+        limits = (
+            self.settings.train_limit,
+            self.settings.validation_limit,
+            self.settings.test_limit,
+        )
+        sizes = [
+            len(rows) if limit is None else min(len(rows), limit)
+            for rows, limit in zip((parts.train, parts.validation, parts.test), limits, strict=True)
+        ]
+        return {
+            "name": task.name,
+            "title": task.title,
+            "classes": list(task.classes),
+            "train": sizes[0],
+            "validation": sizes[1],
+            "test": sizes[2],
+        }
+
+    def _workbench(self, task: Task, seed: int, key: dict) -> Workbench:
+        self.progress.stage(f"{task.name}: reading and tokenising")
+        train, validation, test = self._parts(task)
+        dense = self._dense(task, seed, key, train)
+        self.progress.stage(f"{task.name}: asking the dense model")
+        bench = Workbench(
+            task.name, dense, train, validation, test, self.settings, seed, self.device, self.out
+        )
+        bench.step_done = self.progress.step
+        return bench
+
+    def _dense(self, task: Task, seed: int, key: dict, train: Examples) -> nn.Module:
+        """The dense model, trained or as an interrupted study left it."""
+        torch.manual_seed(seed)
+        model = load_classifier(self.folder, len(task.classes)).to(self.device)
+        path = self.out / "runs" / f"{task.name}-dense-{seed}.safetensors"
+        checked = hashlib.sha256(repr(sorted(key.items())).encode()).hexdigest()
+        with contextlib.suppress(Exception):  # whatever is wrong with it: train again
+            if _metadata(path).get("key") == checked:
+                model.load_state_dict(load_file(path))
+                return model.eval()
+        settings = self.settings
+        self.progress.begin_training(f"{task.name}: dense, seed {seed}", settings.dense_steps)
+        finetune(
+            model,
+            train.shuffled(settings.training.batch_size, seed=1000 * seed),
+            settings.dense_steps,
+            dense_options(settings),
+            device=self.device,
+            after_step=self.progress.step,
+        )
+        self.progress.end_training()
+        state = {name: value.contiguous() for name, value in model.state_dict().items()}
+        write_atomically(path, lambda beside: save_file(state, beside, metadata={"key": checked}))
+        return model
+
+    def _do(self, bench: Workbench, run: Run) -> dict:
+        """Trains, chooses on validation texts, reads the test once, measures."""
+        steps = self.settings.steps
+        if run.method == DENSE:
+            kind, title = "dense", "dense"
+            outcome, took = Outcome(bench.converted(), self.settings.dense_steps), {}
+        else:
+            method = METHODS[run.method]
+            kind, title = method.kind, method.title
+            torch.manual_seed(5000 + run.seed)
+            label = f"{run.task}: {title}, {run.keep:.0%}, seed {run.seed}"
+            self.progress.begin_training(label, steps if method.trains else 0)
+            began = time.perf_counter()
+            try:
+                outcome = method.run(bench, run.keep, steps)
+            finally:
+                self.progress.end_training()
+            took = {"method_seconds": time.perf_counter() - began}
+        self.progress.stage(f"{run.name}: reading the test")
+        record = {
+            "task": run.task,
+            "model": model_name(self.source.model),
+            "method": run.method,
+            "kind": kind,
+            "keep_target": run.keep,
+            **self._measure(bench, outcome.model),
+            "train_steps": outcome.train_steps,
+            "seed": run.seed,
+            "title": title,
+            **took,
+            **outcome.notes,
+        }
+        if self.keep_models and run.method != DENSE:
+            hw.save(outcome.model, self.out / "models" / run.name, tokenizer=self.tokenizer)
+        return record
+
+    def _measure(self, bench: Workbench, model: nn.Module) -> dict:
+        options = {"device": self.device, "precision": self.settings.training.precision}
+        validation = predict(model, bench.validation, **options)
+        logits, use = predict_and_record(model, bench.test, bench.dense_layers, **options)
+        right = logits.argmax(1) == bench.test.labels  # [N]
+        summary = use.summary()
+        times = measure.latency(
+            bench.dense, model, bench.test, self.settings.shapes, self.device,
+            self.settings.latency_s,
+        )  # fmt: skip
+        return {
+            "heads_mean": summary.pop("heads_mean"),
+            "accuracy": accuracy(logits, bench.test.labels),
+            "latency_ms": times[0]["ms"],
+            "latency_ratio_to_dense": times[0]["ratio"],
+            **_mac_ratios(bench, model, use),
+            **summary,
+            "accuracy_interval": list(wilson_interval(int(right.sum()), len(right))),
+            "validation_accuracy": accuracy(validation, bench.validation.labels),
+            **_by_domain(bench.test, right, use),
+            "latency": times,
+            "correct": "".join("1" if value else "0" for value in right.tolist()),
+        }
+
+
+def _by_domain(test: Examples, right: torch.Tensor, use: HeadUse) -> dict:
+    """Accuracy and head use of each domain, where the task has several."""
+    if test.domain_of is None:
+        return {}
+    found = []
+    for number, name in enumerate(test.domains):
+        own = test.domain_of == number  # [N]
+        part = replace(use, chosen=use.chosen[own]).summary()
+        found.append(
+            {
+                "name": name,
+                "texts": int(own.sum()),
+                "accuracy": right[own].double().mean().item(),
+                **{key: part[key] for key in ("heads_mean", "heads_std", "heads_by_layer")},
+            }
+        )
+    return {"domains": found}
+
+
+def _mac_ratios(bench: Workbench, model: nn.Module, use: HeadUse) -> dict:
+    lengths = torch.tensor([len(ids) for ids in bench.test.ids])
+    everything = replace(use, chosen=torch.ones_like(use.chosen))
+    dense = measure.macs(bench.dense.config, everything, lengths)
+    own = measure.macs(bench.dense.config, use, lengths, model)
+    return {
+        "macs_ratio_to_dense": own.total / dense.total,
+        "attention_macs_ratio_to_dense": (own.attention + own.gates) / dense.attention,
+    }
+
+
+def _sample(rows, limit: int) -> list[int]:
+    """``limit`` rows, evenly spread: rows of one document stand together in some files."""
+    rows = list(rows)
+    if limit >= len(rows):
+        return rows
+    return [rows[i * len(rows) // limit] for i in range(limit)]
+
+
+def _metadata(path: Path) -> dict:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}

@@ -1,0 +1,243 @@
+"""Fine-tuning, the same for every method: the same batches, steps, teacher and optimiser."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import headwise as hw
+from headwise.apps.tasks.examples import Batch, Examples
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """What a fine-tuning takes besides the model and the data.
+
+    Attributes:
+        batch_size: texts a step.
+        learning_rate: of the model's weights; linear warm-up, then linear decay to 0.
+        gate_learning_rate: of the gates' vectors (what a gate thinks of a head whatever the input);
+            the same schedule.
+        gate_matrix_learning_rate: of the gates' matrices (what it reads in the input): larger
+            makes selections differ more between inputs, and accuracy lower.
+        weight_decay: of matrices; biases, layer norms and gates have none.
+        warmup: share of the steps.
+        distillation: weight of the KL divergence from the teacher's predictions, in [0, 1]; the
+            rest is the labels' cross entropy. Without a teacher it is 0.
+        temperature: of the distillation (Hinton et al. 2015).
+        max_gradient_norm: gradients of the weights are scaled down to it; those of gates are left
+            alone.
+        freeze_embeddings: the word and position embeddings stay as they were pretrained.
+        dropout: whether the model's dropout is on. With a teacher and less than an epoch of steps
+            it only adds noise.
+        precision: "float32", "bfloat16" (autocast), or "auto": bfloat16 where the processor has
+            instructions for it.
+    """
+
+    batch_size: int = 32
+    learning_rate: float = 5e-5
+    gate_learning_rate: float = 5e-2
+    gate_matrix_learning_rate: float = 1e-2
+    weight_decay: float = 0.01
+    warmup: float = 0.06
+    distillation: float = 0.5
+    temperature: float = 2.0
+    max_gradient_norm: float = 1.0
+    freeze_embeddings: bool = True
+    dropout: bool = False
+    precision: str = "auto"
+
+
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 matrix products are faster than float32 ones on the device."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported()
+
+
+def precision_of(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products in training and evaluation."""
+    if name == "auto":
+        return torch.bfloat16 if fast_bfloat16(device) else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def autocast(dtype: torch.dtype, device: torch.device) -> contextlib.AbstractContextManager:
+    """Autocast to ``dtype``; nothing for float32."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype)
+
+
+def gate_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters of the model's gates."""
+    return {p for m in model.modules() if isinstance(m, hw.Gate) for p in m.parameters()}
+
+
+def _groups(model: nn.Module, options: TrainingOptions) -> list[dict]:
+    gates = gate_parameters(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    weights = [p for p in trained if p not in gates]
+    groups = [
+        {
+            "params": [p for p in weights if p.dim() > 1],
+            "lr": options.learning_rate,
+            "weight_decay": options.weight_decay,
+        },
+        {
+            "params": [p for p in weights if p.dim() <= 1],
+            "lr": options.learning_rate,
+            "weight_decay": 0.0,
+        },
+        {
+            "params": [p for p in trained if p in gates and p.dim() <= 1],
+            "lr": options.gate_learning_rate,
+            "weight_decay": 0.0,
+        },
+        {
+            "params": [p for p in trained if p in gates and p.dim() > 1],
+            "lr": options.gate_matrix_learning_rate,
+            "weight_decay": 0.0,
+        },
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def learning_rate_factor(progress: float, warmup: float) -> float:
+    """What a learning rate is multiplied by at ``progress`` in [0, 1]."""
+    if progress < warmup:
+        return (progress + 1e-3) / (warmup + 1e-3)
+    return (1 - progress) / (1 - warmup)
+
+
+def loss_of(
+    logits: Tensor, labels: Tensor, teacher: Tensor | None, options: TrainingOptions
+) -> Tensor:
+    """Cross entropy with the labels, mixed with the divergence from the teacher.
+
+    Args:
+        logits: [B, C].
+        labels: int64 [B].
+        teacher: [B, C], the teacher's logits for the same texts, or None.
+    """
+    hard = F.cross_entropy(logits, labels)
+    if teacher is None or options.distillation == 0:
+        return hard
+    soft = torch.ops.headwise.distillation_loss(logits, teacher, options.temperature)
+    return (1 - options.distillation) * hard + options.distillation * soft
+
+
+def freeze_embeddings(model: nn.Module) -> None:
+    """Word and position embeddings take no part in training."""
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.weight.requires_grad_(False)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Every dropout of the model, that of the attention probabilities included, is off for good."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
+
+
+def finetune(
+    model: nn.Module,
+    batches: Iterator[Batch],
+    steps: int,
+    options: TrainingOptions,
+    *,
+    device: torch.device,
+    teacher: Tensor | None = None,
+    gate_span: tuple[float, float] = (0.0, 1.0),
+    rate_span: tuple[float, float] = (0.0, 1.0),
+    after_step: Callable[[], None] = lambda: None,
+) -> None:
+    """Trains ``model`` in place for ``steps`` steps.
+
+    Args:
+        batches: an endless supply.
+        teacher: [N, C], the dense model's logits for every training example, or None.
+        gate_span: the part of annealing that these steps cover; a method that trains in two
+            phases gives each its part.
+        rate_span: the part of the learning rates' schedule that these steps cover.
+        after_step: called when a step is done (progress bars).
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+    """
+    dtype = precision_of(options.precision, device)
+    if options.freeze_embeddings:
+        freeze_embeddings(model)
+    if not options.dropout:
+        disable_dropout(model)
+    groups = _groups(model, options)
+    # fused: one pass over the parameters of a group instead of a dozen small operations each.
+    optimiser = torch.optim.AdamW(groups, fused=True)
+    base = [group["lr"] for group in optimiser.param_groups]
+    gates = gate_parameters(model)
+    weights = [p for p in model.parameters() if p.requires_grad and p not in gates]
+    model.train()
+    for step in range(steps):
+        share = step / max(1, steps - 1)
+        hw.anneal(model, gate_span[0] + (gate_span[1] - gate_span[0]) * share)
+        progress = rate_span[0] + (rate_span[1] - rate_span[0]) * step / steps
+        for group, rate in zip(optimiser.param_groups, base, strict=True):
+            group["lr"] = rate * learning_rate_factor(progress, options.warmup)
+        batch = next(batches)
+        rows, batch = batch.rows, batch.to(device)
+        with autocast(dtype, device):
+            logits = model(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask
+            ).logits.float()  # [B, C]
+        target = None if teacher is None else teacher[rows].to(device)
+        loss = loss_of(logits, batch.labels, target, options)
+        if gates:
+            loss = loss + hw.penalty(model)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(weights, options.max_gradient_norm)
+        if step % 20 == 0 and not torch.isfinite(norm):
+            raise FloatingPointError(f"the gradient is not finite at step {step} of {steps}")
+        optimiser.step()
+        after_step()
+    model.eval()
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    examples: Examples,
+    *,
+    device: torch.device,
+    precision: str = "auto",
+    batch_size: int = 64,
+    after_batch: Callable[[Batch], None] = lambda batch: None,
+) -> Tensor:
+    """Logits [N, C] of a model in evaluation mode, float32, on the CPU."""
+    dtype = precision_of(precision, device)
+    model.eval()
+    found: Tensor | None = None
+    for batch in examples.in_order(batch_size):
+        moved = batch.to(device)
+        with autocast(dtype, device):
+            logits = model(input_ids=moved.input_ids, attention_mask=moved.attention_mask).logits
+        if found is None:
+            found = torch.empty(len(examples), logits.size(1))
+        found[batch.rows] = logits.float().cpu()
+        after_batch(batch)
+    if found is None:
+        raise ValueError("examples must not be empty")
+    return found
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Share of rows whose largest logit is the label's."""
+    return (logits.argmax(1) == labels).double().mean().item()

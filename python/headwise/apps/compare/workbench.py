@@ -1,0 +1,153 @@
+"""A task, a model that learned it, and what the methods need of both."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import headwise as hw
+from headwise.apps.compare.settings import Settings
+from headwise.apps.compare.training import (
+    TrainingOptions,
+    accuracy,
+    autocast,
+    finetune,
+    precision_of,
+    predict,
+)
+from headwise.apps.tasks.examples import Batch, Examples
+from headwise.nn.layers import attention_layers
+
+
+@dataclass
+class Workbench:
+    """What every method starts from.
+
+    Attributes:
+        dense: the transformers model, fine-tuned on the task; never changed.
+        teacher: [N, C], its logits for the training examples that the steps will show; the rest
+            is not a number.
+        plans: a place for plans that several methods share.
+        seed: of this run's training; the data's split does not depend on it.
+        step_done: called after every training step, of any method.
+    """
+
+    task: str
+    dense: nn.Module
+    train: Examples
+    validation: Examples
+    test: Examples
+    settings: Settings
+    seed: int
+    device: torch.device
+    folder: Path
+    step_done: Callable[[], None] = lambda: None
+    plans: dict = field(default_factory=dict)
+    _scores: dict = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.teacher = self._ask_teacher()
+        self.dense_layers = {
+            name: layer.num_heads for name, layer in attention_layers(self.converted()).items()
+        }
+
+    def _ask_teacher(self) -> Tensor:
+        # Every method sees the same batches, so only their texts are asked about.
+        batches = self.batches()
+        shown = torch.cat([next(batches).rows for _ in range(self.settings.steps)]).unique()
+        logits = predict(
+            self.dense,
+            self.train.rows(shown.tolist()),
+            device=self.device,
+            precision=self.settings.training.precision,
+        )
+        teacher = torch.full((len(self.train), logits.size(1)), float("nan"))
+        teacher[shown] = logits
+        return teacher
+
+    @property
+    def num_heads(self) -> int:
+        """Heads of the whole model."""
+        return sum(self.dense_layers.values())
+
+    def converted(self) -> nn.Module:
+        """A copy of the dense model whose attention is headwise's, without gates."""
+        return hw.convert(copy.deepcopy(self.dense))
+
+    def batches(self, seed_offset: int = 0) -> Iterator[Batch]:
+        """Training batches without end: the same for every method of a seed."""
+        return self.train.shuffled(
+            self.settings.training.batch_size, seed=1000 * self.seed + 7 + seed_offset
+        )
+
+    def finetune(self, model: nn.Module, batches: Iterator[Batch], steps: int, **spans) -> None:
+        """Some steps of a method's training, with the dense model as the teacher."""
+        finetune(
+            model,
+            batches,
+            steps,
+            self.settings.training,
+            device=self.device,
+            teacher=self.teacher,
+            after_step=self.step_done,
+            **spans,
+        )
+
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Logits [B, C], in the precision of training."""
+        batch = batch.to(self.device)
+        with autocast(precision_of(self.settings.training.precision, self.device), self.device):
+            output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        return output.logits.float()
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The loss of each text, [B]."""
+        labels = batch.labels.to(self.device)
+        return F.cross_entropy(self.forward(model, batch), labels, reduction="none")
+
+    def scoring_batches(self) -> Iterator[Batch]:
+        """The training texts that heads are scored on, once."""
+        return self.train.take(self.settings.score_limit).in_order(32)
+
+    def scores(self, absolute: str = "per_token") -> dict:
+        """Head scores of the dense model: michel and entropy, on training texts.
+
+        Computed once: the plans of all budgets come from them.
+
+        Args:
+            absolute: that of :func:`headwise.score_heads`.
+        """
+        if absolute not in self._scores:
+            self._scores[absolute] = hw.score_heads(
+                self.converted().eval(),
+                self.scoring_batches(),
+                self.losses,
+                metrics=["michel", "entropy"],
+                absolute=absolute,
+            )
+        return self._scores[absolute]
+
+    def validation_accuracy(self, model: nn.Module) -> float:
+        logits = predict(
+            model,
+            self.validation,
+            device=self.device,
+            precision=self.settings.training.precision,
+        )
+        return accuracy(logits, self.validation.labels)
+
+
+def dense_options(settings: Settings) -> TrainingOptions:
+    """How the dense model learns the task: no teacher, dropout as pretrained."""
+    return replace(
+        settings.training,
+        learning_rate=settings.dense_learning_rate,
+        distillation=0.0,
+        dropout=True,
+    )

@@ -1,0 +1,85 @@
+"""What the page adds to ``headwise explain``: ``--format``, ``--compared``, and the files."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from headwise.apps.tasks.errors import UsageError
+
+#: What each format needs besides torch.
+_NEEDS = {"html": ("plotly", "jinja2"), "png": ("matplotlib",), "json": ()}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """``--format`` and ``--compared``."""
+    group = parser.add_argument_group("page")
+    group.add_argument(
+        "--format",
+        nargs="+",
+        choices=tuple(_NEEDS),
+        default=[],
+        help="write explanation.html or use.html (one file that needs no network), or the figures "
+        "as PNG, to --out, which gets the JSON in any case; with --text all attention maps are "
+        "kept unless --maps says which",
+    )
+    group.add_argument(
+        "--compared",
+        type=Path,
+        metavar="FILE",
+        help="results.json of 'headwise compare', shown on the page too",
+    )
+
+
+def check(options: argparse.Namespace) -> None:
+    """Refuses, before any work is done, what cannot be written; decides which maps are kept.
+
+    Raises:
+        UsageError: no folder to write to, a missing package, or a file that is not what it should
+            be.
+    """
+    if options.maps is None:
+        options.maps = ["all" if {"html", "png"} & set(options.format) else "none"]
+    if options.compared is not None and not {"html", "png"} & set(options.format):
+        raise UsageError("--compared needs --format html or png: it is shown on the page")
+    if not options.format:
+        return
+    if options.out is None:
+        raise UsageError("--format needs --out DIR, the folder that the files are written to")
+    for name in options.format:
+        for package in _NEEDS[name]:
+            if importlib.util.find_spec(package) is None:
+                raise UsageError(
+                    f"--format {name} needs the package {package}: pip install 'headwise[explain]'"
+                )
+    from headwise.apps.compare.store import writable_folder
+    from headwise.apps.pages.documents import sort_documents
+
+    if options.compared is not None:
+        try:
+            compared = sort_documents((options.compared,)).compared
+        except FileNotFoundError:
+            raise UsageError(f"there is no file {options.compared}") from None
+        except (OSError, ValueError, TypeError):
+            compared = None
+        if compared is None:
+            raise UsageError(f"{options.compared} is not results.json of 'headwise compare'")
+    writable_folder(options.out)
+
+
+def write(options: argparse.Namespace, *documents: Any) -> None:
+    """Writes what ``--format`` asks for to ``--out``, and says so."""
+    if not options.format:
+        return
+    from headwise.apps.pages import write_page, write_pngs
+
+    shown = [*documents, *([options.compared] if options.compared is not None else [])]
+    if "html" in options.format:
+        path = options.out / ("explanation.html" if options.data is None else "use.html")
+        write_page(path, *shown)
+        print(f"wrote {path}")
+    if "png" in options.format:
+        files = write_pngs(options.out, *shown)
+        print(f"wrote {', '.join(file.name for file in files)} to {options.out}")

@@ -1,0 +1,130 @@
+"""The documents as data of a page: small, and safe inside a script element."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import zlib
+from typing import Any
+
+from headwise.apps.pages.documents import Documents
+from headwise.explain.summary import summarise
+
+#: What a browser would take for markup, or an old one for the end of a line, inside a script.
+_ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&'\u2028\u2029"}
+
+#: Of a run of `headwise compare`, what the page draws.
+_RUN_KEYS = ("task", "method", "title", "kind", "seed", "heads_mean", "latency")
+
+
+def script_json(value: Any) -> str:
+    """JSON that holds none of ``< > & '`` nor the line ends that JavaScript knows beside JSON's."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.translate(_ESCAPES)
+
+
+def pack_map(rows: list[list[float]]) -> str:
+    """An attention map as text: 255 times the square root of each weight, deflated, in base 64.
+
+    The square root leaves small weights their digits: the error of a weight w is below
+    sqrt(w) / 255 + 1 / 255^2.
+    """
+    levels = bytes(
+        round(255 * math.sqrt(min(max(weight or 0.0, 0.0), 1.0))) for row in rows for weight in row
+    )
+    return base64.b64encode(zlib.compress(levels, 9)).decode("ascii")
+
+
+def pack(documents: Documents, room: int) -> tuple[dict[str, Any], list[str]]:
+    """What the page's scripts read, in at most ``room`` bytes, and notes about what had to go.
+
+    Inputs are kept from the first; attention maps of the heads that matter most before others.
+
+    Raises:
+        ValueError: not even one input fits, or the data set or the comparison alone do not.
+    """
+    shown: dict[str, Any] = {"inputs": None, "use": None, "roles": None, "compared": None}
+    notes: list[str] = []
+    if documents.use is not None:
+        shown["use"] = rounded({k: v for k, v in documents.use.items() if k != "settings"})
+    elif documents.roles is not None:
+        shown["roles"] = rounded(documents.roles)
+    if documents.compared is not None:
+        shown["compared"] = _compared(documents.compared)
+    room -= size(shown)
+    if documents.explanation is not None:
+        shown["inputs"], left_out = _inputs(documents.explanation["inputs"], room)
+        notes += left_out
+    elif room < 0:
+        raise ValueError(f"documents must be smaller: they need {-room:,} bytes more than there is")
+    return shown, notes
+
+
+def size(value: Any) -> int:
+    """Bytes in the page."""
+    return len(script_json(value).encode("utf-8", "replace"))
+
+
+def rounded(value: Any) -> Any:
+    """Numbers with four significant digits; what is not finite becomes null."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}") if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(name): rounded(own) for name, own in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(own) for own in value]
+    return value
+
+
+def _compared(result: dict[str, Any]) -> dict[str, Any]:
+    runs = [{key: run[key] for key in _RUN_KEYS} for run in result["runs"]]
+    tasks = [{"name": task["name"], "title": task["title"]} for task in result["tasks"]]
+    return rounded({"runs": runs, "summary": result["summary"], "tasks": tasks})
+
+
+def _inputs(inputs: list[dict[str, Any]], room: int) -> tuple[list[dict[str, Any]], list[str]]:
+    kept: list[dict[str, Any]] = []
+    maps: list[tuple[float, dict[str, Any], list[list[float]]]] = []
+    for entry in inputs:
+        entry = {**entry, "summary": summarise(entry), "layers": list(entry["layers"])}
+        own = []
+        for place, layer in enumerate(entry["layers"]):
+            heads = []
+            for head in layer["heads"]:
+                heads.append(rounded({**head, "attention": None}))
+                if head["attention"] is not None:
+                    rank = abs(head["effect"] if head["effect"] is not None else 0.0)
+                    own.append((rank + head["on"] * 1e-9, heads[-1], head["attention"]))
+            entry["layers"][place] = {**rounded({**layer, "heads": None}), "heads": heads}
+        needed = size(entry)
+        if needed > room:
+            break
+        room -= needed
+        kept.append(entry)
+        maps += own
+    if not kept:
+        raise ValueError("documents must be smaller: not even the first input fits in the page")
+    maps.sort(key=lambda one: -one[0])
+    dropped = 0
+    for _, head, attention in maps:
+        packed = pack_map(attention)
+        if len(packed) <= room:
+            head["attention"] = packed
+            room -= len(packed)
+        else:
+            head["left_out"] = True
+            room -= len(',"left_out":true')
+            dropped += 1
+    notes = []
+    if len(kept) < len(inputs):
+        notes.append(
+            f"The page shows the first {len(kept)} of {len(inputs)} inputs, to stay under its size "
+            "limit; the JSON has them all."
+        )
+    if dropped:
+        notes.append(
+            f"{dropped} of {len(maps)} attention maps are left out, those of the heads with the "
+            "smallest effects, to stay under the size limit; the JSON has them all."
+        )
+    return kept, notes

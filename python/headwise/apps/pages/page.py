@@ -1,0 +1,140 @@
+"""One HTML file that holds everything: the page of explanations, uses and comparisons."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from headwise.apps.pages.documents import Documents, sort_documents
+from headwise.apps.pages.pack import pack, script_json
+from headwise.apps.pages.words import parts
+from headwise.io.files import write_atomic
+
+#: Bytes that a page may have: it is sent by mail and opened from disk.
+LIMIT = 6_000_000
+
+_SCRIPTS = ("base.js", "explained.js", "data_set.js", "compared.js")
+
+
+def page(*documents: Any) -> str:
+    """The page, as HTML.
+
+    It loads nothing from elsewhere, and its content security policy lets nothing be loaded and no
+    script run but its own: whatever the texts are, they stay texts.
+
+    Args:
+        documents: each at most once: what :func:`headwise.explain`, :func:`headwise.explain_data`
+            and :func:`headwise.head_roles` return, the ``results.json`` of ``headwise compare``,
+            or the paths of such files.
+
+    Raises:
+        ImportError: plotly or jinja2 is not installed.
+        TypeError, ValueError: no documents, two of a kind, or something else (by name).
+        OSError: a file cannot be read.
+    """
+    return _render(sort_documents(documents))
+
+
+def write_page(path: str | os.PathLike, *documents: Any) -> None:
+    """Writes the page to ``path``, whole or not at all: one file of less than 6 MB that needs no
+    network. See docs/interpretability.md for what it shows.
+
+    Args:
+        path: an ``.html`` file.
+        documents: as for :func:`page`.
+
+    Raises:
+        ImportError: plotly or jinja2 is not installed.
+        TypeError, ValueError: no documents, two of a kind, or something else (by name).
+        OSError: it cannot be written.
+    """
+    write_atomic(path, page(*documents))
+
+
+def write_pngs(folder: str | os.PathLike, *documents: Any) -> list[Path]:
+    """Writes the figures of the page as PNG files to ``folder``; returns their paths.
+
+    Args:
+        folder: is made where it does not exist.
+        documents: as for :func:`page`.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        TypeError, ValueError: no documents, two of a kind, or something else (by name).
+        OSError: they cannot be written.
+    """
+    from headwise.apps.pages.figures import write_figures
+
+    return write_figures(Path(folder), sort_documents(documents))
+
+
+def _render(documents: Documents) -> str:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
+
+    folder = files("headwise.apps.pages")
+    own = [(folder / name).read_text(encoding="utf-8") for name in _SCRIPTS]
+    scripts = [get_plotlyjs(), *own]
+    css = (folder / "page.css").read_text(encoding="utf-8")
+    template = Environment(
+        loader=PackageLoader("headwise.apps.pages", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    ).get_template("page.html.j2")
+    # All that is not data: the notes are a few hundred bytes.
+    room = LIMIT - sum(len(script.encode()) for script in scripts) - len(css.encode()) - 40_000
+    title, subtitle, sections = _headings(documents)
+    told = parts(documents)
+    room -= sum(len(sentence.encode("utf-8", "replace")) for _, own in told for sentence in own)
+    shown, notes = pack(documents, room)
+    content = template.render(
+        title=title,
+        subtitle=subtitle,
+        sections=sections,
+        summary=shown["inputs"][0]["summary"] if shown["inputs"] else None,
+        told=told,
+        notes=notes,
+        hashes=[_hash(script) for script in scripts],
+        # The package's own files, and JSON without a character that means anything to HTML.
+        css=Markup(css),
+        scripts=[Markup(script) for script in scripts],
+        data=Markup(script_json(shown)),
+    )
+    # Half of a surrogate pair, which a JSON file can hold, is no character that can be written.
+    return content.encode("utf-8", "replace").decode("utf-8")
+
+
+def _headings(documents: Documents) -> tuple[str, str, list[tuple[str, str]]]:
+    """Title, line beneath it, and (id, heading) of each section."""
+    sections = []
+    if documents.explanation is not None:
+        sections.append(("explained", "One input"))
+    if documents.roles is not None:
+        sections.append(("use", "Over a data set"))
+    if documents.compared is not None:
+        sections.append(("compared", "Static against dynamic"))
+    about = []
+    model = (documents.explanation or documents.use or {}).get("model")
+    if model is not None:
+        about.append(f"{model['class']}: {model['heads']} heads at {model['sites']} layers")
+    elif documents.compared is not None:
+        model = documents.compared["model"]
+        about.append(f"{model['name']}: {model['heads']} heads in {model['layers']} layers")
+    if documents.explanation is not None:
+        inputs = len(documents.explanation["inputs"])
+        about.append("1 input" if inputs == 1 else f"{inputs} inputs")
+    if documents.use is not None:
+        about.append(f"a data set of {documents.use['data']['texts']:,} texts")
+    title = "Static against dynamic heads" if sections[0][0] == "compared" else "Why these heads"
+    return title, "; ".join(about) + ("." if about else ""), sections
+
+
+def _hash(script: str) -> str:
+    digest = hashlib.sha256(script.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"

@@ -1,0 +1,1 @@
+"""The texts and models that the programs share."""

@@ -1,0 +1,144 @@
+"""What the gates of a model selected and why, recorded while somebody listens."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headwise import _C
+from headwise.gates.selection import Selection
+from headwise.io.files import write_atomic
+from headwise.nn.layers import attention_layers
+from headwise.nn.multihead_attention import MultiheadAttention
+
+__all__ = ["Trace", "trace"]
+
+TraceSummary = _C.TraceSummary
+
+
+class Trace:
+    """The selections of a model's gated layers, call by call; made by :func:`trace`."""
+
+    def __init__(self) -> None:
+        self._core = _C.Trace()
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the layers that were recorded, in the order of their first call."""
+        return self._core.layers
+
+    @property
+    def selections(self) -> dict[str, Selection]:
+        """Each layer's selection in its last call: index ``[B, H]``, count ``[B]``, weight
+        ``[B, H]``, relevance ``[B, H]`` or None, budget ``[B]`` or None; detached."""
+        return {name: Selection(*self._core.history(name)[-1]) for name in self.layers}
+
+    @property
+    def history(self) -> dict[str, list[Selection]]:
+        """Each layer's selections in all its calls, oldest first."""
+        return {
+            name: [Selection(*call) for call in self._core.history(name)] for name in self.layers
+        }
+
+    def summary(self, layer: str | None = None) -> TraceSummary | None:
+        """How the heads of ``layer``, or of the whole model, were spread over the inputs.
+
+        Returns:
+            ``sequences`` (inputs seen), ``mean_heads``, ``mean_fraction`` (of the heads there are),
+            ``std_fraction`` (standard deviation over inputs of the fraction: 0 where every input
+            got the same budget) and ``mean_jaccard_distance`` (mean over pairs of inputs of
+            1 - |A and B| / |A or B| for the sets A, B of heads that ran: 0 where every input ran
+            the same heads; None with fewer than two inputs). For the whole model an input's set is
+            that of all layers together; None where nothing was recorded, or where layers saw
+            different numbers of inputs.
+
+        Raises:
+            IndexError: nothing was recorded for ``layer``.
+        """
+        return self._core.summary() if layer is None else self._core.summary(layer)
+
+    def to_json(self, indent: int | None = None) -> str:
+        """The trace as JSON text, format ``headwise.trace`` (docs/interpretability.md)."""
+        return self._core.to_json(-1 if indent is None else indent)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What :meth:`to_json` writes, as Python objects."""
+        return json.loads(self.to_json())
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes :meth:`to_json` to ``path``, whole or not at all.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        write_atomic(path, self.to_json(indent=1) + "\n")
+
+    def clear(self) -> None:
+        """Forgets what was recorded."""
+        self._core.clear()
+
+    def __repr__(self) -> str:
+        return f"Trace({len(self.layers)} layers, {self.summary()})"
+
+
+class _Recorder:
+    """The observer that ``trace`` puts in a layer."""
+
+    def __init__(self, core: _C.Trace, name: str):
+        self.core = core
+        self.name = name
+
+    # Recording is plain C++ on whatever tensors are there, nothing to compile.
+    @torch._dynamo.disable
+    def __call__(
+        self,
+        layer: MultiheadAttention,
+        selection: Selection,
+        x: Tensor,  # [B, L, D]
+        key_padding_mask: Tensor | None,  # [B, L]
+    ) -> None:
+        self.core.record(self.name, layer.num_heads, *selection)
+
+
+@contextmanager
+def trace(model: nn.Module) -> Iterator[Trace]:
+    """Records the selections of every gated layer of ``model`` inside a ``with`` block.
+
+    ::
+
+        with hw.trace(model) as t:
+            model(**batch)
+        t.selections["encoder.layer.0.attention.self.mha"].index
+
+    Nothing is recorded outside the block, and a layer that nobody listens to spends nothing on it.
+    Traces may be nested; each gets everything. Recording keeps small copies on the device and waits
+    for nothing; reading a summary or JSON brings them to the host.
+
+    Raises:
+        ValueError: ``model`` has no :class:`headwise.MultiheadAttention`.
+    """
+    layers = attention_layers(model)
+    if not layers:
+        raise ValueError(
+            f"model ({type(model).__name__}) has no headwise.MultiheadAttention to trace: "
+            f"call headwise.convert first"
+        )
+    result = Trace()
+    attached = []
+    try:
+        for name, layer in layers.items():
+            if layer.gate is not None:
+                recorder = _Recorder(result._core, name)
+                layer._observers.append(recorder)
+                attached.append((layer, recorder))
+        yield result
+    finally:
+        for layer, recorder in attached:
+            # By identity: an inner trace of the same layer has a recorder of its own.
+            layer._observers[:] = [o for o in layer._observers if o is not recorder]

@@ -1,0 +1,105 @@
+"""What acts on all the gates of a model at once."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from headwise.gates.base import Gate
+from headwise.gates.scope import GateScope, ScopedGate
+from headwise.gates.targeted import TargetedGate, pooled_penalty
+
+
+def gates(model: nn.Module) -> list[Gate]:
+    """The bound gates of a model that choose, in the order of its modules."""
+    return [
+        m
+        for m in model.modules()
+        if isinstance(m, Gate) and m.num_heads is not None and not m.wraps
+    ]
+
+
+def penalty(model: nn.Module) -> Tensor:
+    """The gates' regulariser for the last training forward of the model: add it to the loss.
+
+    Gates whose ``target_scope`` is ``"model"`` are pooled: one penalty on the share of heads that
+    they expect to run together, averaged over layers and batch, so that layers and inputs may
+    differ. The terms that belong to one layer are averaged over the gates that have them.
+
+    Returns:
+        A scalar; 0 where the model has no gate with a penalty, or has not run in training.
+
+    Warns:
+        UserWarning: gradients are on, and the forward ran without them (``torch.no_grad``, or
+            ``torch.utils.checkpoint`` with ``use_reentrant=True``): none would reach the gates.
+    """
+    pools: dict[tuple, list[TargetedGate]] = {}
+    terms: list[Tensor] = []  # one a pool
+    own: list[Tensor] = []  # one a layer
+    detached = False
+    for gate in gates(model):
+        if not isinstance(gate, TargetedGate):
+            own.append(gate.penalty())
+        elif gate.expected_heads is not None:
+            detached = detached or gate.ran_without_gradients()
+            pool = gate.penalty_pool()
+            if pool is None:
+                own.append(gate.penalty())
+                continue
+            pools.setdefault(pool, []).append(gate)
+            regulariser = gate.regulariser()
+            if regulariser is not None:
+                own.append(regulariser)
+    if detached:
+        warnings.warn(
+            "the penalty has no gradient, because the forward ran without gradients: run it "
+            "without torch.no_grad, and checkpoint with use_reentrant=False",
+            stacklevel=2,
+        )
+    terms.extend(pooled_penalty(pool) for pool in pools.values())
+    if own:
+        device = own[0].device
+        terms.append(torch.stack([term.to(device) for term in own]).mean())
+    if not terms:
+        return torch.zeros(())
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term.to(total.device)
+    return total
+
+
+def anneal(model: nn.Module, progress: float) -> None:
+    """Tells every gate of the model how far training has come, from 0 to 1.
+
+    Raises:
+        ValueError: ``progress`` is outside [0, 1].
+    """
+    if not 0.0 <= progress <= 1.0:
+        raise ValueError(f"progress must be between 0 and 1, got {progress}")
+    for gate in gates(model):
+        gate.anneal(progress)
+
+
+def link_gates(model: nn.Module) -> nn.Module:
+    """Links the gates of scope ``"model"`` that have equal options: each set decides as one.
+
+    :func:`headwise.convert` and :func:`headwise.load` call it; call it yourself where gates are put
+    into layers one by one. Linking again is allowed.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: the options do not fit the number of heads there are.
+    """
+    alike: dict[str, list[ScopedGate]] = {}
+    for gate in gates(model):
+        if isinstance(gate, ScopedGate) and (key := gate.scope_key()) is not None:
+            alike.setdefault(key, []).append(gate)
+    for members in alike.values():
+        scope = GateScope(members)
+        for position, gate in enumerate(members):
+            gate.join(scope, position)
+    return model

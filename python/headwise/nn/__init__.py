@@ -1,0 +1,23 @@
+"""Attention layers whose heads can be chosen, their cache, and changing what their heads do."""
+
+from headwise.nn.attention_layer import AttentionLayer, AttentionProbe
+from headwise.nn.grouped_query_attention import GroupedQueryAttention
+from headwise.nn.intervention import evaluating, example_losses, scaled_heads
+from headwise.nn.key_value_cache import KeyValueCache
+from headwise.nn.layers import attention_layers, head_groups
+from headwise.nn.multihead_attention import MultiheadAttention
+from headwise.nn.visibility import gates_see
+
+__all__ = [
+    "AttentionLayer",
+    "AttentionProbe",
+    "GroupedQueryAttention",
+    "KeyValueCache",
+    "MultiheadAttention",
+    "attention_layers",
+    "evaluating",
+    "example_losses",
+    "gates_see",
+    "head_groups",
+    "scaled_heads",
+]

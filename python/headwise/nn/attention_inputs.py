@@ -1,0 +1,116 @@
+"""What an attention layer is called with: checked, and brought to one form."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from headwise.nn.multihead_attention import MultiheadAttention
+
+
+class AttentionInputs(NamedTuple):
+    """A forward's arguments in one form: batched, batch first, masks checked."""
+
+    query: Tensor  # [B, L, D]
+    key: Tensor  # [B, S, Dk]
+    value: Tensor  # [B, S, Dv]
+    key_padding_mask: Tensor | None  # [B, S]
+    attn_mask: Tensor | None  # [L, S] or [B, H, L, S]
+    is_causal: bool
+    query_is_key: bool
+    self_attention: bool
+
+
+def _unsqueeze(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.unsqueeze(0)
+
+
+def canonical_inputs(
+    layer: MultiheadAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+) -> AttentionInputs:
+    """Checks a forward's arguments and brings them to one form."""
+    if query.dim() not in (2, 3) or key.dim() != query.dim() or value.dim() != query.dim():
+        raise ValueError(
+            "query, key and value must all have 3 dimensions, or 2 for an unbatched input, got "
+            f"{query.dim()}, {key.dim()} and {value.dim()}"
+        )
+    query_is_key = query is key
+    self_attention = query_is_key and key is value
+    if query.dim() == 2:
+        query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
+        key_padding_mask = _unsqueeze(key_padding_mask)
+    elif not layer.batch_first:
+        query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
+    for name, tensor, width in (
+        ("query", query, layer.embed_dim),
+        ("key", key, layer.kdim),
+        ("value", value, layer.vdim),
+    ):
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be floating, got {tensor.dtype}")
+        if tensor.size(2) != width:
+            raise ValueError(f"{name} must have {width} features, got {tensor.size(2)}")
+    if key.shape[:2] != value.shape[:2] or key.size(0) != query.size(0):
+        raise ValueError(
+            "query, key and value must agree in batch, and key and value in length, got "
+            f"{tuple(query.shape[:2])}, {tuple(key.shape[:2])} and {tuple(value.shape[:2])}"
+        )
+    if is_causal and attn_mask is None:
+        raise RuntimeError("is_causal is a hint about attn_mask, which must be given with it")
+    for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
+        if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
+            raise TypeError(f"{name} must be boolean or floating, got {mask.dtype}")
+    batch, length, keys = query.size(0), query.size(1), key.size(1)
+    if key_padding_mask is not None and key_padding_mask.shape != (batch, keys):
+        raise ValueError(
+            f"key_padding_mask must have shape {(batch, keys)}, got {tuple(key_padding_mask.shape)}"
+        )
+    if attn_mask is not None and attn_mask.dim() == 2:
+        if attn_mask.shape != (length, keys):
+            raise ValueError(
+                f"attn_mask must have shape {(length, keys)}, got {tuple(attn_mask.shape)}"
+            )
+    elif attn_mask is not None:
+        expected = (batch * layer.num_heads, length, keys)
+        if attn_mask.shape != expected:
+            raise ValueError(
+                f"attn_mask of 3 dimensions must have shape {expected}, "
+                f"got {tuple(attn_mask.shape)}"
+            )
+        attn_mask = attn_mask.view(batch, layer.num_heads, length, keys)
+    return AttentionInputs(
+        query=query,
+        key=key,
+        value=value,
+        key_padding_mask=key_padding_mask,
+        attn_mask=None if is_causal else attn_mask,
+        is_causal=is_causal,
+        query_is_key=query_is_key,
+        self_attention=self_attention,
+    )
+
+
+def check_sizes(embed_dim: int, num_heads: int, head_dim: int | None, dropout: float) -> None:
+    if embed_dim <= 0:
+        raise ValueError(f"embed_dim must be positive, got {embed_dim}")
+    if num_heads < 0 or (num_heads == 0 and head_dim is None):
+        raise ValueError(
+            f"num_heads must be positive (or 0 where head_dim is given), got {num_heads}"
+        )
+    if head_dim is not None and head_dim <= 0:
+        raise ValueError(f"head_dim must be positive, got {head_dim}")
+    if head_dim is None and embed_dim % num_heads != 0:
+        raise ValueError(
+            f"num_heads must divide embed_dim={embed_dim} (or head_dim be given), got {num_heads}"
+        )
+    if not 0.0 <= dropout <= 1.0:
+        raise ValueError(f"dropout must be between 0 and 1, got {dropout}")

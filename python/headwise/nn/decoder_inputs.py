@@ -1,0 +1,176 @@
+"""What a decoder's attention layer is built and called with: checked, and brought to one form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from headwise.nn.attention_inputs import check_sizes
+
+if TYPE_CHECKING:
+    from headwise.nn.grouped_query_attention import GroupedQueryAttention
+
+
+class Masks(NamedTuple):
+    """Who may attend to whom, as the operators take it."""
+
+    key_padding_mask: Tensor | None  # [B, S]
+    attn_mask: Tensor | None  # broadcastable to [B, H, L, S]
+    is_causal: bool  # query i sees keys 0..i: S is L
+
+    @property
+    def same_for_all_heads(self) -> bool:
+        return self.attn_mask is None or self.attn_mask.dim() < 3 or self.attn_mask.size(-3) == 1
+
+
+def align(
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    length: int,
+    keys: int,
+    window: int | None,
+    device: torch.device,
+) -> Masks:
+    """The masks of a call on ``length`` queries that stand at the last of ``keys`` keys.
+
+    The operators' causal flag aligns the first query with the first key; where that is not what is
+    meant, a mask says it.
+    """
+    if key_padding_mask is not None and key_padding_mask.size(1) != keys:
+        raise ValueError(
+            f"key_padding_mask must have {keys} columns, one a key, got {key_padding_mask.size(1)}"
+        )
+    narrow = window is not None and window < keys
+    if not is_causal or (length == 1 and not narrow):
+        return Masks(key_padding_mask, attn_mask, False)
+    if length == keys and not narrow and attn_mask is None:
+        return Masks(key_padding_mask, None, True)
+    position = torch.arange(keys - length, keys, device=device)[:, None]  # [L, 1]
+    key = torch.arange(keys, device=device)  # [S]
+    unseen = key > position  # [L, S]
+    if narrow:
+        unseen = unseen | (key <= position - window)
+    if attn_mask is None:
+        attn_mask = unseen
+    elif attn_mask.dtype == torch.bool:
+        attn_mask = attn_mask | unseen
+    else:
+        attn_mask = attn_mask.masked_fill(unseen, float("-inf"))
+    return Masks(key_padding_mask, attn_mask, False)
+
+
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding of [B, H, L, d] by cos and sin [B or 1, L, r], r <= d."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # [B or 1, 1, L, r]
+    width = cos.size(-1)
+    turned = heads if width == heads.size(-1) else heads[..., :width]
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
+    return turned if width == heads.size(-1) else torch.cat((turned, heads[..., width:]), dim=-1)
+
+
+def hide(padding: Tensor | None, seen: Tensor | int | None, x: Tensor) -> Tensor | None:
+    """What the gate must not see, [B, L]: padding, and what ``headwise.gates_see`` leaves out."""
+    if seen is None:
+        return padding
+    if padding is None:
+        padding = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+    elif padding.dtype != torch.bool:
+        padding = padding == float("-inf")
+    if isinstance(seen, int):  # the first tokens that are none
+        return padding | ((~padding).cumsum(1) > seen)
+    if seen.shape != x.shape[:2]:
+        raise ValueError(
+            f"tokens of headwise.gates_see must have shape {list(x.shape[:2])}, as the model's "
+            f"input, got {list(seen.shape)}"
+        )
+    return padding | ~seen.to(x.device)
+
+
+def is_own(linear: nn.Module) -> bool:
+    """Whether calling the module does nothing but multiply by its weight and add its bias."""
+    return type(linear) is nn.Linear and not (linear._forward_hooks or linear._forward_pre_hooks)
+
+
+def linear(features: int, outputs: int, bias: bool, factory: dict[str, Any]) -> nn.Linear:
+    if features > 0 and outputs > 0:
+        return nn.Linear(features, outputs, bias=bias, **factory)
+    # The initialisation of an empty matrix divides by its width and warns.
+    made = nn.Linear(1, 1, bias=bias, **factory)
+    made.in_features, made.out_features = features, outputs
+    made.weight = nn.Parameter(torch.empty((outputs, features), **factory))
+    if bias:
+        made.bias = nn.Parameter(torch.zeros(outputs, **factory))
+    return made
+
+
+def set_parameter(module: nn.Module, name: str, value: Tensor, like: Tensor) -> None:
+    setattr(module, name, nn.Parameter(value, requires_grad=like.requires_grad))
+
+
+def epsilon_of(norm: nn.Module | None) -> float | None:
+    if norm is None:
+        return None
+    return norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
+
+
+def even_groups(num_heads: int, groups: int) -> list[int]:
+    return [head * groups // num_heads for head in range(num_heads)]
+
+
+def check_group_sizes(
+    embed_dim: int,
+    num_heads: int,
+    groups: int,
+    head_dim: int | None,
+    dropout: float,
+    key_value_heads: Sequence[int] | None,
+) -> None:
+    check_sizes(embed_dim, num_heads, head_dim, dropout)
+    if groups < 0 or (groups == 0) != (num_heads == 0):
+        raise ValueError(f"num_key_value_heads must be positive, got {groups}")
+    if key_value_heads is None:
+        if groups and num_heads % groups != 0:
+            raise ValueError(f"num_key_value_heads must divide num_heads={num_heads}, got {groups}")
+        return
+    if len(key_value_heads) != num_heads or sorted(set(key_value_heads)) != list(range(groups)):
+        raise ValueError(
+            f"key_value_heads must name one of {groups} key/value heads for each of {num_heads} "
+            f"query heads, and each of them, got {list(key_value_heads)}"
+        )
+    if list(key_value_heads) != sorted(key_value_heads):
+        raise ValueError(f"key_value_heads must be ascending, got {list(key_value_heads)}")
+
+
+def check_inputs(
+    layer: GroupedQueryAttention,
+    x: Tensor,
+    position_embeddings: tuple[Tensor, Tensor] | None,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+) -> None:
+    if x.dim() != 3 or x.size(2) != layer.embed_dim:
+        raise ValueError(f"x must have shape [B, L, {layer.embed_dim}], got {list(x.shape)}")
+    for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
+        if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
+            raise TypeError(f"{name} must be boolean or floating, got {mask.dtype}")
+    if key_padding_mask is not None and (
+        key_padding_mask.dim() != 2 or key_padding_mask.size(0) != x.size(0)
+    ):
+        raise ValueError(
+            f"key_padding_mask must have shape [{x.size(0)}, S], got {list(key_padding_mask.shape)}"
+        )
+    if position_embeddings is None:
+        return
+    cos, sin = position_embeddings
+    for name, table in (("cos", cos), ("sin", sin)):
+        fits = table.dim() == 3 and table.size(0) in (1, x.size(0)) and table.size(1) == x.size(1)
+        if not fits or table.size(2) > layer.head_dim or table.size(2) % 2 != 0:
+            raise ValueError(
+                f"{name} of position_embeddings must have shape [{x.size(0)} or 1, {x.size(1)}, r] "
+                f"with r even and at most {layer.head_dim}, got {list(table.shape)}"
+            )

@@ -1,0 +1,60 @@
+"""Keys and values of the tokens so far, for decoding step by step."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from headwise.gates.selection import Selection
+
+
+class LayerCache(Protocol):
+    """What :class:`headwise.GroupedQueryAttention` asks of the cache that its model hands it.
+
+    Attributes:
+        selection: what the layer keeps of the prompt's selection (``keep_selection``); None while
+            the sequence has none.
+        slots: int64 ``[B, K]``: the key/value heads that the layer keeps here for each sequence,
+            where they are not all; it writes and reads this, and hands K instead of Hkv heads.
+    """
+
+    selection: Selection | None
+    slots: Tensor | None
+
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes the new keys and values ``[B, Hkv, L, d]``; returns all there are,
+        ``[B, Hkv, S, d]``, the new ones last (or where the mask of the same call says)."""
+        ...
+
+
+class KeyValueCache:
+    """One layer's keys and values, which grow with every call.
+
+    ::
+
+        caches = [hw.KeyValueCache() for _ in layers]
+        y, _ = layer(prompt, rope, cache=caches[0])     # [B, L, D]
+        y, _ = layer(token, rope, cache=caches[0])      # [B, 1, D]
+
+    Attributes:
+        k: ``[B, Hkv, S, d]``, rotated; None before the first call.
+        v: ``[B, Hkv, S, d]``.
+        selection: see :class:`LayerCache`.
+        slots: see :class:`LayerCache`.
+    """
+
+    def __init__(self) -> None:
+        self.k: Tensor | None = None
+        self.v: Tensor | None = None
+        self.selection: Selection | None = None
+        self.slots: Tensor | None = None
+
+    def __len__(self) -> int:
+        return 0 if self.k is None else self.k.size(2)
+
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        self.k = k if self.k is None else torch.cat([self.k, k], dim=2)
+        self.v = v if self.v is None else torch.cat([self.v, v], dim=2)
+        return self.k, self.v

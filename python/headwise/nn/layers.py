@@ -1,0 +1,50 @@
+"""Finding the attention layers of a model, by the names that scores, plans and traces use."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from headwise.nn.attention_layer import AttentionLayer
+
+__all__ = ["attention_layers", "head_groups"]
+
+
+def attention_layers(model: nn.Module) -> dict[str, AttentionLayer]:
+    """The layers of ``model`` whose heads can be chosen, by qualified module name:
+    :class:`headwise.MultiheadAttention` and :class:`headwise.GroupedQueryAttention`.
+
+    The order is that in which the modules were defined, which for the supported architectures is
+    the order in which they run. A layer that stands in a model twice (tied) comes once, under its
+    first name. The name of a model that is itself a layer is ``""``.
+
+    Raises:
+        TypeError: ``model`` is not a ``torch.nn.Module``.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, AttentionLayer)
+    }
+
+
+def head_groups(model: nn.Module) -> dict[str, list[int]]:
+    """For each layer of :func:`attention_layers` and each of its heads the number of its group.
+
+    The query heads of a group share a key/value head (:class:`headwise.GroupedQueryAttention`); in
+    other layers each head is a group.
+
+    Raises:
+        TypeError: ``model`` is not a ``torch.nn.Module``.
+    """
+    return {name: list(layer.head_groups) for name, layer in attention_layers(model).items()}
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+    """Puts ``new`` wherever ``old`` stands in ``model``; returns the model, or its successor."""
+    if old is model:
+        return new
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is old:
+                parent._modules[name] = new
+    return model

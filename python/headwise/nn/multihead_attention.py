@@ -1,0 +1,495 @@
+"""Multi-head attention that runs only the heads its gate chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import init
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import Parameter
+
+from headwise import _C
+from headwise.gates.base import Gate
+from headwise.gates.linears import check_read
+from headwise.gates.selection import Selection
+from headwise.gates.threshold import HeadInputs
+from headwise.nn.attention_inputs import AttentionInputs, canonical_inputs, check_sizes
+from headwise.nn.attention_layer import AttentionLayer, AttentionProbe
+
+if TYPE_CHECKING:
+    from headwise._C import LayerPlan
+
+__all__ = ["AttentionProbe", "MultiheadAttention"]
+
+_ops = torch.ops.headwise
+# Torch's own, also where somebody puts this module in its place in torch.nn.
+_TorchMultiheadAttention = nn.MultiheadAttention
+
+
+class MultiheadAttention(AttentionLayer, nn.MultiheadAttention):
+    r"""``torch.nn.MultiheadAttention`` in which every input chooses its heads.
+
+    The arguments, their defaults, the parameters and the keys of ``state_dict`` are those of
+    :class:`torch.nn.MultiheadAttention` ("Attention Is All You Need", arXiv 1706.03762); without a
+    gate it *is* that module. With a gate, a layer computes for each sequence
+
+    .. math:: y = W_O\,[w_1 A_1(x), \dots, w_H A_H(x)] + b_O
+
+    where :math:`w_h` is 0 for a head that the gate did not choose; in evaluation such a head is not
+    computed at all. The gate sees the query and, in self-attention, its padding.
+
+    Args:
+        embed_dim: width of the model, D.
+        num_heads: heads of the layer, H.
+        dropout: dropout probability on the attention probabilities.
+        bias: whether the input and output projections have a bias.
+        add_bias_kv: one more, learned, row of keys and values.
+        add_zero_attn: one more row of zeros in keys and values.
+        kdim: features of the keys; default ``embed_dim``.
+        vdim: features of the values; default ``embed_dim``.
+        batch_first: inputs and output are ``[B, L, D]`` instead of ``[L, B, D]``.
+        device: of the parameters.
+        dtype: of the parameters.
+        gate: a gate; an unbound one (``hw.BudgetGate(target=0.5)``) is bound to this layer's sizes.
+        head_dim: width of a head, where it is not ``embed_dim / num_heads`` (a pruned layer).
+            ``num_heads`` may then be 0: the output is the output bias.
+
+    Raises:
+        ValueError: sizes that are not positive, a head count that does not divide ``embed_dim``
+            (when ``head_dim`` is not given), or a gate bound to other sizes.
+
+    Note:
+        The attention weights that ``need_weights=True`` (torch's default) returns are zeros for
+        heads that did not run. They cost a dense ``[B, H, L, S]`` computation of their own;
+        pass ``need_weights=False`` where they are not needed. They are the probabilities before
+        dropout.
+
+    Example:
+        >>> mha = MultiheadAttention(768, 12, gate=BudgetGate(target=0.5), batch_first=True)
+        >>> y, _ = mha(x, x, x, key_padding_mask=mask, need_weights=False)
+    """
+
+    DESCRIBED = {
+        "embed_dim": int,
+        "num_heads": int,
+        "head_dim": int,
+        "kdim": int,
+        "vdim": int,
+        "dropout": (int, float),
+        "bias": bool,
+        "add_bias_kv": bool,
+        "add_zero_attn": bool,
+        "batch_first": bool,
+    }
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device=None,
+        dtype=None,
+        *,
+        gate: Gate | None = None,
+        head_dim: int | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        check_sizes(embed_dim, num_heads, head_dim, dropout)
+        factory = {"device": device, "dtype": dtype}
+        self.embed_dim = embed_dim
+        self.kdim = embed_dim if kdim is None else kdim
+        self.vdim = embed_dim if vdim is None else vdim
+        self._same_embed_dim = self.kdim == embed_dim and self.vdim == embed_dim
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.batch_first = batch_first
+        self.head_dim = embed_dim // num_heads if head_dim is None else head_dim
+        self.add_zero_attn = add_zero_attn
+
+        width = self.num_heads * self.head_dim  # E
+        # Registered in torch's order: the keys of state_dict come in the same order too.
+        if self._same_embed_dim:
+            self.in_proj_weight = Parameter(torch.empty((3 * width, embed_dim), **factory))
+            for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
+                self.register_parameter(name, None)
+        else:
+            self.q_proj_weight = Parameter(torch.empty((width, embed_dim), **factory))
+            self.k_proj_weight = Parameter(torch.empty((width, self.kdim), **factory))
+            self.v_proj_weight = Parameter(torch.empty((width, self.vdim), **factory))
+            self.register_parameter("in_proj_weight", None)
+        self.register_parameter(
+            "in_proj_bias", Parameter(torch.empty(3 * width, **factory)) if bias else None
+        )
+        if width > 0:
+            self.out_proj = NonDynamicallyQuantizableLinear(width, embed_dim, bias=bias, **factory)
+        else:  # the initialisation of an empty matrix divides by its width
+            self.out_proj = NonDynamicallyQuantizableLinear(1, embed_dim, bias=bias, **factory)
+            self.out_proj.in_features = 0
+            self.out_proj.weight = Parameter(torch.empty((embed_dim, 0), **factory))
+        if add_bias_kv:
+            self.bias_k = Parameter(torch.empty((1, 1, width), **factory))
+            self.bias_v = Parameter(torch.empty((1, 1, width), **factory))
+        else:
+            self.bias_k = self.bias_v = None
+        if width > 0:
+            self._reset_parameters()
+        elif bias:
+            init.constant_(self.out_proj.bias, 0.0)
+
+        self._init_choosing(gate)
+
+    @property
+    def output_projection(self) -> nn.Module:
+        return self.out_proj
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "embed_dim": self.embed_dim,
+            "num_heads": self.num_heads,
+            "head_dim": self.head_dim,
+            "kdim": self.kdim,
+            "vdim": self.vdim,
+            "dropout": self.dropout,
+            "bias": self.in_proj_bias is not None,
+            "add_bias_kv": self.bias_k is not None,
+            "add_zero_attn": self.add_zero_attn,
+            "batch_first": self.batch_first,
+        }
+
+    def fitted(self, described: Mapping[str, Any], name: str = "") -> MultiheadAttention:
+        self._check_same(described, ("embed_dim", "kdim", "vdim"), name)
+        if self.describe() == described:
+            return self
+        weight = self.out_proj.weight
+        fitted = MultiheadAttention(**described, device=weight.device, dtype=weight.dtype)
+        return fitted.train(self.training)
+
+    def pruned(self, entry: LayerPlan) -> MultiheadAttention:
+        sizes = {**self.describe(), "num_heads": len(entry.heads)}
+        smaller = MultiheadAttention(**sizes, device="meta")
+        parameters = {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if not name.startswith("gate.")
+        }
+        kept = _C.prune_projections(parameters, entry)
+        for name, old in parameters.items():
+            module = smaller.get_submodule(name.rpartition(".")[0])
+            new = nn.Parameter(kept[name], requires_grad=old.requires_grad)
+            setattr(module, name.rpartition(".")[2], new)
+        return smaller.train(self.training)
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether torch's own module computes the same thing."""
+        return self.gate is None and self._probe is None
+
+    # torch.nn.TransformerEncoderLayer reads this attribute, and where it is True it may hand this
+    # layer's weights to one fused kernel without calling this module. A layer that a gate or a
+    # recorder stands in must be called, so here it says False.
+    @property
+    def _qkv_same_embed_dim(self) -> bool:
+        return self._same_embed_dim and self._is_plain and self._has_standard_width
+
+    @_qkv_same_embed_dim.setter
+    def _qkv_same_embed_dim(self, value: bool) -> None:
+        self._same_embed_dim = value
+
+    @property
+    def _has_standard_width(self) -> bool:
+        return self.num_heads > 0 and self.num_heads * self.head_dim == self.embed_dim
+
+    def _reset_parameters(self) -> None:
+        if self._same_embed_dim:
+            init.xavier_uniform_(self.in_proj_weight)
+        else:
+            init.xavier_uniform_(self.q_proj_weight)
+            init.xavier_uniform_(self.k_proj_weight)
+            init.xavier_uniform_(self.v_proj_weight)
+        if self.in_proj_bias is not None:
+            init.constant_(self.in_proj_bias, 0.0)
+            init.constant_(self.out_proj.bias, 0.0)
+        if self.bias_k is not None:
+            init.xavier_normal_(self.bias_k)
+        if self.bias_v is not None:
+            init.xavier_normal_(self.bias_v)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        nn.Module.__setstate__(self, state)
+
+    def __prepare_scriptable__(self) -> nn.MultiheadAttention:
+        # torch.jit.script compiles what this returns: torch's module, with the same parameters.
+        if not (self._is_plain and self._has_standard_width):
+            raise RuntimeError(
+                "torch.jit.script cannot compile a layer with a gate or a pruned layer: use "
+                "torch.jit.trace, torch.export or torch.compile"
+            )
+        plain = _TorchMultiheadAttention(
+            self.embed_dim,
+            self.num_heads,
+            dropout=self.dropout,
+            bias=self.in_proj_bias is not None,
+            add_bias_kv=self.bias_k is not None,
+            add_zero_attn=self.add_zero_attn,
+            kdim=self.kdim,
+            vdim=self.vdim,
+            batch_first=self.batch_first,
+            device="meta",
+        ).train(self.training)
+        plain._parameters.update(self._parameters)
+        plain.out_proj = self.out_proj
+        return plain
+
+    def extra_repr(self) -> str:
+        return (
+            f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, head_dim={self.head_dim}, "
+            f"dropout={self.dropout}, batch_first={self.batch_first}"
+        )
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As :meth:`torch.nn.MultiheadAttention.forward`, on the chosen heads.
+
+        Args:
+            query: ``[L, B, D]``, ``[B, L, D]`` with ``batch_first``, or ``[L, D]`` unbatched.
+            key: the same with S rows of ``kdim`` features.
+            value: the same with S rows of ``vdim`` features.
+            key_padding_mask: ``[B, S]`` (``[S]`` unbatched); boolean (True = padding) or floating
+                (added to the scores).
+            need_weights: also return the attention weights.
+            attn_mask: ``[L, S]`` or ``[B * H, L, S]``; boolean (True = may not attend) or floating.
+            average_attn_weights: return one map, averaged over the H heads, not one a head.
+            is_causal: a hint that ``attn_mask`` is the causal mask.
+
+        Returns:
+            The output, shaped as ``query``, and the weights: ``[B, L, S']`` averaged, ``[B, H, L,
+            S']`` a head, without B where the input is unbatched, or None.
+
+        Raises:
+            ValueError: a shape that does not fit, or (on a CPU) a gate whose relevance is not
+                finite.
+            TypeError: an input that is not floating, a mask that is neither boolean nor floating.
+                Or an ``out_proj`` that something was wrapped around: its weight is read.
+            RuntimeError: ``is_causal`` without ``attn_mask``.
+        """
+        if self._is_plain and self._has_standard_width:
+            return super().forward(
+                query,
+                key,
+                value,
+                key_padding_mask=key_padding_mask,
+                need_weights=need_weights,
+                attn_mask=attn_mask,
+                average_attn_weights=average_attn_weights,
+                is_causal=is_causal,
+            )
+        check_read("out_proj", self.out_proj)
+        if query.is_nested:
+            return self._forward_nested(query, key, value, key_padding_mask, attn_mask)
+
+        inputs = canonical_inputs(self, query, key, value, key_padding_mask, attn_mask, is_causal)
+        heads, values = self._head_inputs(inputs)
+        selection = self._select(inputs, heads)
+        if self._probe is not None or selection is None:
+            output = self._run_all(inputs, selection, heads)
+        elif self.gate.attends:
+            context = self.gate.attend(heads, values)  # [B, H, L, d]
+            output = _ops.combine_heads(
+                context, selection.weight, self.out_proj.weight, self.out_proj.bias
+            )
+        else:
+            output = self._run_selected(inputs, selection)  # [B, L, D]
+        weights = self._attention_weights(inputs, selection) if need_weights else None
+        if weights is not None and average_attn_weights:
+            weights = weights.mean(1) if self.num_heads else weights.sum(1)  # [B, L, S']
+
+        if query.dim() == 2:
+            return output.squeeze(0), None if weights is None else weights.squeeze(0)
+        return output if self.batch_first else output.transpose(0, 1), weights
+
+    def _head_inputs(self, inputs: AttentionInputs) -> tuple[HeadInputs | None, Tensor | None]:
+        """What a gate that chooses by queries and keys is given, and values ``[B, H, S', d]``."""
+        if self.gate is None or not self.gate.reads_heads:
+            return None, None
+        if not self.gate.attends:  # values are projected later, for the chosen heads only
+            inputs = inputs._replace(value=inputs.value[:, :0])
+        q, k, v = self._project(inputs)
+        padding = inputs.key_padding_mask
+        heads = HeadInputs(
+            q,
+            k,
+            padding,
+            padding if inputs.query_is_key else None,
+            inputs.attn_mask,
+            inputs.is_causal,
+            self._added_keys,
+        )
+        return heads, v
+
+    def _select(self, inputs: AttentionInputs, heads: HeadInputs | None) -> Selection | None:
+        """The gate's choice; the observers see it."""
+        if self.gate is None:
+            return None
+        # The mask is about keys: it says which queries are padding only where they are the same.
+        padding = inputs.key_padding_mask if inputs.query_is_key else None
+        selection = self.gate(inputs.query, padding, *(() if heads is None else (heads,)))
+        if self._observers:
+            for observer in tuple(self._observers):
+                observer(self, selection, inputs.query, padding)
+        return selection
+
+    def _projections(self) -> tuple[Tensor | None, ...]:
+        """Query, key and value weights, each ``[E, features]``, and biases ``[E]`` or None."""
+        if self._same_embed_dim:
+            weights = self.in_proj_weight.chunk(3) if self.num_heads else (self.in_proj_weight,) * 3
+        else:
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        if self.in_proj_bias is None:
+            return (*weights, None, None, None)
+        biases = self.in_proj_bias.chunk(3) if self.num_heads else (self.in_proj_bias,) * 3
+        return (*weights, *biases)
+
+    @property
+    def _added_keys(self) -> int:
+        return int(self.bias_k is not None) + int(self.add_zero_attn)
+
+    def _project(self, inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
+        return _ops.project_heads(
+            inputs.query,
+            inputs.key,
+            inputs.value,
+            *self._projections(),
+            self.num_heads,
+            self.bias_k,
+            self.bias_v,
+            self.add_zero_attn,
+        )
+
+    def _run_all(
+        self, inputs: AttentionInputs, selection: Selection | None, heads: HeadInputs | None
+    ) -> Tensor:
+        """Every head, with plain operators; a recorder sees each head's output."""
+        q, k, v = self._project(inputs)
+        if selection is not None and self.gate.attends:
+            context = self.gate.attend(heads, v)  # [B, H, L, d]
+        else:
+            context = _ops.dense_attention(
+                q,
+                k,
+                v,
+                inputs.key_padding_mask,
+                inputs.attn_mask,
+                inputs.is_causal,
+                self.dropout if self.training else 0.0,
+                added_keys=self._added_keys,
+            )
+        weight = None if selection is None else selection.weight
+        if self._probe is not None:
+            probe = AttentionProbe(
+                q,
+                k,
+                v,
+                context,
+                weight,
+                inputs.key_padding_mask,
+                inputs.attn_mask,
+                inputs.is_causal,
+                inputs.key_padding_mask if inputs.query_is_key else None,
+            )
+            self._probe(self, probe)
+        return _ops.combine_heads(context, weight, self.out_proj.weight, self.out_proj.bias)
+
+    def _run_selected(self, inputs: AttentionInputs, selection: Selection) -> Tensor:
+        """The chosen heads and no others."""
+        dropout = self.dropout if self.training else 0.0
+        seed = None
+        if dropout > 0.0:
+            seed = torch.randint(2**63 - 1, (1,), device=inputs.query.device)
+        chosen = (selection.index, selection.count, selection.weight)
+        masks = (inputs.key_padding_mask, inputs.attn_mask, inputs.is_causal, dropout, seed)
+        if inputs.self_attention and self._same_embed_dim and self._added_keys == 0:
+            return _ops.selected_self_attention(
+                inputs.query,
+                self.in_proj_weight,
+                self.in_proj_bias,
+                self.out_proj.weight,
+                self.out_proj.bias,
+                self.num_heads,
+                *chosen,
+                *masks,
+            )
+        return _ops.selected_multihead_attention(
+            inputs.query,
+            inputs.key,
+            inputs.value,
+            *self._projections(),
+            self.out_proj.weight,
+            self.out_proj.bias,
+            self.num_heads,
+            *chosen,
+            None if self.bias_k is None else self.bias_k.reshape(-1),
+            None if self.bias_v is None else self.bias_v.reshape(-1),
+            self.add_zero_attn,
+            *masks,
+        )
+
+    def _attention_weights(self, inputs: AttentionInputs, selection: Selection | None) -> Tensor:
+        """``[B, H, L, S']``, zeros for the heads that did not run."""
+        q, k, _ = self._project(inputs)
+        weights = _ops.attention_probabilities(
+            q,
+            k,
+            inputs.key_padding_mask,
+            inputs.attn_mask,
+            inputs.is_causal,
+            added_keys=self._added_keys,
+        )
+        if selection is None:
+            return weights
+        mask = _ops.selection_mask(selection.index, selection.count, weights.dtype)  # [B, H]
+        return weights * mask[:, :, None, None]
+
+    def _forward_nested(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+    ) -> tuple[Tensor, None]:
+        """A nested batch, as ``nn.TransformerEncoder`` makes of a padded one in evaluation."""
+        if query is not key or key is not value:
+            raise ValueError("nested tensors are supported in self-attention only")
+        if key_padding_mask is not None or attn_mask is not None:
+            raise ValueError(
+                "a nested query carries its own lengths; masks cannot be given with it"
+            )
+        if query.size(0) == 0:
+            raise ValueError("query must be a nested tensor of one sequence or more, got none")
+        lengths = [sequence.size(0) for sequence in query.unbind()]
+        padded = query.to_padded_tensor(0.0)  # [B, L, D]
+        position = torch.arange(padded.size(1), device=padded.device)
+        padding = position >= torch.tensor(lengths, device=padded.device)[:, None]  # [B, L]
+        x = padded if self.batch_first else padded.transpose(0, 1)
+        output, _ = self.forward(x, x, x, key_padding_mask=padding, need_weights=False)
+        rows = output if self.batch_first else output.transpose(0, 1)
+        kept = [row[:length] for row, length in zip(rows.unbind(0), lengths, strict=True)]
+        return torch.nested.as_nested_tensor(kept, layout=query.layout), None

@@ -1,0 +1,74 @@
+"""Limiting what gates see, so that causal training does not learn from the future."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from headwise.nn.grouped_query_attention import GroupedQueryAttention
+from headwise.nn.layers import attention_layers
+
+__all__ = ["gates_see"]
+
+
+@contextlib.contextmanager
+def gates_see(model: nn.Module, tokens: Tensor | int) -> Iterator[None]:
+    """The gates of a decoder see only these tokens inside the ``with`` block.
+
+    A gate that pools a whole sequence lets every position know, through which heads run, something
+    of the tokens that come after it. In training a causal language model on whole sequences that is
+    a leak of what is to be predicted; a model that generates has no such tokens. Two ways are free
+    of it: let the gates see only the prompt, and count the loss of the answer alone,
+
+    ::
+
+        labels[:, :prompt_length] = -100
+        with hw.gates_see(model, labels == -100):       # [B, L]: True = may be seen
+            loss = model(input_ids, labels=labels).loss + hw.penalty(model)
+
+    or let them see the first n tokens, and leave those out of the loss: ``hw.gates_see(model, n)``.
+    Both fit ``convert(..., keep_selection=True)``, which in generation chooses by the prompt alone.
+    Padding is never seen. A sequence of which nothing may be seen is chosen for as one of nothing
+    but padding.
+
+    Args:
+        model: a converted model; layers other than :class:`headwise.GroupedQueryAttention` are left
+            alone.
+        tokens: boolean ``[B, L]``, True = seen, of the sequences that the model is called with; or
+            a number: the first that are not padding.
+
+    Raises:
+        TypeError: ``tokens`` is neither.
+        ValueError: a number that is not positive, a tensor of another shape, or a model without
+            such layers. A forward on other shapes raises ValueError.
+    """
+    if isinstance(tokens, Tensor):
+        if tokens.dtype != torch.bool:
+            raise TypeError(f"tokens must be boolean or a number, got {tokens.dtype}")
+        if tokens.dim() != 2:
+            raise ValueError(f"tokens must have shape [B, L], got {list(tokens.shape)}")
+    elif isinstance(tokens, bool) or not isinstance(tokens, int):
+        raise TypeError(f"tokens must be boolean or a number, got {type(tokens).__name__}")
+    elif tokens <= 0:
+        raise ValueError(f"tokens must be positive, got {tokens}")
+    layers = [
+        layer
+        for layer in attention_layers(model).values()
+        if isinstance(layer, GroupedQueryAttention)
+    ]
+    if not layers:
+        raise ValueError(
+            f"model ({type(model).__name__}) has no headwise.GroupedQueryAttention: "
+            f"call headwise.convert first"
+        )
+    before = [layer._seen for layer in layers]
+    try:
+        for layer in layers:
+            layer._seen = tokens
+        yield
+    finally:
+        for layer, seen in zip(layers, before, strict=True):
+            layer._seen = seen

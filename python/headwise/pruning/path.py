@@ -1,0 +1,122 @@
+"""Pruning by steps: the plans on the way from all heads to a few."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from headwise import _C
+from headwise.convert.convert import converted
+from headwise.io.journal import Journal
+from headwise.nn.intervention import (
+    LossFunction,
+    check_journal_loss,
+    fingerprint,
+    with_progress,
+)
+from headwise.nn.layers import attention_layers
+from headwise.pruning.plan import HeadPlan, LayerPlan
+from headwise.pruning.prune import prune
+from headwise.pruning.scores import METRICS, HeadScores, score_heads
+
+__all__ = ["pruning_path"]
+
+
+def pruning_path(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss_fn: LossFunction,
+    keep: float = 0.5,
+    *,
+    step: float = 0.1,
+    exact: bool = True,
+    metric: str = "michel",
+    min_heads_per_layer: int = 0,
+    journal: str | os.PathLike | None = None,
+    progress: bool | None = None,
+    **scoring: Any,
+) -> list[HeadPlan]:
+    """Plans that remove the least important heads step by step, the last one keeping ``keep``.
+
+    Michel et al. 2019 (arXiv 1905.10650), section 4: every step removes the lowest ``step`` of the
+    model's heads in one ranking over all layers. ``exact`` scores the heads that are left anew
+    after every step, as the authors' code does with that option; without it one ranking serves all
+    steps. Every plan keeps a subset of the heads of the plan before it.
+
+    Args:
+        model: a converted or convertible model without gates; it is left as it was.
+        batches: whatever ``loss_fn`` takes; read once and kept.
+        loss_fn: as in :func:`headwise.score_heads`.
+        keep: the fraction of the heads that the last plan keeps, in (0, 1].
+        step: the fraction of all heads that one step removes, in (0, 1]; at least one head.
+        exact: score anew after every step.
+        metric: what to score by: one of :func:`headwise.score_heads`.
+        min_heads_per_layer: heads that every layer keeps (all, where it has fewer).
+        journal: file that keeps the steps that are finished: a run that is interrupted goes on from
+            there.
+        progress: a progress bar on stderr; None: where that is a terminal.
+        **scoring: further options of :func:`headwise.score_heads`.
+
+    Returns:
+        A plan for each step, from the most heads to the fewest; with ``keep=1`` one, of all heads.
+
+    Raises:
+        ValueError: an option out of range, a model that has gates, a journal of another model,
+            other data, another loss or other options, or what :func:`headwise.score_heads` and
+            :func:`headwise.plan` raise.
+    """
+    _C.pruning_counts(1, keep, step)  # says what is out of range
+    if metric not in METRICS:
+        raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
+    model = converted(model)
+    for name, layer in attention_layers(model).items():
+        if layer.gate is not None:
+            raise ValueError(
+                f"model must have no gates, got a {type(layer.gate).__name__} in layer '{name}': "
+                "compact it first (headwise.prune)"
+            )
+    batches = list(batches)
+    settings: dict[str, Any] = {
+        "keep": keep, "step": step, "exact": exact, "metric": metric,
+        "min_heads_per_layer": min_heads_per_layer, **scoring,
+    }  # fmt: skip
+    log = Journal(
+        journal,
+        "pruning path",
+        settings if journal is None else {**settings, **fingerprint(model, batches)},
+    )
+
+    if batches:
+        check_journal_loss(log, model, batches, loss_fn)
+
+    def score(pruned: nn.Module) -> HeadScores:
+        return score_heads(pruned, batches, loss_fn, [metric], progress=False, **scoring)[metric]
+
+    first = log.get("scores")
+    scores = score(model) if first is None else HeadScores.from_json(first)
+    if first is None:
+        log.add("scores", scores.to_json())
+    sizes = {name: len(values) for name, values in scores.values.items()}
+    whole = HeadPlan([LayerPlan(name, size, list(range(size))) for name, size in sizes.items()])
+    total = sum(sizes.values())
+    counts = _C.pruning_counts(total, keep, step)
+    _C.narrowed(whole, scores.core, counts[-1], min_heads_per_layer)  # can it be reached?
+    plans: list[HeadPlan] = []
+    for count in with_progress(counts, "pruning", "step", progress):
+        kept = log.get(str(count))
+        if kept is None:
+            before = whole
+            if exact and plans:
+                before = plans[-1]
+                scores = score(prune(model, before))
+            chosen = _C.narrowed(before, scores.core, count, min_heads_per_layer)
+            kept = {entry.name: entry.heads for entry in chosen.layers}
+            log.add(str(count), kept)
+        layers = [LayerPlan(name, sizes[name], kept[name]) for name in sizes]
+        about = {"keep": count / total, "step": step, "exact": exact}
+        about["min_heads_per_layer"] = min_heads_per_layer
+        plans.append(HeadPlan(layers, metric, about))
+    return plans

@@ -1,0 +1,99 @@
+"""Plans: which heads of a model stay, for every input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from headwise import _C
+from headwise._C import HeadPlan, LayerPlan
+from headwise.pruning.scores import HeadScores
+
+__all__ = ["HeadPlan", "LayerPlan", "plan"]
+
+for _type in (HeadPlan, LayerPlan):
+    _type.__module__ = __name__  # where pickle finds it
+
+
+def plan(
+    scores: HeadScores,
+    keep: float = 0.5,
+    *,
+    min_heads_per_layer: int = 0,
+    scope: str = "global",
+    groups: Mapping[str, Sequence[int]] | None = None,
+) -> HeadPlan:
+    """Keeps the most important heads.
+
+    ``round(keep * heads)`` heads stay, but at least one: of the whole model (``scope="global"``,
+    one ranking as in Michel et al. 2019, arXiv 1905.10650; layers then keep different numbers) or
+    of each layer (``scope="layer"``). Ties keep the lower layer, then the lower head. The largest
+    scores are the most important; of the metric ``"entropy"`` the smallest, since attention that is
+    spread over all tokens says little.
+
+    Args:
+        scores: of :func:`headwise.score_heads`, or your own (:class:`headwise.HeadScores`).
+        keep: the fraction that stays, in (0, 1].
+        min_heads_per_layer: heads that every layer keeps (all, where it has fewer).
+        scope: ``"global"`` or ``"layer"``.
+        groups: the group of each head, layer by layer (:func:`headwise.head_groups`): heads that
+            share keys and values then stay or go together, ranked by the mean of their scores.
+            ``keep`` is a share of the groups, and a layer keeps as many as have
+            ``min_heads_per_layer`` heads.
+
+    Returns:
+        A plan with all scales 1, for :func:`headwise.prune` and :func:`headwise.mask`.
+
+    Raises:
+        TypeError: ``scores`` is something else.
+        ValueError: a score is not finite, ``keep`` is outside (0, 1], or it leaves fewer heads than
+            ``min_heads_per_layer`` asks for, or ``groups`` do not fit the scores.
+
+    Example:
+        >>> scores = HeadScores("mine", {"layer.0": [0.1, 0.9], "layer.1": [0.5, 0.2]})
+        >>> [entry.heads for entry in plan(scores, keep=0.5).layers]
+        [[1], [0]]
+    """
+    if not isinstance(scores, HeadScores):
+        raise TypeError(
+            f"scores must be a headwise.HeadScores, got {type(scores).__name__}"
+            + (": take one of its metrics" if isinstance(scores, dict) else "")
+        )
+    if groups is None:
+        return _C.plan(scores.core, keep, min_heads_per_layer, scope)
+    return _plan_of_groups(scores, keep, min_heads_per_layer, scope, groups)
+
+
+def _plan_of_groups(
+    scores: HeadScores,
+    keep: float,
+    min_heads_per_layer: int,
+    scope: str,
+    groups: Mapping[str, Sequence[int]],
+) -> HeadPlan:
+    members: dict[str, list[list[int]]] = {}
+    for name, values in scores.values.items():
+        own = list(groups.get(name, ()))
+        if len(own) != len(values) or sorted(set(own)) != list(range(len(set(own)))):
+            raise ValueError(
+                f"groups must name a group for each of the {len(values)} heads of layer '{name}', "
+                f"counted from 0, got {own}"
+            )
+        heads = range(len(own))
+        members[name] = [[h for h in heads if own[h] == group] for group in sorted(set(own))]
+    means = {
+        name: torch.stack([values[heads].mean() for heads in members[name]])
+        if members[name]
+        else values
+        for name, values in scores.values.items()
+    }
+    largest = max((len(heads) for own in members.values() for heads in own), default=1)
+    least = -(-min_heads_per_layer // largest)
+    chosen = _C.plan(HeadScores(scores.metric, means).core, keep, least, scope)
+    entries = []
+    for entry in chosen.layers:
+        heads = sorted(head for group in entry.heads for head in members[entry.name][group])
+        entries.append(LayerPlan(entry.name, len(scores.values[entry.name]), heads))
+    about = {"keep": keep, "min_heads_per_layer": min_heads_per_layer, "scope": scope}
+    return HeadPlan(entries, scores.metric, {**about, "groups": True})

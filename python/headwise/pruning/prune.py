@@ -1,0 +1,182 @@
+"""Applying a plan to a model: for good (``prune``) or as a mask (``mask``)."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import nn
+
+from headwise.gates import FixedGate
+from headwise.nn.layers import attention_layers, replace_module
+from headwise.pruning.plan import HeadPlan, LayerPlan
+from headwise.pruning.structured.compaction import check_plan, compact
+from headwise.pruning.structured.description import structure
+from headwise.pruning.structured.masks import StructureGate, StructureMasks, attach, detach
+from headwise.pruning.structured.plan import StructurePlan
+
+__all__ = ["mask", "plan_from_gates", "prune", "unmask"]
+
+
+def prune(
+    model: nn.Module, plan: HeadPlan | StructurePlan | None = None, *, inplace: bool = False
+) -> nn.Module:
+    """Removes the heads that ``plan`` drops from the weights of ``model``.
+
+    A kept head's rows of the query, key and value projections and its columns of the output
+    projection stay (with their biases), the columns multiplied by the head's scale; the rest is
+    gone. The result computes what ``mask(model, plan)`` computes, with physically smaller layers:
+    ``num_heads`` is what is left, down to 0, where a layer's output is its output bias;
+    ``head_dim`` stays. Layers may keep different numbers of heads, and layers that the plan does
+    not name are left as they are. Parameters of pruned layers are new: build the optimizer after.
+
+    A :class:`~headwise.StructurePlan` also removes neurons, whole blocks and hidden dimensions. A
+    block that is gone leaves a layer without heads, or neurons, and without biases; dimensions go
+    from everything that reads or writes the residual stream.
+
+    Args:
+        model: a converted model. The gates of the layers that are pruned must choose the same heads
+            for every input (:class:`~headwise.FixedGate`, a trained static
+            :class:`~headwise.HardConcreteGate`); the plan replaces them, as in :func:`mask`.
+        plan: which heads of which layer stay, by the names of :func:`headwise.attention_layers`.
+            None: what the model's gates choose (:func:`plan_from_gates`), so that trained static
+            gates are compacted in one call.
+        inplace: change ``model`` itself instead of a copy.
+
+    Returns:
+        The smaller model: a copy, or ``model`` (its successor, if it is itself a layer).
+
+    Raises:
+        ValueError: the plan names a layer that is not there or has another number of heads, or a
+            layer it prunes has a gate that chooses for each input. ``model`` is then unchanged.
+    """
+    if isinstance(plan, StructurePlan):
+        return _prune_structure(model, plan, inplace)
+    plan = plan_from_gates(model) if plan is None else plan
+    _check(model, plan)
+    for name, layer in attention_layers(model).items():
+        if name in _names(plan) and layer.gate is not None and layer.gate.static_weight() is None:
+            raise ValueError(
+                f"layer '{name}' has a {type(layer.gate).__name__}, which chooses among the heads "
+                f"it was trained with: take it out first (layer.set_gate(None))"
+            )
+    if not inplace:
+        model = copy.deepcopy(model)
+    layers = attention_layers(model)
+    for entry in plan.layers:
+        layer = layers[entry.name]
+        model = replace_module(model, layer, layer.pruned(entry))
+    return model
+
+
+def mask(model: nn.Module, plan: HeadPlan | StructurePlan) -> nn.Module:
+    """Puts ``plan`` on ``model`` as gates, in place: what it drops is not computed, but stays.
+
+    Every layer that the plan names gets a :class:`~headwise.FixedGate` with the plan's scales, in
+    place of the gate it has. Of a :class:`~headwise.StructurePlan`, what is not a head is masked by
+    hooks, and computed; heads get a gate that belongs to the plan. It takes the place of an earlier
+    structure plan; :func:`unmask` takes it off.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: the plan names a layer that is not there or has another number of heads.
+            ``model`` is then unchanged.
+    """
+    if isinstance(plan, StructurePlan):
+        check_plan(structure(model), plan)
+        model = detach(model)
+        masks = StructureMasks.from_plan(plan)
+        return attach(model, structure(model), masks, hidden=plan.hidden is not None)
+    _check(model, plan)
+    layers = attention_layers(model)
+    for entry in plan.layers:
+        scale = [0.0] * entry.num_heads
+        for head, value in zip(entry.heads, entry.scale, strict=True):
+            scale[head] = value
+        layer = layers[entry.name]
+        layer.set_gate(FixedGate(scale=scale))
+        layer.gate.train(layer.training)
+    return model
+
+
+def plan_from_gates(model: nn.Module) -> HeadPlan:
+    """The plan that the static gates of ``model`` amount to in evaluation.
+
+    A head's scale is the weight that its gate gives it (of a trained hard-concrete gate, its value
+    in (0, 1]); heads of weight 0 are dropped. Layers without a gate are not in the plan.
+    ``prune(model)`` applies it.
+
+    Raises:
+        ValueError: no layer has a gate, or one has a gate whose choice depends on the input.
+    """
+    entries = []
+    for name, layer in attention_layers(model).items():
+        if layer.gate is None:
+            continue
+        weight = layer.gate.static_weight()  # [H]
+        if weight is None:
+            raise ValueError(
+                f"layer '{name}' has a {type(layer.gate).__name__}, whose choice depends on the "
+                "input: no plan does what it does"
+            )
+        weights = weight.double().tolist()
+        heads = [head for head, value in enumerate(weights) if value != 0.0]
+        scale = [weights[head] for head in heads]
+        entries.append(LayerPlan(name, layer.num_heads, heads, scale))
+    if not entries:
+        raise ValueError("model must have gates to make a plan from, got none")
+    return HeadPlan(entries, "gates")
+
+
+def unmask(model: nn.Module) -> nn.Module:
+    """Takes a :class:`~headwise.StructurePlan` that :func:`mask` put on ``model`` off, in place.
+
+    Returns:
+        ``model``. Gates that stood where the plan's gates came are not put back.
+    """
+    return detach(model)
+
+
+def _prune_structure(model: nn.Module, plan: StructurePlan, inplace: bool) -> nn.Module:
+    found = structure(model)
+    check_plan(found, plan)
+    replaced = _names(plan.heads)  # layers whose gates the plan stands for
+    cut = replaced | {block.name for block in plan.blocks}
+    for name, layer in found.attention.items():
+        if layer.gate is None or isinstance(layer.gate, StructureGate):
+            continue
+        if name in replaced and layer.gate.static_weight() is not None:
+            continue
+        if name in cut or plan.hidden is not None:
+            raise ValueError(
+                f"layer '{name}' has a {type(layer.gate).__name__}: take it out first "
+                f"(layer.set_gate(None))"
+            )
+    if not inplace:
+        model = copy.deepcopy(model)
+    return compact(detach(model), plan)
+
+
+def _names(plan: HeadPlan) -> set[str]:
+    return {entry.name for entry in plan.layers}
+
+
+def _check(model: nn.Module, plan: HeadPlan) -> None:
+    layers = attention_layers(model)
+    if not layers:
+        raise ValueError(
+            f"model ({type(model).__name__}) has no headwise.MultiheadAttention: "
+            f"call headwise.convert first"
+        )
+    for entry in plan.layers:
+        if entry.name not in layers:
+            raise ValueError(
+                f"plan names layer '{entry.name}', which model has not; "
+                f"it has {', '.join(map(repr, layers))}"
+            )
+        if entry.num_heads != layers[entry.name].num_heads:
+            raise ValueError(
+                f"plan has {entry.num_heads} heads for layer '{entry.name}', "
+                f"which has {layers[entry.name].num_heads} in model"
+            )

@@ -1,0 +1,432 @@
+"""Scales of what stays, that make up for what went: mask tuning of Kwon et al. 2022, 3.4."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headwise import _C
+from headwise.nn.multihead_attention import AttentionProbe, MultiheadAttention
+from headwise.pruning.structured.description import Structure, TransformerLayer
+from headwise.pruning.structured.masks import StructureMasks
+
+#: Batches that the sensitivity of the stream's dimensions is measured on.
+SENSITIVITY_BATCHES = 8
+#: Ridges that are tried, as shares of the mean squared size of what a unit writes.
+DAMPS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+
+Values = tuple[dict[str, Tensor], dict[str, Tensor]]  # masks of heads and of neurons, by name
+
+
+@dataclass
+class Tuned:
+    """What tuning did.
+
+    Attributes:
+        blocks: of each block that was looked at its name, the ridge that was chosen (None: no
+            scales were better than 1), and what share of the untuned error on held-out batches is
+            left.
+        loss: mean loss on the held-out batches, untuned and as the scales are now; None: nothing
+            could be tuned.
+        step: how far scales went from 1 to the solutions; 0: no step lowered that loss for sure.
+        skipped: why nothing could be tuned, or "".
+    """
+
+    blocks: list[dict[str, Any]] = field(default_factory=list)
+    loss: tuple[float, float] | None = None
+    step: float = 0.0
+    skipped: str = ""
+
+
+class _FirstLayer(Exception):
+    """Raised when a forward has come to the first layer: what comes after is not needed."""
+
+
+@dataclass
+class _Calls:
+    """How each batch calls the layers, and where it stands: teacher and student apart.
+
+    ``read``: of each batch the tokens of the last layer's output that the loss depends on.
+    """
+
+    args: list[tuple] = field(default_factory=list)
+    kwargs: list[dict] = field(default_factory=list)
+    teacher: list[Tensor] = field(default_factory=list)  # [B, L, D], the layer's input
+    student: list[Tensor] = field(default_factory=list)
+    read: list[Tensor] = field(default_factory=list)  # bool [B, L]
+
+
+class _Capture:
+    """What one run of a layer computed on the way."""
+
+    def __init__(self) -> None:
+        self.context: Tensor | None = None  # [B, H, L, d]
+        self.valid: Tensor | None = None  # bool [B, L]
+        self.activations: Tensor | None = None  # [B, L, F]
+        self.after_attention: Tensor | None = None  # [B, L, D], the residual stream
+        self.after_ffn: Tensor | None = None
+        self.output: Tensor | None = None  # [B, L, D], of the layer
+
+
+@torch.no_grad()
+def tune(
+    model: nn.Module,
+    found: Structure,
+    masks: StructureMasks,
+    batches: Sequence[Any],
+    loss_fn: Callable[[nn.Module, Any], Tensor],
+    teacher: StructureMasks,
+    *,
+    units: Collection[str],
+    damp: float | None = None,
+    max_scale: float = 10.0,
+) -> Tuned:
+    """Scales what stays, layer by layer, so that the residual stream comes near the teacher's.
+
+    Least squares over one scale for each head, then for each neuron of a layer, ridge towards 1
+    (``_C.ScaleSolver``); the layers before are already tuned. Tokens that are padding do not count,
+    and of the last layer only those that the loss depends on do: a classifier's first token.
+    Dimensions of the stream count by how much the loss feels them (root mean square of its gradient
+    by them): in plain least squares the few of large values decide.
+
+    Every fourth batch is held out. It chooses the ridge of each block, and where no ridge brings
+    what the block writes nearer to the teacher's, the block keeps scales 1. What is nearer to the
+    teacher need not be better at the task: in the end the model's loss on what is held out says
+    whether all scales go to the solutions, half or a quarter of the way, or stay 1, where no step
+    lowers it by more than chance (paired, one-sided, 95%).
+
+    Args:
+        model: in evaluation mode, with gates and hooks that read ``masks``.
+        masks: 1 where a unit stays, 0 where it does not; changed.
+        batches: calibration data.
+        loss_fn: ``(model, batch) -> loss``.
+        teacher: masks of a larger model, of the same weights.
+        units: names of the attention layers and networks that get scales.
+        damp: the ridge; None: the best of :data:`DAMPS`, block by block.
+        max_scale: solutions with a larger scale are not used.
+    """
+    if not found.layers:
+        return Tuned(skipped="the model has no transformer layers that headwise knows")
+    done = Tuned()
+    untuned = (dict(masks.heads), dict(masks.neurons))
+    held_out = [i for i in range(len(batches)) if i % 4 == 3] or [len(batches) - 1]
+    before = _losses(model, batches, held_out, loss_fn)
+    calls = _first_inputs(model, found.layers[0].module, batches, loss_fn)
+    calls.read = _read_tokens(model, found.layers[-1].module, batches, loss_fn)
+    some = [batch for i, batch in enumerate(batches) if i not in held_out] or list(batches)
+    sensitivity = _sensitivity(model, found, some[:SENSITIVITY_BATCHES], loss_fn)
+    for layer in found.layers:
+        runner = _Runner(
+            model, found, layer, masks, calls, layer is found.layers[-1], held_out,
+            sensitivity[layer.name],
+        )  # fmt: skip
+        expected = [runner.run("teacher", i, teacher) for i in range(len(batches))]
+        for capture in expected:
+            capture.context = capture.activations = None  # the largest tensors, and not needed
+        for name, tune_block in (
+            (layer.attention, runner.tune_heads),
+            (layer.ffn, runner.tune_neurons),
+        ):
+            if name in units:
+                done.blocks += tune_block(expected, DAMPS if damp is None else (damp,), max_scale)
+        calls.student = [runner.run("student", i, masks).output for i in range(len(batches))]
+        calls.teacher = [capture.output for capture in expected]
+    tuned = (dict(masks.heads), dict(masks.neurons))
+    done.loss = (before.mean().item(),) * 2
+    for step in (1.0, 0.5, 0.25):
+        masks.heads, masks.neurons = _between(untuned, tuned, step)
+        after = _losses(model, batches, held_out, loss_fn)
+        if after.mean() < done.loss[1] and _is_better(before - after):
+            done.loss, done.step = (done.loss[0], after.mean().item()), step
+    masks.heads, masks.neurons = _between(untuned, tuned, done.step)
+    return done
+
+
+def _is_better(gain: Tensor) -> bool:
+    """Whether a mean gain [N] is above 0 by more than chance: one-sided, 95%."""
+    error = gain.std() / math.sqrt(len(gain)) if len(gain) > 1 else 0.0
+    return bool(gain.mean() > 1.645 * error)
+
+
+def _between(one: Values, other: Values, step: float) -> Values:
+    """The masks ``one`` + step * (``other`` - ``one``)."""
+    return tuple(
+        {name: torch.lerp(mask, b[name], step) for name, mask in a.items()}
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def _losses(model: nn.Module, batches: Sequence[Any], chosen: list[int], loss_fn) -> Tensor:
+    """float64 [N]: of each example, or where ``loss_fn`` gives means, of each batch."""
+    losses = [loss_fn(model, batches[i]).double().reshape(-1) for i in chosen]
+    return torch.cat(losses).cpu()
+
+
+def _sensitivity(
+    model: nn.Module, found: Structure, batches: Sequence[Any], loss_fn
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """How much the loss feels each dimension of the stream: root mean square gradients [D].
+
+    Of each layer, by name, after attention and after the feed-forward network; their mean square is
+    1.
+    """
+    sums: dict[tuple[str, int], Tensor] = {}
+    handles = []
+
+    def record(key: tuple[str, int], x: Tensor) -> None:
+        def add(gradient: Tensor) -> None:
+            sums[key] = sums.get(key, 0.0) + gradient.double().square().sum((0, 1))
+
+        x.register_hook(add)
+
+    def start(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if args:
+            return (args[0].detach().requires_grad_(), *args[1:]), kwargs
+        first = next(iter(kwargs))
+        return args, {**kwargs, first: kwargs[first].detach().requires_grad_()}
+
+    handles.append(found.layers[0].module.register_forward_pre_hook(start, with_kwargs=True))
+    for layer in found.layers:
+        points = [(name, i) for i, name in enumerate(layer.norms)]
+        if layer.norm_first:  # a norm reads the stream as the block before left it
+            points = [(layer.norms[1], 0)]
+
+            def after(module, args, output, name=layer.name) -> None:
+                record((name, 1), output[0] if isinstance(output, tuple) else output)
+
+            handles.append(layer.module.register_forward_hook(after))
+        for norm, i in points:
+
+            def before(module, args, key=(layer.name, i)) -> None:
+                record(key, args[0])
+
+            handles.append(model.get_submodule(norm).register_forward_pre_hook(before))
+    try:
+        with torch.enable_grad():
+            for batch in batches:
+                loss_fn(model, batch).sum().backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {layer.name: tuple(_root(sums, layer.name, i) for i in (0, 1)) for layer in found.layers}
+
+
+def _root(sums: dict[tuple[str, int], Tensor], name: str, i: int) -> Tensor:
+    total = sums[name, i]
+    mean = total.mean()
+    return torch.ones_like(total) if mean == 0 else (total / mean).sqrt()
+
+
+def _read_tokens(
+    model: nn.Module, last: nn.Module, batches: Sequence[Any], loss_fn
+) -> list[Tensor]:
+    """Of each batch, bool [B, L]: where the loss has a gradient by the last layer's output."""
+    read = []
+    for batch in batches:
+        outputs: list[Tensor] = []
+
+        def leaf(module, args, output, outputs=outputs):
+            whole = isinstance(output, tuple)
+            x = (output[0] if whole else output).detach().requires_grad_()
+            outputs.append(x)
+            return (x, *output[1:]) if whole else x
+
+        handle = last.register_forward_hook(leaf)
+        try:
+            with torch.enable_grad():
+                loss = loss_fn(model, batch).mean()
+                (gradient,) = torch.autograd.grad(loss, outputs[-1:])
+        finally:
+            handle.remove()
+        read.append((gradient != 0).any(-1))
+    return read
+
+
+def _first_inputs(model: nn.Module, first: nn.Module, batches: Sequence[Any], loss_fn) -> _Calls:
+    calls = _Calls()
+
+    def stop(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        args, kwargs = tuple(args), dict(kwargs)
+        x = args[0] if args else kwargs.pop(next(iter(kwargs)))
+        calls.args.append(args[1:])
+        calls.kwargs.append(kwargs)
+        calls.teacher.append(x)
+        raise _FirstLayer
+
+    handle = first.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        for batch in batches:
+            with contextlib.suppress(_FirstLayer):
+                loss_fn(model, batch)
+    finally:
+        handle.remove()
+    calls.student = list(calls.teacher)
+    return calls
+
+
+class _Runner:
+    """Runs one layer under the teacher's and the student's masks."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        found: Structure,
+        layer: TransformerLayer,
+        masks: StructureMasks,
+        calls: _Calls,
+        last: bool,
+        held_out: list[int],
+        sensitivity: tuple[Tensor, Tensor],
+    ) -> None:
+        self.layer, self.masks, self.calls = layer, masks, calls
+        self.last, self.held_out = last, held_out
+        self.sensitivity = sensitivity  # [D] after attention, [D] after the network
+        self.attention: MultiheadAttention = found.attention[layer.attention]
+        self.ffn = found.ffn[layer.ffn]
+        self.norms = [model.get_submodule(name) for name in layer.norms]
+
+    def run(self, who: str, i: int, values: StructureMasks) -> _Capture:
+        """The layer on batch ``i``, under the masks ``values``."""
+        own = (self.masks.heads, self.masks.neurons)
+        x = getattr(self.calls, who)[i]
+        self.masks.heads, self.masks.neurons = values.heads, values.neurons
+        try:
+            with self._capturing() as capture:
+                output = self.layer.module(x, *self.calls.args[i], **self.calls.kwargs[i])
+        finally:
+            self.masks.heads, self.masks.neurons = own
+        capture.output = output[0] if isinstance(output, tuple) else output
+        if self.layer.norm_first:
+            capture.after_ffn = capture.output
+        return capture
+
+    @contextlib.contextmanager
+    def _capturing(self) -> Iterator[_Capture]:
+        capture = _Capture()
+
+        def probe(layer: MultiheadAttention, seen: AttentionProbe) -> None:
+            capture.context = seen.context
+            padding = seen.query_padding_mask
+            if padding is None:
+                batch, _, length, _ = seen.context.shape
+                capture.valid = seen.context.new_ones(batch, length, dtype=torch.bool)
+            else:
+                capture.valid = ~padding if padding.dtype == torch.bool else padding == 0
+
+        def keep(name: str):
+            def hook(module: nn.Module, args: tuple) -> None:
+                setattr(capture, name, args[0])
+
+            return hook
+
+        # After attention the stream is what the norm of attention sees, or, where norms come first,
+        # that of the feed-forward network.
+        points = ["after_attention", "after_ffn"]
+        if self.layer.norm_first:
+            points = ["", "after_attention"]
+        handles = [
+            norm.register_forward_pre_hook(keep(point))
+            for norm, point in zip(self.norms, points, strict=True)
+            if point
+        ]
+        handles.append(self.ffn.second.register_forward_pre_hook(keep("activations")))
+        before = self.attention._probe
+        self.attention._probe = probe
+        try:
+            yield capture
+        finally:
+            self.attention._probe = before
+            for handle in handles:
+                handle.remove()
+
+    def tune_heads(
+        self, expected: list[_Capture], damps: Sequence[float], max_scale: float
+    ) -> list[dict[str, Any]]:
+        name, size = self.layer.attention, self.attention.head_dim
+        kept = self.masks.heads[name].nonzero()[:, 0]
+        columns = (kept[:, None] * size + torch.arange(size)).flatten()
+
+        def rows(own: _Capture, teacher: _Capture) -> tuple[Tensor, Tensor]:
+            context = own.context.transpose(1, 2).flatten(2)[..., columns]  # [B, L, E]
+            return context, teacher.after_attention - own.after_attention
+
+        weight = self.attention.out_proj.weight[:, columns]
+        solvers = self._equations(expected, weight, size, rows, self.sensitivity[0])
+        return self._set(self.masks.heads, name, kept, solvers, damps, max_scale)
+
+    def tune_neurons(
+        self, expected: list[_Capture], damps: Sequence[float], max_scale: float
+    ) -> list[dict[str, Any]]:
+        name = self.layer.ffn
+        kept = self.masks.neurons[name].nonzero()[:, 0]
+
+        def rows(own: _Capture, teacher: _Capture) -> tuple[Tensor, Tensor]:
+            return own.activations[..., kept], teacher.after_ffn - own.after_ffn
+
+        weight = self.ffn.second.weight[:, kept]
+        solvers = self._equations(expected, weight, 1, rows, self.sensitivity[1])
+        return self._set(self.masks.neurons, name, kept, solvers, damps, max_scale)
+
+    def _equations(
+        self,
+        expected: list[_Capture],
+        weight: Tensor,
+        group: int,
+        rows: Callable,
+        sensitivity: Tensor,
+    ) -> tuple[_C.ScaleSolver, _C.ScaleSolver]:
+        """Those of the batches to fit, and those of the batches that are held out.
+
+        Dimensions of the stream count by ``sensitivity`` [D].
+        """
+        factor = sensitivity.to(weight)  # [D]
+        weight = factor[:, None] * weight
+        fitted, held_out = _C.ScaleSolver(weight, group), _C.ScaleSolver(weight, group)
+        if weight.size(1) == 0:
+            return fitted, held_out
+        for i, teacher in enumerate(expected):
+            own = self.run("student", i, self.masks)
+            valid = own.valid & self.calls.read[i] if self.last else own.valid  # [B, L]
+            inputs, residual = rows(own, teacher)
+            residual = factor * residual  # [B, L, D]
+            if i in self.held_out:
+                held_out.add(inputs[valid], residual[valid])
+            if i not in self.held_out or len(expected) == 1:
+                fitted.add(inputs[valid], residual[valid])
+        return fitted, held_out
+
+    def _set(
+        self,
+        values: dict[str, Tensor],
+        name: str,
+        kept: Tensor,
+        solvers: tuple[_C.ScaleSolver, _C.ScaleSolver],
+        damps: Sequence[float],
+        max_scale: float,
+    ) -> list[dict[str, Any]]:
+        """Puts the best solution into the mask, where one is better than none."""
+        if len(kept) == 0:
+            return []
+        fitted, held_out = solvers
+        untuned = held_out.error([1.0] * len(kept))
+        best, best_error, best_damp = None, untuned, None
+        for damp in damps:
+            scale = fitted.solve(damp)
+            if scale is None or max(map(abs, scale)) > max_scale:
+                continue
+            error = held_out.error(scale)
+            if error < best_error:
+                best, best_error, best_damp = scale, error, damp
+        if best is not None:
+            tuned = values[name].clone()
+            tuned[kept] = torch.tensor(best, dtype=torch.float64).to(tuned)
+            values[name] = tuned
+        left = best_error / untuned if untuned > 0 else 1.0
+        return [{"name": name, "damp": best_damp, "error_left": left}]

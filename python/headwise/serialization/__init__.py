@@ -1,0 +1,5 @@
+"""Saving a model with its gates, plans and masks as a folder, and loading it."""
+
+from headwise.serialization.save_load import load, save
+
+__all__ = ["load", "save"]

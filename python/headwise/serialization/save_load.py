@@ -1,0 +1,343 @@
+"""``headwise.save`` and ``headwise.load``: a model as a folder that describes itself.
+
+The folder holds ``headwise.json`` (the attention layers with their sizes and gates, the heads that
+moved while it trained, and for a model of transformers its class and configuration) and
+``model.safetensors`` (every tensor). C++ reads the same folder (``headwise/model.h``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headwise import _C
+from headwise.convert import convert
+from headwise.gates import gate_from_config, head_moves, link_gates
+from headwise.gates.sleep import restore_moves
+from headwise.io.safetensors_files import load_safetensors, save_safetensors
+from headwise.nn.attention_layer import AttentionLayer
+from headwise.nn.grouped_query_attention import GroupedQueryAttention
+from headwise.nn.layers import attention_layers, replace_module
+from headwise.nn.multihead_attention import MultiheadAttention
+from headwise.pruning.structured.fitting import check_document, describe_structure, fit_structure
+from headwise.pruning.structured.masks import masks_of
+
+__all__ = ["load", "save"]
+
+FORMAT = "headwise.model"
+VERSION = 1
+DESCRIPTION = "headwise.json"
+WEIGHTS = "model.safetensors"
+
+_DOCUMENT_KEYS = {"format", "version", "headwise_version", "architecture", "layers", "aliases"}
+_OPTIONAL_KEYS = {"structure", "moves"}  # where neurons or dimensions went, or heads moved
+# The kinds of layer, by the "class" of their entries; an entry without one is of the first kind.
+_KINDS: dict[str, type[AttentionLayer]] = {
+    kind.__name__: kind for kind in (MultiheadAttention, GroupedQueryAttention)
+}
+# What every entry has besides what its kind describes.
+_ENTRY_TYPES = {"name": str, "gate": (dict, type(None))}
+
+
+def _describe_layer(name: str, layer: AttentionLayer) -> dict[str, Any]:
+    kind = next(kind for kind in type(layer).__mro__ if kind.__name__ in _KINDS).__name__
+    return {
+        "name": name,
+        **({} if kind == MultiheadAttention.__name__ else {"class": kind}),
+        **layer.describe(),
+        "gate": None if layer.gate is None else layer.gate.config(),
+    }
+
+
+def _describe_architecture(model: nn.Module) -> dict[str, Any]:
+    kind = type(model)
+    try:
+        import transformers
+    except ImportError:
+        transformers = None
+    if (
+        transformers is not None
+        and isinstance(model, transformers.PreTrainedModel)
+        and getattr(transformers, kind.__name__, None) is kind
+    ):
+        return {
+            "library": "transformers",
+            "library_version": transformers.__version__,
+            "class": kind.__name__,
+            "config": json.loads(model.config.to_json_string(use_diff=True)),
+        }
+    return {"library": "torch", "class": f"{kind.__module__}.{kind.__qualname__}"}
+
+
+def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The state of ``model`` with each tied tensor once, and where the others point."""
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[tuple, str] = {}
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"model must have only tensors in its state, got {type(value).__name__} at '{name}'"
+            )
+        value = value.detach()
+        key = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
+        if value.numel() > 0 and key in first:
+            aliases[name] = first[key]
+        else:
+            first[key] = name
+            tensors[name] = value.cpu().contiguous()
+    return tensors, aliases
+
+
+@contextlib.contextmanager
+def _written_whole(target: Path) -> Iterator[Path]:
+    """A folder beside ``target`` that takes its place when the block ends well, and goes if not."""
+    if target.exists() and not (target.is_dir() and _may_replace(target)):
+        raise ValueError(
+            f"dir must not exist, be empty, or be a folder that headwise.save wrote, got '{target}'"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(f".{target.name}.{os.getpid()}.part")
+    replaced = target.with_name(f".{target.name}.{os.getpid()}.old")
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
+        yield beside
+        if target.exists():
+            os.replace(target, replaced)
+        try:
+            os.replace(beside, target)
+        except BaseException:
+            if replaced.exists():
+                os.replace(replaced, target)
+            raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _may_replace(folder: Path) -> bool:
+    return (folder / DESCRIPTION).is_file() or not any(folder.iterdir())
+
+
+def save(model: nn.Module, dir: str | os.PathLike, *, tokenizer: Any = None) -> None:
+    """Writes ``model`` to the folder ``dir``: ``headwise.json`` and ``model.safetensors``.
+
+    A folder that :func:`save` wrote before is replaced. Everything is written beside ``dir`` and
+    renamed, so ``dir`` is never half a model.
+
+    Args:
+        model: a module with :class:`headwise.MultiheadAttention` layers, pruned or not (not
+            under a :class:`headwise.StructurePlan` as a mask). A model of transformers is described
+            by its class and configuration, and :func:`load` needs nothing else; of any other module
+            the weights are kept, and :func:`load` needs ``model=``.
+        dir: the folder.
+        tokenizer: a tokenizer of transformers to keep in the folder too.
+
+    Raises:
+        ValueError: ``model`` has no converted layer, or ``dir`` is something else.
+        OSError: it cannot be written; nothing is left behind.
+    """
+    layers = attention_layers(model)
+    if not layers:
+        raise ValueError(
+            f"model ({type(model).__name__}) has no headwise.MultiheadAttention to save: "
+            f"call headwise.convert first"
+        )
+    if masks_of(model) is not None:
+        raise ValueError(
+            "model has a structure plan as a mask, which cannot be saved: save the result of "
+            "headwise.prune, or the model before it was masked"
+        )
+    tensors, aliases = _unique_tensors(model)
+    structure, moves = describe_structure(model), head_moves(model)
+    document = {
+        "format": FORMAT,
+        "version": VERSION,
+        "headwise_version": _C.__version__,
+        "architecture": _describe_architecture(model),
+        "layers": [_describe_layer(name, layer) for name, layer in layers.items()],
+        **({} if structure is None else {"structure": structure}),
+        **({"moves": moves} if moves else {}),
+        "aliases": aliases,
+    }
+    text = json.dumps(document, indent=1, allow_nan=False)
+    with _written_whole(Path(os.path.abspath(dir))) as folder:
+        save_safetensors(folder / WEIGHTS, tensors)
+        (folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+
+def load(dir: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
+    """The model in the folder ``dir`` that :func:`save` wrote.
+
+    Args:
+        dir: the folder.
+        model: a module of the architecture that was saved, converted or not; it is changed in place
+            and returned. Needed unless the saved model was one of transformers. Layers that were
+            pruned are made smaller to fit.
+
+    Returns:
+        The model; one of transformers that was built here is in evaluation mode.
+
+    Raises:
+        FileNotFoundError: ``dir`` or one of its two files does not exist.
+        ValueError: a file is not what :func:`save` writes (by key), or ``model`` does not fit
+            (by layer or tensor). ``model`` is then unusable.
+    """
+    folder = Path(dir)
+    document = _read_description(folder)
+    if not (folder / WEIGHTS).is_file():
+        raise FileNotFoundError(f"dir has no weights: '{folder / WEIGHTS}' does not exist")
+    tensors = load_safetensors(folder / WEIGHTS)
+    for alias, name in document["aliases"].items():
+        if name not in tensors:
+            raise ValueError(f"aliases of '{folder / DESCRIPTION}' name '{name}', which is missing")
+        tensors[alias] = tensors[name]
+
+    built_here = model is None
+    if built_here:
+        model = _build(document["architecture"], folder)
+    model = convert(model, strict=False)
+    layers = attention_layers(model)
+    for entry in document["layers"]:
+        if entry["name"] not in layers:
+            raise ValueError(
+                f"model ({type(model).__name__}) has no attention layer '{entry['name']}'; "
+                f"it has {', '.join(map(repr, layers))}"
+            )
+    if "structure" in document:
+        model = fit_structure(model, document["structure"])
+    layers = attention_layers(model)
+    for entry in document["layers"]:
+        model = _fit_layer(model, layers[entry["name"]], entry)
+    _load_tensors(model, tensors, folder / WEIGHTS)
+    link_gates(model)
+    restore_moves(model, document.get("moves", []), f"'moves' of '{folder / DESCRIPTION}'")
+    return model.eval() if built_here else model
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    path = folder / DESCRIPTION
+    if not folder.is_dir():
+        raise FileNotFoundError(f"dir must be a folder, got '{folder}', which is not one")
+    if not path.is_file():
+        raise FileNotFoundError(f"dir is not a headwise model: '{path}' does not exist")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"'{path}' is not valid JSON: {error}") from None
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise ValueError(f"'{path}' must have format '{FORMAT}'")
+    if document.get("version") != VERSION:
+        raise ValueError(f"'{path}' must have version {VERSION}, got {document.get('version')!r}")
+    _check_keys(document, _DOCUMENT_KEYS | (_OPTIONAL_KEYS & set(document)), f"'{path}'")
+    if "structure" in document:
+        check_document(document["structure"], f"'{path}'")
+    for key, kind in (("architecture", dict), ("layers", list), ("aliases", dict)):
+        if not isinstance(document[key], kind):
+            raise ValueError(
+                f"'{key}' of '{path}' must be a {kind.__name__}, got {document[key]!r}"
+            )
+    for i, layer in enumerate(document["layers"]):
+        where = f"layer {i} of '{path}'"
+        if not isinstance(layer, dict):
+            raise ValueError(f"{where} must be an object, got {layer!r}")
+        kind = layer.get("class", MultiheadAttention.__name__)
+        if kind not in _KINDS:
+            raise ValueError(f"'class' of {where} must be one of {', '.join(_KINDS)}, got {kind!r}")
+        types = {**_ENTRY_TYPES, **_KINDS[kind].DESCRIBED}
+        _check_keys(layer, set(types) | (set(layer) & {"class"}), where)
+        for key, accepted in types.items():
+            fits = isinstance(layer[key], accepted)
+            if isinstance(layer[key], bool):  # which Python takes for a number
+                fits = accepted is bool
+            if not fits:
+                raise ValueError(f"'{key}' of {where} has the wrong type: {layer[key]!r}")
+    return document
+
+
+def _check_keys(document: Mapping[str, Any], expected: set[str], where: str) -> None:
+    unknown, missing = sorted(set(document) - expected), sorted(expected - set(document))
+    if unknown:
+        raise ValueError(f"{where} has an unknown key '{unknown[0]}'")
+    if missing:
+        raise ValueError(f"{where} lacks the key '{missing[0]}'")
+
+
+def _build(architecture: dict[str, Any], folder: Path) -> nn.Module:
+    """A fresh model of transformers, from its class and configuration."""
+    name = architecture.get("class")
+    if architecture.get("library") != "transformers":
+        raise ValueError(
+            f"'{folder}' holds the weights of a {name}, which only its own code can build: "
+            f"pass model="
+        )
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError(
+            f"'{folder}' holds a {name} of transformers, which is not installed"
+        ) from None
+    kind = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise ValueError(
+            f"architecture of '{folder / DESCRIPTION}' must be a model class of transformers "
+            f"{transformers.__version__}, got {name!r}"
+        )
+    if not isinstance(architecture.get("config"), dict):
+        raise ValueError(f"architecture of '{folder / DESCRIPTION}' lacks the key 'config'")
+    return kind(kind.config_class.from_dict(architecture["config"]))
+
+
+def _fit_layer(model: nn.Module, layer: AttentionLayer, entry: dict[str, Any]) -> nn.Module:
+    """Gives ``layer`` the sizes and the gate of ``entry``."""
+    kind = entry.get("class", MultiheadAttention.__name__)
+    if not isinstance(layer, _KINDS[kind]):
+        raise ValueError(
+            f"layer '{entry['name']}' is a {type(layer).__name__} in model and a {kind} in the file"
+        )
+    fitted = layer.fitted({key: entry[key] for key in _KINDS[kind].DESCRIBED}, entry["name"])
+    if fitted is not layer:
+        model = replace_module(model, layer, fitted)
+        layer = fitted
+    try:
+        layer.set_gate(None if entry["gate"] is None else gate_from_config(entry["gate"]))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"gate of layer '{entry['name']}': {error}") from None
+    if layer.gate is not None:
+        layer.gate.train(layer.training)
+    return model
+
+
+def _load_tensors(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    state = model.state_dict()
+    missing = [name for name in state if name not in tensors]
+    unknown = [name for name in tensors if name not in state]
+    if missing or unknown:
+        what = f"lacks '{missing[0]}'" if missing else f"has '{unknown[0]}', which model has not"
+        raise ValueError(
+            f"'{path}' does not fit model ({type(model).__name__}): it {what} "
+            f"({len(missing)} tensors missing, {len(unknown)} unknown)"
+        )
+    for name, tensor in tensors.items():
+        if tensor.shape != state[name].shape:
+            raise ValueError(
+                f"'{name}' has shape {list(tensor.shape)} in '{path}' and "
+                f"{list(state[name].shape)} in model"
+            )
+    # The dtype is that of the file, so that what was saved in half precision stays so.
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if name in tensors and value.dtype != tensors[name].dtype:
+            value.data = value.data.to(tensors[name].dtype)
+    with torch.no_grad():
+        model.load_state_dict(tensors)

@@ -1,1 +1,0 @@
-"""Structured pruning: heads, neurons, blocks and hidden dimensions of a transformer."""

@@ -1,0 +1,324 @@
+"""CoFi (Xia et al. 2022): its formulas against plain references, and training to a target."""
+
+import copy
+import math
+
+import headwise as hw
+import pytest
+import torch
+from support.architectures import EMBED, HEADS, _encoder, bert, bert_inputs
+from support.structures import random_plan
+from torch import nn
+from torch.nn import functional as F
+
+BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
+ops = torch.ops.headwise
+
+
+def classifier():
+    torch.manual_seed(0)
+    return bert("BertForSequenceClassification", num_labels=3)
+
+
+def encoder(layers=2, **kwargs):
+    torch.manual_seed(0)
+    return hw.convert(_encoder(layers, **kwargs))
+
+
+def test_expected_size_is_the_sum_over_all_weights():
+    torch.manual_seed(0)
+    heads, neurons = [torch.rand(3), torch.rand(2)], [torch.rand(5), torch.rand(4)]
+    attention, ffn, hidden = torch.rand(2), torch.rand(2), torch.rand(6)
+    dims = [4, 3]
+    expected = 0.0
+    for k in range(6):  # every weight: the product of the probabilities of what it belongs to
+        for layer in range(2):
+            for head in heads[layer]:
+                expected += 4 * dims[layer] * hidden[k] * attention[layer] * head
+            for neuron in neurons[layer]:
+                expected += 2 * hidden[k] * ffn[layer] * neuron
+    found = ops.structure_size(heads, attention, neurons, ffn, hidden, dims)
+    torch.testing.assert_close(found, torch.as_tensor(expected))
+    with pytest.raises(ValueError, match="heads, attention and head_dims must be of one length"):
+        ops.structure_size(heads, attention[:1], neurons, ffn, hidden, dims)
+
+
+def test_size_of_open_masks_is_that_of_the_model():
+    model = encoder()
+    cofi = hw.CoFi(model, 0.5)
+    ones = cofi._each(lambda p, _: torch.ones_like(p))
+    assert float(cofi._size_of(ones)) == hw.structure(model).size
+    assert hw.structure(model).size == 2 * (4 * EMBED**2 + 2 * EMBED * 32)
+
+
+def test_probability_of_an_open_mask():
+    logit = torch.tensor([0.3])
+    assert ops.hard_concrete_open(logit, BETA, GAMMA, ZETA).item() == pytest.approx(
+        1 / (1 + math.exp(-(0.3 + 1.5986))), abs=1e-4
+    )
+    cofi = hw.CoFi(encoder(), 0.5)  # logits at 4.605
+    assert cofi.expected_sparsity().item() == pytest.approx(0.0, abs=0.02)
+
+
+def test_penalty_and_its_ascent():
+    size = torch.tensor(30.0, requires_grad=True)
+    multipliers = torch.tensor([2.0, 3.0], requires_grad=True)
+    off = 1 - 0.3 - 0.5 * 0.25  # half of the warm-up
+    loss = ops.sparsity_penalty(size, 100.0, torch.tensor(0.1), 0.25, 0.2, multipliers)
+    assert loss.item() == pytest.approx(2 * off + 3 * off**2)
+    loss.backward()
+    assert size.grad.item() == pytest.approx(-(2 + 6 * off) / 100)
+    torch.testing.assert_close(multipliers.grad, -torch.tensor([off, off**2]))
+    whole = ops.sparsity_penalty(size, 100.0, torch.tensor(0.0), 0.25, 0.0, multipliers)
+    assert whole.item() == pytest.approx(2 * 0.45 + 3 * 0.45**2)
+
+
+def test_evaluation_closes_as_many_as_are_expected_to_be():
+    torch.manual_seed(0)
+    logits = torch.randn(40) * 2
+    kept = ops.hard_concrete_keep(logits, BETA, GAMMA, ZETA)
+    open_ = torch.sigmoid(logits - BETA * math.log(-GAMMA / ZETA))
+    closed = round(40 - open_.sum().item())
+    soft = (torch.sigmoid(logits) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+    order = logits.argsort()
+    assert (kept[order[:closed]] == 0).all()
+    torch.testing.assert_close(kept[order[closed:]], soft[order[closed:]])
+    tied = ops.hard_concrete_keep(torch.zeros(4), BETA, GAMMA, ZETA)
+    assert tied.tolist()[3] == 0 and tied[0] == 0.5
+    assert (ops.hard_concrete_keep(torch.full((7,), 4.6), BETA, GAMMA, ZETA) == 1).all()
+
+
+def test_layers_are_matched_in_order():
+    distances = torch.tensor([[0.1, 0.5, 0.9], [0.9, 0.2, 0.4], [0.3, 0.1, 0.6]])
+    every = torch.ones(3, dtype=torch.bool)
+    # From the last down: 1 is nearest to the last, so the others may not lie above it.
+    assert ops.match_layers(distances, every).tolist() == [0, 1, 1]
+    assert ops.match_layers(distances, torch.tensor([True, False, True])).tolist() == [0, 0, 0]
+    assert ops.match_layers(distances, ~every).tolist() == [-1, -1, -1]
+    with pytest.raises(ValueError, match=r"distances must have shape \[T, S\] and alive \[S\]"):
+        ops.match_layers(distances, every[:2])
+
+
+def test_distillation_loss_is_the_divergence():
+    student, teacher = torch.randn(2, 4, 3)
+    expected = 4 * F.kl_div(
+        F.log_softmax(student / 2, -1), F.softmax(teacher / 2, -1), reduction="batchmean"
+    )
+    torch.testing.assert_close(ops.distillation_loss(student, teacher, 2.0), expected)
+
+
+def train(cofi, loss, steps, lr=1e-3):
+    optimiser = torch.optim.Adam(cofi.parameter_groups(lr, mask_lr=0.2, multiplier_lr=0.6))
+    cofi.train()
+    for step in range(steps):
+        cofi.anneal(step / (steps - 1))
+        total = loss() + cofi.penalty()
+        optimiser.zero_grad()
+        total.backward()
+        optimiser.step()
+    return cofi.eval()
+
+
+@pytest.mark.parametrize("target", [0.3, 0.6, 0.8])
+def test_training_reaches_the_target_and_compaction_keeps_what_was_computed(target):
+    torch.manual_seed(3)
+    teacher = encoder()
+    cofi = hw.CoFi(copy.deepcopy(teacher), target, teacher=teacher, init_log_alpha=2.0, warmup=0.7)
+    x = torch.randn(8, 6, EMBED)
+    with torch.no_grad():
+        wanted = teacher(x)
+    train(cofi, lambda: (cofi(x) - wanted).square().mean() + cofi.layer_loss(), 150)
+    assert cofi.expected_sparsity().item() == pytest.approx(target, abs=0.05)
+    plan = cofi.plan()
+    assert plan.metadata["sparsity"] == pytest.approx(target, abs=0.01)
+    small = cofi.compact()
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), cofi(x), rtol=1e-5, atol=1e-5)
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in teacher.parameters())
+    kept = hw.structure(small).size / hw.structure(teacher).size
+    assert kept == pytest.approx(1 - plan.metadata["sparsity"])
+    masked = hw.mask(copy.deepcopy(teacher), plan)
+    assert type(masked(x)) is torch.Tensor
+
+
+def test_five_grains_of_bert_are_compacted_and_saved(tmp_path):
+    model = classifier()
+    cofi = hw.CoFi(hw.convert(model), 0.7)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for group, logits in cofi.log_alpha.items():
+            for parameter in logits:
+                parameter.normal_(2.0 if group in ("attention", "ffn") else 0.0, 3.0)
+        cofi.log_alpha["attention"][0][0] = -4.0  # one block of each kind is gone
+        cofi.log_alpha["ffn"][0][1] = -4.0
+        cofi.log_alpha["attention"][0][1] = 4.0
+        cofi.log_alpha["ffn"][0][0] = 4.0
+    cofi.eval()
+    small = cofi.compact()
+    inputs = bert_inputs()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            small(**inputs).logits, cofi(**inputs).logits, rtol=1e-5, atol=1e-5
+        )
+    plan = cofi.plan()
+    assert plan.metadata["sparsity"] == pytest.approx(0.7, abs=0.01)
+    assert plan.hidden is not None and len(plan.hidden.dimensions) < EMBED
+    sizes = hw.structure(small)
+    assert sizes.size == pytest.approx(0.3 * hw.structure(hw.convert(classifier())).size, rel=0.04)
+    hw.save(small, tmp_path / "small")
+    with torch.no_grad():
+        loaded = hw.load(tmp_path / "small")(**inputs).logits
+        assert torch.equal(loaded, small(**inputs).logits)
+
+
+def test_what_does_nothing_is_pruned():
+    """Two heads and half the neurons of each layer write next to nothing to the stream."""
+    model = encoder()
+    size = EMBED // HEADS
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.self_attn.out_proj.weight[:, size : 3 * size] *= 1e-3
+            layer.linear2.weight[:, ::2] *= 1e-3
+    teacher = copy.deepcopy(model)
+    torch.manual_seed(0)
+    grains = {"attention_blocks": False, "ffn_blocks": False, "hidden": False}
+    cofi = hw.CoFi(model, 0.5, init_log_alpha=2.0, warmup=0.7, **grains)
+    x = torch.randn(32, 6, EMBED)
+    with torch.no_grad():
+        wanted = teacher(x)
+    train(cofi, lambda: 10 * (cofi(x) - wanted).square().mean(), 150, lr=0.0)
+    plan = cofi.plan()
+    assert [entry.heads for entry in plan.heads.layers] == [[0, 3], [0, 3]]
+    odd = sum(n % 2 for entry in plan.ffn for n in entry.neurons)
+    assert odd >= 0.9 * plan.neurons_kept
+    assert torch.nn.functional.mse_loss(cofi.compact()(x), wanted) < 0.02
+
+
+def test_an_interrupted_training_goes_on_from_its_state():
+    torch.manual_seed(0)
+    x = torch.randn(8, 5, EMBED)
+
+    def begin():
+        cofi = hw.CoFi(encoder(), 0.5, teacher=encoder(), init_log_alpha=2.0)
+        return cofi, torch.optim.Adam(cofi.parameter_groups(1e-3, 0.2))
+
+    def steps(cofi, optimiser, which):
+        for step in which:
+            torch.manual_seed(step)
+            cofi.train().anneal(step / 11)
+            loss = cofi(x).square().mean() + cofi.layer_loss() + cofi.penalty()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+
+    whole, optimiser = begin()
+    steps(whole, optimiser, range(12))
+    first, optimiser = begin()
+    steps(first, optimiser, range(5))
+    kept = copy.deepcopy([first.state_dict(), optimiser.state_dict()])
+    second, optimiser = begin()
+    second.load_state_dict(kept[0])
+    optimiser.load_state_dict(kept[1])
+    steps(second, optimiser, range(5, 12))
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(second.state_dict()[name], value, rtol=0, atol=0)
+    assert second.eval().plan() == whole.eval().plan()
+
+
+def test_a_target_that_the_blocks_leave_out_of_reach_is_told():
+    cofi = hw.CoFi(encoder(), 0.25).eval()
+    with torch.no_grad():
+        cofi.log_alpha["attention"][0].fill_(-4.6)
+    share = 4 * EMBED / (4 * EMBED + 2 * 32)  # of attention, which is gone
+    text = f"the plan has a sparsity of {share:.4f}, the nearest to target=0.25 that the blocks al"
+    with pytest.warns(UserWarning, match=text):
+        plan = cofi.plan()
+    assert plan.metadata["sparsity"] == pytest.approx(share)
+
+
+def test_masks_start_from_a_ranking():
+    cofi = hw.CoFi(encoder(), 0.5, init_log_alpha=1.0)
+    before = cofi.log_alpha["hidden"][0].clone()
+    torch.manual_seed(0)
+    found = hw.structure(cofi.model)
+    scores = {name: torch.rand(n) for name, n in {**found.heads, **found.neurons}.items()}
+    cofi.start(scores, sharpness=4.0)
+    for group, sizes in (("heads", found.heads), ("neurons", found.neurons)):
+        every = torch.cat([scores[name] for name in sizes])
+        logits = torch.cat([p.detach() for p in cofi.log_alpha[group]])
+        assert torch.equal(logits.argsort(), every.argsort())
+        reach = 4.0 * (0.5 - 0.5 / len(every))  # ranks are the middles of equal parts of [0, 1]
+        assert logits.min().item() == pytest.approx(1.0 - reach)
+        assert logits.max().item() == pytest.approx(1.0 + reach)
+    assert torch.equal(cofi.log_alpha["hidden"][0], before)
+    name = next(iter(found.heads))
+    for wrong, message in (
+        ({}, f"importance must have scores for '{name}'"),
+        ({**scores, name: torch.ones(2)}, f"importance of '{name}' must have 4 scores, got shape"),
+        ({**scores, name: torch.full((4,), math.nan)}, f"importance of '{name}' must be finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cofi.start(wrong)
+    with pytest.raises(ValueError, match="sharpness must be finite and not negative, got -1"):
+        cofi.start(scores, sharpness=-1)
+
+
+def test_gradients_reach_every_mask():
+    cofi = hw.CoFi(hw.convert(classifier()), 0.5, init_log_alpha=0.0)
+    torch.manual_seed(0)
+    for _ in range(6):  # samples may be 0 or 1, where the gradient is 0
+        cofi(**bert_inputs()).logits.square().sum().backward()
+    for group, logits in cofi.log_alpha.items():
+        for parameter in logits:
+            assert parameter.grad.abs().sum() > 0, group
+
+
+def test_a_teacher_is_left_alone_and_layers_that_went_are_not_matched():
+    teacher = encoder(3)
+    cofi = hw.CoFi(copy.deepcopy(teacher), 0.3, teacher=teacher, init_log_alpha=4.0)
+    assert not any(name.startswith("_teacher") for name in cofi.state_dict())
+    with pytest.raises(RuntimeError, match="layer_loss needs a teacher and a forward in training"):
+        cofi.layer_loss()
+    with torch.no_grad():
+        cofi.log_alpha["ffn"][0][:] = torch.tensor([-4.6, -4.6, 4.6])
+    before = {name: p.clone() for name, p in teacher.state_dict().items()}
+    torch.manual_seed(2)
+    cofi.train()(torch.randn(2, 4, EMBED))
+    cofi.layer_loss().backward()
+    assert cofi.transform.weight.grad.abs().sum() > 0
+    assert all(torch.equal(before[n], p) for n, p in teacher.state_dict().items())
+    assert all(p.grad is None for p in teacher.parameters())
+    copied = copy.deepcopy(cofi.eval())
+    x = torch.randn(2, 4, EMBED)
+    assert torch.equal(copied(x), cofi(x))
+
+
+def test_refusals():
+    with pytest.raises(
+        ValueError, match=r"target=0.99999 cannot be reached: .* nearest is target="
+    ):
+        hw.CoFi(encoder(), 0.99999)
+    heads = {"neurons": False, "ffn_blocks": False, "attention_blocks": False, "hidden": False}
+    with pytest.raises(ValueError, match=r"target=0.7 cannot be reached: .* target=0\.5"):
+        hw.CoFi(encoder(), 0.7, **heads)
+    with pytest.raises(ValueError, match="at least one of the masks must be on"):
+        hw.CoFi(encoder(), 0.1, heads=False, **heads)
+    with pytest.raises(ValueError, match=r"target must be in \[0, 1\), got 1.0"):
+        hw.CoFi(encoder(), 1.0)
+    with pytest.raises(ValueError, match="hidden dimensions of model cannot be pruned: "):
+        hw.CoFi(nn.MultiheadAttention(EMBED, HEADS), 0.1, hidden=True)
+    with pytest.raises(ValueError, match="has a RandomGate: take it out first"):
+        hw.CoFi(hw.convert(bert("BertModel"), hw.RandomGate()), 0.1)
+    masked = hw.convert(bert("BertModel"))
+    hw.mask(masked, random_plan(masked))
+    with pytest.raises(ValueError, match="model must not have a structure plan as a mask"):
+        hw.CoFi(masked, 0.1)
+    with pytest.raises(ValueError, match="teacher has no layer 'layers.2', which model has"):
+        hw.CoFi(encoder(3), 0.1, teacher=encoder(2))
+    cofi = hw.CoFi(encoder(), 0.1)
+    with pytest.raises(ValueError, match="progress must be between 0 and 1, got 2.0"):
+        cofi.anneal(2.0)
+    with torch.no_grad():
+        cofi.log_alpha["hidden"][0][0] = float("nan")
+    with pytest.raises(ValueError, match="logits of the masks must be finite, got NaN or infin"):
+        cofi(torch.randn(1, 2, EMBED))

@@ -1,0 +1,285 @@
+"""headwise.save and headwise.load: what was saved comes back; what does not fit says so."""
+
+import copy
+import json
+import os
+import shutil
+
+import headwise as hw
+import pytest
+import torch
+from support.architectures import ARCHITECTURES, EMBED, HEADS, bert, bert_inputs
+from test_prune import make_plan
+from torch import nn
+
+GATES = {
+    "no gate": None,
+    "FixedGate": hw.FixedGate(heads=[0, 3]),
+    "BudgetGate": hw.BudgetGate(target=0.5),
+    "HardConcreteGate": hw.HardConcreteGate(target=0.5, input_dependent=True),
+    "SubsetGate": hw.SubsetGate(keep=0.5),
+    "RequestedBudgetGate": hw.RequestedBudgetGate(0.5),
+    "GumbelSigmoidGate": hw.GumbelSigmoidGate(0.5),
+    "SleepGate": hw.SleepGate(0.5),
+    "ThresholdGate": hw.ThresholdGate(0.2),
+    "SharedHeadsGate": hw.SharedHeadsGate(hw.BudgetGate(target=0.5), shared=[1]),
+}
+
+
+@pytest.fixture(params=ARCHITECTURES.values(), ids=lambda row: row.name)
+def architecture(request):
+    torch.manual_seed(0)
+    return request.param
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A saved classifier, for tests that damage it."""
+    torch.manual_seed(0)
+    model = hw.convert(bert("BertForSequenceClassification"), hw.FixedGate(heads=[1, 2]))
+    hw.save(model, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def edit(folder, change):
+    path = folder / "headwise.json"
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+
+
+def same(model, other, architecture):
+    inputs = architecture.inputs()
+    with torch.no_grad():
+        expected, actual = architecture.run(model, inputs), architecture.run(other, inputs)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    state, loaded = model.state_dict(), other.state_dict()
+    assert list(state) == list(loaded)
+    assert all(torch.equal(state[name], loaded[name]) for name in state)
+
+
+@pytest.mark.parametrize("gate", GATES.values(), ids=GATES)
+def test_round_trip(architecture, gate, tmp_path):
+    model = hw.convert(architecture.build())
+    grouped = any(isinstance(m, hw.GroupedQueryAttention) for m in model.modules())
+    if grouped and isinstance(gate, hw.ThresholdGate):
+        pytest.skip("decoders refuse gates that read queries and keys")
+    hw.convert(model, gate)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    hw.save(model, tmp_path / "m")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]
+    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == [
+        "headwise.json",
+        "model.safetensors",
+    ]
+    if architecture.name.startswith("Bert"):
+        loaded = hw.load(tmp_path / "m")
+        assert not loaded.training and type(loaded) is type(model)
+    else:
+        loaded = hw.load(tmp_path / "m", model=architecture.build())
+    same(model, loaded, architecture)
+    for a, b in zip(
+        hw.attention_layers(model).values(), hw.attention_layers(loaded).values(), strict=True
+    ):
+        assert (a.gate and a.gate.config()) == (b.gate and b.gate.config())
+
+
+def test_pruned_round_trip(architecture, tmp_path):
+    model = hw.convert(architecture.build())
+    small = hw.prune(model, make_plan(model, [[0, 2, 3], []]))
+    hw.save(small, tmp_path / "m")
+    original = None if architecture.name.startswith("Bert") else architecture.build()
+    loaded = hw.load(tmp_path / "m", original)
+    same(small, loaded, architecture)
+    heads = [layer.num_heads for layer in hw.attention_layers(loaded).values()]
+    assert heads == [[3, 0][i % 2] for i in range(len(heads))]
+
+
+def test_uneven_gated_model_goes_through_a_converted_one(tmp_path):
+    torch.manual_seed(1)
+    model = hw.convert(bert("BertModel"))
+    small = hw.prune(model, make_plan(model, [[0, 2, 3], [1]]))
+    hw.convert(small, lambda name, layer: hw.BudgetGate() if layer.num_heads > 1 else None)
+    hw.save(small, tmp_path / "m")
+    loaded = hw.load(tmp_path / "m", model=hw.convert(bert("BertModel"), hw.RandomGate()))
+    same(small, loaded, ARCHITECTURES["BertModel"])
+    assert [type(layer.gate).__name__ for layer in hw.attention_layers(loaded).values()] == [
+        "BudgetGate",
+        "NoneType",
+    ]
+
+
+def test_configuration_and_dtype_come_back(tmp_path):
+    model = hw.convert(bert("BertForSequenceClassification", num_labels=3).to(torch.bfloat16))
+    model.config.id2label = {0: "a", 1: "b", 2: "c"}
+    hw.save(model, tmp_path / "m")
+    loaded = hw.load(tmp_path / "m")
+    assert loaded.config.id2label == {0: "a", 1: "b", 2: "c"}
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    assert "headwise" not in json.dumps(
+        json.loads((tmp_path / "m" / "headwise.json").read_text())["architecture"]["config"]
+    )
+
+
+def test_tied_tensors_are_written_once(tmp_path):
+    model = hw.convert(bert("BertForMaskedLM"))
+    hw.save(model, tmp_path / "m")
+    document = json.loads((tmp_path / "m" / "headwise.json").read_text())
+    assert document["aliases"]["cls.predictions.decoder.weight"] == (
+        "bert.embeddings.word_embeddings.weight"
+    )
+    loaded = hw.load(tmp_path / "m")
+    decoder = loaded.cls.predictions.decoder.weight
+    assert decoder is loaded.bert.embeddings.word_embeddings.weight
+    layer = nn.MultiheadAttention(8, 2)
+    tied = hw.convert(nn.ModuleList([layer, nn.Sequential(layer)]))
+    hw.save(tied, tmp_path / "t")
+    again = nn.MultiheadAttention(8, 2)
+    loaded = hw.load(tmp_path / "t", nn.ModuleList([again, nn.Sequential(again)]))
+    assert loaded[0] is loaded[1][0]
+    assert torch.equal(loaded[0].in_proj_weight, layer.in_proj_weight)
+
+
+def test_a_saved_folder_is_replaced_and_others_are_not(folder, tmp_path):
+    model = hw.load(folder)
+    hw.save(model, folder)
+    hw.save(model, tmp_path / "new" / "deep")
+    (tmp_path / "empty").mkdir()
+    hw.save(model, tmp_path / "empty")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="dir must not exist, be empty, or be a folder that"):
+        hw.save(model, tmp_path / "other")
+    assert (tmp_path / "other" / "thesis.txt").read_text() == "years of work"
+    names = ["empty", "model", "new", "other"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
+
+
+def test_nothing_is_left_when_writing_fails(folder, tmp_path, monkeypatch):
+    model = hw.load(folder)
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+
+    class Tokenizer:
+        def save_pretrained(self, folder):
+            raise OSError(28, "No space left on device")
+
+    for target in (folder, tmp_path / "new"):
+        with pytest.raises(OSError, match="No space left on device"):
+            hw.save(model, target, tokenizer=Tokenizer())
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    real = os.replace
+
+    def replace(source, target):
+        if str(source).endswith(".part"):
+            raise OSError(13, "Permission denied")
+        return real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError, match="Permission denied"):
+        hw.save(model, folder)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
+
+
+def test_models_that_cannot_be_saved():
+    with pytest.raises(ValueError, match="has no headwise.MultiheadAttention to save"):
+        hw.save(nn.Linear(2, 2), "never-written")
+    assert not os.path.exists("never-written")
+
+
+# --- loading what does not fit --------------------------------------------------------------------
+
+
+def test_missing_pieces(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="dir must be a folder, got '.*nowhere'"):
+        hw.load(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="not a headwise model: '.*headwise.json' does not"):
+        hw.load(tmp_path / "empty")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="dir has no weights: '.*model.safetensors' does"):
+        hw.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(format="other"), "must have format 'headwise.model'"),
+        (lambda d: d.update(version=2), "must have version 1, got 2"),
+        (lambda d: d.update(extra=1), "has an unknown key 'extra'"),
+        (lambda d: d.pop("layers"), "lacks the key 'layers'"),
+        (lambda d: d.update(layers={}), "'layers' of '.*' must be a list"),
+        (lambda d: d["layers"].append(3), "layer 2 of '.*' must be an object, got 3"),
+        (lambda d: d["layers"][0].update(size=3), "layer 0 of '.*' has an unknown key 'size'"),
+        (lambda d: d["layers"][0].pop("gate"), "layer 0 of '.*' lacks the key 'gate'"),
+        (lambda d: d["layers"][0].update(num_heads="4"), "'num_heads' of layer 0 .* wrong type"),
+        (lambda d: d["layers"][0].update(num_heads=True), "'num_heads' of layer 0 .* wrong type"),
+        (lambda d: d["layers"][0].update(num_heads=-1), "num_heads must be positive"),
+        (lambda d: d["layers"][0].update(name="x"), "has no attention layer 'x'; it has 'bert"),
+        (lambda d: d["layers"][0].update(embed_dim=8), "embed_dim of layer '.*' is 24 in model"),
+        (lambda d: d["layers"][0]["gate"].update(type="Magic"), "gate of layer '.*': gate type"),
+        (lambda d: d["layers"][0]["gate"].update(magic=1), "gate of layer '.*'magic'"),
+        (lambda d: d["layers"][0].update(num_heads=3), "gate of layer '.*': scale must have 3"),
+        (lambda d: d["layers"][0].update(head_dim=3), "has shape .* in '.*' and .* in model"),
+        (lambda d: d["architecture"].update({"class": "os"}), "must be a model class of transf"),
+        (lambda d: d["architecture"].pop("config"), "lacks the key 'config'"),
+        (lambda d: d.update(aliases={"a": "b"}), "name 'b', which is missing"),
+        (lambda d: d["layers"][0].update(gate=None), "has 'bert.*gate.scale', which model has not"),
+    ],
+)
+def test_descriptions_that_do_not_fit(folder, change, message):
+    edit(folder, change)
+    with pytest.raises(ValueError, match=message):
+        hw.load(folder)
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[]", b""])
+def test_descriptions_that_are_not_json(folder, content):
+    (folder / "headwise.json").write_bytes(content)
+    with pytest.raises(ValueError, match="is not valid JSON|must have format"):
+        hw.load(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 8, 100, -8])
+def test_truncated_weights(folder, keep):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises((ValueError, RuntimeError)) as error:
+        hw.load(folder)
+    assert "model.safetensors" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_weights_of_another_model(folder, tmp_path):
+    hw.save(hw.convert(bert("BertModel", num_hidden_layers=1)), tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "model.safetensors", folder)
+    with pytest.raises(ValueError, match="does not fit model .BertForSequenceClassification.: it"):
+        hw.load(folder)
+
+
+def test_generic_models_need_their_code(tmp_path):
+    model = hw.convert(ARCHITECTURES["TransformerEncoder"].build())
+    hw.save(model, tmp_path / "m")
+    with pytest.raises(ValueError, match="holds the weights of a .*TransformerEncoder, .* model="):
+        hw.load(tmp_path / "m")
+    with pytest.raises(ValueError, match="has no attention layer 'layers.0.self_attn'; it has ''"):
+        hw.load(tmp_path / "m", nn.MultiheadAttention(EMBED, HEADS))
+
+
+def test_tokenizer_travels_along(folder, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad"]
+    (tmp_path / "vocab.txt").write_text("\n".join(vocabulary))
+    tokenizer = transformers.BertTokenizer(str(tmp_path / "vocab.txt"))
+    hw.save(hw.load(folder), folder, tokenizer=tokenizer)
+    loaded = transformers.AutoTokenizer.from_pretrained(folder)
+    assert loaded("good bad")["input_ids"] == tokenizer("good bad")["input_ids"]
+    hw.load(folder)
+
+
+def test_loading_leaves_the_saved_model_alone(folder):
+    model = hw.load(folder)
+    inputs = bert_inputs()
+    expected = copy.deepcopy(model)(**inputs).logits
+    torch.testing.assert_close(hw.load(folder)(**inputs).logits, expected, rtol=0, atol=0)
