@@ -36,7 +36,7 @@ class Emulated(OfCpu):
 def operators():
     """(the operators, what they are)."""
     try:  # tests/python is on the path, as for the oracle
-        emulated = importlib.import_module("test_emulated")
+        emulated = importlib.import_module("support.emulator")
     except ImportError as error:
         return OfCpu(), f"CPU operators ({error})"
     if emulated.LIBRARY is None:

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.compare_fixtures import write_model, write_texts
+
+pytest.register_assert_rewrite("support")
+
+from support.compare_fixtures import write_model, write_texts  # noqa: E402
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import torch
 from headwise.apps.cli import main
 from headwise.apps.tasks.models import load_trained
 from support.architectures import ARCHITECTURES, bert, bert_inputs
+from support.explained import heads_of, trained
 from torch import nn
 
 OPS = torch.ops.headwise
@@ -31,25 +32,6 @@ GATES = {
 }
 
 
-def trained(model: nn.Module) -> nn.Module:
-    """Gates as training might leave them: they depend on the input."""
-    for layer in hw.attention_layers(model).values():
-        gate = layer.gate
-        if gate is None or isinstance(gate, hw.FixedGate):
-            continue
-        with torch.no_grad():
-            for parameter in gate.parameters():
-                parameter.normal_()
-            if hasattr(gate, "feature_mean"):
-                gate.feature_mean.normal_()
-                gate.feature_variance.uniform_(0.2, 2.0)
-                gate.relevance.weight.mul_(2.0)
-            if hasattr(gate, "log_alpha"):
-                gate.log_alpha.sub_(2.0)
-    hw.anneal(model, 1.0)
-    return model
-
-
 def classifier(gate) -> nn.Module:
     torch.manual_seed(3)
     model = hw.convert(bert("BertForSequenceClassification", num_labels=3))
@@ -68,14 +50,6 @@ def explained(request):
         model(**inputs)
     torch.manual_seed(1)  # a random gate draws the same
     return model, inputs, t, hw.explain(model, inputs, maps="all", batch_size=3)
-
-
-def heads_of(explanation):
-    """(input, site, gate, head's entry) of every head."""
-    for b, entry in enumerate(explanation.inputs):
-        for layer in entry["layers"]:
-            for head in layer["heads"]:
-                yield b, layer["site"], layer["gate"], head
 
 
 def test_the_grid_is_what_ran(explained):

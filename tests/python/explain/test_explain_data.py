@@ -18,7 +18,8 @@ from headwise.explain.noise import NOISES
 from headwise.explain.role_use import role_use
 from headwise.explain.stand_in import joint_ablation
 from headwise.explain.use import Use, describe_use
-from test_explain import trained
+from support.explain_documents import CONLLU
+from support.explained import trained
 
 OPS = torch.ops.headwise
 
@@ -156,7 +157,6 @@ def test_models_of_other_seeds_and_ungated_models(tiny_model, gated, tiny_texts)
 
 
 def test_syntax_from_a_file(command, tmp_path):
-    from test_roles import CONLLU
 
     parsed = tmp_path / "parsed.conllu"
     parsed.write_text(CONLLU.split("\n\n")[0].replace("films", "film") + "\n\n" + "\n".join(

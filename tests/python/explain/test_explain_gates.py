@@ -6,7 +6,7 @@ import headwise as hw
 import pytest
 import torch
 from support.architectures import bert, bert_inputs
-from test_explain import heads_of, trained
+from support.explained import heads_of, trained
 
 OPS = torch.ops.headwise
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from headwise.explain.annotated import annotate_texts
 from headwise.explain.questions import Questionnaire, fixed_offset_peaks
+from support.explain_documents import CONLLU
 from torch import Tensor, nn
 
 OPS = torch.ops.headwise
@@ -413,19 +414,6 @@ def test_annotation_of_texts(tiny_model):
     assert ("syntactic", "det: dependent to head") in names
     with pytest.raises(ValueError, match="texts must not be empty"):
         annotate_texts([], tokenizer)
-
-
-CONLLU = """\
-# sent_id = 1
-1\tThe\tthe\tDET\t_\t_\t2\tdet\t_\t_
-2-3\tfilms\t_\t_\t_\t_\t_\t_\t_\t_
-2\tfilm\tfilm\tNOUN\t_\t_\t4\tnsubj\t_\t_
-3\tis\tbe\tAUX\t_\t_\t4\tcop\t_\t_
-4\tgood\tgood\tADJ\t_\t_\t0\troot\t_\t_
-
-1\tFine\tfine\tADJ\t_\t_\t0\troot\t_\t_
-1.1\tx\t_\t_\t_\t_\t_\t_\t_\t_
-"""
 
 
 def test_conllu(tmp_path):

@@ -7,9 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_gates import EVERY_GATE, assert_consistent
+from support.gates import EVERY_GATE, D, H, assert_consistent
 
-D, H = 16, 6
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 DETERMINISTIC = [gate for gate in EVERY_GATE if not isinstance(gate, hw.RandomGate)]
 EXAMPLES = settings(max_examples=15, deadline=None)

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import oracle
-from test_attention_ops import MASKS, Random, check, core_reference, layer_weights, leaf, masks
+from support.attention_cases import MASKS, Random, check, core_reference, layer_weights, leaf, masks
 
 ops = torch.ops.headwise
 
@@ -137,7 +137,7 @@ def test_core_on_the_packed_kernels(dtype, kind):
 ELSEWHERE = """
 import headwise as hw, torch
 from support import oracle
-from test_attention_ops import Random, check, layer_weights
+from support.attention_cases import Random, check, layer_weights
 reasons = [b.reason for b in hw.backends() if b.name == "cpu_packed"]
 assert reasons[0].endswith((": float32 only on this processor", " does not run here")), reasons
 for dtype in (torch.float32, torch.bfloat16):
@@ -196,7 +196,7 @@ def test_strides_beyond_32_bits(dtype):
 
 THREADS = """
 import os, headwise, torch
-from test_attention_ops import Random, layer_weights
+from support.attention_cases import Random, layer_weights
 torch.set_num_threads(2)
 rand = Random(2, torch.float32)
 x, weights = rand(8, 16, 16), layer_weights(rand, 4, 8, 16)

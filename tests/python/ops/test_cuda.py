@@ -4,9 +4,9 @@ import os
 
 import headwise as hw
 import pytest
-import test_attention_ops as cases
 import torch
-from test_attention_ops import (  # noqa: F401  (collected again, on the device)
+from support import attention_cases as cases
+from support.attention_cases import (  # noqa: F401  (collected again, on the device)
     test_core_attention,
     test_dropout_does_not_depend_on_padding_or_selection,
     test_heads_never_chosen_get_exactly_no_gradient,
@@ -20,8 +20,8 @@ from test_attention_ops import (  # noqa: F401  (collected again, on the device)
     test_tiny_sizes,
     test_what_was_not_chosen_is_not_read,
 )
-from test_attention_statistics import DTYPES, KINDS, SHAPES, masks, plain
-from test_emulated import (  # noqa: F401
+from support.attention_statistics import DTYPES, KINDS, SHAPES, masks, plain
+from support.kernel_cases import (  # noqa: F401
     test_an_index_with_few_columns_and_one_that_is_out_of_range,
     test_choices_are_checked,
     test_core_widths,
@@ -36,7 +36,7 @@ from test_emulated import (  # noqa: F401
     test_views_at_odd_addresses,
     test_widths,
 )
-from test_ops_compile import CASES as TRACED
+from support.operator_calls import CASES as TRACED
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="torch.cuda.is_available() is False: no CUDA device"

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import oracle
-from test_attention_ops import Random, check
+from support.attention_cases import Random, check
 
 ops = torch.ops.headwise
 

@@ -7,6 +7,7 @@ import headwise as hw
 import pytest
 import torch
 from support.architectures import ARCHITECTURES, EMBED, HEADS, bert, bert_inputs
+from support.structures import make_plan
 from torch import nn
 
 
@@ -18,18 +19,6 @@ def architecture(request):
 
 def close(actual, expected, tolerance=1e-5):
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
-
-
-def make_plan(model, kept, scaled=True):
-    """A plan that keeps the heads ``kept`` gives, layer by layer (uneven), with odd scales."""
-    layers = []
-    for i, (name, layer) in enumerate(hw.attention_layers(model).items()):
-        heads = kept[i % len(kept)]
-        scale = [1.0 + 0.25 * h if scaled else 1.0 for h in heads]
-        entry = {"name": name, "num_heads": layer.num_heads, "heads": heads, "scale": scale}
-        layers.append(entry)
-    document = {"format": "headwise.plan", "version": 1, "metric": "test", "layers": layers}
-    return hw.HeadPlan.from_json(json.dumps({**document, "metadata": {}}))
 
 
 @pytest.mark.parametrize("kept", [[[0, 2], [3]], [[1, 2, 3], []], [[], []]], ids=str)

@@ -9,7 +9,7 @@ import headwise as hw
 import pytest
 import torch
 from support.architectures import ARCHITECTURES, EMBED, HEADS, bert, bert_inputs
-from test_prune import make_plan
+from support.structures import make_plan
 from torch import nn
 
 GATES = {

@@ -191,3 +191,16 @@ def hostile(document: Any) -> Any:
     if isinstance(document, list):
         return [hostile(value) for value in document]
     return f"{document} {HOSTILE}" if isinstance(document, str) else document
+
+
+CONLLU = """\
+# sent_id = 1
+1\tThe\tthe\tDET\t_\t_\t2\tdet\t_\t_
+2-3\tfilms\t_\t_\t_\t_\t_\t_\t_\t_
+2\tfilm\tfilm\tNOUN\t_\t_\t4\tnsubj\t_\t_
+3\tis\tbe\tAUX\t_\t_\t4\tcop\t_\t_
+4\tgood\tgood\tADJ\t_\t_\t0\troot\t_\t_
+
+1\tFine\tfine\tADJ\t_\t_\t0\troot\t_\t_
+1.1\tx\t_\t_\t_\t_\t_\t_\t_\t_
+"""

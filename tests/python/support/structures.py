@@ -1,7 +1,8 @@
-"""Random structure plans for the models of architectures.py."""
+"""Plans for the models of architectures.py."""
 
 from __future__ import annotations
 
+import json
 import random
 
 import headwise as hw
@@ -40,3 +41,15 @@ def random_plan(model, seed=0, *, hidden=None, heads=True, neurons=True, blocks=
     if hidden:
         dimensions = hw.HiddenPlan(found.hidden_size, *units(found.hidden_size, least=5))
     return hw.StructurePlan(hw.HeadPlan(layers), networks, scaled, dimensions)
+
+
+def make_plan(model, kept, scaled=True):
+    """A plan that keeps the heads ``kept`` gives, layer by layer (uneven), with odd scales."""
+    layers = []
+    for i, (name, layer) in enumerate(hw.attention_layers(model).items()):
+        heads = kept[i % len(kept)]
+        scale = [1.0 + 0.25 * h if scaled else 1.0 for h in heads]
+        entry = {"name": name, "num_heads": layer.num_heads, "heads": heads, "scale": scale}
+        layers.append(entry)
+    document = {"format": "headwise.plan", "version": 1, "metric": "test", "layers": layers}
+    return hw.HeadPlan.from_json(json.dumps({**document, "metadata": {}}))

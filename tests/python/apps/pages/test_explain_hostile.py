@@ -10,7 +10,7 @@ from headwise.apps.cli import main
 from headwise.apps.pages.words import use_sentences
 from headwise.apps.tasks.models import load_tokenizer, load_trained
 from support.explain_documents import HOSTILE
-from test_explain import trained
+from support.explained import trained
 
 TEXTS = {
     "markup": HOSTILE,

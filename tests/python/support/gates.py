@@ -1,0 +1,45 @@
+"""Every gate, and what every selection must hold."""
+
+import headwise as hw
+import torch
+
+D, H = 16, 6
+EVERY_GATE = [
+    hw.FixedGate([0, 2]),
+    hw.RandomGate(0.5),
+    hw.RandomGate(0.4, per_input=False),
+    hw.BudgetGate(),
+    hw.BudgetGate(budget=0.5, relaxation="straight_through", noise="normal", kept_weight="soft"),
+    hw.HardConcreteGate(),
+    hw.HardConcreteGate(input_dependent=True, penalty="lagrangian"),
+    hw.HardConcreteGate(input_dependent=True, kept_weight="one", penalty="l0"),
+    hw.SubsetGate(2),
+    hw.SubsetGate(keep=0.4, scope="layer", estimator="straight_through"),
+    hw.RequestedBudgetGate(0.3),
+    hw.GumbelSigmoidGate(0.3),
+    hw.SleepGate(0.5),
+    hw.SharedHeadsGate(hw.BudgetGate(0.3), shared=[1, 4]),
+]
+
+
+def lively(gate, scale=2.0):
+    """A bound gate with random parameters, so that inputs differ."""
+    bound = hw.link_gates(gate.bind(D, H))
+    with torch.no_grad():
+        for parameter in bound.parameters():
+            parameter.normal_(0.0, scale)
+    return bound
+
+
+def assert_consistent(selection, batch):
+    index, count, weight = selection[:3]
+    assert index.shape == (batch, H) and index.dtype == torch.int32
+    assert count.shape == (batch,) and count.dtype == torch.int32
+    assert weight.shape == (batch, H)
+    for b in range(batch):
+        k = int(count[b])
+        chosen = index[b, :k].tolist()
+        assert chosen == sorted(set(chosen)) and all(0 <= head < H for head in chosen)
+        assert (index[b, k:] == -1).all()
+        others = [head for head in range(H) if head not in chosen]
+        assert (weight[b, others] == 0).all()
