@@ -5,8 +5,8 @@
 
 Fine-tunes the bundled model once for each task and seed (or takes what `headwise compare` left in
 `OUT/runs`: give the same --out), scores its heads on validation texts by every metric, and compares
-the rankings with `headwise.score_agreement`. Every model and every set of scores is kept in --out,
-so an interrupted run goes on where it was. The figures are printed as the tables of
+the rankings with `headwise.analysis.score_agreement`. Every model and every set of scores is kept
+in --out, so an interrupted run goes on where it was. The figures are printed as the tables of
 docs/analyses.md.
 """
 
@@ -152,7 +152,7 @@ def score(model: nn.Module, texts: Examples) -> Scores:
             for batch in batches:
                 recorder.run(model, batch, losses)
         sums.merge(recorder.accumulator)
-        shares.append(hw.head_relevance(model, batches, logits).scores)
+        shares.append(hw.analysis.head_relevance(model, batches, logits).scores)
         found |= labelled(recorder.accumulator, shares[-1], half)
     mean = {
         name: (values + shares[1].values[name]) / 2 for name, values in shares[0].values.items()
@@ -215,7 +215,9 @@ def across_metrics(scores, tasks: list[str], seeds: list[int], method: str) -> l
     found = []
     for task in tasks:
         tables = [
-            hw.score_agreement({m: scores[task, seed][f"{m}, all"] for m in METRICS}, method)
+            hw.analysis.score_agreement(
+                {m: scores[task, seed][f"{m}, all"] for m in METRICS}, method
+            )
             for seed in seeds
         ]
         for (i, one), (j, other) in itertools.combinations(enumerate(METRICS), 2):
@@ -238,7 +240,7 @@ def between(one: Scores, other: Scores, metric: str, method: str) -> tuple:
 
 def agreement(one: hw.HeadScores, other: hw.HeadScores, method: str) -> tuple:
     """Correlation, its interval, and the share of heads that both would keep."""
-    found = hw.score_agreement({"one": one, "other": other}, method)
+    found = hw.analysis.score_agreement({"one": one, "other": other}, method)
     ends = (table[0, 1].item() for table in (found.value, found.low, found.high))
     return (*ends, common(one, other))
 

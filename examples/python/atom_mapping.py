@@ -14,6 +14,7 @@ from pathlib import Path
 
 import headwise as hw
 import torch
+from headwise.explain import AnnotatedBatch, RoleThresholds
 from transformers import AlbertModel, logging
 
 # Reactions of textbooks; atoms of one number are the same atom before and after.
@@ -51,7 +52,7 @@ def read(reaction: str) -> tuple[list[str], list[int]]:
     return tokens, atoms
 
 
-def annotate(reaction: str, vocabulary: dict[str, int]) -> hw.AnnotatedBatch:
+def annotate(reaction: str, vocabulary: dict[str, int]) -> AnnotatedBatch:
     """One reaction: reactants are side 1, products side 2."""
     tokens, atoms = read(reaction)
     arrow = tokens.index(">>")
@@ -61,7 +62,7 @@ def annotate(reaction: str, vocabulary: dict[str, int]) -> hw.AnnotatedBatch:
     before = {atom: place for place, atom in enumerate(atoms) if atom and side[place] == 1}
     pairs = [(before[a], place) for place, a in enumerate(atoms) if a and side[place] == 2]
     valid = torch.ones(1, len(ids), dtype=torch.bool)
-    return hw.AnnotatedBatch(
+    return AnnotatedBatch(
         inputs={"input_ids": torch.tensor([ids]), "attention_mask": valid.long()},
         valid=valid,
         special=torch.tensor([side]) == 0,
@@ -76,7 +77,7 @@ folder = package / "models" / "transformers" / "albert_heads_8_uspto_all_1310k"
 words = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
 model = hw.convert(AlbertModel.from_pretrained(folder).eval())
 batches = [annotate(r, {word: place for place, word in enumerate(words)}) for r in REACTIONS]
-found = hw.head_roles(model, batches, thresholds=hw.RoleThresholds(least_trials=10))
+found = hw.head_roles(model, batches, thresholds=RoleThresholds(least_trials=10))
 
 for question in found["questions"]:
     if question["role"] == "alignment":

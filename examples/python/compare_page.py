@@ -13,8 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-import headwise as hw
 from headwise.apps.cli import main
+from headwise.apps.pages import write_page
 
 SUBJECTS = ("the film", "this comedy", "the plot", "the cast", "every scene", "the music",
             "the ending", "her first role", "the camera", "this remake")  # fmt: skip
@@ -41,5 +41,5 @@ def compare(folder: Path) -> Path:
 
 page = Path(sys.argv[1] if len(sys.argv) > 1 else "compared.html")
 with tempfile.TemporaryDirectory() as folder:
-    hw.write_page(page, sys.argv[2] if len(sys.argv) > 2 else compare(Path(folder)))
+    write_page(page, sys.argv[2] if len(sys.argv) > 2 else compare(Path(folder)))
 print(f"wrote {page}, {page.stat().st_size / 1e6:.1f} MB: open it in a browser")

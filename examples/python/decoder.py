@@ -56,7 +56,7 @@ def loss_fn(model, ids):
 
 
 scores = hw.score_heads(model, [dense], loss_fn, metrics=["michel"])["michel"]
-plan = hw.plan(scores, keep=0.5, groups=hw.head_groups(model))
+plan = hw.plan(scores, keep=0.5, groups=hw.nn.head_groups(model))
 small = hw.prune(model, plan)
 for name, layer in hw.attention_layers(small).items():
     print(f"{name}: {layer.num_heads} query heads on {layer.num_key_value_heads} key/value heads")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import headwise as hw
 import torch
+from headwise.apps.pages import write_page
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
 
 STEPS = 16
@@ -63,5 +64,5 @@ for place in range(len(reviews)):
     print(f"{reviews[place]}: {explanation.summary(place)}\n")
 
 page = Path(sys.argv[1] if len(sys.argv) > 1 else "explanation.html")
-hw.write_page(page, explanation, use, *sys.argv[2:])
+write_page(page, explanation, use, *sys.argv[2:])
 print(f"wrote {page}, {page.stat().st_size / 1e6:.1f} MB: open it in a browser")

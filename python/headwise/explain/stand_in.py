@@ -32,11 +32,12 @@ def joint_ablation(
 ) -> dict[str, Any] | None:
     """Which heads of a layer stand in for each other for the model's own predictions.
 
-    The ``pairs`` pairs of one layer whose outputs are most alike (:func:`headwise.head_similarity`)
-    are ablated one by one and together (:func:`headwise.head_interactions`); the loss is the
-    negative log-probability of the class that the whole model predicts. A pair stands in for each
-    other where taking out both costs more than the sum of what each costs, one-sided normal test of
-    the mean over inputs, corrected for the number of pairs.
+    The ``pairs`` pairs of one layer whose outputs are most alike
+    (:func:`headwise.analysis.head_similarity`) are ablated one by one and together
+    (:func:`headwise.analysis.head_interactions`); the loss is the negative log-probability of the
+    class that the whole model predicts. A pair stands in for each other where taking out both
+    costs more than the sum of what each costs, one-sided normal test of the mean over inputs,
+    corrected for the number of pairs.
 
     Args:
         model: a converted model in evaluation mode.

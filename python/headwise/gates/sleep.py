@@ -45,7 +45,7 @@ class SleepGate(ScopedGate, ScheduledGate):
     With ``scope="model"`` layers compete, so heads move from one layer to another.
 
     What moved, when and with which score is in :attr:`moves` (of a model:
-    :func:`headwise.head_moves`). The list is copied and pickled with the gate, and
+    :func:`headwise.gates.head_moves`). The list is copied and pickled with the gate, and
     :func:`headwise.save` and :func:`headwise.load` keep it.
 
     Args:

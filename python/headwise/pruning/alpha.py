@@ -39,7 +39,7 @@ def select_alpha(
     scope: str = "global",
     min_heads_per_layer: int = 0,
 ) -> AlphaSearch:
-    """The alpha of :func:`headwise.hies` whose plan does best, as the paper tunes it.
+    """The alpha of :func:`headwise.pruning.hies` whose plan does best, as the paper tunes it.
 
     arXiv 2510.13832. Alphas that give the same plan are evaluated once. Of equally good ones the
     largest is taken: the nearest to importance alone.
@@ -51,12 +51,12 @@ def select_alpha(
             larger the better: ``lambda plan: accuracy(headwise.prune(model, plan))``.
         keep: the fraction of heads that plans keep.
         alphas: what to try, each in [0, 1].
-        scope: over what :func:`headwise.hies` scales.
+        scope: over what :func:`headwise.pruning.hies` scales.
         min_heads_per_layer: heads that every layer keeps.
 
     Raises:
-        ValueError: no alphas, ``evaluate`` does not give a number, or what :func:`headwise.hies`
-            and :func:`headwise.plan` raise.
+        ValueError: no alphas, ``evaluate`` does not give a number, or what
+            :func:`headwise.pruning.hies` and :func:`headwise.plan` raise.
     """
     if not alphas:
         raise ValueError("alphas must not be empty")

@@ -37,7 +37,7 @@ def plan(
         keep: the fraction that stays, in (0, 1].
         min_heads_per_layer: heads that every layer keeps (all, where it has fewer).
         scope: ``"global"`` or ``"layer"``.
-        groups: the group of each head, layer by layer (:func:`headwise.head_groups`): heads that
+        groups: the group of each head, layer by layer (:func:`headwise.nn.head_groups`): heads that
             share keys and values then stay or go together, ranked by the mean of their scores.
             ``keep`` is a share of the groups, and a layer keeps as many as have
             ``min_heads_per_layer`` heads.

@@ -29,9 +29,9 @@ def prune(
     ``head_dim`` stays. Layers may keep different numbers of heads, and layers that the plan does
     not name are left as they are. Parameters of pruned layers are new: build the optimizer after.
 
-    A :class:`~headwise.StructurePlan` also removes neurons, whole blocks and hidden dimensions. A
-    block that is gone leaves a layer without heads, or neurons, and without biases; dimensions go
-    from everything that reads or writes the residual stream.
+    A :class:`~headwise.pruning.StructurePlan` also removes neurons, whole blocks and hidden
+    dimensions. A pruned block leaves a layer without heads, or neurons, and without biases;
+    dimensions are removed from everything that reads or writes the residual stream.
 
     Args:
         model: a converted model. The gates of the layers that are pruned must choose the same heads
@@ -72,9 +72,9 @@ def mask(model: nn.Module, plan: HeadPlan | StructurePlan) -> nn.Module:
     """Puts ``plan`` on ``model`` as gates, in place: what it drops is not computed, but stays.
 
     Every layer that the plan names gets a :class:`~headwise.FixedGate` with the plan's scales, in
-    place of the gate it has. Of a :class:`~headwise.StructurePlan`, what is not a head is masked by
-    hooks, and computed; heads get a gate that belongs to the plan. It takes the place of an earlier
-    structure plan; :func:`unmask` takes it off.
+    place of the gate it has. Of a :class:`~headwise.pruning.StructurePlan`, what is not a head is
+    masked by hooks, and computed; heads get a gate that belongs to the plan. It takes the place of
+    an earlier structure plan; :func:`unmask` takes it off.
 
     Returns:
         ``model``.
@@ -130,10 +130,10 @@ def plan_from_gates(model: nn.Module) -> HeadPlan:
 
 
 def unmask(model: nn.Module) -> nn.Module:
-    """Takes a :class:`~headwise.StructurePlan` that :func:`mask` put on ``model`` off, in place.
+    """Takes the :class:`~headwise.pruning.StructurePlan` that :func:`mask` put on ``model`` off.
 
     Returns:
-        ``model``. Gates that stood where the plan's gates came are not put back.
+        ``model``, changed in place. Gates that stood where the plan's gates came are not put back.
     """
     return detach(model)
 

@@ -136,9 +136,9 @@ def save(model: nn.Module, dir: str | os.PathLike, *, tokenizer: Any = None) -> 
 
     Args:
         model: a module with :class:`headwise.MultiheadAttention` layers, pruned or not (not
-            under a :class:`headwise.StructurePlan` as a mask). A model of transformers is described
-            by its class and configuration, and :func:`load` needs nothing else; of any other module
-            the weights are kept, and :func:`load` needs ``model=``.
+            under a :class:`headwise.pruning.StructurePlan` as a mask). A model of transformers is
+            described by its class and configuration, and :func:`load` needs nothing else; of any
+            other module the weights are kept, and :func:`load` needs ``model=``.
         dir: the folder.
         tokenizer: a tokenizer of transformers to keep in the folder too.
 

@@ -30,7 +30,7 @@ def split(data, *sizes):
 
 def test_ablation_is_the_difference_without_each_head(data):
     model, (x, y) = Planted(*WEIGHTS), data
-    found = hw.ablate_heads(model, split(data, 15, 25), squared, resamples=200)
+    found = hw.analysis.ablate_heads(model, split(data, 15, 25), squared, resamples=200)
     full = (outputs(WEIGHTS, x) - y).square()
     torch.testing.assert_close(found.losses, full)
     for layer, name in enumerate(names(model)):
@@ -46,7 +46,7 @@ def test_ablation_is_the_difference_without_each_head(data):
 
 def test_all_but_one_keeps_one_head_of_a_layer(data):
     model, (x, y) = Planted(*WEIGHTS), data
-    found = hw.keep_one_head(model, [data], squared, resamples=50)
+    found = hw.analysis.keep_one_head(model, [data], squared, resamples=50)
     full = (outputs(WEIGHTS, x) - y).square()
     for layer, name in enumerate(names(model)):
         for head in range(4):
@@ -62,7 +62,7 @@ def test_a_damaging_head_is_found():
     model = Planted([1.0, 1.0, 0.0, 1.0])
     torch.manual_seed(0)
     x = torch.randn(300, 4, dtype=torch.float64)
-    found = hw.ablate_heads(model, [(x, x[:, 0] + x[:, 3])], squared)
+    found = hw.analysis.ablate_heads(model, [(x, x[:, 0] + x[:, 3])], squared)
     scores = found.scores.values[names(model)[0]]
     assert scores[1] < 0 and scores[0] > 0 and scores[3] > 0
     assert found.significant() == [(names(model)[0], head) for head in (0, 1, 3)]
@@ -74,7 +74,7 @@ def test_gates_of_the_model_stay_in_force(data):
     effective = ([0.5, -0.5, 0.0, 0.0], WEIGHTS[1])
     model.train()
     gates = [layer.gate for layer in model.layers]
-    found = hw.ablate_heads(model, [data], squared, resamples=20)
+    found = hw.analysis.ablate_heads(model, [data], squared, resamples=20)
     assert [layer.gate for layer in model.layers] == gates and model.training
     assert not model.layers[0].gate._forward_hooks
     full = (outputs(effective, x) - y).square()
@@ -103,27 +103,27 @@ def interrupted(loss, calls):
 
 def test_an_interrupted_ablation_goes_on(data, tmp_path):
     model, path = Planted(*WEIGHTS), tmp_path / "ablation.jsonl"
-    expected = hw.ablate_heads(model, [data], squared)
+    expected = hw.analysis.ablate_heads(model, [data], squared)
     with pytest.raises(Interrupt):
-        hw.ablate_heads(model, [data], interrupted(squared, 4), journal=path)
+        hw.analysis.ablate_heads(model, [data], interrupted(squared, 4), journal=path)
     with open(path, "a") as file:
         file.write('["layers.0/3", [0.1, 0.')  # cut short
     # The whole model once more, and the five heads that are left.
-    found = hw.ablate_heads(model, [data], interrupted(squared, 6), journal=path)
+    found = hw.analysis.ablate_heads(model, [data], interrupted(squared, 6), journal=path)
     for name, values in expected.scores.values.items():
         torch.testing.assert_close(found.scores.values[name], values)
         assert torch.equal(found.p_value[name], expected.p_value[name])
     with pytest.raises(ValueError, match="is a journal of a search with data='.*', not '"):
-        hw.ablate_heads(model, [(data[0], data[1] + 1)], squared, journal=path)
+        hw.analysis.ablate_heads(model, [(data[0], data[1] + 1)], squared, journal=path)
     with pytest.raises(ValueError, match="is a journal of another loss: the whole model's losses"):
-        hw.ablate_heads(model, [data], lambda m, b: squared(m, b) + 1, journal=path)
+        hw.analysis.ablate_heads(model, [data], lambda m, b: squared(m, b) + 1, journal=path)
     with pytest.raises(ValueError, match="is a journal of search 'ablation', not 'all-but-one'"):
-        hw.keep_one_head(model, [data], squared, journal=path)
+        hw.analysis.keep_one_head(model, [data], squared, journal=path)
     with pytest.raises(ValueError, match="is a journal of a search with model="):
-        hw.ablate_heads(Planted(*WEIGHTS[::-1]), [data], squared, journal=path)
+        hw.analysis.ablate_heads(Planted(*WEIGHTS[::-1]), [data], squared, journal=path)
     path.write_text("not a journal\n")
     with pytest.raises(ValueError, match="line 1 of '.*' is not JSON"):
-        hw.ablate_heads(model, [data], squared, journal=path)
+        hw.analysis.ablate_heads(model, [data], squared, journal=path)
 
 
 class Slotted:
@@ -158,13 +158,13 @@ def test_other_data_is_told_apart(one, same, other):
 
 def test_data_that_cannot_be_told_apart_has_no_journal(tmp_path):
     with pytest.raises(ValueError, match="batches hold a Opaque, of which a journal cannot tell"):
-        hw.ablate_heads(Planted(*WEIGHTS), [Opaque()], squared, journal=tmp_path / "steps")
+        hw.analysis.ablate_heads(Planted(*WEIGHTS), [Opaque()], squared, journal=tmp_path / "steps")
     assert not (tmp_path / "steps").exists()
 
 
 def test_bad_input_is_named(data):
     model = Planted(*WEIGHTS)
-    for ablate in (hw.ablate_heads, hw.keep_one_head):
+    for ablate in (hw.analysis.ablate_heads, hw.analysis.keep_one_head):
         with pytest.raises(ValueError, match="batches must not be empty"):
             ablate(model, [], squared)
         with pytest.raises(ValueError, match="must return a finite loss, got NaN or infinity"):
@@ -192,8 +192,8 @@ def kept(plan):
 def test_exact_pruning_keeps_one_of_two_redundant_heads():
     model, batches = redundant()
     options = dict(keep=0.5, step=0.25, absolute="per_example")
-    exact = hw.pruning_path(model, batches, logistic, **options)
-    once = hw.pruning_path(model, batches, logistic, exact=False, **options)
+    exact = hw.pruning.pruning_path(model, batches, logistic, **options)
+    once = hw.pruning.pruning_path(model, batches, logistic, exact=False, **options)
     # At first 0 and 1 matter least: sigma(-4) * 2 against sigma(-1.8) * 0.8.
     assert [kept(plan) for plan in exact] == [[[0, 2, 3]], [[0, 2]]]
     assert [kept(plan) for plan in once] == [[[0, 2, 3]], [[2, 3]]]
@@ -230,7 +230,9 @@ def encoder_problem():
 @pytest.mark.parametrize("exact", [True, False])
 def test_paths_are_nested_down_to_the_target(metric, exact):
     model, batches, loss = encoder_problem()
-    path = hw.pruning_path(model, batches, loss, keep=0.1, step=0.3, exact=exact, metric=metric)
+    path = hw.pruning.pruning_path(
+        model, batches, loss, keep=0.1, step=0.3, exact=exact, metric=metric
+    )
     assert [plan.heads_kept for plan in path] == [8, 4, 1]
     heads = [{(e.name, h) for e in plan.layers for h in e.heads} for plan in path]
     assert heads[0] > heads[1] > heads[2]
@@ -241,10 +243,10 @@ def test_paths_are_nested_down_to_the_target(metric, exact):
 
 def test_every_layer_keeps_what_it_must():
     model, batches, loss = encoder_problem()
-    path = hw.pruning_path(model, batches, loss, keep=0.25, step=0.2, min_heads_per_layer=1)
+    path = hw.pruning.pruning_path(model, batches, loss, keep=0.25, step=0.2, min_heads_per_layer=1)
     assert [plan.heads_kept for plan in path] == [10, 8, 6, 4, 3]
     assert [len(heads) for heads in kept(path[-1])] == [1, 1, 1]
-    assert [kept(plan) for plan in hw.pruning_path(model, batches, loss, keep=1.0)] == [
+    assert [kept(plan) for plan in hw.pruning.pruning_path(model, batches, loss, keep=1.0)] == [
         [[0, 1, 2, 3]] * 3
     ]
 
@@ -252,31 +254,35 @@ def test_every_layer_keeps_what_it_must():
 def test_an_interrupted_path_goes_on(tmp_path):
     model, batches, loss = encoder_problem()
     path = tmp_path / "path.jsonl"
-    expected = hw.pruning_path(model, batches, loss, keep=0.3, step=0.2)
+    expected = hw.pruning.pruning_path(model, batches, loss, keep=0.3, step=0.2)
     with pytest.raises(Interrupt):
-        hw.pruning_path(model, batches, interrupted(loss, 3), 0.3, step=0.2, journal=path)
-    found = hw.pruning_path(model, batches, interrupted(loss, 3), 0.3, step=0.2, journal=path)
+        hw.pruning.pruning_path(model, batches, interrupted(loss, 3), 0.3, step=0.2, journal=path)
+    found = hw.pruning.pruning_path(
+        model, batches, interrupted(loss, 3), 0.3, step=0.2, journal=path
+    )
     assert found == expected
     with pytest.raises(ValueError, match="with step=0.2, not 0.1: remove it or give another file"):
-        hw.pruning_path(model, batches, loss, 0.3, step=0.1, journal=path)
+        hw.pruning.pruning_path(model, batches, loss, 0.3, step=0.1, journal=path)
     with pytest.raises(ValueError, match="is a journal of another loss: of the first batch it wa"):
-        hw.pruning_path(model, batches, lambda m, b: 3 * loss(m, b), 0.3, step=0.2, journal=path)
+        hw.pruning.pruning_path(
+            model, batches, lambda m, b: 3 * loss(m, b), 0.3, step=0.2, journal=path
+        )
 
 
 def test_path_refusals():
     model, batches, loss = encoder_problem()
     with pytest.raises(ValueError, match=r"step must be in \(0, 1\], got 0"):
-        hw.pruning_path(model, batches, loss, step=0.0)
+        hw.pruning.pruning_path(model, batches, loss, step=0.0)
     with pytest.raises(ValueError, match=r"keep must be in \(0, 1\], got 1.5"):
-        hw.pruning_path(model, batches, loss, 1.5)
+        hw.pruning.pruning_path(model, batches, loss, 1.5)
     with pytest.raises(ValueError, match="metric must be one of michel, .*, got 'magic'"):
-        hw.pruning_path(model, batches, loss, metric="magic")
+        hw.pruning.pruning_path(model, batches, loss, metric="magic")
     with pytest.raises(ValueError, match="batches must not be empty"):
-        hw.pruning_path(model, [], loss)
+        hw.pruning.pruning_path(model, [], loss)
     with pytest.raises(ValueError, match="=3 asks for 9 heads, more than keep=0.5 leaves"):
-        hw.pruning_path(model, batches, loss, 0.5, min_heads_per_layer=3)
+        hw.pruning.pruning_path(model, batches, loss, 0.5, min_heads_per_layer=3)
     with pytest.raises(ValueError, match="model must have no gates, got a RandomGate in layer"):
-        hw.pruning_path(hw.convert(Encoder(), hw.RandomGate()), batches, loss)
+        hw.pruning.pruning_path(hw.convert(Encoder(), hw.RandomGate()), batches, loss)
 
 
 @pytest.mark.parametrize("kept_weight", ["gate", "one"])
@@ -305,7 +311,7 @@ def test_layers_without_heads_are_part_of_every_analysis(tmp_path):
     model, batches, loss = encoder_problem()
     model = hw.convert(model)
     names = list(hw.attention_layers(model))
-    keep = [hw.LayerPlan(names[0], 4, [1, 3]), hw.LayerPlan(names[1], 4, [])]
+    keep = [hw.pruning.LayerPlan(names[0], 4, [1, 3]), hw.pruning.LayerPlan(names[1], 4, [])]
     small = hw.prune(model, hw.HeadPlan(keep))
     sizes = [2, 0, 4]
 
@@ -313,17 +319,17 @@ def test_layers_without_heads_are_part_of_every_analysis(tmp_path):
         return model(batch[0])
 
     found = [
-        hw.ablate_heads(small, batches, loss).scores,
-        hw.keep_one_head(small, batches, loss).scores,
-        hw.head_relevance(small, batches, logits).scores,
-        hw.causal_heads(small, batches, loss, steps=3, journal=tmp_path / "gates").scores,
+        hw.analysis.ablate_heads(small, batches, loss).scores,
+        hw.analysis.keep_one_head(small, batches, loss).scores,
+        hw.analysis.head_relevance(small, batches, logits).scores,
+        hw.analysis.causal_heads(small, batches, loss, steps=3, journal=tmp_path / "gates").scores,
     ]
     for scores in found:
         assert [len(values) for values in scores.values.values()] == sizes
         assert hw.plan(scores, 0.5).heads_kept == 3
-    assert len(hw.head_similarity(small, batches, logits).heads) == 6
-    assert len(hw.head_interactions(small, batches, loss).pairs) == 15
-    policy = hw.ConfidencePolicy(
+    assert len(hw.analysis.head_similarity(small, batches, logits).heads) == 6
+    assert len(hw.analysis.head_interactions(small, batches, loss).pairs) == 15
+    policy = hw.analysis.ConfidencePolicy(
         small, (0.5, 1.0), ranking=found[0], forward_fn=lambda m, b: m(b[0]), threshold=2.0
     )
     assert policy.predict((batches[0][0],)).total_heads.tolist() == [9] * 6

@@ -40,7 +40,7 @@ def test_formulas():
 def test_planted_roles_are_found(problem):
     model, batches = problem
     model.train()
-    found = hw.causal_heads(model, batches, squared, strength=0.005, steps=150)
+    found = hw.analysis.causal_heads(model, batches, squared, strength=0.005, steps=150)
     assert found.roles() == {NAME: ["facilitating", "interfering", "irrelevant", "facilitating"]}
     assert found.scores.metric == "causal"
     assert found.scores.values[NAME][1] < -0.5 < 0.5 < found.scores.values[NAME][0]
@@ -60,7 +60,7 @@ def test_planted_roles_are_found(problem):
 def test_an_interrupted_search_goes_on(problem, tmp_path):
     model, batches = problem
     options = dict(strength=0.01, steps=25)
-    expected = hw.causal_heads(model, batches, squared, **options)
+    expected = hw.analysis.causal_heads(model, batches, squared, **options)
     calls = []
 
     def fails(model, batch):
@@ -71,36 +71,38 @@ def test_an_interrupted_search_goes_on(problem, tmp_path):
 
     path = tmp_path / "gates"
     with pytest.raises(KeyError):
-        hw.causal_heads(model, batches, fails, journal=path, **options)
+        hw.analysis.causal_heads(model, batches, fails, journal=path, **options)
     calls.clear()
-    found = hw.causal_heads(model, batches, fails, journal=path, **options)
+    found = hw.analysis.causal_heads(model, batches, fails, journal=path, **options)
     assert len(calls) == 16  # from step 10 of the second direction
     torch.testing.assert_close(found.scores.values[NAME], expected.scores.values[NAME])
     with pytest.raises(ValueError, match="with strength=0.01, not 0.02"):
-        hw.causal_heads(model, batches, squared, strength=0.02, steps=25, journal=path)
+        hw.analysis.causal_heads(model, batches, squared, strength=0.02, steps=25, journal=path)
     with pytest.raises(ValueError, match="is a journal of another loss: of the first batch it wa"):
-        hw.causal_heads(model, batches, lambda m, b: 2 * squared(m, b), journal=path, **options)
+        hw.analysis.causal_heads(
+            model, batches, lambda m, b: 2 * squared(m, b), journal=path, **options
+        )
 
 
 def test_the_default_strength_follows_the_loss(problem, tmp_path):
     model, batches = problem
-    found = hw.causal_heads(model, batches, squared, steps=150)
+    found = hw.analysis.causal_heads(model, batches, squared, steps=150)
     assert found.roles() == {NAME: ["facilitating", "interfering", "irrelevant", "facilitating"]}
     # Half-open gates: the error is x / 2, or x / 2 more than it should be; its gradient by a logit
     # is 2 * 1/2 * 1/4 for one of four examples a head, and 0 for the idle head.
     assert found.strength == pytest.approx(0.5 * (3 / 16) / 4)
-    scaled = hw.causal_heads(model, batches, lambda m, b: 50 * squared(m, b), steps=150)
+    scaled = hw.analysis.causal_heads(model, batches, lambda m, b: 50 * squared(m, b), steps=150)
     assert scaled.strength == pytest.approx(50 * found.strength)
     assert scaled.roles() == found.roles()
     torch.testing.assert_close(
         scaled.scores.values[NAME], found.scores.values[NAME], atol=0.02, rtol=0
     )
     path = tmp_path / "gates"
-    kept = hw.causal_heads(model, batches, squared, steps=20, journal=path)
-    again = hw.causal_heads(model, batches, squared, steps=20, journal=path)
+    kept = hw.analysis.causal_heads(model, batches, squared, steps=20, journal=path)
+    again = hw.analysis.causal_heads(model, batches, squared, steps=20, journal=path)
     assert again.strength == kept.strength
     with pytest.raises(ValueError, match="with strength=None, not 0.5"):
-        hw.causal_heads(model, batches, squared, strength=0.5, steps=20, journal=path)
+        hw.analysis.causal_heads(model, batches, squared, strength=0.5, steps=20, journal=path)
 
 
 @pytest.mark.parametrize("factor", [0.03, 0.1, 0.5, 1.0, 2.0, 4.0])
@@ -112,7 +114,7 @@ def test_strength_is_the_force_above_which_a_head_helps(factor):
     batch = (x, torch.tensor(weights, dtype=torch.float64))
     forces = [a**2 / 16 for a in weights]
     strength = factor * sum(forces) / 4
-    found = hw.causal_heads(
+    found = hw.analysis.causal_heads(
         Planted(weights), [batch], squared, strength=strength, steps=300, learning_rate=0.1
     )
     assert found.roles()[NAME] == [
@@ -128,11 +130,11 @@ def test_causal_refusals(problem):
         (dict(limit=math.inf), "limit must be positive and finite, got inf"),
     ):
         with pytest.raises(ValueError, match=message):
-            hw.causal_heads(model, batches, squared, **options)
+            hw.analysis.causal_heads(model, batches, squared, **options)
     with pytest.raises(ValueError, match="batches must not be empty"):
-        hw.causal_heads(model, [], squared)
+        hw.analysis.causal_heads(model, [], squared)
     with pytest.raises(ValueError, match="must return a finite loss, got NaN or infinity"):
-        hw.causal_heads(model, batches, lambda m, b: squared(m, b) / 0)
+        hw.analysis.causal_heads(model, batches, lambda m, b: squared(m, b) / 0)
     for loss in (lambda m, b: b[1], lambda m, b: squared(m, b) * 0):
         with pytest.raises(ValueError, match="a loss that depends on the heads, got one whose gra"):
-            hw.causal_heads(model, batches, loss, steps=3)
+            hw.analysis.causal_heads(model, batches, loss, steps=3)

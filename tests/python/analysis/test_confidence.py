@@ -138,7 +138,7 @@ def easy_and_hard():
 
 def test_inputs_stop_when_they_are_sure():
     model = Sum([1.0, 1.0, 1.0, 1.0])
-    policy = hw.ConfidencePolicy(model, (0.25, 0.5, 1.0), 0.9, ranking=RANKING)
+    policy = hw.analysis.ConfidencePolicy(model, (0.25, 0.5, 1.0), 0.9, ranking=RANKING)
     found = policy.predict(easy_and_hard())
     assert found.stage.tolist() == [0, 0, 1, 2]
     assert found.heads.tolist() == [[1, 1, 1, 1], [0, 0, 2, 2], [0, 0, 0, 4]]
@@ -154,9 +154,9 @@ def test_inputs_stop_when_they_are_sure():
 
 def test_threshold_zero_and_infinity_are_the_first_and_last_stage():
     model, x = Sum([1.0, 1.0, 1.0, 1.0]), easy_and_hard()
-    first = hw.ConfidencePolicy(model, (0.5, 1.0), 0.0, ranking=RANKING).predict(x)
+    first = hw.analysis.ConfidencePolicy(model, (0.5, 1.0), 0.0, ranking=RANKING).predict(x)
     assert first.total_heads.tolist() == [2] * 4
-    last = hw.ConfidencePolicy(model, (0.5, 1.0), math.inf, ranking=RANKING).predict(x)
+    last = hw.analysis.ConfidencePolicy(model, (0.5, 1.0), math.inf, ranking=RANKING).predict(x)
     torch.testing.assert_close(last.logits, model(x))
     assert last.reason(0).endswith("the widest budget")
 
@@ -164,7 +164,7 @@ def test_threshold_zero_and_infinity_are_the_first_and_last_stage():
 def test_a_fitted_threshold_keeps_to_its_heads():
     torch.manual_seed(0)
     model, x = Sum([1.0, 1.0, 1.0, 1.0]), torch.randn(200, 4, dtype=torch.float64)
-    policy = hw.ConfidencePolicy(model, (0.25, 1.0), ranking=RANKING)
+    policy = hw.analysis.ConfidencePolicy(model, (0.25, 1.0), ranking=RANKING)
     before = -1.0
     for heads in (1.0, 2.5, 4.0, 5.0):
         threshold = policy.fit(x.split(60), heads)
@@ -186,7 +186,7 @@ def test_a_threshold_fitted_for_accuracy_saves_where_it_can():
     x[hard, 0] = 0.3
     x[hard, 1:] = -2.0
     model = Sum([1.0, 1.0, 1.0, 1.0])
-    policy = hw.ConfidencePolicy(model, (0.25, 1.0), ranking=RANKING)
+    policy = hw.analysis.ConfidencePolicy(model, (0.25, 1.0), ranking=RANKING)
     with torch.no_grad():
         labels = model(x).argmax(1)
     found = policy.fit_accuracy(x.split(100), loss=0.0)
@@ -233,7 +233,7 @@ def test_any_gate_is_widened_by_its_own_relevance():
     for gate in (layer.gate for layer in hw.attention_layers(model).values()):
         nn.init.normal_(gate.base)
     batch = {"x": torch.randn(5, 6, 16), "key_padding_mask": torch.zeros(5, 6).bool()}
-    found = hw.ConfidencePolicy(model, (0.5, 1.0, 2.0), math.inf).predict(batch)
+    found = hw.analysis.ConfidencePolicy(model, (0.5, 1.0, 2.0), math.inf).predict(batch)
     assert found.heads.tolist() == [[2] * 5, [4] * 5, [8] * 5]
     for layer in hw.attention_layers(model).values():
         assert not layer.gate._forward_hooks
@@ -245,7 +245,7 @@ def test_any_gate_is_widened_by_its_own_relevance():
     for layer in hw.attention_layers(model).values():
         layer.set_gate(hw.BudgetGate(budget=0.5).eval())
     # In the middle the gates' own choice is untouched.
-    own = hw.ConfidencePolicy(model, (1.0,)).predict(batch)
+    own = hw.analysis.ConfidencePolicy(model, (1.0,)).predict(batch)
     with torch.no_grad():
         torch.testing.assert_close(own.logits, model(**batch), rtol=0, atol=0)
 
@@ -280,14 +280,16 @@ def test_policy_refusals():
         (dict(ranking=hw.HeadScores("a", {"sum.layers.0": [1.0]})), "ranking must have 4 heads"),
     ):
         with pytest.raises(ValueError, match=message):
-            hw.ConfidencePolicy(model, **{"ranking": RANKING, **options})
-    policy = hw.ConfidencePolicy(model, ranking=RANKING, forward_fn=lambda m, b: m(b)[:, 0])
+            hw.analysis.ConfidencePolicy(model, **{"ranking": RANKING, **options})
+    policy = hw.analysis.ConfidencePolicy(
+        model, ranking=RANKING, forward_fn=lambda m, b: m(b)[:, 0]
+    )
     with pytest.raises(ValueError, match=r"must return logits \[B, C\] of at least 2 classes"):
         policy.predict(x)
-    policy = hw.ConfidencePolicy(model, ranking=RANKING, forward_fn=lambda m, b: m(b) / 0)
+    policy = hw.analysis.ConfidencePolicy(model, ranking=RANKING, forward_fn=lambda m, b: m(b) / 0)
     with pytest.raises(ValueError, match="must return finite logits"):
         policy.predict(x)
     with pytest.raises(ValueError, match="batches must not be empty"):
-        hw.ConfidencePolicy(model, ranking=RANKING).fit([], 2.0)
+        hw.analysis.ConfidencePolicy(model, ranking=RANKING).fit([], 2.0)
     with pytest.raises(ValueError, match="model must have attention heads"):
-        hw.ConfidencePolicy(nn.Linear(2, 2))
+        hw.analysis.ConfidencePolicy(nn.Linear(2, 2))

@@ -17,7 +17,7 @@ def test_heads_that_stand_in_for_each_other_are_found():
     # Either of 0 and 1 is enough; 2 does half of what is needed with 3's other half; 4 is idle.
     model = Planted([1.0, 1.0, 0.0, 0.0, 0.0])
     x = torch.ones(6, 5, dtype=torch.float64)
-    found = hw.head_interactions(model, [(x, None)], hinge, pairs=1000)
+    found = hw.analysis.head_interactions(model, [(x, None)], hinge, pairs=1000)
     assert len(found.pairs) == 10
     assert found.substitutes() == [((NAME, 0), (NAME, 1), 1.0)]
     assert found.effect.count_nonzero() == 1 and found.standard_error.eq(0).all()
@@ -31,7 +31,7 @@ def test_heads_that_need_each_other_have_a_negative_effect():
     def loss(model, batch):  # nothing is gained before the sum is 1
         return (model(batch[0]) < 1.99).double()
 
-    found = hw.head_interactions(model, [(x, None)], loss, pairs=[((NAME, 0), (NAME, 1))])
+    found = hw.analysis.head_interactions(model, [(x, None)], loss, pairs=[((NAME, 0), (NAME, 1))])
     assert found.effect.tolist() == [-1.0]  # 1 - 1 - 1
     assert found.substitutes() == []
 
@@ -41,10 +41,10 @@ def test_effects_and_errors_are_those_of_the_losses(tmp_path):
     torch.manual_seed(0)
     x, y = torch.randn(30, 3, dtype=torch.float64), torch.randn(30, dtype=torch.float64)
     model = Planted(*weights)
-    found = hw.head_interactions(model, [(x, y)], squared, pairs=7, seed=3)
+    found = hw.analysis.head_interactions(model, [(x, y)], squared, pairs=7, seed=3)
     parts = [(x[:9], y[:9]), (x[9:], y[9:])]
     path = tmp_path / "pairs"
-    again = hw.head_interactions(model, parts, squared, 7, seed=3, journal=path)
+    again = hw.analysis.head_interactions(model, parts, squared, 7, seed=3, journal=path)
     assert len(found.pairs) == len(set(found.pairs)) == 7 and found.pairs == again.pairs
     torch.testing.assert_close(found.effect, again.effect)
 
@@ -69,14 +69,14 @@ def test_effects_and_errors_are_those_of_the_losses(tmp_path):
         calls.append(1)
         return squared(model, batch) if len(calls) <= 2 else never(model, batch)
 
-    kept = hw.head_interactions(model, parts, once, 7, seed=3, journal=path)
+    kept = hw.analysis.head_interactions(model, parts, once, 7, seed=3, journal=path)
     assert torch.equal(kept.effect, again.effect)
 
 
 def test_pairs_of_one_layer():
     model = Planted([1.0, 2.0, 3.0], [1.0, 2.0, 3.0])
     x, y = torch.randn(5, 3, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
-    found = hw.head_interactions(model, [(x, y)], squared, within_layer=True)
+    found = hw.analysis.head_interactions(model, [(x, y)], squared, within_layer=True)
     assert len(found.pairs) == 6 and all(one[0] == other[0] for one, other in found.pairs)
 
 
@@ -91,11 +91,11 @@ def test_interaction_refusals():
     ]
     for options, message in cases:
         with pytest.raises(ValueError, match=message):
-            hw.head_interactions(model, [data], squared, **options)
+            hw.analysis.head_interactions(model, [data], squared, **options)
     with pytest.raises(ValueError, match="the loss does not depend on the heads of these pairs"):
-        hw.head_interactions(model, [data], lambda m, b: b[1])
+        hw.analysis.head_interactions(model, [data], lambda m, b: b[1])
     with pytest.raises(ValueError, match="at least two heads to pair"):
-        hw.head_interactions(Planted([1.0]), [(data[0][:, :1], data[1])], squared)
+        hw.analysis.head_interactions(Planted([1.0]), [(data[0][:, :1], data[1])], squared)
 
 
 class Encoder(nn.Module):
@@ -141,7 +141,7 @@ def test_similarity_finds_a_copied_head():
         layer._probe = None
 
     batches = [(x[:5], padding[:5]), (x[5:], padding[5:])]
-    found = hw.head_similarity(model, batches, lambda m, b: m(*b))
+    found = hw.analysis.head_similarity(model, batches, lambda m, b: m(*b))
     real = ~padding
     assert found.tokens == real.sum()
     tokens = [
@@ -154,7 +154,7 @@ def test_similarity_finds_a_copied_head():
     assert found.most_similar(1)[0][:2] == ((first, 0), (first, 2))
     assert found.matrix[0, 2] > 1 - 1e-9
 
-    drawn = hw.head_similarity(model, batches, lambda m, b: m(*b), max_tokens=20, seed=1)
+    drawn = hw.analysis.head_similarity(model, batches, lambda m, b: m(*b), max_tokens=20, seed=1)
     assert drawn.tokens == 20 and drawn.matrix[0, 2] > 1 - 1e-9
     assert not torch.equal(drawn.matrix, found.matrix)
 
@@ -176,15 +176,15 @@ def test_the_draw_of_tokens_is_uniform():
 def test_similarity_refusals():
     model = hw.convert(Encoder())
     with pytest.raises(ValueError, match="batches must have at least two tokens, got 1"):
-        hw.head_similarity(model, [torch.randn(1, 1, 16)], lambda m, b: m(b))
+        hw.analysis.head_similarity(model, [torch.randn(1, 1, 16)], lambda m, b: m(b))
     with pytest.raises(ValueError, match="batches must have at least two tokens, got 0"):
-        hw.head_similarity(model, [], lambda m, b: m(b))
+        hw.analysis.head_similarity(model, [], lambda m, b: m(b))
     with pytest.raises(ValueError, match="forward_fn must run model"):
-        hw.head_similarity(model, [torch.randn(1, 3, 16)], lambda m, b: b)
+        hw.analysis.head_similarity(model, [torch.randn(1, 3, 16)], lambda m, b: b)
     with pytest.raises(ValueError, match="max_tokens must be at least 2, got 1"):
-        hw.head_similarity(model, [], lambda m, b: m(b), max_tokens=1)
+        hw.analysis.head_similarity(model, [], lambda m, b: m(b), max_tokens=1)
     with pytest.raises(ValueError, match="must see the same tokens to be compared, got 3 in 'one'"):
-        hw.head_similarity(hw.convert(Two()), [torch.randn(1, 4, 16)], lambda m, b: m(b))
+        hw.analysis.head_similarity(hw.convert(Two()), [torch.randn(1, 4, 16)], lambda m, b: m(b))
 
 
 class Two(nn.Module):
@@ -208,22 +208,22 @@ def test_agreement_of_scores():
     one = scores("michel", [0.1, 0.9, 0.3], [0.2, 0.8])
     same = scores("michel", [1.0, 9.0, 3.0], [2.0, 8.0])
     other = scores("entropy", [0.9, 0.1, 0.7], [0.8, 0.2])
-    found = hw.score_agreement({"seed 0": one, "seed 1": same, "entropy": other})
+    found = hw.analysis.score_agreement({"seed 0": one, "seed 1": same, "entropy": other})
     assert found.labels == ["seed 0", "seed 1", "entropy"]
     torch.testing.assert_close(found.value[0], torch.tensor([1.0, 1.0, -1.0]).double())
     assert "1.00 [1.00, 1.00]" in found.table() and "-1.00 [-1.00, -1.00]" in found.table()
     # Swapping neighbours in a ranking of five: rho = 1 - 6 * 2 / (5 * 24), tau = 1 - 2 / 10.
     swapped = scores("michel", [0.2, 0.9, 0.3], [0.1, 0.8])
     for method, value in (("spearman", 0.9), ("kendall", 0.8)):
-        found = hw.score_agreement({"a": one, "b": swapped}, method)
+        found = hw.analysis.score_agreement({"a": one, "b": swapped}, method)
         assert found.value[0, 1].item() == pytest.approx(value)
         assert found.low[0, 1] <= value <= found.high[0, 1] + 1e-12
     with pytest.raises(ValueError, match="scores must be at least two, got 1"):
-        hw.score_agreement({"a": one})
+        hw.analysis.score_agreement({"a": one})
     with pytest.raises(ValueError, match="scores must be of the same heads, got others in 'b'"):
-        hw.score_agreement({"a": one, "b": scores("michel", [0.1, 0.2], [0.3])})
+        hw.analysis.score_agreement({"a": one, "b": scores("michel", [0.1, 0.2], [0.3])})
     with pytest.raises(ValueError, match="method must be 'spearman' or 'kendall', got 'pearson'"):
-        hw.score_agreement({"a": one, "b": same}, "pearson")
+        hw.analysis.score_agreement({"a": one, "b": same}, "pearson")
 
 
 def test_alpha_is_the_best_on_held_out_data():
@@ -235,7 +235,7 @@ def test_alpha_is_the_best_on_held_out_data():
         tried.append(plan.layers[0].heads)
         return -len(set(plan.layers[0].heads) - {1, 2})
 
-    found = hw.select_alpha(importance, entropy, evaluate, keep=0.5)
+    found = hw.pruning.select_alpha(importance, entropy, evaluate, keep=0.5)
     # alpha * importance + (1 - alpha) * (1 - entropy), by hand: 0 gives [2, 1], 1 gives [0, 1].
     expected = {}
     for step in range(11):
@@ -253,18 +253,18 @@ def test_alpha_is_the_best_on_held_out_data():
     for heads, alpha, metric in (([0, 1], 1.0, importance), ([1, 2], 0.0, entropy)):
         wanted = set(hw.plan(metric, 0.5).layers[0].heads)
         assert wanted == set(heads)
-        ends = hw.select_alpha(
+        ends = hw.pruning.select_alpha(
             importance, entropy, lambda plan, w=wanted: w == set(plan.layers[0].heads), keep=0.5
         )
         assert ends.values[alpha] == 1.0
     assert len(tried) == len({tuple(heads) for heads in tried})  # each plan once
     torch.testing.assert_close(
         found.scores.values["layer.0"],
-        hw.hies(importance, entropy, found.alpha).values["layer.0"],
+        hw.pruning.hies(importance, entropy, found.alpha).values["layer.0"],
     )
     with pytest.raises(ValueError, match="alphas must not be empty"):
-        hw.select_alpha(importance, entropy, evaluate, alphas=[])
+        hw.pruning.select_alpha(importance, entropy, evaluate, alphas=[])
     with pytest.raises(ValueError, match=r"alpha must be in \[0, 1\], got 2"):
-        hw.select_alpha(importance, entropy, evaluate, alphas=[2.0])
+        hw.pruning.select_alpha(importance, entropy, evaluate, alphas=[2.0])
     with pytest.raises(ValueError, match="evaluate must give a number, got NaN for alpha=0.5"):
-        hw.select_alpha(importance, entropy, lambda plan: float("nan"), alphas=[0.5])
+        hw.pruning.select_alpha(importance, entropy, lambda plan: float("nan"), alphas=[0.5])

@@ -329,8 +329,8 @@ def test_prune_finds_heads_and_neurons_without_training(tmp_path, tiny_texts, ca
     assert "heads 8 -> " in capsys.readouterr().out
     result = json.loads((tmp_path / "prune.json").read_text())
     assert result["report"]["macs"] <= 0.6
-    plan = hw.StructurePlan.load(tmp_path / "small" / "plan.json")
-    small = hw.structure(hw.load(tmp_path / "small"))
+    plan = hw.pruning.StructurePlan.load(tmp_path / "small" / "plan.json")
+    small = hw.pruning.structure(hw.load(tmp_path / "small"))
     assert sum(small.neurons.values()) == plan.neurons_kept < 128
     # The plan that was written can be given in its turn.
     again = ["--model", model, "--plan", tmp_path / "small" / "plan.json", "--out", tmp_path / "b"]

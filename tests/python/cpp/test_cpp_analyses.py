@@ -71,7 +71,7 @@ def problem(tmp_path_factory):
         },
         str(folder / "data.safetensors"),
     )
-    cofi = hw.CoFi(Model().eval(), target=0.375, hidden=False)
+    cofi = hw.pruning.CoFi(Model().eval(), target=0.375, hidden=False)
     with torch.no_grad():
         for parameter in cofi.mask_parameters():
             parameter.normal_(0.0, 1.5)
@@ -120,8 +120,8 @@ def test_scores(problem, absolute):
 def test_ablations(problem):
     models, batches, _, found, _ = problem
     for made, expected in (
-        (found["ablation"], hw.ablate_heads(models["plain"], batches, losses)),
-        (found["one"], hw.keep_one_head(models["plain"], batches, losses, resamples=50)),
+        (found["ablation"], hw.analysis.ablate_heads(models["plain"], batches, losses)),
+        (found["one"], hw.analysis.keep_one_head(models["plain"], batches, losses, resamples=50)),
     ):
         assert made["metric"] == expected.scores.metric
         close(made["scores"], expected.scores.values)
@@ -139,13 +139,15 @@ def test_ablations(problem):
 )
 def test_pruning_paths(problem, name, keep, options):
     models, batches, _, found, _ = problem
-    expected = hw.pruning_path(models["plain"], batches, losses, keep, **options)
+    expected = hw.pruning.pruning_path(models["plain"], batches, losses, keep, **options)
     assert found[name] == [json.loads(plan.to_json()) for plan in expected]
 
 
 def test_kwon(problem):
     models, batches, _, found, _ = problem
-    expected = hw.kwon_prune(models["plain"], batches, losses, macs=0.5, ffn=False, tune=False)
+    expected = hw.pruning.kwon_prune(
+        models["plain"], batches, losses, macs=0.5, ffn=False, tune=False
+    )
     assert found["kwon"]["layers"] == json.loads(expected.plan.heads.to_json())["layers"]
 
 
@@ -161,7 +163,7 @@ def test_calibration(problem):
 
 def test_confidence_policy(problem):
     models, batches, _, found, _ = problem
-    policy = hw.ConfidencePolicy(models["gated"], factors=(0.4, 1.0, 1.7))
+    policy = hw.analysis.ConfidencePolicy(models["gated"], factors=(0.4, 1.0, 1.7))
     inputs = [batch[:2] for batch in batches]
     made = found["policy"]
     assert made["fit"] == pytest.approx(min(policy.fit(inputs, 5.0), 1e300))
@@ -179,7 +181,7 @@ def test_confidence_policy(problem):
 
 def test_cofi(problem):
     models, batches, state, found, tensors = problem
-    cofi = hw.CoFi(copy.deepcopy(models["plain"]), target=0.375, hidden=False)
+    cofi = hw.pruning.CoFi(copy.deepcopy(models["plain"]), target=0.375, hidden=False)
     with torch.no_grad():
         for name, tensor in cofi.state_dict().items():
             if name in state:

@@ -12,7 +12,13 @@ import pytest
 import torch
 from headwise.apps.cli import main
 from headwise.apps.tasks.models import load_tokenizer, load_trained
-from headwise.explain import annotate_texts
+from headwise.explain import (
+    AlignedPair,
+    Sentence,
+    annotate_texts,
+    parse_with_spacy,
+    read_alignments,
+)
 from headwise.explain.faithfulness import measure_faithfulness
 from headwise.explain.noise import NOISES
 from headwise.explain.role_use import role_use
@@ -220,11 +226,11 @@ def test_alignments_from_a_file(command, tmp_path):
     roles = json.loads(use.read_text())["roles"]
     trials = {q["detail"]: q["trials"] for q in roles["questions"] if q["role"] == "alignment"}
     assert set(trials) == {"1 to 2", "2 to 1"} and trials["1 to 2"] == trials["2 to 1"] > 30
-    pairs = hw.read_alignments(path)
-    assert pairs[0] == hw.AlignedPair(
+    pairs = read_alignments(path)
+    assert pairs[0] == AlignedPair(
         ("a", "good", "film"), ("film", "a", "good"), ((0, 1), (1, 2), (2, 0))
     )
-    assert len(pairs) == 30 and len(hw.read_alignments(path, limit=4)) == 4
+    assert len(pairs) == 30 and len(read_alignments(path, limit=4)) == 4
 
 
 @pytest.mark.parametrize(
@@ -244,7 +250,7 @@ def test_alignments_that_cannot_be_read(content, sentence, tmp_path):
     path = tmp_path / "pairs.txt"
     path.write_text(content)
     with pytest.raises(ValueError) as failed:
-        hw.read_alignments(path)
+        read_alignments(path)
     assert str(failed.value) == sentence.format(path=path)
 
 
@@ -261,7 +267,7 @@ def test_one_aligned_pair_is_not_enough_for_two_halves(command, tmp_path, capsys
 
 def test_aligned_pairs_become_batches(gated):
     tokenizer = load_tokenizer(gated)
-    pair = hw.AlignedPair(("a", "xfilmx", "good"), ("good", "film"), ((2, 0), (0, 1)))
+    pair = AlignedPair(("a", "xfilmx", "good"), ("good", "film"), ((2, 0), (0, 1)))
     (batch,) = annotate_texts([pair], tokenizer)
     tokens = tokenizer.convert_ids_to_tokens(batch.ids[0].tolist())
     places = [place for place, token in enumerate(tokens) if token == "[SEP]"]
@@ -300,7 +306,7 @@ def test_heads_that_stand_in_for_each_other_by_joint_ablation(gated, tmp_path):
     batch = tokenizer(texts, padding=True, return_tensors="pt")
     with torch.no_grad():
         classes = model(**batch).logits.argmax(1)
-    known = hw.head_interactions(
+    known = hw.analysis.head_interactions(
         model, [batch],
         lambda m, b: torch.nn.functional.cross_entropy(m(**b).logits, classes, reduction="none"),
         [tuple((names[s], h) for s, h in (row["first"], row["second"])) for row in joint["pairs"]],
@@ -373,8 +379,8 @@ def fake_spacy(known):
 
 def test_syntax_from_spacy_where_it_is_installed(command, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "spacy", fake_spacy("known"))
-    sentences = hw.parse_with_spacy(["a film", "word"], "known")
-    assert sentences == [hw.Sentence(("a", "film"), ((0, 1, "det"),))]
+    sentences = parse_with_spacy(["a film", "word"], "known")
+    assert sentences == [Sentence(("a", "film"), ((0, 1, "det"),))]
     path = tmp_path / "use.json"
     assert main([*command, "--spacy", "known", "--json", str(path)]) == 0
     roles = json.loads(path.read_text())["roles"]
@@ -394,7 +400,7 @@ def test_spacy_itself(gated):
     names = spacy.util.get_installed_models()
     if not names:
         pytest.skip("no pipeline of spaCy is installed")
-    (sentence,) = hw.parse_with_spacy(["The old man saw a dog."], names[0])
+    (sentence,) = parse_with_spacy(["The old man saw a dog."], names[0])
     assert sentence.words == ("The", "old", "man", "saw", "a", "dog", ".")
     assert (0, 2, "det") in sentence.dependencies
 

@@ -6,7 +6,7 @@ import math
 import headwise as hw
 import pytest
 import torch
-from headwise.explain.annotated import annotate_texts
+from headwise.explain import AnnotatedBatch, RoleThresholds, Sentence, annotate_texts, read_conllu
 from headwise.explain.questions import Questionnaire, fixed_offset_peaks
 from support.explain_documents import CONLLU
 from torch import Tensor, nn
@@ -81,7 +81,7 @@ def planted_batches(count=4, size=20, seed=0):
             ids[row, end], ids[row, end + 1 :] = SEP, PAD
             valid[row, end + 1 :] = False
         batches.append(
-            hw.AnnotatedBatch(
+            AnnotatedBatch(
                 inputs={"input_ids": ids, "attention_mask": valid.long()},
                 valid=valid,
                 special=(ids == CLS) | (ids == SEP) | (ids == PAD),
@@ -179,14 +179,14 @@ def test_thresholds_decide():
     batches = planted_batches()
     model = Planted([looking(-1)])
     assert "offset -1" in roles_of(hw.head_roles(model, batches, resamples=10))[0]
-    few = hw.RoleThresholds(least_trials=10**6)
+    few = RoleThresholds(least_trials=10**6)
     document = hw.head_roles(model, batches, thresholds=few, resamples=10)
     assert roles_of(document) == [{"narrow"}]
     assert document["thresholds"]["least_trials"] == 10**6
-    everything = hw.RoleThresholds(broad=0.0)
+    everything = RoleThresholds(broad=0.0)
     assert "broad" in roles_of(hw.head_roles(model, batches, thresholds=everything))[0]
     with pytest.raises(ValueError, match="offset must be between 0 and 1, got 1.2"):
-        hw.RoleThresholds(offset=1.2)
+        RoleThresholds(offset=1.2)
 
 
 def test_syntactic_heads_beat_the_best_fixed_offset():
@@ -203,7 +203,7 @@ def test_syntactic_heads_beat_the_best_fixed_offset():
             links.append([(verb + distance - 1, verb - 1, "obj")])  # words leave out CLS
             target[(number, row)] = (verb, verb + distance)
         batches.append(
-            hw.AnnotatedBatch(
+            AnnotatedBatch(
                 inputs={"input_ids": ids, "attention_mask": torch.ones_like(ids)},
                 valid=torch.ones_like(ids, dtype=torch.bool),
                 special=(ids == CLS) | (ids == SEP),
@@ -250,7 +250,7 @@ def test_two_dimensional_offsets_of_images():
     length = rows * columns + 1
     special = torch.zeros(6, length, dtype=torch.bool)
     special[:, 0] = True
-    batch = hw.AnnotatedBatch(
+    batch = AnnotatedBatch(
         inputs=torch.zeros(6, length, 8),
         valid=torch.ones(6, length, dtype=torch.bool),
         special=special,
@@ -272,7 +272,7 @@ def test_alignment_of_two_sides():
             pairs.append([(1 + i, 7 + int(j)) for i, j in enumerate(shuffled)])
             order[(number, row)] = pairs[-1]
         batches.append(
-            hw.AnnotatedBatch(
+            AnnotatedBatch(
                 inputs={
                     "input_ids": torch.full((10, 12), 4 + number),
                     "attention_mask": torch.ones(10, 12, dtype=torch.long),
@@ -399,7 +399,7 @@ def test_annotation_of_texts(tiny_model):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    sentence = hw.Sentence(("the", "film", "is", "good"), ((0, 1, "det"), (3, 1, "amod")))
+    sentence = Sentence(("the", "film", "is", "good"), ((0, 1, "det"), (3, 1, "amod")))
     (batch,) = annotate_texts(["a good film", sentence], tokenizer)
     assert batch.valid.sum(1).tolist() == [5, 6]
     assert batch.content.sum(1).tolist() == [3, 4]
@@ -419,11 +419,11 @@ def test_annotation_of_texts(tiny_model):
 def test_conllu(tmp_path):
     path = tmp_path / "some.conllu"
     path.write_text(CONLLU)
-    first, second = hw.read_conllu(path)
+    first, second = read_conllu(path)
     assert first.words == ("The", "film", "is", "good")
     assert first.dependencies == ((0, 1, "det"), (1, 3, "nsubj"), (2, 3, "cop"))
-    assert second == hw.Sentence(("Fine",))
-    assert hw.read_conllu(path, limit=1) == [first]
+    assert second == Sentence(("Fine",))
+    assert read_conllu(path, limit=1) == [first]
     for text, message in (
         ("1\tThe\n", "line 1 of .* is not CoNLL-U: it has 2 columns, not 10"),
         (
@@ -435,21 +435,21 @@ def test_conllu(tmp_path):
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
-            hw.read_conllu(path)
+            read_conllu(path)
 
 
 def test_refusals():
     valid = torch.ones(2, 3, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"valid must be boolean \[B, L\]"):
-        hw.AnnotatedBatch(inputs=None, valid=valid.long())
+        AnnotatedBatch(inputs=None, valid=valid.long())
     with pytest.raises(ValueError, match=r"ids must have the shape of valid, \[2, 3\], got \[2\]"):
-        hw.AnnotatedBatch(inputs=None, valid=valid, ids=torch.zeros(2))
+        AnnotatedBatch(inputs=None, valid=valid, ids=torch.zeros(2))
     with pytest.raises(ValueError, match="dependencies must be one a sequence, 2, got 1"):
-        hw.AnnotatedBatch(inputs=None, valid=valid, dependencies=[()])
+        AnnotatedBatch(inputs=None, valid=valid, dependencies=[()])
     with pytest.raises(ValueError, match="at least two inputs"):
         hw.head_roles(Planted([everywhere]), [])
     batches = planted_batches(1)
-    cut = [hw.AnnotatedBatch(inputs=b.inputs, valid=b.valid[:, :5]) for b in batches]
+    cut = [AnnotatedBatch(inputs=b.inputs, valid=b.valid[:, :5]) for b in batches]
     with pytest.raises(ValueError, match="roles need self-attention over the 5 tokens"):
         hw.head_roles(Planted([everywhere]), cut)
 

@@ -42,7 +42,7 @@ def test_selections_are_whole_and_finite_all_along_annealing(
 ):
     config = gate.config()
     config.get("gate", config)["execution"] = execution
-    bound, x, padding = random_gate(hw.gate_from_config(config), seed, scale, dtype)
+    bound, x, padding = random_gate(hw.gates.gate_from_config(config), seed, scale, dtype)
     for training in (True, False):
         hw.anneal(bound.train(training), progress)
         selection = bound(x, padding)

@@ -23,7 +23,7 @@ def test_selections_are_consistent(gate, progress, training):
     for execution in ("all", "selected"):
         config = gate.config()
         config.get("gate", config)["execution"] = execution
-        bound = lively(hw.gate_from_config(config)).train(training)
+        bound = lively(hw.gates.gate_from_config(config)).train(training)
         hw.anneal(bound, progress)
         assert_consistent(bound(x), 5)
 
@@ -31,11 +31,11 @@ def test_selections_are_consistent(gate, progress, training):
 @pytest.mark.parametrize("gate", EVERY_GATE, ids=lambda gate: type(gate).__name__)
 def test_config_round_trip(gate):
     config = json.loads(json.dumps(gate.config()))
-    assert hw.gate_from_config(config).config() == gate.config()
+    assert hw.gates.gate_from_config(config).config() == gate.config()
     with pytest.raises(ValueError, match=f"{config['type']} has no option 'colour'"):
-        hw.gate_from_config({**config, "colour": 1})
+        hw.gates.gate_from_config({**config, "colour": 1})
     with pytest.raises(ValueError, match="gate type must be one of BudgetGate, FixedGate"):
-        hw.gate_from_config({"type": "OtherGate"})
+        hw.gates.gate_from_config({"type": "OtherGate"})
 
 
 @settings(max_examples=30, deadline=None)

@@ -67,7 +67,7 @@ def test_without_scores_nothing_moves_and_that_is_said():
         gate(torch.randn(2, 3, D)).weight.sum().mul(float("nan")).backward()
     with pytest.warns(UserWarning, match="has a score, so none moves: no finite gradient has re"):
         gates[0](torch.randn(2, 3, D))
-    assert awake(gates) == list(range(8)) and hw.head_moves(gates) == []
+    assert awake(gates) == list(range(8)) and hw.gates.head_moves(gates) == []
 
 
 def test_the_planted_heads_stay_awake():
@@ -75,7 +75,7 @@ def test_the_planted_heads_stay_awake():
     gates = linked(keep=3 / 8, every=5, asleep_by=0.5)
     train(gates, lambda step: worth, 60, lambda step: step / 59)
     assert awake(gates) == [0, 3, 6]
-    moves = hw.head_moves(gates)
+    moves = hw.gates.head_moves(gates)
     assert len(moves) == 5 and {move["event"] for move in moves} == {"sleeps"}
     assert [move["step"] for move in moves] == sorted(move["step"] for move in moves)
     assert {(move["layer"], move["head"]) for move in moves} == {
@@ -90,7 +90,7 @@ def test_a_head_wakes_when_its_score_recovers_and_moves_to_another_layer():
     gates = linked(keep=0.25, every=5, asleep_by=0.0, decay=0.5, settled_from=1.0)
     train(gates, lambda step: before if step < 30 else after, 80, lambda step: 0.5)
     assert awake(gates) == [0, 6]
-    last = hw.head_moves(gates)[-2:]
+    last = hw.gates.head_moves(gates)[-2:]
     assert [(m["layer"], m["head"], m["event"]) for m in last] == [
         ("0", 1, "sleeps"), ("1", 2, "wakes")
     ]  # fmt: skip
@@ -108,7 +108,7 @@ def test_margin_keeps_near_ties_still():
 def test_nothing_moves_once_settled():
     gates = linked(keep=0.25, every=1, asleep_by=0.0, settled_from=0.5)
     train(gates, lambda step: torch.rand(2 * H), 10, lambda step: 0.6)
-    assert awake(gates) == list(range(2 * H)) and not hw.head_moves(gates)
+    assert awake(gates) == list(range(2 * H)) and not hw.gates.head_moves(gates)
 
 
 def test_selected_execution_probes_the_sleeping():
@@ -131,7 +131,7 @@ def test_in_a_model_copies_and_files_keep_the_state(tmp_path):
     for step in range(12):
         hw.anneal(model, step / 12)
         model(torch.randn(4, 5, D)).square().sum().backward()
-    moves = hw.head_moves(model)
+    moves = hw.gates.head_moves(model)
     assert len(moves) >= 4 and all(move["layer"].startswith("layers.") for move in moves)
     assert all(
         layer.out_proj.weight.grad.isfinite().all() for layer in hw.attention_layers(model).values()
@@ -140,7 +140,7 @@ def test_in_a_model_copies_and_files_keep_the_state(tmp_path):
     hw.save(model, tmp_path / "m")
     loaded = hw.load(tmp_path / "m", model=build())
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), loaded):
-        assert hw.head_moves(other) == moves
+        assert hw.gates.head_moves(other) == moves
     with torch.no_grad():
         torch.testing.assert_close(loaded.eval()(x), model.eval()(x))
 

@@ -627,7 +627,7 @@ def test_scores_plan_and_whole_groups():
     assert all(len(v) == HEADS for s in scores.values() for v in s.values.values())
     entropy = scores["entropy"].values[next(iter(hw.attention_layers(model)))]
     assert (entropy > 0).all() and (entropy < 1).all()
-    groups = hw.head_groups(model)
+    groups = hw.nn.head_groups(model)
     assert list(groups.values()) == [[0, 0, 1, 1]] * 2
     plan = hw.plan(scores["michel"], keep=0.5, groups=groups)
     assert plan.heads_kept == 4 and plan.metric == "michel"
@@ -648,7 +648,7 @@ def test_scores_plan_and_whole_groups():
 def test_pruned_decoders_generate_what_masked_ones_do(prefix, kept, tmp_path):
     model = hw.convert(build(prefix))
     entries = [
-        hw.LayerPlan(name, HEADS, heads, [1.0 + 0.25 * h for h in heads])
+        hw.pruning.LayerPlan(name, HEADS, heads, [1.0 + 0.25 * h for h in heads])
         for (name, _), heads in zip(hw.attention_layers(model).items(), kept, strict=True)
     ]
     plan = hw.HeadPlan(entries)

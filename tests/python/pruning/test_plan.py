@@ -108,9 +108,9 @@ def test_what_plan_refuses():
 
 def example() -> hw.HeadPlan:
     layers = [
-        hw.LayerPlan("a", 4, [0, 3], [1.0, 0.1]),
-        hw.LayerPlan('naïve "b"', 2, []),
-        hw.LayerPlan("c", 12, range(12)),
+        hw.pruning.LayerPlan("a", 4, [0, 3], [1.0, 0.1]),
+        hw.pruning.LayerPlan('naïve "b"', 2, []),
+        hw.pruning.LayerPlan("c", 12, range(12)),
     ]
     return hw.HeadPlan(layers, metric="michel", metadata={"keep": 0.5, "nested": {"a": [1, None]}})
 
@@ -199,7 +199,7 @@ def test_what_is_no_plan(content, text):
 
 def test_scale_must_be_finite_and_files_must_exist(tmp_path):
     with pytest.raises(ValueError, match='scale in plan of layer "a" must be finite, got inf'):
-        hw.HeadPlan([hw.LayerPlan("a", 2, [0], [float("inf")])])
+        hw.HeadPlan([hw.pruning.LayerPlan("a", 2, [0], [float("inf")])])
     with pytest.raises(FileNotFoundError):
         hw.HeadPlan.load(tmp_path / "none.json")
     with pytest.raises(FileNotFoundError):
@@ -218,7 +218,7 @@ def test_pruned_projections_compute_what_the_masked_layer_does(packed, heads, dt
     for parameter in mha.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     scale = [0.5 + 0.25 * h for h in heads]
-    layer = hw.LayerPlan("x", H, heads, scale)
+    layer = hw.pruning.LayerPlan("x", H, heads, scale)
     pruned = _C.prune_projections(dict(mha.named_parameters()), layer)
 
     width = D // H
@@ -248,8 +248,8 @@ def test_pruned_projections_compute_what_the_masked_layer_does(packed, heads, dt
 def test_what_pruning_refuses():
     mha = torch.nn.MultiheadAttention(D, H)
     with pytest.raises(ValueError, match='must be those of an attention layer, got "gate.weight"'):
-        _C.prune_projections({"gate.weight": torch.ones(2)}, hw.LayerPlan("x", H, [0]))
+        _C.prune_projections({"gate.weight": torch.ones(2)}, hw.pruning.LayerPlan("x", H, [0]))
     with pytest.raises(ValueError, match="size 0 of in_proj_bias .* of 3 x 4 heads, got 45"):
-        _C.prune_projections({"in_proj_bias": mha.in_proj_bias}, hw.LayerPlan("x", 4, [0]))
+        _C.prune_projections({"in_proj_bias": mha.in_proj_bias}, hw.pruning.LayerPlan("x", 4, [0]))
     with pytest.raises(ValueError, match="out_proj.weight must have at least 2 dimensions, got 1"):
-        _C.prune_projections({"out_proj.weight": torch.ones(H)}, hw.LayerPlan("x", H, [0]))
+        _C.prune_projections({"out_proj.weight": torch.ones(H)}, hw.pruning.LayerPlan("x", H, [0]))

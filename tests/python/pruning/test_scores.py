@@ -144,7 +144,7 @@ def test_entropy_and_confidence_follow_their_definition(model, data):
 def test_hies_combines_scaled_parts(scope):
     importance = hw.HeadScores("michel", {"a": [1.0, 3.0], "b": [2.0, 5.0]})
     entropy = hw.HeadScores("entropy", {"a": [0.2, 0.4], "b": [0.9, 0.7]})
-    made = hw.hies(importance, entropy, alpha=0.25, scope=scope)
+    made = hw.pruning.hies(importance, entropy, alpha=0.25, scope=scope)
     if scope == "layer":
         expected = {"a": [0.75 * 1, 0.25 + 0.0], "b": [0.0, 0.25 + 0.75]}
     else:

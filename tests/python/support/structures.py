@@ -12,7 +12,7 @@ def random_plan(model, seed=0, *, hidden=None, heads=True, neurons=True, blocks=
     """Drops about half of everything, with odd scales: a network that keeps no neuron but its bias,
     a block that is scaled and one that is gone."""
     generator = random.Random(seed)
-    found = hw.structure(model)
+    found = hw.pruning.structure(model)
     if hidden is None:
         hidden = found.hidden_size is not None
 
@@ -26,21 +26,21 @@ def random_plan(model, seed=0, *, hidden=None, heads=True, neurons=True, blocks=
         gone = {generator.choice(list(found.attention))}
         if len(found.ffn) > 1:
             gone.add(list(found.ffn)[-1])
-        scaled = [hw.BlockPlan(name, 0.0) for name in sorted(gone)]
-        scaled += [hw.BlockPlan(name, 1.25) for name in names if name not in gone][:2]
+        scaled = [hw.pruning.BlockPlan(name, 0.0) for name in sorted(gone)]
+        scaled += [hw.pruning.BlockPlan(name, 1.25) for name in names if name not in gone][:2]
     layers, networks = [], []
     if heads:
         for name, count in found.heads.items():
             kept, scale = units(count) if name not in gone else ([], [])
-            layers.append(hw.LayerPlan(name, count, kept, scale))
+            layers.append(hw.pruning.LayerPlan(name, count, kept, scale))
     if neurons:
         for position, (name, count) in enumerate(found.neurons.items()):
             kept, scale = ([], []) if name in gone or position == 0 else units(count)
-            networks.append(hw.FfnPlan(name, count, kept, scale))
+            networks.append(hw.pruning.FfnPlan(name, count, kept, scale))
     dimensions = None
     if hidden:
-        dimensions = hw.HiddenPlan(found.hidden_size, *units(found.hidden_size, least=5))
-    return hw.StructurePlan(hw.HeadPlan(layers), networks, scaled, dimensions)
+        dimensions = hw.pruning.HiddenPlan(found.hidden_size, *units(found.hidden_size, least=5))
+    return hw.pruning.StructurePlan(hw.HeadPlan(layers), networks, scaled, dimensions)
 
 
 def make_plan(model, kept, scaled=True):

@@ -198,7 +198,7 @@ class Layer:
     def drawn_heads(self, count: Tensor) -> hw.Selection:
         """Random heads of the given counts."""
         relevance = torch.rand(self.shape.batch, self.shape.heads, generator=self.generator)
-        index = hw.select_heads(relevance.to(self.device), count)
+        index = hw.gates.select_heads(relevance.to(self.device), count)
         weight = torch.ops.headwise.selection_mask(index, count, self.dtype)  # [B, H]
         return hw.Selection(index, count, weight)
 

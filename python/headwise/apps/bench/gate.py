@@ -34,7 +34,7 @@ def build(name: str, shape: Shape, device, dtype) -> hw.Gate:
     options: dict = {"type": name}
     if name == "HardConcreteGate":
         options["input_dependent"] = True
-    gate = hw.gate_from_config(options)
+    gate = hw.gates.gate_from_config(options)
     return gate.bind(shape.width, shape.heads, device=device, dtype=dtype).eval()
 
 

@@ -78,7 +78,7 @@ def add_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
             type=threshold,
             default=[],
             metavar="NAME=VALUE",
-            help="when a head has a role (see headwise.RoleThresholds)",
+            help="when a head has a role (see headwise.explain.RoleThresholds)",
         ),
     ]
 
@@ -90,6 +90,7 @@ def run(options: argparse.Namespace) -> None:
     from headwise.apps.cli.common import use_device, use_threads, writable_file
     from headwise.apps.compare.store import writable_folder, write_json
     from headwise.apps.tasks.models import load_tokenizer, load_trained
+    from headwise.explain import parse_with_spacy, read_alignments, read_conllu
 
     writable_file(options.json)
     folder = None
@@ -123,11 +124,11 @@ def run(options: argparse.Namespace) -> None:
     try:
         sentences = alignments = None
         if options.alignments is not None:
-            alignments = hw.read_alignments(options.alignments, limit=options.limit)
+            alignments = read_alignments(options.alignments, limit=options.limit)
         elif options.conllu is not None:
-            sentences = hw.read_conllu(options.conllu, limit=options.limit)
+            sentences = read_conllu(options.conllu, limit=options.limit)
         elif options.spacy is not None:
-            sentences = hw.parse_with_spacy(texts, options.spacy)
+            sentences = parse_with_spacy(texts, options.spacy)
         result = hw.explain_data(
             model,
             texts,
@@ -170,9 +171,9 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _thresholds(given: list[tuple[str, float]]):
-    import headwise as hw
+    from headwise.explain import RoleThresholds
 
-    thresholds = hw.RoleThresholds()
+    thresholds = RoleThresholds()
     for name, value in given:
         if not hasattr(thresholds, name) or name == "of":
             names = ", ".join(vars(thresholds))

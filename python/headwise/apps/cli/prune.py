@@ -88,12 +88,12 @@ def run(options: argparse.Namespace) -> None:
         small = None
         if options.method == "kwon":
             texts = labelled_texts(options, model, device)
-            plan, small, report = hw.kwon_prune(
+            plan, small, report = hw.pruning.kwon_prune(
                 model, texts.batches, texts.loss, macs=options.keep, latency=options.latency
             )
         elif plan is None:
             texts = labelled_texts(options, model, device)
-            plan = hw.pruning_path(
+            plan = hw.pruning.pruning_path(
                 model,
                 texts.batches,
                 texts.loss,
@@ -124,7 +124,7 @@ def run(options: argparse.Namespace) -> None:
         "heads_by_layer": {
             name: layer.num_heads for name, layer in hw.attention_layers(small).items()
         },
-        "neurons_by_layer": hw.structure(small).neurons,
+        "neurons_by_layer": hw.pruning.structure(small).neurons,
         "report": report,
     }
     print(
@@ -167,7 +167,7 @@ def _load_plan(path: Path):
     import headwise as hw
 
     try:
-        plan = hw.StructurePlan.load(path)
+        plan = hw.pruning.StructurePlan.load(path)
     except ValueError as error:
         raise UsageError(f"{path} is not a plan: {error}") from None
     alone = not plan.ffn and not plan.blocks and plan.hidden is None

@@ -105,7 +105,7 @@ def _score(options: argparse.Namespace, model, texts: LabelledTexts) -> tuple[di
     details: dict[str, dict] = {}
     for metric in wanted:
         if metric in ("ablation", "all-but-one"):
-            search = hw.ablate_heads if metric == "ablation" else hw.keep_one_head
+            search = hw.analysis.ablate_heads if metric == "ablation" else hw.analysis.keep_one_head
             kept = journal(options, metric)
             found = search(model, texts.batches, texts.loss, seed=options.seed, journal=kept)
             details[metric] = {
@@ -113,14 +113,14 @@ def _score(options: argparse.Namespace, model, texts: LabelledTexts) -> tuple[di
                 "p_value": {name: p.tolist() for name, p in found.p_value.items()},
             }
         elif metric == "lrp":
-            found = hw.head_relevance(model, texts.batches, texts.logits)
+            found = hw.analysis.head_relevance(model, texts.batches, texts.logits)
             details[metric] = {
                 "conservation_error": found.conservation_error,
                 "bias_share": found.bias_share,
             }
         elif metric == "causal":
             kept = journal(options, metric)
-            found = hw.causal_heads(model, texts.batches, texts.loss, journal=kept)
+            found = hw.analysis.causal_heads(model, texts.batches, texts.loss, journal=kept)
             details[metric] = {"roles": found.roles()}
         else:
             continue

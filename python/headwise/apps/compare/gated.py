@@ -63,7 +63,7 @@ def static(
             parameter.requires_grad_(True)
         layers = attention_layers(model)
         values = {name: score(layer.gate).detach().double().cpu() for name, layer in layers.items()}
-        moves = hw.head_moves(model)
+        moves = hw.gates.head_moves(model)
         for layer in layers.values():
             layer.set_gate(None)
         model = hw.prune(model, hw.plan(hw.HeadScores("gates", values), keep=keep))

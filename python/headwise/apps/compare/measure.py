@@ -182,7 +182,7 @@ def macs(config, use: HeadUse, lengths: Tensor, model: nn.Module | None = None) 
     pooled = config.hidden_size
     head = width // config.num_attention_heads
     if model is not None:
-        found = hw.structure(model)
+        found = hw.pruning.structure(model)
         width = next(iter(found.attention.values())).embed_dim
         neurons = sum(found.neurons.values())
     each = [hw._C.head_macs(tokens, width, head) for tokens in n.tolist()]

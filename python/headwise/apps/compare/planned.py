@@ -33,7 +33,7 @@ def michel_plan(bench: Workbench, keep: float) -> hw.HeadPlan:
 def michel_exact_plan(bench: Workbench, keep: float) -> hw.HeadPlan:
     """A tenth of the heads at a time; those that are left are scored anew after each."""
     if ("michel-exact", keep) not in bench.plans:
-        path = hw.pruning_path(
+        path = hw.pruning.pruning_path(
             bench.converted().eval(),
             bench.scoring_batches(),
             bench.losses,
@@ -51,7 +51,7 @@ def hies_plan(bench: Workbench, keep: float) -> hw.HeadPlan:
     if ("hies", keep) in bench.plans:
         return bench.plans["hies", keep]
     scores = bench.scores("per_example")  # importance as the paper has it
-    found = hw.select_alpha(
+    found = hw.pruning.select_alpha(
         scores["michel"],
         scores["entropy"],
         lambda plan: bench.validation_accuracy(hw.prune(bench.converted(), plan)),

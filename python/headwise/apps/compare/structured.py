@@ -30,14 +30,16 @@ _SEARCH = 0.75
 def kwon(bench: Workbench, keep: float, steps: int) -> Outcome:
     """Heads and neurons at ``keep`` of the multiply-accumulates, without training."""
     batches = list(bench.train.take(KWON_EXAMPLES).in_order(32))
-    result = hw.kwon_prune(bench.converted(), batches, bench.losses, macs=keep, progress=False)
+    result = hw.pruning.kwon_prune(
+        bench.converted(), batches, bench.losses, macs=keep, progress=False
+    )
     return Outcome(result.model, 0, {"share_kept": result.report["macs"]})
 
 
 def _fisher(bench: Workbench) -> dict[str, Tensor]:
     """Of every head and neuron of the dense model, once for all budgets."""
     if "fisher" not in bench.plans:
-        bench.plans["fisher"] = hw.fisher_scores(
+        bench.plans["fisher"] = hw.pruning.fisher_scores(
             bench.converted(), bench.scoring_batches(), bench.losses, progress=False
         )
     return bench.plans["fisher"]
@@ -47,7 +49,9 @@ def cofi(bench: Workbench, keep: float, steps: int) -> Outcome:
     """Masks of all five grains, from a ranking of heads and neurons, train down to ``keep`` of the
     weights; what stays trains on."""
     teacher = bench.converted().requires_grad_(False)
-    masked = hw.CoFi(bench.converted(), 1.0 - keep, teacher=teacher, warmup=0.7, init_log_alpha=2.0)
+    masked = hw.pruning.CoFi(
+        bench.converted(), 1.0 - keep, teacher=teacher, warmup=0.7, init_log_alpha=2.0
+    )
     masked.start(_fisher(bench))
     searching = round(_SEARCH * steps)
     batches = bench.batches()
@@ -60,7 +64,7 @@ def cofi(bench: Workbench, keep: float, steps: int) -> Outcome:
     return Outcome(model, steps, {"share_kept": 1.0 - sparsity})
 
 
-def _train(bench: Workbench, cofi: hw.CoFi, batches, searching: int, steps: int) -> None:
+def _train(bench: Workbench, cofi: hw.pruning.CoFi, batches, searching: int, steps: int) -> None:
     """The part of the training in which the masks are decided."""
     options = bench.settings.training
     dtype = precision_of(options.precision, bench.device)

@@ -52,7 +52,7 @@ class CoFi(nn.Module):
         neurons: mask neurons of the feed-forward networks.
         ffn_blocks: mask whole feed-forward networks.
         hidden: mask dimensions of the residual stream; None: where the model has one that
-            :func:`headwise.structure` finds.
+            :func:`headwise.pruning.structure` finds.
         teacher: a model of the same architecture for :meth:`layer_loss`; it is never changed, and
             not part of this module.
         warmup: progress, in [0, 1], at which t has reached ``target``.

@@ -131,7 +131,8 @@ def measure_latency(
     device of the model, and take turns, so that all see the same noise; medians are kept.
 
     Args:
-        model: a converted model with feed-forward networks that :func:`headwise.structure` finds.
+        model: a converted model with feed-forward networks that
+            :func:`headwise.pruning.structure` finds.
         batch_size: sequences of a call.
         length: tokens of a sequence.
         budget_s: seconds to spend, about.

@@ -197,7 +197,7 @@ def test_gate_selection_is_checked():
     from headwise.apps.bench.gate import check
 
     shape = Shape(2, 4, 8, 3)
-    good = hw.select_all(2, 3)
+    good = hw.gates.select_all(2, 3)
     check(good, shape)
     with pytest.raises(CheckFailed, match="not well formed"):
         check(good._replace(index=good.index.flip(1)), shape)

@@ -13,8 +13,10 @@ import pytest
 import torch
 from headwise.apps.pages import documents as documents_module
 from headwise.apps.pages import pack as pack_module
+from headwise.apps.pages import write_page, write_pngs
 from headwise.apps.pages.page import LIMIT, page
 from headwise.apps.pages.words import sentences
+from headwise.explain import Explanation
 from support.browser import browse
 from support.explain_documents import HOSTILE, RESULTS, compared, explanation, hostile, use
 
@@ -97,7 +99,7 @@ def test_the_data_are_the_documents(whole):
     given = explanation()["inputs"]
     assert [one["text"] for one in data["inputs"]] == [one["text"] for one in given]
     for own, other in zip(data["inputs"], given, strict=True):
-        assert own["summary"] == hw.Explanation({"inputs": [other]}).summary()
+        assert own["summary"] == Explanation({"inputs": [other]}).summary()
         for mine, layer in zip(own["layers"], other["layers"], strict=True):
             for head, full in zip(mine["heads"], layer["heads"], strict=True):
                 assert head["effect"] == pytest.approx(full["effect"], rel=1e-3)
@@ -162,15 +164,15 @@ def test_hostile_texts_are_no_markup():
 
 def test_half_a_surrogate_pair_can_be_written(tmp_path):
     document = explanation(["half \ud83d of it"], label="up\udc00")
-    hw.write_page(tmp_path / "page.html", document)
+    write_page(tmp_path / "page.html", document)
     assert "half ? of it" in (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert hw.write_pngs(tmp_path, document, use(["\udc00", "b"]))
+    assert write_pngs(tmp_path, document, use(["\udc00", "b"]))
 
 
 def test_documents_are_sorted_by_what_they_are(tmp_path):
     path = tmp_path / "use.json"
     path.write_text(json.dumps(use()))
-    found = documents_module.sort_documents((compared(), path, hw.Explanation(explanation())))
+    found = documents_module.sort_documents((compared(), path, Explanation(explanation())))
     assert found.explanation["format"] == "headwise.explanation"
     assert found.roles == use()["roles"] and found.compared["findings"]
 
@@ -220,9 +222,7 @@ def test_words_say_what_the_numbers_say():
 
 
 def test_pictures(tmp_path):
-    written = hw.write_pngs(
-        tmp_path / "png", explanation(["$a", "b"]), use(("x_1", "$y")), compared()
-    )
+    written = write_pngs(tmp_path / "png", explanation(["$a", "b"]), use(("x_1", "$y")), compared())
     kinds = ("heads", "attention", "tokens", "effect")
     assert [path.stem for path in written] == [
         *(f"input-{n}-{what}" for n in (1, 2) for what in kinds),
@@ -230,7 +230,7 @@ def test_pictures(tmp_path):
     ]  # fmt: skip
     for path in written:
         assert path.read_bytes().startswith(b"\x89PNG")
-    bare = hw.write_pngs(tmp_path / "bare", explanation(gated=False))
+    bare = write_pngs(tmp_path / "bare", explanation(gated=False))
     assert [path.stem for path in bare] == [
         f"input-{n}-{what}" for n in (1, 2) for what in ("heads", "attention")
     ]

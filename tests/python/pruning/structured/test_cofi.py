@@ -45,10 +45,10 @@ def test_expected_size_is_the_sum_over_all_weights():
 
 def test_size_of_open_masks_is_that_of_the_model():
     model = encoder()
-    cofi = hw.CoFi(model, 0.5)
+    cofi = hw.pruning.CoFi(model, 0.5)
     ones = cofi._each(lambda p, _: torch.ones_like(p))
-    assert float(cofi._size_of(ones)) == hw.structure(model).size
-    assert hw.structure(model).size == 2 * (4 * EMBED**2 + 2 * EMBED * 32)
+    assert float(cofi._size_of(ones)) == hw.pruning.structure(model).size
+    assert hw.pruning.structure(model).size == 2 * (4 * EMBED**2 + 2 * EMBED * 32)
 
 
 def test_probability_of_an_open_mask():
@@ -56,7 +56,7 @@ def test_probability_of_an_open_mask():
     assert ops.hard_concrete_open(logit, BETA, GAMMA, ZETA).item() == pytest.approx(
         1 / (1 + math.exp(-(0.3 + 1.5986))), abs=1e-4
     )
-    cofi = hw.CoFi(encoder(), 0.5)  # logits at 4.605
+    cofi = hw.pruning.CoFi(encoder(), 0.5)  # logits at 4.605
     assert cofi.expected_sparsity().item() == pytest.approx(0.0, abs=0.02)
 
 
@@ -123,7 +123,9 @@ def train(cofi, loss, steps, lr=1e-3):
 def test_training_reaches_the_target_and_compaction_keeps_what_was_computed(target):
     torch.manual_seed(3)
     teacher = encoder()
-    cofi = hw.CoFi(copy.deepcopy(teacher), target, teacher=teacher, init_log_alpha=2.0, warmup=0.7)
+    cofi = hw.pruning.CoFi(
+        copy.deepcopy(teacher), target, teacher=teacher, init_log_alpha=2.0, warmup=0.7
+    )
     x = torch.randn(8, 6, EMBED)
     with torch.no_grad():
         wanted = teacher(x)
@@ -135,7 +137,7 @@ def test_training_reaches_the_target_and_compaction_keeps_what_was_computed(targ
     with torch.no_grad():
         torch.testing.assert_close(small(x), cofi(x), rtol=1e-5, atol=1e-5)
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in teacher.parameters())
-    kept = hw.structure(small).size / hw.structure(teacher).size
+    kept = hw.pruning.structure(small).size / hw.pruning.structure(teacher).size
     assert kept == pytest.approx(1 - plan.metadata["sparsity"])
     masked = hw.mask(copy.deepcopy(teacher), plan)
     assert type(masked(x)) is torch.Tensor
@@ -143,7 +145,7 @@ def test_training_reaches_the_target_and_compaction_keeps_what_was_computed(targ
 
 def test_five_grains_of_bert_are_compacted_and_saved(tmp_path):
     model = classifier()
-    cofi = hw.CoFi(hw.convert(model), 0.7)
+    cofi = hw.pruning.CoFi(hw.convert(model), 0.7)
     torch.manual_seed(1)
     with torch.no_grad():
         for group, logits in cofi.log_alpha.items():
@@ -163,8 +165,10 @@ def test_five_grains_of_bert_are_compacted_and_saved(tmp_path):
     plan = cofi.plan()
     assert plan.metadata["sparsity"] == pytest.approx(0.7, abs=0.01)
     assert plan.hidden is not None and len(plan.hidden.dimensions) < EMBED
-    sizes = hw.structure(small)
-    assert sizes.size == pytest.approx(0.3 * hw.structure(hw.convert(classifier())).size, rel=0.04)
+    sizes = hw.pruning.structure(small)
+    assert sizes.size == pytest.approx(
+        0.3 * hw.pruning.structure(hw.convert(classifier())).size, rel=0.04
+    )
     hw.save(small, tmp_path / "small")
     with torch.no_grad():
         loaded = hw.load(tmp_path / "small")(**inputs).logits
@@ -182,7 +186,7 @@ def test_what_does_nothing_is_pruned():
     teacher = copy.deepcopy(model)
     torch.manual_seed(0)
     grains = {"attention_blocks": False, "ffn_blocks": False, "hidden": False}
-    cofi = hw.CoFi(model, 0.5, init_log_alpha=2.0, warmup=0.7, **grains)
+    cofi = hw.pruning.CoFi(model, 0.5, init_log_alpha=2.0, warmup=0.7, **grains)
     x = torch.randn(32, 6, EMBED)
     with torch.no_grad():
         wanted = teacher(x)
@@ -199,7 +203,7 @@ def test_an_interrupted_training_goes_on_from_its_state():
     x = torch.randn(8, 5, EMBED)
 
     def begin():
-        cofi = hw.CoFi(encoder(), 0.5, teacher=encoder(), init_log_alpha=2.0)
+        cofi = hw.pruning.CoFi(encoder(), 0.5, teacher=encoder(), init_log_alpha=2.0)
         return cofi, torch.optim.Adam(cofi.parameter_groups(1e-3, 0.2))
 
     def steps(cofi, optimiser, which):
@@ -226,7 +230,7 @@ def test_an_interrupted_training_goes_on_from_its_state():
 
 
 def test_a_target_that_the_blocks_leave_out_of_reach_is_told():
-    cofi = hw.CoFi(encoder(), 0.25).eval()
+    cofi = hw.pruning.CoFi(encoder(), 0.25).eval()
     with torch.no_grad():
         cofi.log_alpha["attention"][0].fill_(-4.6)
     share = 4 * EMBED / (4 * EMBED + 2 * 32)  # of attention, which is gone
@@ -237,10 +241,10 @@ def test_a_target_that_the_blocks_leave_out_of_reach_is_told():
 
 
 def test_masks_start_from_a_ranking():
-    cofi = hw.CoFi(encoder(), 0.5, init_log_alpha=1.0)
+    cofi = hw.pruning.CoFi(encoder(), 0.5, init_log_alpha=1.0)
     before = cofi.log_alpha["hidden"][0].clone()
     torch.manual_seed(0)
-    found = hw.structure(cofi.model)
+    found = hw.pruning.structure(cofi.model)
     scores = {name: torch.rand(n) for name, n in {**found.heads, **found.neurons}.items()}
     cofi.start(scores, sharpness=4.0)
     for group, sizes in (("heads", found.heads), ("neurons", found.neurons)):
@@ -264,7 +268,7 @@ def test_masks_start_from_a_ranking():
 
 
 def test_gradients_reach_every_mask():
-    cofi = hw.CoFi(hw.convert(classifier()), 0.5, init_log_alpha=0.0)
+    cofi = hw.pruning.CoFi(hw.convert(classifier()), 0.5, init_log_alpha=0.0)
     torch.manual_seed(0)
     for _ in range(6):  # samples may be 0 or 1, where the gradient is 0
         cofi(**bert_inputs()).logits.square().sum().backward()
@@ -275,7 +279,7 @@ def test_gradients_reach_every_mask():
 
 def test_a_teacher_is_left_alone_and_layers_that_went_are_not_matched():
     teacher = encoder(3)
-    cofi = hw.CoFi(copy.deepcopy(teacher), 0.3, teacher=teacher, init_log_alpha=4.0)
+    cofi = hw.pruning.CoFi(copy.deepcopy(teacher), 0.3, teacher=teacher, init_log_alpha=4.0)
     assert not any(name.startswith("_teacher") for name in cofi.state_dict())
     with pytest.raises(RuntimeError, match="layer_loss needs a teacher and a forward in training"):
         cofi.layer_loss()
@@ -297,25 +301,25 @@ def test_refusals():
     with pytest.raises(
         ValueError, match=r"target=0.99999 cannot be reached: .* nearest is target="
     ):
-        hw.CoFi(encoder(), 0.99999)
+        hw.pruning.CoFi(encoder(), 0.99999)
     heads = {"neurons": False, "ffn_blocks": False, "attention_blocks": False, "hidden": False}
     with pytest.raises(ValueError, match=r"target=0.7 cannot be reached: .* target=0\.5"):
-        hw.CoFi(encoder(), 0.7, **heads)
+        hw.pruning.CoFi(encoder(), 0.7, **heads)
     with pytest.raises(ValueError, match="at least one of the masks must be on"):
-        hw.CoFi(encoder(), 0.1, heads=False, **heads)
+        hw.pruning.CoFi(encoder(), 0.1, heads=False, **heads)
     with pytest.raises(ValueError, match=r"target must be in \[0, 1\), got 1.0"):
-        hw.CoFi(encoder(), 1.0)
+        hw.pruning.CoFi(encoder(), 1.0)
     with pytest.raises(ValueError, match="hidden dimensions of model cannot be pruned: "):
-        hw.CoFi(nn.MultiheadAttention(EMBED, HEADS), 0.1, hidden=True)
+        hw.pruning.CoFi(nn.MultiheadAttention(EMBED, HEADS), 0.1, hidden=True)
     with pytest.raises(ValueError, match="has a RandomGate: take it out first"):
-        hw.CoFi(hw.convert(bert("BertModel"), hw.RandomGate()), 0.1)
+        hw.pruning.CoFi(hw.convert(bert("BertModel"), hw.RandomGate()), 0.1)
     masked = hw.convert(bert("BertModel"))
     hw.mask(masked, random_plan(masked))
     with pytest.raises(ValueError, match="model must not have a structure plan as a mask"):
-        hw.CoFi(masked, 0.1)
+        hw.pruning.CoFi(masked, 0.1)
     with pytest.raises(ValueError, match="teacher has no layer 'layers.2', which model has"):
-        hw.CoFi(encoder(3), 0.1, teacher=encoder(2))
-    cofi = hw.CoFi(encoder(), 0.1)
+        hw.pruning.CoFi(encoder(3), 0.1, teacher=encoder(2))
+    cofi = hw.pruning.CoFi(encoder(), 0.1)
     with pytest.raises(ValueError, match="progress must be between 0 and 1, got 2.0"):
         cofi.anneal(2.0)
     with torch.no_grad():

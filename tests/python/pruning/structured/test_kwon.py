@@ -246,8 +246,8 @@ def test_fisher_information_is_the_sum_of_squared_mask_gradients():
 
 def test_fisher_scores_of_a_model():
     model = planted(hw.convert(classifier()).double())
-    scores = hw.fisher_scores(model, task(), loss_fn)
-    heads, neurons = hw.structure(model).heads, hw.structure(model).neurons
+    scores = hw.pruning.fisher_scores(model, task(), loss_fn)
+    heads, neurons = hw.pruning.structure(model).heads, hw.pruning.structure(model).neurons
     assert {name: len(values) for name, values in scores.items()} == {**heads, **neurons}
     first = scores[next(iter(heads))]
     assert first[1:3].max() < 1e-4 * min(first[0], first[3])
@@ -267,9 +267,9 @@ def test_fisher_scores_of_a_model():
         expected += ((losses[0] - losses[1]) / 0.002) ** 2
     assert first[0].item() == pytest.approx(expected.item(), rel=0.02)
     with pytest.raises(ValueError, match="batches must not be empty"):
-        hw.fisher_scores(model, [], loss_fn)
+        hw.pruning.fisher_scores(model, [], loss_fn)
     with pytest.raises(ValueError, match="scores must not all be 0: the loss does not depend on t"):
-        hw.fisher_scores(model, task(1), lambda m, b: loss_fn(m, b) * 0)
+        hw.pruning.fisher_scores(model, task(1), lambda m, b: loss_fn(m, b) * 0)
 
 
 def task(count=6, classes=3):
@@ -291,13 +291,15 @@ def classifier(**kwargs):
 def test_the_limit_holds_and_the_plan_is_the_model(macs):
     model = classifier()
     before = copy.deepcopy(model.state_dict())
-    result = hw.kwon_prune(model, task(), loss_fn, macs=macs)
+    result = hw.pruning.kwon_prune(model, task(), loss_fn, macs=macs)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert result.report["macs"] <= macs * (1 + 1e-6)
     converted = hw.convert(copy.deepcopy(model))
     tokens = result.report["tokens"]
     assert tokens == pytest.approx(14 / 3)  # of lengths 7, 2 and 5
-    share = hw.structure(result.model).macs(tokens) / hw.structure(converted).macs(tokens)
+    share = hw.pruning.structure(result.model).macs(tokens) / hw.pruning.structure(converted).macs(
+        tokens
+    )
     assert result.report["macs"] == pytest.approx(share)
     batch = task(1)[0]
     masked = hw.mask(copy.deepcopy(converted), result.plan)
@@ -305,7 +307,7 @@ def test_the_limit_holds_and_the_plan_is_the_model(macs):
         torch.testing.assert_close(loss_fn(result.model, batch), loss_fn(masked, batch))
         if macs == 1.0:
             torch.testing.assert_close(loss_fn(result.model, batch), loss_fn(converted, batch))
-    assert hw.StructurePlan.from_json(result.plan.to_json()) == result.plan
+    assert hw.pruning.StructurePlan.from_json(result.plan.to_json()) == result.plan
     assert all(p.requires_grad for p in result.model.parameters())
 
 
@@ -339,7 +341,7 @@ def test_tuning_makes_up_for_what_went():
             for part in layer.in_proj_bias.chunk(3):
                 part[size : 2 * size] = part[:size]
             layer.out_proj.weight[:, size : 2 * size] = layer.out_proj.weight[:, :size]
-    for network in hw.structure(model).ffn.values():
+    for network in hw.pruning.structure(model).ffn.values():
         with torch.no_grad():
             network.first.weight[1], network.first.bias[1] = (
                 network.first.weight[0],
@@ -348,9 +350,14 @@ def test_tuning_makes_up_for_what_went():
             network.second.weight[:, 1] = network.second.weight[:, 0]
     plain = hw.mask(
         copy.deepcopy(model),
-        hw.StructurePlan(
-            hw.HeadPlan([hw.LayerPlan(n, 4, [0, 2, 3]) for n in hw.attention_layers(model)]),
-            [hw.FfnPlan(n, 32, [0, *range(2, 32)]) for n in hw.structure(model).ffn],
+        hw.pruning.StructurePlan(
+            hw.HeadPlan(
+                [hw.pruning.LayerPlan(n, 4, [0, 2, 3]) for n in hw.attention_layers(model)]
+            ),
+            [
+                hw.pruning.FfnPlan(n, 32, [0, *range(2, 32)])
+                for n in hw.pruning.structure(model).ffn
+            ],
         ),
     )
     batches = task(16)
@@ -375,8 +382,8 @@ def test_tuning_makes_up_for_what_went():
 @pytest.mark.parametrize("macs", [0.3, 0.6])
 def test_tuning_is_never_worse_on_what_is_held_out(macs):
     model, batches = classifier(), task(12)
-    plain = hw.kwon_prune(model, batches, loss_fn, macs=macs, tune=False)
-    tuned = hw.kwon_prune(model, batches, loss_fn, macs=macs)
+    plain = hw.pruning.kwon_prune(model, batches, loss_fn, macs=macs, tune=False)
+    tuned = hw.pruning.kwon_prune(model, batches, loss_fn, macs=macs)
     assert all(s == 1.0 for entry in plain.plan.heads.layers for s in entry.scale)
     with torch.no_grad():
         before, after = (
@@ -391,7 +398,7 @@ def test_tuning_is_never_worse_on_what_is_held_out(macs):
     for block in report["tuning"]:
         assert block["error_left"] <= 1.0
         assert (block["damp"] is None) == (block["error_left"] == 1.0)
-    limited = hw.kwon_prune(model, batches, loss_fn, macs=macs, max_scale=0.01)
+    limited = hw.pruning.kwon_prune(model, batches, loss_fn, macs=macs, max_scale=0.01)
     assert limited.report["tuned_blocks"] == 0 and limited.report["tuning_step"] == 0
     assert all(s == 1.0 for entry in limited.plan.heads.layers for s in entry.scale)
 
@@ -402,7 +409,7 @@ def test_sensitivity_is_the_root_mean_square_of_the_gradient(norm_first):
     model = hw.convert(_encoder(norm_first=norm_first)).double()
     model.requires_grad_(False)
     x, c = torch.randn(2, 5, EMBED).double(), torch.randn(EMBED).double()
-    found = hw.structure(model)
+    found = hw.pruning.structure(model)
     last = found.layers[-1]
     if norm_first:
         model.norm = None
@@ -431,7 +438,7 @@ def test_sensitivity_is_the_root_mean_square_of_the_gradient(norm_first):
 
 def test_of_the_last_layer_only_what_the_loss_reads_counts():
     model, batches = hw.convert(classifier()), task(2)
-    last = hw.structure(model).layers[-1].module
+    last = hw.pruning.structure(model).layers[-1].module
     model.requires_grad_(False)
     for batch, read in zip(batches, _read_tokens(model, last, batches, loss_fn), strict=True):
         assert read.shape == batch["input_ids"].shape
@@ -443,7 +450,7 @@ def test_encoders_of_torch(norm_first):
     torch.manual_seed(0)
     model = hw.convert(_encoder(norm_first=norm_first))
     batches = [torch.randn(4, 6, EMBED) for _ in range(6)]
-    result = hw.kwon_prune(
+    result = hw.pruning.kwon_prune(
         model, batches, lambda m, x: m(x).square().mean((1, 2)), macs=0.5, tuning_batches=3
     )
     names = [block["name"] for block in result.report["tuning"]]
@@ -462,17 +469,17 @@ def planted(model):
     size = EMBED // HEADS
     with torch.no_grad():
         layers[0].out_proj.weight[:, size : 3 * size] *= 1e-3
-        second = list(hw.structure(model).ffn.values())[1].second
+        second = list(hw.pruning.structure(model).ffn.values())[1].second
         second.weight[:, ::2] *= 1e-3
     return model
 
 
 def test_what_does_nothing_goes_first():
     model = planted(hw.convert(classifier()))
-    found = hw.structure(model)
+    found = hw.pruning.structure(model)
     tokens, head = 14 / 3, EMBED // HEADS
     nothing = 2 * _C.head_macs(tokens, EMBED, head) + 16 * _C.neuron_macs(tokens, EMBED)
-    result = hw.kwon_prune(
+    result = hw.pruning.kwon_prune(
         model, task(), loss_fn, macs=1 - nothing / found.macs(tokens) + 1e-9, tune=False
     )
     first, second = result.plan.heads.layers
@@ -488,17 +495,17 @@ def test_what_does_nothing_goes_first():
 
 def test_heads_alone_and_neurons_alone():
     model = classifier()
-    heads = hw.kwon_prune(model, task(), loss_fn, macs=0.8, ffn=False)
+    heads = hw.pruning.kwon_prune(model, task(), loss_fn, macs=0.8, ffn=False)
     assert heads.plan.ffn == [] and heads.report["macs"] <= 0.8
-    neurons = hw.kwon_prune(model, task(), loss_fn, macs=0.8, heads=False, tokens=5.0)
+    neurons = hw.pruning.kwon_prune(model, task(), loss_fn, macs=0.8, heads=False, tokens=5.0)
     assert neurons.plan.heads.layers == [] and neurons.report["macs"] <= 0.8
     with pytest.raises(ValueError, match=r"macs=0.05 cannot be reached: .* nearest is macs=0\.\d"):
-        hw.kwon_prune(model, task(), loss_fn, macs=0.05, ffn=False)
+        hw.pruning.kwon_prune(model, task(), loss_fn, macs=0.05, ffn=False)
 
 
 def test_a_limit_on_time(tmp_path):
     model = hw.convert(classifier())
-    table = hw.LatencyTable(
+    table = hw.pruning.LatencyTable(
         batch_size=8,
         length=7,
         heads=(1, 2, 3, 4),
@@ -509,31 +516,31 @@ def test_a_limit_on_time(tmp_path):
         device="cpu",
     )
     assert table.head_fit.threshold == 2 and table.neuron_fit.slope == pytest.approx(1 / 8)
-    result = hw.kwon_prune(model, task(), loss_fn, latency=0.5, latency_table=table)
+    result = hw.pruning.kwon_prune(model, task(), loss_fn, latency=0.5, latency_table=table)
     spent = sum(table.head_fit.seconds(len(e.heads)) for e in result.plan.heads.layers)
     spent += sum(table.neuron_fit.seconds(len(e.neurons)) for e in result.plan.ffn)
     assert spent <= 0.5 * 12 + 1e-9 and result.report["latency"] == pytest.approx(spent / 12)
     assert all(len(entry.heads) >= 2 for entry in result.plan.heads.layers)
-    assert hw.LatencyTable.from_dict(result.plan.metadata["latency_table"]) == table
+    assert hw.pruning.LatencyTable.from_dict(result.plan.metadata["latency_table"]) == table
     with pytest.raises(
         ValueError, match="latency=0.1 cannot be reached: .* the nearest is latency="
     ):
-        hw.kwon_prune(model, task(), loss_fn, latency=0.1, latency_table=table)
+        hw.pruning.kwon_prune(model, task(), loss_fn, latency=0.1, latency_table=table)
     table.save(tmp_path / "table.json")
-    assert hw.LatencyTable.load(tmp_path / "table.json") == table
+    assert hw.pruning.LatencyTable.load(tmp_path / "table.json") == table
     document = {**json.loads((tmp_path / "table.json").read_text()), "head": 1}
     with pytest.raises(ValueError, match="latency table has an unknown key 'head'"):
-        hw.LatencyTable.from_dict(document)
+        hw.pruning.LatencyTable.from_dict(document)
     older = {k: v for k, v in table.to_dict().items() if k not in ("embed_dim", "head_dim")}
-    assert hw.LatencyTable.from_dict(older) == table
+    assert hw.pruning.LatencyTable.from_dict(older) == table
     del older["threads"]
     with pytest.raises(ValueError, match="latency table lacks the key 'threads'"):
-        hw.LatencyTable.from_dict(older)
+        hw.pruning.LatencyTable.from_dict(older)
 
 
 def test_a_latency_table_of_another_model_is_refused():
     model = hw.convert(classifier())
-    table = hw.measure_latency(model, batch_size=2, length=5, budget_s=0.01)
+    table = hw.pruning.measure_latency(model, batch_size=2, length=5, budget_s=0.01)
     assert (table.embed_dim, table.head_dim) == (EMBED, EMBED // HEADS)
     changes = [
         ({"embed_dim": 99}, f"got one of embed_dim=99, and layer '.*' has {EMBED}: measure it on"),
@@ -542,17 +549,19 @@ def test_a_latency_table_of_another_model_is_refused():
     ]
     for change, text in changes:
         with pytest.raises(ValueError, match=text):
-            hw.kwon_prune(
+            hw.pruning.kwon_prune(
                 model, task(), loss_fn, latency=0.5, latency_table=replace(table, **change)
             )
 
 
 def test_times_are_measured():
-    table = hw.measure_latency(hw.convert(bert("BertModel")), batch_size=2, length=5, budget_s=0.02)
+    table = hw.pruning.measure_latency(
+        hw.convert(bert("BertModel")), batch_size=2, length=5, budget_s=0.02
+    )
     assert table.heads == (1, 2, 3, 4) and table.neurons[-1] == 32
     assert len(table.head_seconds) == 4 and min(table.neuron_seconds) > 0
     with pytest.raises(ValueError, match="batch_size, length and budget_s must be positive, got 0"):
-        hw.measure_latency(hw.convert(bert("BertModel")), batch_size=0)
+        hw.pruning.measure_latency(hw.convert(bert("BertModel")), batch_size=0)
 
 
 @pytest.mark.parametrize(
@@ -575,20 +584,20 @@ def test_times_are_measured():
 )
 def test_refusals(options, loss, text):
     with pytest.raises(ValueError, match=text):
-        hw.kwon_prune(classifier(), task(2), loss, **options)
+        hw.pruning.kwon_prune(classifier(), task(2), loss, **options)
 
 
 def test_models_and_data_that_cannot_be_used():
     with pytest.raises(
         ValueError, match="batches must not be empty: there is nothing to calibrate"
     ):
-        hw.kwon_prune(classifier(), [], loss_fn, macs=0.5)
+        hw.pruning.kwon_prune(classifier(), [], loss_fn, macs=0.5)
     gated = hw.convert(classifier(), hw.RandomGate())
     with pytest.raises(ValueError, match="has a RandomGate: take it out first"):
-        hw.kwon_prune(gated, task(1), loss_fn, macs=0.5)
+        hw.pruning.kwon_prune(gated, task(1), loss_fn, macs=0.5)
     with pytest.raises(ValueError, match="has no known feed-forward networks to prune"):
         alone = nn.MultiheadAttention(EMBED, HEADS, batch_first=True)
-        hw.kwon_prune(alone, [torch.randn(2, 3, EMBED)], loss_fn, macs=0.5, heads=False)
+        hw.pruning.kwon_prune(alone, [torch.randn(2, 3, EMBED)], loss_fn, macs=0.5, heads=False)
 
 
 def test_an_interrupted_run_leaves_the_model_alone():
@@ -601,7 +610,7 @@ def test_an_interrupted_run_leaves_the_model_alone():
         return loss_fn(m, batch)
 
     with pytest.raises(KeyboardInterrupt):
-        hw.kwon_prune(model, task(), interrupted, macs=0.5)
+        hw.pruning.kwon_prune(model, task(), interrupted, macs=0.5)
     assert all(layer.gate is None for layer in hw.attention_layers(model).values())
     assert all(p.requires_grad for p in model.parameters())
     inputs = bert_inputs()

@@ -32,7 +32,7 @@ def build(name):
 
 
 def test_what_a_model_has():
-    found = hw.structure(hw.convert(bert("BertModel")))
+    found = hw.pruning.structure(hw.convert(bert("BertModel")))
     first = "encoder.layer.0"
     assert list(found.heads.values()) == [HEADS, HEADS]
     assert next(iter(found.neurons)) == f"{first}.intermediate.dense"
@@ -57,10 +57,10 @@ def test_what_a_model_has():
 )
 def test_models_without_a_stream_say_why(name, neurons, why):
     _, model = build(name)
-    found = hw.structure(model)
+    found = hw.pruning.structure(model)
     assert len(found.ffn) == neurons and found.hidden_size is None
     assert found.no_stream.startswith(why)
-    plan = hw.StructurePlan(hw.HeadPlan([]), hidden=hw.HiddenPlan(EMBED, [0]))
+    plan = hw.pruning.StructurePlan(hw.HeadPlan([]), hidden=hw.pruning.HiddenPlan(EMBED, [0]))
     with pytest.raises(ValueError, match="hidden dimensions of model cannot be pruned: '"):
         hw.prune(model, plan)
 
@@ -155,11 +155,13 @@ def test_masks_are_the_plain_products(seed):
 
 def test_a_bias_outlives_its_neurons_but_not_its_block():
     model = hw.convert(bert("BertModel"))
-    ffn, other = hw.structure(model).ffn.values()
-    plan = hw.StructurePlan(
-        hw.HeadPlan([]), [hw.FfnPlan(ffn.name, 32, [])], [hw.BlockPlan(other.name, 0.0)]
+    ffn, other = hw.pruning.structure(model).ffn.values()
+    plan = hw.pruning.StructurePlan(
+        hw.HeadPlan([]),
+        [hw.pruning.FfnPlan(ffn.name, 32, [])],
+        [hw.pruning.BlockPlan(other.name, 0.0)],
     )
-    small = hw.structure(hw.prune(model, plan)).ffn
+    small = hw.pruning.structure(hw.prune(model, plan)).ffn
     assert torch.equal(small[ffn.name].second.bias, ffn.second.bias)
     assert small[ffn.name].second.weight.shape == (EMBED, 0)
     assert small[other.name].second.bias is None and small[other.name].first.bias.numel() == 0
@@ -187,13 +189,15 @@ def test_pruning_again_and_training_go_on(tmp_path):
     hw.save(smaller, tmp_path / "m")
     inputs = bert_inputs()
     close(hw.load(tmp_path / "m")(**inputs).logits, smaller(**inputs).logits, 0.0)
-    assert hw.structure(smaller).hidden_size < hw.structure(small).hidden_size < EMBED
+    assert (
+        hw.pruning.structure(smaller).hidden_size < hw.pruning.structure(small).hidden_size < EMBED
+    )
     optimiser = torch.optim.SGD(smaller.parameters(), 0.1)
     smaller.train()(**inputs).logits.square().sum().backward()
     optimiser.step()
     wide = hw.convert(bert("BertModel"))
     narrow = hw.prune(wide, random_plan(wide, 1))
-    assert hw.structure(narrow).no_stream == "they were pruned before"
+    assert hw.pruning.structure(narrow).no_stream == "they were pruned before"
 
 
 def test_a_masked_model_is_not_saved(tmp_path):
@@ -224,46 +228,50 @@ def test_plans_are_files(tmp_path):
     model = hw.convert(bert("BertModel"))
     plan = random_plan(model, 5)
     plan.save(tmp_path / "plan.json")
-    assert hw.StructurePlan.load(tmp_path / "plan.json") == plan
+    assert hw.pruning.StructurePlan.load(tmp_path / "plan.json") == plan
     assert pickle.loads(pickle.dumps(plan)) == plan and copy.deepcopy(plan) == plan
     # A plan of heads alone is a structure plan.
-    heads = hw.HeadPlan([hw.LayerPlan("a", 4, [0, 2])], "michel")
+    heads = hw.HeadPlan([hw.pruning.LayerPlan("a", 4, [0, 2])], "michel")
     heads.save(tmp_path / "heads.json")
-    assert hw.StructurePlan.load(tmp_path / "heads.json") == hw.StructurePlan(heads)
+    assert hw.pruning.StructurePlan.load(tmp_path / "heads.json") == hw.pruning.StructurePlan(heads)
     document = json.loads(plan.to_json())
     assert document["heads"]["format"] == "headwise.plan"
     document["neurons"] = 3
     with pytest.raises(ValueError, match='structure plan has an unknown key "neurons"'):
-        hw.StructurePlan.from_json(json.dumps(document))
+        hw.pruning.StructurePlan.from_json(json.dumps(document))
 
 
 @pytest.mark.parametrize(
     ("make", "text"),
     [
         (
-            lambda: hw.StructurePlan(hw.HeadPlan([]), [hw.FfnPlan("f", 4, [1, 1])]),
+            lambda: hw.pruning.StructurePlan(hw.HeadPlan([]), [hw.pruning.FfnPlan("f", 4, [1, 1])]),
             'neurons in plan of feed-forward network "f" must be ascending and different, got 1',
         ),
         (
-            lambda: hw.StructurePlan(hw.HeadPlan([]), [hw.FfnPlan("f", 4, [4])]),
+            lambda: hw.pruning.StructurePlan(hw.HeadPlan([]), [hw.pruning.FfnPlan("f", 4, [4])]),
             'neurons in plan of feed-forward network "f" must be between 0 and 3, got 4',
         ),
         (
-            lambda: hw.StructurePlan(hw.HeadPlan([]), hidden=hw.HiddenPlan(4, [])),
+            lambda: hw.pruning.StructurePlan(hw.HeadPlan([]), hidden=hw.pruning.HiddenPlan(4, [])),
             "dimensions in plan of the hidden dimensions must not be empty: at least one must stay",
         ),
         (
-            lambda: hw.StructurePlan(
-                hw.HeadPlan([]), [hw.FfnPlan("f", 4, [1])], [hw.BlockPlan("f", 0.0)]
+            lambda: hw.pruning.StructurePlan(
+                hw.HeadPlan([]), [hw.pruning.FfnPlan("f", 4, [1])], [hw.pruning.BlockPlan("f", 0.0)]
             ),
             'block "f" has scale 0, so it must have no neurons left, got 1',
         ),
         (
-            lambda: hw.StructurePlan(hw.HeadPlan([]), blocks=[hw.BlockPlan("f", float("nan"))]),
+            lambda: hw.pruning.StructurePlan(
+                hw.HeadPlan([]), blocks=[hw.pruning.BlockPlan("f", float("nan"))]
+            ),
             'scale of block "f" must be finite, got nan',
         ),
         (
-            lambda: hw.StructurePlan(hw.HeadPlan([]), hidden=hw.HiddenPlan(4, [0], [float("inf")])),
+            lambda: hw.pruning.StructurePlan(
+                hw.HeadPlan([]), hidden=hw.pruning.HiddenPlan(4, [0], [float("inf")])
+            ),
             "scale in plan of the hidden dimensions must be finite, got inf",
         ),
     ],
@@ -276,22 +284,32 @@ def test_plans_that_make_no_sense(make, text):
 
 def test_refusals_leave_the_model_alone():
     model = hw.convert(bert("BertModel"))
-    name = next(iter(hw.structure(model).ffn))
+    name = next(iter(hw.pruning.structure(model).ffn))
     for plan, text in (
-        ([hw.FfnPlan("x", 4, [1])], "plan names network 'x', which model has not; it has 'encoder"),
-        ([hw.FfnPlan(name, 4, [1])], "plan has 4 neurons for network '.*', which has 32 in model"),
+        (
+            [hw.pruning.FfnPlan("x", 4, [1])],
+            "plan names network 'x', which model has not; it has 'encoder",
+        ),
+        (
+            [hw.pruning.FfnPlan(name, 4, [1])],
+            "plan has 4 neurons for network '.*', which has 32 in model",
+        ),
     ):
         for apply in (hw.mask, hw.prune):
             with pytest.raises(ValueError, match=text):
-                apply(model, hw.StructurePlan(hw.HeadPlan([]), plan))
+                apply(model, hw.pruning.StructurePlan(hw.HeadPlan([]), plan))
     with pytest.raises(ValueError, match="plan names block 'x', which model has not"):
-        hw.prune(model, hw.StructurePlan(hw.HeadPlan([]), blocks=[hw.BlockPlan("x")]))
+        hw.prune(
+            model, hw.pruning.StructurePlan(hw.HeadPlan([]), blocks=[hw.pruning.BlockPlan("x")])
+        )
     with pytest.raises(ValueError, match="plan has 9 hidden dimensions, model has 24"):
-        hw.prune(model, hw.StructurePlan(hw.HeadPlan([]), hidden=hw.HiddenPlan(9, [0])))
+        hw.prune(
+            model, hw.pruning.StructurePlan(hw.HeadPlan([]), hidden=hw.pruning.HiddenPlan(9, [0]))
+        )
     gated = hw.convert(bert("BertModel"), hw.RandomGate())
     with pytest.raises(ValueError, match="has a RandomGate: take it out first"):
         hw.prune(gated, random_plan(gated))
-    assert hw.structure(model).neurons == {n: 32 for n in hw.structure(model).ffn}
+    assert hw.pruning.structure(model).neurons == {n: 32 for n in hw.pruning.structure(model).ffn}
 
 
 def test_masked_layer_norm_is_layer_norm_of_what_is_left():
