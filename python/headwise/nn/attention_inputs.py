@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from headwise.nn.multihead_attention import MultiheadAttention
+
+class CalledLayer(Protocol):
+    """The sizes of the layer that is called, as of ``torch.nn.MultiheadAttention``."""
+
+    batch_first: bool
+    embed_dim: int
+    kdim: int
+    vdim: int
+    num_heads: int
 
 
 class AttentionInputs(NamedTuple):
@@ -29,7 +36,7 @@ def _unsqueeze(tensor: Tensor | None) -> Tensor | None:
 
 
 def canonical_inputs(
-    layer: MultiheadAttention,
+    layer: CalledLayer,
     query: Tensor,
     key: Tensor,
     value: Tensor,

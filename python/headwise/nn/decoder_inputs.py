@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from headwise.nn.attention_inputs import check_sizes
-
-if TYPE_CHECKING:
-    from headwise.nn.grouped_query_attention import GroupedQueryAttention
+from headwise.nn.attention_layer import AttentionLayer
 
 
 class Masks(NamedTuple):
@@ -147,7 +145,7 @@ def check_group_sizes(
 
 
 def check_inputs(
-    layer: GroupedQueryAttention,
+    layer: AttentionLayer,
     x: Tensor,
     position_embeddings: tuple[Tensor, Tensor] | None,
     key_padding_mask: Tensor | None,

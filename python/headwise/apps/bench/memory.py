@@ -44,7 +44,7 @@ def peaks(what: str, names: Sequence[str], **arguments) -> dict[str, dict[str, i
     task = json.dumps({"what": what, "names": list(names), **arguments})
     environment = {**os.environ, **GIVE_BACK, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(
-        [sys.executable, "-m", "headwise.apps.bench.memory", task],
+        [sys.executable, "-m", "headwise.apps.bench.memory_process", task],
         env=environment,
         capture_output=True,
         text=True,
@@ -76,22 +76,3 @@ def _status(field: str) -> int:
             if line.startswith(field + ":"):
                 return int(line.split()[1]) * 1024
     raise RuntimeError(f"/proc/self/status has no {field}")
-
-
-def main(task: dict) -> dict[str, dict[str, int]]:
-    """Runs in the process that measures."""
-    import torch
-
-    from headwise.apps.bench import entropy, layer
-    from headwise.apps.bench.contenders import Shape
-
-    builders = {"layer": layer.memory_runs, "entropy": entropy.memory_runs}
-    torch.set_num_threads(task.pop("threads"))
-    what, names = task.pop("what"), task.pop("names")
-    shape, dtype = Shape(*task.pop("shape")), getattr(torch, task.pop("dtype"))
-    runs = builders[what](shape, dtype, **task)
-    return {name: {"call_bytes": call_bytes(runs[name])} for name in names}
-
-
-if __name__ == "__main__":
-    print(json.dumps(main(json.loads(sys.argv[1]))))
