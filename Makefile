@@ -46,9 +46,11 @@ $(STAMPS)/python: tools/system_packages.sh
 	@$(PYTHON) -m venv $(V)
 	@mkdir -p $(STAMPS)
 	@echo "$(CURDIR)/python" > $$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/headwise.pth
-	@printf '#!%s\nimport sys\n\nfrom headwise.apps.cli import main\n\nsys.exit(main())\n' '$(CURDIR)/$(PY)' > $(V)/bin/headwise
-	@chmod +x $(V)/bin/headwise
 	@touch $@
+
+$(V)/bin/headwise: Makefile | $(STAMPS)/python
+	@printf '#!%s\nimport sys\n\nfrom headwise.apps.cli import main\n\nsys.exit(main())\n' '$(CURDIR)/$(PY)' > $@
+	@chmod +x $@
 
 $(STAMPS)/torch-$(TORCH): $(STAMPS)/python
 	@echo "Installing torch $(TORCH)"
@@ -80,7 +82,7 @@ build/configured: $(STAMPS)/packages Makefile
 	  || { tail -n 40 build/configure.log; exit 1; }
 	@touch $@
 
-build: build/configured
+build: build/configured $(V)/bin/headwise
 	@$(V)/bin/ninja -C build -j $(JOBS) --quiet
 
 # --- commands ---
