@@ -1,4 +1,4 @@
-// headwise._C.Trace: the recorder under headwise.explain.trace.
+// headwise._C.Trace: the recorder under headwise.explain.tracing.
 #include <pybind11/stl.h>
 #include <torch/extension.h>
 

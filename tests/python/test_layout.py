@@ -96,6 +96,13 @@ def test_public_names_exist_and_are_sorted(name):
     assert not [name for name in names if not hasattr(module, name)]
 
 
+@pytest.mark.parametrize("module", [name for name in MODULES if package(name) not in ("", "apps")])
+def test_no_module_has_the_name_of_what_its_package_exports(module):
+    """To a type checker, ``package.name`` would be the module."""
+    parent, _, name = module.rpartition(".")
+    assert parent == "headwise" or name not in importlib.import_module(parent).__all__
+
+
 def test_the_names_of_daily_work_are_few():
     assert len(hw.__all__) <= 50
     for name in ("convert", "explain"):  # functions, of the same names as their packages

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headwise.convert.convert import converted
+from headwise.convert.conversion import converted
 from headwise.io.journal import Journal
 from headwise.nn.intervention import (
     LossFunction,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from headwise.analysis.ablation import LossesByIntervention
-from headwise.convert.convert import converted
+from headwise.convert.conversion import converted
 from headwise.nn.intervention import (
     LossFunction,
     evaluating,

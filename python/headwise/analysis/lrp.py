@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from torch.nn.parameter import Parameter
 from torch.overrides import TorchFunctionMode
 
-from headwise.convert.convert import converted
+from headwise.convert.conversion import converted
 from headwise.nn.intervention import probing, with_progress
 from headwise.nn.multihead_attention import AttentionProbe, MultiheadAttention
 from headwise.pruning.scores import HeadScores

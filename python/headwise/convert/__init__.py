@@ -1,6 +1,6 @@
 """Swapping a model's attention for one that chooses its heads."""
 
-from headwise.convert.convert import convert
+from headwise.convert.conversion import convert
 from headwise.convert.registry import Architecture, register_architecture
 
 __all__ = ["Architecture", "convert", "register_architecture"]

@@ -14,7 +14,7 @@ from headwise.explain.document import Explanation
 from headwise.explain.head_log import HeadLog, log_heads
 from headwise.explain.one_input import explain
 from headwise.explain.roles import RoleThresholds, head_roles
-from headwise.explain.trace import Trace, trace
+from headwise.explain.tracing import Trace, trace
 
 __all__ = [
     "AlignedPair",

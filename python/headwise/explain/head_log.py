@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headwise.explain.trace import Trace, trace
+from headwise.explain.tracing import Trace, trace
 from headwise.nn.layers import attention_layers
 
 __all__ = ["HeadLog", "log_heads"]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from headwise.pruning.plan import HeadPlan, plan
+from headwise.pruning.plans import HeadPlan, plan
 from headwise.pruning.scores import HeadScores, hies
 
 __all__ = ["AlphaSearch", "select_alpha"]

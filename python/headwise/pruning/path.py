@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from headwise import _C
-from headwise.convert.convert import converted
+from headwise.convert.conversion import converted
 from headwise.io.journal import Journal
 from headwise.nn.intervention import (
     LossFunction,
@@ -18,8 +18,8 @@ from headwise.nn.intervention import (
     with_progress,
 )
 from headwise.nn.layers import attention_layers
-from headwise.pruning.plan import HeadPlan, LayerPlan
-from headwise.pruning.prune import prune
+from headwise.pruning.apply import prune
+from headwise.pruning.plans import HeadPlan, LayerPlan
 from headwise.pruning.scores import METRICS, HeadScores, score_heads
 
 __all__ = ["pruning_path"]

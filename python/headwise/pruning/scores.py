@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from headwise import _C
-from headwise.convert.convert import converted
+from headwise.convert.conversion import converted
 from headwise.nn.intervention import probing, with_progress
 from headwise.nn.multihead_attention import AttentionProbe, MultiheadAttention
 

@@ -13,7 +13,7 @@ from torch.nn.parameter import Parameter
 from headwise import _C
 from headwise.convert import convert
 from headwise.nn.layers import attention_layers
-from headwise.pruning.plan import HeadPlan, LayerPlan
+from headwise.pruning.plans import HeadPlan, LayerPlan
 from headwise.pruning.structured.compaction import compact
 from headwise.pruning.structured.description import Structure, structure
 from headwise.pruning.structured.distillation import LayerOutputs, layer_distillation

@@ -15,7 +15,7 @@ from headwise.nn.attention_layer import AttentionLayer
 from headwise.nn.grouped_query_attention import GroupedQueryAttention
 from headwise.nn.layers import replace_module
 from headwise.nn.multihead_attention import MultiheadAttention
-from headwise.pruning.plan import LayerPlan
+from headwise.pruning.plans import LayerPlan
 from headwise.pruning.structured.description import FeedForward, Stream, Structure, join, structure
 from headwise.pruning.structured.narrow import (
     NarrowTransformerEncoder,

@@ -15,7 +15,7 @@ from headwise import _C
 from headwise.convert import convert
 from headwise.nn.intervention import with_progress
 from headwise.nn.layers import attention_layers
-from headwise.pruning.plan import HeadPlan, LayerPlan
+from headwise.pruning.plans import HeadPlan, LayerPlan
 from headwise.pruning.structured.compaction import compact
 from headwise.pruning.structured.description import Structure, structure
 from headwise.pruning.structured.latency import LatencyTable, measure_latency

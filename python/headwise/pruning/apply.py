@@ -8,7 +8,7 @@ from torch import nn
 
 from headwise.gates import FixedGate
 from headwise.nn.layers import attention_layers, replace_module
-from headwise.pruning.plan import HeadPlan, LayerPlan
+from headwise.pruning.plans import HeadPlan, LayerPlan
 from headwise.pruning.structured.compaction import check_plan, compact
 from headwise.pruning.structured.description import structure
 from headwise.pruning.structured.masks import StructureGate, StructureMasks, attach, detach
