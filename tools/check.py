@@ -4,7 +4,8 @@
     check.py BUILD docs                        the examples and links of README.md and docs/
     check.py BUILD lint                        clang-format, ruff
     check.py BUILD packaging                   the embedded library and a wheel
-    check.py BUILD all                         test and lint
+    check.py BUILD all                         test and lint; and a report, which counts for
+                                               nothing, of the newest and the oldest packages
 
 Every runner prints its own summary; the last line is "N passed, N failed, N skipped" over all. A
 check without a count of its own (lint, consumer, wheel) counts as one. Exit status 1 if any failed.
@@ -25,6 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 CPP_SUFFIXES = {".cpp", ".h", ".cu", ".cuh"}
 CPP_FOLDERS = ("include", "src", "python", "tests", "examples", "benchmarks")
+VERSIONS_SECONDS = 480  # for each of the newest and the oldest packages
 PYTHON_FOLDERS = ("python", "tests", "examples", "benchmarks", "tools")
 
 Count = tuple[int, int, int]  # passed, failed, skipped
@@ -147,6 +149,8 @@ def checks(
         yield "C++ tests", check_cpp(build, reports)
         yield "installed library", check_consumer(build, "find_package")
         yield "Python tests", check_python(reports, arguments)
+    if what == "all":
+        run(sys.executable, ROOT / "tools/versions.py", build, str(VERSIONS_SECONDS))
     if what == "docs":
         yield "documentation", check_python(reports, ["tests/python/docs/test_docs.py"])
     if what == "packaging":

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from torch import nn
 
 from headwise.convert.discovery import find_attention, refusals_text
+from headwise.convert.versions import check_transformers
 from headwise.gates.base import Gate
 from headwise.gates.model import link_gates
 from headwise.nn.attention_layer import AttentionLayer
@@ -52,6 +53,9 @@ def convert(
         ValueError: there is no attention in ``model`` that can be converted, or (``strict``) some
             that cannot; the text lists each and why. ``model`` is then unchanged. Or
             ``keep_selection`` is given and ``model`` is no decoder.
+        RuntimeError: ``model`` is of a version of transformers before 5.0.
+
+    A version of transformers newer than those that headwise was tested with gives one warning.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -60,6 +64,7 @@ def convert(
             f"gate must be a headwise.Gate, a function (name, layer) -> gate, or None, "
             f"got {type(gate).__name__}"
         )
+    check_transformers(model)
     found = find_attention(model)
     if found.refused and (strict or not (found.supported or found.converted)):
         raise ValueError(refusals_text(model, found))

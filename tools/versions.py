@@ -1,0 +1,127 @@
+"""Reports how the Python tests fare with the newest and the oldest packages that headwise allows.
+
+    versions.py BUILD SECONDS
+
+The packages are those at both ends of the ranges in python/pyproject.toml and requirements/dev.in,
+but torch is that of the Python that runs this: BUILD was compiled for it. (`make test-newest` and
+`make test-oldest` take torch and the build's tools from those ends too, and compile.) Only the test
+files that name transformers, numpy or hypothesis run, for at most SECONDS at each end.
+
+This is a report and no check: the exit status is 0 whatever the tests say, so that a package's
+release of last night stops nobody's work.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import venv
+import xml.etree.ElementTree as ElementTree
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RANGES = ("python/pyproject.toml", "requirements/dev.in")
+ENDS = {"newest": "highest", "oldest": "lowest-direct"}
+SHOWN = ("transformers", "numpy", "safetensors", "hypothesis", "pytest")
+TOUCHING = re.compile(r"\b(transformers|numpy|hypothesis)\b")
+MOST_NAMES = 20
+
+
+def resolve(end: str) -> dict[str, str]:
+    """Package -> version at one end of the ranges, with the torch that is installed here."""
+    uv = Path(sys.executable).with_name("uv")
+    command = [
+        *(uv, "pip", "compile", "--quiet", "--all-extras", "--no-header", "--no-annotate"),
+        *("--no-emit-index-url", "--only-binary", ":all:", "--resolution", ENDS[end]),
+        *("--python", sys.executable, *RANGES, "-"),
+    ]
+    pinned = f"torch=={version('torch').split('+')[0]}\n"
+    lines = subprocess.run(
+        command, cwd=ROOT, input=pinned, text=True, check=True, capture_output=True, timeout=300
+    ).stdout.splitlines()
+    return dict(line.split("==") for line in lines if "==" in line)
+
+
+def installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def prepare(folder: Path, packages: dict[str, str]) -> Path:
+    """The Python of a virtual environment with ``packages``: those that the Python at hand has in
+    another version are installed, and the rest, torch among them, is that Python's own."""
+    venv.create(folder, clear=True, symlinks=True)
+    python = folder / "bin" / "python"
+    (site,) = folder.glob("lib/python*/site-packages")
+    (beside,) = Path(sys.prefix).glob("lib/python*/site-packages")
+    (site / "base.pth").write_text(f"{beside}\n")
+    others = [f"{name}=={own}" for name, own in packages.items() if installed(name) != own]
+    if others:
+        uv = Path(sys.executable).with_name("uv")
+        command = [uv, "pip", "install", "--quiet", "--no-deps", "--python", python, *others]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+    return python
+
+
+def test_files() -> list[str]:
+    files = sorted((ROOT / "tests/python").rglob("test_*.py"))
+    return [str(file.relative_to(ROOT)) for file in files if TOUCHING.search(file.read_text())]
+
+
+def test(python: Path, report: Path, seconds: int) -> str:
+    """What the tests say, in a few words and the names of those that failed."""
+    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT / "python"),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    report.unlink(missing_ok=True)
+    log = report.with_suffix(".log")
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*command, *test_files()], cwd=ROOT, env=environment, stdout=output, stderr=output
+        )
+        try:
+            process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            return f"not finished within {seconds} s (see {log})"
+    if not report.exists():
+        return f"pytest ended with status {process.returncode} (see {log})"
+    cases = list(ElementTree.parse(report).getroot().iter("testcase"))
+    wrong = [
+        f"{case.get('classname')}.{case.get('name')}"
+        for case in cases
+        if case.find("failure") is not None or case.find("error") is not None
+    ]
+    if not wrong:
+        return f"all {len(cases)} tests hold"
+    more = [f"and {len(wrong) - MOST_NAMES} more"] if len(wrong) > MOST_NAMES else []
+    names = "".join(f"\n    {name}" for name in (*wrong[:MOST_NAMES], *more))
+    return f"{len(wrong)} of {len(cases)} tests do not hold:{names}"
+
+
+def main() -> int:
+    build, seconds = Path(sys.argv[1]).resolve(), int(sys.argv[2])
+    for end in ENDS:
+        try:
+            packages = resolve(end)
+            python = prepare(build / f"python-{end}", packages)
+            print(f"{end}: {', '.join(f'{name} {packages[name]}' for name in SHOWN)}", flush=True)
+            print(f"{end}: {test(python, build / f'python-{end}.xml', seconds)}", flush=True)
+        except (subprocess.SubprocessError, OSError, ValueError, KeyError) as error:
+            said = getattr(error, "stderr", None) or str(error)
+            print(f"{end}: could not be tried: {' '.join(str(said).split())[:500]}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
