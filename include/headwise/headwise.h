@@ -19,6 +19,7 @@
 #include "headwise/model.h"
 #include "headwise/multihead_attention.h"
 #include "headwise/pruning.h"
+#include "headwise/repair.h"
 #include "headwise/scoring.h"
 #include "headwise/selection.h"
 #include "headwise/statistics.h"

@@ -11,6 +11,7 @@ void bind_pruning(pybind11::module_& m);
 void bind_searches(pybind11::module_& m);
 void bind_backends(pybind11::module_& m);
 void bind_kwon(pybind11::module_& m);
+void bind_repair(pybind11::module_& m);
 void bind_structured(pybind11::module_& m);
 void bind_trace(pybind11::module_& m);
 void bind_weights(pybind11::module_& m);
@@ -26,6 +27,7 @@ PYBIND11_MODULE(_C, m) {
   bind_searches(m);
   bind_backends(m);
   bind_kwon(m);
+  bind_repair(m);
   bind_structured(m);
   bind_trace(m);
   bind_weights(m);

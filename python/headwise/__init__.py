@@ -47,10 +47,12 @@ from headwise.nn import (
 from headwise.pruning import (
     HeadPlan,
     HeadScores,
+    headroom,
     mask,
     plan,
     plan_from_gates,
     prune,
+    repair,
     score_heads,
     unmask,
 )
@@ -90,6 +92,7 @@ __all__ = [
     "gates",
     "gates_see",
     "head_roles",
+    "headroom",
     "io",
     "link_gates",
     "load",
@@ -101,6 +104,7 @@ __all__ = [
     "plan_from_gates",
     "prune",
     "pruning",
+    "repair",
     "request_budget",
     "save",
     "score_heads",

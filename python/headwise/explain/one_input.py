@@ -16,6 +16,7 @@ from headwise.convert import convert
 from headwise.explain.document import Explanation
 from headwise.explain.recording import evaluating, gate_description, holding, recording
 from headwise.explain.texts import encode_texts, names_of_tokens, tokens_cut, tokens_unknown
+from headwise.nn.batches import call_model, take_rows
 from headwise.nn.layers import attention_layers
 
 Forward = Callable[[nn.Module, Any], Tensor]
@@ -218,24 +219,8 @@ def _measure(
 
 def default_forward(model: nn.Module, inputs: Any) -> Any:
     """The model's output, or the ``logits`` of it."""
-    if isinstance(inputs, Mapping):
-        output = model(**inputs)
-    elif isinstance(inputs, list | tuple):
-        output = model(*inputs)
-    else:
-        output = model(inputs)
+    output = call_model(model, inputs)
     return getattr(output, "logits", output)
-
-
-def take_rows(inputs: Any, rows: Tensor) -> Any:
-    """Rows of the first dimension of every tensor in a mapping, tuple, list or tensor."""
-    if isinstance(inputs, Tensor):
-        return inputs.index_select(0, rows.to(inputs.device)) if inputs.dim() else inputs
-    if isinstance(inputs, Mapping):
-        return {name: take_rows(value, rows) for name, value in inputs.items()}
-    if isinstance(inputs, list | tuple):
-        return type(inputs)(take_rows(value, rows) for value in inputs)
-    return inputs
 
 
 def labels_of(model: nn.Module, classes: int) -> list[str]:

@@ -1,5 +1,6 @@
 """Gates: modules that turn a layer's input into a selection of heads."""
 
+from headwise.gates.bank import BankGate
 from headwise.gates.base import Gate, gate_from_config
 from headwise.gates.budget import BudgetGate
 from headwise.gates.calibrate import calibrate_threshold
@@ -18,6 +19,7 @@ from headwise.gates.subset import SubsetGate
 from headwise.gates.threshold import ThresholdGate
 
 __all__ = [
+    "BankGate",
     "BudgetGate",
     "FixedGate",
     "Gate",

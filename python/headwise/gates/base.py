@@ -175,6 +175,10 @@ class Gate(nn.Module):
     #: Whether it also changes how heads attend: the layer then calls its ``attend(heads, v)``.
     attends = False
 
+    #: Whether the output projection depends on what it chose: the layer then calls its
+    #: ``run(layer, ...)`` and ``project(context, selection)`` (:class:`headwise.gates.BankGate`).
+    projects = False
+
     #: Whether it only passes on what another gate inside it chose: then that one is annealed,
     #: linked and penalised.
     wraps = False

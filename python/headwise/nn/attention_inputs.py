@@ -30,6 +30,23 @@ class AttentionInputs(NamedTuple):
     query_is_key: bool
     self_attention: bool
 
+    def part(self, rows: Tensor | None, heads: list[int]) -> AttentionInputs:
+        """Those of some sequences (None: all), for a layer with only ``heads``."""
+
+        def take(tensor: Tensor | None) -> Tensor | None:
+            return tensor if tensor is None or rows is None else tensor.index_select(0, rows)
+
+        query = take(self.query)
+        key = query if self.query_is_key else take(self.key)
+        value = key if self.value is self.key else take(self.value)
+        mask = self.attn_mask
+        if mask is not None and mask.dim() == 4:
+            mask = take(mask)[:, heads]
+        padding = take(self.key_padding_mask)
+        return self._replace(
+            query=query, key=key, value=value, key_padding_mask=padding, attn_mask=mask
+        )
+
 
 def _unsqueeze(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.unsqueeze(0)

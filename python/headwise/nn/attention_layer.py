@@ -125,6 +125,8 @@ class AttentionLayer(abc.ABC):
                 f"gate must be bound to embed_dim={self.embed_dim} and num_heads={self.num_heads}, "
                 f"got embed_dim={gate.embed_dim} and num_heads={gate.num_heads}"
             )
+        if gate is not None and gate.projects:
+            gate.fit_layer(self)
         self.gate = gate
 
     def __getstate__(self) -> dict[str, Any]:

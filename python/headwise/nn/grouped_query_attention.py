@@ -300,8 +300,13 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
         if padding is None and key_padding_mask is not None:
             padding = key_padding_mask[:, -length:]
         selection = self._select(x, padding, cache)
+        bank = selection is not None and self.gate.projects
+        if bank and self._probe is None and self.gate.can_pack(self):
+            call = (position_embeddings, key_padding_mask, padding, attn_mask, is_causal)
+            return self._run_bank(x, selection, call, cache, need_weights)
         every = (
-            selection is None
+            bank
+            or selection is None
             or self._probe is not None
             or (self.training and getattr(self.gate, "execution", "selected") == "all")
         )
@@ -330,7 +335,7 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
             weight = None if selection is None else selection.weight
             if self._probe is not None:
                 self._show(q, k, v, context, weight, masks, padding)
-            output = self._merge(context, weight)
+            output = self.gate.project(context, selection) if bank else self._merge(context, weight)
         else:
             context = self._attend_chosen(q, k, v, chosen, masks, slots)
             output = self._merge_chosen(context, chosen)
@@ -344,17 +349,63 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
         if self.gate is None:
             return None
         padding = hide(padding, self._seen, x)
-        keeps = self.keep_selection and cache is not None
+        keeps = (self.keep_selection or self.gate.projects) and cache is not None
         selection = cache.selection if keeps else None
         if selection is None:
             selection = self.gate(x, padding)
             if keeps:
                 cache.selection = selection
-                cache.slots = self._slots(selection)
+                cache.slots = None if self.gate.projects else self._slots(selection)
         if self._observers:
             for observer in tuple(self._observers):
                 observer(self, selection, x, padding)
         return selection
+
+    def _run_bank(
+        self, x: Tensor, selection: Selection, call: tuple, cache: LayerCache | None, maps: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The sequences of each plan together, by a dense layer of the plan's heads."""
+        groups = self.gate.groups(selection)
+        if cache is not None and len(groups) > 1:
+            raise ValueError(
+                "a batch that decodes with a cache must follow one plan of the bank, got plans "
+                f"{', '.join(str(plan) for plan, _ in groups)}: decode such sequences apart, or do "
+                "without a cache (use_cache=False)"
+            )
+        rope, key_padding, padding, mask, is_causal = call
+        output = weights = None
+        for plan, rows in groups:
+            heads = self.gate.plans[plan]
+            every = slice(None) if rows is None else rows
+
+            def part(tensor: Tensor | None, every: Any = every) -> Tensor | None:
+                return tensor if tensor is None or tensor.size(0) == 1 else tensor[every]
+
+            own = mask
+            if mask is not None and mask.dim() == 4:
+                own = part(mask)
+                own = own[:, heads] if own.size(1) > 1 else own
+            y, maps_of_plan = self.gate.packed(self, plan)(
+                x[every],
+                None if rope is None else (part(rope[0]), part(rope[1])),
+                key_padding_mask=None if key_padding is None else key_padding[every],
+                query_padding_mask=None if padding is None else padding[every],
+                attn_mask=own,
+                is_causal=is_causal,
+                cache=cache,
+                need_weights=maps,
+            )
+            if output is None:
+                output = y.new_empty(x.shape)
+            output[every] = y
+            if maps:
+                if weights is None:
+                    shape = (len(x), self.num_heads, *maps_of_plan.shape[2:])
+                    weights = maps_of_plan.new_zeros(shape)
+                whole = weights[every]
+                whole[:, heads] = maps_of_plan
+                weights[every] = whole
+        return output, weights
 
     def _groups(self, chosen: Selection | None, cache: LayerCache | None) -> Selection | None:
         """The key/value heads that anyone reads, now or later; None: all."""

@@ -315,6 +315,8 @@ class MultiheadAttention(AttentionLayer, nn.MultiheadAttention):
             output = _ops.combine_heads(
                 context, selection.weight, self.out_proj.weight, self.out_proj.bias
             )
+        elif self.gate.projects:
+            output = self._run_bank(inputs, selection)  # [B, L, D]
         else:
             output = self._run_selected(inputs, selection)  # [B, L, D]
         weights = self._attention_weights(inputs, selection) if need_weights else None
@@ -415,7 +417,24 @@ class MultiheadAttention(AttentionLayer, nn.MultiheadAttention):
                 inputs.key_padding_mask if inputs.query_is_key else None,
             )
             self._probe(self, probe)
+        if selection is not None and self.gate.projects:
+            return self.gate.project(context, selection)
         return _ops.combine_heads(context, weight, self.out_proj.weight, self.out_proj.bias)
+
+    def _run_bank(self, inputs: AttentionInputs, selection: Selection) -> Tensor:
+        """The sequences of each plan together, by a dense layer of the plan's heads."""
+        if not self.gate.can_pack(self):
+            return self._run_all(inputs, selection, None)
+        output = None
+        for plan, rows in self.gate.groups(selection):
+            layer, heads = self.gate.packed(self, plan), self.gate.plans[plan]
+            y = layer._run_all(inputs.part(rows, heads), None, None)  # [b, L, D]
+            if rows is None:
+                return y
+            if output is None:
+                output = y.new_empty(inputs.query.size(0), *y.shape[1:])
+            output.index_copy_(0, rows, y)
+        return output
 
     def _run_selected(self, inputs: AttentionInputs, selection: Selection) -> Tensor:
         """The chosen heads and no others."""

@@ -2,8 +2,12 @@
 
 from headwise.pruning.alpha import AlphaSearch, select_alpha
 from headwise.pruning.apply import mask, plan_from_gates, prune, unmask
+from headwise.pruning.bank import Bank, PlanChoice, fit_bank, following, plan_choices
+from headwise.pruning.measured_headroom import Headroom, HeadroomRow, headroom
 from headwise.pruning.path import pruning_path
 from headwise.pruning.plans import HeadPlan, LayerPlan, plan
+from headwise.pruning.reconstruction import LayerRepair, repair
+from headwise.pruning.removal import repair_scores
 from headwise.pruning.scores import HeadScores, hies, score_heads
 from headwise.pruning.structured import (
     BlockPlan,
@@ -22,26 +26,37 @@ from headwise.pruning.structured import (
 
 __all__ = [
     "AlphaSearch",
+    "Bank",
     "BlockPlan",
     "CoFi",
     "FfnPlan",
     "HeadPlan",
     "HeadScores",
+    "Headroom",
+    "HeadroomRow",
     "HiddenPlan",
     "KwonResult",
     "LatencyTable",
     "LayerPlan",
+    "LayerRepair",
+    "PlanChoice",
     "Structure",
     "StructurePlan",
     "fisher_scores",
+    "fit_bank",
+    "following",
+    "headroom",
     "hies",
     "kwon_prune",
     "mask",
     "measure_latency",
     "plan",
+    "plan_choices",
     "plan_from_gates",
     "prune",
     "pruning_path",
+    "repair",
+    "repair_scores",
     "score_heads",
     "select_alpha",
     "structure",

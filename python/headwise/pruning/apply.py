@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import nn
 
 from headwise.gates import FixedGate
 from headwise.nn.layers import attention_layers, replace_module
 from headwise.pruning.plans import HeadPlan, LayerPlan
+from headwise.pruning.reconstruction import repair as repair_model
 from headwise.pruning.structured.compaction import check_plan, compact
 from headwise.pruning.structured.description import structure
 from headwise.pruning.structured.masks import StructureGate, StructureMasks, attach, detach
@@ -18,7 +21,12 @@ __all__ = ["mask", "plan_from_gates", "prune", "unmask"]
 
 
 def prune(
-    model: nn.Module, plan: HeadPlan | StructurePlan | None = None, *, inplace: bool = False
+    model: nn.Module,
+    plan: HeadPlan | StructurePlan | None = None,
+    *,
+    repair: Iterable[Any] | None = None,
+    forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+    inplace: bool = False,
 ) -> nn.Module:
     """Removes the heads that ``plan`` drops from the weights of ``model``.
 
@@ -40,6 +48,9 @@ def prune(
         plan: which heads of which layer stay, by the names of :func:`headwise.attention_layers`.
             None: what the model's gates choose (:func:`plan_from_gates`), so that trained static
             gates are compacted in one call.
+        repair: calibration batches, by which what is left makes up for what was pruned, without
+            training: see :func:`headwise.repair`. None: weights stay as they are.
+        forward_fn: how ``repair`` runs the model on a batch: see :func:`headwise.repair`.
         inplace: change ``model`` itself instead of a copy.
 
     Returns:
@@ -49,6 +60,11 @@ def prune(
         ValueError: the plan names a layer that is not there or has another number of heads, or a
             layer it prunes has a gate that chooses for each input. ``model`` is then unchanged.
     """
+    if repair is not None:
+        dense = copy.deepcopy(model) if inplace else model
+        small = prune(model, plan, inplace=inplace)
+        repair_model(small, repair, dense, forward_fn=forward_fn)
+        return small
     if isinstance(plan, StructurePlan):
         return _prune_structure(model, plan, inplace)
     plan = plan_from_gates(model) if plan is None else plan

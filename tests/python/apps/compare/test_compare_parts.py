@@ -117,6 +117,60 @@ def test_the_mixture_of_domains():
     assert task == corpora.load_task("mixed")
 
 
+def check_mixture(task):
+    for label, domain in zip(task.labels, task.domain_of, strict=True):
+        assert task.classes[label].startswith(task.domains[domain] + ": ")
+    assert len(set(task.domain_of[:60])) == len(task.domains)
+    parts = tasks.split(task, 0)
+    rows = [set(task.groups[row] for row in part) for part in (parts.train, parts.test)]
+    assert not rows[0] & rows[1]
+    assert task == corpora.load_task(task.name)
+
+
+def test_unrelated_domains_in_one():
+    task = corpora.load_task("mixed-domains")
+    assert task.domains == ("reviews", "thesaurus", "topics", "speeches")
+    assert len(task.classes) == 2 + 24 + 5 + 2
+    assert max(Counter(task.domain_of).values()) == 4000
+    check_mixture(task)
+
+
+def test_speeches_are_passages_of_one_party():
+    task = corpora.load_task("speeches")
+    assert task.classes == ("democrat", "republican") and len(task) > 4000
+    assert min(len(text.split()) for text in task.texts) == 16
+
+
+def test_the_thesaurus_uses_each_word_once():
+    task = corpora.load_task("thesaurus")
+    words = [word for text in task.texts for word in text.split(", ")]
+    assert len(words) == 3 * len(task) == len(set(words))
+    assert "plants" in task.classes and "music" in task.classes
+
+
+def test_instructions_ask_one_text_several_questions():
+    task = corpora.load_task("instructions")
+    assert task.domains[0] == "opinion" and len(task.domains) == 6 and len(task.classes) == 15
+    check_mixture(task)
+    asked: dict[str, set[str]] = {}
+    for text, label, domain in zip(task.texts, task.labels, task.domain_of, strict=True):
+        question, sentence = text.split(": ", 1)
+        assert question == task.domains[domain]
+        asked.setdefault(sentence, set()).add(task.classes[label])
+    assert Counter(map(len, asked.values())).most_common(1)[0][0] == 3
+    for text, label, domain in zip(task.texts, task.labels, task.domain_of, strict=True):
+        question, sentence = task.domains[domain], text.split(": ", 1)[1]
+        answer = task.classes[label].removeprefix(f"{question}: ")
+        if question == "commas":
+            assert answer == ("none", "one", "several")[min(sentence.count(","), 2)]
+        elif question == "subject":
+            assert (answer == "film") == bool({"film", "movie"} & words_of(sentence))
+
+
+def words_of(text):
+    return set("".join(c if c.isalpha() or c in "'-" else " " for c in text.lower()).split())
+
+
 @pytest.mark.parametrize(("best", "alpha"), [("michel", 1.0), ("entropy", 0.0)])
 def test_hies_may_be_importance_or_entropy_alone(monkeypatch, best, alpha):
     values = {"michel": [4.0, 3.0, 2.0, 1.0], "entropy": [0.9, 0.8, 0.1, 0.2]}

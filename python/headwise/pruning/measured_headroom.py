@@ -1,0 +1,244 @@
+"""Headroom: how much a choice by the input could win over the best static plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headwise.convert.conversion import converted
+from headwise.nn.intervention import evaluating, with_progress
+from headwise.pruning.bank import Bank, fit_bank, following, plan_choices
+from headwise.pruning.scores import HeadScores
+
+__all__ = ["Headroom", "HeadroomRow", "headroom"]
+
+#: Of a 95% interval, how many standard errors it reaches to each side.
+_Z = 1.96
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A mean difference between two models on the same inputs, with its 95% interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    @staticmethod
+    def of(one: Tensor, other: Tensor) -> Gain:
+        """Of ``one`` over ``other``, values [N] of the same inputs."""
+        difference = one.double() - other.double()
+        error = difference.std().item() / len(difference) ** 0.5 if len(difference) > 1 else 0.0
+        mean = difference.mean().item()
+        return Gain(mean, mean - _Z * error, mean + _Z * error)
+
+
+@dataclass(frozen=True)
+class HeadroomRow:
+    """What one budget leaves, without training. Values are means of ``value_fn``.
+
+    Attributes:
+        keep: the share of the heads.
+        static: one plan for all inputs, repaired.
+        routed: a plan for each cluster, each repaired, picked by the router.
+        ceiling: the same, picked by the cluster that an input belongs to: what no router can beat
+            with these plans.
+        swapped: picked by another input's cluster.
+        lost: how much the static plan loses to the dense model.
+        won: how much routing wins over the static plan.
+        winnable: how much the ceiling wins over the static plan.
+        own: how much an input's own plan wins over another input's.
+    """
+
+    keep: float
+    static: float
+    routed: float
+    ceiling: float
+    swapped: float
+    lost: Gain
+    won: Gain
+    winnable: Gain
+    own: Gain
+
+
+@dataclass(frozen=True)
+class Headroom:
+    """What :func:`headroom` found.
+
+    Attributes:
+        dense: the mean value of the dense model.
+        rows: of each budget.
+        plans: how many plans were tried.
+        inputs: how many inputs the values are means of.
+    """
+
+    dense: float
+    rows: list[HeadroomRow]
+    plans: int
+    inputs: int
+
+    @property
+    def worth_trying(self) -> list[float]:
+        """The budgets at which choosing by the input wins for sure: the interval of ``won`` or of
+        ``winnable`` is above 0, and so is that of ``own``."""
+        return [
+            row.keep
+            for row in self.rows
+            if max(row.won.low, row.winnable.low) > 0.0 and row.own.low > 0.0
+        ]
+
+    def sentences(self) -> list[str]:
+        """What was found, for people; values are shown as percentages."""
+        found = []
+        for row in self.rows:
+            found.append(
+                f"At {row.keep:.0%} of the heads one repaired plan is at {100 * row.static:.1f} "
+                f"({-100 * row.lost.mean:+.1f} against dense, {100 * self.dense:.1f}); "
+                f"{self.plans} plans routed by the input at {100 * row.routed:.1f} "
+                f"({100 * row.won.mean:+.1f}, 95% {100 * row.won.low:+.1f} to "
+                f"{100 * row.won.high:+.1f}), by the true cluster at {100 * row.ceiling:.1f}, "
+                f"with another input's plan at {100 * row.swapped:.1f}."
+            )
+        worth = ", ".join(f"{keep:.0%}" for keep in self.worth_trying)
+        found.append(
+            f"Choosing by the input is worth trying at {worth} of the heads."
+            if worth
+            else "Choosing by the input is not worth trying on this data: prune statically."
+        )
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "worth_trying": self.worth_trying}
+
+
+def headroom(
+    model: nn.Module,
+    batches: Iterable[Any],
+    held_out: Iterable[Any],
+    score_fn: Callable[[nn.Module, list[Any]], HeadScores],
+    value_fn: Callable[[nn.Module, Any], Tensor],
+    *,
+    budgets: Sequence[float] = (0.5, 0.25, 0.125),
+    plans: int = 4,
+    clusters: Sequence[int] | None = None,
+    held_out_clusters: Sequence[int] | None = None,
+    forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+    seed: int = 0,
+    progress: bool | None = None,
+    **bank: Any,
+) -> Headroom:
+    """How much the best static plan loses, and how much of it plans by the input win back.
+
+    Nothing is trained, so this says before any training whether a dynamic gate is worth it: at each
+    budget one repaired plan (:func:`headwise.repair`) is held against a bank of repaired plans
+    (:func:`headwise.pruning.fit_bank`), picked by the router, by the true cluster, and by another
+    input's cluster. Values of the same inputs are compared, so intervals are paired.
+
+    Args:
+        model: the dense model, converted or convertible, unchanged.
+        batches: calibration data, as :func:`headwise.pruning.fit_bank` takes them.
+        held_out: other data, on which values are taken.
+        score_fn: as in :func:`headwise.pruning.fit_bank`.
+        value_fn: ``(model, batch) -> [B]``: what counts, larger is better: 1 where the answer is
+            right, or minus the loss.
+        budgets: shares of the heads, in (0, 1].
+        plans: how many plans a bank has; with ``clusters`` their number is what counts.
+        clusters: of each calibration input its domain or task; None: k-means.
+        held_out_clusters: of each held-out input the same; None: its nearest cluster, so that the
+            ceiling is what the router does.
+        forward_fn: as in :func:`headwise.repair`.
+        seed: of k-means and of the swap.
+        progress: a progress bar on stderr; None: where that is a terminal.
+        bank: further arguments of :func:`headwise.pruning.fit_bank`.
+
+    Raises:
+        ValueError: as :func:`headwise.pruning.fit_bank`; no held-out data, or values that are not
+            one finite number for each input.
+    """
+    batches, held_out = list(batches), list(held_out)
+    if not held_out:
+        raise ValueError("held_out must not be empty: there is nothing to compare models on")
+    dense = converted(model)
+    options = {"forward_fn": forward_fn, "seed": seed, **bank}
+    base = _values(dense, held_out, value_fn)
+    rows, count = [], plans
+    for keep in with_progress(list(budgets), "headroom", "budget", progress):
+        static = fit_bank(dense, batches, score_fn, keep, 1, **options)
+        several = fit_bank(dense, batches, score_fn, keep, plans, clusters=clusters, **options)
+        count = len(several.plans)
+        one = _values(static.model, held_out, value_fn)
+        routed = _values(several.model, held_out, value_fn)
+        true = _true_clusters(several, held_out, held_out_clusters, forward_fn)
+        ceiling = _following(several, held_out, value_fn, true)
+        other = true.roll(1)[
+            torch.randperm(len(true), generator=torch.Generator().manual_seed(seed))
+        ]
+        swapped = _following(several, held_out, value_fn, other)
+        differ = other != true
+        rows.append(
+            HeadroomRow(
+                keep,
+                *(values.double().mean().item() for values in (one, routed, ceiling, swapped)),
+                Gain.of(base, one),
+                Gain.of(routed, one),
+                Gain.of(ceiling, one),
+                Gain.of(ceiling[differ], swapped[differ]) if differ.any() else Gain(0.0, 0.0, 0.0),
+            )
+        )
+    return Headroom(base.double().mean().item(), rows, count, len(base))
+
+
+def _values(
+    model: nn.Module, batches: list[Any], value_fn: Callable[[nn.Module, Any], Tensor]
+) -> Tensor:
+    """float64 [N]."""
+    found = []
+    with evaluating(model), torch.no_grad():
+        for batch in batches:
+            value = value_fn(model, batch)
+            if not isinstance(value, Tensor) or value.dim() != 1:
+                raise ValueError(
+                    "value_fn must return one number for each input [B], got "
+                    + (f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value))
+                )
+            found.append(value.double().cpu())
+    values = torch.cat(found)
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError("value_fn must return finite values, got NaN or infinity")
+    return values
+
+
+def _true_clusters(
+    bank: Bank,
+    batches: list[Any],
+    given: Sequence[int] | None,
+    forward_fn: Callable | None,
+) -> Tensor:
+    if given is None:
+        chosen = [
+            c.plan for b in batches for c in plan_choices(bank.model, b, forward_fn=forward_fn)
+        ]
+        return torch.tensor(chosen)
+    true = torch.as_tensor(given, dtype=torch.long)
+    if true.dim() != 1 or bool((true < 0).any()) or int(true.max()) >= len(bank.plans):
+        raise ValueError(
+            f"held_out_clusters must be numbers in 0..{len(bank.plans) - 1}, one for each input, "
+            f"got shape {tuple(true.shape)}"
+        )
+    return true
+
+
+def _following(bank: Bank, batches: list[Any], value_fn: Callable, plans: Tensor) -> Tensor:
+    found, start = [], 0
+    for batch in batches:
+        with following(bank.model, plans[start:]):
+            value = _values(bank.model, [batch], value_fn)
+        found.append(value)
+        start += len(value)
+    if start != len(plans):
+        raise ValueError(f"held_out_clusters must be of {start} inputs, got {len(plans)}")
+    return torch.cat(found)

@@ -1,0 +1,234 @@
+"""Repair: what is left of a pruned model makes up for what went, without training."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from headwise import _C
+from headwise.convert.conversion import converted
+from headwise.gates.linears import check_read
+from headwise.nn.batches import call_model
+from headwise.nn.intervention import with_progress
+from headwise.nn.layers import attention_layers
+from headwise.pruning.replay import Replay, Site
+
+__all__ = ["RIDGES", "LayerRepair", "repair"]
+
+#: Ridges that are tried, as shares of the mean variance of an input.
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+#: Every how manieth sequence is held out, for the choice of the ridge.
+HELD_OUT = 4
+
+
+@dataclass(frozen=True)
+class LayerRepair:
+    """What :func:`repair` did to one output projection.
+
+    Errors are mean squared distances to what the dense layer writes, as shares of its variance, on
+    held-out tokens: 0 is the dense layer, 1 a constant.
+
+    Attributes:
+        name: of the attention layer or the feed-forward network.
+        tokens: how many it was fitted to.
+        ridge: the one that was chosen; None: none was better than the weights as they were.
+        error_before: of the pruned layer.
+        error_after: of the repaired layer.
+    """
+
+    name: str
+    tokens: int
+    ridge: float | None
+    error_before: float
+    error_after: float
+
+
+def repair(
+    model: nn.Module,
+    batches: Iterable[Any],
+    dense: nn.Module,
+    *,
+    forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+    ridges: Sequence[float] = RIDGES,
+    bias: bool = False,
+    all_networks: bool = False,
+    layers: Collection[str] | None = None,
+    progress: bool | None = None,
+) -> list[LayerRepair]:
+    """Gives the output projections of a pruned ``model`` the weights that make up for what went.
+
+    Layer by layer in the order in which they run, the output projection and its bias become the
+    ridge least squares solution that reproduces, from what the heads (or neurons) that are left
+    compute, what the layer of ``dense`` writes:
+
+    .. math:: \\min_{W, b} \\; E\\,|y - W x - b|^2 + \\lambda\\, s\\, |W - W_0|^2
+
+    with y the output of the dense layer, x the input of the pruned layer's projection, whose
+    earlier layers are already repaired, W_0 the weights that pruning left and s the mean variance
+    of an element of x. So a layer also makes up for what the layers before could not. Least squares
+    after structured pruning: OSSCAR (arXiv 2403.12983), ZipLM (2302.04089), SlimGPT (2412.18110);
+    here only moments are kept (float64, in C++: ``OutputMoments``), never the tokens.
+
+    Every fourth sequence is held out: it chooses each layer's ridge, and a layer for which no ridge
+    comes nearer to the dense layer keeps its weights. Padding does not count; of the last layer
+    only the tokens do that the model's output depends on, such as a classifier's first.
+
+    Attention of all kinds is repaired (grouped key/value heads, cross-attention, layers under a
+    gate, a dynamic one too), and the feed-forward networks that :func:`headwise.pruning.structure`
+    knows and that have fewer neurons than in ``dense``.
+
+    Args:
+        model: the pruned model, changed in place: of :func:`headwise.prune`,
+            :func:`headwise.kwon_prune`, or with a mask or gates. Modules have the names that they
+            have in ``dense``, and layers its width.
+        batches: calibration data, no labels needed: 512 texts are enough for MiniLM. A batch is
+            what ``forward_fn`` takes. All are kept in memory.
+        dense: the model before pruning, unchanged; it need not be converted.
+        forward_fn: ``(model, batch) -> output``; default: the model called with the batch, a
+            mapping's items as keyword arguments, a tuple's as positional ones.
+        ridges: the values of lambda that are tried.
+        bias: give output projections that have no bias one (decoders).
+        all_networks: repair the second linear layers of feed-forward networks that lost no neurons
+            too: they make up for what attention could not. Slower.
+        layers: names of the attention layers and networks to repair; None: all.
+        progress: a progress bar on stderr; None: where that is a terminal.
+
+    Returns:
+        What was done to each layer, in order.
+
+    Raises:
+        ValueError: no batches, a layer of ``model`` that ``dense`` does not have or of another
+            width, activations that are NaN or infinite.
+        TypeError: an output projection that something was wrapped around.
+
+    Warns:
+        UserWarning: fewer tokens than a layer's projection has inputs: the ridge then holds it
+            near the weights as they were.
+    """
+    batches = list(batches)
+    if not batches:
+        raise ValueError("batches must not be empty: there is nothing to repair with")
+    if not attention_layers(model):
+        raise ValueError(
+            f"model ({type(model).__name__}) has no headwise.MultiheadAttention: "
+            f"call headwise.convert first"
+        )
+    forward_fn = call_model if forward_fn is None else forward_fn
+    student = Replay(model, batches, forward_fn)
+    teacher = Replay(converted(dense), batches, forward_fn)
+    names = _names(student, teacher, all_networks)
+    names = [name for name in names if layers is None or name in layers]
+    done: list[LayerRepair] = []
+    with student.running(), teacher.running():
+        for name in with_progress(names, "repairing", "layer", progress):
+            catch_up(name, student, teacher)
+            moments = output_moments(student, teacher, name)
+            done.append(_set(student.sites[name], moments, ridges, bias))
+    return done
+
+
+def _names(student: Replay, teacher: Replay, all_networks: bool) -> list[str]:
+    """The sites to repair, in order."""
+    names = []
+    layers = attention_layers(student.model)
+    for name, site in student.sites.items():
+        if name not in teacher.sites:
+            raise ValueError(
+                f"dense must have the layers of model, but has no '{name}'; "
+                f"it has {', '.join(map(repr, teacher.sites))}"
+            )
+        own, other = site.linear, teacher.sites[name].linear
+        if own.weight.size(0) != other.weight.size(0):
+            raise ValueError(
+                f"layer '{name}' must be as wide in model as in dense, got {own.weight.size(0)} "
+                f"and {other.weight.size(0)} dimensions"
+            )
+        if name in layers:
+            check_read(f"output projection of layer '{name}'", own)
+            names.append(name)
+        elif all_networks or own.weight.size(1) < other.weight.size(1):
+            names.append(name)
+    return names
+
+
+def catch_up(name: str, *replays: Replay) -> None:
+    """Finishes the blocks before that of ``name``, so that they need not run again: where all
+    replays have it in the same block."""
+    blocks = {replay.block_of(name) for replay in replays}
+    block = blocks.pop()
+    if block is None or blocks:
+        return
+    for replay in replays:
+        if block > replay.finished:
+            replay.finish(block - 1)
+
+
+def output_moments(
+    student: Replay, teacher: Replay, name: str
+) -> tuple[_C.OutputMoments, _C.OutputMoments]:
+    """Of what the site of ``student`` reads and of what that of ``teacher`` writes: of the
+    sequences to fit, and of those that are held out."""
+    weight = student.sites[name].linear.weight
+    fit, held_out = (_C.OutputMoments(weight.size(1), weight.size(0)) for _ in range(2))
+    last = student.blocks and student.block_of(name) == len(student.blocks) - 1
+    sequences = 0
+    for i in range(len(student.batches)):
+        read = teacher.read_tokens(i) if last else None
+        for own, whole in zip(student.run(name, i), teacher.run(name, i), strict=True):
+            valid = own.valid
+            if read is not None and read.shape == valid.shape:
+                valid = valid & read
+            held = torch.arange(sequences, sequences + len(valid)) % HELD_OUT == HELD_OUT - 1
+            for moments, rows in ((fit, ~held), (held_out, held)):
+                chosen = valid & rows.to(valid.device).view(-1, *[1] * (valid.dim() - 1))
+                try:
+                    moments.add(own.inputs[chosen], whole.outputs[chosen])
+                except ValueError as error:
+                    raise ValueError(f"activations of layer '{name}': {error}") from None
+        sequences += len(valid)
+    if fit.tokens == 0:
+        raise ValueError(f"batches must have tokens that are not padding for layer '{name}'")
+    if held_out.tokens == 0:
+        held_out = fit  # one to three sequences
+    return fit, held_out
+
+
+def _set(
+    site: Site,
+    moments: tuple[_C.OutputMoments, _C.OutputMoments],
+    ridges: Sequence[float],
+    add_bias: bool,
+) -> LayerRepair:
+    fit, held_out = moments
+    linear = site.linear
+    tokens = fit.tokens + (held_out.tokens if held_out is not fit else 0)
+    if tokens < linear.weight.size(1):
+        warnings.warn(
+            f"batches have {tokens} tokens for layer '{site.name}', fewer than its "
+            f"projection has inputs ({linear.weight.size(1)}): the ridge holds it near its weights",
+            stacklevel=3,
+        )
+    start = linear.bias
+    if start is not None and linear.weight.requires_grad and not start.requires_grad:
+        start = None  # conversion gave it to a model without biases: it stays zero
+    if start is None and add_bias:
+        start = linear.weight.new_zeros(linear.weight.size(0))
+    found = _C.repair_projection(fit, held_out, linear.weight, start, list(ridges))
+    with torch.no_grad():
+        linear.weight.copy_(found.weight)
+        if found.bias is None:
+            pass
+        elif linear.bias is not None:
+            linear.bias.copy_(found.bias)
+        else:
+            linear.bias = nn.Parameter(found.bias, requires_grad=linear.weight.requires_grad)
+    size = found.variance or 1.0
+    return LayerRepair(
+        site.name, tokens, found.ridge, found.error_before / size, found.error_after / size
+    )
