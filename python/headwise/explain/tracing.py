@@ -103,7 +103,7 @@ class _Recorder:
         x: Tensor,  # [B, L, D]
         key_padding_mask: Tensor | None,  # [B, L]
     ) -> None:
-        self.core.record(self.name, layer.num_heads, *selection[:5])
+        self.core.record(self.name, layer.num_heads, *selection)
 
 
 @contextmanager

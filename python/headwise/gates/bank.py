@@ -40,6 +40,16 @@ def router_features(x: Tensor, padding: Tensor | None, features: Sequence[str]) 
     return torch.cat(parts, 1)
 
 
+class BankSelection(Selection):
+    """A selection, and the plan that each input follows.
+
+    Attributes:
+        plan: int64 ``[B]``.
+    """
+
+    plan: Tensor
+
+
 class _Packed(NamedTuple):
     """A layer with one plan's heads and projection, and the weights that it was made from."""
 
@@ -206,11 +216,12 @@ class BankGate(ScopedGate, Gate):
                     f"run on this batch of {x.size(0)}: run the whole model"
                 )
         weight = self._weight.to(x.dtype).index_select(0, plan)  # [B, H]
-        return Selection(
-            self._index.index_select(0, plan), self._count.index_select(0, plan), weight, plan=plan
-        )
+        index, count = (t.index_select(0, plan) for t in (self._index, self._count))
+        selection = BankSelection(index, count, weight)
+        selection.plan = plan
+        return selection
 
-    def project(self, context: Tensor, selection: Selection) -> Tensor:
+    def project(self, context: Tensor, selection: BankSelection) -> Tensor:
         """context ``[B, H, L, d]`` of all heads -> ``[B, L, D]``, each row by its plan."""
         batch, _, length, _ = context.shape
         output = None
@@ -225,7 +236,7 @@ class BankGate(ScopedGate, Gate):
             output = output.index_copy(0, rows, y)
         return context.new_zeros(0, length, self.embed_dim) if output is None else output
 
-    def groups(self, selection: Selection) -> list[tuple[int, Tensor | None]]:
+    def groups(self, selection: BankSelection) -> list[tuple[int, Tensor | None]]:
         """The plans that occur in a batch, each with its rows; None: all of them."""
         found = selection.plan.unique().tolist() if len(self.plans) > 1 else [0]
         if len(found) == 1:

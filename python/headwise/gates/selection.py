@@ -22,8 +22,6 @@ class Selection(NamedTuple):
             where a head was not chosen. Differentiable.
         relevance: floating ``[B, H]``, what the heads were ranked by, or None.
         budget: floating ``[B]``, the fraction of heads that was asked for, or None.
-        plan: int64 ``[B]``, the plan that was picked of a bank
-            (:class:`headwise.gates.BankGate`), or None.
     """
 
     index: Tensor
@@ -31,7 +29,6 @@ class Selection(NamedTuple):
     weight: Tensor
     relevance: Tensor | None = None
     budget: Tensor | None = None
-    plan: Tensor | None = None
 
 
 def select_heads(relevance: Tensor, count: Tensor) -> Tensor:

@@ -133,6 +133,7 @@ def fit_bank(
             )
     if not 0 <= at < len(layers):
         raise ValueError(f"at must be one of the {len(layers)} attention layers, got {at}")
+    _check_calls(dense, batches[0], forward_fn)
     seen = _inputs_of(dense, list(layers)[at], batches, forward_fn, features)  # [N, F]
     where = _clusters(seen, plans, clusters, seed)
     count = int(where.max()) + 1
@@ -232,8 +233,32 @@ def _deciding(gates: dict[str, BankGate]) -> BankGate:
 # --- features and clusters ---
 
 
+@torch.no_grad()
+def _check_calls(dense: nn.Module, batch: Any, forward_fn: Callable) -> None:
+    """Refuses layers that run several times: one plan cannot follow a decision and precede it."""
+    calls: dict[str, int] = {}
+    handles = []
+    for name, layer in attention_layers(dense).items():
+
+        def count(module: nn.Module, args: tuple, name: str = name) -> None:
+            calls[name] = calls.get(name, 0) + 1
+
+        handles.append(layer.register_forward_pre_hook(count))
+    try:
+        with evaluating(dense):
+            forward_fn(dense, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, number in calls.items():
+        if number > 1:
+            raise ValueError(
+                f"layers must run once for each input, and layer '{name}' ran {number} times"
+            )
+
+
 class _Stop(BaseException):
-    pass
+    """Ends a forward when the features are read."""
 
 
 @torch.no_grad()

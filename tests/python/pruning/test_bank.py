@@ -294,6 +294,9 @@ def test_banks_say_what_is_wrong():
     same = [{key: value[:1].expand(3, -1) for key, value in batches[0].items()}]
     with pytest.raises(ValueError, match="at least 2 inputs that differ where the router reads"):
         fitted(dense, same)
+    row = ARCHITECTURES["AlbertModel"]
+    with pytest.raises(ValueError, match="layers must run once for each input, and layer"):
+        hw.pruning.fit_bank(row.build(), [row.inputs()], score, 0.5, 1, at=0)
     with pytest.raises(ValueError, match="has no bank: call headwise.pruning.fit_bank"):
         hw.pruning.plan_choices(dense, batches[0])
     with pytest.raises(ValueError, match="plans must not be empty"):
