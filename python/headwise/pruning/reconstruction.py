@@ -180,7 +180,9 @@ def output_moments(
     sequences = 0
     for i in range(len(student.batches)):
         read = teacher.read_tokens(i) if last else None
-        for own, whole in zip(student.run(name, i), teacher.run(name, i), strict=True):
+        owns = student.run(name, i)
+        wholes = owns if teacher is student else teacher.run(name, i)
+        for own, whole in zip(owns, wholes, strict=True):
             valid = own.valid
             if read is not None and read.shape == valid.shape:
                 valid = valid & read
@@ -188,7 +190,8 @@ def output_moments(
             for moments, rows in ((fit, ~held), (held_out, held)):
                 chosen = valid & rows.to(valid.device).view(-1, *[1] * (valid.dim() - 1))
                 try:
-                    moments.add(own.inputs[chosen], whole.outputs[chosen])
+                    targets = whole.outputs.to(own.inputs.device)
+                    moments.add(own.inputs[chosen], targets[chosen])
                 except ValueError as error:
                     raise ValueError(f"activations of layer '{name}': {error}") from None
         sequences += len(valid)

@@ -209,6 +209,30 @@ def break_even_figure(result: dict, palette: Palette) -> Figure:
     return figure
 
 
+def headroom_figure(result: dict, palette: Palette) -> Figure:
+    """A panel for each task: what one plan leaves, and what plans by the input win, untrained."""
+    rooms = [room for room in result["headroom"] if room["rows"]]
+    figure = _figure(max(1, len(rooms)))
+    panels = _axes(figure, max(1, len(rooms)), "accuracy without training (%)", palette)
+    lines = (
+        ("one repaired plan", "static", "static", "-"),
+        ("routed by the input", "routed", "dynamic", "-"),
+        ("by the true cluster", "ceiling", "dynamic", ":"),
+        ("another input's plan", "swapped", "random", "--"),
+    )
+    for axes, room in zip(panels, rooms, strict=False):
+        _dense_line(axes, 100 * room["dense"], palette)
+        rows = sorted(room["rows"], key=lambda row: row["keep"])
+        x = [100 * row["keep"] for row in rows]
+        for label, key, kind, dashes in lines:
+            style = _style("budget" if kind == "dynamic" else kind, kind, palette)
+            style |= {"linestyle": dashes, "linewidth": 1.8}
+            axes.plot(x, [100 * row[key] for row in rows], label=label, **style)
+        axes.set_title(room["task"], color=palette.ink, fontsize=11, parse_math=False)
+    _legend(figure, panels[0], 5, palette)
+    return figure
+
+
 @dataclass(frozen=True)
 class Drawing:
     """A figure, its file name, and what it shows."""
@@ -220,6 +244,14 @@ class Drawing:
 
 
 DRAWINGS = (
+    Drawing(
+        "headroom",
+        "Headroom: before any training",
+        "Pruned by importance and repaired by least squares: one plan for all inputs, and several "
+        "plans of the same size, picked by the router, by the true domain or cluster, and by that "
+        "of another input.",
+        headroom_figure,
+    ),
     Drawing(
         "accuracy",
         "Accuracy against heads",

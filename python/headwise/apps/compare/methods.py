@@ -6,7 +6,7 @@ same teacher and, unless it is post-hoc, trains for the same number of steps.
 
 from __future__ import annotations
 
-from headwise.apps.compare import gated, planned, structured
+from headwise.apps.compare import gated, planned, repaired, structured
 from headwise.apps.compare.method import Method, Outcome
 from headwise.apps.tasks.errors import UsageError
 
@@ -38,6 +38,21 @@ METHODS: dict[str, Method] = {
         *_planned("michel", planned.michel_plan),
         *_planned("michel-exact", planned.michel_exact_plan),
         *_planned("hies", planned.hies_plan),
+        Method(
+            "michel-repaired",
+            "michel, repaired",
+            "static",
+            False,
+            repaired.repaired(planned.michel_plan),
+        ),
+        Method(
+            "removal-repaired",
+            "greedy removal, repaired",
+            "static",
+            False,
+            repaired.repaired(repaired.removal_plan),
+        ),
+        Method("bank", "bank of repaired plans", "dynamic", False, repaired.bank),
         Method(
             "static-hard-concrete",
             "static hard concrete",
@@ -95,6 +110,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         family: (f"{family}-posthoc", f"{family}-finetuned")
         for family in ("random", "michel", "michel-exact", "hies")
     },
+    "repaired": ("michel-repaired", "removal-repaired", "bank"),
     "ablations": (
         "budget-gate",
         "budget-fixed",

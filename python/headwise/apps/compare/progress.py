@@ -32,6 +32,13 @@ class Progress:
             sys.stderr.write(f"\r\033[K{label} ...")
             sys.stderr.flush()
 
+    def say(self, sentences: list[str]) -> None:
+        """What was found before the runs begin."""
+        if self._show:
+            self._clear()
+            sys.stderr.write("".join(f"{sentence}\n" for sentence in sentences))
+            sys.stderr.flush()
+
     def begin_training(self, label: str, steps: int) -> None:
         """A training of ``steps`` steps begins."""
         self._clear()

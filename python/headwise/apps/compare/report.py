@@ -24,8 +24,8 @@ def complete(result: dict) -> dict:
 def public(result: dict) -> dict:
     """The content of results.json: without the single answers, which the run files keep."""
     runs = [{k: v for k, v in run.items() if k != "correct"} for run in result["runs"]]
-    order = ("environment", "runs", "findings", "summary", "comparisons", "break_even", "tasks")
-    order += ("model", "settings")
+    order = ("environment", "runs", "findings", "summary", "comparisons", "headroom")
+    order += ("break_even", "tasks", "model", "settings")
     shown = {**result, "runs": runs}
     return {key: shown[key] for key in order if key in shown}
 
@@ -65,6 +65,7 @@ def page(result: dict) -> str:
         seeds=result["environment"]["seeds"],
         steps=result["settings"]["steps"],
         findings=result["findings"],
+        headroom=result["headroom"],
         tasks=tasks,
         columns=table.COLUMNS,
         # The drawings are made here and hold no text but what matplotlib has escaped.

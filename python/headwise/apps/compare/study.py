@@ -17,6 +17,7 @@ from headwise.apps.compare import measure
 from headwise.apps.compare.breakeven import break_even
 from headwise.apps.compare.methods import METHODS, Outcome
 from headwise.apps.compare.progress import Progress
+from headwise.apps.compare.repaired import measure_headroom
 from headwise.apps.compare.selections import HeadUse, predict_and_record
 from headwise.apps.compare.settings import Settings, Source
 from headwise.apps.compare.statistics import wilson_interval
@@ -145,15 +146,27 @@ class Study:
             for seed in self.settings.seeds
         ]
         self.progress.start(sum(len(runs) for _, _, runs, _ in work))
-        curve = None
+        curve, headroom = None, []
         for task, seed, runs, key in work:
             found = {run: self.store.find(run.name, key) for run in runs}
             first = task is self.tasks[0] and seed == self.settings.seeds[0]
             curve_name = f"{task.name}-break-even-{seed}"
             curve = self.store.find(curve_name, key) if first else curve
             bench = None
-            if any(record is None for record in found.values()) or (first and curve is None):
+            # Headroom is of the first seed, and of the budgets that are asked for.
+            room_key, room = {**key, "budgets": self.settings.budgets}, {}
+            if seed == self.settings.seeds[0]:
+                room = self.store.find(f"{task.name}-headroom-{seed}", room_key)
+            missing = any(record is None for record in found.values())
+            if missing or room is None or (first and curve is None):
                 bench = self._workbench(task, seed, key)
+            if room is None:
+                self.progress.stage(f"{task.name}: headroom")
+                room = measure_headroom(bench)
+                self.store.keep(f"{task.name}-headroom-{seed}", room_key, room)
+            if room:
+                self.progress.say(room["sentences"])
+                headroom.append(room)
             for run in runs:
                 if found[run] is None:
                     found[run] = self._do(bench, run)
@@ -172,6 +185,7 @@ class Study:
             "settings": self.settings.as_dict(),
             "tasks": [self._describe(task) for task in self.tasks],
             "runs": records,
+            "headroom": headroom,
             "break_even": curve,
             "model": self._describe_model(),
         }

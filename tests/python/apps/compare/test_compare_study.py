@@ -105,6 +105,19 @@ def test_the_environment_and_the_findings_are_told(results):
         assert len(shape["heads"]) == len(shape["dynamic_ratio"]) == len(shape["static_ratio"])
 
 
+def test_headroom_is_told_before_the_runs(results):
+    (room,) = results["headroom"]
+    assert room["task"] == results["tasks"][0]["name"] and 0 <= room["dense"] <= 1
+    assert [row["keep"] for row in room["rows"]] == [0.5, 0.25]
+    for row in room["rows"]:
+        assert row["lost"]["mean"] == pytest.approx(room["dense"] - row["static"])
+        assert row["won"]["mean"] == pytest.approx(row["routed"] - row["static"])
+    assert "worth trying" in room["sentences"][-1]
+    by_method = {(run["method"], run["keep_target"]): run for run in results["runs"]}
+    bank = by_method["bank", 0.5]
+    assert bank["heads_mean"] == pytest.approx(0.5) and bank["plans"] == 4
+
+
 class _Page(HTMLParser):
     def __init__(self):
         super().__init__()
@@ -120,7 +133,7 @@ def test_the_page_stands_alone(finished, results):
     page = _Page()
     page.feed(text)
     assert page.links == [] or all(link.startswith("#") for link in page.links)
-    assert page.tags.count("svg") == 3 and "script" not in page.tags
+    assert page.tags.count("svg") == 4 and "script" not in page.tags
     for sentence in results["findings"]:
         assert html.escape(sentence, quote=False) in text.replace("&#39;", "'").replace(
             "&#34;", '"'

@@ -1,0 +1,140 @@
+"""Methods without training: what is left makes up for what was pruned, by one plan or a bank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import headwise as hw
+from headwise.apps.compare.method import Outcome
+from headwise.apps.compare.planned import Planner
+from headwise.apps.compare.workbench import Workbench
+from headwise.apps.tasks.examples import Examples
+
+#: Plans of a bank, where the task has no domains of its own.
+PLANS = 4
+
+Mapping = dict[str, Tensor]
+
+
+def mappings(examples: Examples, device: torch.device, batch_size: int = 32) -> list[Mapping]:
+    """Batches as ``hw.repair`` and ``hw.pruning.fit_bank`` take them, with the labels."""
+    return [
+        {
+            "input_ids": batch.input_ids.to(device),
+            "attention_mask": batch.attention_mask.to(device),
+            "labels": batch.labels.to(device),
+        }
+        for batch in examples.in_order(batch_size)
+    ]
+
+
+def forward(model: nn.Module, batch: Mapping) -> Tensor:
+    """Logits [B, C] in float32: least squares are solved for what the model computes exactly."""
+    output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    return output.logits
+
+
+def losses(model: nn.Module, batch: Mapping) -> Tensor:
+    return F.cross_entropy(forward(model, batch), batch["labels"], reduction="none")
+
+
+def michel(model: nn.Module, batches: list[Mapping]) -> hw.HeadScores:
+    """What plans of a bank are made of."""
+    return hw.score_heads(model, batches, losses, progress=False)["michel"]
+
+
+def calibration(bench: Workbench) -> Examples:
+    """The training texts that heads are scored on."""
+    return bench.train.take(bench.settings.score_limit)
+
+
+def domains_in_order(examples: Examples, batch_size: int = 32) -> Tensor | None:
+    """The domain of each text, in the order of :func:`mappings`; None where there is one."""
+    if examples.domain_of is None:
+        return None
+    return torch.cat([examples.domain_of[b.rows] for b in examples.in_order(batch_size)])
+
+
+def removal_plan(bench: Workbench, keep: float) -> hw.HeadPlan:
+    """Heads go in the order in which the others, repaired, make up for them best."""
+    if "repair" not in bench.plans:
+        bench.plans["repair"] = hw.pruning.repair_scores(
+            bench.converted(),
+            mappings(calibration(bench), bench.device),
+            forward_fn=forward,
+            progress=False,
+        )
+    return hw.plan(bench.plans["repair"], keep=keep)
+
+
+def repaired(planner: Planner) -> Callable[[Workbench, float, int], Outcome]:
+    def run(bench: Workbench, keep: float, steps: int) -> Outcome:
+        batches = mappings(calibration(bench), bench.device)
+        plan = planner(bench, keep)
+        small = hw.prune(bench.converted(), plan, repair=batches, forward_fn=forward)
+        return Outcome(small, 0)
+
+    return run
+
+
+def bank(bench: Workbench, keep: float, steps: int) -> Outcome:
+    """A repaired plan for each domain, or for each of some clusters; a router picks by the text."""
+    examples = calibration(bench)
+    found = hw.pruning.fit_bank(
+        bench.converted(),
+        mappings(examples, bench.device),
+        michel,
+        keep,
+        PLANS,
+        clusters=domains_in_order(examples),
+        at=_deciding_layer(bench),
+        forward_fn=forward,
+        seed=bench.seed,
+    )
+    return Outcome(found.model, 0, {"plans": len(found.plans), "routed_to_own": found.routed})
+
+
+def _deciding_layer(bench: Workbench) -> int:
+    """The second layer reads what the first block wrote; a model of one layer has no other."""
+    return min(1, len(bench.dense_layers) - 1)
+
+
+def measure_headroom(bench: Workbench) -> dict:
+    """``hw.headroom`` of the task: what choosing by the text could win, before any training.
+
+    Where it cannot be measured (a layer that runs many times has no second plan), it says why.
+    """
+    try:
+        found = _headroom(bench)
+    except ValueError as error:
+        sentence = f"Headroom was not measured: {error}"
+        return {"task": bench.task, "sentences": [sentence], "dense": None, "rows": []}
+    return {"task": bench.task, "sentences": found.sentences(), **found.to_dict()}
+
+
+def _headroom(bench: Workbench) -> hw.pruning.Headroom:
+    calibrating = calibration(bench)
+    held_out = bench.validation.take(1000)
+
+    def right(model: nn.Module, batch: Mapping) -> Tensor:
+        return (forward(model, batch).argmax(1) == batch["labels"]).double()
+
+    return hw.headroom(
+        bench.converted(),
+        mappings(calibrating, bench.device),
+        mappings(held_out, bench.device),
+        michel,
+        right,
+        budgets=[keep for keep in bench.settings.budgets if keep < 1.0] or [0.5],
+        plans=PLANS,
+        clusters=domains_in_order(calibrating),
+        held_out_clusters=domains_in_order(held_out),
+        forward_fn=forward,
+        seed=bench.seed,
+        progress=False,
+        at=_deciding_layer(bench),
+    )
