@@ -35,6 +35,13 @@ void check_mask(const char* name, const at::Tensor& mask) {
                    name, " must be boolean or floating, got ", mask.scalar_type());
 }
 
+/// Whether both are the same numbers in the same memory, be they one tensor object or two.
+bool same_memory(const at::Tensor& a, const at::Tensor& b) {
+  return a.is_same(b) || (a.scalar_type() == b.scalar_type() && a.sizes() == b.sizes() &&
+                          a.strides() == b.strides() && a.storage_offset() == b.storage_offset() &&
+                          a.is_alias_of(b));
+}
+
 }  // namespace
 
 MultiheadAttentionImpl::MultiheadAttentionImpl(MultiheadAttentionOptions options_)
@@ -150,8 +157,13 @@ std::tuple<at::Tensor, at::Tensor> MultiheadAttentionImpl::forward(
       (query.dim() == 2 || batched) && key.dim() == query.dim() && value.dim() == query.dim(),
       "query, key and value must all have 3 dimensions, or 2 for an unbatched input, got ",
       query.dim(), ", ", key.dim(), " and ", value.dim());
-  const bool query_is_key = query.is_same(key);
-  const bool self_attention = query_is_key && key.is_same(value);
+  const bool query_is_key = same_memory(query, key);
+  bool self_attention = query_is_key && same_memory(key, value);
+  if (self_attention && at::GradMode::is_enabled()) {
+    // Views of one tensor, as hooks hand them on, have gradients of their own.
+    const bool apart = query.requires_grad() || key.requires_grad() || value.requires_grad();
+    self_attention = (query.is_same(key) && key.is_same(value)) || !apart;
+  }
   if (!batched) {
     query = query.unsqueeze(0);
     key = key.unsqueeze(0);

@@ -77,6 +77,37 @@ TEST(MultiheadAttention, ChosenHeadsEqualTheOracle) {
   }
 }
 
+TEST(MultiheadAttention, KnowsSelfAttentionByItsMemory) {
+  torch::manual_seed(0);
+  MultiheadAttention layer(MultiheadAttentionOptions(kDim, kHeads)
+                               .batch_first(true)
+                               .dtype(at::kDouble)
+                               .gate(BudgetGateOptions().target(0.5)));
+  {
+    torch::NoGradGuard no_grad;
+    for (auto& parameter : layer->gate->parameters()) parameter.normal_();
+  }
+  layer->eval();
+  auto padding = torch::zeros({5, 6}, at::kBool);
+  for (int64_t row = 0; row < 5; ++row) padding[row].slice(0, 1 + row).fill_(true);
+  const auto x = torch::randn({5, 6, kDim}, at::kDouble);
+  const auto run = [&](const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+    return std::get<0>(layer->forward(q, k, v, padding, false));
+  };
+  const auto expected = run(x, x, x);
+  EXPECT_TRUE(at::allclose(run(x, x.view_as(x), x.slice(0)), expected));
+  // Other memory: nothing says that the padding of the keys is that of the queries.
+  EXPECT_FALSE(at::allclose(run(x, x.clone(), x.clone()), expected));
+  // The key is no part of the graph: it gets no gradient.
+  auto leaf = x.clone().requires_grad_();
+  const auto through = [&](const at::Tensor& q, const at::Tensor& k) {
+    return torch::autograd::grad({run(q, k, k).square().sum()}, {leaf})[0];
+  };
+  const auto both = through(leaf, leaf);
+  const auto apart = through(leaf, leaf.detach()) + through(leaf.detach(), leaf);
+  EXPECT_TRUE(at::allclose(apart, both));
+}
+
 TEST(MultiheadAttention, ParametersAreNamedAsTorchs) {
   torch::nn::MultiheadAttention theirs(torch::nn::MultiheadAttentionOptions(kDim, kHeads));
   EXPECT_EQ(parameter_names(*MultiheadAttention(kDim, kHeads)), parameter_names(*theirs));

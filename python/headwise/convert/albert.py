@@ -8,41 +8,50 @@ heads of its own.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from transformers.models.albert.modeling_albert import AlbertAttention
 
-from headwise.convert.transformers_attention import SeparateProjections, attend
+from headwise.convert.transformers_attention import EncoderStandIn, SeparateProjections
 from headwise.nn.multihead_attention import MultiheadAttention
 
 
-class SelectedAlbertAttention(AlbertAttention):
+class SelectedAlbertAttention(EncoderStandIn, AlbertAttention):
     """Stands where ``AlbertAttention`` stood.
 
     It is an ``AlbertAttention`` so that transformers finds it when it collects attention maps
     (``output_attentions=True``).
     """
 
+    PROJECTIONS = ("query", "key", "value", "dense")
+
     def __init__(self, original: AlbertAttention, mha: MultiheadAttention):
-        nn.Module.__init__(self)
-        self.config = original.config
-        self.is_causal = original.is_causal
-        self.mha = mha
+        super().__init__(original, mha)
         self.output_dropout = original.output_dropout
         self.LayerNorm = original.LayerNorm
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states [B, L, D] -> output [B, L, D] and, where asked for, maps [B, H, L, L]."""
-        output, maps = attend(self.mha, hidden_states, attention_mask, self.config, kwargs)
+        """As :meth:`EncoderStandIn.forward`, with the residual connection and its norm."""
+        output, maps = super().forward(hidden_states, attention_mask, **options)
         return self.LayerNorm(hidden_states + self.output_dropout(output)), maps
 
 
 class Albert(SeparateProjections):
     name = "transformers ALBERT"
+    children = {
+        "": (
+            *SelectedAlbertAttention.PROJECTIONS,
+            "LayerNorm",
+            "attention_dropout",
+            "output_dropout",
+        )
+    }
 
     def projections(self, module: AlbertAttention) -> dict[str, nn.Linear]:
-        return {name: getattr(module, name) for name in ("query", "key", "value", "dense")}
+        return {name: getattr(module, name) for name in self.children[""][:4]}
 
     def shape(self, module: AlbertAttention) -> tuple[int, int, float]:
         return module.num_attention_heads, module.attention_head_size, module.attention_dropout.p

@@ -8,45 +8,48 @@ name: RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, ERNIE, data2vec's text model, Ro
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
+from headwise.convert.arguments import one_cache
+from headwise.convert.checks import CALLED, HOOKS, hooks_fault
 from headwise.convert.registry import family
-from headwise.convert.transformers_attention import SeparateProjections, attend, named
+from headwise.convert.transformers_attention import EncoderStandIn, SeparateProjections, named
 from headwise.nn.multihead_attention import MultiheadAttention
 
-#: What the classes of a model begin with -> the module that has them.
-#: tests/python/convert/test_convert.py compares the attention of each with BERT's,
-#: statement by statement.
+#: What the classes of a model begin with -> the module that has them. tests/python/test_convert.py
+#: compares the attention of each with BERT's, statement by statement.
 FAMILY = family(__name__)
 
 
-class SelectedSelfAttention(nn.Module):
+class SelectedSelfAttention(EncoderStandIn):
     """Stands where ``BertSelfAttention`` stood; its output is already projected."""
 
+    PROJECTIONS = ("self.query", "self.key", "self.value", "output.dense")
+
     def __init__(self, original: nn.Module, mha: MultiheadAttention):
-        nn.Module.__init__(self)
-        self.config = original.config
+        super().__init__(original, mha)
         self.is_decoder = original.is_decoder
-        self.is_causal = original.is_causal
         self.layer_idx = original.layer_idx
-        self.mha = mha
 
     def forward(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        past_key_values=None,
-        **kwargs,
+        cache: Any = None,
+        *,
+        past_key_values: Any = None,
+        **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states [B, L, D] -> output [B, L, D] and, where asked for, maps [B, H, L, L].
+        """As :meth:`EncoderStandIn.forward`; there is no cache."""
+        if one_cache(self, cache, past_key_values) is not None:
+            raise ValueError("cache must be None: a converted model is an encoder")
+        return super().forward(hidden_states, attention_mask, **options)
 
-        ``attention_mask`` is None, [B, L] (nonzero = token), or [B, 1 or H, 1 or L, L]: boolean
-        (True = may attend) or floating (added to the scores).
-        """
-        if past_key_values is not None:
-            raise ValueError("past_key_values must be None: a converted model is an encoder")
-        return attend(self.mha, hidden_states, attention_mask, self.config, kwargs)
+    def _place(self, name: str) -> str:
+        return name.removesuffix("self")
 
 
 @functools.cache
@@ -72,6 +75,11 @@ def _prefix(module: nn.Module) -> str:
 
 class Bert(SeparateProjections):
     name = "transformers BERT (encoder)"
+    children = {
+        "": ("self", "output"),
+        "self": ("query", "key", "value", "dropout"),
+        "output": ("dense", "LayerNorm", "dropout"),
+    }
 
     def is_converted(self, module: nn.Module) -> bool:
         return isinstance(module.self, SelectedSelfAttention)
@@ -83,6 +91,13 @@ class Bert(SeparateProjections):
         if module.self.is_decoder:
             return "it belongs to a decoder (config.is_decoder), which caches keys and values"
         return super().refusal(module)
+
+    def _faults(self, module: nn.Module, linears: dict[str, nn.Linear]) -> Iterator[str | None]:
+        yield from super()._faults(module, linears)
+        after = tuple(kind for kind in CALLED if kind != "_forward_pre_hooks")
+        yield hooks_fault("self", module.self, after, "would get the projected output")
+        yield hooks_fault("output", module.output, CALLED, "would get what is projected already")
+        yield hooks_fault("output", module.output, HOOKS, "would see other names")
 
     def projections(self, module: nn.Module) -> dict[str, nn.Linear]:
         own = module.self

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import logging
+from collections import Counter
+from collections.abc import Callable, Hashable
+from typing import NamedTuple
 
 from torch import nn
 
-from headwise.convert.discovery import find_attention, refusals_text
+from headwise.convert.discovery import Candidate, Found, find_attention, refusals_text
+from headwise.convert.registry import Architecture
+from headwise.convert.saving import save_as_the_original
 from headwise.convert.versions import check_transformers
 from headwise.gates.base import Gate
 from headwise.gates.model import link_gates
 from headwise.nn.attention_layer import AttentionLayer
 from headwise.nn.grouped_query_attention import GroupedQueryAttention
 from headwise.nn.layers import attention_layers, replace_module
+from headwise.nn.proof import Proof, check_gates, kind_of, unchanged_on_error
+
+_log = logging.getLogger("headwise.convert")
 
 GateFactory = Callable[[str, AttentionLayer], Gate | None]
 
@@ -24,12 +32,16 @@ def convert(
     *,
     strict: bool = True,
     keep_selection: bool | None = None,
+    verify: bool = True,
 ) -> nn.Module:
     """Swaps the attention of ``model`` in place for layers that choose their heads.
 
-    Weights are kept: with ``gate=None`` the converted model computes what it computed before.
-    Hooks on a swapped module and modules that are tied stay as they were. Build the optimizer after
-    converting: some architectures keep query, key and value as one parameter.
+    Weights are kept: with ``gate=None`` the converted model computes what it computed before, and
+    ``verify`` proves it. Hooks on a swapped module and modules that are tied stay as they were;
+    what cannot stay (a hook on a projection that is merged with others) is refused. Build the
+    optimizer after converting: some architectures keep query, key and value as one parameter. The
+    logger ``headwise.convert`` tells what was converted (INFO) and what ``strict=False`` left alone
+    (WARNING).
 
     Args:
         model: any module with ``torch.nn.MultiheadAttention`` in it (alone or inside
@@ -44,6 +56,10 @@ def convert(
         keep_selection: for the layers of decoders
             (:class:`headwise.GroupedQueryAttention`): True: generation chooses once, by the prompt,
             and keeps that choice; False: at every step; None: as the layers say (at first False).
+        verify: run the original and the converted attention of each kind (class, sizes, options) on
+            a few made-up tokens, in the model's dtype, without a gate: with padding, and with a
+            cache if there is one. Then run each kind of gated layer and compare it with all of its
+            heads, weighted by the gate. Layers on the meta device cannot be run, and are not.
 
     Returns:
         ``model``, or its successor if it is itself a ``torch.nn.MultiheadAttention``.
@@ -51,14 +67,17 @@ def convert(
     Raises:
         TypeError: ``model`` is not a module, or ``gate`` is neither a gate nor a function.
         ValueError: there is no attention in ``model`` that can be converted, or (``strict``) some
-            that cannot; the text lists each and why. ``model`` is then unchanged. Or
-            ``keep_selection`` is given and ``model`` is no decoder.
+            that cannot; the text lists each and why. Or a converted layer does not compute what it
+            did (``verify``). Or ``keep_selection`` is given and ``model`` is no decoder.
         RuntimeError: ``model`` is of a version of transformers before 5.0.
 
-    A version of transformers newer than those that headwise was tested with gives one warning.
+    After any error, those of ``gate`` included, ``model`` is as it was. A version of transformers
+    newer than those that headwise was tested with gives one warning.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(gate, type):
+        raise TypeError(f"gate must be a gate or a function, got the class {gate.__name__}")
     if gate is not None and not isinstance(gate, Gate) and not callable(gate):
         raise TypeError(
             f"gate must be a headwise.Gate, a function (name, layer) -> gate, or None, "
@@ -75,34 +94,79 @@ def convert(
             f"looks like attention"
         )
 
-    by_architecture: dict[int, tuple] = {}
-    for candidate in found.supported:
-        successor, _ = candidate.architecture.convert(candidate.module)
-        if successor is not candidate.module:
-            model = replace_module(model, candidate.module, successor)
-        _, modules = by_architecture.setdefault(
-            id(candidate.architecture), (candidate.architecture, [])
-        )
-        modules.append(candidate.module)
+    with unchanged_on_error(model):
+        verified = _swap(model, found.supported, verify)
+        model = verified.model
+        if gate is not None:
+            _set_gates(model, gate)
+        if keep_selection is not None:
+            _keep_selections(model, keep_selection)
+        save_as_the_original(model)
+        if verify:
+            check_gates(model)
+    _report(found, verified)
+    return model
+
+
+class _Swapped(NamedTuple):
+    model: nn.Module
+    tried: int  # kinds of attention that were verified
+    untried: list[str]  # names of modules that could not be run, and kinds nobody can try
+
+
+def _swap(model: nn.Module, candidates: list[Candidate], verify: bool) -> _Swapped:
+    by_architecture: dict[int, tuple[Architecture, list[nn.Module]]] = {}
+    kinds: set[Hashable] = set()
+    tried, untried = 0, []
+    for candidate in candidates:
+        module, architecture = candidate.module, candidate.architecture
+        proof = None
+        if verify and (kind := kind_of(module)) not in kinds:
+            kinds.add(kind)
+            proof = Proof.of(module, candidate.name, architecture.trial(module))
+            tried += proof is not None
+            if proof is None:
+                untried.append(candidate.name or type(module).__name__)
+        successor, _ = architecture.convert(module)
+        if proof is not None:
+            proof.check(successor)
+        if successor is not module:
+            model = replace_module(model, module, successor)
+        by_architecture.setdefault(id(architecture), (architecture, []))[1].append(module)
     for architecture, modules in by_architecture.values():
         architecture.finish(model, modules)
+    return _Swapped(model, tried, untried)
 
-    if gate is not None:
-        _set_gates(model, gate)
-    if keep_selection is not None:
-        layers = [
-            layer
-            for layer in attention_layers(model).values()
-            if isinstance(layer, GroupedQueryAttention)
-        ]
-        if not layers:
-            raise ValueError(
-                f"keep_selection is for decoders, and model ({type(model).__name__}) has no "
-                f"headwise.GroupedQueryAttention"
-            )
-        for layer in layers:
-            layer.keep_selection = keep_selection
-    return model
+
+def _keep_selections(model: nn.Module, keep_selection: bool) -> None:
+    layers = [
+        layer
+        for layer in attention_layers(model).values()
+        if isinstance(layer, GroupedQueryAttention)
+    ]
+    if not layers:
+        raise ValueError(
+            f"keep_selection is for decoders, and model ({type(model).__name__}) has no "
+            f"headwise.GroupedQueryAttention"
+        )
+    for layer in layers:
+        layer.keep_selection = keep_selection
+
+
+def _report(found: Found, swapped: _Swapped) -> None:
+    if found.supported:
+        kinds = Counter(type(candidate.module).__name__ for candidate in found.supported)
+        counted = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        _log.info(
+            "converted %s; verified %d kind%s%s",
+            counted,
+            swapped.tried,
+            "" if swapped.tried == 1 else "s",
+            f"; not verified: {', '.join(swapped.untried)}" if swapped.untried else "",
+        )
+    reasons = Counter((refused.kind, refused.reason) for refused in found.refused)
+    for (kind, reason), count in reasons.items():
+        _log.warning("left %d %s alone: %s", count, kind, reason)
 
 
 def _set_gates(model: nn.Module, gate: Gate | GateFactory) -> None:

@@ -6,23 +6,27 @@ causal one and nothing else, its layers are then handed no L x S mask but the pa
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
 
-from headwise.convert.transformers_attention import unconverted_attention
-from headwise.gates.selection import Selection
+from headwise.convert.arguments import check_arguments, handed_on, one_cache, wants_maps
+from headwise.convert.kept_selection import LayerCacheOf
+from headwise.convert.transformers_attention import (
+    for_each_sequence,
+    unconverted_attention,
+    use_plain_implementation,
+)
 from headwise.nn.grouped_query_attention import GroupedQueryAttention
+from headwise.nn.proof import Draw
 
 #: The attention implementation that converted decoders name in their configuration.
 IMPLEMENTATION = "headwise_causal"
-
-_SELECTIONS = (
-    "_headwise_selections"  # attribute of a cache of transformers: what its layers keep there
-)
 
 
 def _causal_mask(
@@ -57,50 +61,6 @@ AttentionInterface.register(IMPLEMENTATION, unconverted_attention)
 AttentionMaskInterface.register(IMPLEMENTATION, _causal_mask)
 
 
-class LayerCacheOf:
-    """One layer of a cache of transformers, as :class:`GroupedQueryAttention` asks for it."""
-
-    def __init__(self, cache: Any, layer: int, length: int, only_own: bool):
-        self._cache = cache
-        self._layer = layer
-        self._length = length  # tokens of this call
-        self._only_own = only_own  # they see nothing before them
-
-    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = self._cache.update(k, v, self._layer)
-        if self._only_own and k.size(2) > self._length:  # a static cache gives its empty rows too
-            k, v = k[:, :, : self._length], v[:, :, : self._length]
-        return k, v
-
-    @property
-    def _kept(self) -> dict[Any, Any]:
-        if not hasattr(self._cache, _SELECTIONS):
-            setattr(self._cache, _SELECTIONS, {})
-        return getattr(self._cache, _SELECTIONS)
-
-    @property
-    def selection(self) -> Selection | None:
-        kept = self._kept.get(self._layer)
-        if kept is None:
-            return None
-        seen = self._cache.get_seq_length(self._layer)
-        if isinstance(seen, Tensor) and self._length == 1 and torch.compiler.is_compiling():
-            return kept  # a step of a compiled model: the graph cannot wait for the number
-        return None if seen == 0 else kept  # a cache that was emptied serves another sequence
-
-    @selection.setter
-    def selection(self, selection: Selection) -> None:
-        self._kept[self._layer] = selection
-
-    @property
-    def slots(self) -> Tensor | None:
-        return self._kept.get((self._layer, "slots"))
-
-    @slots.setter
-    def slots(self, slots: Tensor | None) -> None:
-        self._kept[self._layer, "slots"] = slots
-
-
 class _Call(NamedTuple):
     """The masks of a call, as the layer takes them."""
 
@@ -110,10 +70,12 @@ class _Call(NamedTuple):
     is_causal: bool
 
 
-def _split(mask: Tensor | None, length: int, causal: bool, first: int | Tensor | None) -> _Call:
+def _split(mask: Tensor | None, x: Tensor, causal: bool, first: int | Tensor | None) -> _Call:
     """``first``: the column of ``mask`` that stands for the first query; None: the last L do."""
+    length = x.size(1)
     if mask is None:
         return _Call(None, None, None, causal and length > 1)
+    mask = for_each_sequence(mask, x)
     if mask.dim() == 2:  # [B, S], nonzero = token
         padding = mask == 0
         return _Call(padding, padding[:, -length:], None, causal)
@@ -140,35 +102,52 @@ def _split(mask: Tensor | None, length: int, causal: bool, first: int | Tensor |
     return _Call(None, padding, mask, False)
 
 
-class SelectedDecoderAttention(nn.Module):
-    """Stands where a decoder's attention stood."""
+class SelectedDecoderAttention(GroupedQueryAttention):
+    """Stands in for a decoder's attention; its projections have the names of the original's."""
 
-    def __init__(self, original: nn.Module, gqa: GroupedQueryAttention):
-        nn.Module.__init__(self)
-        for name, value in vars(original).items():  # layer_idx, is_causal, scaling, config, ...
-            if not name.startswith("_") and name != "training":
+    #: Whether the original rotates queries and keys, and so must be given the angles.
+    rotates = True
+
+    def __init__(self, original: nn.Module, sizes: Mapping[str, Any], **factory: Any):
+        super().__init__(**sizes, **factory)
+        for name, value in vars(original).items():  # config, layer_idx, is_causal, scaling, ...
+            if not name.startswith("_") and name not in self.__dict__:
                 setattr(self, name, value)
-        self.gqa = gqa
+
+    def _resized(self, sizes: Mapping[str, Any], **factory: Any) -> SelectedDecoderAttention:
+        return type(self)(self, sizes, **factory)
+
+    def original_state(self, name: str, state: dict[str, Tensor]) -> None:
+        """Gives the tensors of this module, which stands at ``name``, the names and layout that
+        the original has in a state dict: those that they have."""
 
     def forward(
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
+        cache: Any = None,
+        *,
         past_key_values: Any = None,
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states [B, L, D] -> output [B, L, D] and, where asked for, maps [B, H, L, S].
+        """hidden_states [B, L, D] -> output [B, L, D] and, if asked for, maps [B, H, L, S].
 
         ``attention_mask`` is None (causal), [B, S] (nonzero = token; causal), or [B, 1 or H, L or
-        1, S]: boolean (True = may attend) or floating (added to the scores).
+        1, S]: boolean (True = may attend) or floating (added to the scores). ``past_key_values`` is
+        the name of ``cache`` in older versions of transformers.
         """
+        check_arguments(self, options)
+        past = one_cache(self, cache, past_key_values)
+        if self.rotates and position_embeddings is None:
+            raise TypeError(f"{type(self).__name__} needs position_embeddings, got None")
         length = hidden_states.size(1)
         causal = options.get("is_causal")
-        causal = self.is_causal if causal is None else causal
-        first, cache = None, None
-        if past_key_values is not None:
-            past = getattr(past_key_values, "self_attention_cache", past_key_values)
+        if causal is None or attention_mask is not None:  # a mask says who sees whom
+            causal = self.is_causal
+        first, layer_cache = None, None
+        if past is not None:
+            past = getattr(past, "self_attention_cache", past)
             if attention_mask is not None and attention_mask.dim() == 4:
                 _, offset = past.get_mask_sizes(length, self.layer_idx)
                 first = past.get_query_offset(self.layer_idx) - offset
@@ -176,18 +155,57 @@ class SelectedDecoderAttention(nn.Module):
                     first = first.clone()  # the cache counts on in place
             # Without a mask, more than one token are the first ones.
             only_own = attention_mask is None and length > 1
-            cache = LayerCacheOf(past, self.layer_idx, length, only_own)
-        call = _split(attention_mask, length, causal, first)
-        need_weights = options.get("output_attentions")
-        if need_weights is None:
-            need_weights = getattr(self.config, "output_attentions", False)
-        return self.gqa(
+            layer_cache = LayerCacheOf(
+                past,
+                self.layer_idx,
+                groups=self.num_key_value_heads,
+                batch=hidden_states.size(0),
+                length=length,
+                only_own=only_own,
+                device=hidden_states.device,
+                options=handed_on(options),
+            )
+        call = _split(attention_mask, hidden_states, causal, first)
+        return super().forward(
             hidden_states,
             position_embeddings,
             key_padding_mask=call.key_padding_mask,
             query_padding_mask=call.query_padding_mask,
             attn_mask=call.attn_mask,
             is_causal=call.is_causal,
-            cache=cache,
-            need_weights=bool(need_weights),
+            cache=layer_cache,
+            need_weights=wants_maps(self.config, options),
         )
+
+
+def cache_word(original: nn.Module) -> str:
+    """What the original calls the argument that is its cache; transformers has renamed it."""
+    return "cache" if "cache" in inspect.signature(original.forward).parameters else _OLD_WORD
+
+
+_OLD_WORD = "past_key_values"
+
+
+def decoder_outputs(
+    own: nn.Module, draw: Draw, width: int, rope: int | None, cache_word: str
+) -> list[Tensor]:
+    """A trial of a decoder's attention and what stands in for it: with padding, without a mask, and
+    with a cache, three tokens and then one."""
+    use_plain_implementation(own)
+    tokens, length = draw(2, 5, width), 5
+    angles = None if rope is None else draw.rope(length, rope)
+
+    def call(start: int, stop: int, mask: Tensor | None, cache: Any = None) -> Tensor:
+        options = {} if cache is None else {cache_word: cache}
+        if angles is not None:
+            options["position_embeddings"] = tuple(table[:, start:stop] for table in angles)
+        return own(tokens[:, start:stop].contiguous(), attention_mask=mask, **options)[0]
+
+    unseen = torch.ones(length, length, dtype=torch.bool, device=tokens.device).triu(1)
+    padded = draw.added(unseen | draw.padding(2, length)[:, None, None, :])
+    first = draw.added(unseen[None, None, :3, :3].expand(2, -1, -1, -1))
+    cache = DynamicCache()
+    made = [call(0, length, padded), call(0, 3, first, cache), call(3, 4, None, cache)]
+    if own.config._attn_implementation != "eager":  # which is always given a mask
+        made.append(call(0, length, None))
+    return made

@@ -14,12 +14,13 @@ from headwise.convert.registry import (
 )
 from headwise.nn.attention_layer import AttentionLayer
 
-# Names that projections to queries, keys and values go by, apart or fused.
-_PROJECTIONS = frozenset(
-    "q k v q_proj k_proj v_proj query key value q_lin k_lin v_lin to_q to_k to_v wq wk wv Wqkv "
-    "qkv qkv_proj c_attn query_key_value in_proj to_qkv in_proj_qkv attn_qkv q_a_proj "
-    "query_proj key_proj value_proj".split()
+# Names that projections go by: to queries, to keys, to both at once, and others of attention.
+_QUERY = frozenset("q q_proj query q_lin to_q wq query_proj q_a_proj q_attn".split())
+_KEY = frozenset("k k_proj key k_lin to_k wk key_proj".split())
+_FUSED = frozenset(
+    "Wqkv qkv qkv_proj c_attn query_key_value to_qkv in_proj_qkv attn_qkv kqv c_qkv".split()
 )
+_PROJECTIONS = _QUERY | _KEY | _FUSED | frozenset("v value v_proj v_lin to_v wv in_proj".split())
 
 
 @dataclass
@@ -50,14 +51,15 @@ class Found:
 
 
 def _looks_like_attention(module: nn.Module) -> bool:
-    """A class that says so, with projections to queries, keys or values of its own."""
+    """A module with projections to queries and to keys, whatever its class is called; or a class
+    that calls itself attention, with any such projection."""
     if isinstance(module, nn.MultiheadAttention):
         return True
-    if "attention" not in type(module).__name__.lower():
-        return False
     names = {name for name, child in module.named_children() if hasattr(child, "weight")}
     names |= {name.removesuffix("_weight") for name, _ in module.named_parameters(recurse=False)}
-    return bool(names & _PROJECTIONS)
+    if (names & _QUERY and names & _KEY) or names & _FUSED:
+        return True
+    return "attention" in type(module).__name__.lower() and bool(names & _PROJECTIONS)
 
 
 def _owners(model: nn.Module) -> dict[int, int]:

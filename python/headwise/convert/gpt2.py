@@ -6,17 +6,44 @@ The converted layer has copies of the parameters, in the layout of ``torch.nn.Li
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import output_capturing
 
-from headwise.convert.decoder import IMPLEMENTATION, SelectedDecoderAttention
+from headwise.convert.checks import (
+    CALLED,
+    HOOKS,
+    children_fault,
+    copied_fault,
+    first,
+    forward_fault,
+    hooks_fault,
+    projection_fault,
+)
+from headwise.convert.decoder import (
+    IMPLEMENTATION,
+    SelectedDecoderAttention,
+    cache_word,
+    decoder_outputs,
+)
 from headwise.convert.registry import Architecture
-from headwise.convert.torch_attention import carry_hooks, replaced_text
-from headwise.convert.transformers_attention import name_implementation
+from headwise.convert.transformers_attention import (
+    implementation_fault,
+    in_the_mode_of,
+    name_implementation,
+    remade,
+)
 from headwise.nn.grouped_query_attention import GroupedQueryAttention
+from headwise.nn.layers import carry_hooks
+from headwise.nn.proof import Trial
+
+_PROJECTIONS = ("c_attn", "c_proj")
 
 
 class SelectedGPT2Attention(SelectedDecoderAttention, GPT2Attention):
@@ -26,26 +53,37 @@ class SelectedGPT2Attention(SelectedDecoderAttention, GPT2Attention):
     (``output_attentions=True``).
     """
 
-    def __init__(self, original: GPT2Attention, gqa: GroupedQueryAttention):
-        super().__init__(original, gqa)
+    rotates = False
+
+    def __init__(self, original: GPT2Attention, sizes: Mapping[str, Any], **factory: Any):
+        super().__init__(original, sizes, **factory)
         self.resid_dropout = original.resid_dropout
+
+    @property
+    def c_proj(self) -> nn.Module:
+        """The output projection, by the name that GPT-2's initialisation of weights knows."""
+        return self.o_proj
+
+    def original_state(self, name: str, state: dict[str, Tensor]) -> None:
+        """As :meth:`SelectedDecoderAttention.original_state`: ``Conv1D`` has its matrix the other
+        way round."""
+        for kind in ("weight", "bias"):
+            q, k, v, o = (state.pop(f"{name}.{p}_proj.{kind}").t() for p in "qkvo")
+            state[f"{name}.c_attn.{kind}"] = torch.cat([q, k, v], dim=-1).contiguous()
+            state[f"{name}.c_proj.{kind}"] = o.contiguous()
 
     def forward(
         self,
         hidden_states: Tensor,
-        past_key_values=None,
+        cache: Any = None,
         attention_mask: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        **options,
+        **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """As :meth:`SelectedDecoderAttention.forward`, with GPT-2's order of arguments."""
         if options.get("output_attentions") is None:  # GPT-2's model does not hand this down
             options["output_attentions"] = _collects_maps(self.config)
         output, maps = super().forward(
-            hidden_states,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            **options,
+            hidden_states, attention_mask=attention_mask, cache=cache, **options
         )
         return self.resid_dropout(output), maps
 
@@ -64,36 +102,53 @@ class GPT2(Architecture):
     def refusal(self, module: GPT2Attention) -> str | None:
         if module.is_cross_attention:
             return "it is cross-attention"
-        for name in ("c_attn", "c_proj"):
+        return first(self._faults(module))
+
+    def _faults(self, module: GPT2Attention) -> Iterator[str | None]:
+        yield forward_fault("", module)
+        held = (*_PROJECTIONS, "attn_dropout", "resid_dropout")
+        yield children_fault("", module, held, ("bias", "masked_bias"))  # of older versions
+        for name in _PROJECTIONS:
             projection = getattr(module, name)
-            if type(projection) is not Conv1D:
-                return replaced_text(name, projection)
-        return None
+            yield projection_fault(name, projection, Conv1D)
+            yield hooks_fault(name, projection)
+            for kind, parameter in projection.named_parameters():
+                yield copied_fault(f"{name}.{kind}", parameter)
+        renamed = tuple(HOOKS)[len(CALLED) :]
+        yield hooks_fault("attention", module, renamed, "would see other names")
+        yield implementation_fault(module.config)
 
     def copied_parameters(self, module: GPT2Attention) -> list[nn.Parameter]:
         return [*module.c_attn.parameters(), *module.c_proj.parameters()]
 
-    def convert(self, module: GPT2Attention) -> tuple[nn.Module, GroupedQueryAttention]:
-        gqa = GroupedQueryAttention(
-            module.embed_dim,
-            module.num_heads,
-            dropout=module.attn_dropout.p,
-            bias=True,
-            scale=module.scaling,
-            device="meta",
+    def trial(self, module: GPT2Attention) -> Trial:
+        return functools.partial(
+            decoder_outputs, width=module.embed_dim, rope=None, cache_word=cache_word(module)
         )
-        with torch.no_grad():
-            matrices = (*module.c_attn.weight.chunk(3, dim=1), module.c_proj.weight)  # [D, D] each
-            biases = (*module.c_attn.bias.chunk(3), module.c_proj.bias)  # [D] each
-            linears = (gqa.q_proj, gqa.k_proj, gqa.v_proj, gqa.o_proj)
-            like = (module.c_attn,) * 3 + (module.c_proj,)
-            for linear, matrix, bias, old in zip(linears, matrices, biases, like, strict=True):
-                linear.weight = nn.Parameter(matrix.t().contiguous(), old.weight.requires_grad)
-                linear.bias = nn.Parameter(bias.clone(), old.bias.requires_grad)
-        successor = SelectedGPT2Attention(module, gqa)
-        successor.train(module.training)
+
+    def convert(self, module: GPT2Attention) -> tuple[nn.Module, GroupedQueryAttention]:
+        sizes = {
+            "embed_dim": module.embed_dim,
+            "num_heads": module.num_heads,
+            "dropout": module.attn_dropout.p,
+            "bias": True,
+            "scale": module.scaling,
+        }
+        successor = SelectedGPT2Attention(module, sizes, device="meta")
+        places = [(module.c_attn, i) for i in range(3)] + [(module.c_proj, None)]
+        linears = (successor.q_proj, successor.k_proj, successor.v_proj, successor.o_proj)
+        for linear, (old, third) in zip(linears, places, strict=True):
+
+            def own(sources: Sequence[Tensor], third: int | None = third) -> Tensor:
+                (tensor,) = sources  # [D, 3 D] or [D, D], or a bias
+                part = tensor if third is None else tensor.chunk(3, dim=-1)[third]
+                return part.t().contiguous() if part.dim() == 2 else part.clone()
+
+            linear.weight = remade([old.weight], own)
+            linear.bias = remade([old.bias], own)
+        in_the_mode_of(module, successor, *linears)
         carry_hooks(module, successor)
-        return successor, gqa
+        return successor, successor
 
     def finish(self, model: nn.Module, converted: list[nn.Module]) -> None:
         name_implementation(model, [module.config for module in converted], IMPLEMENTATION)

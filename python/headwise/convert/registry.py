@@ -13,6 +13,7 @@ import importlib
 from torch import nn
 
 from headwise.nn.attention_layer import AttentionLayer
+from headwise.nn.proof import Trial
 
 _BERT, _LLAMA, _VIT = (f"headwise.convert.{name}" for name in ("bert", "llama", "vit"))
 _MODELS = "transformers.models."
@@ -85,6 +86,11 @@ class Architecture(abc.ABC):
     def convert(self, module: nn.Module) -> tuple[nn.Module, AttentionLayer]:
         """``module``'s successor, and the ungated layer in it. Parameters are kept, not copied,
         where their layout allows. The successor may be ``module`` itself, changed in place."""
+
+    def trial(self, module: nn.Module) -> Trial | None:
+        """Calls ``module``, and its successor alike, on made-up tokens: their outputs must agree.
+        None: :func:`headwise.convert` cannot try it out, and says so in its log."""
+        return None
 
     def copied_parameters(self, module: nn.Module) -> list[nn.Parameter]:
         """The parameters of ``module`` that are copied, and so must belong to it alone."""

@@ -10,8 +10,16 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from headwise.convert.registry import Architecture, class_path
+from headwise.convert.checks import (
+    children_fault,
+    first,
+    forward_fault,
+    projection_fault,
+)
+from headwise.convert.registry import Architecture
+from headwise.nn.layers import carry_hooks
 from headwise.nn.multihead_attention import MultiheadAttention
+from headwise.nn.proof import Trial, multihead_outputs
 
 _PARAMETERS = (
     "in_proj_weight",
@@ -24,28 +32,21 @@ _PARAMETERS = (
 )
 
 
-def carry_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Moves the hooks that were registered on ``old`` to ``new``."""
-    for attribute, hooks in old.__dict__.items():
-        if "hooks" in attribute and isinstance(hooks, dict) and hooks:
-            new.__dict__[attribute].update(hooks)
-
-
-def replaced_text(name: str, linear: nn.Module) -> str:
-    """Why attention whose projection is not a plain linear layer is refused."""
-    return (
-        f"its {name} was replaced by a {class_path(type(linear))} (merge or remove what stands "
-        f"around the linear layer)"
-    )
-
-
 class TorchMultiheadAttention(Architecture):
     name = "torch.nn.MultiheadAttention"
 
     def refusal(self, module: nn.MultiheadAttention) -> str | None:
-        if type(module.out_proj) is not NonDynamicallyQuantizableLinear:
-            return replaced_text("out_proj", module.out_proj)
-        return None
+        return first(
+            (
+                forward_fault("", module),
+                children_fault("", module, ("out_proj",), _PARAMETERS),
+                projection_fault("out_proj", module.out_proj, NonDynamicallyQuantizableLinear),
+            )
+        )
+
+    def trial(self, module: nn.MultiheadAttention) -> Trial:
+        widths = module.embed_dim, module.kdim, module.vdim
+        return lambda own, draw: multihead_outputs(own, draw, widths, module.batch_first)
 
     def convert(self, module: nn.MultiheadAttention) -> tuple[nn.Module, MultiheadAttention]:
         mha = MultiheadAttention(
@@ -63,7 +64,7 @@ class TorchMultiheadAttention(Architecture):
         for name in _PARAMETERS:
             setattr(mha, name, getattr(module, name))
         mha.out_proj = module.out_proj
-        mha.train(module.training)
+        mha.training = module.training
         carry_hooks(module, mha)
         return mha, mha
 

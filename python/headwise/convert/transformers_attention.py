@@ -8,15 +8,31 @@ from __future__ import annotations
 
 import copy
 import importlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 
+from headwise.convert.arguments import check_arguments, wants_maps
+from headwise.convert.checks import (
+    CALLED,
+    HOOKS,
+    children_fault,
+    copied_fault,
+    first,
+    forward_fault,
+    hooks_fault,
+    projection_fault,
+)
 from headwise.convert.registry import Architecture
-from headwise.convert.torch_attention import carry_hooks, replaced_text
 from headwise.gates.linears import check_read
+from headwise.nn.layers import carry_hooks
 from headwise.nn.multihead_attention import MultiheadAttention
+from headwise.nn.proof import Draw, Trial
 
 #: The attention implementation that converted models name in their configuration.
 IMPLEMENTATION = "headwise"
@@ -27,33 +43,45 @@ def _padding_mask(
     q_length: int,
     kv_length: int,
     attention_mask: Tensor | None = None,
-    **unused,
+    mask_function=bidirectional_mask_function,
+    **options: Any,
 ) -> Tensor | None:
-    """The mask of a bidirectional model as the tokenizer made it, bool [B, S], True = token.
+    """The mask of a bidirectional model as the tokenizer made it, bool [B, S], True = token; any
+    other mask as transformers makes it, bool [B, 1, L, S], True = may be seen.
 
     The masks that transformers builds for its own implementations are [B, 1, L, S], in which
     padding can no longer be told from any other mask; a gate has to know what is padding.
     """
+    if mask_function is not bidirectional_mask_function:
+        return sdpa_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            **options,
+        )
     return None if attention_mask is None else attention_mask[:, -kv_length:]
 
 
 def unconverted_attention(
     module: nn.Module,
     query: Tensor,  # [B, H, L, d]
-    key: Tensor,  # [B, H, S, d]
-    value: Tensor,  # [B, H, S, d]
+    key: Tensor,  # [B, Hkv, S, d]
+    value: Tensor,  # [B, Hkv, S, d]
     attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **unused,
+    **options: Any,
 ) -> tuple[Tensor, None]:
-    """For attention that was not converted but shares the configuration of a model that was."""
-    if attention_mask is not None and attention_mask.dim() == 2:
-        attention_mask = attention_mask[:, None, None, :].bool()
-    output = nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling
-    )
-    return output.transpose(1, 2), None
+    """For attention that was not converted but shares the configuration of a model that was: what
+    transformers computes with its implementation "sdpa"."""
+    if attention_mask is not None and attention_mask.dim() == 2:  # [B, S], nonzero = token
+        length, keys = query.size(2), key.size(2)
+        padding = attention_mask[:, None, None, :].bool()
+        attention_mask = padding.expand(-1, -1, length, -1)
+        if getattr(module, "is_causal", False):  # the last query stands at the last key
+            before = torch.ones(length, keys, dtype=torch.bool, device=query.device)
+            attention_mask = attention_mask & before.tril(keys - length)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 
 
 AttentionInterface.register(IMPLEMENTATION, unconverted_attention)
@@ -61,39 +89,43 @@ AttentionMaskInterface.register(IMPLEMENTATION, _padding_mask)
 
 
 def attend(
-    mha: MultiheadAttention,
+    stand_in: nn.Module,  # has `mha` and `config`
     hidden_states: Tensor,  # [B, L, D]
     attention_mask: Tensor | None,
-    config,
-    options: dict,
+    options: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
-    """Self-attention with the masks of transformers -> [B, L, D] and, where asked for, the maps."""
-    layer = mha
+    """Self-attention with the masks of transformers -> [B, L, D] and, if asked for, the maps."""
+    check_arguments(stand_in, options)
+    if options.get("is_causal"):
+        raise ValueError(
+            f"is_causal must be None or False, got {options['is_causal']!r}: "
+            f"{type(stand_in).__name__} is an encoder's"
+        )
+    layer = mha = stand_in.mha
     while not isinstance(layer, MultiheadAttention):  # an adapter stands around it
         layer = layer.base_layer
     if layer is mha:  # without a gate, torch's own code runs, which does not check this
         check_read("out_proj", layer.out_proj)
-    key_padding_mask, attn_mask = split_masks(layer, attention_mask, hidden_states.size(1))
-    need_weights = options.get("output_attentions")
-    if need_weights is None:
-        need_weights = getattr(config, "output_attentions", False)
+    key_padding_mask, attn_mask = split_masks(layer, attention_mask, hidden_states)
     return mha(
         hidden_states,
         hidden_states,
         hidden_states,
         key_padding_mask=key_padding_mask,
-        need_weights=bool(need_weights),
+        need_weights=wants_maps(stand_in.config, options),
         attn_mask=attn_mask,
         average_attn_weights=False,
     )
 
 
 def split_masks(
-    mha: MultiheadAttention, mask: Tensor | None, length: int
+    mha: MultiheadAttention, mask: Tensor | None, x: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """key_padding_mask [B, L] and attn_mask [B * H, L, L], as ``mha`` takes them."""
+    """key_padding_mask [B, L] and attn_mask [B * H, L, L], as ``mha`` takes them for x [B, L, D];
+    ``mask`` [B or 1, L] or [B or 1, H or 1, L or 1, L]."""
     if mask is None:
         return None, None
+    mask = for_each_sequence(mask, x)
     if mask.dim() == 2:  # [B, L]
         padding = mask == 0
         if mha.gate is None:
@@ -118,8 +150,15 @@ def split_masks(
     padding = unseen.all(dim=2).all(dim=1)  # [B, L]: keys that no query sees
     if mask.dtype != torch.bool:
         padding = torch.zeros_like(padding, dtype=mask.dtype).masked_fill(padding, float("-inf"))
-    batch, heads = mask.size(0), mha.num_heads
+    batch, length = x.shape[:2]
+    heads = mha.num_heads
     return padding, mask.expand(batch, heads, length, -1).reshape(batch * heads, length, -1)
+
+
+def for_each_sequence(mask: Tensor, x: Tensor) -> Tensor:
+    """A mask whose first dimension is the batch of x; transformers takes one mask for all."""
+    shared = mask.size(0) == 1 and x.size(0) != 1
+    return mask.expand(x.size(0), *mask.shape[1:]) if shared else mask
 
 
 def name_implementation(
@@ -139,11 +178,90 @@ def name_implementation(
             module.config = copies[id(config)]
 
 
+class EncoderStandIn(nn.Module):
+    """Stands in for an encoder's attention, around one :class:`headwise.MultiheadAttention`.
+
+    Attributes:
+        mha: the layer, or an adapter around it.
+        config: the model's.
+        without_bias: which of the original's projections have no bias; here they have zeros.
+    """
+
+    #: Query, key, value and output of the original, by their names in what was converted.
+    PROJECTIONS: tuple[str, str, str, str]
+
+    def __init__(self, original: nn.Module, mha: MultiheadAttention):
+        nn.Module.__init__(self)
+        self.config = original.config
+        self.is_causal = original.is_causal
+        self.mha = mha
+        self.without_bias: list[str] = []
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **options: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states [B, L, D] -> output [B, L, D] and, if asked for, maps [B, H, L, L].
+
+        ``attention_mask`` is None, [B, L] (nonzero = token), or [B or 1, H or 1, L or 1, L]:
+        boolean (True = may attend) or floating (added to the scores).
+        """
+        return attend(self, hidden_states, attention_mask, options)
+
+    def original_state(self, name: str, state: dict[str, Tensor]) -> None:
+        """Gives the tensors of this module, which stands at ``name``, the names and layout that
+        the original has in a state dict."""
+        own = f"{name}.mha."
+        parts = {
+            kind: (*state.pop(f"{own}in_proj_{kind}").chunk(3), state.pop(f"{own}out_proj.{kind}"))
+            for kind in ("weight", "bias")
+        }
+        for kind, tensors in parts.items():
+            for projection, tensor in zip(self.PROJECTIONS, tensors, strict=True):
+                if kind == "weight" or projection not in self.without_bias:
+                    state[f"{self._place(name)}{projection}.{kind}"] = tensor.contiguous()
+
+    def _place(self, name: str) -> str:
+        """What the names of the original's projections begin with."""
+        return f"{name}."
+
+
+def remade(
+    sources: Sequence[nn.Parameter], function: Callable[[Sequence[Tensor]], Tensor]
+) -> nn.Parameter:
+    """A parameter computed from others, with what they had: gradients, whether they are trained,
+    and the mark that transformers puts on what it has initialised."""
+    first = sources[0]
+    with torch.no_grad():
+        made = nn.Parameter(function([p.detach() for p in sources]), first.requires_grad)
+        if any(p.grad is not None for p in sources):
+            made.grad = function(
+                [torch.zeros_like(p) if p.grad is None else p.grad for p in sources]
+            )
+    if all(getattr(p, _INITIALISED, False) for p in sources):
+        setattr(made, _INITIALISED, True)
+    return made
+
+
+def in_the_mode_of(old: nn.Module, *new: nn.Module) -> None:
+    """Gives new modules, not what they hold, the mode of ``old``, and transformers' mark that its
+    weights need no initialisation."""
+    for module in new:
+        module.training = old.training
+        if getattr(old, _INITIALISED, False):
+            setattr(module, _INITIALISED, True)
+
+
+_INITIALISED = "_is_hf_initialized"
+
+
 class SeparateProjections(Architecture):
     """Attention that keeps query, key, value and output in four linear layers.
 
     ``module`` is what the registry found; in most models it holds the four itself and is replaced.
     """
+
+    #: What ``module`` and the modules in it hold, by their names in it.
+    children: Mapping[str, tuple[str, ...]]
 
     def projections(self, module: nn.Module) -> dict[str, nn.Linear]:
         """Query, key, value and output of ``module``, in this order, by the names they go by."""
@@ -153,7 +271,7 @@ class SeparateProjections(Architecture):
         """What gives way to :meth:`successor`, and has the hooks."""
         return module
 
-    def successor(self, old: nn.Module, mha: MultiheadAttention) -> nn.Module:
+    def successor(self, old: nn.Module, mha: MultiheadAttention) -> EncoderStandIn:
         """What stands where ``old`` stood."""
         raise NotImplementedError
 
@@ -164,25 +282,52 @@ class SeparateProjections(Architecture):
     def refusal(self, module: nn.Module) -> str | None:
         try:
             linears = self.projections(module)
+            self.shape(module)
+            own = self.attention(module)
+            [getattr(own, name) for name in ("config", "is_causal")]
         except AttributeError as error:
             return f"another version of transformers lays it out otherwise ({error})"
+        return first(self._faults(module, linears))
+
+    def _faults(self, module: nn.Module, linears: dict[str, nn.Linear]) -> Iterator[str | None]:
         for name, linear in linears.items():
-            if type(linear) is not nn.Linear:
-                return replaced_text(name, linear)
-        inputs = list(linears.values())[:3]
-        if len({linear.bias is None for linear in inputs}) > 1:
-            return "only some of its query, key and value have a bias"
-        states = {(p.dtype, p.device, p.requires_grad) for q in inputs for p in q.parameters()}
-        if len(states) > 1:
-            return "its query, key and value differ in dtype, device or requires_grad"
-        return None
+            yield projection_fault(name, linear)
+            yield hooks_fault(name, linear)
+        yield implementation_fault(self.attention(module).config)
+        for name, expected in self.children.items():
+            part = module.get_submodule(name)
+            yield forward_fault(name, part)
+            yield children_fault(name, part, expected)
+        renamed = tuple(HOOKS)[len(CALLED) :]
+        yield hooks_fault("attention", self.attention(module), renamed, "would see other names")
+        *inputs, _ = linears.items()
+        if len({linear.bias is None for _, linear in inputs}) > 1:
+            yield "only some of its query, key and value have a bias"
+        parameters = [(f"{n}.{k}", p) for n, q in inputs for k, p in q.named_parameters()]
+        if len({(p.dtype, p.device, p.requires_grad) for _, p in parameters}) > 1:
+            yield "its query, key and value differ in dtype, device or requires_grad"
+        for name, parameter in parameters:
+            yield copied_fault(name, parameter)
 
     def copied_parameters(self, module: nn.Module) -> list[nn.Parameter]:
         inputs = list(self.projections(module).values())[:3]
         return [p for linear in inputs for p in linear.parameters()]
 
+    def trial(self, module: nn.Module) -> Trial:
+        width = next(iter(self.projections(module).values())).in_features
+
+        def run(own: nn.Module, draw: Draw) -> list[Tensor]:
+            use_plain_implementation(own)
+            tokens, padding = draw(2, 5, width), draw.padding(2, 5)
+            mask = draw.added(padding[:, None, None, :].expand(-1, -1, 5, -1))
+            calls = (own(tokens, mask), own(tokens, None))
+            return [call[0] if isinstance(call, tuple) else call for call in calls]
+
+        return run
+
     def convert(self, module: nn.Module) -> tuple[nn.Module, MultiheadAttention]:
-        *inputs, dense = self.projections(module).values()
+        linears = self.projections(module)
+        *inputs, dense = linears.values()
         heads, head_dim, dropout = self.shape(module)
         mha = MultiheadAttention(
             dense.out_features,
@@ -192,28 +337,25 @@ class SeparateProjections(Architecture):
             device="meta",
             head_dim=head_dim,
         )
-        weight = inputs[0].weight
-        with torch.no_grad():
-            mha.in_proj_weight = nn.Parameter(
-                torch.cat([p.weight for p in inputs]), requires_grad=weight.requires_grad
-            )  # [3E, D]
-            if inputs[0].bias is None:  # zeros that no training changes: the model has no such bias
-                mha.in_proj_bias = nn.Parameter(
-                    weight.new_zeros(3 * weight.size(0)), requires_grad=False
-                )  # [3E]
-            else:
-                mha.in_proj_bias = nn.Parameter(
-                    torch.cat([p.bias for p in inputs]), requires_grad=weight.requires_grad
-                )  # [3E]
-            if dense.bias is None:
-                dense.bias = nn.Parameter(
-                    dense.weight.new_zeros(dense.out_features), requires_grad=False
-                )
+
+        def zeros(size: int) -> nn.Parameter:  # that no training changes: there is no such bias
+            return nn.Parameter(dense.weight.new_zeros(size), requires_grad=False)
+
+        mha.in_proj_weight = remade([p.weight for p in inputs], torch.cat)  # [3E, D]
+        if inputs[0].bias is None:
+            mha.in_proj_bias = zeros(mha.in_proj_weight.size(0))  # [3E]
+        else:
+            mha.in_proj_bias = remade([p.bias for p in inputs], torch.cat)  # [3E]
         mha.out_proj.weight = dense.weight  # [D, E]
-        mha.out_proj.bias = dense.bias  # [D]
+        mha.out_proj.bias = zeros(dense.out_features) if dense.bias is None else dense.bias  # [D]
         old = self.attention(module)
         successor = self.successor(old, mha)
-        successor.train(old.training)
+        successor.without_bias = [
+            name
+            for name, linear in zip(successor.PROJECTIONS, linears.values(), strict=True)
+            if linear.bias is None
+        ]
+        in_the_mode_of(old, successor, *mha.modules())
         carry_hooks(old, successor)
         return self.put(module, successor), mha
 
@@ -223,6 +365,31 @@ class SeparateProjections(Architecture):
 
     def finish(self, model: nn.Module, converted: list[nn.Module]) -> None:
         name_implementation(model, [self.attention(module).config for module in converted])
+
+
+# The last is that of converted decoders.
+_PLAIN = {"eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"}
+_PLAIN |= {IMPLEMENTATION, "headwise_causal"}
+
+
+def implementation_fault(config: Any) -> str | None:
+    """Why a model whose attention is computed by something of somebody's own is refused."""
+    name = getattr(config, "_attn_implementation", None)
+    if name is None or name in _PLAIN:
+        return None
+    return (
+        f"its implementation {str(name)[:60]!r} is none that is known to be plain attention "
+        f"(model.set_attn_implementation('sdpa') chooses one that is)"
+    )
+
+
+def use_plain_implementation(module: nn.Module) -> None:
+    """Lets a module that is thrown away afterwards compute attention anywhere, in any dtype."""
+    for part in module.modules():
+        config = vars(part).get("config")
+        if config is not None and config._attn_implementation not in ("eager", "sdpa"):
+            part.config = copy.deepcopy(config)
+            part.config._attn_implementation = "sdpa"
 
 
 def named(path: str) -> type:

@@ -7,32 +7,21 @@ from __future__ import annotations
 
 import functools
 
-from torch import Tensor, nn
+from torch import nn
 
 from headwise.convert.registry import family
-from headwise.convert.transformers_attention import SeparateProjections, attend, named
+from headwise.convert.transformers_attention import EncoderStandIn, SeparateProjections, named
 from headwise.nn.multihead_attention import MultiheadAttention
 
-#: What the classes of a model begin with -> the module that has them.
-#: tests/python/convert/test_convert.py compares the attention of each with ViT's,
-#: statement by statement.
+#: What the classes of a model begin with -> the module that has them. tests/python/test_convert.py
+#: compares the attention of each with ViT's, statement by statement.
 FAMILY = family(__name__)
 
 
-class SelectedAttention(nn.Module):
+class SelectedAttention(EncoderStandIn):
     """Stands where ``ViTAttention`` stood."""
 
-    def __init__(self, original: nn.Module, mha: MultiheadAttention):
-        nn.Module.__init__(self)
-        self.config = original.config
-        self.is_causal = original.is_causal
-        self.mha = mha
-
-    def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs
-    ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states [B, L, D] -> output [B, L, D] and, where asked for, maps [B, H, L, L]."""
-        return attend(self.mha, hidden_states, attention_mask, self.config, kwargs)
+    PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 @functools.cache
@@ -54,9 +43,10 @@ def __getattr__(name: str) -> type:
 
 class VisionTransformer(SeparateProjections):
     name = "transformers ViT"
+    children = {"": SelectedAttention.PROJECTIONS}
 
     def projections(self, module: nn.Module) -> dict[str, nn.Linear]:
-        return {name: getattr(module, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+        return {name: getattr(module, name) for name in self.children[""]}
 
     def shape(self, module: nn.Module) -> tuple[int, int, float]:
         return module.num_attention_heads, module.head_dim, module.attention_dropout

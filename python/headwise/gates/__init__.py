@@ -9,6 +9,7 @@ from headwise.gates.group import GroupGate
 from headwise.gates.gumbel_sigmoid import GumbelSigmoidGate
 from headwise.gates.hard_concrete import HardConcreteGate
 from headwise.gates.model import anneal, link_gates, penalty
+from headwise.gates.optimizing import parameter_groups
 from headwise.gates.random import RandomGate
 from headwise.gates.requested import RequestedBudgetGate, request_budget
 from headwise.gates.selection import Selection, select_all, select_heads
@@ -39,6 +40,7 @@ __all__ = [
     "gate_from_config",
     "head_moves",
     "link_gates",
+    "parameter_groups",
     "penalty",
     "request_budget",
     "select_all",

@@ -14,9 +14,15 @@ def check_read(name: str, linear: nn.Module) -> None:
     """Refuses a layer that computes more than its weight says, as an adapter around it does.
 
     Raises:
-        TypeError: the layer has a forward other than that of ``torch.nn.Linear``.
+        TypeError: the layer has a forward other than that of ``torch.nn.Linear``, or a weight that
+            is computed from other parameters.
     """
     kind = type(linear)
+    if "weight" not in linear._parameters and kind.forward is nn.Linear.forward:
+        raise TypeError(
+            f"{name} must have its weight as a parameter, and it is computed from others "
+            f"(weight_norm, torch.nn.utils.prune or a parametrization: make it permanent first)"
+        )
     if kind.forward is not nn.Linear.forward:
         raise TypeError(
             f"{name} must be a torch.nn.Linear, whose weight is read without calling it, "

@@ -52,6 +52,21 @@ def _unsqueeze(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.unsqueeze(0)
 
 
+def same_tensor(first: Tensor, second: Tensor) -> bool:
+    """Whether both are the same numbers in the same memory, be they one Python object or two."""
+    if first is second:
+        return True
+    if torch.compiler.is_compiling() or first.is_nested or second.is_nested:
+        return False  # neither has an address
+    return (
+        first.shape == second.shape
+        and first.dtype == second.dtype
+        and first.stride() == second.stride()
+        and first.storage_offset() == second.storage_offset()
+        and torch._C._is_alias_of(first, second)
+    )
+
+
 def canonical_inputs(
     layer: CalledLayer,
     query: Tensor,
@@ -67,8 +82,12 @@ def canonical_inputs(
             "query, key and value must all have 3 dimensions, or 2 for an unbatched input, got "
             f"{query.dim()}, {key.dim()} and {value.dim()}"
         )
-    query_is_key = query is key
-    self_attention = query_is_key and key is value
+    query_is_key = same_tensor(query, key)
+    self_attention = query_is_key and same_tensor(key, value)
+    if self_attention and torch.is_grad_enabled():
+        # Views of one tensor, as hooks hand them on, have gradients of their own.
+        apart = any(tensor.requires_grad for tensor in (query, key, value))
+        self_attention = query is key is value or not apart
     if query.dim() == 2:
         query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
         key_padding_mask = _unsqueeze(key_padding_mask)

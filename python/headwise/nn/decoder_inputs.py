@@ -91,7 +91,12 @@ def hide(padding: Tensor | None, seen: Tensor | int | None, x: Tensor) -> Tensor
 
 def is_own(linear: nn.Module) -> bool:
     """Whether calling the module does nothing but multiply by its weight and add its bias."""
-    return type(linear) is nn.Linear and not (linear._forward_hooks or linear._forward_pre_hooks)
+    return (
+        type(linear) is nn.Linear
+        and "forward" not in linear.__dict__
+        and not (linear._forward_hooks or linear._forward_pre_hooks)
+        and not (linear._backward_hooks or linear._backward_pre_hooks)
+    )
 
 
 def linear(features: int, outputs: int, bias: bool, factory: dict[str, Any]) -> nn.Linear:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from headwise import _C
 from headwise._C import LayerPlan
 from headwise.gates.base import Gate
+from headwise.gates.linears import check_read
 from headwise.gates.selection import Selection
 from headwise.nn.attention_layer import AttentionLayer, AttentionProbe
 from headwise.nn.cache_slots import slots_of, spread, take
@@ -29,7 +30,7 @@ from headwise.nn.decoder_inputs import (
     rotate,
     set_parameter,
 )
-from headwise.nn.key_value_cache import LayerCache
+from headwise.nn.key_value_cache import KeyValueCache, LayerCache
 
 _ops = torch.ops.headwise
 
@@ -124,7 +125,7 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
         device=None,
         dtype=None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # a subclass may stand in for somebody else's module, and be one
         groups = num_heads if num_key_value_heads is None else num_key_value_heads
         check_group_sizes(embed_dim, num_heads, groups, head_dim, dropout, key_value_heads)
         if sliding_window is not None and sliding_window <= 0:
@@ -189,13 +190,17 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
             "keep_selection": self.keep_selection,
         }
 
+    def _resized(self, sizes: Mapping[str, Any], **factory: Any) -> GroupedQueryAttention:
+        """A new layer of the same kind."""
+        return GroupedQueryAttention(**sizes, **factory)
+
     def fitted(self, described: Mapping[str, Any], name: str = "") -> GroupedQueryAttention:
         fixed = ("embed_dim", "head_dim", "bias", "scale", "qk_norm_eps")
         self._check_same(described, fixed, name)
         if self.describe() == described:
             return self
         weight = self.o_proj.weight
-        fitted = GroupedQueryAttention(**described, device=weight.device, dtype=weight.dtype)
+        fitted = self._resized(described, device=weight.device, dtype=weight.dtype)
         fitted.q_norm, fitted.k_norm = self.q_norm, self.k_norm
         return fitted.train(self.training)
 
@@ -210,9 +215,11 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
             "num_key_value_heads": len(kept),
             "key_value_heads": [kept.index(groups[head]) for head in entry.heads],
         }
-        smaller = GroupedQueryAttention(**sizes, device="meta")
+        smaller = self._resized(sizes, device="meta")
         smaller.q_norm, smaller.k_norm = self.q_norm, self.k_norm
         smaller._set_place(self.o_proj.weight.device)
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            check_read(name, getattr(self, name))
         shared = LayerPlan(entry.name, self.num_key_value_heads, kept)
         for name, own in (("q_proj", entry), ("k_proj", shared), ("v_proj", shared)):
             for kind, old in getattr(self, name).named_parameters():
@@ -352,6 +359,11 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
         keeps = (self.keep_selection or self.gate.projects) and cache is not None
         selection = cache.selection if keeps else None
         if selection is None:
+            if keeps and isinstance(cache, KeyValueCache) and len(cache) > 0:
+                raise ValueError(
+                    f"cache has {len(cache)} tokens and no selection of heads for them: with "
+                    f"keep_selection=True begin with an empty one"
+                )
             selection = self.gate(x, padding)
             if keeps:
                 cache.selection = selection

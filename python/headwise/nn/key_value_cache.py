@@ -58,3 +58,27 @@ class KeyValueCache:
         self.k = k if self.k is None else torch.cat([self.k, k], dim=2)
         self.v = v if self.v is None else torch.cat([self.v, v], dim=2)
         return self.k, self.v
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Goes on with the sequences ``rows``, int64 ``[B']``: some of them, in another order, or
+        some of them twice. What is kept of their selection goes with them."""
+
+        def select(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.index_select(0, rows.to(tensor.device))
+
+        self.k, self.v, self.slots = select(self.k), select(self.v), select(self.slots)
+        if self.selection is not None:
+            self.selection = Selection(*map(select, self.selection))
+
+    def crop(self, length: int) -> None:
+        """Forgets all tokens but the first ``length``; with 0 the sequences too.
+
+        Raises:
+            ValueError: ``length`` is negative.
+        """
+        if length < 0:
+            raise ValueError(f"length must not be negative, got {length}")
+        if length == 0:
+            self.k = self.v = self.selection = self.slots = None
+        elif self.k is not None:
+            self.k, self.v = self.k[:, :, :length], self.v[:, :, :length]

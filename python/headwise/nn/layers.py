@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 
 from headwise.nn.attention_layer import AttentionLayer
@@ -48,3 +50,12 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Modul
             if child is old:
                 parent._modules[name] = new
     return model
+
+
+def carry_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Moves the hooks that were registered on ``old`` to ``new``; their handles know them there."""
+    for attribute, hooks in vars(old).items():
+        if "hooks" in attribute and isinstance(hooks, Mapping):
+            hooks.update(vars(new).get(attribute, {}))
+            vars(new)[attribute] = hooks
+    new._is_full_backward_hook = old._is_full_backward_hook

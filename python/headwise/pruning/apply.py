@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 from torch import nn
 
 from headwise.gates import FixedGate
-from headwise.nn.layers import attention_layers, replace_module
+from headwise.nn.layers import attention_layers, carry_hooks, replace_module
+from headwise.nn.proof import Proof, bare, kind_of, layer_outputs, unchanged_on_error
 from headwise.pruning.plans import HeadPlan, LayerPlan
 from headwise.pruning.reconstruction import repair as repair_model
 from headwise.pruning.structured.compaction import check_plan, compact
@@ -27,6 +28,7 @@ def prune(
     repair: Iterable[Any] | None = None,
     forward_fn: Callable[[nn.Module, Any], Any] | None = None,
     inplace: bool = False,
+    verify: bool = True,
 ) -> nn.Module:
     """Removes the heads that ``plan`` drops from the weights of ``model``.
 
@@ -52,17 +54,21 @@ def prune(
             training: see :func:`headwise.repair`. None: weights stay as they are.
         forward_fn: how ``repair`` runs the model on a batch: see :func:`headwise.repair`.
         inplace: change ``model`` itself instead of a copy.
+        verify: run one layer of each kind that a :class:`~headwise.HeadPlan` prunes, masked and
+            pruned, on a few made-up tokens.
 
     Returns:
         The smaller model: a copy, or ``model`` (its successor, if it is itself a layer).
 
     Raises:
         ValueError: the plan names a layer that is not there or has another number of heads, or a
-            layer it prunes has a gate that chooses for each input. ``model`` is then unchanged.
+            layer it prunes has a gate that chooses for each input; or a pruned layer does not
+            compute what the masked one does (``verify``). ``model`` is then unchanged.
+        TypeError: something was wrapped around a projection. ``model`` is then unchanged.
     """
     if repair is not None:
         dense = copy.deepcopy(model) if inplace else model
-        small = prune(model, plan, inplace=inplace)
+        small = prune(model, plan, inplace=inplace, verify=verify)
         repair_model(small, repair, dense, forward_fn=forward_fn)
         return small
     if isinstance(plan, StructurePlan):
@@ -78,10 +84,30 @@ def prune(
     if not inplace:
         model = copy.deepcopy(model)
     layers = attention_layers(model)
-    for entry in plan.layers:
-        layer = layers[entry.name]
-        model = replace_module(model, layer, layer.pruned(entry))
+    proved: set[Hashable] = set()
+    with unchanged_on_error(model):
+        for entry in plan.layers:
+            layer = layers[entry.name]
+            smaller = layer.pruned(entry)
+            kind = (kind_of(layer), len(entry.heads))
+            if verify and kind not in proved:
+                proved.add(kind)
+                masked = bare(layer)
+                masked.set_gate(_as_gate(entry))
+                proof = Proof.of(masked, entry.name, layer_outputs)
+                if proof is not None:
+                    proof.check(smaller)
+            carry_hooks(layer, smaller)
+            model = replace_module(model, layer, smaller)
     return model
+
+
+def _as_gate(entry: LayerPlan) -> FixedGate:
+    """The gate that does what ``entry`` says."""
+    scale = [0.0] * entry.num_heads
+    for head, value in zip(entry.heads, entry.scale, strict=True):
+        scale[head] = value
+    return FixedGate(scale=scale)
 
 
 def mask(model: nn.Module, plan: HeadPlan | StructurePlan) -> nn.Module:
@@ -107,11 +133,8 @@ def mask(model: nn.Module, plan: HeadPlan | StructurePlan) -> nn.Module:
     _check(model, plan)
     layers = attention_layers(model)
     for entry in plan.layers:
-        scale = [0.0] * entry.num_heads
-        for head, value in zip(entry.heads, entry.scale, strict=True):
-            scale[head] = value
         layer = layers[entry.name]
-        layer.set_gate(FixedGate(scale=scale))
+        layer.set_gate(_as_gate(entry))
         layer.gate.train(layer.training)
     return model
 

@@ -25,10 +25,11 @@ from headwise.gates.sleep import restore_moves
 from headwise.io.safetensors_files import load_safetensors, save_safetensors
 from headwise.nn.attention_layer import AttentionLayer
 from headwise.nn.grouped_query_attention import GroupedQueryAttention
-from headwise.nn.layers import attention_layers, replace_module
+from headwise.nn.layers import attention_layers, carry_hooks, replace_module
 from headwise.nn.multihead_attention import MultiheadAttention
 from headwise.pruning.structured.fitting import check_document, describe_structure, fit_structure
 from headwise.pruning.structured.masks import masks_of
+from headwise.serialization.meta_device import materialise
 
 __all__ = ["load", "save"]
 
@@ -47,8 +48,12 @@ _KINDS: dict[str, type[AttentionLayer]] = {
 _ENTRY_TYPES = {"name": str, "gate": (dict, type(None))}
 
 
+def _kind(layer: AttentionLayer) -> str:
+    return next(kind for kind in type(layer).__mro__ if kind.__name__ in _KINDS).__name__
+
+
 def _describe_layer(name: str, layer: AttentionLayer) -> dict[str, Any]:
-    kind = next(kind for kind in type(layer).__mro__ if kind.__name__ in _KINDS).__name__
+    kind = _kind(layer)
     return {
         "name": name,
         **({} if kind == MultiheadAttention.__name__ else {"class": kind}),
@@ -184,7 +189,7 @@ def load(dir: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
         dir: the folder.
         model: a module of the architecture that was saved, converted or not; it is changed in place
             and returned. Needed unless the saved model was one of transformers. Layers that were
-            pruned are made smaller to fit.
+            pruned are made smaller to fit. What is on the meta device comes to the CPU.
 
     Returns:
         The model; one of transformers that was built here is in evaluation mode.
@@ -207,7 +212,10 @@ def load(dir: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
     built_here = model is None
     if built_here:
         model = _build(document["architecture"], folder)
-    model = convert(model, strict=False)
+        empty = False
+    else:
+        empty = materialise(model, lambda: _fresh(document["architecture"], folder, model))
+    model = convert(model, strict=False, verify=not empty)
     layers = attention_layers(model)
     for entry in document["layers"]:
         if entry["name"] not in layers:
@@ -299,15 +307,24 @@ def _build(architecture: dict[str, Any], folder: Path) -> nn.Module:
     return kind(kind.config_class.from_dict(architecture["config"]))
 
 
+def _fresh(architecture: dict[str, Any], folder: Path, model: nn.Module) -> nn.Module | None:
+    """A model of the class of ``model``, which was saved, on a device."""
+    if architecture.get("class") != type(model).__name__:
+        return None
+    made = _build(architecture, folder)
+    return convert(made, strict=False, verify=False) if attention_layers(model) else made
+
+
 def _fit_layer(model: nn.Module, layer: AttentionLayer, entry: dict[str, Any]) -> nn.Module:
     """Gives ``layer`` the sizes and the gate of ``entry``."""
     kind = entry.get("class", MultiheadAttention.__name__)
     if not isinstance(layer, _KINDS[kind]):
         raise ValueError(
-            f"layer '{entry['name']}' is a {type(layer).__name__} in model and a {kind} in the file"
+            f"layer '{entry['name']}' is a {_kind(layer)} in model and a {kind} in the file"
         )
     fitted = layer.fitted({key: entry[key] for key in _KINDS[kind].DESCRIBED}, entry["name"])
     if fitted is not layer:
+        carry_hooks(layer, fitted)
         model = replace_module(model, layer, fitted)
         layer = fitted
     try:

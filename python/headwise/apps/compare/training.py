@@ -80,32 +80,13 @@ def gate_parameters(model: nn.Module) -> set[nn.Parameter]:
 
 
 def _groups(model: nn.Module, options: TrainingOptions) -> list[dict]:
-    gates = gate_parameters(model)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    weights = [p for p in trained if p not in gates]
-    groups = [
-        {
-            "params": [p for p in weights if p.dim() > 1],
-            "lr": options.learning_rate,
-            "weight_decay": options.weight_decay,
-        },
-        {
-            "params": [p for p in weights if p.dim() <= 1],
-            "lr": options.learning_rate,
-            "weight_decay": 0.0,
-        },
-        {
-            "params": [p for p in trained if p in gates and p.dim() <= 1],
-            "lr": options.gate_learning_rate,
-            "weight_decay": 0.0,
-        },
-        {
-            "params": [p for p in trained if p in gates and p.dim() > 1],
-            "lr": options.gate_matrix_learning_rate,
-            "weight_decay": 0.0,
-        },
-    ]
-    return [group for group in groups if group["params"]]
+    return hw.parameter_groups(
+        model,
+        options.learning_rate,
+        gate_lr=options.gate_learning_rate,
+        gate_matrix_lr=options.gate_matrix_learning_rate,
+        weight_decay=options.weight_decay,
+    )
 
 
 def learning_rate_factor(progress: float, warmup: float) -> float:

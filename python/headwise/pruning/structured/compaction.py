@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from headwise import _C
 from headwise.convert.registry import class_path
-from headwise.convert.torch_attention import carry_hooks
 from headwise.nn.attention_layer import AttentionLayer
 from headwise.nn.grouped_query_attention import GroupedQueryAttention
-from headwise.nn.layers import replace_module
+from headwise.nn.layers import carry_hooks, replace_module
 from headwise.nn.multihead_attention import MultiheadAttention
 from headwise.pruning.plans import LayerPlan
 from headwise.pruning.structured.description import FeedForward, Stream, Structure, join, structure

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headwise.convert.torch_attention import carry_hooks
 from headwise.gates import Gate
 from headwise.gates.selection import Selection
-from headwise.nn.layers import attention_layers, replace_module
+from headwise.nn.layers import attention_layers, carry_hooks, replace_module
 from headwise.pruning.structured.description import Structure
 from headwise.pruning.structured.plan import StructurePlan
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headwise.convert.torch_attention import carry_hooks
+from headwise.nn.layers import carry_hooks
 
 
 def _dimensions(kept: int, device) -> Tensor:

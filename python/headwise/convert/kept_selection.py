@@ -1,0 +1,198 @@
+"""What a layer keeps of the prompt's selection, in the very layer of transformers' cache that holds
+its keys and values: whatever happens to those happens to it.
+
+The first time a layer keeps something in a cache, the layer of the cache becomes one of a subclass
+of its class, which reorders, selects, repeats and drops the selection with the keys.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from headwise.gates.selection import Selection
+
+
+class Kept(NamedTuple):
+    """What a layer keeps; see :class:`headwise.nn.key_value_cache.LayerCache`."""
+
+    selection: Selection
+    slots: Tensor | None
+
+    def moved(self, function: Callable[[Tensor], Tensor]) -> Kept:
+        """With ``function`` of each tensor, whose first dimension is the batch."""
+
+        def apply(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else function(tensor)
+
+        return Kept(Selection(*map(apply, self.selection)), apply(self.slots))
+
+
+#: How what is kept follows its layer: method -> what it does to a tensor [B, ...].
+_MOVES: dict[str, Callable[[Tensor, Any], Tensor]] = {
+    "reorder_cache": lambda tensor, rows: tensor.index_select(0, rows.to(tensor.device)),
+    "batch_select_indices": lambda tensor, rows: tensor[rows],
+    "batch_repeat_interleave": lambda tensor, times: tensor.repeat_interleave(times, dim=0),
+}
+
+
+@functools.cache
+def _keeping(kind: type) -> type:
+    """The class of layers of a cache that becomes of ``kind`` when it first keeps something."""
+
+    def moving(method: str) -> Callable[[Any, Any], None]:
+        def move(self: Any, argument: Any) -> None:
+            getattr(kind, method)(self, argument)
+            if self.headwise_kept is not None:
+                own = functools.partial(_apply, _MOVES[method], argument)
+                self.headwise_kept = self.headwise_kept.moved(own)
+
+        return move
+
+    def reset(self: Any) -> None:
+        kind.reset(self)
+        self.headwise_kept = None
+
+    body = {method: moving(method) for method in _MOVES if hasattr(kind, method)}
+    body.update(
+        reset=reset,
+        __reduce_ex__=lambda self, protocol: (_remake, (kind,), dict(vars(self))),
+        __module__=__name__,
+        _headwise_keeps=True,
+        _layer_type=None,  # else the class would take the place of kind among transformers' own
+    )
+    return type(kind)(kind.__name__, (kind,), body)
+
+
+def _apply(function: Callable[[Tensor, Any], Tensor], argument: Any, tensor: Tensor) -> Tensor:
+    return function(tensor, argument)
+
+
+def _remake(kind: type) -> Any:
+    made = _keeping(kind)
+    return made.__new__(made)
+
+
+class LayerCacheOf:
+    """One layer of a cache of transformers, as :class:`GroupedQueryAttention` asks for it, during
+    one call.
+
+    Args:
+        cache: of transformers.
+        layer: which layer of it.
+        groups: the key/value heads that the layer has.
+        batch: sequences of this call.
+        length: tokens of this call.
+        only_own: they see nothing before them.
+        device: of this call.
+        options: what the model's call hands on to the cache.
+    """
+
+    def __init__(
+        self,
+        cache: Any,
+        layer: int,
+        *,
+        groups: int,
+        batch: int,
+        length: int,
+        only_own: bool,
+        device: torch.device,
+        options: dict[str, Any],
+    ):
+        self._cache = cache
+        self._layer = layer
+        self._groups = groups
+        self._batch = batch
+        self._length = length
+        self._only_own = only_own
+        self._device = device
+        self._options = options
+        self._new: Kept | None = None  # chosen in this call
+
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = self._cache.update(k, v, self._layer, self._options)
+        if self._new is not None:
+            self._keep(self._new)
+        if self._only_own and k.size(2) > self._length:  # a static cache gives its empty rows too
+            k, v = k[:, :, : self._length], v[:, :, : self._length]
+        return k, v
+
+    @property
+    def _held(self) -> Any:
+        """The layer of the cache; None: it comes into being when it is first updated."""
+        layers = self._cache.layers
+        return layers[self._layer] if self._layer < len(layers) else None
+
+    def _keep(self, kept: Kept) -> None:
+        held = self._held
+        held.headwise_kept = kept
+        if not hasattr(held, "_headwise_keeps") and not torch.compiler.is_compiling():
+            held.__class__ = _keeping(type(held))
+
+    def _kept(self) -> Kept | None:
+        if self._new is not None:
+            return self._new
+        held = self._held
+        kept = getattr(held, "headwise_kept", None)
+        if kept is None:
+            return None
+        if not torch.compiler.is_compiling():
+            self._keep(kept)  # a compiled call could not change its class
+            if kept.selection.index.device != self._device:
+                kept = kept.moved(lambda tensor: tensor.to(self._device))
+        return kept
+
+    @property
+    def selection(self) -> Selection | None:
+        kept = self._kept()
+        seen = 0 if self._held is None else self._cache.get_seq_length(self._layer)
+        if isinstance(seen, Tensor) and self._length == 1 and torch.compiler.is_compiling():
+            # A step of a compiled model: the graph cannot wait for the number.
+            return None if kept is None else kept.selection
+        if seen == 0:  # a cache that was emptied serves another sequence
+            return None
+        if kept is None:
+            raise ValueError(
+                f"cache has {int(seen)} tokens in layer {self._layer} and no selection of heads "
+                f"for them: with keep_selection=True begin with an empty cache of transformers"
+            )
+        if kept.selection.index.size(0) != self._batch:
+            raise ValueError(
+                f"cache has selections of {kept.selection.index.size(0)} sequences in layer "
+                f"{self._layer}, and the call has {self._batch}"
+            )
+        return kept.selection
+
+    @selection.setter
+    def selection(self, selection: Selection) -> None:
+        self._new = Kept(selection, None)
+
+    @property
+    def slots(self) -> Tensor | None:
+        kept = self._kept()
+        return None if kept is None else kept.slots
+
+    @slots.setter
+    def slots(self, slots: Tensor | None) -> None:
+        self._new = self._new._replace(slots=self._as_wide_as_held(slots))
+
+    def _as_wide_as_held(self, slots: Tensor | None) -> Tensor | None:
+        """An emptied cache may still have room for the key/value heads of the sequence before."""
+        held = self._held
+        room = getattr(held, "keys", None) if getattr(held, "is_initialized", False) else None
+        if room is None or room.dim() != 4 or torch.compiler.is_compiling():
+            return slots
+        wanted = self._groups if slots is None else slots.size(1)
+        if room.size(1) == self._groups:
+            return None
+        if room.size(1) > wanted:
+            return F.pad(slots, (0, room.size(1) - wanted), value=-1)
+        if room.size(1) < wanted:
+            held.is_initialized, held.keys, held.values = False, None, None
+        return slots

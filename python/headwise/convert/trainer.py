@@ -1,0 +1,59 @@
+"""Gates in a ``transformers.Trainer``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from headwise.convert.saving import SavePretrained
+from headwise.gates.model import anneal, gates
+
+
+class GateCallback(TrainerCallback):
+    """Anneals the gates of a Trainer's model from its first step to its last, and lets the Trainer
+    write checkpoints of a gated model.
+
+    ::
+
+        Trainer(model, ..., callbacks=[GateCallback()],
+                optimizers=(torch.optim.AdamW(hw.parameter_groups(model, lr=5e-5)), None))
+
+    The penalty of the gates belongs in the loss (``compute_loss``). The Trainer resumes from a
+    checkpoint of a gated model; ``from_pretrained``, which knows no gates, refuses it (it names an
+    implementation of attention that there is not). Keep the result with :func:`headwise.save`.
+
+    Raises:
+        ValueError: when training begins: the model has no gates.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model = kwargs["model"]
+        if not gates(model):
+            raise ValueError(
+                f"model ({type(model).__name__}) has no gates: call headwise.convert(model, gate)"
+            )
+        _allow_checkpoints(model, True)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        anneal(kwargs["model"], min(1.0, state.global_step / max(1, state.max_steps)))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # What an early stop has not annealed stays as it was trained.
+        if state.global_step >= state.max_steps:
+            anneal(kwargs["model"], 1.0)
+        _allow_checkpoints(kwargs["model"], False)
+
+
+def _allow_checkpoints(model: nn.Module, allowed: bool) -> None:
+    for part in model.modules():
+        saving = vars(part).get("save_pretrained")
+        if isinstance(saving, SavePretrained):
+            saving.checkpoints = allowed

@@ -1,0 +1,347 @@
+"""Cheap proofs that a change of a model left what it computes: a layer of each kind, before and
+after, on a few made-up tokens; and changes of a model that happen whole or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headwise.nn.grouped_query_attention import GroupedQueryAttention
+from headwise.nn.key_value_cache import KeyValueCache
+from headwise.nn.layers import attention_layers
+
+#: What two ways of computing the same may differ by, of the largest output.
+TOLERANCE = {
+    torch.float64: 1e-9,
+    torch.float32: 2e-4,
+    torch.float16: 1e-2,
+    torch.bfloat16: 4e-2,
+}
+
+#: A call of a layer on made-up tokens: ``trial(layer, draw)`` -> its outputs.
+Trial = Callable[[nn.Module, "Draw"], list[Tensor]]
+
+
+_HELD = (dict, OrderedDict, list, set)
+
+
+@contextlib.contextmanager
+def unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """What the block does to the modules of ``model`` is undone if it raises.
+
+    That is their attributes, children, parameters, buffers and hooks, not the numbers in tensors.
+    """
+    before = [
+        (
+            module,
+            dict(vars(module)),
+            [(held, type(held)(held)) for held in vars(module).values() if type(held) in _HELD],
+        )
+        for module in model.modules()
+    ]
+    try:
+        yield
+    except BaseException:
+        for module, attributes, contents in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for held, content in contents:  # in place: handles of hooks know these very objects
+                held.clear()
+                held.extend(content) if isinstance(held, list) else held.update(content)
+        raise
+
+
+class Draw:
+    """Made-up numbers, the same for each ``Draw`` of one type and device; no global generator is
+    touched."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, cast: torch.dtype | None = None):
+        self.device, self._dtype, self._cast = device, dtype, cast or dtype
+        self._generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, *shape: int) -> Tensor:
+        """Normal, rounded to the layer's dtype."""
+        numbers = torch.randn(shape, generator=self._generator, dtype=torch.float64)
+        return numbers.to(self._dtype).to(self.device, self._cast)
+
+    def rope(self, length: int, width: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of made-up angles, each ``[1, length, width]``."""
+        angle = 3 * torch.rand((1, length, width // 2), generator=self._generator)
+        angle = torch.cat([angle, angle], dim=-1).double()
+        tables = (angle.cos(), angle.sin())
+        cos, sin = (table.to(self._dtype).to(self.device, self._cast) for table in tables)
+        return cos, sin
+
+    def padding(self, batch: int, length: int, padded: int = 2) -> Tensor:
+        """bool ``[B, L]``, True = padding: the last tokens of the last sequence."""
+        mask = torch.zeros(batch, length, dtype=torch.bool, device=self.device)
+        mask[-1, length - padded :] = True
+        return mask
+
+    def added(self, unseen: Tensor) -> Tensor:
+        """bool, True = may not be seen -> the mask that is added to the scores."""
+        zeros = torch.zeros(unseen.shape, dtype=self._cast, device=self.device)
+        return zeros.masked_fill(unseen, torch.finfo(self._cast).min)
+
+
+def bare(
+    module: nn.Module, dtype: torch.dtype | None = None, _made: dict[int, Any] | None = None
+) -> nn.Module:
+    """A copy in evaluation mode without hooks and recorders, to be called and thrown away.
+
+    Its parameters are the very ones of ``module``; with ``dtype`` they are copies in it. Buffers
+    are copies.
+    """
+    made = {} if _made is None else _made
+    if id(module) in made:
+        return made[id(module)]
+    new = made[id(module)] = object.__new__(type(module))
+    held = vars(new)
+    held.update(vars(module))
+    for name, value in vars(module).items():
+        if "hooks" in name and isinstance(value, dict):
+            held[name] = OrderedDict()
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+    held.update(training=False, _is_full_backward_hook=None)
+    held["_parameters"] = {
+        name: p if p is None or dtype is None else nn.Parameter(cast(p.detach()), False)
+        for name, p in module._parameters.items()
+    }
+    held["_buffers"] = {
+        name: b if b is None else cast(b.detach().clone()) for name, b in module._buffers.items()
+    }
+    held["_modules"] = {
+        name: child if child is None else bare(child, dtype, made)
+        for name, child in module._modules.items()
+    }
+    if "_observers" in held:
+        held.update(_observers=[], _probe=None)
+    return new
+
+
+def place_of(module: nn.Module) -> tuple[torch.dtype, torch.device] | None:
+    """What ``module`` computes in and where; None: nowhere, or in several dtypes or places."""
+    places = {(p.dtype, p.device) for p in module.parameters() if p.is_floating_point()}
+    if len(places) != 1 or any(device.type == "meta" for _, device in places):
+        return None
+    (place,) = places
+    return place if place[0] in TOLERANCE else None
+
+
+def outputs(module: nn.Module, trial: Trial, draw: Draw) -> list[Tensor]:
+    """What ``trial`` makes of a :func:`bare` module."""
+    with torch.no_grad(), torch.autocast(draw.device.type, enabled=False):
+        return [output for output in trial(module, draw) if output is not None]
+
+
+def disagreement(
+    expected: list[Tensor], actual: list[Tensor], exact: Callable[[], list[Tensor]] | None = None
+) -> str | None:
+    """How the outputs of two modules differ by more than rounding; None if they do not.
+
+    Args:
+        expected: of the module before the change.
+        actual: of the module after it.
+        exact: the outputs before the change, in float64; asked only if the others differ by more
+            than :data:`TOLERANCE`. What is no further from these than a few times what ``expected``
+            is has been rounded otherwise.
+    """
+    if not all(bool(output.isfinite().all()) for output in expected):
+        return None  # weights that are not numbers prove nothing
+    worst = _largest_difference(expected, actual)
+    if worst is None:
+        shapes = [[list(o.shape) for o in side] for side in (expected, actual)]
+        return f"its outputs have shapes {shapes[0]} before and {shapes[1]} after"
+    difference, before, after = worst
+    scale = max(float(output.abs().max()) for output in expected if output.numel())
+    tolerance = TOLERANCE[expected[0].dtype] * scale
+    if difference <= tolerance:
+        return None
+    if exact is not None:
+        true = exact()
+        own, new = _largest_difference(true, expected), _largest_difference(true, actual)
+        if own is not None and new is not None and new[0] <= 4 * own[0] + tolerance:
+            return None
+    return (
+        f"on made-up tokens an output is {before:.6g} before and {after:.6g} after, and "
+        f"{tolerance:.2g} is what rounding explains"
+    )
+
+
+def _largest_difference(
+    expected: list[Tensor], actual: list[Tensor]
+) -> tuple[float, float, float] | None:
+    """The largest difference and the two numbers; None: shapes differ. NaN counts as infinite."""
+    if [output.shape for output in expected] != [output.shape for output in actual]:
+        return None
+    worst = (0.0, 0.0, 0.0)
+    for before, after in zip(expected, actual, strict=True):
+        if not before.numel():
+            continue
+        before, after = before.double().flatten(), after.double().flatten()
+        apart = (before - after).abs().nan_to_num(nan=float("inf"))
+        at = int(apart.argmax())
+        if float(apart[at]) > worst[0]:
+            worst = (float(apart[at]), float(before[at]), float(after[at]))
+    return worst
+
+
+def multihead_outputs(
+    mha: nn.Module, draw: Draw, widths: tuple[int, int, int], batch_first: bool, maps: bool = True
+) -> list[Tensor]:
+    """A trial of ``torch.nn.MultiheadAttention`` and what stands in for it: with padding, with a
+    mask, with queries of another sequence; with or without attention maps."""
+
+    def sequence(length: int, width: int) -> Tensor:
+        tokens = draw(2, length, width)
+        return tokens if batch_first else tokens.transpose(0, 1)
+
+    padding = draw.padding(2, 5)
+    query, key, value = (sequence(n, w) for n, w in zip((3, 5, 5), widths, strict=True))
+    seen = mha(query, key, value, key_padding_mask=padding, need_weights=maps)
+    if len(set(widths)) > 1:
+        return list(seen)
+    causal = torch.ones(5, 5, dtype=torch.bool, device=key.device).triu(1)
+    own = mha(key, key, key, key_padding_mask=padding, need_weights=False)
+    masked = mha(key, key, key, attn_mask=causal, need_weights=False)
+    return [*seen, own[0], masked[0]]
+
+
+def layer_outputs(layer: nn.Module, draw: Draw) -> list[Tensor]:
+    """A trial of a layer of headwise, called as itself wherever it stands."""
+    if not isinstance(layer, GroupedQueryAttention):
+        widths = layer.embed_dim, layer.kdim, layer.vdim
+        return multihead_outputs(layer, draw, widths, layer.batch_first, maps=False)
+    x, cache = draw(2, 5, layer.embed_dim), KeyValueCache()
+    width = layer.head_dim - layer.head_dim % 2
+    angles = draw.rope(5, width) if width else None
+
+    def call(start: int, stop: int, **options: Any) -> Tensor:
+        rope = None if angles is None else tuple(table[:, start:stop] for table in angles)
+        return GroupedQueryAttention.forward(layer, x[:, start:stop], rope, **options)[0]
+
+    padded = call(0, 5, key_padding_mask=draw.padding(2, 5))
+    return [padded, call(0, 4, cache=cache), call(4, 5, cache=cache)]
+
+
+class Proof:
+    """What a module computes on made-up tokens, to be compared with what comes in its place."""
+
+    def __init__(self, module: nn.Module, name: str, trial: Trial, draw: Callable[..., Draw]):
+        self._name = f"'{name}' ({type(module).__name__})" if name else type(module).__name__
+        self._trial, self._draw = trial, draw
+        self._before = bare(module)  # now: the change may be in place
+        self._expected = outputs(self._before, trial, draw())
+
+    @staticmethod
+    def of(module: nn.Module, name: str, trial: Trial | None) -> Proof | None:
+        """None: it cannot be tried, for want of a trial or because it is nowhere, or in pieces.
+
+        Raises:
+            ValueError: it cannot be called as its class can.
+        """
+        place = place_of(module)
+        if trial is None or place is None:
+            return None
+        try:
+            return Proof(module, name, trial, functools.partial(Draw, *place))
+        except Exception as error:
+            raise ValueError(
+                f"{type(module).__name__} '{name}' cannot be called as its class is, so nothing "
+                f"proves that its successor computes the same ({_brief(error)}); verify=False "
+                f"changes it all the same"
+            ) from error
+
+    def check(self, after: nn.Module, trial: Trial | None = None) -> None:
+        """Compares ``after``, which is called by ``trial`` (default: as the first module was).
+
+        Raises:
+            ValueError: it computes something else, or cannot be called.
+        """
+        try:
+            actual = outputs(bare(after), trial or self._trial, self._draw())
+        except Exception as error:
+            raise ValueError(
+                f"what came in the place of {self._name} cannot be called as it was: "
+                f"{_brief(error)}"
+            ) from error
+        text = disagreement(self._expected, actual, self._exact)
+        if text is not None:
+            raise ValueError(
+                f"{self._name} would not compute what it did: {text}; model is as it was "
+                f"(verify=False changes it all the same)"
+            )
+
+    def _exact(self) -> list[Tensor]:
+        exact = bare(self._before, torch.float64)
+        return outputs(exact, self._trial, self._draw(cast=torch.float64))
+
+
+def kind_of(module: nn.Module) -> Hashable:
+    """Equal for modules that differ in the values of their tensors at most: one proof does for
+    all."""
+    config = vars(module).get("config")
+    return (
+        type(module),
+        getattr(config, "_attn_implementation", None),
+        tuple(
+            (name, value)
+            for name, value in vars(module).items()
+            if isinstance(value, (bool, int, float, str, type(None)))
+            and not name.startswith("_")
+            and name not in ("layer_idx", "training")
+        ),
+        tuple(
+            (name, p.shape, p.dtype, p.device)
+            for name, p in module._parameters.items()
+            if p is not None
+        ),
+        tuple((name, kind_of(m)) for name, m in module._modules.items() if m is not None),
+    )
+
+
+def check_gates(model: nn.Module) -> None:
+    """Compares each kind of gated layer with all of its heads, multiplied by the gate's weights.
+
+    Gates that decide together with those of other layers are left out.
+
+    Raises:
+        ValueError: a layer computes something else.
+    """
+    kinds: set[Hashable] = set()
+    for name, layer in attention_layers(model).items():
+        gate = layer.gate
+        alone = gate is not None and getattr(gate, "scope_key", lambda: None)() is None
+        if not alone or (kind := kind_of(layer)) in kinds:
+            continue
+        kinds.add(kind)
+        proof = Proof.of(layer, name, _every_head)
+        if proof is not None:
+            proof.check(layer, _chosen_heads)
+
+
+def _chosen_heads(layer: nn.Module, draw: Draw) -> list[Tensor]:
+    devices = [draw.device] if draw.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):  # gates may draw: the same twice
+        torch.manual_seed(0)
+        return layer_outputs(layer, draw)
+
+
+def _every_head(layer: nn.Module, draw: Draw) -> list[Tensor]:
+    layer._probe = lambda *_: None  # whoever looks at all heads makes the layer compute them
+    return _chosen_heads(layer, draw)
+
+
+def _brief(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text if len(text) <= 200 else text[:197] + '...'}"
