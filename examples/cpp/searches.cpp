@@ -1,5 +1,5 @@
-// Which heads of a model of one's own matter, and how few it can do with: scores, ablation with its
-// significance, pruning by steps, and a budget that follows the confidence of the prediction.
+// Which heads of a model of one's own matter, and how few it can do with: scores, a plan by them,
+// and a budget that follows the confidence of the prediction.
 #include <headwise/headwise.h>
 #include <torch/torch.h>
 
@@ -35,18 +35,14 @@ int main() {
   const auto labels = model(x).argmax(1);
 
   const auto layers = headwise::attention_layers(*model);
-  const auto loss = [&](int64_t batch) {  // of each of 32 examples
+  const auto loss_fn = [&](int64_t batch) {  // of each of 32 examples
     const auto rows = torch::arange(32 * batch, 32 * batch + 32);
     return at::cross_entropy_loss(model(x.index_select(0, rows)), labels.index_select(0, rows), {},
                                   at::Reduction::None);
   };
-  const auto scores = headwise::score_heads(layers, 2, loss, {"michel", "entropy"});
-  const auto ablation = headwise::ablate_heads(layers, 2, loss);
-  for (const auto& [name, head] : ablation.significant(0.01)) {
-    std::cout << name << " " << head << " matters\n";
-  }
-  const auto path = headwise::pruning_path(layers, 2, loss, /*keep=*/0.5);
-  std::cout << path.back().to_json() << "\n";
+  const auto scores = headwise::score_heads(layers, 2, loss_fn, {"michel", "entropy"});
+  const auto plan = headwise::plan(scores.at("michel"), /*keep=*/0.5);
+  std::cout << plan.to_json() << "\n";
 
   headwise::ConfidencePolicy policy(
       layers, headwise::ConfidencePolicyOptions().ranking(scores.at("michel")));

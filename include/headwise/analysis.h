@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <cstdint>
 #include <optional>
 #include <string_view>
 #include <tuple>
@@ -60,15 +61,26 @@ HEADWISE_API at::Tensor prediction_confidence(const at::Tensor& logits, std::str
 HEADWISE_API double confidence_threshold(const at::Tensor& confidence, const at::Tensor& cost,
                                          double limit);
 
-/// The least threshold that keeps the accuracy: going down from infinity, the last one before the
-/// mean loss of accuracy against the widest stage, plus `z` of its standard errors, exceeds `loss`.
-/// (Tests in a fixed order need no correction for their number.)
+/// P(X <= successes) of a binomial X, exactly (sums of the mass, in logarithms).
+HEADWISE_API double binomial_tail(int64_t successes, int64_t trials, double probability);
+
+/// The least threshold that keeps the accuracy of the widest stage.
+///
+/// With `certainty`: learn then test (Angelopoulos et al., arXiv 2110.01052), as CALM (Schuster et
+/// al. 2022, arXiv 2207.07061) uses it. A fixed grid of thresholds is gone through from infinity
+/// down; each is accepted if P(Bin(N, loss) <= number of examples lost) <= 1 - certainty, and the
+/// last one accepted is returned. An example is lost if the widest stage is right and the policy is
+/// not. With probability `certainty` over the N examples, at most the share `loss` of all inputs is
+/// lost, and so is the accuracy.
+///
+/// Without: of the confidences, the last one from infinity down with which these N examples lose at
+/// most `loss` of their accuracy. It bounds nothing beyond them.
 /// @param confidence float64 [S - 1, N], as in confidence_threshold
 /// @param correct bool [S, N]: whether each stage's prediction is right
 /// @param loss the share of examples that may be lost, in [0, 1]
-/// @param z not negative: 0 compares means, 1.64 is sure at 95%
-/// @returns the threshold: one of the confidences, or infinity
+/// @param certainty in (0, 1)
+/// @returns the threshold; infinity if no other was accepted
 HEADWISE_API double accurate_threshold(const at::Tensor& confidence, const at::Tensor& correct,
-                                       double loss, double z);
+                                       double loss, std::optional<double> certainty = {});
 
 }  // namespace headwise

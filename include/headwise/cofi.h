@@ -30,10 +30,13 @@ HEADWISE_API at::Tensor sparsity_penalty(const at::Tensor& size, double full_siz
                                          const at::Tensor& progress, double target, double warmup,
                                          const at::Tensor& multipliers);
 
-/// The masks of evaluation, of any number of units: the values of hard_concrete without noise, of
-/// which the round(units - sum P(open)) smallest are set to 0. Ties keep the lower unit.
+/// The masks of evaluation, row by row: of the N units in a row, the round(N - sum P(open)) with
+/// the lowest logits get 0 (ties keep the lower unit) and the others sigmoid(0.8 log_alpha / beta),
+/// as in the authors' code. A row of one unit is open if P(open) >= 1/2.
+/// @param log_alpha [..., N]
+/// @param shift added to the logits to count the units that stay; their values do not change
 HEADWISE_API at::Tensor hard_concrete_keep(const at::Tensor& log_alpha, double beta, double gamma,
-                                           double zeta);
+                                           double zeta, double shift = 0.0);
 
 /// Which layer of a student each layer of a teacher is compared with: the nearest that is alive,
 /// the order kept (a teacher's lower layer never gets a higher one), from the last layer down.

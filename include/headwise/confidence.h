@@ -10,6 +10,7 @@
 #include <functional>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "headwise/export.h"
@@ -55,12 +56,61 @@ struct HEADWISE_API FittedPolicy {
   bool pays() const { return heads < widest_heads; }
 };
 
+/// Runs the model on some inputs of a batch with `factor` times as many heads as its gates give.
+/// @param rows int64 [N], on the CPU; undefined: all
+/// @returns logits [N, C], and how many heads of all layers ran for each input, integer [N]
+using StageFunction =
+    std::function<std::pair<at::Tensor, at::Tensor>(const at::Tensor& rows, double factor)>;
+
+/// The stages of a confidence policy and its threshold: which inputs to run again, and what that
+/// costs. The model is its owner's; ConfidencePolicy owns it here, headwise.ConfidencePolicy in
+/// Python.
+class HEADWISE_API ConfidenceStages {
+ public:
+  /// @throws c10::ValueError for factors that are not positive and ascending, a threshold that is
+  ///         NaN, or an unknown measure
+  ConfidenceStages(std::vector<double> factors, double threshold, std::string measure);
+
+  /// Logits of every input, each at the budget that it took to be sure.
+  /// @throws c10::ValueError for logits that are not [N, C] of at least 2 classes, or not finite
+  StagedPrediction predict(const StageFunction& run) const;
+
+  /// Sets the threshold to the largest with which inputs run `heads` heads on average, and returns
+  /// it: infinity if every input may run every stage.
+  /// @param runs one per batch
+  /// @throws c10::ValueError for no batches, or fewer heads than the first stage alone runs
+  double fit(const std::vector<StageFunction>& runs, double heads);
+
+  /// Sets the threshold to the least that loses at most `loss` of the accuracy of the widest stage:
+  /// see accurate_threshold.
+  /// @param labels int64 [B] of each batch; undefined: what the widest stage predicts
+  /// @param certainty in (0, 1): the probability with which that must hold for all inputs; none: on
+  ///        these batches, which bounds nothing beyond them
+  /// @throws c10::ValueError for no batches, loss or certainty out of range, or labels that are not
+  ///         whole numbers [B]
+  FittedPolicy fit_accuracy(const std::vector<StageFunction>& runs,
+                            const std::vector<at::Tensor>& labels, double loss = 0.01,
+                            std::optional<double> certainty = {});
+
+  double threshold() const { return threshold_; }
+  void set_threshold(double threshold);
+  const std::vector<double>& factors() const { return factors_; }
+  const std::string& measure() const { return measure_; }
+
+ private:
+  StagedPrediction run(const StageFunction& run, bool stop, std::vector<at::Tensor>* stages) const;
+
+  std::vector<double> factors_;
+  double threshold_;
+  std::string measure_;
+};
+
 /// Inputs that a policy runs the model on.
 struct HEADWISE_API PolicyBatch {
   int64_t size = 0;  ///< of inputs
   /// Runs the model, in evaluation mode, on the inputs `rows` (int64 [N]) -> logits [N, C].
-  std::function<at::Tensor(const at::Tensor& rows)> forward;
-  at::Tensor targets;  ///< int64 [size], labels; undefined: what the widest stage predicts
+  std::function<at::Tensor(const at::Tensor& rows)> forward_fn;
+  at::Tensor labels;  ///< int64 [size]; undefined: what the widest stage predicts
 };
 
 /// Runs a model on a small head budget, and on wider ones where it is not sure.
@@ -71,37 +121,25 @@ struct HEADWISE_API PolicyBatch {
 /// weight 1. A later stage runs the model anew: what an input costs is the sum of its stages.
 class HEADWISE_API ConfidencePolicy {
  public:
-  /// @throws c10::ValueError for factors that are not positive and ascending, a threshold that is
-  ///         NaN, an unknown measure, layers without heads, or a layer that `ranking` lacks and
-  ///         whose gate has no relevance of its own
+  /// @throws c10::ValueError as ConfidenceStages, for layers without heads, or for a layer that
+  ///         `ranking` lacks and whose gate has no relevance of its own
   explicit ConfidencePolicy(AttentionLayers layers, ConfidencePolicyOptions options = {});
 
-  /// Logits of every input, each at the budget that it took to be sure.
-  /// @throws c10::ValueError for logits that are not [N, C] of at least 2 classes, or not finite
+  /// As in ConfidenceStages.
   StagedPrediction predict(const PolicyBatch& batch) const;
-
-  /// Sets the threshold to the largest with which inputs run `heads` heads on average, and returns
-  /// it: infinity where every input may run every stage.
-  /// @throws c10::ValueError for no batches, or fewer heads than the first stage alone runs
   double fit(const std::vector<PolicyBatch>& batches, double heads);
-
-  /// Sets the threshold to the least that loses at most `loss` of the accuracy of the widest stage.
-  /// @param certainty in [0.5, 1): how sure that must be (normal approximation)
-  /// @throws c10::ValueError for no batches, loss or certainty out of range, or targets that are
-  ///         not whole numbers [size]
   FittedPolicy fit_accuracy(const std::vector<PolicyBatch>& batches, double loss = 0.01,
-                            double certainty = 0.5);
+                            std::optional<double> certainty = {});
 
-  const ConfidencePolicyOptions& options() const { return options_; }
-  double threshold() const { return options_.threshold(); }
+  double threshold() const { return stages_.threshold(); }
 
  private:
-  StagedPrediction run(const PolicyBatch& batch, bool stop, std::vector<at::Tensor>* stages) const;
-  at::Tensor run_stage(const PolicyBatch& batch, const at::Tensor& rows, double factor,
-                       at::Tensor& heads) const;
+  StageFunction stage_function(const PolicyBatch& batch) const;
+  std::vector<StageFunction> stage_functions(const std::vector<PolicyBatch>& batches) const;
 
   AttentionLayers layers_;
-  ConfidencePolicyOptions options_;
+  std::optional<HeadScores> ranking_;
+  ConfidenceStages stages_;
 };
 
 /// What a gate chose, with `factor` times as many heads (rounded, half up; at least one where there

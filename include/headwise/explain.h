@@ -88,16 +88,16 @@ class HEADWISE_API Explanation {
 };
 
 /// Explains the inputs of one batch.
-/// @param layers  the model's attention layers by name (Model::layers), in evaluation mode
-/// @param batch   number of inputs
-/// @param forward runs the model on the inputs `rows` (int64 [N], numbers of inputs, which may
-///                repeat) and returns class scores [N, C], or an undefined tensor where the model
-///                has none (then nothing is said of effects)
+/// @param layers     the model's attention layers by name (Model::layers), in evaluation mode
+/// @param batch      number of inputs
+/// @param forward_fn runs the model on the inputs `rows` (int64 [N], numbers of inputs, which may
+///                   repeat) and returns class scores [N, C], or an undefined tensor if the model
+///                   has none (then nothing is said of effects)
 /// @return JSON, format "headwise.explanation"
-/// @throws c10::ValueError if the forward calls no layer, or gives what Explanation refuses
+/// @throws c10::ValueError if forward_fn calls no layer, or gives what Explanation refuses
 HEADWISE_API std::string explain(
     const std::vector<std::pair<std::string, MultiheadAttention>>& layers, int64_t batch,
-    const std::function<at::Tensor(const at::Tensor& rows)>& forward,
+    const std::function<at::Tensor(const at::Tensor& rows)>& forward_fn,
     const ExplainOptions& options = {}, const std::vector<std::vector<std::string>>& tokens = {},
     const std::vector<std::string>& labels = {});
 

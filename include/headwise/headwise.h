@@ -1,19 +1,18 @@
 // All of headwise.
 #pragma once
 
-#include "headwise/ablation.h"
 #include "headwise/analysis.h"
 #include "headwise/attention.h"
 #include "headwise/backends.h"
 #include "headwise/calibration.h"
 #include "headwise/cofi.h"
-#include "headwise/cofi_module.h"
 #include "headwise/confidence.h"
 #include "headwise/dense_attention.h"
 #include "headwise/explain.h"
 #include "headwise/files.h"
 #include "headwise/gates.h"
 #include "headwise/importance.h"
+#include "headwise/instrument.h"
 #include "headwise/kwon.h"
 #include "headwise/layers.h"
 #include "headwise/model.h"

@@ -52,8 +52,8 @@ struct KeptUnits {
 HEADWISE_API KeptUnits search_macs(const UnitScores& heads, const UnitScores& neurons,
                                    double head_cost, double neuron_cost, double limit);
 
-/// Time of a layer as a function of its units: `base` up to `threshold` units, then `slope` more
-/// for each.
+/// Time of a layer as a function of its units: none without units, `base` up to `threshold` units,
+/// then `slope` more for each.
 struct HEADWISE_API LatencyFit {
   double base = 0;
   int64_t threshold = 0;
@@ -67,10 +67,13 @@ struct HEADWISE_API LatencyFit {
 HEADWISE_API LatencyFit fit_latency(const std::vector<int64_t>& units,
                                     const std::vector<double>& seconds);
 
-/// What stays under a limit on time. Each layer keeps its `threshold` most important units, which
-/// cost no more than fewer would; the rest of the limit is spent as in search_macs.
-/// @throws c10::ValueError as search_macs, or if the limit is below what the layers take at their
-///         thresholds; the text says how much that is
+/// What stays under a limit on time, as the authors' code searches for it: for each number of
+/// attention layers and of networks that are dropped whole (those whose `threshold` most important
+/// units score least; at least one of each stays), every other layer keeps its `threshold` most
+/// important units, which cost no more than fewer would, and the rest of the limit is spent as in
+/// search_macs. The best sum of scores wins.
+/// @throws c10::ValueError as search_macs, or if the limit is below what one attention layer and
+///         one network take at their thresholds; the text says how much that is
 HEADWISE_API KeptUnits search_latency(const UnitScores& heads, const UnitScores& neurons,
                                       const LatencyFit& head_time, const LatencyFit& neuron_time,
                                       double limit);
@@ -100,6 +103,12 @@ class HEADWISE_API ScaleSolver {
   void add(const at::Tensor& inputs, const at::Tensor& residual);
   /// The scales; none if the equations have no finite solution.
   std::optional<std::vector<double>> solve(double damp) const;
+  /// The scales that the authors' code asks LSMR for: 1 + x with the x that minimises
+  /// |N x - b|^2 + |x|^2, where N x = b are the normal equations.
+  /// @param intercept also fit one number that is added to everything the layer writes, and leave
+  /// it
+  ///        out, as the authors do for heads
+  std::optional<std::vector<double>> solve_released(bool intercept) const;
   /// |Y_teacher - Y(scale)|^2 over the tokens that were added, without the ridge.
   double error(const std::vector<double>& scale) const;
   int64_t units() const;
@@ -112,7 +121,10 @@ class HEADWISE_API ScaleSolver {
   int64_t group_;
   at::Tensor gram_;                                     // float64 [E, E]
   at::Tensor cross_;                                    // float64 [E]
+  at::Tensor sums_;                                     // float64 [E], of the inputs
   double residual_ = 0.0;                               // |residual|^2
+  double residual_sum_ = 0.0;                           // of its entries
+  int64_t entries_ = 0;                                 // tokens * D
   mutable std::shared_ptr<const Equations> equations_;  // of all that was added
 };
 

@@ -1,5 +1,4 @@
-// Scores of the heads of a whole model, and pruning by steps: what headwise.score_heads and
-// headwise.pruning_path do in Python, with the same numbers.
+// Scores of the heads of a whole model, and steps of pruning it by them.
 #pragma once
 
 #include <torch/arg.h>
@@ -11,7 +10,6 @@
 
 #include "headwise/export.h"
 #include "headwise/importance.h"
-#include "headwise/kwon.h"
 #include "headwise/layers.h"
 #include "headwise/pruning.h"
 
@@ -29,38 +27,50 @@ struct HEADWISE_API ScoreOptions {
   TORCH_ARG(Scope, scope) = Scope::global;
 };
 
-/// Scores every head by all `metrics` ("michel", "entropy", "confidence", "hies"), in one pass over
-/// the batches. Gates stay in force; gradients of parameters are left alone.
-/// @param batches how many there are: loss(0) to loss(batches - 1)
-/// @param loss    of the examples [B], or their mean [], which is multiplied by the batch size
-/// @returns by metric
-/// @throws c10::ValueError on an unknown metric, no batches, or a loss that is not finite, of
-///         another shape, or does not depend on the heads
-HEADWISE_API std::map<std::string, HeadScores> score_heads(
-    const AttentionLayers& layers, int64_t batches, const BatchLoss& loss,
-    const std::vector<std::string>& metrics = {"michel"}, const ScoreOptions& options = {});
+/// Scores every head by all metrics ("michel", "entropy", "confidence", "hies"), in one pass over
+/// the data. Whoever owns the model runs it: each layer's probe is handed to see(), and the loss of
+/// each batch to add(). score_heads does this here, headwise.score_heads in Python.
+class HEADWISE_API HeadScorer {
+ public:
+  /// @throws c10::ValueError on no or an unknown metric
+  explicit HeadScorer(std::vector<std::string> metrics = {"michel"}, ScoreOptions options = {});
+  /// Whether the loss is differentiated: gradients must be enabled, and probes have a context.
+  bool needs_gradients() const { return gradients_; }
+  /// What a layer computed in the forward that is under way.
+  void see(const std::string& layer, const AttentionProbe& probe);
+  /// Ends a batch.
+  /// @param loss of the examples [B], or their mean [], which is multiplied by the batch size;
+  ///        undefined: loss_fn returned no tensor
+  /// @throws c10::ValueError on a loss that is not finite, of another shape, or does not depend on
+  ///         the heads
+  void add(const at::Tensor& loss);
+  /// By metric. @throws c10::ValueError on no batches
+  std::map<std::string, HeadScores> scores() const;
 
-/// How heads are pruned by steps.
-struct HEADWISE_API PruningPathOptions {
-  /// The fraction of all heads that one step removes, in (0, 1]; at least one head.
-  TORCH_ARG(double, step) = 0.1;
-  /// Score what is left anew after every step.
-  TORCH_ARG(bool, exact) = true;
-  /// What to score by.
-  TORCH_ARG(std::string, metric) = "michel";
-  /// Heads that every layer keeps (all, where it has fewer).
-  TORCH_ARG(int64_t, min_heads_per_layer) = 0;
-  /// Of the scores.
-  TORCH_ARG(ScoreOptions, scoring);
+ private:
+  struct Call {
+    std::string layer;
+    at::Tensor context;                 // [B, H, L, d]
+    std::optional<at::Tensor> padding;  // bool [B, L]
+  };
+
+  std::vector<std::string> metrics_;
+  ScoreOptions options_;
+  bool gradients_, statistics_;
+  HeadScoreAccumulator sums_;
+  std::vector<Call> calls_;  // of the batch under way
+  int64_t batches_ = 0;
 };
 
-/// Plans that remove the least important heads step by step, the last one keeping `keep` (Michel et
-/// al. 2019, arXiv 1905.10650, section 4). Every plan keeps a subset of the one before.
-/// @throws c10::ValueError on an option out of range, a layer that has a gate, or what score_heads
-///         and plan refuse; the layers are then as they were
-HEADWISE_API std::vector<HeadPlan> pruning_path(const AttentionLayers& layers, int64_t batches,
-                                                const BatchLoss& loss, double keep = 0.5,
-                                                const PruningPathOptions& options = {});
+/// Scores every head of a model's layers. Gates stay in force; gradients of parameters are left
+/// alone.
+/// @param batches how many there are: loss_fn(0) to loss_fn(batches - 1)
+/// @param loss_fn as HeadScorer::add takes it
+/// @returns by metric
+/// @throws c10::ValueError as HeadScorer does
+HEADWISE_API std::map<std::string, HeadScores> score_heads(
+    const AttentionLayers& layers, int64_t batches, const BatchLoss& loss_fn,
+    const std::vector<std::string>& metrics = {"michel"}, const ScoreOptions& options = {});
 
 /// How many heads of `total` are left after each step of a pruning path: round(step * total) go at
 /// a time, but at least one, and round(keep * total) stay in the end, but at least one.
@@ -72,21 +82,5 @@ HEADWISE_API std::vector<int64_t> pruning_counts(int64_t total, double keep, dou
 /// @throws c10::ValueError if they are not as many, or what plan refuses
 HEADWISE_API HeadPlan narrowed(const HeadPlan& before, const HeadScores& scores, int64_t count,
                                int64_t min_heads_per_layer = 0);
-
-/// Gradients of the mean loss with respect to the masks of all heads, a row a batch: their Fisher
-/// information is what Kwon et al. 2022 (arXiv 2204.09656, section 3.2) search with.
-/// @throws c10::ValueError as score_heads
-HEADWISE_API FisherAccumulator fisher_gradients(const AttentionLayers& layers, int64_t batches,
-                                                const BatchLoss& loss);
-
-/// The heads that stay when a share `macs` of the multiply-accumulates of heads may be spent, by
-/// Fisher information; the steps 1 to 3 of headwise.kwon_prune, for heads alone. Heads of all
-/// layers cost the same. Scales are 1; ScaleSolver finds better ones.
-/// @param macs in (0, 1]
-/// @param rearrange_heads exchange heads of a layer by its block of the Fisher matrix
-/// @throws c10::ValueError as score_heads, for a share out of range, a layer that has a gate, or
-///         layers of different widths
-HEADWISE_API HeadPlan kwon_plan(const AttentionLayers& layers, int64_t batches,
-                                const BatchLoss& loss, double macs, bool rearrange_heads = true);
 
 }  // namespace headwise

@@ -26,8 +26,8 @@ struct FfnPlan {
 };
 
 /// What multiplies the whole output of an attention layer or a feed-forward network, its bias
-/// included. 0: the block is gone. A block without neurons still adds its bias; one with scale 0
-/// adds nothing.
+/// included. 0: the block is removed, and in a post-norm layer the layer norm after it, so that the
+/// stream passes unchanged. A block without neurons still adds its bias.
 struct BlockPlan {
   std::string name;  ///< of the attention layer, or of the first linear layer
   double scale = 1.0;

@@ -1,12 +1,13 @@
-// headwise._C: HeadScores, HeadScoreAccumulator and hies, under headwise.pruning.
+// headwise._C: HeadScores, HeadScorer and hies, under headwise.pruning.
 #include <pybind11/stl.h>
 #include <torch/extension.h>
 
 #include "headwise/importance.h"
+#include "headwise/scoring.h"
 
 namespace py = pybind11;
 using headwise::AbsoluteValue;
-using headwise::HeadScoreAccumulator;
+using headwise::HeadScorer;
 using headwise::HeadScores;
 using headwise::Scope;
 
@@ -44,22 +45,48 @@ void bind_importance(py::module_& m) {
       .def("to_json", &HeadScores::to_json)
       .def_static("from_json", &HeadScores::from_json, py::arg("text"));
 
-  py::class_<HeadScoreAccumulator>(m, "HeadScoreAccumulator")
-      .def(py::init<>())
-      .def("add_gradient", &HeadScoreAccumulator::add_gradient, py::arg("layer"),
-           py::arg("context"), py::arg("gradient"), py::arg("query_padding_mask") = py::none(),
-           py::call_guard<py::gil_scoped_release>())
-      .def("add_statistics", &HeadScoreAccumulator::add_statistics, py::arg("layer"),
-           py::arg("entropy"), py::arg("confidence"), py::call_guard<py::gil_scoped_release>())
-      .def("merge", &HeadScoreAccumulator::merge, py::arg("other"))
+  // The driver sets layers' probes and runs the model.
+  py::class_<HeadScorer>(m, "HeadScorer")
+      .def(py::init([](std::vector<std::string> metrics, const std::string& absolute,
+                       bool normalize, double alpha, const std::string& scope) {
+             const auto options = headwise::ScoreOptions()
+                                      .absolute(absolute_value(absolute))
+                                      .normalize(normalize)
+                                      .alpha(alpha)
+                                      .scope(scope_of(scope));
+             return HeadScorer(std::move(metrics), options);
+           }),
+           py::arg("metrics"), py::arg("absolute") = "per_token", py::arg("normalize") = true,
+           py::arg("alpha") = 0.5, py::arg("scope") = "global")
+      .def_property_readonly("needs_gradients", &HeadScorer::needs_gradients)
       .def(
-          "michel",
-          [](const HeadScoreAccumulator& self, const std::string& absolute, bool normalize) {
-            return self.michel(absolute_value(absolute), normalize);
+          "see",
+          [](HeadScorer& self, const std::string& layer, const at::Tensor& q, const at::Tensor& k,
+             const at::Tensor& context, const std::optional<at::Tensor>& key_padding_mask,
+             const std::optional<at::Tensor>& attn_mask, bool is_causal,
+             const std::optional<at::Tensor>& query_padding_mask, int64_t added_keys) {
+            headwise::AttentionProbe probe;
+            probe.q = q;
+            probe.k = k;
+            probe.context = context;
+            probe.arguments.key_padding_mask = key_padding_mask;
+            probe.arguments.attn_mask = attn_mask;
+            probe.arguments.is_causal = is_causal;
+            probe.query_padding_mask = query_padding_mask;
+            probe.added_keys = added_keys;
+            self.see(layer, probe);
           },
-          py::arg("absolute") = "per_token", py::arg("normalize") = true)
-      .def("entropy", &HeadScoreAccumulator::entropy)
-      .def("confidence", &HeadScoreAccumulator::confidence);
+          py::arg("layer"), py::arg("q"), py::arg("k"), py::arg("context"),
+          py::arg("key_padding_mask"), py::arg("attn_mask"), py::arg("is_causal"),
+          py::arg("query_padding_mask"), py::arg("added_keys"),
+          py::call_guard<py::gil_scoped_release>())
+      .def(
+          "add",
+          [](HeadScorer& self, const std::optional<at::Tensor>& loss) {
+            self.add(loss.value_or(at::Tensor()));
+          },
+          py::arg("loss"), py::call_guard<py::gil_scoped_release>())
+      .def("scores", &HeadScorer::scores);
 
   m.def(
       "hies",

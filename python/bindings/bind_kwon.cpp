@@ -41,6 +41,7 @@ void bind_kwon(py::module_& m) {
       .def(py::init<const at::Tensor&, int64_t>(), py::arg("weight"), py::arg("group"))
       .def("add", &ScaleSolver::add, py::arg("inputs"), py::arg("residual"))
       .def("solve", &ScaleSolver::solve, py::arg("damp"))
+      .def("solve_released", &ScaleSolver::solve_released, py::arg("intercept"))
       .def("error", &ScaleSolver::error, py::arg("scale"));
   m.def("search_macs", &headwise::search_macs, py::arg("heads"), py::arg("neurons"),
         py::arg("head_cost"), py::arg("neuron_cost"), py::arg("limit"));

@@ -1,13 +1,78 @@
-// headwise._C: the steps of searches that Python drives: pruning paths and calibrations.
+// headwise._C: the steps of searches that Python drives: pruning paths, calibrations and confidence
+// policies.
 #include <pybind11/functional.h>
 #include <pybind11/stl.h>
 #include <torch/extension.h>
 
 #include "headwise/calibration.h"
+#include "headwise/confidence.h"
 #include "headwise/scoring.h"
 
 namespace py = pybind11;
 using headwise::Trial;
+
+namespace {
+
+using headwise::ConfidenceStages;
+using headwise::FittedPolicy;
+using headwise::StagedPrediction;
+using headwise::StageFunction;
+
+void bind_confidence(py::module_& m) {
+  py::class_<StagedPrediction>(m, "StagedPrediction",
+                               "What a ConfidencePolicy predicted for a batch, and why.")
+      .def_readonly("logits", &StagedPrediction::logits,
+                    "floating [B, C], of the stage at which each input stopped")
+      .def_readonly("stage", &StagedPrediction::stage, "int64 [B], that stage")
+      .def_readonly("confidence", &StagedPrediction::confidence,
+                    "float32 [S, B], after every stage; NaN for inputs that did not get there")
+      .def_readonly("heads", &StagedPrediction::heads,
+                    "int64 [S, B], heads of all layers that each stage ran; 0 if it did not")
+      .def_readonly("threshold", &StagedPrediction::threshold, "the confidence that was asked for")
+      .def_property_readonly("total_heads", &StagedPrediction::total_heads,
+                             "int64 [B]: heads that each input ran, all stages together")
+      .def("reason", &StagedPrediction::reason, py::arg("row"),
+           "Why input `row` ran as many heads as it did, in words.");
+  py::class_<FittedPolicy>(m, "FittedPolicy",
+                           "What ConfidencePolicy.fit_accuracy found, on the data it was given.")
+      .def_readonly("threshold", &FittedPolicy::threshold, "that the policy now has")
+      .def_readonly("heads", &FittedPolicy::heads,
+                    "that an input runs on average, all stages together")
+      .def_readonly("accuracy", &FittedPolicy::accuracy, "of the policy")
+      .def_readonly("widest_heads", &FittedPolicy::widest_heads,
+                    "that the widest stage alone runs on average")
+      .def_readonly("widest_accuracy", &FittedPolicy::widest_accuracy, "of the widest stage alone")
+      .def_property_readonly("pays", &FittedPolicy::pays,
+                             "Whether the policy runs fewer heads than the widest stage alone.")
+      .def("__repr__", [](const FittedPolicy& fitted) {
+        return py::str(
+                   "FittedPolicy(threshold={}, heads={}, accuracy={}, widest_heads={}, "
+                   "widest_accuracy={})")
+            .format(fitted.threshold, fitted.heads, fitted.accuracy, fitted.widest_heads,
+                    fitted.widest_accuracy);
+      });
+  // Stage functions are given rows int64 [N] or None, and a factor.
+  py::class_<ConfidenceStages>(m, "ConfidenceStages")
+      .def(py::init<std::vector<double>, double, std::string>(), py::arg("factors"),
+           py::arg("threshold"), py::arg("measure"))
+      .def("predict", &ConfidenceStages::predict, py::arg("run"))
+      .def("fit", &ConfidenceStages::fit, py::arg("runs"), py::arg("heads"))
+      .def(
+          "fit_accuracy",
+          [](ConfidenceStages& self, const std::vector<StageFunction>& runs,
+             const std::vector<std::optional<at::Tensor>>& labels, double loss,
+             std::optional<double> certainty) {
+            std::vector<at::Tensor> own;
+            for (const auto& each : labels) own.push_back(each.value_or(at::Tensor()));
+            return self.fit_accuracy(runs, own, loss, certainty);
+          },
+          py::arg("runs"), py::arg("labels"), py::arg("loss"), py::arg("certainty"))
+      .def_property("threshold", &ConfidenceStages::threshold, &ConfidenceStages::set_threshold)
+      .def_property_readonly("factors", &ConfidenceStages::factors)
+      .def_property_readonly("measure", &ConfidenceStages::measure);
+}
+
+}  // namespace
 
 void bind_searches(py::module_& m) {
   m.def("pruning_counts", &headwise::pruning_counts, py::arg("total"), py::arg("keep"),
@@ -26,9 +91,15 @@ void bind_searches(py::module_& m) {
       py::arg("value"), py::arg("target"), py::arg("low"), py::arg("high"), py::arg("passes"),
       py::arg("start"));
   m.def(
-      "check_calibrated",
-      [](const std::pair<double, double>& nearest, double keep, double tolerance) {
-        headwise::check_calibrated(Trial{nearest.first, nearest.second}, keep, tolerance);
+      "find_threshold",
+      [](const std::function<std::tuple<int64_t, int64_t, double>(double)>& run, double keep,
+         int64_t passes, double tolerance) {
+        const auto use = [&](double threshold) {
+          const auto [heads_run, heads, highest] = run(threshold);
+          return headwise::GateUse{heads_run, heads, highest};
+        };
+        return headwise::find_threshold(use, keep, passes, tolerance);
       },
-      py::arg("nearest"), py::arg("keep"), py::arg("tolerance"));
+      py::arg("run"), py::arg("keep"), py::arg("passes"), py::arg("tolerance"));
+  bind_confidence(m);
 }

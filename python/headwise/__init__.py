@@ -14,6 +14,7 @@ from headwise import (
     pruning,
     serialization,
 )
+from headwise.analysis import calibrate_threshold
 from headwise.convert import convert
 from headwise.explain import Trace, explain, explain_data, head_roles, log_heads, trace
 from headwise.gates import (
@@ -31,7 +32,6 @@ from headwise.gates import (
     SubsetGate,
     ThresholdGate,
     anneal,
-    calibrate_threshold,
     link_gates,
     parameter_groups,
     penalty,

@@ -6,8 +6,8 @@
 #include <algorithm>
 #include <cmath>
 
-#include "analysis/intervention.h"
 #include "explain/numbers.h"
+#include "headwise/instrument.h"
 
 namespace headwise {
 
@@ -23,22 +23,33 @@ Trial nearest_by_halving(const std::function<double(double)>& value, double targ
   return best;
 }
 
-void check_calibrated(const Trial& nearest, double keep, double tolerance) {
-  char share[32];
-  std::snprintf(share, sizeof share, "%.4f", nearest.value);
+double find_threshold(const std::function<GateUse(double)>& run, double keep, int64_t passes,
+                      double tolerance) {
+  TORCH_CHECK_VALUE(keep > 0.0 && keep <= 1.0, "keep must be in (0, 1], got ", keep);
+  TORCH_CHECK_VALUE(tolerance >= 0.0 && tolerance <= 1.0, "tolerance must be between 0 and 1, got ",
+                    tolerance);
+  double highest = 0;
+  const auto share = [&](double threshold) {
+    const GateUse use = run(threshold);
+    TORCH_CHECK_VALUE(use.heads > 0, "forward_fn must run the model on at least one input");
+    highest = std::max(highest, use.highest_relevance);
+    return static_cast<double>(use.heads_run) / static_cast<double>(use.heads);
+  };
+  const Trial open{0.0, share(0.0)};
+  const Trial nearest = nearest_by_halving(share, keep, 0.0, highest, passes, open);
+  char found[32];
+  std::snprintf(found, sizeof found, "%.4f", nearest.value);
   TORCH_CHECK_VALUE(std::abs(nearest.value - keep) <= tolerance, "keep=", rounded(keep, 6),
-                    " cannot be reached: the nearest share of heads is ", share, " (threshold ",
+                    " cannot be reached: the nearest share of heads is ", found, " (threshold ",
                     rounded(nearest.argument, 6), "); ",
                     nearest.value > keep
                         ? "min_heads of the gates allows no less"
                         : "the other heads score zero: raise the gates' resolution");
+  return nearest.argument;
 }
 
-double calibrate_threshold(const AttentionLayers& layers, const std::function<void()>& forward,
+double calibrate_threshold(const AttentionLayers& layers, const std::function<void()>& forward_fn,
                            double keep, int64_t passes, double tolerance) {
-  TORCH_CHECK_VALUE(keep > 0.0 && keep <= 1.0, "keep must be in (0, 1], got ", keep);
-  TORCH_CHECK_VALUE(tolerance >= 0.0 && tolerance <= 1.0, "tolerance must be between 0 and 1, got ",
-                    tolerance);
   const at::NoGradGuard no_grad;
   AttentionLayers gated;
   std::vector<at::Tensor> thresholds, before;
@@ -50,32 +61,31 @@ double calibrate_threshold(const AttentionLayers& layers, const std::function<vo
     }
   }
   TORCH_CHECK_VALUE(!gated.empty(), "layers must have a ThresholdGate, got none");
+  GateUse use;
+  Instrumented opened(gated);
+  opened.override_with([&](size_t, int64_t, const at::TensorOptions&, const Choose& choose) {
+    Selection selection = choose();
+    use.heads_run += selection.count.sum().item<int64_t>();
+    use.heads += selection.weight.numel();
+    if (selection.relevance.numel() > 0) {
+      use.highest_relevance =
+          std::max(use.highest_relevance, selection.relevance.max().item<double>());
+    }
+    return selection;
+  });
   const auto set = [&](double threshold) {
     for (at::Tensor& own : thresholds) own.fill_(threshold);
   };
-  double ran = 0, there = 0, highest = 0;
-  const analysis::Change record = [&](const Selection& selection) {
-    ran += static_cast<double>(selection.count.sum().item<int64_t>());
-    there += static_cast<double>(selection.weight.numel());
-    if (selection.relevance.numel() > 0) {
-      highest = std::max(highest, selection.relevance.max().item<double>());
-    }
-    return selection;
-  };
-  const analysis::Intervention intervention(gated, std::vector(gated.size(), record));
-  const auto share = [&](double threshold) {
+  const auto run = [&](double threshold) {
     set(threshold);
-    ran = there = 0;
-    forward();
-    TORCH_CHECK_VALUE(there > 0, "forward must run the model on at least one input");
-    return ran / there;
+    use = {};
+    forward_fn();
+    return use;
   };
   try {
-    const Trial open{0.0, share(0.0)};
-    const Trial nearest = nearest_by_halving(share, keep, 0.0, highest, passes, open);
-    check_calibrated(nearest, keep, tolerance);
-    set(nearest.argument);
-    return nearest.argument;
+    const double found = find_threshold(run, keep, passes, tolerance);
+    set(found);
+    return found;
   } catch (...) {
     for (size_t i = 0; i < thresholds.size(); ++i) thresholds[i].copy_(before[i]);
     throw;

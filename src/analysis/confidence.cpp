@@ -53,6 +53,19 @@ std::vector<double> ascending(const at::Tensor& sure) {
   return found;
 }
 
+/// Thresholds that do not depend on the data, so that testing them one after the other, from the
+/// last, needs no correction for their number: denser towards 0 and 1, then infinity.
+std::vector<double> fixed_thresholds() {
+  constexpr int kSteps = 2000;
+  constexpr double kReach = 20;  // in logits
+  std::vector<double> found{0.0};
+  for (int i = 0; i <= kSteps; ++i) {
+    found.push_back(1 / (1 + std::exp(kReach - 2 * kReach * i / kSteps)));
+  }
+  found.push_back(std::numeric_limits<double>::infinity());
+  return found;
+}
+
 }  // namespace
 
 double confidence_threshold(const at::Tensor& confidence, const at::Tensor& cost, double limit) {
@@ -87,34 +100,55 @@ double confidence_threshold(const at::Tensor& confidence, const at::Tensor& cost
   return *std::prev(over);
 }
 
+double binomial_tail(int64_t successes, int64_t trials, double probability) {
+  TORCH_CHECK_VALUE(trials >= 0, "trials must not be negative, got ", trials);
+  TORCH_CHECK_VALUE(probability >= 0 && probability <= 1, "probability must be in [0, 1], got ",
+                    probability);
+  if (successes >= trials) return 1.0;
+  if (successes < 0 || probability == 1.0) return 0.0;
+  if (probability == 0.0) return 1.0;
+  const auto n = static_cast<double>(trials);
+  const double log_p = std::log(probability), log_q = std::log1p(-probability);
+  double sum = 0;
+  for (int64_t i = 0; i <= successes; ++i) {
+    const auto k = static_cast<double>(i);
+    const double ways = std::lgamma(n + 1) - std::lgamma(k + 1) - std::lgamma(n - k + 1);
+    sum += std::exp(ways + k * log_p + (n - k) * log_q);
+  }
+  return std::min(sum, 1.0);
+}
+
 double accurate_threshold(const at::Tensor& confidence, const at::Tensor& correct, double loss,
-                          double z) {
+                          std::optional<double> certainty) {
   TORCH_CHECK_VALUE(correct.dim() == 2 && correct.size(0) >= 1 && correct.size(1) >= 1,
                     "correct must be [S, N] of at least one stage and example, got ",
                     correct.sizes());
   TORCH_CHECK_VALUE(loss >= 0 && loss <= 1, "loss must be in [0, 1], got ", loss);
-  TORCH_CHECK_VALUE(z >= 0 && std::isfinite(z), "z must be finite and not negative, got ", z);
+  TORCH_CHECK_VALUE(!certainty || (*certainty > 0 && *certainty < 1),
+                    "certainty must be in (0, 1), got ", certainty.value_or(0.0));
   const int64_t stages = correct.size(0), examples = correct.size(1);
   const auto sure = checked_confidence(confidence, stages, examples);
   const auto right = correct.detach().to(at::kCPU, at::kDouble).contiguous();
   const auto c = sure.accessor<double, 2>(), r = right.accessor<double, 2>();
-  const auto count = static_cast<double>(examples);
-  const auto lost = [&](double threshold) {
-    double sum = 0, squares = 0;
+  /// How many examples only the widest stage gets right, and how many only the policy does.
+  const auto changes = [&](double threshold) {
+    std::pair<int64_t, int64_t> found{0, 0};
     for (int64_t n = 0; n < examples; ++n) {
       int64_t s = 0;
       while (s + 1 < stages && c[s][n] < threshold) ++s;
-      const double change = r[stages - 1][n] - r[s][n];
-      sum += change;
-      squares += change * change;
+      found.first += r[stages - 1][n] > r[s][n];
+      found.second += r[stages - 1][n] < r[s][n];
     }
-    const double mean = sum / count;
-    const double variance = std::max(squares / count - mean * mean, 0.0);
-    return mean + z * std::sqrt(variance / count);
+    return found;
   };
-  const auto candidates = ascending(sure);
+  const auto loses_no_more = [&](double threshold) {
+    const auto [lost, won] = changes(threshold);
+    if (certainty) return binomial_tail(lost, examples, loss) <= 1 - *certainty;
+    return static_cast<double>(lost - won) <= loss * static_cast<double>(examples);
+  };
+  const auto candidates = certainty ? fixed_thresholds() : ascending(sure);
   auto kept = std::prev(candidates.end());  // infinity loses nothing
-  while (kept != candidates.begin() && lost(*std::prev(kept)) <= loss) --kept;
+  while (kept != candidates.begin() && loses_no_more(*std::prev(kept))) --kept;
   return *kept;
 }
 
@@ -167,7 +201,10 @@ TORCH_LIBRARY_FRAGMENT(headwise, m) {
   m.def("prediction_confidence(Tensor logits, str measure='probability') -> Tensor");
   // [S - 1, N], [S, N] -> the threshold
   m.def("confidence_threshold(Tensor confidence, Tensor cost, float limit) -> float");
-  m.def("accurate_threshold(Tensor confidence, Tensor correct, float loss, float z) -> float");
+  m.def(
+      "accurate_threshold(Tensor confidence, Tensor correct, float loss, float? certainty=None) "
+      "-> float");
+  m.def("binomial_tail(int successes, int trials, float probability) -> float", binomial_tail);
 }
 
 TORCH_LIBRARY_IMPL(headwise, CompositeImplicitAutograd, m) {

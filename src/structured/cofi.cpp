@@ -3,12 +3,15 @@
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
 
-#include <algorithm>
-#include <cmath>
-
 #include "gates/hard_concrete.h"
 
 namespace headwise {
+namespace {
+
+/// Factor on the logits of masks in evaluation, from Wang et al. 2020 (arXiv 1910.04732).
+constexpr double kSharpness = 0.8;
+
+}  // namespace
 
 at::Tensor structure_size(at::TensorList heads, const at::Tensor& attention, at::TensorList neurons,
                           const at::Tensor& ffn, const at::Tensor& hidden,
@@ -40,20 +43,20 @@ at::Tensor sparsity_penalty(const at::Tensor& size, double full_size, const at::
   return lagrangian(off, multipliers);
 }
 
-at::Tensor hard_concrete_keep(const at::Tensor& log_alpha, double beta, double gamma, double zeta) {
-  const at::Tensor flat = log_alpha.reshape({-1});
-  at::Tensor values = hard_concrete(flat, {}, beta, gamma, zeta);
-  const double open = hard_concrete_open(flat.detach(), beta, gamma, zeta).sum().item<double>();
-  const auto units = static_cast<double>(flat.numel());
-  const auto closed = static_cast<int64_t>(std::llround(std::max(units - open, 0.0)));
-  if (closed > 0) {
-    // Descending and stable, so that of equal ones the higher units come last.
-    const at::Tensor order =
-        std::get<1>(flat.detach().sort(/*stable=*/true, /*dim=*/0, /*descending=*/true));
-    const at::Tensor last = order.slice(0, flat.numel() - closed);
-    values = values.index_fill(0, last, 0.0);
-  }
-  return values.reshape(log_alpha.sizes());
+at::Tensor hard_concrete_keep(const at::Tensor& log_alpha, double beta, double gamma, double zeta,
+                              double shift) {
+  TORCH_CHECK_VALUE(log_alpha.dim() >= 1, "log_alpha must have at least one dimension, got none");
+  TORCH_CHECK_VALUE(beta > 0, "beta must be positive, got ", beta);
+  const int64_t units = log_alpha.size(-1);
+  const at::Tensor values = (log_alpha * (kSharpness / beta)).sigmoid();  // [..., N]
+  const at::Tensor open =
+      hard_concrete_open((log_alpha.detach() + shift).to(at::kDouble), beta, gamma, zeta);
+  const at::Tensor kept = units - (units - open.sum(-1, true)).round();  // [..., 1], half to even
+  // Ranks from 0. The sort is stable, so that of equal logits the lower units are kept.
+  const at::Tensor rank = log_alpha.detach()
+                              .argsort(/*stable=*/true, /*dim=*/-1, /*descending=*/true)
+                              .argsort(int64_t{-1}, false);
+  return values.masked_fill(rank.ge(kept), 0.0);
 }
 
 at::Tensor match_layers(const at::Tensor& distances, const at::Tensor& alive) {

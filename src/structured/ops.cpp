@@ -18,7 +18,7 @@ TORCH_LIBRARY_FRAGMENT(headwise, m) {
       "float warmup, Tensor multipliers) -> Tensor");
   m.def(
       "hard_concrete_keep(Tensor log_alpha, float beta=0.6666666666666666, float gamma=-0.1, "
-      "float zeta=1.1) -> Tensor");
+      "float zeta=1.1, float shift=0.0) -> Tensor");
   m.def("match_layers(Tensor distances, Tensor alive) -> Tensor");
   m.def("distillation_loss(Tensor student, Tensor teacher, float temperature=2.0) -> Tensor");
 }

@@ -13,6 +13,7 @@ namespace headwise {
 struct ScaleSolver::Equations {
   Eigen::MatrixXd normal;  // [U, U]: <x_u W_u, x_v W_v>, summed over tokens
   Eigen::VectorXd right;   // [U]: <x_u W_u, residual>
+  Eigen::VectorXd ones;    // [U]: <x_u W_u, 1>
 };
 
 ScaleSolver::ScaleSolver(const at::Tensor& weight, int64_t group)
@@ -22,6 +23,7 @@ ScaleSolver::ScaleSolver(const at::Tensor& weight, int64_t group)
   const auto options = weight_.options().dtype(at::kDouble);
   gram_ = at::zeros({weight.size(1), weight.size(1)}, options);
   cross_ = at::zeros({weight.size(1)}, options);
+  sums_ = at::zeros({weight.size(1)}, options);
 }
 
 void ScaleSolver::add(const at::Tensor& inputs, const at::Tensor& residual) {
@@ -36,7 +38,10 @@ void ScaleSolver::add(const at::Tensor& inputs, const at::Tensor& residual) {
   const at::Tensor x = inputs.to(type), r = residual.to(type);
   gram_ += at::mm(x.t(), x);                           // [E, E]
   cross_ += (x * at::mm(r, weight_.to(type))).sum(0);  // [E]
+  sums_ += x.sum(0);
   residual_ += r.to(at::kDouble).square().sum().item<double>();
+  residual_sum_ += r.sum(at::kDouble).item<double>();
+  entries_ += r.numel();
   equations_.reset();
 }
 
@@ -58,6 +63,8 @@ const ScaleSolver::Equations& ScaleSolver::equations() const {
   // Symmetric: the order of storage does not matter.
   made->normal = Eigen::Map<const Eigen::MatrixXd>(normal.const_data_ptr<double>(), count, count);
   made->right = Eigen::Map<const Eigen::VectorXd>(right.const_data_ptr<double>(), count);
+  const at::Tensor ones = (sums_ * weight.sum(0)).view({count, group_}).sum(1).to(at::kCPU);
+  made->ones = Eigen::Map<const Eigen::VectorXd>(ones.contiguous().const_data_ptr<double>(), count);
   equations_ = std::move(made);
   return *equations_;
 }
@@ -73,6 +80,36 @@ std::optional<std::vector<double>> ScaleSolver::solve(double damp) const {
   if (!change.allFinite()) return std::nullopt;
   std::vector<double> scale(static_cast<size_t>(units()));
   for (Eigen::Index i = 0; i < change.size(); ++i) scale[i] = 1.0 + change[i];
+  return scale;
+}
+
+std::optional<std::vector<double>> ScaleSolver::solve_released(bool intercept) const {
+  const Equations& found = equations();
+  const Eigen::Index count = found.right.size(), all = count + (intercept ? 1 : 0);
+  Eigen::MatrixXd normal(all, all);
+  Eigen::VectorXd right(all);
+  normal.topLeftCorner(count, count) = found.normal;
+  right.head(count) = found.right;
+  if (intercept) {  // a column of ones, whose factor is 1 to begin with, as that of every unit
+    normal.col(count).head(count) = found.ones;
+    normal.row(count).head(count) = found.ones.transpose();
+    normal(count, count) = static_cast<double>(entries_);
+    right[count] = residual_sum_;
+    right -= normal.col(count);
+  }
+  Eigen::VectorXd change;
+  if (all == 1) {
+    change = right / normal(0, 0);
+  } else {
+    const Eigen::MatrixXd damped =
+        normal * normal + Eigen::MatrixXd::Identity(all, all);  // symmetric
+    const Eigen::LLT<Eigen::MatrixXd> solver(damped);
+    if (solver.info() != Eigen::Success) return std::nullopt;
+    change = solver.solve(normal * right);
+  }
+  if (!change.allFinite()) return std::nullopt;
+  std::vector<double> scale(static_cast<size_t>(count));
+  for (Eigen::Index i = 0; i < count; ++i) scale[i] = 1.0 + change[i];
   return scale;
 }
 

@@ -45,14 +45,6 @@ std::vector<Ranked> ranked(const UnitScores& scores) {
   return all;
 }
 
-/// The first `free` units of each layer go to the front of `units`; they are `count` of them.
-size_t free_first(std::vector<Ranked>& units, size_t layers, int64_t free) {
-  std::vector<int64_t> taken(layers, 0);
-  const auto middle = std::stable_partition(
-      units.begin(), units.end(), [&](const Ranked& unit) { return taken[unit.layer]++ < free; });
-  return static_cast<size_t>(middle - units.begin());
-}
-
 /// Sums of the first 0, 1, ... scores.
 std::vector<double> prefix_sums(const std::vector<Ranked>& units) {
   std::vector<double> sums(units.size() + 1, 0.0);
@@ -78,31 +70,86 @@ size_t affordable(double limit, double cost, size_t most) {
   return std::min(count, most);
 }
 
-/// Both searches: the first `free_*` units cost nothing beyond `base`.
-KeptUnits search(const UnitScores& heads, const UnitScores& neurons, std::vector<Ranked> head_rank,
-                 size_t free_heads, double head_cost, std::vector<Ranked> neuron_rank,
-                 size_t free_neurons, double neuron_cost, double base, double limit) {
-  const auto head_sums = prefix_sums(head_rank), neuron_sums = prefix_sums(neuron_rank);
+/// Units of one kind that a search may keep, most important first. The first `base_units` are kept
+/// in any case, for `base_cost` together; each further one costs `unit_cost`.
+struct Ladder {
+  std::vector<Ranked> units;
+  size_t base_units = 0;
+  double base_cost = 0;
+  double unit_cost = 0;
+  std::vector<double> sums;  // of the first 0, 1, ... scores
+
+  size_t more() const { return units.size() - base_units; }
+};
+
+Ladder plain_ladder(const UnitScores& scores, double unit_cost) {
+  Ladder ladder{ranked(scores), 0, 0.0, unit_cost, {}};
+  ladder.sums = prefix_sums(ladder.units);
+  return ladder;
+}
+
+/// Without the `dropped` layers whose first `threshold` units score least.
+Ladder latency_ladder(const UnitScores& scores, const LatencyFit& time, size_t dropped) {
+  const size_t layers = scores.size();
+  std::vector<double> base(layers, 0.0);
+  const std::vector<Ranked> all = ranked(scores);
+  std::vector<int64_t> seen(layers, 0);
+  for (const Ranked& unit : all) {
+    if (seen[unit.layer]++ < time.threshold) base[unit.layer] += unit.score;
+  }
+  std::vector<size_t> order(layers);
+  std::iota(order.begin(), order.end(), size_t{0});
+  std::stable_sort(order.begin(), order.end(),
+                   [&](size_t a, size_t b) { return base[a] < base[b]; });
+  std::vector<bool> stays(layers, true);
+  for (size_t i = 0; i < dropped; ++i) stays[order[i]] = false;
+
+  Ladder ladder{{}, 0, static_cast<double>(layers - dropped) * time.base, time.slope, {}};
+  std::vector<Ranked> rest;
+  std::fill(seen.begin(), seen.end(), 0);
+  for (const Ranked& unit : all) {
+    if (!stays[unit.layer]) continue;
+    (seen[unit.layer]++ < time.threshold ? ladder.units : rest).push_back(unit);
+  }
+  ladder.base_units = ladder.units.size();
+  ladder.units.insert(ladder.units.end(), rest.begin(), rest.end());
+  ladder.sums = prefix_sums(ladder.units);
+  return ladder;
+}
+
+struct Choice {
+  double score = -1.0;
+  double cost = 0;
+  size_t heads = 0, neurons = 0;  // how many of the ladders' units
+};
+
+/// The best choice under `limit`; score -1 if there is none.
+Choice best_choice(const Ladder& heads, const Ladder& neurons, double limit) {
+  const double base = heads.base_cost + neurons.base_cost;
   const double slack = 1e-12 * std::max(limit, 0.0);  // of sums that rounding put above the limit
-  size_t best_heads = free_heads, best_neurons = free_neurons;
-  double best = -1.0;
-  for (size_t count = free_heads; count <= head_rank.size(); ++count) {
+  Choice best;
+  for (size_t extra = 0; extra <= heads.more(); ++extra) {
     // The limit of this round alone: what one round spends, the next must not miss.
-    const double spent = base + head_cost * static_cast<double>(count - free_heads);
+    const double spent = base + heads.unit_cost * static_cast<double>(extra);
     const double left = limit - spent;
     if (left < -slack) break;
-    const size_t more =
-        affordable(std::max(left, 0.0) + slack, neuron_cost, neuron_rank.size() - free_neurons);
-    const double score = head_sums[count] + neuron_sums[free_neurons + more];
-    if (score > best) best = score, best_heads = count, best_neurons = free_neurons + more;
+    const size_t more = affordable(std::max(left, 0.0) + slack, neurons.unit_cost, neurons.more());
+    const size_t head_count = heads.base_units + extra;
+    const size_t neuron_count = neurons.base_units + more;
+    const double score = heads.sums[head_count] + neurons.sums[neuron_count];
+    if (score > best.score) {
+      best = {score, spent + neurons.unit_cost * static_cast<double>(more), head_count,
+              neuron_count};
+    }
   }
-  KeptUnits kept;
-  kept.heads = by_layer(head_rank, best_heads, heads.size());
-  kept.neurons = by_layer(neuron_rank, best_neurons, neurons.size());
-  kept.score = std::max(best, 0.0);
-  kept.cost = base + head_cost * static_cast<double>(best_heads - free_heads) +
-              neuron_cost * static_cast<double>(best_neurons - free_neurons);
-  return kept;
+  return best;
+}
+
+KeptUnits kept_units(const Choice& choice, const Ladder& heads, const Ladder& neurons,
+                     size_t head_layers, size_t neuron_layers) {
+  return {by_layer(heads.units, choice.heads, head_layers),
+          by_layer(neurons.units, choice.neurons, neuron_layers), std::max(choice.score, 0.0),
+          choice.cost};
 }
 
 }  // namespace
@@ -114,11 +161,14 @@ KeptUnits search_macs(const UnitScores& heads, const UnitScores& neurons, double
                     "head_cost and neuron_cost must be positive, ", "got ", head_cost, " and ",
                     neuron_cost);
   TORCH_CHECK_VALUE(limit >= 0, "limit must not be negative, got ", limit);
-  return search(heads, neurons, ranked(heads), 0, head_cost, ranked(neurons), 0, neuron_cost, 0.0,
-                limit);
+  const Ladder head_ladder = plain_ladder(heads, head_cost);
+  const Ladder neuron_ladder = plain_ladder(neurons, neuron_cost);
+  return kept_units(best_choice(head_ladder, neuron_ladder, limit), head_ladder, neuron_ladder,
+                    heads.size(), neurons.size());
 }
 
 double LatencyFit::seconds(int64_t units) const {
+  if (units == 0) return 0.0;  // the block is not run
   return base + slope * static_cast<double>(std::max<int64_t>(units - threshold, 0));
 }
 
@@ -163,15 +213,31 @@ LatencyFit fit_latency(const std::vector<int64_t>& units, const std::vector<doub
 KeptUnits search_latency(const UnitScores& heads, const UnitScores& neurons,
                          const LatencyFit& head_time, const LatencyFit& neuron_time, double limit) {
   check_scores(heads, neurons);
-  auto head_rank = ranked(heads), neuron_rank = ranked(neurons);
-  const size_t free_heads = free_first(head_rank, heads.size(), head_time.threshold);
-  const size_t free_neurons = free_first(neuron_rank, neurons.size(), neuron_time.threshold);
-  const double base = static_cast<double>(heads.size()) * head_time.base +
-                      static_cast<double>(neurons.size()) * neuron_time.base;
-  TORCH_CHECK_VALUE(limit >= base, "limit must be at least ", base,
-                    " seconds, what the layers take with the fewest units, got ", limit);
-  return search(heads, neurons, std::move(head_rank), free_heads, head_time.slope,
-                std::move(neuron_rank), free_neurons, neuron_time.slope, base, limit);
+  // At least one layer of each kind stays.
+  const auto least = [](const UnitScores& scores, const LatencyFit& time) {
+    return scores.empty() ? 0.0 : time.base;
+  };
+  const double base = least(heads, head_time) + least(neurons, neuron_time);
+  TORCH_CHECK_VALUE(limit >= base * (1 - 1e-12), "limit must be at least ", base,
+                    " seconds, what one layer of each kind takes with the fewest units, got ",
+                    limit);
+  std::vector<Ladder> neuron_ladders;
+  for (size_t drops = 0; drops < std::max<size_t>(neurons.size(), 1); ++drops) {
+    neuron_ladders.push_back(latency_ladder(neurons, neuron_time, drops));
+  }
+  Choice best;
+  KeptUnits kept;
+  for (size_t drops = 0; drops < std::max<size_t>(heads.size(), 1); ++drops) {
+    const Ladder head_ladder = latency_ladder(heads, head_time, drops);
+    for (const Ladder& neuron_ladder : neuron_ladders) {
+      const Choice found = best_choice(head_ladder, neuron_ladder, limit);
+      if (found.score <= best.score)
+        continue;  // of equal ones, that with the fewest layers dropped
+      best = found;
+      kept = kept_units(best, head_ladder, neuron_ladder, heads.size(), neurons.size());
+    }
+  }
+  return kept;
 }
 
 }  // namespace headwise

@@ -8,7 +8,6 @@
 //                          ("head") of the first token; float64. Without gates, with gates that
 //                          have a relevance, with ThresholdGate.
 // FOLDER/data.safetensors  "x.N" [B, L, D], "padding.N" bool [B, L], "labels.N" int64 [B]
-// FOLDER/cofi.safetensors  "state.NAME" for every parameter and buffer of a CoFi
 // FOLDER/found.json, FOLDER/found.safetensors    what is written
 #include <torch/torch.h>
 
@@ -31,18 +30,15 @@ struct Batch {
 struct Problem {
   headwise::Model model;
   std::vector<Batch> batches;
-  const headwise::CoFiImpl* masks = nullptr;
 
   at::Tensor logits(const at::Tensor& x_, const at::Tensor& padding) const {
     at::Tensor x = x_;
     for (const auto& [name, layer] : model.layers) {
-      at::Tensor y = std::get<0>(layer.ptr()->forward(x, x, x, padding, /*need_weights=*/false));
-      if (masks) y = y * masks->block(name);
-      x = x + y;
+      x = x + std::get<0>(layer.ptr()->forward(x, x, x, padding, /*need_weights=*/false));
     }
     return at::linear(x.select(1, 0), model.tensor("head.weight"), model.tensor("head.bias"));
   }
-  headwise::BatchLoss loss() const {
+  headwise::BatchLoss loss_fn() const {
     return [this](int64_t i) {
       const Batch& batch = batches.at(i);
       return at::cross_entropy_loss(logits(batch.x, batch.padding), batch.labels, {},
@@ -53,7 +49,7 @@ struct Problem {
 };
 
 Problem read(const std::string& folder, const std::string& name) {
-  Problem problem{headwise::load(folder + "/" + name), {}, nullptr};
+  Problem problem{headwise::load(folder + "/" + name), {}};
   const auto data = headwise::load_safetensors(folder + "/data.safetensors").tensors;
   for (int64_t i = 0; data.count("x." + std::to_string(i)); ++i) {
     const std::string number = "." + std::to_string(i);
@@ -61,20 +57,6 @@ Problem read(const std::string& folder, const std::string& name) {
         {data.at("x" + number), data.at("padding" + number), data.at("labels" + number)});
   }
   return problem;
-}
-
-Json plans(const std::vector<headwise::HeadPlan>& found) {
-  Json list = Json::array();
-  for (const auto& plan : found) list.push_back(Json::parse(plan.to_json()));
-  return list;
-}
-
-Json ablation(const headwise::Ablation& found) {
-  return {{"scores", found.scores.values},
-          {"low", found.low},
-          {"high", found.high},
-          {"p_value", found.p_value},
-          {"metric", found.scores.metric}};
 }
 
 Json scored(const Problem& plain) {
@@ -85,7 +67,8 @@ Json scored(const Problem& plain) {
       {"per_batch", headwise::AbsoluteValue::per_batch}};
   for (const auto& [name, absolute] : places) {
     const auto found = headwise::score_heads(
-        plain.model.layers, plain.size(), plain.loss(), {"michel", "entropy", "confidence", "hies"},
+        plain.model.layers, plain.size(), plain.loss_fn(),
+        {"michel", "entropy", "confidence", "hies"},
         headwise::ScoreOptions().absolute(absolute).alpha(0.3).scope(headwise::Scope::layer));
     for (const auto& [metric, scores] : found) json[name][metric] = scores.values;
   }
@@ -124,7 +107,6 @@ Json staged(Problem& gated) {
 
 void run(const std::string& folder) {
   Problem plain = read(folder, "plain");
-  const auto& layers = plain.model.layers;
   Json json;
   headwise::NamedTensors tensors;
   {
@@ -132,20 +114,6 @@ void run(const std::string& folder) {
     tensors["logits"] = plain.logits(plain.batches[0].x, plain.batches[0].padding);
   }
   json["scores"] = scored(plain);
-  json["ablation"] = ablation(headwise::ablate_heads(layers, plain.size(), plain.loss()));
-  json["one"] = ablation(headwise::keep_one_head(layers, plain.size(), plain.loss(),
-                                                 headwise::AblationOptions().resamples(50)));
-  json["path"] = plans(headwise::pruning_path(layers, plain.size(), plain.loss(), 0.25,
-                                              headwise::PruningPathOptions().step(0.2)));
-  json["hies path"] = plans(
-      headwise::pruning_path(layers, plain.size(), plain.loss(), 0.4,
-                             headwise::PruningPathOptions().metric("hies").min_heads_per_layer(1)));
-  json["one ranking"] =
-      plans(headwise::pruning_path(layers, plain.size(), plain.loss(), 0.5,
-                                   headwise::PruningPathOptions().exact(false).step(0.3)));
-  json["kwon"] =
-      Json::parse(headwise::kwon_plan(layers, plain.size(), plain.loss(), 0.5).to_json());
-
   Problem threshold = read(folder, "threshold");
   json["threshold"] = headwise::calibrate_threshold(
       threshold.model.layers,
@@ -155,32 +123,6 @@ void run(const std::string& folder) {
       0.5);
   Problem gated = read(folder, "gated");
   json["policy"] = staged(gated);
-
-  headwise::CoFi cofi(layers, std::vector<headwise::FfnSize>{},
-                      headwise::CoFiOptions().target(0.375));
-  auto state = cofi->named_parameters();
-  for (const auto& item : cofi->named_buffers()) state.insert(item.key(), item.value());
-  for (const auto& [name, tensor] :
-       headwise::load_safetensors(folder + "/cofi.safetensors").tensors) {
-    torch::NoGradGuard no_grad;
-    state[name.substr(std::string("state.").size())].copy_(tensor);
-  }
-  plain.masks = cofi.get();
-  torch::manual_seed(3);
-  cofi->train();
-  cofi->draw();
-  const auto drawn = plain.loss()(0);
-  (drawn.mean() + cofi->penalty()).backward();
-  tensors["cofi.losses"] = drawn.detach();
-  tensors["cofi.sparsity"] = cofi->expected_sparsity().detach();
-  tensors["cofi.penalty"] = cofi->penalty().detach();
-  for (const auto& item : cofi->named_parameters()) {
-    tensors["cofi.grad." + item.key()] = item.value().grad();
-  }
-  json["cofi"] = Json::parse(cofi->plan().to_json());
-  cofi->eval();
-  cofi->draw();
-  tensors["cofi.masked"] = plain.loss()(0).detach();
 
   std::ofstream(folder + "/found.json") << json.dump(1);
   headwise::save_safetensors(folder + "/found.safetensors", tensors);

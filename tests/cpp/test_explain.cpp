@@ -188,7 +188,7 @@ TEST(Explain, RefusesWhatDoesNotFit) {
     EXPECT_FALSE(model.layers[0].second->gate);
     EXPECT_FALSE(model.layers[0].second->probe);
   };
-  fails([](const at::Tensor&) { return at::zeros({2, 3}); }, "forward must call the layers");
+  fails([](const at::Tensor&) { return at::zeros({2, 3}); }, "forward_fn must call the layers");
   fails([&](const at::Tensor& rows) { return model(rows).sum(1); },
         "logits must have shape [2, C]");
   fails([&](const at::Tensor& rows) { return model(rows); }, "maps name head 7 of site 0",

@@ -66,7 +66,7 @@ struct Searches : testing::Test {
   at::Tensor x = at::randn({12, 4}, at::kDouble);
   at::Tensor target = at::zeros({12}, at::kDouble);
   /// The square of the output, in batches of 4.
-  headwise::BatchLoss loss = [this](int64_t batch) {
+  headwise::BatchLoss loss_fn = [this](int64_t batch) {
     return (model->forward(x.slice(0, 4 * batch, 4 * batch + 4)) -
             target.slice(0, 4 * batch, 4 * batch + 4))
         .square();
@@ -92,29 +92,47 @@ TEST_F(Searches, LayersHaveTheNamesOfTheModel) {
   EXPECT_EQ(headwise::attention_layers(*alone)[0].first, "");
 }
 
-TEST_F(Searches, AblationIsTheDifferenceOfTheLosses) {
-  const auto found = headwise::ablate_heads(layers, 3, loss);
-  const at::Tensor full = outputs(-1, -1).square();
-  EXPECT_TRUE(at::allclose(found.losses, full));
-  for (int64_t layer = 0; layer < 2; ++layer) {
-    for (int64_t head = 0; head < 4; ++head) {
-      const double expected = (outputs(layer, head).square() - full).mean().item<double>();
-      EXPECT_NEAR(found.scores.values[layer][head], expected, 1e-9);
-      EXPECT_LE(found.low[layer][head], expected + 1e-9);
-      EXPECT_GE(found.high[layer][head], expected - 1e-9);
-    }
+TEST_F(Searches, OverridesDecideWhatRunsAndLeaveNothingBehind) {
+  layers[0].second->gate = headwise::make_gate(
+      headwise::FixedGateOptions().heads(std::vector<int64_t>{0, 1, 2}), 4, 4, at::kDouble);
+  const auto gate = layers[0].second->gate;
+  std::vector<size_t> order;
+  {
+    headwise::Instrumented opened(layers);
+    opened.override_with([&](size_t i, int64_t inputs, const at::TensorOptions& like,
+                             const headwise::Choose& choose) {
+      order.push_back(i);
+      if (i == 1) return headwise::select_all(inputs, 4, like);  // without asking
+      auto selection = choose();
+      EXPECT_EQ(selection.count[0].item<int64_t>(), 3);  // the gate's
+      selection.weight = selection.weight * 0;
+      selection.count.zero_();
+      selection.index.fill_(-1);
+      return selection;
+    });
+    opened.override_with(
+        [&](size_t i, int64_t, const at::TensorOptions&, const headwise::Choose& choose) {
+          order.push_back(10 + i);
+          return choose();
+        });
+    int probed = 0;
+    opened.probe_with(
+        [&](size_t, const headwise::AttentionProbe& probe) { probed += probe.context.defined(); },
+        /*context=*/true);
+    const at::Tensor second = outputs(-1, -1) - (x * at::tensor(kWeights[0], at::kDouble)).sum(1);
+    EXPECT_TRUE(at::allclose(model->forward(x), second));
+    EXPECT_EQ(probed, 2);
+    EXPECT_EQ(order, (std::vector<size_t>{10, 0, 11, 1}));  // the later one is asked first
   }
-  EXPECT_EQ(found.p_value[0][1], 1.0);  // a head that does nothing
-  for (const auto& [name, head] : found.significant(0.05)) {
-    EXPECT_LT(found.p_value[name == "layers.1"][head], 0.05);
-  }
-  EXPECT_FALSE(layers[0].second->gate);
+  EXPECT_EQ(layers[0].second->gate, gate);
+  EXPECT_FALSE(layers[1].second->gate || layers[1].second->probe ||
+               layers[1].second->probe_context);
 }
 
 TEST_F(Searches, ScoresAreTheDerivativesByGates) {
   // dL/dxi_h = 2 y a_h x_h for an example; tokens are examples here.
   const auto options = headwise::ScoreOptions().normalize(false);
-  const auto found = headwise::score_heads(layers, 3, loss, {"michel", "entropy"}, options);
+  const auto found = headwise::score_heads(layers, 3, loss_fn, {"michel", "entropy"}, options);
   const at::Tensor y = outputs(-1, -1);
   for (int64_t layer = 0; layer < 2; ++layer) {
     for (int64_t head = 0; head < 4; ++head) {
@@ -126,79 +144,26 @@ TEST_F(Searches, ScoresAreTheDerivativesByGates) {
   for (const auto& parameter : model->parameters()) EXPECT_FALSE(parameter.grad().defined());
 }
 
-TEST_F(Searches, PathsKeepWhatTheLossFeels) {
-  const auto flat = [this](int64_t batch) { return loss(batch) * 0; };
-  EXPECT_EQ(refusal([&] { headwise::pruning_path(layers, 3, flat, 0.5); }),
-            "michel is zero for every head: the loss does not depend on the heads");
-  const auto path = headwise::pruning_path(
-      layers, 3, loss, 0.25,
-      headwise::PruningPathOptions().step(0.25).scoring(headwise::ScoreOptions().normalize(false)));
-  ASSERT_EQ(path.size(), 3u);
-  EXPECT_EQ(path[0].heads_kept(), 6);
-  EXPECT_EQ(path[0].layers()[0].heads, (std::vector<int64_t>{0, 2, 3}));  // heads of weight 0 go
-  EXPECT_EQ(path[0].layers()[1].heads, (std::vector<int64_t>{0, 1, 3}));
-  for (size_t step = 1; step < path.size(); ++step) {
-    for (size_t i = 0; i < 2; ++i) {
-      const auto& before = path[step - 1].layers()[i].heads;
-      for (const int64_t head : path[step].layers()[i].heads) {
-        EXPECT_NE(std::find(before.begin(), before.end(), head), before.end());
-      }
-    }
-  }
-  EXPECT_EQ(path[2].heads_kept(), 2);
-  EXPECT_FALSE(layers[1].second->gate || layers[1].second->probe);
-}
-
-TEST_F(Searches, KwonKeepsTheLargestFisherInformation) {
-  const auto fisher = headwise::fisher_gradients(layers, 3, loss);
-  const at::Tensor y = outputs(-1, -1);
-  for (int64_t batch = 0; batch < 3; ++batch) {
-    const auto part = at::arange(4 * batch, 4 * batch + 4);
-    const at::Tensor expected =  // [H]
-        (2 * y.unsqueeze(1) * x * at::tensor(kWeights[0], at::kDouble))
-            .index_select(0, part)
-            .mean(0);
-    EXPECT_TRUE(at::allclose(fisher.gradients("layers.0")[batch], expected));
-  }
-  const auto plan = headwise::kwon_plan(layers, 3, loss, 0.75, /*rearrange_heads=*/false);
-  EXPECT_EQ(plan.layers()[0].heads, (std::vector<int64_t>{0, 2, 3}));
-  EXPECT_EQ(plan.layers()[1].heads, (std::vector<int64_t>{0, 1, 3}));
-  EXPECT_EQ(headwise::kwon_plan(layers, 3, loss, 0.75).heads_kept(), 6);
-  EXPECT_EQ(refusal([&] { headwise::kwon_plan(layers, 3, loss, 0.0); }),
-            "macs must be in (0, 1], got 0");
-}
-
 TEST_F(Searches, WhatIsRefusedLeavesTheLayersAlone) {
-  const auto nan = [](int64_t) { return at::full({4}, std::nan("")); };
-  EXPECT_EQ(refusal([&] { headwise::ablate_heads(layers, 3, nan); }),
-            "loss must return a finite loss, got NaN or infinity");
-  EXPECT_EQ(refusal([&] { headwise::ablate_heads(layers, 0, loss); }),
-            "batches must not be empty: there is nothing to measure heads on");
-  EXPECT_EQ(
-      refusal([&] { headwise::ablate_heads(layers, 1, [](int64_t) { return at::zeros({}); }); }),
-      "loss must return one loss an example [B], got shape []");
-  EXPECT_EQ(
-      refusal([&] { headwise::ablate_heads(layers, 1, [](int64_t) { return at::ones({4}); }); }),
-      "ablation is zero for every head: the loss does not depend on the heads, or is too "
-      "coarse to show it");
-  EXPECT_EQ(refusal([&] { headwise::score_heads(layers, 0, loss); }),
+  EXPECT_EQ(refusal([&] { headwise::score_heads(layers, 0, loss_fn); }),
             "batches must not be empty: there is nothing to score heads on");
-  EXPECT_EQ(refusal([&] { headwise::score_heads(layers, 1, loss, {"size"}); }),
+  EXPECT_EQ(refusal([&] { headwise::score_heads(layers, 1, loss_fn, {"size"}); }),
             "metrics must be of michel, entropy, confidence, hies, got 'size'");
   EXPECT_EQ(
       refusal([&] { headwise::score_heads(layers, 1, [](int64_t) { return at::ones({4}); }); }),
-      "loss must run the model: none of its layers was called");
+      "loss_fn must run the model: none of its attention layers was called");
   EXPECT_EQ(
-      refusal([&] { headwise::score_heads(layers, 1, [&](int64_t i) { return loss(i) / 0.0; }); }),
-      "loss must return a finite loss, got NaN or infinity");
-  EXPECT_EQ(refusal([&] { headwise::pruning_path(layers, 1, loss, 0.0); }),
-            "keep must be in (0, 1], got 0");
+      refusal([&] { headwise::score_heads(layers, 1, [](int64_t) { return at::Tensor(); }); }),
+      "loss_fn must return a floating tensor, one loss per example [B] or their mean, got no "
+      "tensor");
   EXPECT_EQ(refusal([&] {
-              headwise::pruning_path(layers, 1, loss, 0.25,
-                                     headwise::PruningPathOptions().min_heads_per_layer(3));
-            }).substr(0, 19),
-            "min_heads_per_layer");
-  EXPECT_THROW(headwise::ablate_heads(
+              headwise::score_heads(layers, 1, [&](int64_t i) { return loss_fn(i) / 0.0; });
+            }),
+            "loss_fn must return a finite loss, got NaN or infinity");
+  const auto flat = [this](int64_t batch) { return loss_fn(batch) * 0; };
+  EXPECT_EQ(refusal([&] { headwise::score_heads(layers, 3, flat); }),
+            "michel is zero for every head: the loss does not depend on the heads");
+  EXPECT_THROW(headwise::score_heads(
                    layers, 3, [&](int64_t) -> at::Tensor { throw std::runtime_error("stop"); }),
                std::runtime_error);
   for (const auto& [name, layer] : layers) {
@@ -211,8 +176,11 @@ TEST(Calibration, HalvingFindsTheNearest) {
   const auto found = headwise::nearest_by_halving(stairs, 0.3, 0.0, 1.0, 20, {0.0, stairs(0.0)});
   EXPECT_DOUBLE_EQ(found.value, 0.3);
   EXPECT_EQ(headwise::nearest_by_halving(stairs, 2.0, 0.0, 1.0, 5, {0.0, 1.0}).argument, 0.0);
-  headwise::check_calibrated({0.5, 0.45}, 0.5, 0.1);
-  EXPECT_EQ(refusal([] { headwise::check_calibrated({2.5, 0.75}, 0.5, 0.1); }),
+  const auto run = [](double threshold) {  // three of four heads at least, from 2.5 on
+    return headwise::GateUse{threshold < 2.5 ? 4 : 3, 4, 5.0};
+  };
+  EXPECT_EQ(headwise::find_threshold(run, 0.75), 2.5);
+  EXPECT_EQ(refusal([&] { headwise::find_threshold(run, 0.5); }),
             "keep=0.5 cannot be reached: the nearest share of heads is 0.7500 (threshold 2.5); "
             "min_heads of the gates allows no less");
 }
@@ -230,7 +198,7 @@ TEST(Calibration, AThresholdThatFailsIsPutBack) {
   EXPECT_NEAR(gate->threshold.item<double>(), 0.7, 1e-6);
   EXPECT_EQ(layers[0].second->gate.get(), gate);
   EXPECT_EQ(refusal([&] { headwise::calibrate_threshold(layers, [] {}, 0.5); }),
-            "forward must run the model on at least one input");
+            "forward_fn must run the model on at least one input");
   Planted plain(kWeights);
   EXPECT_EQ(refusal([&] {
               headwise::calibrate_threshold(headwise::attention_layers(*plain), forward, 0.5);
@@ -291,73 +259,12 @@ TEST_F(Policy, FitsAndRefuses) {
             }),
             "measure must be one of probability, margin, entropy, got 'x'");
   auto broken = batch;
-  broken.forward = [&](const at::Tensor& rows) { return batch.forward(rows) / 0.0; };
+  broken.forward_fn = [&](const at::Tensor& rows) { return batch.forward_fn(rows) / 0.0; };
   EXPECT_EQ(refusal([&] { policy.predict(broken); }),
-            "forward must return finite logits, got NaN or infinity");
-  broken.forward = [](const at::Tensor&) { return at::zeros({12, 1}); };
+            "forward_fn must return finite logits, got NaN or infinity");
+  broken.forward_fn = [](const at::Tensor&) { return at::zeros({12, 1}); };
   EXPECT_EQ(refusal([&] { policy.predict(broken); }),
-            "forward must return logits [12, C] of at least 2 classes, got shape [12, 1]");
-}
-
-TEST_F(Searches, CoFiMasksHeadsForAsLongAsItLives) {
-  {
-    headwise::CoFi cofi(layers, std::vector<headwise::FfnSize>{{"ffn", 6}},
-                        headwise::CoFiOptions().target(0.5).init_log_alpha(4.0));
-    EXPECT_NEAR(cofi->expected_sparsity().item<double>(), 0.0, 0.05);
-    {
-      const torch::NoGradGuard no_grad;
-      auto logits = cofi->named_parameters();
-      logits["logits.heads.0"].copy_(at::tensor({-4.0, 4.0, 4.0, 4.0}));
-    }
-    cofi->eval();
-    cofi->draw();
-    EXPECT_EQ(cofi->heads("layers.0")[0].item<double>(), 0.0);
-    EXPECT_EQ(cofi->neurons("ffn").numel(), 6);
-    EXPECT_EQ(cofi->block("layers.1").dim(), 0);
-    EXPECT_TRUE(at::allclose(model->forward(x), outputs(0, 0)));
-    EXPECT_EQ(refusal([&] { cofi->neurons("no"); }), "there is no feed-forward network 'no'");
-    EXPECT_EQ(refusal([&] {
-                headwise::CoFi(layers, std::vector<headwise::FfnSize>{}, headwise::CoFiOptions());
-              }),
-              "layer 'layers.0' has a gate: build it without");
-    {
-      const torch::NoGradGuard no_grad;
-      cofi->multipliers.fill_(std::nan(""));
-      cofi->named_parameters()["logits.ffn.0"].fill_(std::nan(""));
-    }
-    EXPECT_EQ(refusal([&] { cofi->draw(); }),
-              "logits of the masks must be finite, got NaN or infinity");
-  }
-  EXPECT_FALSE(layers[0].second->gate);
-  EXPECT_EQ(refusal([&] {
-              headwise::CoFi(layers, std::vector<headwise::FfnSize>{},
-                             headwise::CoFiOptions().target(0.999).attention_blocks(false));
-            }).find("target=0.999 cannot be reached: with every mask as closed as it gets 0.95"),
-            0u);
-}
-
-TEST_F(Searches, CoFiTrainsToItsTarget) {
-  // Heads of weight 0 do nothing: two of eight may go for free.
-  const at::Tensor wanted = outputs(-1, -1);
-  headwise::CoFi cofi(
-      layers, std::vector<headwise::FfnSize>{},
-      headwise::CoFiOptions().target(0.25).attention_blocks(false).init_log_alpha(2.0));
-  for (auto& parameter : model->parameters()) parameter.requires_grad_(false);
-  torch::manual_seed(0);
-  torch::optim::Adam optimiser(cofi->parameters(), torch::optim::AdamOptions(0.1));
-  cofi->train();
-  for (int step = 0; step < 250; ++step) {
-    cofi->anneal(step / 249.0);
-    cofi->draw();
-    optimiser.zero_grad();
-    ((model->forward(x) - wanted).square().mean() + cofi->penalty()).backward();
-    optimiser.step();
-  }
-  cofi->eval();
-  const auto plan = cofi->plan();
-  EXPECT_NEAR(cofi->sparsity(), 0.25, 1e-9);
-  EXPECT_EQ(plan.heads().layers()[0].heads, (std::vector<int64_t>{0, 2, 3}));
-  EXPECT_EQ(plan.heads().layers()[1].heads, (std::vector<int64_t>{0, 1, 3}));
+            "forward_fn must return logits [B, C] of at least 2 classes, got shape [12, 1]");
 }
 
 }  // namespace

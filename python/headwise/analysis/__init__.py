@@ -2,6 +2,7 @@
 
 from headwise.analysis.ablation import Ablation, ablate_heads, keep_one_head
 from headwise.analysis.agreement import Agreement, score_agreement
+from headwise.analysis.calibrate import calibrate_threshold
 from headwise.analysis.causal import CausalHeads, causal_heads
 from headwise.analysis.confidence import ConfidencePolicy, FittedPolicy, StagedPrediction
 from headwise.analysis.interaction import (
@@ -23,6 +24,7 @@ __all__ = [
     "HeadSimilarity",
     "StagedPrediction",
     "ablate_heads",
+    "calibrate_threshold",
     "causal_heads",
     "head_interactions",
     "head_relevance",

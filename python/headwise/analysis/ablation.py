@@ -17,12 +17,11 @@ from torch import Tensor, nn
 
 from headwise.convert.conversion import converted
 from headwise.io.journal import Journal
+from headwise.nn.instrumenting import instrument, scaled_heads
 from headwise.nn.intervention import (
     LossFunction,
-    evaluating,
     example_losses,
     fingerprint,
-    scaled_heads,
     with_progress,
 )
 from headwise.pruning.scores import HeadScores
@@ -143,7 +142,8 @@ def _ablate(
     model = converted(model)
     batches = list(batches)
     measured = LossesByIntervention(metric, model, batches, loss_fn, journal)
-    with evaluating(model), scaled_heads(model) as scales:
+    with instrument(model) as opened:
+        scales = scaled_heads(opened)
         full = measured.full()  # [N]
         heads = [(name, head) for name, scale in scales.items() for head in range(len(scale))]
         losses = []

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from headwise.convert.conversion import converted
 from headwise.io.journal import Journal
+from headwise.nn.instrumenting import instrument, scaled_heads
 from headwise.nn.intervention import (
     LossFunction,
     check_journal_loss,
-    evaluating,
     fingerprint,
-    scaled_heads,
     with_progress,
 )
 from headwise.pruning.scores import HeadScores
@@ -38,11 +37,14 @@ class CausalHeads:
     """The part that each head has in a model's loss, as degrees that sum to 1.
 
     Attributes:
-        facilitating: layer name -> float64 ``[H]``: its gate stays open though pushed shut.
+        facilitating: layer name -> float64 ``[H]``: its gate stays open though pushed shut. As the
+            next two, the mean over the fits.
         interfering: layer name -> float64 ``[H]``: its gate stays shut though pushed open.
         irrelevant: layer name -> float64 ``[H]``: its gate goes where it is pushed.
         scores: facilitating - interfering, in [-1, 1].
         strength: weight of the regulariser.
+        by_fit: layer name -> float64 ``[S, 3, H]``, the three degrees in each of the S fits. Of
+            heads that can stand in for each other, different fits keep different ones.
     """
 
     facilitating: Mapping[str, Tensor]
@@ -50,16 +52,16 @@ class CausalHeads:
     irrelevant: Mapping[str, Tensor]
     scores: HeadScores
     strength: float
+    by_fit: Mapping[str, Tensor]
 
-    def roles(self) -> dict[str, list[str]]:
-        """layer name -> the largest of the three degrees, a head."""
-        parts = (self.facilitating, self.interfering, self.irrelevant)
+    def roles(self, fit: int | None = None) -> dict[str, list[str]]:
+        """layer name -> the largest degree of each head: of the means, or in one fit."""
         return {
             name: [
                 _ROLES[place]
-                for place in torch.stack([part[name] for part in parts]).argmax(0).tolist()
+                for place in (degrees.mean(0) if fit is None else degrees[fit]).argmax(0).tolist()
             ]
-            for name in self.facilitating
+            for name, degrees in self.by_fit.items()
         }
 
 
@@ -70,6 +72,8 @@ def causal_heads(
     *,
     strength: float | None = None,
     steps: int = 200,
+    fits: int = 3,
+    seed: int = 0,
     learning_rate: float = 0.1,
     limit: float = 4.0,
     journal: str | os.PathLike | None = None,
@@ -77,12 +81,17 @@ def causal_heads(
 ) -> CausalHeads:
     """Fits a gate in (0, 1) to every head of the frozen model, once pushed open, once pushed shut.
 
-    Causal head gating (arXiv 2505.13737): minimises loss - strength * sum clip(logit of gate), with
-    +strength and with -strength. A gate that stays open both times belongs to a head that
-    facilitates the task, one that stays shut to a head that interferes with it, and one that goes
-    where it is pushed to a head that is irrelevant. Where ``strength`` is large against what one
-    head changes in the loss, every head is irrelevant; where it is small, steps decide. Ours: by
-    default it follows the loss and the data, so that another unit of the loss changes no role.
+    Causal head gating (arXiv 2505.13737), in the stages of its released code: from gates drawn
+    uniformly, the loss alone is minimised; from there loss - strength * sum clip(logit of gate),
+    once with +strength and once with -strength. A gate that stays open both times belongs to a head
+    that facilitates the task, one that stays shut to a head that interferes with it, and one that
+    goes where it is pushed to a head that is irrelevant. Of heads that can stand in for each other,
+    the first stage, and so chance, decides which one is needed: hence several ``fits``.
+
+    If ``strength`` is large against what one head changes in the loss, every head is irrelevant; if
+    it is small, steps decide. Ours: by default it follows the loss and the data, so that another
+    unit of the loss changes no role. The released code's weight is 0.1 / (number of heads), for a
+    loss in nats, at ``learning_rate=1``.
 
     Args:
         model: a converted or convertible model, run in evaluation mode and left as it was. Gates of
@@ -93,7 +102,9 @@ def causal_heads(
             much the loss of all ``batches`` changes with the logit of a gate that is half open
             (:attr:`CausalHeads.strength` says how much that came to). The regulariser then moves
             the gate of a head that the loss holds with less than half the average force.
-        steps: of Adam, each way.
+        steps: of Adam, in each of the three stages.
+        fits: how many times to fit, from gates drawn anew.
+        seed: of the draw.
         learning_rate: of Adam.
         limit: logits stay within [-limit, limit]: gates within 1.8% of 0 and 1 for 4.
         journal: file that keeps how far it came: a run that is interrupted goes on from there.
@@ -106,19 +117,22 @@ def causal_heads(
     for name, value in (("strength", strength), ("learning_rate", learning_rate), ("limit", limit)):
         if value is not None and not 0.0 < value < float("inf"):
             raise ValueError(f"{name} must be positive and finite, got {value}")
-    if steps < 1:
-        raise ValueError(f"steps must be positive, got {steps}")
+    for name, value in (("steps", steps), ("fits", fits)):
+        if value < 1:
+            raise ValueError(f"{name} must be positive, got {value}")
     model = converted(model)
     batches = list(batches)
     if not batches:
         raise ValueError("batches must not be empty: there is nothing to fit gates on")
     settings = {} if journal is None else {
-        "strength": strength, "steps": steps, "learning_rate": learning_rate, "limit": limit,
+        "strength": strength, "steps": steps, "seed": seed, "learning_rate": learning_rate,
+        "limit": limit,
         **fingerprint(model, batches),
     }  # fmt: skip
     log = Journal(journal, "causal heads", settings)
     check_journal_loss(log, model, batches, loss_fn)
-    with evaluating(model), _frozen(model), scaled_heads(model) as scales:
+    with instrument(model) as opened, _frozen(model):
+        scales = scaled_heads(opened)
         sizes = [len(scale) for scale in scales.values()]
 
         def loss_of(logits: Tensor, batch: Any) -> Tensor:
@@ -130,25 +144,33 @@ def causal_heads(
         if strength is None:
             strength = log.get("strength") or _half_mean_gradient(loss_of, batches, sum(sizes))
             log.add("strength", strength)
-        gates = []
-        for sign, direction in ((1.0, "raised"), (-1.0, "lowered")):
-            fit = _Fit(torch.zeros(sum(sizes), dtype=torch.float64), learning_rate, limit)
-            fit.resume(log.get(direction))
-            remaining = range(fit.step, steps)
-            for step in with_progress(remaining, f"gates {direction}", "step", progress):
-                fit.update(loss_of, batches[step % len(batches)], sign * strength)
+
+        def stage(name: str, start: Tensor, push: float) -> Tensor:
+            """float64 ``[T]``: the logits after ``steps`` of Adam from ``start``."""
+            fit = _Fit(start.clone(), learning_rate, limit)
+            fit.resume(log.get(name))
+            for step in with_progress(range(fit.step, steps), f"gates {name}", "step", progress):
+                fit.update(loss_of, batches[step % len(batches)], push)
                 if fit.step % _CHECKPOINT == 0 or fit.step == steps:
-                    log.add(direction, fit.state())
+                    log.add(name, fit.state())
             if not fit.moved:
                 raise ValueError(_NO_GRADIENT)
-            gates.append(torch.sigmoid(fit.logits.detach()))
+            return fit.logits.detach()
+
+        found = []
+        for number in range(fits):
+            generator = torch.Generator().manual_seed(seed + number)
+            drawn = torch.rand(sum(sizes), generator=generator, dtype=torch.float64)
+            free = stage(f"free {number}", drawn.logit().clamp(-limit, limit), 0.0)
+            raised = stage(f"raised {number}", free, strength)
+            lowered = stage(f"lowered {number}", free, -strength)
+            degrees = torch.ops.headwise.causal_roles(raised.sigmoid(), lowered.sigmoid())
+            found.append(torch.stack(degrees))  # [3, T]
         names = list(scales)
-    parts = [
-        dict(zip(names, degree.split(sizes), strict=True))
-        for degree in torch.ops.headwise.causal_roles(*gates)
-    ]
+    by_fit = dict(zip(names, torch.stack(found).split(sizes, -1), strict=True))
+    parts = [{name: by_fit[name][:, i].mean(0) for name in names} for i in range(len(_ROLES))]
     worth = {name: parts[0][name] - parts[1][name] for name in names}
-    return CausalHeads(*parts, HeadScores("causal", worth), strength)
+    return CausalHeads(*parts, HeadScores("causal", worth), strength, by_fit)
 
 
 def _half_mean_gradient(loss_of, batches: Sequence[Any], count: int) -> float:

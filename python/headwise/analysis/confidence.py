@@ -7,91 +7,29 @@ gates rank highest; where the prediction is not sure enough, it runs again with 
 from __future__ import annotations
 
 import contextlib
-import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from headwise import _C
 from headwise.gates import FixedGate
 from headwise.gates.selection import Selection
-from headwise.nn.intervention import evaluating
+from headwise.nn.batches import run_model, take_rows
+from headwise.nn.instrumenting import instrument
 from headwise.nn.layers import attention_layers
 from headwise.pruning.scores import HeadScores
 
 __all__ = ["ConfidencePolicy", "FittedPolicy", "StagedPrediction"]
 
-MEASURES = ("probability", "margin", "entropy")
 _ops = torch.ops.headwise
 
 
-@dataclass(frozen=True)
-class StagedPrediction:
-    """What a :class:`ConfidencePolicy` said of a batch, and why.
-
-    Attributes:
-        logits: floating ``[B, C]``, of the stage at which each input stopped.
-        stage: int64 ``[B]``, that stage.
-        confidence: floating ``[S, B]``, after every stage; NaN where an input did not get there.
-        heads: int64 ``[S, B]``, heads of all layers that each stage ran; 0 where it did not.
-        threshold: the confidence that was asked for.
-    """
-
-    logits: Tensor
-    stage: Tensor
-    confidence: Tensor
-    heads: Tensor
-    threshold: float
-
-    @property
-    def total_heads(self) -> Tensor:
-        """int64 ``[B]``: heads that each input ran, all stages together."""
-        return self.heads.sum(0)
-
-    def reason(self, row: int) -> str:
-        """Why input ``row`` ran as many heads as it did, in words."""
-        steps = []
-        last = int(self.stage[row])
-        for stage in range(last + 1):
-            sure = float(self.confidence[stage, row])
-            heads = int(self.heads[stage, row])
-            if stage < last:
-                steps.append(
-                    f"{heads} heads: confidence {sure:.2f} < {self.threshold:.2f}, widened"
-                )
-            elif sure >= self.threshold:
-                steps.append(
-                    f"{heads} heads: confidence {sure:.2f} >= {self.threshold:.2f}, stopped"
-                )
-            else:
-                steps.append(f"{heads} heads: confidence {sure:.2f}, the widest budget")
-        return "; ".join(steps)
-
-
-@dataclass(frozen=True)
-class FittedPolicy:
-    """What :meth:`ConfidencePolicy.fit_accuracy` found, on the data it was given.
-
-    Attributes:
-        threshold: that the policy now has.
-        heads: that an input runs on average, all stages together.
-        accuracy: of the policy.
-        widest_heads: that the widest stage alone runs on average.
-        widest_accuracy: of the widest stage alone.
-    """
-
-    threshold: float
-    heads: float
-    accuracy: float
-    widest_heads: float
-    widest_accuracy: float
-
-    @property
-    def pays(self) -> bool:
-        """Whether the policy runs fewer heads than the widest stage alone."""
-        return self.heads < self.widest_heads
+StagedPrediction, FittedPolicy = _C.StagedPrediction, _C.FittedPolicy
+for _made in (StagedPrediction, FittedPolicy):
+    _made.__module__ = __name__
 
 
 class ConfidencePolicy:
@@ -114,7 +52,7 @@ class ConfidencePolicy:
             ``model(*batch)`` for tuples and lists, else ``model(batch)``; of what that gives, its
             ``logits`` where it has them.
         take: ``(batch, rows) -> batch`` with only those rows (int64); default: of every tensor in a
-            mapping, tuple or list, or of the tensor.
+            mapping, tuple or list, or of the tensor. Rows are on the CPU.
 
     Raises:
         ValueError: factors that are not positive and ascending, a threshold that is NaN, an unknown
@@ -138,13 +76,7 @@ class ConfidencePolicy:
         forward_fn: Callable[[nn.Module, Any], Tensor] | None = None,
         take: Callable[[Any, Tensor], Any] | None = None,
     ) -> None:
-        ascending = all(a < b for a, b in zip(factors, factors[1:], strict=False))
-        if not factors or not ascending or not 0.0 < factors[0] or not factors[-1] < float("inf"):
-            raise ValueError(f"factors must be positive and ascending, got {list(factors)}")
-        if measure not in MEASURES:
-            raise ValueError(f"measure must be one of {', '.join(MEASURES)}, got {measure!r}")
-        if threshold != threshold:
-            raise ValueError("threshold must be a number, got NaN")
+        self._stages = _C.ConfidenceStages(list(factors), threshold, measure)
         layers = attention_layers(model)
         if not any(layer.num_heads for layer in layers.values()):
             raise ValueError("model must have attention heads: call headwise.convert first")
@@ -160,23 +92,38 @@ class ConfidencePolicy:
                     f"layer '{name}' has no relevance of its own: ranking must have scores for it"
                 )
         self.model = model
-        self.factors = tuple(float(factor) for factor in factors)
-        self.threshold = float(threshold)
-        self.measure = measure
         self.ranking = ranking
-        self._forward = forward_fn or _forward
-        self._take = take or _take
+        self._forward_fn = forward_fn or run_model
+        self._take = take or take_rows
 
-    @torch.no_grad()
+    @property
+    def factors(self) -> list[float]:
+        """Of the budget of each stage, ascending."""
+        return self._stages.factors
+
+    @property
+    def measure(self) -> str:
+        """Of confidence."""
+        return self._stages.measure
+
+    @property
+    def threshold(self) -> float:
+        """An input whose confidence reaches it stops."""
+        return self._stages.threshold
+
+    @threshold.setter
+    def threshold(self, threshold: float) -> None:
+        self._stages.threshold = threshold
+
     def predict(self, batch: Any) -> StagedPrediction:
         """Logits of every input, each at the budget that it took to be sure.
 
         Raises:
             ValueError: logits that are not ``[B, C]`` or not finite.
         """
-        return self._run(batch, stop=True)[0]
+        with self._opened() as runs_of:
+            return self._stages.predict(runs_of(batch))
 
-    @torch.no_grad()
     def fit(self, batches: Iterable[Any], heads: float) -> float:
         """Sets the threshold to the largest with which inputs run ``heads`` heads on average.
 
@@ -186,22 +133,16 @@ class ConfidencePolicy:
         Raises:
             ValueError: no batches, or fewer heads than the first stage alone runs.
         """
-        found = [self._run(batch, stop=False)[0] for batch in batches]
-        if not found:
-            raise ValueError("batches must not be empty: there is nothing to fit a threshold on")
-        confidence = torch.cat([f.confidence[:-1] for f in found], 1).double().cpu()  # [S-1, N]
-        cost = torch.cat([f.heads for f in found], 1).double().cpu()  # [S, N]
-        self.threshold = _ops.confidence_threshold(confidence, cost, float(heads))
-        return self.threshold
+        with self._opened() as runs_of:
+            return self._stages.fit([runs_of(batch) for batch in batches], float(heads))
 
-    @torch.no_grad()
     def fit_accuracy(
         self,
         batches: Iterable[Any],
-        target_fn: Callable[[Any], Tensor] | None = None,
+        labels_fn: Callable[[Any], Tensor] | None = None,
         *,
         loss: float = 0.01,
-        certainty: float = 0.5,
+        certainty: float | None = None,
     ) -> FittedPolicy:
         """Sets the threshold to the least that loses at most ``loss`` of the accuracy.
 
@@ -211,106 +152,69 @@ class ConfidencePolicy:
 
         Args:
             batches: what the model is run on.
-            target_fn: ``batch -> int64 [B]``, its labels; None: what the widest stage predicts, so
+            labels_fn: ``batch -> int64 [B]``, its labels; None: what the widest stage predicts, so
                 that ``loss`` is the share of predictions that may change.
             loss: the share of inputs, in [0, 1], that may be lost.
-            certainty: how sure that must be, in [0.5, 1): the threshold goes down from infinity as
-                long as the upper bound of the loss (normal approximation) stays within ``loss``.
-                0.5: the mean does.
+            certainty: in (0, 1): the probability, over the draw of ``batches``, with which at most
+                the share ``loss`` of all inputs is lost (right at the widest stage, wrong where
+                the policy stops), and so at most that much accuracy. By learn then test
+                (Angelopoulos et al., arXiv 2110.01052; CALM, arXiv 2207.07061): a fixed sequence
+                of thresholds, each tested with an exact binomial. Needs at least
+                ln(1 - certainty) / ln(1 - loss) examples, 299 for 0.95 and 0.01: with fewer, every
+                input runs every stage. None: the accuracy lost on ``batches`` is at most ``loss``,
+                which bounds nothing beyond them.
 
         Returns:
             The threshold and what it means. Where ``pays`` is False, the widest stage alone is
             cheaper: fewer or narrower stages, or another gate, are needed.
 
         Raises:
-            ValueError: no batches, ``loss`` or ``certainty`` out of range, or targets that are not
+            ValueError: no batches, ``loss`` or ``certainty`` out of range, or labels that are not
                 int64 ``[B]``.
         """
-        if not 0.5 <= certainty < 1.0:
-            raise ValueError(f"certainty must be in [0.5, 1), got {certainty}")
-        runs, right = [], []
-        for batch in batches:
-            run, stages = self._run(batch, stop=False)
-            runs.append(run)
-            predicted = torch.stack(stages).argmax(2)  # [S, B]
-            targets = predicted[-1] if target_fn is None else target_fn(batch)
-            if targets.shape != predicted[-1].shape or targets.is_floating_point():
+        batches = list(batches)
+        labels = [None if labels_fn is None else labels_fn(batch) for batch in batches]
+        with self._opened() as runs_of:
+            runs = [runs_of(batch) for batch in batches]
+            return self._stages.fit_accuracy(runs, labels, loss, certainty)
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[Callable[[Any], Callable]]:
+        """Opens the model; yields a function: batch -> what runs the model on rows of it.
+
+        The latter takes rows int64 ``[N]`` (None: all) and the factor of a stage, and gives logits
+        ``[N, C]`` and how many heads ran ``[N]``.
+        """
+        factor = 1.0
+        counts: list[Tensor] = []  # [N] of each call of a layer
+
+        def widen(name: str, x: Tensor, choose: Callable[[], Selection]) -> Selection:
+            selection = choose()
+            if factor != 1.0:
+                known = None if self.ranking is None else self.ranking.values.get(name)
+                selection = _widen(selection, factor, known, name)
+            counts.append(selection.count)
+            return selection
+
+        def run(batch: Any, rows: Tensor | None, wanted: float) -> tuple[Tensor, Tensor]:
+            nonlocal factor
+            factor = wanted
+            counts.clear()
+            if rows is not None:
+                batch = self._take(batch, rows)
+            logits = self._forward_fn(self.model, batch)
+            if not isinstance(logits, Tensor):
                 raise ValueError(
-                    f"target_fn must return whole numbers [{len(predicted[-1])}], got "
-                    f"{targets.dtype} {list(targets.shape)}"
+                    "forward_fn must return logits [B, C] of at least 2 classes, got "
+                    f"{type(logits).__name__}"
                 )
-            right.append((predicted == targets.to(predicted.device)).cpu())
-        if not runs:
-            raise ValueError("batches must not be empty: there is nothing to fit a threshold on")
-        confidence = torch.cat([run.confidence for run in runs], 1).double().cpu()  # [S, N]
-        correct = torch.cat(right, 1)  # [S, N]
-        heads = torch.cat([run.heads for run in runs], 1).double().cpu()  # [S, N]
-        z = statistics.NormalDist().inv_cdf(certainty)
-        self.threshold = _ops.accurate_threshold(confidence[:-1], correct, loss, z)
-        stage = _ops.stopping_stage(confidence, self.threshold)[None]  # [1, N]
-        return FittedPolicy(
-            self.threshold,
-            heads.cumsum(0).gather(0, stage).mean().item(),
-            correct.gather(0, stage).double().mean().item(),
-            heads[-1].mean().item(),
-            correct[-1].double().mean().item(),
-        )
+            if not counts:
+                raise ValueError("forward_fn must run model: no attention layer was called")
+            return logits, sum(counts)
 
-    def _run(self, batch: Any, stop: bool) -> tuple[StagedPrediction, list[Tensor]]:
-        """The prediction, and the logits of each stage that ran, of the inputs that it ran."""
-        stages: list[Tensor] = []
-        logits = stage = confidence = heads = rows = None
-        with evaluating(self.model):
-            for number, factor in enumerate(self.factors):
-                part = batch if rows is None else self._take(batch, rows)
-                with _widened(self.model, factor, self.ranking) as counts:
-                    found = self._forward(self.model, part)
-                _check_logits(found)
-                stages.append(found)
-                if logits is None:
-                    rows = torch.arange(len(found), device=found.device)
-                    logits = torch.empty_like(found)
-                    stage = torch.zeros_like(rows)
-                    shape = (len(self.factors), len(found))
-                    confidence = torch.full(shape, float("nan"), device=found.device)
-                    heads = torch.zeros(shape, dtype=torch.int64, device=found.device)
-                sure = _ops.prediction_confidence(found.float(), self.measure)  # [rows]
-                logits[rows], stage[rows] = found, number
-                confidence[number, rows] = sure
-                heads[number, rows] = sum(counts).to(heads)
-                if stop:
-                    rows = rows[sure < self.threshold]
-                    if len(rows) == 0:
-                        break
-        return StagedPrediction(logits, stage, confidence, heads, self.threshold), stages
-
-
-@contextlib.contextmanager
-def _widened(model: nn.Module, factor: float, ranking: HeadScores | None) -> Iterator[list[Tensor]]:
-    """Gates give ``factor`` times as many heads; yields the counts ``[B]`` of the layers' calls."""
-    counts: list[Tensor] = []
-    handles, ungated = [], []
-    try:
-        for name, layer in attention_layers(model).items():
-            if layer.gate is None:
-                layer.set_gate(FixedGate())
-                layer.gate.train(layer.training)
-                ungated.append(layer)
-            known = None if ranking is None else ranking.values.get(name)
-
-            def widen(gate, inputs, selection, known=known, name=name) -> Selection:
-                if factor != 1.0:
-                    selection = _widen(selection, factor, known, name)
-                counts.append(selection.count)
-                return selection
-
-            handles.append(layer.gate.register_forward_hook(widen))
-        yield counts
-    finally:
-        for handle in handles:
-            handle.remove()
-        for layer in ungated:
-            layer.set_gate(None)
+        with torch.no_grad(), instrument(self.model) as opened:
+            opened.override(widen)
+            yield lambda batch: functools.partial(run, batch)
 
 
 def _widen(selection: Selection, factor: float, known: Tensor | None, name: str) -> Selection:
@@ -325,33 +229,3 @@ def _widen(selection: Selection, factor: float, known: Tensor | None, name: str)
         selection.weight, selection.count, relevance, factor
     )
     return selection._replace(index=index, count=count, weight=weight)
-
-
-def _check_logits(logits: Any) -> None:
-    if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.size(1) < 2:
-        raise ValueError(
-            "forward_fn must return logits [B, C] of at least 2 classes, got "
-            + (f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else repr(logits))
-        )
-    if not torch.isfinite(logits).all():
-        raise ValueError("forward_fn must return finite logits, got NaN or infinity")
-
-
-def _forward(model: nn.Module, batch: Any) -> Tensor:
-    if isinstance(batch, Mapping):
-        output = model(**batch)
-    elif isinstance(batch, (tuple, list)):
-        output = model(*batch)
-    else:
-        output = model(batch)
-    return getattr(output, "logits", output)
-
-
-def _take(batch: Any, rows: Tensor) -> Any:
-    if isinstance(batch, Tensor):
-        return batch[rows.to(batch.device)]
-    if isinstance(batch, Mapping):
-        return {key: _take(value, rows) for key, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(_take(value, rows) for value in batch)
-    return batch

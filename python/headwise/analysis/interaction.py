@@ -19,14 +19,12 @@ from torch import Tensor, nn
 
 from headwise.analysis.ablation import LossesByIntervention
 from headwise.convert.conversion import converted
+from headwise.nn.attention_layer import AttentionLayer, AttentionProbe
+from headwise.nn.instrumenting import instrument, scaled_heads
 from headwise.nn.intervention import (
     LossFunction,
-    evaluating,
-    probing,
-    scaled_heads,
     with_progress,
 )
-from headwise.nn.multihead_attention import AttentionProbe, MultiheadAttention
 
 __all__ = ["HeadInteractions", "HeadSimilarity", "head_interactions", "head_similarity"]
 
@@ -96,7 +94,8 @@ def head_interactions(
     model = converted(model)
     batches = list(batches)
     measured = LossesByIntervention("head interactions", model, batches, loss_fn, journal)
-    with evaluating(model), scaled_heads(model) as scales:
+    with instrument(model) as opened:
+        scales = scaled_heads(opened)
         heads = [(name, head) for name, scale in scales.items() for head in range(len(scale))]
         chosen = _pairs(heads, pairs, within_layer, seed)
         full = measured.full()  # [N]
@@ -217,7 +216,8 @@ def head_similarity(
         raise ValueError(f"max_tokens must be at least 2, got {max_tokens}")
     model = converted(model)
     sample = _TokenSample(max_tokens, seed)
-    with torch.no_grad(), probing(model, sample):
+    with torch.no_grad(), instrument(model) as opened:
+        opened.probe(sample.see)
         for batch in with_progress(batches, "head similarity", "batch", progress):
             forward_fn(model, batch)
             sample.end_batch()
@@ -237,7 +237,6 @@ class _TokenSample:
     """Heads' outputs at tokens drawn uniformly from a stream (reservoir sampling)."""
 
     def __init__(self, limit: int, seed: int) -> None:
-        self.names: dict[int, str] = {}
         self.kept: dict[str, Tensor] = {}  # layer -> float64 [limit, H, d]
         self.size = 0
         self._limit = limit
@@ -245,15 +244,15 @@ class _TokenSample:
         self._random = random.Random(seed)
         self._batch: dict[str, Tensor] = {}  # layer -> [tokens, H, d]
 
-    def __call__(self, layer: MultiheadAttention, probe: AttentionProbe) -> None:
+    def see(self, name: str, layer: AttentionLayer, probe: AttentionProbe) -> None:
         tokens = probe.context.transpose(1, 2)  # [B, L, H, d]
         padding = probe.query_padding_mask
         if padding is not None:
             if padding.dtype != torch.bool:
                 padding = padding == float("-inf")
-            self._batch[self.names[id(layer)]] = tokens[~padding]
+            self._batch[name] = tokens[~padding]
         else:
-            self._batch[self.names[id(layer)]] = tokens.flatten(0, 1)
+            self._batch[name] = tokens.flatten(0, 1)
 
     def end_batch(self) -> None:
         sizes = {name: len(tokens) for name, tokens in self._batch.items()}

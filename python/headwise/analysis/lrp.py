@@ -30,8 +30,9 @@ from torch.nn.parameter import Parameter
 from torch.overrides import TorchFunctionMode
 
 from headwise.convert.conversion import converted
-from headwise.nn.intervention import probing, with_progress
-from headwise.nn.multihead_attention import AttentionProbe, MultiheadAttention
+from headwise.nn.attention_layer import AttentionLayer, AttentionProbe
+from headwise.nn.instrumenting import instrument
+from headwise.nn.intervention import with_progress
 from headwise.pruning.scores import HeadScores
 
 __all__ = ["HeadRelevance", "head_relevance"]
@@ -59,7 +60,7 @@ class HeadRelevance:
 def head_relevance(
     model: nn.Module,
     batches: Iterable[Any],
-    output_fn: Callable[[nn.Module, Any], Tensor],
+    forward_fn: Callable[[nn.Module, Any], Tensor],
     *,
     progress: bool | None = None,
 ) -> HeadRelevance:
@@ -72,8 +73,8 @@ def head_relevance(
 
     Args:
         model: a converted or convertible model, run in evaluation mode and left as it was.
-        batches: whatever ``output_fn`` takes.
-        output_fn: ``(model, batch) -> logits``: ``[B, ..., C]``, of which the largest of the last
+        batches: whatever ``forward_fn`` takes.
+        forward_fn: ``(model, batch) -> logits``: ``[B, ..., C]``, of which the largest of the last
             dimension is explained, or ``[B]``, explained as it is. Not probabilities: what a
             softmax gives does not conserve relevance.
         progress: a progress bar on stderr; None: where that is a terminal.
@@ -83,25 +84,33 @@ def head_relevance(
             heads.
     """
     model = converted(model)
-    recorder = _Contexts()
+    calls: list[tuple[str, Tensor]] = []  # [B, H, L, d], of the batch under way
+
+    def see(name: str, layer: AttentionLayer, probe: AttentionProbe) -> None:
+        context = probe.context
+        if not context.requires_grad:  # nothing before it takes part: the gradient starts here
+            context.requires_grad_()
+        calls.append((name, context))
+
     sums: dict[str, Tensor] = {}  # layer -> [H]
     examples: dict[str, int] = {}
     explained = error = absorbed = 0.0
     count = 0
-    with probing(model, recorder), _leaf_parameters(model) as parameters:
+    with instrument(model) as opened, _leaf_parameters(model) as parameters:
+        opened.probe(see)
         for batch in with_progress(batches, "head relevance", "batch", progress):
             count += 1
-            recorder.calls.clear()
+            calls.clear()
             with torch.enable_grad(), _Rules() as rules, rules.inputs_of(model):
-                values = _explained(output_fn(model, batch))  # [N]
+                values = _explained(forward_fn(model, batch))  # [N]
             sources = [*rules.inputs, *parameters]
-            contexts = [context for _, context in recorder.calls]
+            contexts = [context for _, context in calls]
             if not contexts:
-                raise ValueError("output_fn must run model: none of its layers was called")
+                raise ValueError("forward_fn must run model: none of its layers was called")
             if not values.requires_grad:
-                raise ValueError("output_fn must return outputs that depend on the heads")
+                raise ValueError("forward_fn must return outputs that depend on the heads")
             gradients = torch.autograd.grad(values.sum(), [*contexts, *sources], allow_unused=True)
-            for (name, context), gradient in zip(recorder.calls, gradients, strict=False):
+            for (name, context), gradient in zip(calls, gradients, strict=False):
                 if gradient is None:
                     gradient = torch.zeros_like(context)
                 shares = _ops.relevance_shares(context.detach(), gradient).cpu()  # [B, H]
@@ -125,27 +134,13 @@ def head_relevance(
 def _explained(output: Tensor) -> Tensor:
     if not isinstance(output, Tensor) or output.dim() == 0 or not output.is_floating_point():
         raise ValueError(
-            "output_fn must return floating logits [B, ..., C], or one value an example [B], got "
+            "forward_fn must return floating logits [B, ..., C], or one value an example [B], got "
             + (f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else repr(output))
         )
     values = output if output.dim() == 1 else output.amax(-1).flatten()
     if not torch.isfinite(values).all():
-        raise ValueError("output_fn must return finite logits, got NaN or infinity")
+        raise ValueError("forward_fn must return finite logits, got NaN or infinity")
     return values
-
-
-class _Contexts:
-    """What each layer's heads gave in the batch under way."""
-
-    def __init__(self) -> None:
-        self.names: dict[int, str] = {}
-        self.calls: list[tuple[str, Tensor]] = []  # [B, H, L, d] each
-
-    def __call__(self, layer: MultiheadAttention, probe: AttentionProbe) -> None:
-        context = probe.context
-        if not context.requires_grad:  # nothing before it takes part: the gradient starts here
-            context.requires_grad_()
-        self.calls.append((self.names[id(layer)], context))
 
 
 @contextlib.contextmanager

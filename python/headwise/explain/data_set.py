@@ -23,10 +23,9 @@ from headwise.explain.annotated import (
 )
 from headwise.explain.faithfulness import forwards_of, measure_faithfulness
 from headwise.explain.noise import NOISES
-from headwise.explain.one_input import default_forward, labels_of
+from headwise.explain.one_input import labels_of
 from headwise.explain.parts import Parts, Stages
 from headwise.explain.questions import Questionnaire
-from headwise.explain.recording import evaluating
 from headwise.explain.role_use import role_use
 from headwise.explain.roles import RoleThresholds, count_roles, score_roles, to_device
 from headwise.explain.stand_in import joint_ablation as measure_joint_ablation
@@ -39,6 +38,8 @@ from headwise.explain.use import (
     token_entropy,
     watching,
 )
+from headwise.nn.batches import run_model
+from headwise.nn.instrumenting import evaluating
 from headwise.nn.layers import attention_layers
 
 _ops = torch.ops.headwise
@@ -146,7 +147,7 @@ def explain_data(
         passes * len(texts) + 2 * len(annotated) + forwards_of() * len(faithful), progress
     )
     study = _Study(model, tokenizer, encoding, root, parts_key, seed, stages)
-    with evaluating(model):
+    with evaluating(model), torch.no_grad():
         torch.manual_seed(seed)  # gates that draw at random
         use = study.use("use", texts, labels, model)
         number_of_classes = use.logits.size(1)
@@ -245,7 +246,7 @@ class _Study:
         sites: list[tuple[str, int, int]] = []
         found = []
         self.stages.begin(name)
-        with evaluating(model):
+        with evaluating(model), torch.no_grad():
             for number_, batch in enumerate(batches):
 
                 def compute(batch=batch) -> dict[str, Tensor]:
@@ -312,7 +313,7 @@ class _Study:
 
     def forward(self, model: nn.Module, batch: AnnotatedBatch) -> Tensor:
         """Class scores, float32 ``[B, C]`` on the host."""
-        logits = default_forward(model, to_device(batch.inputs, self.device))
+        logits = run_model(model, to_device(batch.inputs, self.device))
         if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.size(1) < 2:
             raise ValueError("model must give class scores [B, C] with C >= 2")
         return logits.float().cpu()
@@ -380,7 +381,7 @@ class _Study:
         return measure_faithfulness(
             self.model,
             batches,
-            default_forward,
+            run_model,
             resamples=resamples,
             seed=self.seed,
             parts=self.parts("faithfulness", self.model, texts=len(texts)),
@@ -397,7 +398,7 @@ class _Study:
         return measure_joint_ablation(
             self.model,
             self.inputs(texts),
-            default_forward,
+            run_model,
             pairs=pairs,
             journal=journal,
             seed=self.seed,

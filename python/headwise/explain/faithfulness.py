@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headwise.explain.one_input import Forward
 from headwise.explain.parts import Parts
 from headwise.explain.recording import holding, recording
 from headwise.explain.use import number
+from headwise.nn.intervention import ForwardFunction
 
 _ops = torch.ops.headwise
 
@@ -47,7 +47,7 @@ class _Margins:
 def measure_faithfulness(
     model: nn.Module,
     batches: Sequence[Any],
-    forward: Forward,
+    forward_fn: ForwardFunction,
     *,
     points: int = 8,
     orders: int = 3,
@@ -66,7 +66,7 @@ def measure_faithfulness(
 
     Args:
         model: a converted model in evaluation mode.
-        batches: what ``forward`` takes.
+        batches: what ``forward_fn`` takes.
         points: steps from all of the heads that ran to none.
         orders: random orders, averaged.
         resamples: of the bootstrap.
@@ -84,7 +84,7 @@ def measure_faithfulness(
         def compute(inputs=inputs, number_=number_) -> dict[str, Tensor]:
             # Each batch draws its own orders, so that one that was kept changes no other.
             generator = torch.Generator().manual_seed(seed + 7919 * number_)
-            return _batch_curves(model, inputs, forward, points, orders, generator)
+            return _batch_curves(model, inputs, forward_fn, points, orders, generator)
 
         found.append(parts.get(f"curves-{number_:05d}", compute))
         if not found[-1]["stated"].numel():
@@ -118,7 +118,7 @@ def forwards_of(points: int = 8, orders: int = 3) -> int:
 def _batch_curves(
     model: nn.Module,
     inputs: Any,
-    forward: Forward,
+    forward_fn: ForwardFunction,
     points: int,
     orders: int,
     generator: torch.Generator,
@@ -127,7 +127,7 @@ def _batch_curves(
     no relevance."""
     recorder = _Margins()
     with recording(model, recorder):
-        logits = forward(model, inputs).float().cpu()
+        logits = forward_fn(model, inputs).float().cpu()
     nothing = torch.zeros(0, points + 1)
     if not recorder.sites:
         return {"stated": nothing, "random": nothing.clone()}
@@ -147,7 +147,7 @@ def _batch_curves(
                 of_layer[name].append(part)
             for name, gate in held.items():
                 gate.hold(of_layer[name])
-            scores = forward(model, inputs).float().cpu().log_softmax(1)  # [B, C]
+            scores = forward_fn(model, inputs).float().cpu().log_softmax(1)  # [B, C]
             return scores.gather(1, predicted)[:, 0]
 
         # All orders begin with every head that ran and end with none.

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from headwise import _C
 from headwise.convert import convert
 from headwise.explain.document import Explanation
-from headwise.explain.recording import evaluating, gate_description, holding, recording
+from headwise.explain.recording import gate_description, holding, recording
 from headwise.explain.texts import encode_texts, names_of_tokens, tokens_cut, tokens_unknown
-from headwise.nn.batches import call_model, take_rows
+from headwise.nn.batches import run_model, take_rows
+from headwise.nn.instrumenting import evaluating
+from headwise.nn.intervention import ForwardFunction
 from headwise.nn.layers import attention_layers
 
-Forward = Callable[[nn.Module, Any], Tensor]
 Take = Callable[[Any, Tensor], Any]
 
 
@@ -28,7 +29,7 @@ def explain(
     inputs: Any,
     *,
     tokenizer: Any = None,
-    forward: Forward | None = None,
+    forward_fn: ForwardFunction | None = None,
     take: Take | None = None,
     tokens: Sequence[Sequence[str]] | None = None,
     labels: Sequence[str] | None = None,
@@ -55,12 +56,12 @@ def explain(
 
     Args:
         model: a converted or convertible model.
-        inputs: what ``forward`` takes: a mapping of tensors (keyword arguments), a tuple or list
+        inputs: what ``forward_fn`` takes: a mapping of tensors (keyword arguments), a tuple or list
             (positional ones) or a tensor, each with one row an input; or, with ``tokenizer``, a
             text or a list of texts.
         tokenizer: a tokenizer of transformers, for ``inputs`` that are texts and for the names of
             tokens.
-        forward: ``(model, inputs) -> class scores [B, C]``; default: the model's output, or its
+        forward_fn: ``(model, inputs) -> class scores [B, C]``; default: the model's output, or its
             ``logits``.
         take: ``(inputs, rows) -> inputs`` of the rows int64 ``[N]``, which may repeat; default:
             rows of the first dimension of every tensor.
@@ -101,7 +102,7 @@ def explain(
     unknown = tokens_unknown(inputs, tokenizer)
     if tokens is None:
         tokens = names_of_tokens(inputs, tokenizer)
-    forward = forward or default_forward
+    forward_fn = forward_fn or run_model
     core = _C.Explanation(
         pairs=pairs,
         steps=steps,
@@ -129,23 +130,27 @@ def explain(
         )
         sites.append(name)
 
-    with evaluating(model):
+    with evaluating(model), torch.no_grad():
         with recording(model, receive):
-            logits = forward(model, inputs)
+            logits = forward_fn(model, inputs)
         if not sites:
-            raise ValueError("model must call its attention layers: forward called none")
+            raise ValueError("model must call its attention layers: forward_fn called none")
         core.set_inputs(texts, [list(row) for row in tokens or ()])
         has_classes = isinstance(logits, Tensor) and logits.dim() == 2 and logits.size(1) >= 2
         if has_classes and logits.size(0) == core.num_inputs:
             core.set_prediction(logits.float(), list(labels or labels_of(model, logits.size(1))))
-            if effects is not False:
+            banked = any(
+                layer.gate is not None and layer.gate.projects
+                for layer in attention_layers(model).values()
+            )  # no other heads can run than those of its plans
+            if effects or (effects is None and not banked):
                 _measure(
-                    core, model, sites, inputs, forward, take or take_rows, batch_size, progress
+                    core, model, sites, inputs, forward_fn, take or take_rows, batch_size, progress
                 )
         elif effects:
             shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(
-                f"effects need class scores [{core.num_inputs}, C] with C >= 2 from forward, "
+                f"effects need class scores [{core.num_inputs}, C] with C >= 2 from forward_fn, "
                 f"got {shape}"
             )
     document = json.loads(core.to_json())
@@ -188,7 +193,7 @@ def _measure(
     model: nn.Module,
     sites: Sequence[str],
     inputs: Any,
-    forward: Forward,
+    forward_fn: ForwardFunction,
     take: Take,
     batch_size: int,
     progress: bool | None,
@@ -213,14 +218,8 @@ def _measure(
                 for name, gate in held.items():
                     gate.hold(of_layer[name])
                 rows = torch.full((end - begin,), row, dtype=torch.long)
-                core.add_effects(row, begin, forward(model, take(inputs, rows)).float())
+                core.add_effects(row, begin, forward_fn(model, take(inputs, rows)).float())
                 bar.update(end - begin)
-
-
-def default_forward(model: nn.Module, inputs: Any) -> Any:
-    """The model's output, or the ``logits`` of it."""
-    output = call_model(model, inputs)
-    return getattr(output, "logits", output)
 
 
 def labels_of(model: nn.Module, classes: int) -> list[str]:

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from headwise.convert import convert
 from headwise.explain.annotated import AnnotatedBatch
-from headwise.explain.one_input import Forward, default_forward
 from headwise.explain.parts import Parts, with_progress
 from headwise.explain.questions import Question, Questionnaire, excluded_keys, fixed_offset_peaks
-from headwise.explain.recording import evaluating, recording
+from headwise.explain.recording import recording
 from headwise.explain.use import number
+from headwise.nn.batches import run_model
+from headwise.nn.instrumenting import evaluating
+from headwise.nn.intervention import ForwardFunction
 from headwise.nn.layers import attention_layers
 
 _ops = torch.ops.headwise
@@ -85,7 +87,7 @@ def head_roles(
     thresholds: RoleThresholds | None = None,
     offsets: int = 2,
     grid: tuple[int, int] | None = None,
-    forward: Forward | None = None,
+    forward_fn: ForwardFunction | None = None,
     seed: int = 0,
     resamples: int = 1000,
     folder: str | Path | None = None,
@@ -110,7 +112,7 @@ def head_roles(
         thresholds: when a head has a role.
         offsets: token offsets to ask about, up to this far.
         grid: (rows, columns) of images: asks about 2-D offsets too.
-        forward: runs the model; its result is not used.
+        forward_fn: ``(model, inputs)`` runs the model; its result is not used.
         seed: of the halves and of the bootstrap.
         resamples: of the bootstrap.
         folder: keeps finished batches here; the same call goes on from them.
@@ -130,7 +132,7 @@ def head_roles(
         batches, offsets=offsets, grid=grid, least_trials=thresholds.least_trials
     )
     counts = count_roles(
-        model, batches, questionnaire, forward=forward, folder=folder, progress=progress
+        model, batches, questionnaire, forward_fn=forward_fn, folder=folder, progress=progress
     )
     return score_roles(counts, thresholds, seed=seed, resamples=resamples)
 
@@ -219,7 +221,7 @@ def count_roles(
     batches: Sequence[AnnotatedBatch],
     questionnaire: Questionnaire,
     *,
-    forward: Forward | None = None,
+    forward_fn: ForwardFunction | None = None,
     folder: str | Path | None = None,
     key: dict[str, Any] | None = None,
     progress: bool | None = None,
@@ -232,7 +234,7 @@ def count_roles(
             not used.
         done: is told, batch by batch, how many inputs are through.
     """
-    forward = forward or default_forward
+    forward_fn = forward_fn or run_model
     if not attention_layers(model):
         model = convert(copy.deepcopy(model))
     questions = [(q.role, q.detail) for q in questionnaire.questions]
@@ -244,16 +246,16 @@ def count_roles(
     sites: list[tuple[str, int, int]] = []
     found: list[dict[str, Tensor]] = []
     device = next(model.parameters()).device
-    with evaluating(model):
+    with evaluating(model), torch.no_grad():
         steps = with_progress(enumerate(batches), len(batches), "roles", "batch", progress)
         for place, batch in steps:
 
             def compute(batch=batch) -> dict[str, Tensor]:
                 counter = _Counter(questionnaire, batch)
                 with recording(model, counter):
-                    forward(model, to_device(batch.inputs, device))
+                    forward_fn(model, to_device(batch.inputs, device))
                 if not counter.sites:
-                    raise ValueError("model must call its attention layers: forward called none")
+                    raise ValueError("model must call its attention layers: forward_fn called none")
                 sites[:] = counter.sites
                 return counter.result()
 
@@ -262,7 +264,7 @@ def count_roles(
         if not sites:  # everything had been computed before
             counter = _Counter(questionnaire, batches[0])
             with recording(model, counter):
-                forward(model, to_device(batches[0].inputs, device))
+                forward_fn(model, to_device(batches[0].inputs, device))
             sites = counter.sites
     joined = {name: torch.cat([part[name] for part in found]) for name in found[0]}
     return RoleCounts(list(questionnaire.questions), sites, **joined)

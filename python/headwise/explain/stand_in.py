@@ -23,7 +23,7 @@ LEVEL = 0.05
 def joint_ablation(
     model: nn.Module,
     batches: Sequence[Any],
-    forward: Callable[[nn.Module, Any], Tensor],
+    forward_fn: Callable[[nn.Module, Any], Tensor],
     *,
     pairs: int,
     journal: Path | None = None,
@@ -41,8 +41,8 @@ def joint_ablation(
 
     Args:
         model: a converted model in evaluation mode.
-        batches: what ``forward`` takes.
-        forward: ``(model, batch) -> class scores [B, C]``.
+        batches: what ``forward_fn`` takes.
+        forward_fn: ``(model, batch) -> class scores [B, C]``.
         pairs: how many to test.
         journal: keeps finished ablations.
         seed: of the tokens on which outputs are compared.
@@ -55,13 +55,13 @@ def joint_ablation(
     if not any(layer.num_heads > 1 for layer in layers.values()):
         return None
     batches = list(batches)
-    predicted = {id(batch): forward(model, batch).argmax(1) for batch in batches}
+    predicted = {id(batch): forward_fn(model, batch).argmax(1) for batch in batches}
 
-    def loss(model: nn.Module, batch: Any) -> Tensor:  # [B]
-        scores = forward(model, batch)
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:  # [B]
+        scores = forward_fn(model, batch)
         return F.cross_entropy(scores, predicted[id(batch)].to(scores.device), reduction="none")
 
-    alike = head_similarity(model, batches, forward, seed=seed, progress=progress)
+    alike = head_similarity(model, batches, forward_fn, seed=seed, progress=progress)
     row = {head: place for place, head in enumerate(alike.heads)}
     inside = [
         (float(alike.matrix[row[one], row[other]]), one, other)
@@ -74,7 +74,7 @@ def joint_ablation(
     found = head_interactions(
         model,
         batches,
-        loss,
+        loss_fn,
         [(one, other) for _, one, other in chosen],
         journal=journal,
         progress=progress,

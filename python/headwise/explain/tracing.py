@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from headwise import _C
 from headwise.gates.selection import Selection
 from headwise.io.files import write_atomic
-from headwise.nn.layers import attention_layers
-from headwise.nn.multihead_attention import MultiheadAttention
+from headwise.nn.attention_layer import AttentionLayer
+from headwise.nn.instrumenting import instrument
 
 __all__ = ["Trace", "trace"]
 
@@ -87,25 +87,6 @@ class Trace:
         return f"Trace({len(self.layers)} layers, {self.summary()})"
 
 
-class _Recorder:
-    """The observer that ``trace`` puts in a layer."""
-
-    def __init__(self, core: _C.Trace, name: str):
-        self.core = core
-        self.name = name
-
-    # Recording is plain C++ on whatever tensors are there, nothing to compile.
-    @torch._dynamo.disable
-    def __call__(
-        self,
-        layer: MultiheadAttention,
-        selection: Selection,
-        x: Tensor,  # [B, L, D]
-        key_padding_mask: Tensor | None,  # [B, L]
-    ) -> None:
-        self.core.record(self.name, layer.num_heads, *selection)
-
-
 @contextmanager
 def trace(model: nn.Module) -> Iterator[Trace]:
     """Records the selections of every gated layer of ``model`` inside a ``with`` block.
@@ -123,22 +104,18 @@ def trace(model: nn.Module) -> Iterator[Trace]:
     Raises:
         ValueError: ``model`` has no :class:`headwise.MultiheadAttention`.
     """
-    layers = attention_layers(model)
-    if not layers:
-        raise ValueError(
-            f"model ({type(model).__name__}) has no headwise.MultiheadAttention to trace: "
-            f"call headwise.convert first"
-        )
-    result = Trace()
-    attached = []
-    try:
-        for name, layer in layers.items():
-            if layer.gate is not None:
-                recorder = _Recorder(result._core, name)
-                layer._observers.append(recorder)
-                attached.append((layer, recorder))
+    with instrument(model, evaluate=False) as opened:
+        if not opened.layers:
+            raise ValueError(
+                f"model ({type(model).__name__}) has no headwise.MultiheadAttention to trace: "
+                f"call headwise.convert first"
+            )
+        result = Trace()
+
+        # Recording is plain C++ on whatever tensors are there, nothing to compile.
+        @torch._dynamo.disable
+        def record(name: str, layer: AttentionLayer, selection: Selection, x, padding) -> None:
+            result._core.record(name, layer.num_heads, *selection)
+
+        opened.observe(record)
         yield result
-    finally:
-        for layer, recorder in attached:
-            # By identity: an inner trace of the same layer has a recorder of its own.
-            layer._observers[:] = [o for o in layer._observers if o is not recorder]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from headwise.nn.instrumenting import instrument
 from headwise.nn.layers import attention_layers
 
 _ops = torch.ops.headwise
@@ -55,20 +56,14 @@ class Use:
 def watching(model: nn.Module) -> Iterator[list[tuple[str, Tensor | None]]]:
     """Appends (layer, chosen bool ``[B, H]``) for every call of a gated layer to the list."""
     seen: list[tuple[str, Tensor | None]] = []
-    attached = []
-    try:
-        for name, layer in attention_layers(model).items():
 
-            def observe(layer, selection, x, padding, name=name) -> None:
-                mask = _ops.selection_mask(selection.index, selection.count, torch.float32)
-                seen.append((name, mask.bool().cpu()))
+    def observe(name: str, layer, selection, x, padding) -> None:
+        mask = _ops.selection_mask(selection.index, selection.count, torch.float32)
+        seen.append((name, mask.bool().cpu()))
 
-            layer._observers.append(observe)
-            attached.append((layer, observe))
+    with instrument(model, evaluate=False) as opened:
+        opened.observe(observe)
         yield seen
-    finally:
-        for layer, observe in attached:
-            layer._observers[:] = [o for o in layer._observers if o is not observe]
 
 
 def chosen_heads(

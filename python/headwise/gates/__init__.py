@@ -3,7 +3,6 @@
 from headwise.gates.bank import BankGate
 from headwise.gates.base import Gate, gate_from_config
 from headwise.gates.budget import BudgetGate
-from headwise.gates.calibrate import calibrate_threshold
 from headwise.gates.fixed import FixedGate
 from headwise.gates.group import GroupGate
 from headwise.gates.gumbel_sigmoid import GumbelSigmoidGate
@@ -36,7 +35,6 @@ __all__ = [
     "SubsetGate",
     "ThresholdGate",
     "anneal",
-    "calibrate_threshold",
     "gate_from_config",
     "head_moves",
     "link_gates",

@@ -2,7 +2,8 @@
 
 from headwise.nn.attention_layer import AttentionLayer, AttentionProbe
 from headwise.nn.grouped_query_attention import GroupedQueryAttention
-from headwise.nn.intervention import evaluating, example_losses, scaled_heads
+from headwise.nn.instrumenting import Instrumented, evaluating, instrument, scaled_heads
+from headwise.nn.intervention import example_losses
 from headwise.nn.key_value_cache import KeyValueCache
 from headwise.nn.layers import attention_layers, head_groups
 from headwise.nn.multihead_attention import MultiheadAttention
@@ -12,6 +13,7 @@ __all__ = [
     "AttentionLayer",
     "AttentionProbe",
     "GroupedQueryAttention",
+    "Instrumented",
     "KeyValueCache",
     "MultiheadAttention",
     "attention_layers",
@@ -19,5 +21,6 @@ __all__ = [
     "example_losses",
     "gates_see",
     "head_groups",
+    "instrument",
     "scaled_heads",
 ]

@@ -16,6 +16,12 @@ def call_model(model: nn.Module, batch: Any) -> Any:
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
 
 
+def run_model(model: nn.Module, batch: Any) -> Any:
+    """The default ``forward_fn``: what :func:`call_model` gives, or the ``logits`` of it."""
+    output = call_model(model, batch)
+    return getattr(output, "logits", output)
+
+
 def batch_size(batch: Any) -> int:
     """The first dimension of the first tensor in a batch.
 

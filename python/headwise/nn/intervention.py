@@ -1,99 +1,26 @@
-"""Changing what heads contribute, and seeing what that does to a model's losses."""
+"""Running a model on batches, and what a search needs to go on where it was interrupted."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
 import pickle
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from headwise.gates import FixedGate
-from headwise.gates.selection import Selection
 from headwise.io.journal import Journal
-from headwise.nn.layers import attention_layers
+from headwise.nn.instrumenting import evaluating
 
-__all__ = ["evaluating", "example_losses", "scaled_heads"]
+__all__ = ["example_losses"]
 
+#: ``(model, batch) -> loss``, of each example ``[B]``, or where a function says so their mean.
 LossFunction = Callable[[nn.Module, Any], Tensor]
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """``model`` in evaluation mode; its modules' modes are afterwards as before."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield model.eval()
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextlib.contextmanager
-def probing(model: nn.Module, recorder: Any) -> Iterator[None]:
-    """``model`` in evaluation mode with ``recorder`` as the probe of all its layers.
-
-    The recorder is called with each layer and its :class:`AttentionProbe`; its ``names`` is set to
-    the names of the layers by their ``id``.
-    """
-    layers = attention_layers(model)
-    recorder.names = {id(layer): name for name, layer in layers.items()}
-    probes = [(layer, layer._probe) for layer in layers.values()]
-    with evaluating(model):
-        try:
-            for layer in layers.values():
-                layer._probe = recorder
-            yield
-        finally:
-            for layer, probe in probes:
-                layer._probe = probe
-
-
-@contextlib.contextmanager
-def scaled_heads(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """A factor for every head's output, for as long as the context lasts.
-
-    Yields layer name -> float ``[H]``, ones at first, to be written in place or replaced by other
-    tensors ``[H]``, differentiable ones too. A head whose factor is 0 does not run. Where a layer
-    has a gate, the factors multiply the weights that it gives: a head that it did not choose stays
-    off.
-    """
-    layers = attention_layers(model)
-    scales = {
-        name: torch.ones(layer.num_heads, device=layer.output_projection.weight.device)
-        for name, layer in layers.items()
-    }
-    handles, ungated = [], []
-    try:
-        for name, layer in layers.items():
-            if layer.gate is None:
-                layer.set_gate(FixedGate())
-                layer.gate.train(layer.training)
-                ungated.append(layer)
-            handles.append(layer.gate.register_forward_hook(_scaling(scales, name)))
-        yield scales
-    finally:
-        for handle in handles:
-            handle.remove()
-        for layer in ungated:
-            layer.set_gate(None)
-
-
-def _scaling(scales: dict[str, Tensor], name: str) -> Callable:
-    def scale(gate: nn.Module, inputs: tuple, selection: Selection) -> Selection:
-        factor = scales[name]  # [H]
-        weight = selection.weight * factor.to(selection.weight.dtype)  # [B, H]
-        if factor.requires_grad:  # the gradient of a factor at 0 needs the head to run
-            return selection._replace(weight=weight)
-        index, count = torch.ops.headwise.select_nonzero(weight)
-        return selection._replace(index=index, count=count, weight=weight)
-
-    return scale
+#: ``(model, batch) -> output``.
+ForwardFunction = Callable[[nn.Module, Any], Any]
 
 
 @torch.no_grad()

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from torch import nn
+
+from headwise.convert.conversion import converted
+from headwise.nn.instrumenting import evaluating
+from headwise.nn.intervention import LossFunction, example_losses
+from headwise.pruning.apply import prune
 from headwise.pruning.plans import HeadPlan, plan
 from headwise.pruning.scores import HeadScores, hies
 
@@ -20,7 +26,7 @@ class AlphaSearch:
         alpha: the best one.
         scores: its scores.
         plan: its plan.
-        values: every alpha that was tried -> what ``evaluate`` said of its plan.
+        values: every alpha that was tried -> the mean loss of the model that its plan leaves.
     """
 
     alpha: float
@@ -30,9 +36,11 @@ class AlphaSearch:
 
 
 def select_alpha(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss_fn: LossFunction,
     importance: HeadScores,
     entropy: HeadScores,
-    evaluate: Callable[[HeadPlan], float],
     keep: float = 0.5,
     *,
     alphas: Sequence[float] = tuple(step / 10 for step in range(11)),
@@ -41,25 +49,29 @@ def select_alpha(
 ) -> AlphaSearch:
     """The alpha of :func:`headwise.pruning.hies` whose plan does best, as the paper tunes it.
 
-    arXiv 2510.13832. Alphas that give the same plan are evaluated once. Of equally good ones the
-    largest is taken: the nearest to importance alone.
+    arXiv 2510.13832. The plan whose pruned model has the lowest mean loss. Alphas that give the
+    same plan are evaluated once. Of equally good ones the largest is taken: the nearest to
+    importance alone.
 
     Args:
+        model: a converted or convertible model; it is left as it was.
+        batches: whatever ``loss_fn`` takes: data that the scores and the final test do not see.
+        loss_fn: ``(model, batch) -> [B]``, one loss per example, the smaller the better; the error
+            (0 or 1) measures accuracy.
         importance: per-example importance.
         entropy: normalised attention entropy.
-        evaluate: how good a plan is, on data that the scores and the final test do not see; the
-            larger the better: ``lambda plan: accuracy(headwise.prune(model, plan))``.
         keep: the fraction of heads that plans keep.
         alphas: what to try, each in [0, 1].
         scope: over what :func:`headwise.pruning.hies` scales.
         min_heads_per_layer: heads that every layer keeps.
 
     Raises:
-        ValueError: no alphas, ``evaluate`` does not give a number, or what
-            :func:`headwise.pruning.hies` and :func:`headwise.plan` raise.
+        ValueError: no alphas, no batches, a loss that is not finite or not one per example, or what
+            :func:`headwise.hies` and :func:`headwise.plan` raise.
     """
     if not alphas:
         raise ValueError("alphas must not be empty")
+    model, batches = converted(model), list(batches)
     known: list[tuple[list, float]] = []  # (heads by layer, value)
     best: tuple[float, HeadScores, HeadPlan] | None = None
     values: dict[float, float] = {}
@@ -69,11 +81,11 @@ def select_alpha(
         heads = [entry.heads for entry in candidate.layers]
         value = next((value for other, value in known if other == heads), None)
         if value is None:
-            value = float(evaluate(candidate))
-            if math.isnan(value):
-                raise ValueError(f"evaluate must give a number, got NaN for alpha={alpha}")
+            small = prune(model, candidate)
+            with evaluating(small):
+                value = example_losses(small, batches, loss_fn).mean().item()
             known.append((heads, value))
         values[alpha] = value
-        if best is None or value >= values[best[0]]:
+        if best is None or value <= values[best[0]]:
             best = (alpha, scores, candidate)
     return AlphaSearch(*best, values)

@@ -15,7 +15,7 @@ from headwise.convert.conversion import converted
 from headwise.gates import BankGate, link_gates
 from headwise.gates.bank import FEATURES, router_features
 from headwise.nn.batches import batch_size, call_model, take_rows
-from headwise.nn.intervention import evaluating
+from headwise.nn.instrumenting import evaluating
 from headwise.nn.layers import attention_layers
 from headwise.pruning.apply import prune
 from headwise.pruning.plans import HeadPlan, LayerPlan, plan

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from headwise.convert.conversion import converted
-from headwise.nn.intervention import evaluating, with_progress
+from headwise.nn.instrumenting import evaluating
+from headwise.nn.intervention import with_progress
 from headwise.pruning.bank import Bank, fit_bank, following, plan_choices
 from headwise.pruning.scores import HeadScores
 

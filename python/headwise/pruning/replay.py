@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from headwise.nn.attention_layer import AttentionLayer, AttentionProbe
-from headwise.nn.intervention import evaluating
+from headwise.nn.instrumenting import evaluating
 from headwise.nn.layers import attention_layers
 from headwise.pruning.structured.description import structure
 

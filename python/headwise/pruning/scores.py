@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from headwise import _C
 from headwise.convert.conversion import converted
-from headwise.nn.intervention import probing, with_progress
-from headwise.nn.multihead_attention import AttentionProbe, MultiheadAttention
+from headwise.nn.attention_layer import AttentionLayer, AttentionProbe
+from headwise.nn.instrumenting import instrument
+from headwise.nn.intervention import with_progress
 
 __all__ = ["HeadScores", "hies", "score_heads"]
 
@@ -155,115 +156,28 @@ def score_heads(
         ValueError: an unknown metric or option, no batches, a loss that is NaN, infinite or of the
             wrong shape, or one that does not depend on the heads.
     """
-    _check(metrics, absolute, alpha, scope)
-    model = converted(model)
-    recorder = _Recorder(
-        gradients=bool({"michel", "hies"} & set(metrics)),
-        statistics=bool({"entropy", "confidence", "hies"} & set(metrics)),
-    )
-    count = 0
-    with probing(model, recorder):
-        for batch in with_progress(batches, "scoring heads", "batch", progress):
-            recorder.run(model, batch, loss_fn)
-            count += 1
-    if count == 0:
-        raise ValueError("batches must not be empty: there is nothing to score heads on")
-
-    core = recorder.accumulator
-    made: dict[str, HeadScores] = {}
-    for metric in metrics:
-        if metric == "michel":
-            made[metric] = HeadScores.from_core(core.michel(absolute, normalize))
-        elif metric == "hies":
-            importance = core.michel("per_example", normalize)
-            made[metric] = HeadScores.from_core(_C.hies(importance, core.entropy(), alpha, scope))
-        else:
-            made[metric] = HeadScores.from_core(getattr(core, metric)())
-    return made
-
-
-def _check(metrics: Sequence[str], absolute: str, alpha: float, scope: str) -> None:
-    if isinstance(metrics, str) or not metrics:
+    if isinstance(metrics, str):
         raise ValueError(f"metrics must be a list of some of {', '.join(METRICS)}, got {metrics!r}")
-    for metric in metrics:
-        if metric not in METRICS:
-            raise ValueError(f"metrics must be of {', '.join(METRICS)}, got {metric!r}")
-    if absolute not in ("per_token", "per_example", "per_batch"):
-        raise ValueError(
-            f"absolute must be 'per_token', 'per_example' or 'per_batch', got {absolute!r}"
+    scorer = _C.HeadScorer(list(metrics), absolute, normalize, alpha, scope)
+
+    def see(name: str, layer: AttentionLayer, probe: AttentionProbe) -> None:
+        scorer.see(
+            name,
+            probe.q.detach(),
+            probe.k.detach(),
+            probe.context,
+            probe.key_padding_mask,
+            probe.attn_mask,
+            probe.is_causal,
+            probe.query_padding_mask,
+            layer._added_keys,
         )
-    if not 0.0 <= alpha <= 1.0:
-        raise ValueError(f"alpha must be in [0, 1], got {alpha}")
-    if scope not in ("layer", "global"):
-        raise ValueError(f"scope must be 'layer' or 'global', got {scope!r}")
 
-
-class _Recorder:
-    """Receives what each layer computed in a batch, and hands it to the C++ accumulator."""
-
-    def __init__(self, gradients: bool, statistics: bool) -> None:
-        self.accumulator = _C.HeadScoreAccumulator()
-        self.names: dict[int, str] = {}
-        self._gradients = gradients
-        self._statistics = statistics
-        self._calls: list[tuple[str, Tensor, Tensor | None]] = []  # of the batch under way
-
-    def __call__(self, layer: MultiheadAttention, probe: AttentionProbe) -> None:
-        name = self.names[id(layer)]
-        padding = _query_padding(probe)  # [B, L]
-        if self._gradients:
-            context = probe.context  # [B, H, L, d]
-            if not context.requires_grad:  # a frozen model: the gradient starts here
-                context.requires_grad_()
-            self._calls.append((name, context, padding))
-        if self._statistics:
-            with torch.no_grad():
-                entropy, confidence = torch.ops.headwise.attention_statistics(
-                    probe.q.detach(),
-                    probe.k.detach(),
-                    _with_added_keys(probe.key_padding_mask, probe.k.size(2)),
-                    padding,
-                    _with_added_keys(probe.attn_mask, probe.k.size(2)),
-                    probe.is_causal,
-                )  # [B, H] each
-            self.accumulator.add_statistics(name, entropy, confidence)
-
-    def run(self, model: nn.Module, batch: Any, loss_fn: Callable) -> None:
-        self._calls.clear()
-        with torch.set_grad_enabled(self._gradients):
-            loss = loss_fn(model, batch)
-        if not self._gradients:
-            return
-        if not isinstance(loss, Tensor) or loss.dim() > 1 or not loss.is_floating_point():
-            raise ValueError(
-                "loss_fn must return a floating tensor, one loss an example [B] or their mean, got "
-                + (f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss))
-            )
-        if not self._calls:
-            raise ValueError("loss_fn must run model: none of its attention layers was called")
-        if not torch.isfinite(loss).all():
-            raise ValueError("loss_fn must return a finite loss, got NaN or infinity")
-        contexts = [context for _, context, _ in self._calls]
-        if not loss.requires_grad:
-            raise ValueError("loss_fn must return a loss that depends on model's output")
-        total = loss.sum() if loss.dim() == 1 else loss * contexts[0].size(0)
-        gradients = torch.autograd.grad(total, contexts, allow_unused=True)
-        for (name, context, padding), gradient in zip(self._calls, gradients, strict=True):
-            gradient = torch.zeros_like(context) if gradient is None else gradient
-            self.accumulator.add_gradient(name, context.detach(), gradient, padding)
-        self._calls.clear()
-
-
-def _query_padding(probe: AttentionProbe) -> Tensor | None:
-    """bool [B, L], True = padding; None where nothing is known about the queries."""
-    mask = probe.query_padding_mask
-    if mask is None or mask.dtype == torch.bool:
-        return mask
-    return mask == float("-inf")
-
-
-def _with_added_keys(mask: Tensor | None, keys: int) -> Tensor | None:
-    """A mask over the given keys, extended by the rows a layer adds, which are always visible."""
-    if mask is None or mask.size(-1) in (1, keys):
-        return mask
-    return torch.nn.functional.pad(mask, (0, keys - mask.size(-1)))
+    with instrument(converted(model)) as opened:
+        opened.probe(see)
+        for batch in with_progress(batches, "scoring heads", "batch", progress):
+            with torch.set_grad_enabled(scorer.needs_gradients):
+                loss = loss_fn(opened.model, batch)
+            scorer.add(loss if isinstance(loss, Tensor) else None)
+    found = scorer.scores()
+    return {metric: HeadScores.from_core(found[metric]) for metric in metrics}

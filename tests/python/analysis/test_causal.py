@@ -57,15 +57,66 @@ def test_planted_roles_are_found(problem):
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
+def hinge(model, batch):
+    """[B]: nothing beyond an output of 1, so that either of two copies is enough."""
+    return (1 - model(batch)).clamp(min=0).square()
+
+
+def test_of_two_copies_one_is_needed():
+    """Heads 0 and 1 do the same and either is enough; head 2 does something else.
+
+    The three stages of the released code by hand: gates drawn uniformly, the loss alone, then with
+    each sign of the regulariser from there.
+    """
+    x = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
+    strength, steps, fits = 0.02, 200, 6
+
+    def stage(start, sign):
+        logits = start.clone().requires_grad_()
+        adam = torch.optim.Adam([logits], lr=0.1)
+        for _ in range(steps):
+            gates = logits.sigmoid()
+            loss = ((1 - x @ gates).clamp(min=0) ** 2).mean()
+            adam.zero_grad()
+            (loss - sign * strength * logits.clamp(-4, 4).sum()).backward()
+            adam.step()
+            with torch.no_grad():
+                logits.clamp_(-4, 4)
+        return logits.detach()
+
+    found = hw.analysis.causal_heads(
+        Planted([1.0, 1.0, 1.0]), [x], hinge, strength=strength, steps=steps, fits=fits, seed=5
+    )
+    needed = set()
+    for fit in range(fits):
+        drawn = torch.rand(3, generator=torch.Generator().manual_seed(5 + fit), dtype=torch.float64)
+        free = stage(drawn.logit().clamp(-4, 4), 0.0)
+        raised, lowered = stage(free, 1.0).sigmoid(), stage(free, -1.0).sigmoid()
+        expected = [torch.minimum(raised, lowered), 1 - torch.maximum(raised, lowered)]
+        expected.append((raised - lowered).abs())
+        torch.testing.assert_close(found.by_fit[NAME][fit], torch.stack(expected))
+        roles = found.roles(fit)[NAME]
+        assert sorted(roles[:2]) == ["facilitating", "irrelevant"] and roles[2] == "facilitating"
+        needed.add(roles.index("facilitating"))
+    assert needed == {0, 1}  # chance decides which copy
+    torch.testing.assert_close(found.facilitating[NAME], found.by_fit[NAME][:, 0].mean(0))
+    # From half-open gates, without the first stage, both copies would look irrelevant.
+    both = stage(torch.zeros(3, dtype=torch.float64), -1.0).sigmoid()
+    assert both[0] == both[1] < 0.5
+
+
 def test_an_interrupted_search_goes_on(problem, tmp_path):
     model, batches = problem
-    options = dict(strength=0.01, steps=25)
+    options = dict(strength=0.01, steps=25, fits=1)
     expected = hw.analysis.causal_heads(model, batches, squared, **options)
-    calls = []
+    calls, failed = [], []
 
     def fails(model, batch):
         calls.append(1)
-        if len(calls) == 39:  # step 13 of the second direction, after one look at the loss
+        if (
+            len(calls) == 39 and not failed
+        ):  # step 13 of the second stage, after one look at the loss
+            failed.append(1)
             raise KeyError("stop")
         return squared(model, batch)
 
@@ -74,10 +125,12 @@ def test_an_interrupted_search_goes_on(problem, tmp_path):
         hw.analysis.causal_heads(model, batches, fails, journal=path, **options)
     calls.clear()
     found = hw.analysis.causal_heads(model, batches, fails, journal=path, **options)
-    assert len(calls) == 16  # from step 10 of the second direction
+    assert len(calls) == 41  # from step 10 of the second stage
     torch.testing.assert_close(found.scores.values[NAME], expected.scores.values[NAME])
     with pytest.raises(ValueError, match="with strength=0.01, not 0.02"):
-        hw.analysis.causal_heads(model, batches, squared, strength=0.02, steps=25, journal=path)
+        hw.analysis.causal_heads(
+            model, batches, squared, strength=0.02, steps=25, fits=1, journal=path
+        )
     with pytest.raises(ValueError, match="is a journal of another loss: of the first batch it wa"):
         hw.analysis.causal_heads(
             model, batches, lambda m, b: 2 * squared(m, b), journal=path, **options
@@ -127,6 +180,7 @@ def test_causal_refusals(problem):
     for options, message in (
         (dict(strength=0.0), "strength must be positive and finite, got 0.0"),
         (dict(steps=0), "steps must be positive, got 0"),
+        (dict(fits=0), "fits must be positive, got 0"),
         (dict(limit=math.inf), "limit must be positive and finite, got inf"),
     ):
         with pytest.raises(ValueError, match=message):

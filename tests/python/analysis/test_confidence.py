@@ -1,6 +1,7 @@
 """The confidence-driven budget: who stops, who is widened, and what it costs."""
 
 import math
+from fractions import Fraction
 
 import headwise as hw
 import pytest
@@ -52,16 +53,15 @@ def test_the_threshold_is_the_largest_that_the_limit_allows(stages, examples, se
     assert found == max(allowed)
 
 
-def lost(confidence, correct, threshold, z):
-    """Mean loss of accuracy against the last stage, plus z standard errors."""
-    changes = []
+def changes(confidence, correct, threshold):
+    """How many examples only the last stage gets right, and how many only the policy does."""
+    lost = won = 0
     for n in range(correct.size(1)):
         stages = range(len(confidence))
         stage = next((s for s in stages if confidence[s, n] >= threshold), len(confidence))
-        changes.append(float(correct[-1, n]) - float(correct[stage, n]))
-    mean = sum(changes) / len(changes)
-    variance = sum((change - mean) ** 2 for change in changes) / len(changes)
-    return mean + z * math.sqrt(variance / len(changes))
+        lost += bool(correct[-1, n] and not correct[stage, n])
+        won += bool(correct[stage, n] and not correct[-1, n])
+    return lost, won
 
 
 @settings(max_examples=50, deadline=None)
@@ -70,33 +70,92 @@ def lost(confidence, correct, threshold, z):
     st.integers(1, 12),
     st.integers(0, 1000),
     st.sampled_from([0.0, 0.1, 0.3, 1.0]),
-    st.sampled_from([0.0, 1.0]),
 )
-def test_the_threshold_that_keeps_the_accuracy(stages, examples, seed, loss, z):
+def test_the_threshold_that_keeps_the_accuracy(stages, examples, seed, loss):
     torch.manual_seed(seed)
     confidence = (torch.rand(stages - 1, examples) * 8).round().double() / 8
     correct = torch.rand(stages, examples) < 0.6
-    if loss == 1:
-        found = ops.accurate_threshold(confidence, correct, 1.0, 0.0)
-        assert found == min([*confidence.flatten().tolist(), math.inf])
-        return
-    found = ops.accurate_threshold(confidence, correct, loss + 1e-9, z)
+    found = ops.accurate_threshold(confidence, correct, loss)
     downwards = sorted({*confidence.flatten().tolist(), math.inf}, reverse=True)
     expected = math.inf
     for threshold in downwards[1:]:
-        if lost(confidence, correct, threshold, z) > loss + 1e-9:
+        lost, won = changes(confidence, correct, threshold)
+        if lost - won > loss * examples:
             break
         expected = threshold
     assert found == expected
 
 
+@pytest.mark.parametrize("trials", [1, 2, 17, 60])
+@pytest.mark.parametrize("probability", [0.01, 0.2, 0.5, 0.97])
+def test_the_binomial_tail_is_exact(trials, probability):
+    p = Fraction(probability)
+    mass = [math.comb(trials, k) * p**k * (1 - p) ** (trials - k) for k in range(trials + 1)]
+    for k in range(-1, trials + 2):
+        expected = float(sum(mass[: k + 1])) if k >= 0 else 0.0
+        found = ops.binomial_tail(k, trials, probability)
+        assert found == pytest.approx(expected, rel=1e-11, abs=1e-300)
+    # Closed: P(X = 0) = (1 - p)^n, also for numbers of examples where the masses are tiny.
+    assert ops.binomial_tail(0, 100_000, 0.001) == pytest.approx(0.999**100_000, rel=1e-8)
+    assert ops.binomial_tail(3, 5, 0.0) == 1.0 and ops.binomial_tail(3, 5, 1.0) == 0.0
+    with pytest.raises(ValueError, match=r"probability must be in \[0, 1\], got 1.5"):
+        ops.binomial_tail(1, 2, 1.5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 3), st.integers(40, 80), st.integers(0, 1000), st.sampled_from([0.5, 0.9]))
+def test_learn_then_test(stages, examples, seed, certainty):
+    """From infinity down a fixed grid; the first threshold whose p-value is too large ends it."""
+    torch.manual_seed(seed)
+    confidence = torch.rand(stages - 1, examples).double()
+    correct = torch.rand(stages, examples) < 0.9
+    found = ops.accurate_threshold(confidence, correct, 0.1, certainty)
+    grid = [0.0, *(1 / (1 + math.exp(20 - 40 * i / 2000)) for i in range(2001)), math.inf]
+    expected = math.inf
+    for threshold in reversed(grid[:-1]):
+        lost, _ = changes(confidence, correct, threshold)
+        mass = [math.comb(examples, k) * 0.1**k * 0.9 ** (examples - k) for k in range(lost + 1)]
+        if sum(mass) > 1 - certainty:
+            break
+        expected = threshold
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("examples", [50, 100, 300, 1000])
+def test_certainty_is_a_bound_on_the_true_loss(examples):
+    """Calibrated again and again: the true loss exceeds the limit in at most 5% of the runs.
+
+    An input of confidence c is lost with probability 0.3 (1 - c) where it stops early, so a
+    threshold t loses 0.15 (1 - t)^2 of all inputs.
+    """
+    torch.manual_seed(examples)
+    limit, runs = 0.05, 400
+    exceeded = {None: 0, 0.95: 0}
+    thresholds = []
+    for _ in range(runs):
+        confidence = torch.rand(1, examples).double()
+        early = torch.rand(examples) >= 0.3 * (1 - confidence[0])
+        correct = torch.stack([early, torch.ones(examples).bool()])
+        for certainty in exceeded:
+            t = ops.accurate_threshold(confidence, correct, limit, certainty)
+            exceeded[certainty] += 0.15 * (1 - min(t, 1.0)) ** 2 > limit
+        thresholds.append(t)
+    assert exceeded[0.95] <= 0.05 * runs + 2.5 * math.sqrt(0.05 * 0.95 * runs)
+    assert exceeded[None] > 0.25 * runs  # that of the mean bounds nothing
+    best = 1 - math.sqrt(limit / 0.15)
+    if examples == 1000:  # and certainty does not cost much
+        assert sorted(thresholds)[runs // 2] < best + 0.15
+    if examples == 50:  # 0.95^50 = 0.077: nothing can be certain
+        assert min(thresholds) == math.inf
+
+
 def test_accurate_threshold_refusals():
     confidence, correct = torch.rand(1, 4).double(), torch.ones(2, 4).bool()
     for arguments, message in (
-        ((confidence, correct, 1.5, 0.0), r"loss must be in \[0, 1\], got 1.5"),
-        ((confidence, correct, 0.1, -1.0), "z must be finite and not negative, got -1"),
-        ((confidence * math.nan, correct, 0.1, 0.0), "confidence must be finite"),
-        ((confidence, correct[:1], 0.1, 0.0), r"confidence must be \[S - 1, N\] = \[0, 4\]"),
+        ((confidence, correct, 1.5), r"loss must be in \[0, 1\], got 1.5"),
+        ((confidence, correct, 0.1, 1.0), r"certainty must be in \(0, 1\), got 1"),
+        ((confidence * math.nan, correct, 0.1), "confidence must be finite"),
+        ((confidence, correct[:1], 0.1), r"confidence must be \[S - 1, N\] = \[0, 4\]"),
     ):
         with pytest.raises(ValueError, match=message):
             ops.accurate_threshold(*arguments)
@@ -198,16 +257,20 @@ def test_a_threshold_fitted_for_accuracy_saves_where_it_can():
     assert policy.fit_accuracy([x], lambda batch: labels, loss=1.0).heads == 1.0
     # With few inputs little is certain: nothing may stop, and the policy does not pay.
     few = torch.cat([x[hard][:1], x[~hard][:3]])
-    unsure = policy.fit_accuracy([few], loss=0.0, certainty=0.95)
-    assert unsure.heads <= 5.0 and unsure.accuracy == 1.0
+    unsure = policy.fit_accuracy([few], loss=0.01, certainty=0.95)
+    assert unsure.heads == 5.0 and unsure.threshold == math.inf and not unsure.pays
+    # ln 0.05 / ln 0.99 = 298.07: 299 inputs of which none is lost are enough.
+    easy = x[~hard][:299]
+    assert policy.fit_accuracy([easy[:298]], loss=0.01, certainty=0.95).heads == 5.0
+    assert policy.fit_accuracy([easy], loss=0.01, certainty=0.95).heads == 1.0
     same = torch.zeros(8, 4, dtype=torch.float64)
     same[:, 1] = torch.tensor([-3.0, 3.0]).repeat(4)  # stage 0 knows nothing
     blind = policy.fit_accuracy([same], loss=0.0)
     assert blind.heads == 5.0 and not blind.pays and blind.threshold == math.inf
     for options, message in (
-        (dict(certainty=0.2), r"certainty must be in \[0.5, 1\), got 0.2"),
+        (dict(certainty=1.2), r"certainty must be in \(0, 1\), got 1.2"),
         (dict(loss=-0.1), r"loss must be in \[0, 1\], got -0.1"),
-        (dict(target_fn=lambda batch: torch.rand(8)), r"return whole numbers \[8\], got torch"),
+        (dict(labels_fn=lambda batch: torch.rand(8)), r"labels must be whole numbers \[8\], got"),
     ):
         with pytest.raises(ValueError, match=message):
             policy.fit_accuracy([same], **options)
@@ -272,7 +335,7 @@ def test_widened_selections():
 def test_policy_refusals():
     model, x = Sum([1.0, 1.0, 1.0, 1.0]), easy_and_hard()
     for options, message in (
-        (dict(factors=(1.0, 0.5)), r"factors must be positive and ascending, got \[1.0, 0.5\]"),
+        (dict(factors=(1.0, 0.5)), r"factors must be positive and ascending, got \[1, 0.5\]"),
         (dict(factors=()), "factors must be positive and ascending"),
         (dict(measure="magic"), "measure must be one of probability, .*, got 'magic'"),
         (dict(threshold=math.nan), "threshold must be a number"),

@@ -174,7 +174,7 @@ def test_relevance_refusals():
     model, x = Planted([1.0, 2.0]), torch.ones(3, 2, dtype=torch.float64)
     cases = [
         ([], lambda m, b: m(b), "batches must not be empty"),
-        ([x], lambda m, b: b[:, 0], "output_fn must run model"),
+        ([x], lambda m, b: b[:, 0], "forward_fn must run model"),
         ([x], lambda m, b: m(b).detach(), "outputs that depend on the heads"),
         ([x], lambda m, b: m(b) * 0, "the outputs do not depend on the heads"),
         ([x], lambda m, b: m(b) / 0, "finite logits, got NaN or infinity"),

@@ -1,6 +1,5 @@
 """The analyses and searches of the C++ API give Python's numbers: tests/cpp/analysis_parity.cpp."""
 
-import copy
 import json
 import os
 import subprocess
@@ -71,15 +70,6 @@ def problem(tmp_path_factory):
         },
         str(folder / "data.safetensors"),
     )
-    cofi = hw.pruning.CoFi(Model().eval(), target=0.375, hidden=False)
-    with torch.no_grad():
-        for parameter in cofi.mask_parameters():
-            parameter.normal_(0.0, 1.5)
-        cofi.log_alpha["attention"][0].fill_(2.0)
-        cofi.multipliers.copy_(torch.tensor([0.3, 0.7]))
-        cofi.progress.fill_(0.1)
-    own = {n: t for n, t in cofi.state_dict().items() if not n.startswith("model.")}
-    save_file({f"state.{n}": t.clone() for n, t in own.items()}, str(folder / "cofi.safetensors"))
     done = subprocess.run(
         [str(PROGRAM), str(folder)],
         capture_output=True,
@@ -89,7 +79,7 @@ def problem(tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr
     found = json.loads((folder / "found.json").read_text())
-    return models, batches, own, found, load_file(str(folder / "found.safetensors"))
+    return models, batches, found, load_file(str(folder / "found.safetensors"))
 
 
 def close(found, scores, **options):
@@ -100,7 +90,7 @@ def close(found, scores, **options):
 
 
 def test_the_models_are_the_same(problem):
-    models, batches, _, _, tensors = problem
+    models, batches, _, tensors = problem
     with torch.no_grad():
         expected = models["plain"](*batches[0][:2])
     torch.testing.assert_close(tensors["logits"], expected)
@@ -108,7 +98,7 @@ def test_the_models_are_the_same(problem):
 
 @pytest.mark.parametrize("absolute", ["per_token", "per_example", "per_batch"])
 def test_scores(problem, absolute):
-    models, batches, _, found, _ = problem
+    models, batches, found, _ = problem
     metrics = ["michel", "entropy", "confidence", "hies"]
     expected = hw.score_heads(
         models["plain"], batches, losses, metrics, absolute=absolute, alpha=0.3, scope="layer"
@@ -117,42 +107,8 @@ def test_scores(problem, absolute):
         close(found["scores"][absolute][metric], expected[metric].values)
 
 
-def test_ablations(problem):
-    models, batches, _, found, _ = problem
-    for made, expected in (
-        (found["ablation"], hw.analysis.ablate_heads(models["plain"], batches, losses)),
-        (found["one"], hw.analysis.keep_one_head(models["plain"], batches, losses, resamples=50)),
-    ):
-        assert made["metric"] == expected.scores.metric
-        close(made["scores"], expected.scores.values)
-        for part in ("low", "high", "p_value"):
-            close(made[part], getattr(expected, part))
-
-
-@pytest.mark.parametrize(
-    ("name", "keep", "options"),
-    [
-        ("path", 0.25, dict(step=0.2)),
-        ("hies path", 0.4, dict(metric="hies", min_heads_per_layer=1)),
-        ("one ranking", 0.5, dict(exact=False, step=0.3)),
-    ],
-)
-def test_pruning_paths(problem, name, keep, options):
-    models, batches, _, found, _ = problem
-    expected = hw.pruning.pruning_path(models["plain"], batches, losses, keep, **options)
-    assert found[name] == [json.loads(plan.to_json()) for plan in expected]
-
-
-def test_kwon(problem):
-    models, batches, _, found, _ = problem
-    expected = hw.pruning.kwon_prune(
-        models["plain"], batches, losses, macs=0.5, ffn=False, tune=False
-    )
-    assert found["kwon"]["layers"] == json.loads(expected.plan.heads.to_json())["layers"]
-
-
 def test_calibration(problem):
-    models, batches, _, found, _ = problem
+    models, batches, found, _ = problem
     model = models["threshold"]
     expected = hw.calibrate_threshold(
         model, batches, 0.5, forward_fn=lambda model, batch: model(*batch[:2])
@@ -162,7 +118,7 @@ def test_calibration(problem):
 
 
 def test_confidence_policy(problem):
-    models, batches, _, found, _ = problem
+    models, batches, found, _ = problem
     policy = hw.analysis.ConfidencePolicy(models["gated"], factors=(0.4, 1.0, 1.7))
     inputs = [batch[:2] for batch in batches]
     made = found["policy"]
@@ -177,37 +133,3 @@ def test_confidence_policy(problem):
     assert made["stage"] == seen.stage.tolist()
     assert made["total"] == seen.total_heads.tolist()
     assert made["reasons"] == [seen.reason(row) for row in range(len(seen.stage))]
-
-
-def test_cofi(problem):
-    models, batches, state, found, tensors = problem
-    cofi = hw.pruning.CoFi(copy.deepcopy(models["plain"]), target=0.375, hidden=False)
-    with torch.no_grad():
-        for name, tensor in cofi.state_dict().items():
-            if name in state:
-                tensor.copy_(state[name])
-    torch.manual_seed(3)
-    cofi.train()
-    cofi.model.eval()
-    drawn = nn.functional.cross_entropy(cofi(*batches[0][:2]), batches[0][2], reduction="none")
-    (drawn.mean() + cofi.penalty()).backward()
-    torch.testing.assert_close(tensors["cofi.losses"], drawn.detach())
-    torch.testing.assert_close(tensors["cofi.sparsity"], cofi.expected_sparsity().detach())
-    torch.testing.assert_close(tensors["cofi.penalty"], cofi.penalty().detach())
-    gradients = {n: p.grad for n, p in cofi.named_parameters() if not n.startswith("model.")}
-    assert {f"cofi.grad.{n}" for n in gradients} == {n for n in tensors if ".grad." in n}
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(tensors[f"cofi.grad.{name}"], gradient)
-    plan = cofi.plan()
-    made = found["cofi"]
-    assert made["metadata"].pop("sparsity") == pytest.approx(plan.metadata["sparsity"])
-    expected = json.loads(plan.to_json())
-    del expected["metadata"]["sparsity"]
-    assert made["heads"]["layers"] == expected["heads"]["layers"]
-    assert made["blocks"] == expected["blocks"] and made["ffn"] == expected["ffn"] == []
-    cofi.eval()
-    with torch.no_grad():
-        masked = losses(cofi, batches[0])
-    torch.testing.assert_close(tensors["cofi.masked"], masked)
-    small = losses(cofi.compact(), batches[0]).detach()
-    torch.testing.assert_close(small, masked)

@@ -236,13 +236,10 @@ def test_agreement_is_the_rank_correlation_of_relevance_and_effect(explained):
 def test_maps_entropies_and_pairs_are_those_of_the_attention(explained):
     model, inputs, t, result = explained
     seen = []
-    for layer in hw.attention_layers(model).values():
-        layer._probe = lambda layer, probe: seen.append(probe)
     torch.manual_seed(1)
-    with torch.no_grad():
+    with torch.no_grad(), hw.nn.instrument(model) as opened:
+        opened.probe(lambda name, layer, probe: seen.append(probe))
         model(**inputs)
-    for layer in hw.attention_layers(model).values():
-        layer._probe = None
     for b, site, _, head in heads_of(result):
         probe = seen[site]
         kept = (inputs["attention_mask"][b] == 1).nonzero().flatten()
@@ -286,7 +283,7 @@ def test_the_model_is_left_as_it_was(explained):
     assert {name: (layer.gate, layer._probe) for name, layer in layers.items()} == before
     assert not any(layer._observers for layer in layers.values())
     with pytest.raises(ZeroDivisionError):
-        hw.explain(model, explained[1], forward=lambda m, i: 1 / (m(**i) is None))
+        hw.explain(model, explained[1], forward_fn=lambda m, i: 1 / (m(**i) is None))
     assert {name: (layer.gate, layer._probe) for name, layer in layers.items()} == before
     assert not any(layer._observers for layer in layers.values())
 
@@ -298,14 +295,14 @@ def test_models_without_class_scores_are_explained_without_effects(name):
     model = trained(hw.convert(architecture.build(), hw.BudgetGate(target=0.5)))
     inputs = architecture.inputs()
     forward = lambda model, inputs: model(**inputs)  # noqa: E731
-    result = hw.explain(model, inputs, forward=forward, maps="all")
+    result = hw.explain(model, inputs, forward_fn=forward, maps="all")
     for b, _, _, head in heads_of(result):
         assert result.inputs[b]["prediction"] is None and head["effect"] is None
         total = head["constant"] + sum(head["shares"])
         assert total == pytest.approx(head["relevance"], abs=1e-5)
         assert all(sum(row) == pytest.approx(1.0, abs=0.01) for row in head["attention"])
     with pytest.raises(ValueError, match="effects need class scores"):
-        hw.explain(model, inputs, forward=forward, effects=True)
+        hw.explain(model, inputs, forward_fn=forward, effects=True)
 
 
 def test_models_that_were_not_converted_or_were_pruned():
@@ -430,8 +427,8 @@ def test_refusals():
         hw.explain(model, inputs, steps=0)
     with pytest.raises(ValueError, match="inputs that are texts need tokenizer="):
         hw.explain(model, "hello")
-    with pytest.raises(ValueError, match="forward called none"):
-        hw.explain(model, inputs, forward=lambda model, inputs: torch.zeros(3, 2))
+    with pytest.raises(ValueError, match="forward_fn called none"):
+        hw.explain(model, inputs, forward_fn=lambda model, inputs: torch.zeros(3, 2))
     with pytest.raises(ValueError, match="labels must be one a class, 3, got 2"):
         hw.explain(model, inputs, labels=["a", "b"])
     with pytest.raises(ValueError, match="has no attention module that headwise can convert"):

@@ -189,7 +189,7 @@ def test_threshold_gates_say_how_far_from_the_cut_each_head_is():
         gate = Given(threshold=threshold, min_heads=least).bind(12, 4)
         layer = hw.MultiheadAttention(12, 4, gate=gate, batch_first=True).eval()
         x = torch.randn(2, 3, 12)
-        result = hw.explain(layer, (x, x, x), forward=lambda m, i: m(*i)[0])
+        result = hw.explain(layer, (x, x, x), forward_fn=lambda m, i: m(*i)[0])
         for b, _, found, head in heads_of(result):
             assert found["threshold"] == threshold
             if least == 4:
@@ -232,8 +232,8 @@ def test_a_shared_gate_inside_is_explained_as_it_would_be_alone():
     alone.set_gate(copy.deepcopy(layer.gate.gate))
     x = torch.randn(2, 5, 24)
     forward = lambda module, inputs: module(*inputs)[0]  # noqa: E731
-    whole = hw.explain(layer.eval(), (x, x, x), forward=forward).inputs
-    inner = hw.explain(alone.eval(), (x, x, x), forward=forward).inputs
+    whole = hw.explain(layer.eval(), (x, x, x), forward_fn=forward).inputs
+    inner = hw.explain(alone.eval(), (x, x, x), forward_fn=forward).inputs
     for one, other in zip(whole, inner, strict=True):
         gate, own = one["layers"][0]["gate"], other["layers"][0]["gate"]
         assert gate["budget"] == own["budget"] and gate["count"] == own["count"] + 1

@@ -385,14 +385,15 @@ def test_an_interrupted_count_goes_on(tmp_path):
             raise KeyboardInterrupt
         return model(**inputs)
 
+    options = {"forward_fn": stopping, "folder": tmp_path, "resamples": 20}
     with pytest.raises(KeyboardInterrupt):
-        hw.head_roles(model, batches, forward=stopping, folder=tmp_path, resamples=20)
+        hw.head_roles(model, batches, **options)
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
     assert not model.mha._observers and model.mha._probe is None
     calls[:] = [1] * 10
-    assert hw.head_roles(model, batches, forward=stopping, folder=tmp_path, resamples=20) == whole
+    assert hw.head_roles(model, batches, **options) == whole
     assert len(calls) == 12  # two batches were left
-    assert hw.head_roles(model, batches, forward=stopping, folder=tmp_path, resamples=20) == whole
+    assert hw.head_roles(model, batches, **options) == whole
 
 
 def test_annotation_of_texts(tiny_model):

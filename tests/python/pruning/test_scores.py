@@ -91,16 +91,14 @@ def test_michel_is_the_derivative_by_a_gate(model, data, absolute):
 
 def test_michel_per_token(model, data):
     contexts = {}
-    for name, layer in hw.attention_layers(model).items():
 
-        def keep(module, probe, name=name):
-            probe.context.retain_grad()
-            contexts[name] = probe.context
+    def keep(name, layer, probe):
+        probe.context.retain_grad()
+        contexts[name] = probe.context
 
-        layer._probe = keep
-    losses(model.eval(), data).sum().backward()
-    for layer in hw.attention_layers(model).values():
-        layer._probe = None
+    with hw.nn.instrument(model) as opened:
+        opened.probe(keep)
+        losses(model, data).sum().backward()
     scores = hw.score_heads(model, [data], losses, normalize=False)["michel"]
     real = ~data[1]
     for name, context in contexts.items():
@@ -156,18 +154,6 @@ def test_hies_combines_scaled_parts(scope):
         torch.testing.assert_close(made.values[name], torch.tensor(values, dtype=torch.float64))
 
 
-def test_accumulators_merge(model, data):
-    core = hw._load.core
-    context, gradient = torch.randn(2, 6, H, 7, 4, dtype=torch.float64)
-    both, one, two = (core.HeadScoreAccumulator() for _ in range(3))
-    both.add_gradient("a", context, gradient, data[1])
-    one.add_gradient("a", context[:2], gradient[:2], data[1][:2])
-    two.add_gradient("a", context[2:], gradient[2:], data[1][2:])
-    one.merge(two)
-    for absolute in ("per_token", "per_example"):
-        torch.testing.assert_close(one.michel(absolute).values, both.michel(absolute).values)
-
-
 def test_the_model_is_left_as_it_was(model, data):
     model.train()
     model.classify.eval()
@@ -209,12 +195,13 @@ def test_padding_of_keys_is_not_padding_of_other_queries():
     scores = hw.score_heads(mha, [None], loss, normalize=False)["michel"]
     contexts = []
 
-    def keep(module, probe):
+    def keep(name, layer, probe):
         probe.context.retain_grad()
         contexts.append(probe.context)
 
-    mha._probe = keep
-    loss(mha, None).sum().backward()
+    with hw.nn.instrument(mha) as opened:
+        opened.probe(keep)
+        loss(mha, None).sum().backward()
     s = (contexts[0] * contexts[0].grad).sum(-1).detach()  # [B, H, L]
     expected = s.abs().sum((0, 2)) / (3 * 5)
     torch.testing.assert_close(next(iter(scores.values.values())), expected)
@@ -238,7 +225,7 @@ def test_bad_input_is_named(model, data):
         hw.score_heads(model, [data], losses, ["magic"])
     with pytest.raises(ValueError, match="alpha must be in"):
         hw.score_heads(model, [data], losses, alpha=1.5)
-    with pytest.raises(ValueError, match="one loss an example"):
+    with pytest.raises(ValueError, match="one loss per example"):
         hw.score_heads(model, [data], lambda m, batch: m(batch[0], batch[1]))
 
 

@@ -234,15 +234,13 @@ def observed(module: hw.MultiheadAttention, run: Callable[[], Tensor]) -> tuple[
     """What ``run`` returns, and the mask [B, H] of the weights that the gate chose in it."""
     seen: list[Tensor] = []
 
-    def observer(_, selection: hw.Selection, *__) -> None:
+    def observe(name: str, layer, selection: hw.Selection, x, padding) -> None:
         chosen = torch.ops.headwise.selection_mask(
             selection.index, selection.count, selection.weight.dtype
         )
         seen.append((selection.weight * chosen).detach())
 
-    module._observers.append(observer)
-    try:
+    with hw.nn.instrument(module, evaluate=False) as opened:
+        opened.observe(observe)
         output = run().detach()
-    finally:
-        module._observers.remove(observer)
     return output, seen[-1]

@@ -25,6 +25,7 @@ from headwise.apps.tasks.models import (
 )
 from headwise.apps.tasks.tasks import task_from_file
 from headwise.explain.texts import longest
+from headwise.nn.instrumenting import instrument
 from headwise.nn.layers import attention_layers
 
 OURS, PRUNED, DENSE = "headwise", "pruned", "dense"
@@ -115,14 +116,9 @@ def _check(model: nn.Module, batch: dict[str, Tensor], dtype: torch.dtype) -> fl
     choose another one: the texts that are compared are those for which all choices agree.
     """
     got, chosen = _traced(model, batch)
-    layers = attention_layers(model).values()
-    for layer in layers:
-        layer._probe = _nothing
-    try:
+    with instrument(model, evaluate=False) as opened:
+        opened.probe(lambda name, layer, probe: None)  # so that every head is computed
         want, again = _traced(model, batch)
-    finally:
-        for layer in layers:
-            layer._probe = None
     same = (chosen == again).flatten(1).all(1)  # [B]
     if 2 * int(same.sum()) < same.numel():
         raise CheckFailed(
@@ -137,7 +133,3 @@ def _traced(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]
     with hw.trace(model) as trace:
         logits = model(**batch).logits
     return logits, torch.stack([found.index for found in trace.selections.values()], dim=1)
-
-
-def _nothing(*_) -> None:
-    """A recorder that records nothing; with one set, a layer computes every head."""

@@ -52,9 +52,11 @@ def hies_plan(bench: Workbench, keep: float) -> hw.HeadPlan:
         return bench.plans["hies", keep]
     scores = bench.scores("per_example")  # importance as the paper has it
     found = hw.pruning.select_alpha(
+        bench.converted(),
+        bench.validation.in_order(32),
+        bench.errors,
         scores["michel"],
         scores["entropy"],
-        lambda plan: bench.validation_accuracy(hw.prune(bench.converted(), plan)),
         keep,
         alphas=ALPHAS,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +11,7 @@ import headwise as hw
 from headwise.apps.compare.statistics import mean_jaccard_distance
 from headwise.apps.compare.training import predict
 from headwise.apps.tasks.examples import Batch, Examples
-from headwise.nn.layers import attention_layers
+from headwise.nn.instrumenting import instrument
 
 
 @dataclass(frozen=True)
@@ -50,43 +49,6 @@ class HeadUse:
         }
 
 
-class _Recorder:
-    """Collects the selections of every layer while a model runs."""
-
-    def __init__(self, model: nn.Module, rows: int):
-        self.layers = attention_layers(model)
-        self.total = sum(layer.num_heads for layer in self.layers.values())
-        self.chosen = torch.zeros(rows, self.total, dtype=torch.bool)
-        self._parts: dict[int, Tensor] = {}
-
-    def __enter__(self) -> _Recorder:
-        for position, layer in enumerate(self.layers.values()):
-            layer._observers.append(self._observer(position))
-        return self
-
-    def __exit__(self, *unused) -> None:
-        for layer in self.layers.values():
-            layer._observers.pop()
-
-    def _observer(self, position: int) -> Callable:
-        def observe(layer, selection, x, key_padding_mask) -> None:
-            self._parts[position] = torch.ops.headwise.selection_mask(
-                selection.index, selection.count, torch.float32
-            )  # [B, H]
-
-        return observe
-
-    def collect(self, batch: Batch) -> None:
-        """Called after a batch has run."""
-        parts = []
-        for position, layer in enumerate(self.layers.values()):
-            part = self._parts.pop(position, None)
-            if part is None:  # no gate: every head runs
-                part = torch.ones(len(batch.rows), layer.num_heads)
-            parts.append(part.cpu() > 0)
-        self.chosen[batch.rows] = torch.cat(parts, 1)
-
-
 def predict_and_record(
     model: nn.Module, examples: Examples, dense_layers: dict[str, int], **options
 ) -> tuple[Tensor, HeadUse]:
@@ -96,10 +58,27 @@ def predict_and_record(
         dense_layers: name and number of heads of each attention layer before any pruning.
         options: those of :func:`headwise.apps.compare.training.predict`.
     """
-    with _Recorder(model, len(examples)) as recorder:
-        logits = predict(model, examples, after_batch=recorder.collect, **options)
-    chosen = recorder.chosen
-    present = {name: layer.num_heads for name, layer in recorder.layers.items()}
+    with instrument(model, evaluate=False) as opened:
+        present = {name: layer.num_heads for name, layer in opened.layers.items()}
+        chosen = torch.zeros(len(examples), sum(present.values()), dtype=torch.bool)
+        seen: dict[str, Tensor] = {}  # of the batch under way: [B, H]
+
+        def observe(name: str, layer, selection: hw.Selection, x, padding) -> None:
+            seen[name] = torch.ops.headwise.selection_mask(
+                selection.index, selection.count, torch.float32
+            )
+
+        def collect(batch: Batch) -> None:
+            every = torch.ones(len(batch.rows), max(present.values(), default=0))
+            parts = [  # without a gate, every head runs
+                seen[name].cpu() if name in seen else every[:, :heads]
+                for name, heads in present.items()
+            ]
+            seen.clear()
+            chosen[batch.rows] = torch.cat(parts, 1) > 0
+
+        opened.observe(observe)
+        logits = predict(model, examples, after_batch=collect, **options)
     if present != dense_layers:  # pruned: the heads that are gone were never chosen
         parts, start = [], 0
         for name, heads in dense_layers.items():

@@ -50,18 +50,18 @@ def cofi(bench: Workbench, keep: float, steps: int) -> Outcome:
     weights; what stays trains on."""
     teacher = bench.converted().requires_grad_(False)
     masked = hw.pruning.CoFi(
-        bench.converted(), 1.0 - keep, teacher=teacher, warmup=0.7, init_log_alpha=2.0
+        bench.converted(), keep, teacher=teacher, warmup=0.7, init_log_alpha=2.0, init_neurons=2.0
     )
     masked.start(_fisher(bench))
     searching = round(_SEARCH * steps)
     batches = bench.batches()
     _train(bench, masked, batches, searching, steps)
     masked.eval()
-    sparsity = masked.plan().metadata["sparsity"]
+    kept = masked.plan().metadata["kept"]
     model = masked.compact()
     rest = (searching / steps if steps else 1.0, 1.0)
     bench.finetune(model, batches, steps - searching, rate_span=rest)
-    return Outcome(model, steps, {"share_kept": 1.0 - sparsity})
+    return Outcome(model, steps, {"share_kept": kept})
 
 
 def _train(bench: Workbench, cofi: hw.pruning.CoFi, batches, searching: int, steps: int) -> None:

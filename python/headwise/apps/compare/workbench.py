@@ -15,7 +15,6 @@ import headwise as hw
 from headwise.apps.compare.settings import Settings
 from headwise.apps.compare.training import (
     TrainingOptions,
-    accuracy,
     autocast,
     finetune,
     precision_of,
@@ -133,14 +132,10 @@ class Workbench:
             )
         return self._scores[absolute]
 
-    def validation_accuracy(self, model: nn.Module) -> float:
-        logits = predict(
-            model,
-            self.validation,
-            device=self.device,
-            precision=self.settings.training.precision,
-        )
-        return accuracy(logits, self.validation.labels)
+    def errors(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Whether the prediction for each text is wrong, [B]: 0.0 or 1.0."""
+        wrong = self.forward(model, batch).argmax(1) != batch.labels.to(self.device)
+        return wrong.float()
 
 
 def dense_options(settings: Settings) -> TrainingOptions:

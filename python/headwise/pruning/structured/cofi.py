@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,21 +33,23 @@ class CoFi(nn.Module):
     r"""Trains a model together with masks on its heads, neurons, blocks and hidden dimensions.
 
     Every mask is a hard-concrete variable (:math:`\beta = 2/3`, limits -0.1 and 1.1) with its own
-    logit. A forward in training samples all masks and runs the model under them; in evaluation
-    they are those of :meth:`plan`. The expected size
+    logit. A forward in training samples all masks and runs the model under them. In evaluation,
+    the N masks of a layer's heads, of a network's neurons and of the hidden dimensions are each
+    rounded together: round(N - sum P(open)) of them are 0, the others sigmoid(0.8 logit /
+    :math:`\beta`); a block is open if P(open) >= 1/2. The expected size
 
     .. math:: s = \sum_k P(hidden_k) \Big(4 d \sum_l P(attention_l) \sum_h P(head_{lh})
               + 2 \sum_l P(ffn_l) \sum_j P(neuron_{lj})\Big)
 
     is held to the target by :math:`\lambda_1 (\hat s - t) + \lambda_2 (\hat s - t)^2`, where
     :math:`\hat s` is the sparsity, 1 minus the share of the size, and both :math:`\lambda` grow by
-    gradient ascent; t grows linearly from 0 while training warms up. :meth:`compact` makes the
-    smaller model.
+    gradient ascent; t grows linearly from 0 to 1 - ``keep`` while training warms up.
+    :meth:`compact` makes the smaller model.
 
     Args:
         model: a converted or convertible model without gates; changed in place.
-        target: the sparsity: the share of the weights of heads and feed-forward networks that goes,
-            in [0, 1).
+        keep: the share of the weights of heads and feed-forward networks that stays, in (0, 1];
+            the paper's sparsity is 1 - ``keep``.
         heads: mask heads.
         attention_blocks: mask whole attention layers.
         neurons: mask neurons of the feed-forward networks.
@@ -55,19 +58,24 @@ class CoFi(nn.Module):
             :func:`headwise.pruning.structure` finds.
         teacher: a model of the same architecture for :meth:`layer_loss`; it is never changed, and
             not part of this module.
-        warmup: progress, in [0, 1], at which t has reached ``target``.
-        init_log_alpha: mean of the logits at the start, std 0.01; held within +-4.605. The authors
-            start at 10; a short training does better at 2.
+        teacher_layers: positions of the teacher's layers that :meth:`layer_loss` compares; None:
+            four, evenly spaced, the last one among them (of 12: 2, 5, 8 and 11, as the authors').
+        warmup: progress, in [0, 1], at which t has reached 1 - ``keep``.
+        init_log_alpha: mean of the logits at the start, std 0.01; held within +-4.605. A short
+            training does better at 2 than at the authors' 10.
+        init_neurons: the same for the logits of neurons, which start half open in the authors'
+            code.
         beta: temperature of the samples.
         gamma: lower end of the stretch, below 0.
         zeta: upper end of the stretch, above 1.
 
     Raises:
-        ValueError: a target that the masks cannot reach (the text names the nearest), no masks at
-            all, a model with gates, or one that lacks what ``hidden=True`` needs.
+        ValueError: a share that the masks cannot reach (the text names the nearest), no masks at
+            all, a model with gates, one that lacks what ``hidden=True`` needs, or
+            ``teacher_layers`` that the teacher does not have.
 
     Example:
-        >>> cofi = CoFi(model, target=0.5, teacher=copy.deepcopy(model))
+        >>> cofi = CoFi(model, keep=0.5, teacher=copy.deepcopy(model))
         >>> optimiser = torch.optim.AdamW(cofi.parameter_groups(lr=2e-5))
         >>> loss = task_loss(cofi(**batch)) + cofi.penalty() + 0.9 * cofi.layer_loss()
         >>> small = cofi.compact()
@@ -79,7 +87,7 @@ class CoFi(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        target: float = 0.5,
+        keep: float = 0.5,
         *,
         heads: bool = True,
         attention_blocks: bool = True,
@@ -87,26 +95,29 @@ class CoFi(nn.Module):
         ffn_blocks: bool = True,
         hidden: bool | None = None,
         teacher: nn.Module | None = None,
+        teacher_layers: Sequence[int] | None = None,
         warmup: float = 0.2,
         init_log_alpha: float = 10.0,
+        init_neurons: float = 0.0,
         beta: float = 2.0 / 3.0,
         gamma: float = -0.1,
         zeta: float = 1.1,
     ) -> None:
         super().__init__()
-        if not 0.0 <= target < 1.0:
-            raise ValueError(f"target must be in [0, 1), got {target}")
+        if not 0.0 < keep <= 1.0:
+            raise ValueError(f"keep must be in (0, 1], got {keep}")
         if not 0.0 <= warmup <= 1.0:
             raise ValueError(f"warmup must be between 0 and 1, got {warmup}")
-        if init_log_alpha - init_log_alpha != 0.0:
-            raise ValueError(f"init_log_alpha must be finite, got {init_log_alpha}")
+        for name, start in (("init_log_alpha", init_log_alpha), ("init_neurons", init_neurons)):
+            if not math.isfinite(start):
+                raise ValueError(f"{name} must be finite, got {start}")
         refuse_gates(model)
         if not attention_layers(model):
             model = convert(model)
         found = structure(model)
         if hidden and found.stream is None:
             raise ValueError(f"hidden dimensions of model cannot be pruned: {found.no_stream}")
-        self.target, self.warmup = float(target), float(warmup)
+        self.keep, self.warmup = float(keep), float(warmup)
         self._constants = (float(beta), float(gamma), float(zeta))
         self._size = float(found.size)
         self._head_dims = [layer.head_dim for layer in found.attention.values()]
@@ -114,7 +125,7 @@ class CoFi(nn.Module):
         self._make_masks(found, heads, attention_blocks, neurons, ffn_blocks, hidden)
         like = next(model.parameters())
         self.to(like.device)
-        self.reset_masks(init_log_alpha)
+        self.reset_masks(init_log_alpha, init_neurons)
         self._check_reachable()
         self._masks = StructureMasks()
         self._set_values(self._constant_values())
@@ -124,7 +135,7 @@ class CoFi(nn.Module):
         # In a list: a teacher is nobody's submodule.
         self._teacher = [] if teacher is None else [teacher.eval()]
         if teacher is not None:
-            self._prepare_teacher(teacher, found)
+            self._prepare_teacher(teacher, found, teacher_layers)
 
     # --- masks ---
 
@@ -175,11 +186,13 @@ class CoFi(nn.Module):
         return {group: self.logits[group] if group in self.logits else None for group in _GROUPS}
 
     @torch.no_grad()
-    def reset_masks(self, init_log_alpha: float = 10.0) -> None:
+    def reset_masks(self, init_log_alpha: float = 10.0, init_neurons: float = 0.0) -> None:
         """Starts all masks anew."""
-        self._init_log_alpha = float(init_log_alpha)
-        for parameter in self.mask_parameters():
-            parameter.normal_(init_log_alpha, 0.01).clamp_(-_CLAMP, _CLAMP)
+        self._init = {group: float(init_log_alpha) for group in _GROUPS}
+        self._init["neurons"] = float(init_neurons)
+        for group, parameters in self.logits.items():
+            for parameter in parameters:
+                parameter.normal_(self._init[group], 0.01).clamp_(-_CLAMP, _CLAMP)
         self.multipliers.zero_()
         self.shift.zero_()
 
@@ -187,8 +200,9 @@ class CoFi(nn.Module):
     def start(self, importance: Mapping[str, Tensor], sharpness: float = 6.0) -> None:
         """Starts the masks of heads and neurons from a ranking, such as :func:`fisher_scores`.
 
-        The logits of each kind become ``init_log_alpha + sharpness (rank - 1/2)`` with rank in
-        [0, 1] over all layers, within +-4.605: what matters least closes first. Ours; masks that
+        The logits of each kind become their starting point (``init_log_alpha``, ``init_neurons``)
+        + ``sharpness (rank - 1/2)`` with rank in [0, 1] over all layers, within +-4.605: what
+        matters least closes first. Ours; masks that
         all start alike are all half open on the way to the target, and a short training does not
         tell them apart.
 
@@ -224,7 +238,7 @@ class CoFi(nn.Module):
             offset = _ops.importance_start(torch.cat(scores), 0.5, sharpness)  # [N]
             parts = offset.split([len(score) for score in scores])
             for parameter, part in zip(logits, parts, strict=True):
-                parameter.copy_((self._init_log_alpha + part).clamp(-_CLAMP, _CLAMP))
+                parameter.copy_((self._init[group] + part).clamp(-_CLAMP, _CLAMP))
 
     def mask_parameters(self) -> list[Parameter]:
         """The logits of all masks."""
@@ -285,12 +299,10 @@ class CoFi(nn.Module):
     @torch.no_grad()
     def _constant_values(self) -> dict[str, list[Tensor]]:
         def keep(logits: Tensor, group: str) -> Tensor:
-            # Whole blocks are decided by training; what is fine makes up for the rest.
-            if group not in ("attention", "ffn"):
-                logits = logits + self.shift[0]
-            if group == self._finest:
-                logits = logits + self.shift[1]
-            return _ops.hard_concrete_keep(logits, *self._constants)
+            if group in ("attention", "ffn"):  # each block for itself, as training left it
+                return _ops.hard_concrete_keep(logits[:, None], *self._constants)[:, 0]
+            shift = self.shift[0] + (self.shift[1] if group == self._finest else 0.0)
+            return _ops.hard_concrete_keep(logits, *self._constants, float(shift))
 
         values = self._each(keep)
         hidden = values["hidden"][0]
@@ -314,26 +326,27 @@ class CoFi(nn.Module):
     def _check_reachable(self) -> None:
         with torch.no_grad():
             least = self._size_of(self._each(lambda p, _: self._open(torch.full_like(p, -_CLAMP))))
-        most = 1.0 - float(least) / self._size
-        if self.target > most:
+        least = float(least) / self._size
+        if self.keep < least:
             raise ValueError(
-                f"target={self.target:.6g} cannot be reached: with every mask as closed as it gets "
-                f"{most:.4f} of the weights are expected to go, so the nearest is target={most:.4f}"
+                f"keep={self.keep:.6g} cannot be reached: with every mask as closed as it gets "
+                f"{least:.4f} of the weights are expected to stay, so the nearest is "
+                f"keep={least:.4f}"
             )
 
     # --- training ---
 
-    def expected_sparsity(self) -> Tensor:
-        """Share of the weights that is expected to go, differentiable: a scalar."""
-        return 1.0 - self._size_of(self._each(self._open)) / self._size
+    def expected_keep(self) -> Tensor:
+        """Share of the weights that is expected to stay, differentiable: a scalar."""
+        return self._size_of(self._each(self._open)) / self._size
 
     def penalty(self) -> Tensor:
-        """What holds the expected sparsity to the target: add it to the loss."""
+        """What holds the expected share to ``keep``: add it to the loss."""
         return _ops.sparsity_penalty(
             self._size_of(self._each(self._open)),
             self._size,
             self.progress,
-            self.target,
+            1.0 - self.keep,
             self.warmup,
             self.multipliers,
         )
@@ -369,25 +382,37 @@ class CoFi(nn.Module):
         with student:
             return self.model(*args, **kwargs)
 
-    def _prepare_teacher(self, teacher: nn.Module, found: Structure) -> None:
+    def _prepare_teacher(
+        self, teacher: nn.Module, found: Structure, layers: Sequence[int] | None
+    ) -> None:
         own = [layer.module for layer in found.layers]
         if not own:
             raise ValueError("teacher needs transformer layers in model that headwise knows")
         missing = [layer.name for layer in found.layers if not _has(teacher, layer.name)]
         if missing:
             raise ValueError(f"teacher has no layer '{missing[0]}', which model has")
-        others = [teacher.get_submodule(layer.name) for layer in found.layers]
+        if layers is None:
+            parts = min(4, len(own))
+            layers = [(i + 1) * len(own) // parts - 1 for i in range(parts)]
+        for i in layers:
+            if not 0 <= i < len(own):
+                raise ValueError(
+                    f"teacher_layers must be between 0 and {len(own) - 1}, got {list(layers)}"
+                )
+        others = [teacher.get_submodule(found.layers[i].name) for i in sorted(set(layers))]
         width = self._width(found)
-        self.transform = nn.Linear(width, width, bias=False, device=self.progress.device)
+        self.transform = nn.Linear(width, width, device=self.progress.device)
         nn.init.eye_(self.transform.weight)
+        nn.init.zeros_(self.transform.bias)
         self._outputs = (LayerOutputs(own), LayerOutputs(others))
 
     def layer_loss(self) -> Tensor:
         """Distance of the layers' outputs from the teacher's, in the last training forward.
 
-        The mean over the teacher's layers of the mean squared error between a layer of the teacher
-        and a linear map (one for all, the identity at first) of the student's layer that is nearest
-        among those whose feed-forward network is there, the order kept.
+        The sum over ``teacher_layers`` of the mean squared error between the teacher's layer and an
+        affine map (one for all, the identity at first) of the student's nearest layer, in order.
+        Layers whose feed-forward network is removed are not matched (the paper's section 3.2; the
+        authors' code leaves out those whose attention is).
 
         Raises:
             RuntimeError: there is no teacher, or no training forward yet.
@@ -403,31 +428,32 @@ class CoFi(nn.Module):
 
     # --- the result ---
 
-    def sparsity(self) -> float:
-        """Share of the weights that goes, by the masks of evaluation."""
-        return self._sparsity_of(self._constant_values())
+    def kept(self) -> float:
+        """Share of the weights that stays, by the masks of evaluation."""
+        return self._kept_of(self._constant_values())
 
-    def _sparsity_of(self, values: dict[str, list[Tensor]]) -> float:
+    def _kept_of(self, values: dict[str, list[Tensor]]) -> float:
         kept = {group: [(v != 0).double() for v in each] for group, each in values.items()}
-        return 1.0 - float(self._size_of(kept)) / self._size
+        return float(self._size_of(kept)) / self._size
 
     def plan(self, tolerance: float = 0.005) -> StructurePlan:
         """What stays, with the values of the masks as scales.
 
-        Where the masks of evaluation miss the target by more than ``tolerance``, the logits of
-        heads, neurons and hidden dimensions are all shifted by one number (``shift``) that brings
-        them nearest to it, then those of neurons by another; blocks stay as training decided, and
-        where they leave the target out of reach a warning says so. The shift is ours.
+        If the masks of evaluation miss ``keep`` by more than ``tolerance``, heads, neurons and
+        hidden dimensions are counted as if all their logits were larger by one number (``shift``)
+        that brings the plan nearest to it, then those of neurons by another. Blocks stay as
+        training left them; if no shift reaches ``keep``, a warning names what was reached. The
+        shift is ours; ``tolerance=1`` leaves it out.
         """
-        if abs(self.sparsity() - self.target) > tolerance:
+        if abs(self.kept() - self.keep) > tolerance:
             self.shift.zero_()
             for position in range(2):
                 self._find_shift(position)
-            found = self.sparsity()
-            if abs(found - self.target) > tolerance:
+            found = self.kept()
+            if abs(found - self.keep) > tolerance:
                 warnings.warn(
-                    f"the plan has a sparsity of {found:.4f}, the nearest to target="
-                    f"{self.target:.6g} that the blocks allow which training kept: train on",
+                    f"the plan keeps {found:.4f} of the weights, the nearest to keep="
+                    f"{self.keep:.6g} that the blocks which training kept allow: train on",
                     stacklevel=2,
                 )
         values = self._constant_values()
@@ -454,23 +480,26 @@ class CoFi(nn.Module):
             networks,
             [BlockPlan(name, scale) for name, scale in scales.items() if scale != 1.0],
             hidden,
-            {"method": "cofi", "target": self.target, "sparsity": self._sparsity_of(values)},
+            {"method": "cofi", "keep": self.keep, "kept": self._kept_of(values)},
         )
 
     def _find_shift(self, position: int) -> None:
-        """Sets one number of ``shift`` such that the sparsity is nearest to the target."""
+        """Sets one number of ``shift`` such that the share kept is nearest to ``keep``."""
 
         def shifted(value: float) -> float:
             self.shift[position] = value
-            return self.sparsity()  # falls as it grows
+            return -self.kept()  # falls as the shift grows
 
         start = (0.0, shifted(0.0))
-        found, _ = _C.nearest_by_halving(shifted, self.target, -16.0, 16.0, 50, start)
+        found, _ = _C.nearest_by_halving(shifted, -self.keep, -16.0, 16.0, 50, start)
         self.shift[position] = found
 
-    def compact(self) -> nn.Module:
-        """A physically smaller copy of the model: what evaluation computes, without masks."""
-        return compact(unmasked(self.model), self.plan())
+    def compact(self, tolerance: float = 0.005) -> nn.Module:
+        """A physically smaller copy of the model: what evaluation computes, without masks.
+
+        ``tolerance`` is that of :meth:`plan`.
+        """
+        return compact(unmasked(self.model), self.plan(tolerance))
 
 
 def _has(model: nn.Module, name: str) -> bool:

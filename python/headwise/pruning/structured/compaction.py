@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,12 @@ from headwise.nn.layers import carry_hooks, replace_module
 from headwise.nn.multihead_attention import MultiheadAttention
 from headwise.pruning.plans import LayerPlan
 from headwise.pruning.structured.description import FeedForward, Stream, Structure, join, structure
+from headwise.pruning.structured.masks import norms_after
 from headwise.pruning.structured.narrow import (
     NarrowTransformerEncoder,
     SelectingLayerNorm,
+    SkippedLayerNorm,
+    Widening,
     WideningLayerNorm,
 )
 from headwise.pruning.structured.plan import FfnPlan, HiddenPlan, StructurePlan
@@ -142,9 +145,20 @@ def compact(model: nn.Module, plan: StructurePlan) -> nn.Module:
                 name, ffn.num_neurons, list(range(ffn.num_neurons))
             )
             _compact_ffn(model, ffn, entry, blocks.get(name, 1.0))
+    after = norms_after(model, found)
+    skip_norms(
+        model, [after[name] for name, scale in blocks.items() if scale == 0 and name in after]
+    )
     if plan.hidden is not None:
         model = _compact_hidden(model, plan.hidden)
     return leave_fast_paths(model)
+
+
+def skip_norms(model: nn.Module, names: Iterable[str]) -> None:
+    """Replaces layer norms, those after removed blocks, by :class:`SkippedLayerNorm`, in place."""
+    for name in names:
+        norm = model.get_submodule(name)
+        replace_module(model, norm, SkippedLayerNorm(norm))
 
 
 def _all_heads(name: str, num_heads: int) -> LayerPlan:
@@ -233,14 +247,11 @@ def _compact_hidden(model: nn.Module, plan: HiddenPlan) -> nn.Module:
         return _C.prune_hidden(parameter.detach(), dim, plan, scaled)
 
     values = {}  # new parameters, by name, of what only changes its sizes
-    on_writes = stream.norm_first  # a stream of sums is scaled where something is added to it
     for layer in stream.layers:
         for key, parameter in found.attention[layer.attention].named_parameters():
             name = join(layer.attention, key)
-            if key == "out_proj.weight":
-                values[name] = kept(parameter, 0, on_writes)
-            elif key == "out_proj.bias":
-                values[name] = kept(parameter, 0, on_writes)
+            if key in ("out_proj.weight", "out_proj.bias"):  # what is added to the stream is scaled
+                values[name] = kept(parameter, 0, True)
             elif key == "in_proj_weight":
                 values[name] = kept(parameter, 1)
             else:
@@ -250,12 +261,14 @@ def _compact_hidden(model: nn.Module, plan: HiddenPlan) -> nn.Module:
             value = parameter.detach().clone() if key == "bias" else kept(parameter, 1)
             values[join(ffn.name, key)] = value
         for key, parameter in ffn.second.named_parameters():
-            values[join(ffn.second_name, key)] = kept(parameter, 0, on_writes)
+            values[join(ffn.second_name, key)] = kept(parameter, 0, True)
     for name in (*stream.extra_norms, *(n for layer in stream.layers for n in layer.norms)):
         for key, parameter in model.get_submodule(name).named_parameters():
             values[join(name, key)] = kept(parameter, 0, not stream.norm_first)
+    entries = join(stream.entry, "embeddings")
     values |= {
-        name: kept(model.get_parameter(name), dim) for name, dim in stream_edges(model, stream)
+        name: kept(model.get_parameter(name), dim, name.startswith(entries))
+        for name, dim in stream_edges(model, stream)
     }
     trained = {name: model.get_parameter(name).requires_grad for name in values}
     model = narrow(model, stream, len(plan.dimensions))
@@ -267,7 +280,7 @@ def _compact_hidden(model: nn.Module, plan: HiddenPlan) -> nn.Module:
         for module in model.modules():
             if "dimensions" in module._buffers:
                 module.dimensions.copy_(torch.tensor(plan.dimensions))
-            if isinstance(module, NarrowTransformerEncoder):
+            if isinstance(module, (NarrowTransformerEncoder, SelectingLayerNorm)):
                 module.scale.copy_(torch.tensor(plan.scale, dtype=torch.float64))
     return model
 
@@ -330,6 +343,8 @@ def narrow(model: nn.Module, stream: Stream, kept: int) -> nn.Module:
         old = model.get_submodule(name)
         if name in ends:
             new = ends[name]
+        elif isinstance(old, SkippedLayerNorm):
+            continue
         else:
             like = {"device": old.weight.device, "dtype": old.weight.dtype}
             new = nn.LayerNorm(kept, old.eps, bias=old.bias is not None, **like)
@@ -359,5 +374,10 @@ def _narrow_ends(model: nn.Module, stream: Stream, kept: int) -> dict[str, nn.Mo
         ends[name] = SelectingLayerNorm(model.get_submodule(name), kept, stream.size)
     if class_path(type(model)) not in _READERS:
         name = stream.layers[-1].norms[1]
-        ends[name] = WideningLayerNorm(model.get_submodule(name), kept, stream.size)
+        norm = model.get_submodule(name)
+        if isinstance(norm, SkippedLayerNorm):
+            device = next(model.parameters()).device
+            ends[name] = Widening(norm, kept, stream.size, device)
+        else:
+            ends[name] = WideningLayerNorm(norm, kept, stream.size)
     return ends

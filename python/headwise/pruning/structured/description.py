@@ -11,7 +11,7 @@ from headwise import _C
 from headwise.convert.registry import class_path, family
 from headwise.nn.attention_layer import AttentionLayer
 from headwise.nn.layers import attention_layers
-from headwise.pruning.structured.narrow import NARROW
+from headwise.pruning.structured.narrow import NARROW, SkippedLayerNorm
 
 __all__ = ["FeedForward", "Structure", "TransformerLayer", "structure"]
 
@@ -287,7 +287,7 @@ def _bert_streams(model: nn.Module, layers: list[TransformerLayer]) -> _Found:
         if (
             own
             and len(own) == len(module.encoder.layer)
-            and all(isinstance(norm, nn.LayerNorm) for norm in norms)
+            and all(isinstance(norm, (nn.LayerNorm, SkippedLayerNorm)) for norm in norms)
         ):
             found.append((name, own, (join(name, "embeddings.LayerNorm"),)))
     return found

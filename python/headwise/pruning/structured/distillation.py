@@ -43,7 +43,7 @@ class LayerOutputs:
 def layer_distillation(
     student: Sequence[Tensor], teacher: Sequence[Tensor], transform: nn.Module, alive: Tensor
 ) -> Tensor:
-    """Mean over the teacher's layers of the mean squared error to the student's matched layer.
+    """Sum over the teacher's layers of the mean squared error to the student's matched layer.
 
     Args:
         student: S tensors ``[B, L, D]``.
@@ -60,4 +60,4 @@ def layer_distillation(
     )  # [T, S]
     matched = torch.ops.headwise.match_layers(errors, alive)  # [T]
     chosen = errors.gather(1, matched.clamp_min(0)[:, None])[:, 0]  # [T]
-    return (chosen * (matched >= 0)).mean()
+    return (chosen * (matched >= 0)).sum()

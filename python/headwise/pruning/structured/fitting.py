@@ -7,11 +7,16 @@ from typing import Any
 from torch import nn
 
 from headwise.nn.layers import replace_module
-from headwise.pruning.structured.compaction import leave_fast_paths, narrow, resized_linear
+from headwise.pruning.structured.compaction import (
+    leave_fast_paths,
+    narrow,
+    resized_linear,
+    skip_norms,
+)
 from headwise.pruning.structured.description import FeedForward, structure
-from headwise.pruning.structured.narrow import NarrowTransformerEncoder
+from headwise.pruning.structured.narrow import NarrowTransformerEncoder, SkippedLayerNorm, Widening
 
-_KEYS = {"ffn", "hidden"}
+_KEYS = {"ffn", "hidden", "skipped_norms"}
 
 
 def describe_structure(model: nn.Module) -> dict[str, Any] | None:
@@ -26,7 +31,12 @@ def describe_structure(model: nn.Module) -> dict[str, Any] | None:
     size = _original_size(model)
     kept = found.attention[found.layers[0].attention].embed_dim if found.layers else None
     hidden = None if size is None or kept in (None, size) else {"size": size, "kept": kept}
-    return {"ffn": ffn, "hidden": hidden}
+    skipped = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (SkippedLayerNorm, Widening))
+    ]
+    return {"ffn": ffn, "hidden": hidden, "skipped_norms": skipped}
 
 
 def _original_size(model: nn.Module) -> int | None:
@@ -56,6 +66,9 @@ def check_document(document: Any, where: str) -> None:
         for entry in entries
     ):
         raise ValueError(f"'ffn' of {what} must be a list of objects with name, neurons and bias")
+    skipped = document["skipped_norms"]
+    if not isinstance(skipped, list) or not all(isinstance(name, str) for name in skipped):
+        raise ValueError(f"'skipped_norms' of {what} must be a list of names")
     hidden = document["hidden"]
     if hidden is not None and not (
         isinstance(hidden, dict)
@@ -81,6 +94,17 @@ def fit_structure(model: nn.Module, document: dict[str, Any]) -> nn.Module:
                 f"it has {', '.join(map(repr, found.ffn)) or 'none'}"
             )
         _fit_ffn(model, found.ffn[entry["name"]], entry)
+    norms = {name for layer in found.layers for name in layer.norms}
+    for name in document["skipped_norms"]:
+        if name not in norms:
+            raise ValueError(
+                f"model ({type(model).__name__}) has no layer norm '{name}'; "
+                f"it has {', '.join(map(repr, sorted(norms))) or 'none'}"
+            )
+    skip_norms(
+        model,
+        [n for n in document["skipped_norms"] if isinstance(model.get_submodule(n), nn.LayerNorm)],
+    )
     hidden = document["hidden"]
     if hidden is not None and _width(model) != hidden["kept"]:
         found = structure(model)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from headwise import _C
 from headwise.convert import convert
+from headwise.nn.instrumenting import instrument
 from headwise.nn.intervention import with_progress
 from headwise.nn.layers import attention_layers
 from headwise.pruning.plans import HeadPlan, LayerPlan
@@ -92,6 +93,7 @@ def kwon_prune(
     tuning_batches: int = 32,
     damp: float | None = None,
     max_scale: float = 10.0,
+    variant: str = "headwise",
     tokens: float | None = None,
     latency_table: LatencyTable | None = None,
     progress: bool | None = None,
@@ -122,6 +124,10 @@ def kwon_prune(
         damp: weight of the ridge that holds scales to 1, as a share of the mean squared size of
             what a unit writes; None: for each block the best of a few, on held-out batches.
         max_scale: solutions of step 4 with a larger scale are not used.
+        variant: step 4 as above, or "paper": as in the authors' code, which holds nothing out,
+            weighs all dimensions alike, regularises the normal equations with damp 1, fits an
+            intercept beside the heads' scales, leaves the heads of the first layer alone and
+            stops at the first solution that fails. ``damp`` is then not used.
         tokens: length of a sequence, for counting MACs; default: the mean over ``batches``.
         latency_table: measured times; default: :func:`measure_latency` at the mean length.
         progress: a progress bar on stderr; None: where that is a terminal.
@@ -142,6 +148,8 @@ def kwon_prune(
         raise ValueError("batches must not be empty: there is nothing to calibrate on")
     if tuning_batches <= 0:
         raise ValueError(f"tuning_batches must be positive, got {tuning_batches}")
+    if variant not in ("headwise", "paper"):
+        raise ValueError(f"variant must be 'headwise' or 'paper', got {variant!r}")
     if damp is not None and not 0.0 <= damp < math.inf:
         raise ValueError(f"damp must be finite and not negative, got {damp}")
     model = _own_copy(model)
@@ -178,6 +186,7 @@ def kwon_prune(
             units={*search.heads, *search.neurons},
             damp=damp,
             max_scale=max_scale,
+            released=variant == "paper",
         )
         report |= {
             "tuned_blocks": sum(block["damp"] is not None for block in tuned.blocks),
@@ -189,6 +198,8 @@ def kwon_prune(
         clock.lap("tuning_s")
     limit = {"macs": macs} if macs is not None else {"latency": latency}
     metadata = {"method": "kwon", **limit, "tokens": tokens, "rearrange": rearrange, "tune": tune}
+    if tune:
+        metadata["variant"] = variant
     if table is not None:
         metadata["latency_table"] = table.to_dict()
     before = search.found.macs(tokens)
@@ -279,22 +290,25 @@ class _Search:
         attach(self.model, self.found, self.masks, hidden=False)
         lengths: list[Tensor] = []
 
-        def observe(layer: nn.Module, selection, x: Tensor, padding: Tensor | None) -> None:
+        def observe(name: str, layer, selection, x: Tensor, padding: Tensor | None) -> None:
+            if name != first:
+                return
             if padding is None:
                 lengths.append(torch.full((x.size(0),), float(x.size(1))))
             else:
                 seen = ~padding if padding.dtype == torch.bool else padding == 0
                 lengths.append(seen.sum(1).float().cpu())
 
-        first = self.found.attention[next(iter(self.masks.heads))]
-        first._observers.append(observe)
+        first = next(iter(self.masks.heads))
         accumulator = _C.FisherAccumulator()
-        for batch in with_progress(batches, "calibrating", "batch", progress):
-            loss = _mean_loss(loss_fn(self.model, batch))
-            gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-            for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
-                accumulator.add(name, torch.zeros_like(leaf) if gradient is None else gradient)
-        first._observers.remove(observe)
+        with instrument(self.model) as opened:
+            opened.observe(observe)
+            for batch in with_progress(batches, "calibrating", "batch", progress):
+                loss = _mean_loss(loss_fn(self.model, batch))
+                gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+                for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
+                    gradient = torch.zeros_like(leaf) if gradient is None else gradient
+                    accumulator.add(name, gradient)
         if not lengths:
             raise ValueError("loss_fn must run model: none of its attention layers was called")
         return accumulator, torch.cat(lengths).mean().item()
@@ -327,15 +341,16 @@ class _Search:
             )
         else:
             whole = self.seconds(None, table)
-            least = len(self.heads) * table.head_fit.base
-            least += len(self.neurons) * table.neuron_fit.base
+            # One layer of each kind stays, at least.
+            least = table.head_fit.base if self.heads else 0.0
+            least += table.neuron_fit.base if self.neurons else 0.0
             fixed = whole - self._prunable_seconds(table)
             limit = share * whole - fixed
             if limit < least:
                 nearest = (fixed + least) / whole
                 raise ValueError(
-                    f"latency={share:.6g} cannot be reached: with the fewest units the layers take "
-                    f"{nearest:.4f} of the time, so the nearest is latency={nearest:.4f}"
+                    f"latency={share:.6g} cannot be reached: with one layer of each kind the model "
+                    f"takes {nearest:.4f} of the time, so the nearest is latency={nearest:.4f}"
                 )
             result = _C.search_latency(
                 head_scores, neuron_scores, table.head_fit, table.neuron_fit, limit

@@ -142,17 +142,35 @@ class _ScaleInput(_Hook):
 
 
 class MaskedLayerNorm(nn.LayerNorm):
-    """A layer norm over the dimensions of the stream that are not masked out."""
+    """A layer norm over the dimensions of the stream that are not masked out.
+
+    Attributes:
+        masks: where it reads the mask of the stream, and that of ``block``.
+        scaled: multiplies its output by the mask of the stream.
+        reads_stream: whether its input is masked already; else it is multiplied by the mask.
+        block: attention layer or network whose output it normalises: where that block's mask is 0,
+            the norm is skipped. "": it is on the input of a block, or on embeddings.
+    """
 
     masks: StructureMasks
     scaled: bool
+    reads_stream: bool
+    block: str
 
     @classmethod
-    def around(cls, norm: nn.LayerNorm, masks: StructureMasks, scaled: bool) -> MaskedLayerNorm:
-        """Shares the parameters of ``norm``. ``scaled``: multiplies by the mask, too."""
+    def around(
+        cls,
+        norm: nn.LayerNorm,
+        masks: StructureMasks,
+        scaled: bool,
+        reads_stream: bool = True,
+        block: str = "",
+    ) -> MaskedLayerNorm:
+        """Shares the parameters of ``norm``."""
         made = cls(norm.normalized_shape, norm.eps, norm.elementwise_affine, device="meta")
         made.weight, made.bias = norm.weight, norm.bias
         made.masks, made.scaled = masks, scaled
+        made.reads_stream, made.block = reads_stream, block
         carry_hooks(norm, made)
         return made.train(norm.training)
 
@@ -163,9 +181,16 @@ class MaskedLayerNorm(nn.LayerNorm):
         return norm.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
+        block = self.masks.blocks.get(self.block)
+        y = self._normalised(x)
+        return y if block is None else torch.where(block.to(x.device) == 0, x, y)
+
+    def _normalised(self, x: Tensor) -> Tensor:
         if self.masks.hidden is None:
             return super().forward(x)
         mask = self.masks.hidden.to(x.device)
+        if not self.reads_stream:
+            x = x * mask.to(x.dtype)
         return torch.ops.headwise.masked_layer_norm(
             x, mask, self.weight, self.bias, self.eps, self.scaled
         )
@@ -182,27 +207,52 @@ def attach(model: nn.Module, found: Structure, masks: StructureMasks, hidden: bo
         layer = found.attention[name]
         gate = StructureGate(masks, name, layer.embed_dim, layer.num_heads)
         layer.set_gate(gate.train(layer.training))
-    writes = hidden and found.stream.norm_first
     for name, layer in found.attention.items():
-        layer.register_forward_hook(_ScaleOutput(masks, name, writes))
+        layer.register_forward_hook(_ScaleOutput(masks, name, hidden))
     for name, ffn in found.ffn.items():
         ffn.second.register_forward_pre_hook(_ScaleNeurons(masks, name))
-        ffn.second.register_forward_hook(_ScaleOutput(masks, name, writes))
+        ffn.second.register_forward_hook(_ScaleOutput(masks, name, hidden))
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor:
             # A nested tensor has no dimension to mask.
             module.use_nested_tensor = False
             module._nested_before_masks = True
+    after = {norm: block for block, norm in norms_after(model, found).items()}
+    on_stream = []
     if hidden:
         stream = found.stream
         if stream.kind == "encoder":
             encoder = model.get_submodule(stream.entry)
             encoder.register_forward_pre_hook(_ScaleInput(masks), with_kwargs=True)
-        for name in (*stream.extra_norms, *(n for layer in stream.layers for n in layer.norms)):
-            norm = model.get_submodule(name)
-            masked = MaskedLayerNorm.around(norm, masks, scaled=not stream.norm_first)
-            replace_module(model, norm, masked)
+        on_stream = [*stream.extra_norms, *(n for layer in stream.layers for n in layer.norms)]
+    skippable = [norm for norm, block in after.items() if block in masks.blocks]
+    for name in dict.fromkeys((*on_stream, *skippable)):
+        norm = model.get_submodule(name)
+        masked = MaskedLayerNorm.around(
+            norm,
+            masks,
+            scaled=hidden and not stream.norm_first,
+            reads_stream=not (hidden and stream.kind == "bert" and name in stream.extra_norms),
+            block=after.get(name, ""),
+        )
+        replace_module(model, norm, masked)
     return model
+
+
+def norms_after(model: nn.Module, found: Structure) -> dict[str, str]:
+    """Attention layer or network -> the layer norm on its sum with the stream (post-norm layers).
+
+    A removed block takes this norm with it, as in the released code of CoFi.
+    """
+    pairs = [
+        (block, norm)
+        for layer in found.layers
+        if not layer.norm_first
+        for block, norm in zip((layer.attention, layer.ffn), layer.norms, strict=True)
+    ]
+    return {
+        block: norm for block, norm in pairs if isinstance(model.get_submodule(norm), nn.LayerNorm)
+    }
 
 
 def detach(model: nn.Module) -> nn.Module:

@@ -68,10 +68,20 @@ class _NarrowLayerNorm(nn.LayerNorm):
 
 
 class SelectingLayerNorm(_NarrowLayerNorm):
-    """``[..., D]`` -> ``[..., D']``: after embeddings that stay wide because they are tied."""
+    """``[..., D]`` -> ``[..., D']``: after embeddings that stay wide because they are tied.
+
+    Attributes:
+        scale: ``[D']``: multiplies what it reads.
+    """
+
+    scale: Tensor
+
+    def __init__(self, norm: nn.LayerNorm, kept: int, size: int) -> None:
+        super().__init__(norm, kept, size)
+        self.register_buffer("scale", torch.ones_like(norm.weight[:kept], requires_grad=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.index_select(-1, self.dimensions))
+        return super().forward(x.index_select(-1, self.dimensions) * self.scale.to(x.dtype))
 
 
 class WideningLayerNorm(_NarrowLayerNorm):
@@ -81,5 +91,35 @@ class WideningLayerNorm(_NarrowLayerNorm):
         return widen(super().forward(x), self.dimensions, self.size)
 
 
-#: What shows that the hidden dimensions of a model were pruned.
-NARROW = (NarrowTransformerEncoder, SelectingLayerNorm, WideningLayerNorm)
+class SkippedLayerNorm(nn.Identity):
+    """Takes the place of the norm after a block that was removed.
+
+    Attributes:
+        eps: of the norm that it replaces; torch's encoder layers read it.
+    """
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        super().__init__()
+        self.eps = norm.eps
+        carry_hooks(norm, self)
+        self.train(norm.training)
+
+
+class Widening(nn.Module):
+    """``[..., D']`` -> ``[..., D]``: a :class:`WideningLayerNorm` whose norm is skipped."""
+
+    dimensions: Tensor
+
+    def __init__(self, norm: SkippedLayerNorm, kept: int, size: int, device) -> None:
+        super().__init__()
+        self.size = size
+        self.register_buffer("dimensions", _dimensions(kept, device))
+        carry_hooks(norm, self)
+        self.train(norm.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return widen(x, self.dimensions, self.size)
+
+
+#: Modules by which a model shows that its hidden dimensions were pruned.
+NARROW = (NarrowTransformerEncoder, SelectingLayerNorm, WideningLayerNorm, Widening)

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from headwise import _C
-from headwise.nn.multihead_attention import AttentionProbe, MultiheadAttention
+from headwise.nn.attention_layer import AttentionProbe
+from headwise.nn.instrumenting import instrument
+from headwise.nn.multihead_attention import MultiheadAttention
 from headwise.pruning.structured.description import Structure, TransformerLayer
 from headwise.pruning.structured.masks import StructureMasks
 
@@ -87,6 +89,7 @@ def tune(
     units: Collection[str],
     damp: float | None = None,
     max_scale: float = 10.0,
+    released: bool = False,
 ) -> Tuned:
     """Scales what stays, layer by layer, so that the residual stream comes near the teacher's.
 
@@ -111,17 +114,27 @@ def tune(
         units: names of the attention layers and networks that get scales.
         damp: the ridge; None: the best of :data:`DAMPS`, block by block.
         max_scale: solutions with a larger scale are not used.
+        released: as the authors' code does it: all batches and dimensions count alike, and the
+            ridge is that of ``_C.ScaleSolver.solve_released``, with an intercept for heads; the
+            heads of the first layer keep scales 1; a solution that fails or has too large a scale
+            ends it.
     """
     if not found.layers:
         return Tuned(skipped="the model has no transformer layers that headwise knows")
     done = Tuned()
     untuned = (dict(masks.heads), dict(masks.neurons))
     held_out = [i for i in range(len(batches)) if i % 4 == 3] or [len(batches) - 1]
-    before = _losses(model, batches, held_out, loss_fn)
+    before = None if released else _losses(model, batches, held_out, loss_fn)
     calls = _first_inputs(model, found.layers[0].module, batches, loss_fn)
     calls.read = _read_tokens(model, found.layers[-1].module, batches, loss_fn)
-    some = [batch for i, batch in enumerate(batches) if i not in held_out] or list(batches)
-    sensitivity = _sensitivity(model, found, some[:SENSITIVITY_BATCHES], loss_fn)
+    if released:
+        held_out, damps = [], None
+        alike = torch.ones(())
+        sensitivity = {layer.name: (alike, alike) for layer in found.layers}
+    else:
+        damps = DAMPS if damp is None else (damp,)
+        some = [batch for i, batch in enumerate(batches) if i not in held_out] or list(batches)
+        sensitivity = _sensitivity(model, found, some[:SENSITIVITY_BATCHES], loss_fn)
     for layer in found.layers:
         runner = _Runner(
             model, found, layer, masks, calls, layer is found.layers[-1], held_out,
@@ -134,10 +147,21 @@ def tune(
             (layer.attention, runner.tune_heads),
             (layer.ffn, runner.tune_neurons),
         ):
-            if name in units:
-                done.blocks += tune_block(expected, DAMPS if damp is None else (damp,), max_scale)
+            if name not in units or (released and name == found.layers[0].attention):
+                continue
+            tuned = tune_block(expected, damps, max_scale)
+            if tuned is None:
+                done.skipped = (
+                    f"the solution for '{name}' failed, or had a scale above {max_scale:g}"
+                )
+                done.step = 1.0
+                return done
+            done.blocks += tuned
         calls.student = [runner.run("student", i, masks).output for i in range(len(batches))]
         calls.teacher = [capture.output for capture in expected]
+    if released:
+        done.step = 1.0
+        return done
     tuned = (dict(masks.heads), dict(masks.neurons))
     done.loss = (before.mean().item(),) * 2
     for step in (1.0, 0.5, 0.25):
@@ -311,7 +335,7 @@ class _Runner:
     def _capturing(self) -> Iterator[_Capture]:
         capture = _Capture()
 
-        def probe(layer: MultiheadAttention, seen: AttentionProbe) -> None:
+        def probe(name: str, layer, seen: AttentionProbe) -> None:
             capture.context = seen.context
             padding = seen.query_padding_mask
             if padding is None:
@@ -337,18 +361,17 @@ class _Runner:
             if point
         ]
         handles.append(self.ffn.second.register_forward_pre_hook(keep("activations")))
-        before = self.attention._probe
-        self.attention._probe = probe
         try:
-            yield capture
+            with instrument(self.attention, evaluate=False) as opened:
+                opened.probe(probe)
+                yield capture
         finally:
-            self.attention._probe = before
             for handle in handles:
                 handle.remove()
 
     def tune_heads(
-        self, expected: list[_Capture], damps: Sequence[float], max_scale: float
-    ) -> list[dict[str, Any]]:
+        self, expected: list[_Capture], damps: Sequence[float] | None, max_scale: float
+    ) -> list[dict[str, Any]] | None:
         name, size = self.layer.attention, self.attention.head_dim
         kept = self.masks.heads[name].nonzero()[:, 0]
         columns = (kept[:, None] * size + torch.arange(size)).flatten()
@@ -358,12 +381,14 @@ class _Runner:
             return context, teacher.after_attention - own.after_attention
 
         weight = self.attention.out_proj.weight[:, columns]
-        solvers = self._equations(expected, weight, size, rows, self.sensitivity[0])
+        # Of the last layer's heads the authors count every token, of its neurons those it reads.
+        read = self.last and damps is not None
+        solvers = self._equations(expected, weight, size, rows, self.sensitivity[0], read)
         return self._set(self.masks.heads, name, kept, solvers, damps, max_scale)
 
     def tune_neurons(
-        self, expected: list[_Capture], damps: Sequence[float], max_scale: float
-    ) -> list[dict[str, Any]]:
+        self, expected: list[_Capture], damps: Sequence[float] | None, max_scale: float
+    ) -> list[dict[str, Any]] | None:
         name = self.layer.ffn
         kept = self.masks.neurons[name].nonzero()[:, 0]
 
@@ -371,7 +396,7 @@ class _Runner:
             return own.activations[..., kept], teacher.after_ffn - own.after_ffn
 
         weight = self.ffn.second.weight[:, kept]
-        solvers = self._equations(expected, weight, 1, rows, self.sensitivity[1])
+        solvers = self._equations(expected, weight, 1, rows, self.sensitivity[1], self.last)
         return self._set(self.masks.neurons, name, kept, solvers, damps, max_scale)
 
     def _equations(
@@ -381,19 +406,21 @@ class _Runner:
         group: int,
         rows: Callable,
         sensitivity: Tensor,
+        read: bool,
     ) -> tuple[_C.ScaleSolver, _C.ScaleSolver]:
         """Those of the batches to fit, and those of the batches that are held out.
 
-        Dimensions of the stream count by ``sensitivity`` [D].
+        Dimensions of the stream count by ``sensitivity`` [D]; with ``read``, of the tokens only
+        those that the loss depends on do.
         """
-        factor = sensitivity.to(weight)  # [D]
+        factor = sensitivity.to(weight).expand(weight.size(0))  # [D]
         weight = factor[:, None] * weight
         fitted, held_out = _C.ScaleSolver(weight, group), _C.ScaleSolver(weight, group)
         if weight.size(1) == 0:
             return fitted, held_out
         for i, teacher in enumerate(expected):
             own = self.run("student", i, self.masks)
-            valid = own.valid & self.calls.read[i] if self.last else own.valid  # [B, L]
+            valid = own.valid & self.calls.read[i] if read else own.valid  # [B, L]
             inputs, residual = rows(own, teacher)
             residual = factor * residual  # [B, L, D]
             if i in self.held_out:
@@ -408,13 +435,21 @@ class _Runner:
         name: str,
         kept: Tensor,
         solvers: tuple[_C.ScaleSolver, _C.ScaleSolver],
-        damps: Sequence[float],
+        damps: Sequence[float] | None,
         max_scale: float,
-    ) -> list[dict[str, Any]]:
-        """Puts the best solution into the mask, where one is better than none."""
+    ) -> list[dict[str, Any]] | None:
+        """Puts the best solution into the mask, where one is better than none.
+
+        Without ``damps`` that of the released code, whatever it is worth; None if there is none.
+        """
         if len(kept) == 0:
             return []
         fitted, held_out = solvers
+        if damps is None:
+            scale = fitted.solve_released(intercept=values is self.masks.heads)
+            if scale is None or max(map(abs, scale)) > max_scale:
+                return None
+            return [self._put(values, name, kept, scale, 1.0, fitted)]
         untuned = held_out.error([1.0] * len(kept))
         best, best_error, best_damp = None, untuned, None
         for damp in damps:
@@ -424,9 +459,22 @@ class _Runner:
             error = held_out.error(scale)
             if error < best_error:
                 best, best_error, best_damp = scale, error, damp
-        if best is not None:
-            tuned = values[name].clone()
-            tuned[kept] = torch.tensor(best, dtype=torch.float64).to(tuned)
-            values[name] = tuned
-        left = best_error / untuned if untuned > 0 else 1.0
-        return [{"name": name, "damp": best_damp, "error_left": left}]
+        if best is None:
+            return [{"name": name, "damp": None, "error_left": 1.0}]
+        return [self._put(values, name, kept, best, best_damp, held_out)]
+
+    @staticmethod
+    def _put(
+        values: dict[str, Tensor],
+        name: str,
+        kept: Tensor,
+        scale: list[float],
+        damp: float,
+        judge: _C.ScaleSolver,
+    ) -> dict[str, Any]:
+        tuned = values[name].clone()
+        tuned[kept] = torch.tensor(scale, dtype=torch.float64).to(tuned)
+        values[name] = tuned
+        untuned = judge.error([1.0] * len(kept))
+        left = judge.error(scale) / untuned if untuned > 0 else 1.0
+        return {"name": name, "damp": damp, "error_left": left}

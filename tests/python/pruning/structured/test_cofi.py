@@ -56,8 +56,8 @@ def test_probability_of_an_open_mask():
     assert ops.hard_concrete_open(logit, BETA, GAMMA, ZETA).item() == pytest.approx(
         1 / (1 + math.exp(-(0.3 + 1.5986))), abs=1e-4
     )
-    cofi = hw.pruning.CoFi(encoder(), 0.5)  # logits at 4.605
-    assert cofi.expected_sparsity().item() == pytest.approx(0.0, abs=0.02)
+    cofi = hw.pruning.CoFi(encoder(), 0.5, init_neurons=10.0)  # logits at 4.605
+    assert cofi.expected_keep().item() > 0.98
 
 
 def test_penalty_and_its_ascent():
@@ -73,19 +73,175 @@ def test_penalty_and_its_ascent():
     assert whole.item() == pytest.approx(2 * 0.45 + 3 * 0.45**2)
 
 
-def test_evaluation_closes_as_many_as_are_expected_to_be():
+def released_masks(logits):
+    """The masks in evaluation of the authors' code: of one group ``[N]``, or of one block ``[1]``.
+
+    A mask is 0 for the round(N - sum P(open)) smallest, P(open) = 1 - Q(0), and sigmoid(0.8 a /
+    beta) for the others (their l0_module.py).
+    """
+    open_ = 1 - torch.sigmoid(math.log((0 - GAMMA) / (ZETA - 0)) * BETA - logits)
+    soft = torch.sigmoid(logits / BETA * 0.8)
+    closed = round(len(logits) - open_.sum().item())
+    soft[soft.argsort()[:closed]] = 0.0
+    return soft
+
+
+@pytest.mark.parametrize("spread", [0.5, 2.0, 4.0])
+def test_masks_of_evaluation_are_those_of_the_released_code(spread):
     torch.manual_seed(0)
-    logits = torch.randn(40) * 2
-    kept = ops.hard_concrete_keep(logits, BETA, GAMMA, ZETA)
-    open_ = torch.sigmoid(logits - BETA * math.log(-GAMMA / ZETA))
-    closed = round(40 - open_.sum().item())
-    soft = (torch.sigmoid(logits) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
-    order = logits.argsort()
-    assert (kept[order[:closed]] == 0).all()
-    torch.testing.assert_close(kept[order[closed:]], soft[order[closed:]])
-    tied = ops.hard_concrete_keep(torch.zeros(4), BETA, GAMMA, ZETA)
-    assert tied.tolist()[3] == 0 and tied[0] == 0.5
-    assert (ops.hard_concrete_keep(torch.full((7,), 4.6), BETA, GAMMA, ZETA) == 1).all()
+    logits = (torch.randn(5, 40, dtype=torch.float64) - 0.5) * spread
+    found = ops.hard_concrete_keep(logits, BETA, GAMMA, ZETA)
+    torch.testing.assert_close(found, torch.stack([released_masks(row) for row in logits]))
+    each = ops.hard_concrete_keep(logits[0, :, None], BETA, GAMMA, ZETA)[:, 0]
+    torch.testing.assert_close(each, torch.cat([released_masks(a[None]) for a in logits[0]]))
+    shifted = ops.hard_concrete_keep(logits, BETA, GAMMA, ZETA, 1.0)  # more units, values as before
+    assert ((shifted != 0).sum(1) > (found != 0).sum(1)).all()
+    torch.testing.assert_close(shifted[found != 0], found[found != 0])
+
+
+def test_how_many_masks_close():
+    low = ops.hard_concrete_keep(torch.full((20,), -2.5), BETA, GAMMA, ZETA)
+    # P(open) is 0.289 each, so 14 close: the last ones, since all are alike.
+    assert low[:6].tolist() == pytest.approx([1 / (1 + math.exp(3))] * 6) and not low[6:].any()
+    assert not ops.hard_concrete_keep(torch.tensor([[-1.7]]), BETA, GAMMA, ZETA).any()
+    assert ops.hard_concrete_keep(torch.tensor([[-1.5]]), BETA, GAMMA, ZETA).all()
+    with pytest.raises(ValueError, match="log_alpha must have at least one dimension"):
+        ops.hard_concrete_keep(torch.tensor(1.0), BETA, GAMMA, ZETA)
+
+
+def test_blocks_open_and_close_each_alone():
+    """Twelve layers whose blocks are all a little more likely open than closed: all stay."""
+    torch.manual_seed(0)
+    cofi = hw.pruning.CoFi(hw.convert(_encoder(12)), 0.9).eval()
+    with torch.no_grad():
+        for group in ("attention", "ffn"):
+            cofi.log_alpha[group][0].fill_(-1.19)
+    plan = cofi.plan(tolerance=1.0)
+    assert [b.scale for b in plan.blocks] == pytest.approx([1 / (1 + math.exp(1.2 * 1.19))] * 24)
+    with torch.no_grad():
+        cofi.log_alpha["ffn"][0][3] = -1.7
+    assert [b.name for b in cofi.plan(tolerance=1.0).blocks if b.scale == 0] == ["layers.3.linear1"]
+
+
+def test_masks_start_where_the_released_code_starts_them():
+    cofi = hw.pruning.CoFi(encoder(), 0.9)
+    for group, logits in cofi.log_alpha.items():
+        every = torch.cat([p.detach() for p in logits])
+        if group == "neurons":  # ln(1 - 0.5) - ln(0.5), std 0.01
+            assert every.abs().max() < 0.06 and every.std() > 0.005
+        else:
+            assert (every == torch.tensor(4.605)).all()
+
+
+def released_layer(x, layer, z, heads):
+    """A post-norm layer under masks, as the authors' modeling_bert.py computes it.
+
+    ``z``: masks of the ``heads``, of the ``attention`` block, ``neurons``, ``ffn`` and ``hidden``.
+    """
+
+    def finish(y, block, norm):
+        y = y * block
+        if y.sum() == 0:  # the block is dropped, and its norm with it
+            return x + y
+        kept = z["hidden"].nonzero()[:, 0]
+        summed = (y * z["hidden"] + x)[..., kept]
+        out = (y * z["hidden"] + x).clone()
+        out[..., kept] = F.layer_norm(
+            summed, [len(kept)], norm.weight[kept], norm.bias[kept], norm.eps
+        )
+        return out * z["hidden"]
+
+    attention = layer.self_attn
+    parts = (x @ attention.in_proj_weight.T + attention.in_proj_bias).chunk(3, -1)
+    q, k, v = (p.unflatten(-1, (heads, -1)).transpose(1, 2) for p in parts)  # [B, H, L, d]
+    context = (q @ k.mT / q.size(-1) ** 0.5).softmax(-1) @ v * z["heads"][:, None, None]
+    y = attention.out_proj(context.transpose(1, 2).flatten(2))
+    x = finish(y, z["attention"], layer.norm1)
+    return finish(layer.linear2(F.relu(layer.linear1(x)) * z["neurons"]), z["ffn"], layer.norm2)
+
+
+@pytest.mark.parametrize("dropped", [(), ("attention",), ("ffn",), ("attention", "ffn")])
+def test_forward_under_masks_is_that_of_the_released_code(dropped):
+    torch.manual_seed(0)
+    plain = _encoder(2, activation="relu")
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    cofi = hw.pruning.CoFi(hw.convert(copy.deepcopy(plain)), 0.9).eval()
+    with torch.no_grad():
+        for logits in cofi.mask_parameters():
+            logits.normal_(0.0, 2.0)
+        for group in ("attention", "ffn"):
+            cofi.log_alpha[group][0][:] = torch.tensor([2.0, -3.0 if group in dropped else 3.0])
+    plan = cofi.plan(tolerance=1.0)
+    hidden = released_masks(cofi.log_alpha["hidden"][0].detach())
+    x = torch.randn(3, 5, EMBED)
+    expected = x * hidden
+    for i, layer in enumerate(plain.layers):
+        z = {g: released_masks(cofi.log_alpha[g][i].detach()) for g in ("heads", "neurons")}
+        z |= {
+            g: released_masks(cofi.log_alpha[g][0][i : i + 1].detach())[0]
+            for g in ("attention", "ffn")
+        }
+        expected = released_layer(expected, layer, z | {"hidden": hidden}, HEADS)
+    with torch.no_grad():
+        torch.testing.assert_close(cofi(x), expected, rtol=1e-4, atol=1e-5)
+        small = cofi.compact(tolerance=1.0)
+        torch.testing.assert_close(small(x), expected, rtol=1e-4, atol=1e-5)
+    assert {b.name for b in plan.blocks if b.scale == 0} == {
+        {"attention": "layers.1.self_attn", "ffn": "layers.1.linear1"}[name] for name in dropped
+    }
+
+
+def test_the_hidden_mask_multiplies_embeddings_before_their_norm():
+    model = hw.convert(classifier().eval())
+    cofi = hw.pruning.CoFi(model, 0.9).eval()
+    with torch.no_grad():
+        cofi.log_alpha["hidden"][0].normal_(0.0, 2.0)
+    z = released_masks(cofi.log_alpha["hidden"][0].detach())
+    kept = z.nonzero()[:, 0]
+    seen = {}
+    embeddings = cofi.model.bert.embeddings
+    embeddings.register_forward_hook(lambda m, a, y: seen.update(output=y))
+    embeddings.LayerNorm.register_forward_pre_hook(lambda m, a: seen.update(summed=a[0]))
+    with torch.no_grad():
+        cofi(**bert_inputs())
+    norm = embeddings.LayerNorm
+    expected = torch.zeros_like(seen["summed"])
+    expected[..., kept] = z[kept] * F.layer_norm(
+        (seen["summed"] * z)[..., kept], [len(kept)], norm.weight[kept], norm.bias[kept], norm.eps
+    )
+    torch.testing.assert_close(seen["output"], expected)
+
+
+def test_the_layer_loss_is_the_sum_over_four_layers():
+    """MSE of the teacher's layers 2, 5, 8 and 11 to the student's nearest layers, in order."""
+    teacher = encoder(12)
+    cofi = hw.pruning.CoFi(copy.deepcopy(teacher), 0.9, teacher=teacher, init_log_alpha=1.0)
+    outputs = {0: [], 1: []}
+    for which, model in enumerate((cofi.model, teacher)):
+        for layer in model.layers:
+            layer.register_forward_hook(lambda m, a, y, which=which: outputs[which].append(y))
+    with torch.no_grad():
+        cofi.transform.bias.normal_()
+    torch.manual_seed(2)
+    cofi.train()(torch.randn(2, 4, EMBED))
+    mapped = [cofi.transform(y) for y in outputs[0]]
+    distances = torch.stack(
+        [torch.stack([F.mse_loss(own, outputs[1][i]) for own in mapped]) for i in (2, 5, 8, 11)]
+    )
+    alive = [i for i in range(12) if cofi._masks.blocks[f"layers.{i}.linear1"] != 0]
+    expected, last = 0.0, 11
+    for row in distances.flip(0):
+        last = min((i for i in alive if i <= last), key=lambda i: row[i].item())
+        expected += row[last]
+    torch.testing.assert_close(cofi.layer_loss(), expected)
+    cofi = hw.pruning.CoFi(encoder(3), 0.9, teacher=encoder(3), teacher_layers=[2])
+    x = torch.randn(2, 4, EMBED)
+    cofi.train()(x)
+    with torch.no_grad():
+        nearest = min(F.mse_loss(y, encoder(3).eval()(x)).item() for y in cofi._outputs[0].values)
+    assert cofi.layer_loss().item() == pytest.approx(nearest, rel=1e-5)
 
 
 def test_layers_are_matched_in_order():
@@ -119,33 +275,32 @@ def train(cofi, loss, steps, lr=1e-3):
     return cofi.eval()
 
 
-@pytest.mark.parametrize("target", [0.3, 0.6, 0.8])
-def test_training_reaches_the_target_and_compaction_keeps_what_was_computed(target):
+@pytest.mark.parametrize("keep", [0.7, 0.4, 0.2])
+def test_training_reaches_the_share_and_compaction_keeps_what_was_computed(keep):
     torch.manual_seed(3)
     teacher = encoder()
-    cofi = hw.pruning.CoFi(
-        copy.deepcopy(teacher), target, teacher=teacher, init_log_alpha=2.0, warmup=0.7
-    )
+    starts = {"init_log_alpha": 2.0, "init_neurons": 2.0}
+    cofi = hw.pruning.CoFi(copy.deepcopy(teacher), keep, teacher=teacher, warmup=0.7, **starts)
     x = torch.randn(8, 6, EMBED)
     with torch.no_grad():
         wanted = teacher(x)
     train(cofi, lambda: (cofi(x) - wanted).square().mean() + cofi.layer_loss(), 150)
-    assert cofi.expected_sparsity().item() == pytest.approx(target, abs=0.05)
+    assert cofi.expected_keep().item() == pytest.approx(keep, abs=0.05)
     plan = cofi.plan()
-    assert plan.metadata["sparsity"] == pytest.approx(target, abs=0.01)
+    assert plan.metadata["kept"] == pytest.approx(keep, abs=0.01)
     small = cofi.compact()
     with torch.no_grad():
         torch.testing.assert_close(small(x), cofi(x), rtol=1e-5, atol=1e-5)
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in teacher.parameters())
     kept = hw.pruning.structure(small).size / hw.pruning.structure(teacher).size
-    assert kept == pytest.approx(1 - plan.metadata["sparsity"])
+    assert kept == pytest.approx(plan.metadata["kept"])
     masked = hw.mask(copy.deepcopy(teacher), plan)
     assert type(masked(x)) is torch.Tensor
 
 
 def test_five_grains_of_bert_are_compacted_and_saved(tmp_path):
     model = classifier()
-    cofi = hw.pruning.CoFi(hw.convert(model), 0.7)
+    cofi = hw.pruning.CoFi(hw.convert(model), 0.3)
     torch.manual_seed(1)
     with torch.no_grad():
         for group, logits in cofi.log_alpha.items():
@@ -163,7 +318,7 @@ def test_five_grains_of_bert_are_compacted_and_saved(tmp_path):
             small(**inputs).logits, cofi(**inputs).logits, rtol=1e-5, atol=1e-5
         )
     plan = cofi.plan()
-    assert plan.metadata["sparsity"] == pytest.approx(0.7, abs=0.01)
+    assert plan.metadata["kept"] == pytest.approx(0.3, abs=0.01)
     assert plan.hidden is not None and len(plan.hidden.dimensions) < EMBED
     sizes = hw.pruning.structure(small)
     assert sizes.size == pytest.approx(
@@ -186,7 +341,7 @@ def test_what_does_nothing_is_pruned():
     teacher = copy.deepcopy(model)
     torch.manual_seed(0)
     grains = {"attention_blocks": False, "ffn_blocks": False, "hidden": False}
-    cofi = hw.pruning.CoFi(model, 0.5, init_log_alpha=2.0, warmup=0.7, **grains)
+    cofi = hw.pruning.CoFi(model, 0.5, init_log_alpha=2.0, init_neurons=2.0, warmup=0.7, **grains)
     x = torch.randn(32, 6, EMBED)
     with torch.no_grad():
         wanted = teacher(x)
@@ -229,19 +384,19 @@ def test_an_interrupted_training_goes_on_from_its_state():
     assert second.eval().plan() == whole.eval().plan()
 
 
-def test_a_target_that_the_blocks_leave_out_of_reach_is_told():
-    cofi = hw.pruning.CoFi(encoder(), 0.25).eval()
+def test_a_share_that_the_blocks_leave_out_of_reach_is_told():
+    cofi = hw.pruning.CoFi(encoder(), 0.75).eval()
     with torch.no_grad():
         cofi.log_alpha["attention"][0].fill_(-4.6)
-    share = 4 * EMBED / (4 * EMBED + 2 * 32)  # of attention, which is gone
-    text = f"the plan has a sparsity of {share:.4f}, the nearest to target=0.25 that the blocks al"
+    share = 2 * 32 / (4 * EMBED + 2 * 32)  # of the networks: attention is removed
+    text = f"the plan keeps {share:.4f} of the weights, the nearest to keep=0.75 that the blocks wh"
     with pytest.warns(UserWarning, match=text):
         plan = cofi.plan()
-    assert plan.metadata["sparsity"] == pytest.approx(share)
+    assert plan.metadata["kept"] == pytest.approx(share)
 
 
 def test_masks_start_from_a_ranking():
-    cofi = hw.pruning.CoFi(encoder(), 0.5, init_log_alpha=1.0)
+    cofi = hw.pruning.CoFi(encoder(), 0.5, init_log_alpha=1.0, init_neurons=0.5)
     before = cofi.log_alpha["hidden"][0].clone()
     torch.manual_seed(0)
     found = hw.pruning.structure(cofi.model)
@@ -252,8 +407,9 @@ def test_masks_start_from_a_ranking():
         logits = torch.cat([p.detach() for p in cofi.log_alpha[group]])
         assert torch.equal(logits.argsort(), every.argsort())
         reach = 4.0 * (0.5 - 0.5 / len(every))  # ranks are the middles of equal parts of [0, 1]
-        assert logits.min().item() == pytest.approx(1.0 - reach)
-        assert logits.max().item() == pytest.approx(1.0 + reach)
+        middle = 1.0 if group == "heads" else 0.5
+        assert logits.min().item() == pytest.approx(middle - reach)
+        assert logits.max().item() == pytest.approx(middle + reach)
     assert torch.equal(cofi.log_alpha["hidden"][0], before)
     name = next(iter(found.heads))
     for wrong, message in (
@@ -279,7 +435,7 @@ def test_gradients_reach_every_mask():
 
 def test_a_teacher_is_left_alone_and_layers_that_went_are_not_matched():
     teacher = encoder(3)
-    cofi = hw.pruning.CoFi(copy.deepcopy(teacher), 0.3, teacher=teacher, init_log_alpha=4.0)
+    cofi = hw.pruning.CoFi(copy.deepcopy(teacher), 0.7, teacher=teacher, init_log_alpha=4.0)
     assert not any(name.startswith("_teacher") for name in cofi.state_dict())
     with pytest.raises(RuntimeError, match="layer_loss needs a teacher and a forward in training"):
         cofi.layer_loss()
@@ -298,28 +454,30 @@ def test_a_teacher_is_left_alone_and_layers_that_went_are_not_matched():
 
 
 def test_refusals():
-    with pytest.raises(
-        ValueError, match=r"target=0.99999 cannot be reached: .* nearest is target="
-    ):
-        hw.pruning.CoFi(encoder(), 0.99999)
+    with pytest.raises(ValueError, match=r"keep=1e-05 cannot be reached: .* nearest is keep="):
+        hw.pruning.CoFi(encoder(), 1e-5)
     heads = {"neurons": False, "ffn_blocks": False, "attention_blocks": False, "hidden": False}
-    with pytest.raises(ValueError, match=r"target=0.7 cannot be reached: .* target=0\.5"):
-        hw.pruning.CoFi(encoder(), 0.7, **heads)
+    with pytest.raises(ValueError, match=r"keep=0.3 cannot be reached: .* keep=0\.4283"):
+        hw.pruning.CoFi(encoder(), 0.3, **heads)
     with pytest.raises(ValueError, match="at least one of the masks must be on"):
-        hw.pruning.CoFi(encoder(), 0.1, heads=False, **heads)
-    with pytest.raises(ValueError, match=r"target must be in \[0, 1\), got 1.0"):
-        hw.pruning.CoFi(encoder(), 1.0)
+        hw.pruning.CoFi(encoder(), 0.9, heads=False, **heads)
+    with pytest.raises(ValueError, match=r"keep must be in \(0, 1\], got 0.0"):
+        hw.pruning.CoFi(encoder(), 0.0)
     with pytest.raises(ValueError, match="hidden dimensions of model cannot be pruned: "):
-        hw.pruning.CoFi(nn.MultiheadAttention(EMBED, HEADS), 0.1, hidden=True)
+        hw.pruning.CoFi(nn.MultiheadAttention(EMBED, HEADS), 0.9, hidden=True)
     with pytest.raises(ValueError, match="has a RandomGate: take it out first"):
-        hw.pruning.CoFi(hw.convert(bert("BertModel"), hw.RandomGate()), 0.1)
+        hw.pruning.CoFi(hw.convert(bert("BertModel"), hw.RandomGate()), 0.9)
     masked = hw.convert(bert("BertModel"))
     hw.mask(masked, random_plan(masked))
     with pytest.raises(ValueError, match="model must not have a structure plan as a mask"):
-        hw.pruning.CoFi(masked, 0.1)
+        hw.pruning.CoFi(masked, 0.9)
     with pytest.raises(ValueError, match="teacher has no layer 'layers.2', which model has"):
-        hw.pruning.CoFi(encoder(3), 0.1, teacher=encoder(2))
-    cofi = hw.pruning.CoFi(encoder(), 0.1)
+        hw.pruning.CoFi(encoder(3), 0.9, teacher=encoder(2))
+    with pytest.raises(ValueError, match=r"teacher_layers must be between 0 and 1, got \[2\]"):
+        hw.pruning.CoFi(encoder(), 0.9, teacher=encoder(), teacher_layers=[2])
+    with pytest.raises(ValueError, match="init_neurons must be finite, got inf"):
+        hw.pruning.CoFi(encoder(), 0.9, init_neurons=math.inf)
+    cofi = hw.pruning.CoFi(encoder(), 0.9)
     with pytest.raises(ValueError, match="progress must be between 0 and 1, got 2.0"):
         cofi.anneal(2.0)
     with torch.no_grad():

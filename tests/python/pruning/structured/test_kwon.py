@@ -108,36 +108,62 @@ def test_latency_fit_is_constant_then_linear():
         assert error <= np.square(design @ solution - noisy).sum() + 1e-9
 
 
+def ladders(scores, threshold):
+    """Of each number of dropped layers, the scores by the number of units beyond the threshold."""
+    ranked = [sorted(layer, reverse=True) for layer in scores]
+    ranked.sort(key=lambda layer: -sum(layer[:threshold]))
+    found = []
+    for drops in range(len(ranked)):
+        kept = ranked[: len(ranked) - drops]
+        first = sum(sum(layer[:threshold]) for layer in kept)
+        rest = sorted((s for layer in kept for s in layer[threshold:]), reverse=True)
+        found.append([first + sum(rest[:n]) for n in range(len(rest) + 1)])
+    return found
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_latency_search_finds_the_best(seed):
+    """The search of the released code: layers of least importance are dropped whole."""
     generator = np.random.default_rng(seed)
-    heads, neurons = scores_of(generator, 2, 4), scores_of(generator, 2, 4)
+    heads, neurons = scores_of(generator, 3, 4), scores_of(generator, 3, 4)
     head_time, neuron_time = _C.LatencyFit(1.0, 2, 0.4), _C.LatencyFit(0.5, 1, 0.3)
-    whole = 2 * (head_time.seconds(4) + neuron_time.seconds(4))
+    whole = 3 * (head_time.seconds(4) + neuron_time.seconds(4))
     last = -1.0
-    for limit in (3.0, 3.5, 4.0, whole):
+    for limit in (1.5, 2.0, 2.9, 3.5, 4.5, 6.0, whole):
         found = _C.search_latency(heads, neurons, head_time, neuron_time, limit)
         spent = sum(head_time.seconds(len(units)) for units in found.heads)
         spent += sum(neuron_time.seconds(len(units)) for units in found.neurons)
         assert spent == pytest.approx(found.cost) and found.cost <= limit * (1 + 1e-9)
-        # Every layer keeps what is free; then every number of further heads and neurons is tried.
-        options = []
-        for kind, free in ((heads, 2), (neurons, 1)):
-            ranked = [sorted(layer, reverse=True) for layer in kind]
-            rest = sorted((s for layer in ranked for s in layer[free:]), reverse=True)
-            first = sum(sum(layer[:free]) for layer in ranked)
-            options.append([first + sum(rest[:n]) for n in range(len(rest) + 1)])
         best = max(
             a + b
-            for (n, a), (m, b) in itertools.product(*map(enumerate, options))
-            if 3.0 + 0.4 * n + 0.3 * m <= limit + 1e-9
+            for dropped, ladder in enumerate(ladders(heads, 2))
+            for skipped, other in enumerate(ladders(neurons, 1))
+            for (n, a), (m, b) in itertools.product(enumerate(ladder), enumerate(other))
+            if 1.0 * (3 - dropped) + 0.5 * (3 - skipped) + 0.4 * n + 0.3 * m <= limit + 1e-9
         )
         assert found.score == pytest.approx(best) and found.score >= last
+        kept = sum(heads[i][h] for i, units in enumerate(found.heads) for h in units)
+        kept += sum(neurons[i][j] for i, units in enumerate(found.neurons) for j in units)
+        assert kept == pytest.approx(found.score)
         last = found.score
-    with pytest.raises(ValueError, match="limit must be at least 3 seconds, what the layers take"):
-        _C.search_latency(heads, neurons, head_time, neuron_time, 2.9)
+    assert found.heads == found.neurons == [[0, 1, 2, 3]] * 3
+    with pytest.raises(
+        ValueError, match="limit must be at least 1.5 seconds, what one layer of ea"
+    ):
+        _C.search_latency(heads, neurons, head_time, neuron_time, 1.4)
     flat = _C.LatencyFit(1.0, 1, 0.0)  # beyond the threshold nothing costs
-    assert _C.search_latency(heads, neurons, flat, flat, 4.0).heads == [[0, 1, 2, 3]] * 2
+    assert _C.search_latency(heads, neurons, flat, flat, 6.0).heads == [[0, 1, 2, 3]] * 3
+    assert flat.seconds(0) == 0.0 and flat.seconds(1) == 1.0
+
+
+def test_a_layer_is_dropped_where_that_saves_more_than_its_heads_are_worth():
+    """A block costs 10 whatever it has: thinning it saves nothing, dropping it does."""
+    heads, neurons = [[5.0, 4.0], [3.0, 0.1], [0.2, 0.1]], [[9.0, 8.0], [1.0, 1.0], [7.0, 6.0]]
+    time = _C.LatencyFit(10.0, 2, 1.0)
+    found = _C.search_latency(heads, neurons, time, time, 40.0)
+    assert found.heads == [[0, 1], [0, 1], []] and found.neurons == [[0, 1], [], [0, 1]]
+    assert found.cost == 40.0
+    assert _C.search_latency(heads, [], time, time, 10.0).heads == [[0, 1], [], []]
 
 
 def greedy(gradients, kept):
@@ -201,6 +227,34 @@ def test_scales_are_the_ridge_solution(group, damp):
     assert solver.error([1.0] * units) == pytest.approx(np.square(target).sum(), rel=1e-6)
     with pytest.raises(ValueError, match="scale must have 4 units, got 3"):
         solver.error([1.0] * 3)
+
+
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("intercept", [False, True])
+def test_scales_of_the_released_code(group, intercept):
+    """1 + x with min |N x - (b - N 1)|^2 + |x|^2, N = A'A and b = A'y, as its LSMR is called."""
+    torch.manual_seed(group)
+    tokens, width, units = 40, 7, 4
+    weight = torch.randn(width, units * group, dtype=torch.float64)
+    inputs = torch.randn(tokens, units * group, dtype=torch.float64)
+    teacher = torch.randn(tokens, width, dtype=torch.float64)
+    columns = [
+        (
+            inputs[:, u * group : (u + 1) * group] @ weight[:, u * group : (u + 1) * group].T
+        ).flatten()
+        for u in range(units)
+    ]
+    student = sum(columns)
+    design = torch.stack(columns + [torch.ones_like(student)] * intercept, 1)
+    normal, right = design.T @ design, design.T @ teacher.flatten()
+    target = right - normal.sum(1)
+    stacked = torch.cat([normal, torch.eye(len(normal), dtype=torch.float64)])
+    expected = 1 + torch.linalg.lstsq(stacked, torch.cat([target, 0 * target])[:, None])[0][:, 0]
+    solver = _C.ScaleSolver(weight, group)
+    residual = teacher - student.view(tokens, width)
+    solver.add(inputs[:13], residual[:13])
+    solver.add(inputs[13:], residual[13:])
+    assert solver.solve_released(intercept) == pytest.approx(expected[:units].tolist(), rel=1e-8)
 
 
 def test_the_ridge_has_no_unit():
@@ -436,6 +490,28 @@ def test_sensitivity_is_the_root_mean_square_of_the_gradient(norm_first):
     assert all(not m._forward_pre_hooks for m in model.modules() if isinstance(m, nn.LayerNorm))
 
 
+def test_the_released_tuning():
+    """Without held-out batches, and the heads of the first layer keep scales 1."""
+    model = hw.convert(classifier())
+    result = hw.pruning.kwon_prune(
+        model, task(), loss_fn, macs=0.5, rearrange=False, variant="paper"
+    )
+    first, second = result.plan.heads.layers
+    assert first.scale == [1.0] * len(first.heads)
+    assert not result.report["tuning_skipped"] and result.report["tuning_step"] == 1.0
+    assert [block["damp"] for block in result.report["tuning"]] == [1.0] * 3
+    assert all(scale != 1.0 for scale in second.scale)
+    assert all(scale != 1.0 for entry in result.plan.ffn for scale in entry.scale)
+    assert all(block["error_left"] < 1.0 for block in result.report["tuning"])
+    limited = hw.pruning.kwon_prune(
+        model, task(), loss_fn, macs=0.5, variant="paper", max_scale=0.1
+    )
+    assert "had a scale above 0.1" in limited.report["tuning_skipped"]
+    assert all(scale == 1.0 for entry in limited.plan.ffn for scale in entry.scale)
+    with pytest.raises(ValueError, match="variant must be 'headwise' or 'paper', got 'x'"):
+        hw.pruning.kwon_prune(model, task(), loss_fn, macs=0.5, variant="x")
+
+
 def test_of_the_last_layer_only_what_the_loss_reads_counts():
     model, batches = hw.convert(classifier()), task(2)
     last = hw.pruning.structure(model).layers[-1].module
@@ -520,7 +596,12 @@ def test_a_limit_on_time(tmp_path):
     spent = sum(table.head_fit.seconds(len(e.heads)) for e in result.plan.heads.layers)
     spent += sum(table.neuron_fit.seconds(len(e.neurons)) for e in result.plan.ffn)
     assert spent <= 0.5 * 12 + 1e-9 and result.report["latency"] == pytest.approx(spent / 12)
-    assert all(len(entry.heads) >= 2 for entry in result.plan.heads.layers)
+    assert all(len(entry.heads) != 1 for entry in result.plan.heads.layers)
+    # Below the time of all blocks at their thresholds, 4 of 12, whole blocks are dropped.
+    short = hw.pruning.kwon_prune(model, task(), loss_fn, latency=0.25, latency_table=table)
+    dropped = [not e.heads for e in short.plan.heads.layers]
+    dropped += [not e.neurons for e in short.plan.ffn]
+    assert any(dropped) and short.report["latency"] <= 0.25
     assert hw.pruning.LatencyTable.from_dict(result.plan.metadata["latency_table"]) == table
     with pytest.raises(
         ValueError, match="latency=0.1 cannot be reached: .* the nearest is latency="

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from headwise import _C
+from headwise.gates import ThresholdGate
 from headwise.gates.model import gates
-from headwise.gates.options import fraction, unit
-from headwise.gates.threshold import ThresholdGate
+from headwise.gates.selection import Selection
+from headwise.nn.attention_layer import AttentionLayer
+from headwise.nn.batches import run_model
+from headwise.nn.instrumenting import instrument
+from headwise.nn.intervention import ForwardFunction
 
-
-def _call(model: nn.Module, batch: Any) -> None:
-    if isinstance(batch, Mapping):
-        model(**batch)
-    else:
-        model(batch)
+__all__ = ["calibrate_threshold"]
 
 
 @torch.no_grad()
@@ -27,7 +26,7 @@ def calibrate_threshold(
     batches: Iterable[Any],
     keep: float,
     *,
-    forward_fn: Callable[[nn.Module, Any], Any] = _call,
+    forward_fn: ForwardFunction = run_model,
     passes: int = 12,
     tolerance: float = 0.1,
 ) -> float:
@@ -40,7 +39,7 @@ def calibrate_threshold(
         model: put in evaluation mode while it runs.
         batches: calibration data; gone through once for each trial.
         keep: mean share of the heads that should run, in (0, 1].
-        forward_fn: runs a batch; default ``model(**batch)`` of a mapping, ``model(batch)`` else.
+        forward_fn: ``(model, batch)`` runs the model; what it returns is not used.
         passes: trials.
         tolerance: how far the share may be from ``keep``; 1 accepts any.
 
@@ -54,46 +53,39 @@ def calibrate_threshold(
             score the same (raise the gates' ``resolution``). The gates then keep the thresholds
             that they had, as they do where a batch fails.
     """
-    fraction("keep", keep)
-    unit("tolerance", tolerance)
     found = [gate for gate in gates(model) if isinstance(gate, ThresholdGate)]
     if not found:
         raise ValueError(f"model ({type(model).__name__}) must have a ThresholdGate")
     batches = list(batches)
     if not batches:
         raise ValueError("batches must not be empty")
-    was_training = model.training
-    model.eval()
     before = [gate.threshold.clone() for gate in found]
-    ran, importance = [], []
+    use = [0, 0, 0.0]  # heads that ran, heads, highest relevance
 
-    def record(gate, arguments, selection):
-        ran.append((int(selection.count.sum()), selection.weight.numel()))
-        importance.append(selection.relevance.max().item())
+    def observe(name: str, layer: AttentionLayer, selection: Selection, x, padding) -> None:
+        if isinstance(layer.gate, ThresholdGate):
+            use[0] += int(selection.count.sum())
+            use[1] += selection.weight.numel()
+            if selection.relevance.numel():
+                use[2] = max(use[2], selection.relevance.max().item())
 
-    hooks = [gate.register_forward_hook(record) for gate in found]
-    try:
+    with instrument(model) as opened:
+        opened.observe(observe)
 
-        def share(threshold: float) -> float:
+        def run(threshold: float) -> tuple[int, int, float]:
+            use[:] = 0, 0, 0.0
             for gate in found:
                 gate.threshold.fill_(threshold)
-            ran.clear()
             for batch in batches:
                 forward_fn(model, batch)
-            return sum(heads for heads, _ in ran) / max(1, sum(total for _, total in ran))
+            return tuple(use)
 
-        everything = (0.0, share(0.0))
-        high = max(importance, default=0.0)
-        nearest = _C.nearest_by_halving(share, keep, 0.0, high, passes, everything)
-        _C.check_calibrated(nearest, keep, tolerance)
-        for gate in found:
-            gate.threshold.fill_(nearest[0])
-    except BaseException:
-        for gate, threshold in zip(found, before, strict=True):
-            gate.threshold.copy_(threshold)
-        raise
-    finally:
-        for hook in hooks:
-            hook.remove()
-        model.train(was_training)
-    return nearest[0]
+        try:
+            nearest = _C.find_threshold(run, keep, passes, tolerance)
+        except BaseException:
+            for gate, threshold in zip(found, before, strict=True):
+                gate.threshold.copy_(threshold)
+            raise
+    for gate in found:
+        gate.threshold.fill_(nearest)
+    return nearest
