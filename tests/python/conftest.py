@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,14 @@ import torch
 pytest.register_assert_rewrite("support")
 
 from support.compare_fixtures import write_model, write_texts  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    """What a test compiled does not count against the next one's limit of recompilations."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture

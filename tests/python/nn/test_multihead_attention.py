@@ -9,6 +9,7 @@ import headwise as hw
 import pytest
 import torch
 from support import oracle
+from support.distributed import train_one_process
 from torch import nn
 
 EMBED_DIM, NUM_HEADS = 24, 4
@@ -357,25 +358,11 @@ def test_export():
         torch.testing.assert_close(program(x), layer(x))
 
 
-def _train_one_process(rank, world, path, queue):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{path}", rank=rank, world_size=world
-    )
-    torch.manual_seed(0)
-    layer = hw.MultiheadAttention(EMBED_DIM, NUM_HEADS, batch_first=True, gate=hw.BudgetGate())
-    parallel = nn.parallel.DistributedDataParallel(layer)
-    x = torch.full((2, 5, EMBED_DIM), 1.0 + rank)
-    (parallel(x, x, x, need_weights=False)[0].square().sum() + hw.penalty(layer)).backward()
-    queue.put((rank, layer.in_proj_weight.grad.numpy(), layer.gate.base.grad.numpy()))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
 def test_distributed_data_parallel(tmp_path):
     context = torch.multiprocessing.get_context("spawn")
     queue = context.Queue()
     arguments = [(rank, 2, str(tmp_path / "store"), queue) for rank in range(2)]
-    workers = [context.Process(target=_train_one_process, args=a) for a in arguments]
+    workers = [context.Process(target=train_one_process, args=a) for a in arguments]
     for worker in workers:
         worker.start()
     results = [queue.get(timeout=120) for _ in workers]

@@ -402,7 +402,6 @@ def decode_arguments(dtype=torch.float64, batch=2, length=5):
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_fullgraph(dynamic):
-    torch._dynamo.reset()
     compiled = torch.compile(decode, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     arguments = decode_arguments()
     leaves = leaves_of(arguments)

@@ -69,7 +69,6 @@ def test_second_derivative_says_that_there_is_none():
 @pytest.mark.parametrize("name", ["self masked", "multihead", "core"])
 def test_compile_fullgraph(name, dynamic):
     operator, arguments, options = CASES[name]
-    torch._dynamo.reset()
     compiled = torch.compile(
         lambda *a, **o: operator(*a, **o) * 2, fullgraph=True, dynamic=dynamic, backend="aot_eager"
     )
@@ -84,7 +83,6 @@ def test_compile_fullgraph(name, dynamic):
 
 def test_compile_inductor():
     arguments = self_arguments(torch.float32)
-    torch._dynamo.reset()
     compiled = torch.compile(lambda *a: ops.selected_self_attention(*a).sin(), fullgraph=True)
     y, expected = compiled(*arguments), ops.selected_self_attention(*arguments).sin()
     torch.testing.assert_close(y, expected)
