@@ -65,6 +65,8 @@ at::Tensor additive(const at::Tensor& mask, at::ScalarType dtype) {
 OptionalTensor merge_masks(const at::Tensor& q, const at::Tensor& k,
                            const OptionalTensor& key_padding_mask, const OptionalTensor& attn_mask,
                            bool is_causal, int64_t added_keys) {
+  TORCH_CHECK_VALUE(added_keys >= 0 && added_keys <= k.sym_size(2), "added_keys must be in 0..",
+                    k.sym_size(2), ", got ", added_keys);
   OptionalTensor merged;
   const auto join = [&](const at::Tensor& mask) { merged = merged ? *merged + mask : mask; };
   if (key_padding_mask) {

@@ -6,7 +6,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cerrno>
 #include <climits>
 #include <cstdio>
@@ -14,29 +13,15 @@
 #include <utility>
 
 #include "descriptor.h"
+#include "folders.h"
+#include "json.h"
 
 namespace headwise {
 namespace {
 
-// Distinguishes the files that threads of one process write at the same time.
-std::atomic<unsigned> sequence{0};
-
-// Paths are taken apart by hand: libtorch.so exports a std::filesystem of its own, of which some
-// functions (remove_all) jump to address 0.
-std::string folder_of(const std::string& path) {
-  const auto slash = path.rfind('/');
-  if (slash == std::string::npos) return ".";
-  return slash == 0 ? "/" : path.substr(0, slash);
-}
-
 std::string place_beside(const std::string& path) {
   const auto slash = path.rfind('/');
-  const size_t name = slash == std::string::npos ? 0 : slash + 1;
-  std::string beside = path.substr(0, name);
-  beside += '.';
-  beside += path.substr(name);
-  beside += '.' + std::to_string(::getpid()) + '.' + std::to_string(sequence++) + ".part";
-  return beside;
+  return path.substr(0, slash == std::string::npos ? 0 : slash + 1) + temporary_name();
 }
 
 void check_path(const std::string& path) {
@@ -98,9 +83,7 @@ void AtomicFile::commit() {
   if (::fsync(descriptor_) != 0 && errno != EINVAL) throw FileError(errno, "write", path_);
   if (std::rename(beside_.c_str(), path_.c_str()) != 0) throw FileError(errno, "write", path_);
   ::close(std::exchange(descriptor_, -1));
-  // The rename itself is durable once its folder is; a folder that cannot be opened is no failure.
-  const Descriptor parent(::open(folder_of(path_).c_str(), O_RDONLY | O_CLOEXEC));
-  if (parent.valid()) ::fsync(parent.get());
+  sync_folder(folder_of(path_));
 }
 
 void write_atomic(const std::string& path, std::string_view content) {
@@ -112,11 +95,17 @@ void write_atomic(const std::string& path, std::string_view content) {
 std::string read_file(const std::string& path, size_t limit) {
   check_path(path);
   const InputFile file(path);
-  TORCH_CHECK_VALUE(file.size() <= limit, "'", path, "' must be at most ", limit, " bytes, got ",
-                    file.size());
+  TORCH_CHECK_VALUE(file.size() <= limit, shown_path(path), " must be at most ", limit,
+                    " bytes, got ", file.size());
   std::string content(file.size(), '\0');
   file.read(0, content.data(), content.size());
   return content;
+}
+
+std::string read_json(const std::string& path, size_t limit) {
+  std::string text = read_file(path, limit);
+  parse_json(text, shown_path(path));
+  return text;
 }
 
 }  // namespace headwise

@@ -6,10 +6,13 @@
 #include <dirent.h>
 #include <ftw.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
+#include <atomic>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
+#include <random>
 #include <string>
 
 #include "headwise/files.h"
@@ -55,9 +58,22 @@ inline void remove_folder(const std::string& path) noexcept {
   ::nftw(path.c_str(), remove_one, 16, FTW_DEPTH | FTW_PHYS);
 }
 
-/// @throws FileError
-inline void rename_path(const std::string& from, const std::string& to) {
-  if (std::rename(from.c_str(), to.c_str()) != 0) throw FileError(errno, "write", to);
+/// A short name that no other thread or process takes for a file or folder under construction.
+inline std::string temporary_name() {
+  static std::atomic<unsigned> sequence{0};
+  char name[64];
+  std::snprintf(name, sizeof name, ".headwise-%d-%u-%08x.part", static_cast<int>(::getpid()),
+                sequence++, std::random_device()());
+  return name;
 }
+
+/// The folder that `path` is in. By hand: see the head of this file.
+std::string folder_of(const std::string& path);
+
+/// A rename is durable once its folder is; a folder that cannot be opened is no failure.
+void sync_folder(const std::string& path) noexcept;
+
+/// The place that `path` names through symbolic links, whether there is something or not.
+std::string through_links(std::string path);
 
 }  // namespace headwise

@@ -3,39 +3,62 @@
 
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <string_view>
+#include <type_traits>
 #include <unordered_set>
 #include <vector>
 
+#include "shown.h"
+
 namespace headwise {
 
-using Json = nlohmann::ordered_json;
+using Json = nlohmann::ordered_json;  // objects keep the order of their keys, and search in it
+
+/// An object of more keys is refused where they are kept in order: looking for one is a search.
+constexpr size_t kMostKeys = 10'000;
+constexpr int kDeepest = 32;
+
+/// A value of a document as it may stand in a message.
+template <typename AnyJson>
+std::string shown_json(const AnyJson& value) {
+  if (value.is_string()) return shown(value.template get_ref<const std::string&>());
+  if (value.is_structured()) return value.is_array() ? "an array" : "an object";
+  return value.dump();
+}
 
 /// Parses `text`. `what` names it in messages. Nesting deeper than `max_depth` (a cheap way to make
-/// a parser eat memory) and keys that occur twice (readers differ in which one they believe) are
-/// refused.
+/// a parser eat memory), keys that occur twice (readers differ in which one they believe) and bytes
+/// of value 0 (at which some readers stop) are refused.
 /// @throws c10::ValueError
-inline Json parse_json(std::string_view text, const std::string& what, int max_depth = 32) {
+template <typename AnyJson = Json>
+AnyJson parse_json(std::string_view text, const std::string& what, int max_depth = kDeepest) {
+  TORCH_CHECK_VALUE(text.find('\0') == std::string_view::npos, what,
+                    " is not valid JSON: it must not hold a byte of value 0, got one at byte ",
+                    text.find('\0'));
   std::vector<std::unordered_set<std::string>> keys;  // of the objects that are open
-  const auto check = [&](int depth, Json::parse_event_t event, Json& parsed) {
+  const auto check = [&](int depth, typename AnyJson::parse_event_t event, AnyJson& parsed) {
+    using Event = typename AnyJson::parse_event_t;
     switch (event) {
-      case Json::parse_event_t::object_start:
+      case Event::object_start:
         keys.emplace_back();
         [[fallthrough]];
-      case Json::parse_event_t::array_start:
+      case Event::array_start:
         TORCH_CHECK_VALUE(depth < max_depth, what, " must not be nested deeper than ", max_depth);
         break;
-      case Json::parse_event_t::object_end:
+      case Event::object_end:
         keys.pop_back();
         break;
-      case Json::parse_event_t::key: {
-        const auto& key = parsed.get_ref<const std::string&>();
-        TORCH_CHECK_VALUE(keys.back().insert(key).second, what, " has the key ", Json(key).dump(),
+      case Event::key: {
+        const auto& key = parsed.template get_ref<const std::string&>();
+        TORCH_CHECK_VALUE(keys.back().insert(key).second, what, " has the key ", shown(key),
                           " twice");
+        TORCH_CHECK_VALUE((!std::is_same_v<AnyJson, Json> || keys.back().size() <= kMostKeys), what,
+                          " must not have more than ", kMostKeys, " keys in one object");
         break;
       }
       default:
@@ -44,7 +67,7 @@ inline Json parse_json(std::string_view text, const std::string& what, int max_d
     return true;
   };
   try {
-    return Json::parse(text, check);
+    return AnyJson::parse(text, check);
   } catch (const nlohmann::json::exception& error) {
     // Only the position and the reason: the library's own number means nothing to people, and what
     // it read last may be bytes that no terminal should see.
@@ -56,12 +79,13 @@ inline Json parse_json(std::string_view text, const std::string& what, int max_d
 }
 
 /// Every key of `keys` and no other. @throws c10::ValueError naming the first that is not so.
-inline void check_keys(const Json& object, std::initializer_list<const char*> keys,
-                       const std::string& what) {
+template <typename AnyJson>
+void check_keys(const AnyJson& object, std::initializer_list<const char*> keys,
+                const std::string& what) {
   TORCH_CHECK_VALUE(object.is_object(), what, " must be a JSON object, got ", object.type_name());
   const std::unordered_set<std::string> expected(keys.begin(), keys.end());
   for (const auto& [key, value] : object.items()) {
-    TORCH_CHECK_VALUE(expected.count(key), what, " has an unknown key ", Json(key).dump());
+    TORCH_CHECK_VALUE(expected.count(key), what, " has an unknown key ", shown(key));
   }
   for (const char* key : keys) {
     TORCH_CHECK_VALUE(object.contains(key), what, " lacks the key \"", key, "\"");
@@ -74,15 +98,17 @@ inline void check_format(const Json& object, const char* format, int version,
   TORCH_CHECK_VALUE(object.is_object(), what, " must be a JSON object, got ", object.type_name());
   TORCH_CHECK_VALUE(object.contains("format") && object["format"] == format, what,
                     " must have \"format\": \"", format, "\"");
-  TORCH_CHECK_VALUE(object.contains("version") && object["version"] == version, what,
-                    " must have \"version\": ", version);
+  TORCH_CHECK_VALUE(object.contains("version") && object["version"].is_number_integer() &&
+                        object["version"] == version,
+                    what, " must have \"version\": ", version);
 }
 
-inline std::string get_string(const Json& object, const char* key, const std::string& what) {
-  const Json& value = object.at(key);
+template <typename AnyJson>
+std::string get_string(const AnyJson& object, const char* key, const std::string& what) {
+  const auto& value = object.at(key);
   TORCH_CHECK_VALUE(value.is_string(), "\"", key, "\" of ", what, " must be a string, got ",
                     value.type_name());
-  return value.get<std::string>();
+  return value.template get<std::string>();
 }
 
 inline const Json& get_array(const Json& object, const char* key, const std::string& what) {
@@ -93,7 +119,7 @@ inline const Json& get_array(const Json& object, const char* key, const std::str
 }
 
 inline int64_t as_integer(const Json& value, const std::string& what) {
-  TORCH_CHECK_VALUE(value.is_number_integer(), what, " must be integers, got ", value.dump());
+  TORCH_CHECK_VALUE(value.is_number_integer(), what, " must be integers, got ", shown_json(value));
   // What fits no signed 64-bit number is refused by whoever checks the range.
   if (value.is_number_unsigned() && value.get<uint64_t>() > uint64_t{INT64_MAX}) return INT64_MAX;
   return value.get<int64_t>();
@@ -104,7 +130,7 @@ inline std::vector<double> get_numbers(const Json& object, const char* key,
   std::vector<double> numbers;
   for (const Json& value : get_array(object, key, what)) {
     TORCH_CHECK_VALUE(value.is_number(), "\"", key, "\" of ", what, " must hold numbers, got ",
-                      value.dump());
+                      shown_json(value));
     numbers.push_back(value.get<double>());
   }
   return numbers;

@@ -25,13 +25,15 @@ constexpr const char* kDescription = "headwise.json";
 constexpr const char* kWeights = "model.safetensors";
 constexpr size_t kLongestDescription = size_t{64} << 20;
 
+std::string quoted(const std::string& name) { return shown(name, 100, '\''); }
+
 template <class T>
 T get(const Json& object, const char* key, const std::string& what) {
   const Json& value = object.at(key);
   const bool fits = std::is_same_v<T, bool>      ? value.is_boolean()
                     : std::is_same_v<T, int64_t> ? value.is_number_integer()
                                                  : value.is_number();
-  TORCH_CHECK_VALUE(fits, "'", key, "' of ", what, " has the wrong type: ", value.dump());
+  TORCH_CHECK_VALUE(fits, "'", key, "' of ", what, " has the wrong type: ", shown_json(value));
   return value.get<T>();
 }
 
@@ -93,14 +95,22 @@ std::string join(const std::string& prefix, const std::string& name) {
   return prefix.empty() ? name : prefix + "." + name;
 }
 
+/// Every parameter and buffer of `layer` must be among `tensors`, in its shape.
+void check_fits(const MultiheadAttention& layer, const std::string& name,
+                const NamedTensors& tensors) {
+  for (const auto& [key, value] : state(layer)) {
+    const auto found = tensors.find(join(name, key));
+    TORCH_CHECK_VALUE(found != tensors.end(), kWeights, " lacks ", quoted(join(name, key)));
+    TORCH_CHECK_VALUE(found->second.sizes() == value.sizes(), quoted(found->first), " has shape ",
+                      found->second.sizes(), " in ", kWeights, " and ", value.sizes(), " in ",
+                      kDescription);
+  }
+}
+
 /// Gives the parameters and buffers of `layer` the tensors of their names, and `tensors` them.
 void adopt(const MultiheadAttention& layer, const std::string& name, NamedTensors& tensors) {
   for (auto& [key, value] : state(layer)) {
     const auto found = tensors.find(join(name, key));
-    TORCH_CHECK_VALUE(found != tensors.end(), kWeights, " lacks '", join(name, key), "'");
-    TORCH_CHECK_VALUE(found->second.sizes() == value.sizes(), "'", found->first, "' has shape ",
-                      found->second.sizes(), " in ", kWeights, " and ", value.sizes(), " in ",
-                      kDescription);
     value.set_data(found->second);
     found->second = value;
   }
@@ -160,13 +170,13 @@ void restore_moves(const Model& model, const Json& moves, const std::string& wha
                       "progress and score of ", what, " must be numbers");
     const std::string event = get_string(entry, "event", what);
     TORCH_CHECK_VALUE(event == "sleeps" || event == "wakes", "event of ", what,
-                      " must be \"sleeps\" or \"wakes\", got \"", event, "\"");
+                      " must be \"sleeps\" or \"wakes\", got ", quoted(event));
     const std::string layer = get_string(entry, "layer", what);
     const int64_t head = as_integer(entry["head"], "head of " + what);
     const auto found = own.find(layer);
     TORCH_CHECK_VALUE(found != own.end() && head >= 0 && head < found->second.first->num_heads(),
-                      what, " names head ", head, " of layer '", layer,
-                      "', which no SleepGate of the model has");
+                      what, " names head ", head, " of layer ", quoted(layer),
+                      ", which no SleepGate of the model has");
     found->second.second.push_back({as_integer(entry["step"], "step of " + what),
                                     entry["progress"].get<double>(), 0, head, event == "wakes",
                                     entry["score"].get<double>()});
@@ -217,7 +227,7 @@ const at::Tensor& Model::tensor(const std::string& name) const {
 
 Model load(const std::string& dir, const at::Device& device) {
   const std::string path = (fs::path(dir) / kDescription).string();
-  const std::string what = "'" + path + "'";
+  const std::string what = shown_path(path);
   Json document = parse_json(read_file(path, kLongestDescription), what);
   check_format(document, kFormat, kVersion, what);
   Json structure;
@@ -244,6 +254,7 @@ Model load(const std::string& dir, const at::Device& device) {
   if (!structure.is_null()) model.structure = structure.dump();
   model.tensors = load_safetensors((fs::path(dir) / kWeights).string()).tensors;
   for (auto& [name, tensor] : model.tensors) tensor = tensor.to(device);
+  std::set<std::string> names;
   for (size_t i = 0; i < document["layers"].size(); ++i) {
     const Json& entry = document["layers"][i];
     const std::string where = "layer " + std::to_string(i) + " of " + what;
@@ -252,11 +263,17 @@ Model load(const std::string& dir, const at::Device& device) {
                 "add_bias_kv", "add_zero_attn", "batch_first", "gate"},
                where);
     const std::string name = get_string(entry, "name", where);
+    TORCH_CHECK_VALUE(names.insert(name).second, "layers of ", what,
+                      " must have names of their own, got ", quoted(name), " twice");
     auto options = layer_options(entry, where).device(device);
     const auto weight = model.tensors.find(join(name, "out_proj.weight"));
-    TORCH_CHECK_VALUE(weight != model.tensors.end(), kWeights, " lacks '",
-                      join(name, "out_proj.weight"), "'");
-    MultiheadAttention layer(options.dtype(weight->second.scalar_type()));
+    TORCH_CHECK_VALUE(weight != model.tensors.end(), kWeights, " lacks ",
+                      quoted(join(name, "out_proj.weight")));
+    options.dtype(weight->second.scalar_type());
+    // Without memory first: the sizes in a description are compared before they cost anything.
+    auto sizes_only = options;
+    check_fits(MultiheadAttention(sizes_only.device(at::kMeta)), name, model.tensors);
+    MultiheadAttention layer(options);
     adopt(layer, name, model.tensors);
     layer->eval();
     model.layers.emplace_back(name, layer);
@@ -270,8 +287,8 @@ Model load(const std::string& dir, const at::Device& device) {
   for (const auto& [alias, target] : document["aliases"].items()) {
     const auto found =
         target.is_string() ? model.tensors.find(target.get<std::string>()) : model.tensors.end();
-    TORCH_CHECK_VALUE(found != model.tensors.end(), "aliases of ", what, " name ", target.dump(),
-                      ", which is missing");
+    TORCH_CHECK_VALUE(found != model.tensors.end(), "aliases of ", what, " name ",
+                      shown_json(target), ", which is missing");
     model.tensors[alias] = found->second;
   }
   return model;
@@ -282,8 +299,8 @@ void save(const Model& model, const std::string& dir) {
   NamedTensors tensors = model.tensors;
   std::set<std::string> names;
   for (const auto& [name, layer] : model.layers) {
-    TORCH_CHECK_VALUE(names.insert(name).second, "layers must have names of their own, got '", name,
-                      "' twice");
+    TORCH_CHECK_VALUE(names.insert(name).second, "layers must have names of their own, got ",
+                      quoted(name), " twice");
     layers.push_back(describe(name, *layer));
     for (const auto& [key, value] : state(layer)) tensors[join(name, key)] = value;
   }
@@ -304,26 +321,15 @@ void save(const Model& model, const std::string& dir) {
 
   fs::path absolute = fs::absolute(dir).lexically_normal();
   if (!absolute.has_filename()) absolute = absolute.parent_path();  // "folder/"
-  const std::string target = absolute.string();
+  const std::string target = through_links(absolute.string());
   TORCH_CHECK_VALUE(!exists(target) || may_replace(target),
-                    "dir must not exist, be empty, or be a folder that headwise.save wrote, got '",
-                    target, "'");
-  const std::string stem =
-      (absolute.parent_path() / std::string(1, '.').append(absolute.filename().string())).string() +
-      "." + std::to_string(::getpid());
-  const Removal beside{stem + ".part"}, replaced{stem + ".old"};
-  remove_folder(beside.path);
-  create_folders(beside.path);
+                    "dir must not exist, be empty, or be a folder that headwise.save wrote, got ",
+                    shown_path(target));
+  create_folders(fs::path(target).parent_path().string());
+  const Removal beside{folder_beside(target)};
   save_safetensors(beside.path + "/" + kWeights, kept);
   write_atomic(beside.path + "/" + kDescription, document.dump(1) + "\n");
-  const bool replaces = exists(target);
-  if (replaces) rename_path(target, replaced.path);
-  try {
-    rename_path(beside.path, target);
-  } catch (const FileError&) {
-    if (replaces) rename_path(replaced.path, target);
-    throw;
-  }
+  replace_folder(beside.path, target);
 }
 
 }  // namespace headwise

@@ -284,7 +284,7 @@ std::tuple<at::Tensor, at::Tensor> MultiheadAttentionImpl::forward(
             : selected_multihead_attention(query, key, value, weights, num_heads, selection->index,
                                            selection->count, selection->weight, arguments);
   }
-  last_selection = std::move(selection);
+  if (selection && on_selection) on_selection(*selection);
   if (!batched) {
     output = output.squeeze(0);
     probabilities = probabilities.defined() ? probabilities.squeeze(0) : probabilities;

@@ -20,7 +20,7 @@ constexpr int kVersion = 1;
 constexpr size_t kMaxFile = size_t{1} << 28;
 
 void check_layer(const LayerPlan& layer) {
-  const std::string what = "plan of layer " + Json(layer.name).dump();
+  const std::string what = "plan of layer " + shown(layer.name);
   TORCH_CHECK_VALUE(layer.num_heads >= 0, "num_heads in ", what, " must not be negative, got ",
                     layer.num_heads);
   for (size_t i = 0; i < layer.heads.size(); ++i) {
@@ -59,7 +59,7 @@ std::vector<Ranked> ranked(const HeadScores& scores) {
     const auto& values = scores.values[layer];
     for (size_t head = 0; head < values.size(); ++head) {
       TORCH_CHECK_VALUE(std::isfinite(values[head]), "scores must be finite, got ", values[head],
-                        " for head ", head, " of layer ", Json(scores.layers[layer]).dump());
+                        " for head ", head, " of layer ", shown(scores.layers[layer]));
       heads.push_back({sign * values[head], layer, static_cast<int64_t>(head)});
     }
   }
@@ -105,7 +105,7 @@ HeadPlan::HeadPlan(std::vector<LayerPlan> layers, std::string metric, std::strin
   std::unordered_set<std::string> names;
   for (const LayerPlan& layer : layers_) {
     TORCH_CHECK_VALUE(names.insert(layer.name).second, "layers of a plan must have different ",
-                      "names, got ", Json(layer.name).dump(), " twice");
+                      "names, got ", shown(layer.name), " twice");
     check_layer(layer);
   }
   const Json document = parse_json(metadata_, "metadata of a plan");
@@ -186,7 +186,7 @@ HeadPlan plan(const HeadScores& scores, double keep, int64_t min_heads_per_layer
     reserved[i] = std::min(min_heads_per_layer, heads);
     room[i] = global ? heads : kept_of(keep, heads);
     TORCH_CHECK_VALUE(reserved[i] <= room[i], "min_heads_per_layer=", min_heads_per_layer,
-                      " is more than keep=", keep, " leaves of layer ", Json(result[i].name).dump(),
+                      " is more than keep=", keep, " leaves of layer ", shown(result[i].name),
                       ", which is ", room[i]);
     total += heads;
     least += reserved[i];
@@ -233,8 +233,7 @@ NamedTensors prune_projections(const NamedTensors& parameters, const LayerPlan& 
     } else if (name == "out_proj.bias") {
       pruned[name] = parameter.clone();
     } else {
-      TORCH_CHECK_VALUE(false, "parameters must be those of an attention layer, got ",
-                        Json(name).dump());
+      TORCH_CHECK_VALUE(false, "parameters must be those of an attention layer, got ", shown(name));
     }
   }
   return pruned;

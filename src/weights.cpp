@@ -24,11 +24,12 @@ namespace {
 constexpr uint64_t kMaxHeader = 100'000'000;  // the limit of the reference implementation
 constexpr size_t kMaxDims = 64;               // what torch's operators handle
 
-constexpr std::array<std::pair<const char*, at::ScalarType>, 19> kTypes{{
+constexpr std::array<std::pair<const char*, at::ScalarType>, 20> kTypes{{
     {"F64", at::kDouble},
     {"F32", at::kFloat},
     {"F16", at::kHalf},
     {"BF16", at::kBFloat16},
+    {"F4", at::kFloat4_e2m1fn_x2},
     {"F8_E4M3", at::kFloat8_e4m3fn},
     {"F8_E5M2", at::kFloat8_e5m2},
     {"F8_E4M3FNUZ", at::kFloat8_e4m3fnuz},
@@ -68,24 +69,22 @@ struct Header {
   uint64_t data_begin = 0;
 };
 
-/// `name` as a JSON string: quotes and control characters of a hostile name cannot garble a
-/// message.
-std::string quoted(const std::string& name) {
-  return Json(name).dump(-1, ' ', true, Json::error_handler_t::replace);
-}
+// A header may have any number of tensors: its objects look keys up in a tree.
+using HeaderJson = nlohmann::json;
 
-uint64_t as_size(const Json& value, const std::string& what) {
-  TORCH_CHECK_VALUE(value.is_number_integer(), what, " must be integers, got ", value.dump());
-  TORCH_CHECK_VALUE(value.is_number_unsigned(), what, " must not be negative, got ", value.dump());
+uint64_t as_size(const HeaderJson& value, const std::string& what) {
+  TORCH_CHECK_VALUE(value.is_number_integer(), what, " must be integers, got ", shown_json(value));
+  TORCH_CHECK_VALUE(value.is_number_unsigned(), what, " must not be negative, got ",
+                    shown_json(value));
   const auto size = value.get<uint64_t>();
   TORCH_CHECK_VALUE(size <= static_cast<uint64_t>(std::numeric_limits<int64_t>::max()), what,
-                    " must fit 63 bits, got ", value.dump());
+                    " must fit 63 bits, got ", shown_json(value));
   return size;
 }
 
-Entry parse_entry(const std::string& name, const Json& value, uint64_t data_size,
+Entry parse_entry(const std::string& name, const HeaderJson& value, uint64_t data_size,
                   const std::string& file) {
-  const std::string what = "tensor " + quoted(name) + " of " + file;
+  const std::string what = "tensor " + shown(name) + " of " + file;
   TORCH_CHECK_VALUE(name.find('\0') == std::string::npos, what,
                     " must not have a NUL character in its name");
   check_keys(value, {"dtype", "shape", "data_offsets"}, what);
@@ -95,10 +94,10 @@ Entry parse_entry(const std::string& name, const Json& value, uint64_t data_size
   for (const auto& [known, type] : kTypes) {
     if (dtype == known) entry.type = type;
   }
-  TORCH_CHECK_VALUE(entry.type != at::ScalarType::Undefined, what, " has the dtype ", quoted(dtype),
+  TORCH_CHECK_VALUE(entry.type != at::ScalarType::Undefined, what, " has the dtype ", shown(dtype),
                     ", which torch does not have");
 
-  const Json& shape = value["shape"];
+  const HeaderJson& shape = value["shape"];
   TORCH_CHECK_VALUE(shape.is_array(), "shape of ", what, " must be an array, got ",
                     shape.type_name());
   TORCH_CHECK_VALUE(shape.size() <= kMaxDims, "shape of ", what, " must have at most ", kMaxDims,
@@ -106,20 +105,28 @@ Entry parse_entry(const std::string& name, const Json& value, uint64_t data_size
   uint64_t elements = 1;  // with empty dimensions counted as 1, as strides are
   bool empty = false;
   bool overflow = false;
-  for (const Json& dimension : shape) {
+  for (const HeaderJson& dimension : shape) {
     const uint64_t size = as_size(dimension, "shape of " + what + ": dimensions");
     empty |= size == 0;
     overflow |= __builtin_mul_overflow(elements, std::max<uint64_t>(size, 1), &elements);
     entry.shape.push_back(static_cast<int64_t>(size));
   }
   uint64_t bytes = 0;
+  // Two numbers of 4 bits share a byte, which is one element of torch's dtype.
+  if (entry.type == at::kFloat4_e2m1fn_x2) {
+    TORCH_CHECK_VALUE(!entry.shape.empty() && entry.shape.back() % 2 == 0, "shape of ", what,
+                      " must end with an even size, being of dtype F4, got ",
+                      at::IntArrayRef(entry.shape));
+    entry.shape.back() /= 2;
+    elements = std::max<uint64_t>(elements / 2, 1);
+  }
   overflow |= __builtin_mul_overflow(elements, c10::elementSize(entry.type), &bytes);
   overflow |= bytes > static_cast<uint64_t>(std::numeric_limits<int64_t>::max());
   TORCH_CHECK_VALUE(!overflow, "shape of ", what, " must have fewer than 2^63 bytes, got ",
-                    shape.dump());
+                    at::IntArrayRef(entry.shape));
   if (empty) bytes = 0;
 
-  const Json& offsets = value["data_offsets"];
+  const HeaderJson& offsets = value["data_offsets"];
   TORCH_CHECK_VALUE(offsets.is_array() && offsets.size() == 2, "data_offsets of ", what,
                     " must be two integers, got ",
                     offsets.is_array() ? std::to_string(offsets.size()) + " elements"
@@ -135,13 +142,14 @@ Entry parse_entry(const std::string& name, const Json& value, uint64_t data_size
   return entry;
 }
 
-Metadata parse_metadata(const Json& value, const std::string& file) {
+Metadata parse_metadata(const HeaderJson& value, const std::string& file) {
+  if (value.is_null()) return {};
   TORCH_CHECK_VALUE(value.is_object(), "__metadata__ of ", file, " must be a JSON object, got ",
                     value.type_name());
   Metadata metadata;
   for (const auto& [key, text] : value.items()) {
     TORCH_CHECK_VALUE(text.is_string(), "__metadata__ of ", file, " must hold strings, got ",
-                      text.type_name(), " at ", quoted(key));
+                      text.type_name(), " at ", shown(key));
     metadata[key] = text.get<std::string>();
   }
   return metadata;
@@ -152,10 +160,10 @@ Metadata parse_metadata(const Json& value, const std::string& file) {
 void check_layout(const std::vector<Entry>& entries, uint64_t data_size, const std::string& file) {
   uint64_t position = 0;
   for (const Entry& entry : entries) {
-    TORCH_CHECK_VALUE(entry.begin >= position, "tensor ", quoted(entry.name), " of ", file,
+    TORCH_CHECK_VALUE(entry.begin >= position, "tensor ", shown(entry.name), " of ", file,
                       " must not overlap the one before it: it begins at ", entry.begin,
                       ", that ends at ", position);
-    TORCH_CHECK_VALUE(entry.begin == position, "tensor ", quoted(entry.name), " of ", file,
+    TORCH_CHECK_VALUE(entry.begin == position, "tensor ", shown(entry.name), " of ", file,
                       " must begin where the one before it ends (", position, "), got ",
                       entry.begin);
     position = entry.end;
@@ -176,10 +184,9 @@ Header read_header(const InputFile& input, const std::string& file) {
                     " bytes ends past the end of the file (", input.size(), " bytes)");
   std::string text(length, '\0');
   input.read(8, text.data(), text.size());
-  TORCH_CHECK_VALUE(!text.empty() && text[0] == '{', "the header of ", file,
-                    " must begin with '{'");
-
-  const Json document = parse_json(text, "the header of " + file, /*max_depth=*/3);
+  const auto document = parse_json<HeaderJson>(text, "the header of " + file, /*max_depth=*/3);
+  TORCH_CHECK_VALUE(document.is_object(), "the header of ", file, " must be a JSON object, got ",
+                    document.type_name());
   Header header;
   header.data_begin = 8 + length;
   const uint64_t data_size = input.size() - header.data_begin;
@@ -199,13 +206,18 @@ Header read_header(const InputFile& input, const std::string& file) {
 
 /// `tensor` as the bytes of a file: on the CPU, contiguous.
 at::Tensor as_bytes(const std::string& name, const at::Tensor& tensor) {
-  TORCH_CHECK_VALUE(tensor.defined(), "tensor ", quoted(name), " must be defined");
-  TORCH_CHECK_VALUE(!tensor.is_meta(), "tensor ", quoted(name),
+  TORCH_CHECK_VALUE(tensor.defined(), "tensor ", shown(name), " must be defined");
+  TORCH_CHECK_VALUE(!tensor.is_meta(), "tensor ", shown(name),
                     " must have data, got a meta tensor");
-  TORCH_CHECK_TYPE(tensor.layout() == at::kStrided && !tensor.is_nested(), "tensor ", quoted(name),
+  TORCH_CHECK_TYPE(!tensor.unsafeGetTensorImpl()->is_python_dispatch(), "tensor ", shown(name),
+                   " must hold its own data, got one that stands for others (a subclass of Tensor, "
+                   "such as DTensor)");
+  TORCH_CHECK_TYPE(tensor.layout() == at::kStrided && !tensor.is_nested(), "tensor ", shown(name),
                    " must be dense, got layout ", tensor.layout());
-  TORCH_CHECK_TYPE(type_name(tensor.scalar_type()) != nullptr, "tensor ", quoted(name),
+  TORCH_CHECK_TYPE(type_name(tensor.scalar_type()) != nullptr, "tensor ", shown(name),
                    " must have a dtype that safetensors has, got ", tensor.scalar_type());
+  TORCH_CHECK_VALUE(tensor.scalar_type() != at::kFloat4_e2m1fn_x2 || tensor.dim() > 0, "tensor ",
+                    shown(name), " must have a dimension, being of dtype F4");
   return tensor.detach().resolve_conj().resolve_neg().to(at::kCPU).contiguous();
 }
 
@@ -217,7 +229,7 @@ void save_safetensors(const std::string& path, const NamedTensors& tensors,
   for (const auto& [name, tensor] : tensors) {
     TORCH_CHECK_VALUE(name != "__metadata__",
                       "a tensor must not be named \"__metadata__\", which the format reserves");
-    TORCH_CHECK_VALUE(name.find('\0') == std::string::npos, "tensor ", quoted(name),
+    TORCH_CHECK_VALUE(name.find('\0') == std::string::npos, "tensor ", shown(name),
                       " must not have a NUL character in its name");
     ordered.emplace_back(name, as_bytes(name, tensor));
   }
@@ -226,19 +238,22 @@ void save_safetensors(const std::string& path, const NamedTensors& tensors,
     return a.second.element_size() > b.second.element_size();
   });
 
-  Json header = Json::object();
-  if (!metadata.empty()) header["__metadata__"] = metadata;
+  // Added without a look for the name, which would search all those before it.
+  Json::object_t header;
+  if (!metadata.empty()) header.emplace_back("__metadata__", metadata);
   uint64_t position = 0;
   for (const auto& [name, tensor] : ordered) {
     const uint64_t end = position + tensor.nbytes();
-    header[name] = {{"dtype", type_name(tensor.scalar_type())},
-                    {"shape", tensor.sizes().vec()},
-                    {"data_offsets", {position, end}}};
+    auto shape = tensor.sizes().vec();
+    if (tensor.scalar_type() == at::kFloat4_e2m1fn_x2) shape.back() *= 2;
+    header.emplace_back(name, Json{{"dtype", type_name(tensor.scalar_type())},
+                                   {"shape", std::move(shape)},
+                                   {"data_offsets", {position, end}}});
     position = end;
   }
   std::string text;
   try {
-    text = header.dump();
+    text = Json(std::move(header)).dump();
   } catch (const Json::exception&) {
     TORCH_CHECK_VALUE(false, "names of tensors and metadata must be UTF-8");
   }
@@ -255,7 +270,7 @@ void save_safetensors(const std::string& path, const NamedTensors& tensors,
 }
 
 SafetensorsFile load_safetensors(const std::string& path) {
-  const std::string file = "'" + path + "'";
+  const std::string file = shown_path(path);
   const InputFile input(path);
   Header header = read_header(input, file);
   SafetensorsFile result;
@@ -268,7 +283,7 @@ SafetensorsFile load_safetensors(const std::string& path) {
       // A bool that is neither 0 nor 1 is undefined behaviour in every kernel that reads it.
       const auto* flags = static_cast<const uint8_t*>(tensor.const_data_ptr());
       TORCH_CHECK_VALUE(std::all_of(flags, flags + bytes, [](uint8_t flag) { return flag <= 1; }),
-                        "tensor ", quoted(entry.name), " of ", file,
+                        "tensor ", shown(entry.name), " of ", file,
                         " must have only 0 and 1, being of dtype BOOL");
     }
     result.tensors.emplace(entry.name, std::move(tensor));
@@ -277,7 +292,7 @@ SafetensorsFile load_safetensors(const std::string& path) {
 }
 
 Metadata read_safetensors_metadata(const std::string& path) {
-  return read_header(InputFile(path), "'" + path + "'").metadata;
+  return read_header(InputFile(path), shown_path(path)).metadata;
 }
 
 }  // namespace headwise

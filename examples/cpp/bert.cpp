@@ -9,6 +9,7 @@
 #include <torch/torch.h>
 
 #include <iostream>
+#include <map>
 #include <string>
 
 namespace {
@@ -29,7 +30,10 @@ class Bert {
     const at::Tensor padding = mask == 0;  // [B, L]
     for (size_t i = 0; i < model_.layers.size(); ++i) {
       const std::string layer = "bert.encoder.layer." + std::to_string(i) + ".";
-      auto attention = model_.layers[i].second;
+      auto [name, attention] = model_.layers[i];
+      attention->on_selection = [&chosen = chosen_[name]](const headwise::Selection& selection) {
+        chosen = selection;
+      };
       const auto [y, weights] = attention->forward(x, x, x, padding, /*need_weights=*/false);
       x = norm(y + x, layer + "attention.output.LayerNorm");
       const at::Tensor hidden = at::gelu(linear(x, layer + "intermediate.dense"));
@@ -43,12 +47,13 @@ class Bert {
   void print_selections() const {
     for (const auto& [name, layer] : model_.layers) {
       std::cout << name << ":";
-      if (!layer->last_selection) std::cout << " no gate, all " << layer->options.num_heads();
-      for (int64_t b = 0; layer->last_selection && b < layer->last_selection->count.size(0); ++b) {
-        const int64_t count = layer->last_selection->count[b].item<int64_t>();
+      if (!layer->gate) std::cout << " no gate, all " << layer->options.num_heads();
+      const auto& selection = chosen_.at(name);
+      for (int64_t b = 0; layer->gate && b < selection.count.size(0); ++b) {
+        const int64_t count = selection.count[b].item<int64_t>();
         std::cout << (b ? " |" : "");
         for (int64_t i = 0; i < count; ++i) {
-          std::cout << " " << layer->last_selection->index[b][i].item<int64_t>();
+          std::cout << " " << selection.index[b][i].item<int64_t>();
         }
       }
       std::cout << "\n";
@@ -68,6 +73,7 @@ class Bert {
   }
 
   headwise::Model model_;
+  std::map<std::string, headwise::Selection> chosen_;  // by layer, for the last batch
 };
 
 }  // namespace

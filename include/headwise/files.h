@@ -49,6 +49,23 @@ class HEADWISE_API AtomicFile {
 /// @throws as AtomicFile
 HEADWISE_API void write_atomic(const std::string& path, std::string_view content);
 
+/// A new, empty folder beside `target` (beside what it names, if it is a symbolic link), in which
+/// what is to take its place can be written.
+/// @throws FileError
+HEADWISE_API std::string folder_beside(const std::string& target);
+
+/// Makes `target` the folder `beside`, in one step where the file system can exchange two folders
+/// (on Linux all the usual ones): whoever looks sees the old folder or the new one. What the old
+/// one has and the new one lacks is kept. A symbolic link at `target` stays one, and what it names
+/// is replaced. Of several that do this at once the files of the last one stay.
+/// @throws FileError; `target` is then what it was, and `beside` is still there
+HEADWISE_API void replace_folder(const std::string& beside, const std::string& target);
+
+/// The text of a JSON file, in UTF-8, checked: no key twice in one object, no byte of value 0, no
+/// deeper than 32.
+/// @throws as read_file; c10::ValueError if it is not such JSON
+HEADWISE_API std::string read_json(const std::string& path, size_t limit);
+
 /// The bytes of a regular file.
 /// @throws FileError if it cannot be read
 /// @throws c10::ValueError if it is larger than `limit` bytes or not a regular file

@@ -105,9 +105,12 @@ class HEADWISE_API MultiheadAttentionImpl : public torch::nn::Module {
   at::Tensor bias_k, bias_v;
   torch::nn::Linear out_proj{nullptr};
   std::shared_ptr<GateImpl> gate;
-  /// What the gate chose in the last forward; empty before one and without a gate.
-  std::optional<Selection> last_selection;
-  /// Called in each forward, where it is set; projecting every head for it costs time.
+  /// Told what the gate chose in each forward, by the thread that runs it. The layer keeps nothing
+  /// of a call, so threads may evaluate one layer at the same time; what is set here must then be
+  /// safe to call from all of them, and be set before they start.
+  std::function<void(const Selection&)> on_selection;
+  /// Called in each forward, where it is set, in the same way; projecting every head for it costs
+  /// time.
   std::function<void(const AttentionProbe&)> probe;
   /// Whether probe is also handed what the heads give. Every head then runs, also those that the
   /// gate did not choose, and the output is made of that.

@@ -37,6 +37,16 @@ void bind_weights(py::module_& m) {
         headwise::write_atomic(path.string(), view);
       },
       py::arg("path"), py::arg("content"));
+  m.def("folder_beside",
+        [](const Path& target) { return Path(headwise::folder_beside(target.string())); });
+  m.def("replace_folder", [](const Path& beside, const Path& target) {
+    const std::string from = beside.string(), to = target.string();
+    const py::gil_scoped_release unlocked;
+    headwise::replace_folder(from, to);
+  });
+  m.def("read_json", [](const Path& path, size_t limit) {
+    return py::bytes(headwise::read_json(path.string(), limit));
+  });
   m.def(
       "save_safetensors",
       [](const Path& path, const headwise::NamedTensors& tensors,

@@ -9,6 +9,7 @@
 #include "gates/selection_ops.h"
 #include "headwise/analysis.h"
 #include "headwise/confidence.h"
+#include "shown.h"
 
 namespace headwise {
 
@@ -22,7 +23,8 @@ at::Tensor prediction_confidence(const at::Tensor& logits, std::string_view meas
     return two.select(1, 0) - two.select(1, 1);
   }
   TORCH_CHECK_VALUE(measure == "entropy",
-                    "measure must be 'probability', 'margin' or 'entropy', got '", measure, "'");
+                    "measure must be 'probability', 'margin' or 'entropy', got ",
+                    shown(measure, 100, '\''));
   // A class of probability 0 adds nothing, though its logarithm is minus infinity.
   const at::Tensor p = logs.exp();
   const at::Tensor entropy = -(p * logs.masked_fill(p.eq(0), 0)).sum(1);

@@ -11,6 +11,7 @@
 #include "headwise/analysis.h"
 #include "headwise/confidence.h"
 #include "headwise/instrument.h"
+#include "shown.h"
 
 namespace headwise {
 namespace {
@@ -71,7 +72,8 @@ ConfidenceStages::ConfidenceStages(std::vector<double> factors, double threshold
                                            std::greater_equal<>()) == factors_.end(),
                     "factors must be positive and ascending, got ", at::ArrayRef<double>(factors_));
   TORCH_CHECK_VALUE(measure_ == "probability" || measure_ == "margin" || measure_ == "entropy",
-                    "measure must be one of probability, margin, entropy, got '", measure_, "'");
+                    "measure must be one of probability, margin, entropy, got ",
+                    shown(measure_, 100, '\''));
   set_threshold(threshold);
 }
 

@@ -6,6 +6,7 @@
 
 #include "analysis/resample.h"
 #include "headwise/statistics.h"
+#include "shown.h"
 
 namespace headwise {
 namespace {
@@ -120,7 +121,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> rank_agreement(const at::Tensor& 
   TORCH_CHECK_VALUE(scores.dim() == 2 && scores.size(1) >= 2,
                     "scores must be [S, N] of at least 2 heads, got ", scores.sizes());
   TORCH_CHECK_VALUE(method == "spearman" || method == "kendall",
-                    "method must be 'spearman' or 'kendall', got '", method, "'");
+                    "method must be 'spearman' or 'kendall', got ", shown(method, 100, '\''));
   analysis::check_resampling(resamples, confidence);
   const at::Tensor host = scores.detach().to(at::kCPU, at::kDouble).contiguous();
   TORCH_CHECK_VALUE(at::isfinite(host).all().item<bool>(),

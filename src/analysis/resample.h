@@ -26,8 +26,16 @@ class Draw {
   std::mt19937_64 generator_;
 };
 
+/// More draws than this say nothing new, and would keep a caller waiting for days.
+constexpr int64_t kMostDraws = 10'000'000;
+
+inline void check_draws(int64_t draws, const char* name) {
+  TORCH_CHECK_VALUE(draws >= 1 && draws <= kMostDraws, name, " must be in 1..", kMostDraws,
+                    ", got ", draws);
+}
+
 inline void check_resampling(int64_t resamples, double confidence) {
-  TORCH_CHECK_VALUE(resamples >= 1, "resamples must be positive, got ", resamples);
+  check_draws(resamples, "resamples");
   TORCH_CHECK_VALUE(confidence > 0.0 && confidence < 1.0, "confidence must be in (0, 1), got ",
                     confidence);
 }

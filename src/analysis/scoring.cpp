@@ -26,7 +26,8 @@ HeadScorer::HeadScorer(std::vector<std::string> metrics, ScoreOptions options)
   TORCH_CHECK_VALUE(!metrics_.empty(), "metrics must name at least one metric, got none");
   for (const std::string& metric : metrics_) {
     TORCH_CHECK_VALUE(has({metric}, {"michel", "entropy", "confidence", "hies"}),
-                      "metrics must be of michel, entropy, confidence, hies, got '", metric, "'");
+                      "metrics must be of michel, entropy, confidence, hies, got ",
+                      shown(metric, 100, '\''));
   }
   TORCH_CHECK_VALUE(options_.alpha() >= 0 && options_.alpha() <= 1, "alpha must be in [0, 1], got ",
                     options_.alpha());

@@ -78,7 +78,9 @@ std::tuple<at::Tensor, at::Tensor> peak_hits(const at::Tensor& key, const at::Te
                     "trials must be int64 [T, 4], got ", trials.sizes());
   TORCH_CHECK_VALUE(group.dim() == 2 && group.size(0) == key.size(0),
                     "group must have shape [B, S], got ", group.sizes());
-  TORCH_CHECK_VALUE(questions >= 0, "questions must not be negative, got ", questions);
+  constexpr int64_t kMostQuestions = 65'536;
+  TORCH_CHECK_VALUE(questions >= 0 && questions <= kMostQuestions, "questions must be in 0..",
+                    kMostQuestions, ", got ", questions);
   const int64_t B = key.size(0), H = key.size(1);
   const auto options = key.options().dtype(at::kInt);
   auto hits = at::zeros({B * questions, H}, options);

@@ -10,6 +10,7 @@
 
 #include "gates/budget.h"
 #include "gates/selection_ops.h"
+#include "shown.h"
 
 namespace headwise {
 namespace {
@@ -69,7 +70,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> budget_attribution(
     const at::Tensor& out_weight, const at::Tensor& out_bias, const at::Tensor& progress,
     double target, double initial_budget, double warmup, int64_t steps) {
   TORCH_CHECK_VALUE(x.dim() == 3, "x must have shape [B, L, D], got ", x.dim(), " dimensions");
-  TORCH_CHECK_VALUE(steps > 0, "steps must be positive, got ", steps);
+  constexpr int64_t kMostSteps = 1'024;  // nodes of a quadrature, found in their cube of time
+  TORCH_CHECK_VALUE(steps > 0 && steps <= kMostSteps, "steps must be in 1..", kMostSteps, ", got ",
+                    steps);
   // Float64: the completeness error is then the quadrature's alone.
   const auto wide = x.detach().to(at::kDouble);
   const auto asked = [&](const at::Tensor& features) {
@@ -121,7 +124,7 @@ at::Tensor budget_needed(const at::Tensor& rank, int64_t min_heads, std::string_
   TORCH_CHECK_VALUE(rank.dim() == 2, "rank must have shape [B, H], got ", rank.dim(),
                     " dimensions");
   TORCH_CHECK_VALUE(rounding == "round" || rounding == "ceil",
-                    "rounding must be round or ceil, got ", rounding);
+                    "rounding must be round or ceil, got ", shown(rounding));
   // The inverse of budget_count: floor(s H + 1/2) >= r from s H = r - 1/2 on; ceil(s H - 1e-4) >= r
   // beyond s H = r - 1 + 1e-4.
   const double offset = rounding == "ceil" ? 1.0 - 1e-4 : 0.5;

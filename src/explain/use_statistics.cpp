@@ -33,10 +33,6 @@ void check_chosen(const at::Tensor& chosen) {
                     "chosen must be [N, M] of at least one input, got ", chosen.sizes());
 }
 
-void check_permutations(int64_t permutations) {
-  TORCH_CHECK_VALUE(permutations >= 1, "permutations must be positive, got ", permutations);
-}
-
 /// Fisher-Yates: `order` in a random order.
 void shuffle(std::vector<int64_t>& order, analysis::Draw& draw) {
   for (auto i = static_cast<int64_t>(order.size()) - 1; i > 0; --i) {
@@ -120,7 +116,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> selection_information(const at::T
                                                                      int64_t permutations,
                                                                      int64_t seed) {
   check_chosen(chosen);
-  check_permutations(permutations);
+  analysis::check_draws(permutations, "permutations");
+  constexpr int64_t kMostClasses = 65'536;
+  TORCH_CHECK_VALUE(classes >= 0 && classes <= kMostClasses, "classes must be in 0..", kMostClasses,
+                    ", got ", classes);
   TORCH_CHECK_VALUE(label.dim() == 1 && label.size(0) == chosen.size(0), "label must be [",
                     chosen.size(0), "], got ", label.sizes());
   const auto c = on_host(chosen);
@@ -160,7 +159,7 @@ std::tuple<at::Tensor, at::Tensor> selection_association(const at::Tensor& chose
                                                          const at::Tensor& value,
                                                          int64_t permutations, int64_t seed) {
   check_chosen(chosen);
-  check_permutations(permutations);
+  analysis::check_draws(permutations, "permutations");
   TORCH_CHECK_VALUE(value.dim() == 1 && value.size(0) == chosen.size(0), "value must be [",
                     chosen.size(0), "], got ", value.sizes());
   const auto c = on_host(chosen), v = on_host(value);

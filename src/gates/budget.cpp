@@ -55,17 +55,15 @@ at::Tensor soft_top_k(const at::Tensor& scores, const at::Tensor& mass,
     return scores;
   }
   const auto tau = temperature.detach().to(scores.scalar_type());
-  const auto fixed = scores.detach();
-  const auto start = solve_threshold(fixed, mass.detach(), tau);  // [B, 1]
-  // Newton's step from the solution. Its value polishes the root; its gradient is that of the
-  // implicit function t(scores, mass), because the slope is held constant.
-  const auto slope = [&](const at::Tensor& t) {
-    const auto open = at::sigmoid((fixed - t) / tau);
-    return (open * (1 - open)).sum(1, true).clamp_min(1e-6) / tau;
-  };
-  auto t = start;
-  t = t + (at::sigmoid((fixed - t) / tau).sum(1, true) - mass.detach().unsqueeze(1)) / slope(t);
-  t = t + (at::sigmoid((scores - t) / tau).sum(1, true) - mass.unsqueeze(1)) / slope(t);
+  auto t = solve_threshold(scores.detach(), mass.detach(), tau);  // [B, 1]
+  // Two of Newton's steps from the solution polish the root. As functions of scores and mass they
+  // also follow the implicit function t(scores, mass): an error e of the start becomes one of e^4,
+  // so the first three derivatives at the solution are those of t.
+  for (int step = 0; step < 2; ++step) {
+    const auto open = at::sigmoid((scores - t) / tau);
+    const auto slope = (open * (1 - open)).sum(1, true).clamp_min(1e-6) / tau;
+    t = t + (open.sum(1, true) - mass.unsqueeze(1)) / slope;
+  }
   const auto open = at::sigmoid((scores - t) / tau);
   // A mass of H has its root at minus infinity: every head, exactly.
   const auto full = mass.detach().ge(scores.sym_size(1)).unsqueeze(1);

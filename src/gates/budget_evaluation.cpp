@@ -8,6 +8,7 @@
 #include "gates/budget.h"
 #include "ops/attention_ops.h"
 #include "ops/budget_gate.h"
+#include "shown.h"
 #ifdef HEADWISE_CUDA
 #include "ops/cuda/budget_gate.h"
 #endif
@@ -46,15 +47,30 @@ std::vector<Tensor> parameters(HEADWISE_BUDGET_GATE_PARAMETERS) {
   return all;
 }
 
-/// True if there is a kernel for these devices, dtypes and sizes. What does not fit together is
-/// left to the operators, which say so.
 bool is_fused(HEADWISE_BUDGET_GATE_PARAMETERS) {
+  return ops::takes_budget_gate(HEADWISE_BUDGET_GATE_ARGUMENTS) &&
+         !wants_gradient(parameters(HEADWISE_BUDGET_GATE_ARGUMENTS));
+}
+
+GateResult fused(HEADWISE_BUDGET_GATE_PARAMETERS) {
+  static const auto kernel = c10::Dispatcher::singleton()
+                                 .findSchemaOrThrow("headwise::_budget_gate", "")
+                                 .typed<GateResult(HEADWISE_BUDGET_GATE_PARAMETERS)>();
+  return kernel.call(HEADWISE_BUDGET_GATE_ARGUMENTS);
+}
+
+}  // namespace
+
+// What does not fit together is left to the operators, which say so.
+bool ops::takes_budget_gate(HEADWISE_BUDGET_GATE_PARAMETERS) {
   const auto type = x.scalar_type(), parameter_type = base.scalar_type();
   if (x.layout() != at::kStrided || x.dim() != 3 || base.dim() != 1 || !at::isFloatingType(type) ||
       !at::isFloatingType(parameter_type) || ops::lse_type(type) != ops::lse_type(parameter_type))
     return false;
+  const bool network = hidden_weight.has_value();
+  for (const auto* t : {&hidden_bias, &out_weight, &out_bias})
+    if (t->has_value() != network) return false;
   const auto all = parameters(HEADWISE_BUDGET_GATE_ARGUMENTS);
-  if (wants_gradient(all)) return false;
   for (const auto& t : all)
     if (t.scalar_type() != parameter_type || t.device() != x.device()) return false;
   for (const auto* t : {&mean, &variance, &progress})
@@ -86,15 +102,6 @@ bool is_fused(HEADWISE_BUDGET_GATE_PARAMETERS) {
   return false;
 }
 
-GateResult fused(HEADWISE_BUDGET_GATE_PARAMETERS) {
-  static const auto kernel = c10::Dispatcher::singleton()
-                                 .findSchemaOrThrow("headwise::_budget_gate", "")
-                                 .typed<GateResult(HEADWISE_BUDGET_GATE_PARAMETERS)>();
-  return kernel.call(HEADWISE_BUDGET_GATE_ARGUMENTS);
-}
-
-}  // namespace
-
 at::Tensor evaluate_relevance(const Tensor& x, const std::optional<Tensor>& key_padding_mask,
                               const Tensor& mean, const Tensor& variance, const Tensor& base,
                               const Tensor& weight, const Tensor& progress) {
@@ -115,7 +122,7 @@ GateResult evaluate_budget_gate(HEADWISE_BUDGET_GATE_PARAMETERS) {
                         hidden_weight.has_value() == out_bias.has_value(),
                     "hidden_weight, hidden_bias, out_weight and out_bias must be given together");
   TORCH_CHECK_VALUE(rounding == "round" || rounding == "ceil",
-                    "rounding must be round or ceil, got ", rounding);
+                    "rounding must be round or ceil, got ", shown(rounding));
   TORCH_CHECK_VALUE(min_heads >= 0, "min_heads must not be negative, got ", min_heads);
   return is_fused(HEADWISE_BUDGET_GATE_ARGUMENTS) ? fused(HEADWISE_BUDGET_GATE_ARGUMENTS)
                                                   : composed(HEADWISE_BUDGET_GATE_ARGUMENTS);

@@ -8,6 +8,7 @@
 
 #include "gates/schedule.h"
 #include "gates/selection_ops.h"
+#include "shown.h"
 
 namespace headwise {
 
@@ -93,7 +94,8 @@ at::Tensor target_penalty(at::TensorList expected_heads, at::IntArrayRef num_hea
   if (form == "squared") {
     return off.square() * strength;
   }
-  TORCH_CHECK_VALUE(form == "lagrangian", "penalty must be squared, lagrangian or l0, got ", form);
+  TORCH_CHECK_VALUE(form == "lagrangian", "penalty must be squared, lagrangian or l0, got ",
+                    shown(form));
   TORCH_CHECK_VALUE(multipliers.has_value(), "multipliers [2] must be given for lagrangian");
   return lagrangian(off, *multipliers) * strength;
 }

@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include "headwise/selection.h"
+#include "shown.h"
 
 namespace headwise {
 
@@ -30,7 +31,7 @@ at::Tensor masked_mean(const at::Tensor& x, const std::optional<at::Tensor>& key
 at::Tensor budget_count(const at::Tensor& budget, int64_t num_heads, int64_t min_heads,
                         std::string_view rounding) {
   TORCH_CHECK_VALUE(rounding == "round" || rounding == "ceil",
-                    "rounding must be round or ceil, got ", rounding);
+                    "rounding must be round or ceil, got ", shown(rounding));
   TORCH_CHECK_VALUE(min_heads >= 0, "min_heads must not be negative, got ", min_heads);
   const auto heads = (budget.detach() * num_heads).nan_to_num(0.0);  // [B]
   // Half a head rounds up: round-half-to-even would give 2 of 4 and 2 of 5 for the same budget.

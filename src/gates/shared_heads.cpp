@@ -6,10 +6,14 @@
 #include <torch/library.h>
 
 #include "headwise/selection.h"
+#include "ops/select_heads.h"
 
 namespace headwise {
 
 at::Tensor routed_first(const at::Tensor& shared, int64_t num_heads) {
+  ops::check_heads(num_heads, "num_heads");
+  TORCH_CHECK_TYPE(shared.scalar_type() == at::kLong || shared.scalar_type() == at::kInt,
+                   "shared must be int32 or int64, got ", shared.scalar_type());
   const auto is_shared = at::zeros({num_heads}, shared.options()).index_fill(0, shared, 1);
   return is_shared.argsort(/*stable=*/true, 0, false);
 }
@@ -30,7 +34,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> share_heads(const at:
     return at::cat({among_routed, of_shared}, 1).index_select(1, place);  // [B, H]
   };
   const auto chosen = spread(selection_mask(index, count, weight.scalar_type()), ones);
-  const auto all = (count + always).to(at::kInt);
+  const auto all = ops::narrowed(count + always);
   const auto most = routed > 0 ? relevance.detach().amax(1, true)
                                : at::zeros_symint({batch, 1}, relevance.options());
   return {select_heads(chosen.detach().to(at::kFloat), all), all, spread(weight, ones),

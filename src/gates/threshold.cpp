@@ -39,8 +39,15 @@ at::Tensor visible_scores(const at::Tensor& q, const at::Tensor& k,
   return visible;
 }
 
+// A block of more than all rows and columns is one of just those: it need not be filled up.
+int64_t fitting_block(int64_t block, const at::Tensor& scores) {
+  const auto longest = std::max<int64_t>({scores.size(2), scores.size(3), 1});
+  return std::min(block, longest);
+}
+
 // Sums over blocks of the last two dimensions, the ragged ends included.
-at::Tensor block_sums(const at::Tensor& x, int64_t block) {
+at::Tensor block_sums(const at::Tensor& x, int64_t given) {
+  const int64_t block = fitting_block(given, x);
   const auto rows = (block - x.sym_size(2) % block) % block;
   const auto columns = (block - x.sym_size(3) % block) % block;
   const auto padded = at::constant_pad_nd_symint(x, {0, columns, 0, rows});
@@ -115,8 +122,8 @@ at::Tensor hybrid_attention(const at::Tensor& q, const at::Tensor& k, const at::
         integer_importance(q, k, key_padding_mask, query_padding_mask, attn_mask, is_causal,
                            resolution, block, false, added_keys);
     const auto stays = kept_blocks(blocks, visible, *block_ratio)
-                           .repeat_interleave(block, 2)
-                           .repeat_interleave(block, 3)
+                           .repeat_interleave(fitting_block(block, scores), 2)
+                           .repeat_interleave(fitting_block(block, scores), 3)
                            .narrow_symint(2, 0, q.sym_size(2))
                            .narrow_symint(3, 0, k.sym_size(2));
     scores = scores.masked_fill(stays.logical_not(), -kInf);

@@ -3,7 +3,9 @@
 #include <sstream>
 
 #include "ops/attention_ops.h"
+#include "ops/backward_checks.h"
 #include "ops/projection.h"
+#include "ops/select_heads.h"
 
 namespace headwise::ops {
 namespace {
@@ -120,9 +122,33 @@ void check_masks(const AttentionArguments& arguments, const c10::SymInt& batch, 
 }
 
 void check_num_heads(int64_t num_heads, const c10::SymInt& width, const char* name) {
-  TORCH_CHECK_VALUE(num_heads >= 0, "num_heads must not be negative, got ", num_heads);
+  check_heads(num_heads, "num_heads");
   TORCH_CHECK_VALUE(num_heads > 0 ? width % num_heads == 0 : width == 0, "num_heads must divide ",
                     name, " (", width, "), got ", num_heads);
+}
+
+/// `t` must be what forward gave: of these sizes and dtype, on the device of `reference`.
+void check_given(const Tensor& t, const char* name, c10::SymIntArrayRef sizes, at::ScalarType type,
+                 const Tensor& reference) {
+  TORCH_CHECK_VALUE(t.sym_sizes() == sizes, name, " must have shape ", sizes, ", got shape ",
+                    shape_text(t));
+  TORCH_CHECK_TYPE(t.scalar_type() == type, name, " must be ", type, ", got ", t.scalar_type());
+  TORCH_CHECK(t.device() == reference.device(), name, " must be on the device of the inputs (",
+              reference.device(), "), got ", t.device());
+}
+
+void check_layer_backward(const Tensor& grad_output, const Tensor& query, const c10::SymInt& keys,
+                          const Tensor& out_weight, int64_t num_heads, const Tensor& index,
+                          const LayerSaved& saved) {
+  const auto type = query.scalar_type();
+  const auto batch = query.sym_size(0), queries = query.sym_size(1), slots = index.sym_size(1);
+  const auto width = num_heads ? out_weight.sym_size(1) / num_heads : c10::SymInt(0);
+  check_given(grad_output, "grad_output", {batch, queries, out_weight.sym_size(0)}, type, query);
+  check_given(saved.q, "q", {batch, slots, queries, width}, type, query);
+  check_given(saved.k, "k", {batch, slots, keys, width}, type, query);
+  check_given(saved.v, "v", {batch, slots, keys, width}, type, query);
+  check_given(saved.context, "context", {batch, slots, queries, width}, type, query);
+  check_given(saved.lse, "lse", {batch, slots, queries}, lse_type(type), query);
 }
 
 }  // namespace
@@ -236,6 +262,46 @@ void check_inputs(const OutputInputs& in) {
   const int64_t num_heads = heads.sym_size(1).guard_int(__FILE__, __LINE__);
   check_selection(in.index, in.count, in.head_weight, heads.sym_size(0), num_heads, heads, "heads",
                   "head_weight");
+}
+
+void check_backward(const Tensor& grad_output, const SelfInputs& in, const LayerSaved& saved) {
+  check_inputs(in);
+  check_layer_backward(grad_output, in.x, in.x.sym_size(1), in.out_proj_weight, in.num_heads,
+                       in.index, saved);
+}
+
+void check_backward(const Tensor& grad_output, const MultiheadInputs& in, const LayerSaved& saved) {
+  check_inputs(in);
+  const auto& w = in.weights;
+  check_layer_backward(grad_output, in.query,
+                       in.key.sym_size(1) + (w.bias_k.has_value() + w.add_zero_attn),
+                       w.out_proj_weight, in.num_heads, in.index, saved);
+}
+
+void check_backward(const Tensor& grad_output, const CoreInputs& in, const Tensor& output,
+                    const Tensor& context, const Tensor& lse) {
+  check_inputs(in);
+  const auto type = in.q.scalar_type();
+  const auto batch = in.q.sym_size(0), heads = in.q.sym_size(1), queries = in.q.sym_size(2),
+             width = in.v.sym_size(3);
+  check_given(grad_output, "grad_output", {batch, heads, queries, width}, type, in.q);
+  check_given(output, "output", {batch, heads, queries, width}, type, in.q);
+  if (in.weight) check_given(context, "context", {batch, heads, queries, width}, type, in.q);
+  check_given(lse, "lse", {batch, heads, queries}, lse_type(type), in.q);
+}
+
+void check_backward(const Tensor& grad_output, const ProjectionInputs& in) {
+  check_inputs(in);
+  const auto width = in.num_heads ? in.weight.sym_size(0) / in.num_heads : c10::SymInt(0);
+  check_given(grad_output, "grad_output", {in.x.sym_size(0), in.num_heads, in.x.sym_size(1), width},
+              in.x.scalar_type(), in.x);
+}
+
+void check_backward(const Tensor& grad_output, const OutputInputs& in) {
+  check_inputs(in);
+  check_given(grad_output, "grad_output",
+              {in.heads.sym_size(0), in.heads.sym_size(2), in.weight.sym_size(0)},
+              in.heads.scalar_type(), in.heads);
 }
 
 void check_selection_values(const Tensor& index, const Tensor& count, int64_t num_heads) {

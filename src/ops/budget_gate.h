@@ -22,6 +22,9 @@ namespace headwise::ops {
       out_weight, out_bias, progress, budget, min_budget, max_budget, target, initial_budget, \
       warmup, min_heads, rounding
 
+/// True if a kernel takes inputs of these devices, dtypes and shapes.
+bool takes_budget_gate(HEADWISE_BUDGET_GATE_PARAMETERS);
+
 /// index, count, weight, relevance, budget.
 using GateResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 

@@ -4,9 +4,28 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/clamp.h>
 #include <c10/util/Exception.h>
 
+#include <cstdint>
+#include <limits>
+
 namespace headwise::ops {
+
+/// More heads than any layer has: a number of heads is a size that is allocated.
+constexpr int64_t kMostHeads = 65'536;
+
+inline void check_heads(int64_t heads, const char* name) {
+  TORCH_CHECK_VALUE(heads >= 0 && heads <= kMostHeads, name, " must be in 0..", kMostHeads,
+                    ", got ", heads);
+}
+
+/// int32, by values that stay what they are or stay outside 0..2^31 - 2: one that does not fit must
+/// not wrap around to a head. For devices, whose values nothing reads to check them.
+inline at::Tensor narrowed(const at::Tensor& heads) {
+  if (heads.scalar_type() == at::kInt) return heads;
+  return heads.clamp(-1, std::numeric_limits<int32_t>::max()).to(at::kInt);
+}
 
 inline void check_count(const at::Tensor& count, const c10::SymInt& batch) {
   TORCH_CHECK_TYPE(count.scalar_type() == at::kInt || count.scalar_type() == at::kLong,
@@ -39,7 +58,7 @@ inline void check_selection_mask(const at::Tensor& index, const at::Tensor& coun
 inline void check_select_groups(const at::Tensor& index, const at::Tensor& count, int64_t num_heads,
                                 int64_t num_groups) {
   check_selection_mask(index, count);
-  TORCH_CHECK_VALUE(num_heads >= 0, "num_heads must not be negative, got ", num_heads);
+  check_heads(num_heads, "num_heads");
   TORCH_CHECK_VALUE(index.sym_size(1) <= num_heads,
                     "index must have at most num_heads = ", num_heads, " columns, got shape ",
                     index.sym_sizes());

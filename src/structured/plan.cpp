@@ -17,7 +17,7 @@ constexpr size_t kMaxFile = size_t{1} << 28;
 
 std::vector<int64_t> get_integers(const Json& object, const char* key, const std::string& what) {
   std::vector<int64_t> numbers;
-  const std::string named = Json(key).dump() + " of " + what;
+  const std::string named = shown(key) + " of " + what;
   for (const Json& value : get_array(object, key, what)) {
     numbers.push_back(as_integer(value, named));
   }
@@ -25,7 +25,7 @@ std::vector<int64_t> get_integers(const Json& object, const char* key, const std
 }
 
 void check_ffn(const FfnPlan& plan) {
-  const std::string what = "plan of feed-forward network " + Json(plan.name).dump();
+  const std::string what = "plan of feed-forward network " + shown(plan.name);
   TORCH_CHECK_VALUE(plan.num_neurons >= 0, "num_neurons in ", what, " must not be negative, got ",
                     plan.num_neurons);
   check_units(plan.neurons, plan.scale, plan.num_neurons, "neurons", what);
@@ -50,7 +50,7 @@ StructurePlan::StructurePlan(HeadPlan heads, std::vector<FfnPlan> ffn,
       metadata_(std::move(metadata)) {
   std::unordered_set<std::string> names, scaled, gone;
   for (const BlockPlan& block : blocks_) {
-    const std::string name = Json(block.name).dump();
+    const std::string name = shown(block.name);
     TORCH_CHECK_VALUE(scaled.insert(block.name).second, "blocks of a plan must have different ",
                       "names, got ", name, " twice");
     TORCH_CHECK_VALUE(std::isfinite(block.scale), "scale of block ", name, " must be finite, got ",
@@ -58,12 +58,12 @@ StructurePlan::StructurePlan(HeadPlan heads, std::vector<FfnPlan> ffn,
     if (block.scale == 0.0) gone.insert(block.name);
   }
   const auto check_gone = [&](const std::string& name, size_t left, const char* kind) {
-    TORCH_CHECK_VALUE(left == 0 || gone.count(name) == 0, "block ", Json(name).dump(),
+    TORCH_CHECK_VALUE(left == 0 || gone.count(name) == 0, "block ", shown(name),
                       " has scale 0, so it must have no ", kind, " left, got ", left);
   };
   for (const FfnPlan& plan : ffn_) {
     TORCH_CHECK_VALUE(names.insert(plan.name).second, "feed-forward networks of a plan must have ",
-                      "different names, got ", Json(plan.name).dump(), " twice");
+                      "different names, got ", shown(plan.name), " twice");
     check_ffn(plan);
     check_gone(plan.name, plan.neurons.size(), "neurons");
   }
@@ -142,7 +142,7 @@ StructurePlan StructurePlan::from_json(const std::string& text) {
     const std::string where = "block " + std::to_string(blocks.size()) + " of " + what;
     check_keys(entry, {"name", "scale"}, where);
     TORCH_CHECK_VALUE(entry["scale"].is_number(), "\"scale\" of ", where, " must be a number, got ",
-                      entry["scale"].dump());
+                      shown_json(entry["scale"]));
     blocks.push_back({get_string(entry, "name", where), entry["scale"].get<double>()});
   }
   std::optional<HiddenPlan> hidden;

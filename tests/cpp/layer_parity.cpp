@@ -13,6 +13,7 @@
 #include <fstream>
 #include <iostream>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 
 #include "headwise/multihead_attention.h"
@@ -70,6 +71,8 @@ void run(const std::string& folder) {
   const auto key = input("key").defined() ? input("key") : query;
   const auto value = input("value").defined() ? input("value") : key;
   torch::manual_seed(call.at("seed").get<int64_t>());
+  std::optional<headwise::Selection> selection;
+  layer->on_selection = [&](const headwise::Selection& chosen) { selection = chosen; };
   const auto [output, weights] = layer->forward(
       query, key, value, input("key_padding_mask"), /*need_weights=*/true, input("attn_mask"),
       call.at("average_attn_weights").get<bool>(), call.at("is_causal").get<bool>());
@@ -84,10 +87,10 @@ void run(const std::string& folder) {
     if (item.value().grad().defined()) results["grad." + item.key()] = item.value().grad();
   }
   for (const auto& item : layer->named_buffers()) results["buffer." + item.key()] = item.value();
-  if (layer->last_selection) {
-    results["index"] = layer->last_selection->index;
-    results["count"] = layer->last_selection->count;
-    results["weight"] = layer->last_selection->weight.detach();
+  if (selection) {
+    results["index"] = selection->index;
+    results["count"] = selection->count;
+    results["weight"] = selection->weight.detach();
   }
   headwise::save_safetensors(folder + "/output.safetensors", results);
 }

@@ -7,12 +7,14 @@
 #include <torch/torch.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
 #include <functional>
 #include <nlohmann/json.hpp>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "headwise/files.h"
@@ -196,6 +198,61 @@ TEST_F(ModelFolder, RefusesWhatItDidNotWrite) {
   std::remove((folder() + "/model.safetensors").c_str());
   edit([](auto& d) { d.erase("surprise"); });
   EXPECT_THROW(load(folder()), FileError);
+}
+
+TEST_F(ModelFolder, KeepsOtherFilesAndSymbolicLinks) {
+  save(small_model(), folder());
+  std::ofstream(folder() + "/tokenizer.json") << "words";
+  ASSERT_EQ(::mkdir((folder() + "/notes").c_str(), 0777), 0);
+  std::ofstream(folder() + "/notes/today") << "read me";
+  const std::string link = root + "/latest";
+  ASSERT_EQ(::symlink("model", link.c_str()), 0);
+  save(small_model(), link);
+  struct stat status;
+  ASSERT_EQ(::lstat(link.c_str(), &status), 0);
+  EXPECT_TRUE(S_ISLNK(status.st_mode));
+  EXPECT_EQ(read_file(folder() + "/tokenizer.json", 100), "words");
+  EXPECT_EQ(read_file(folder() + "/notes/today", 100), "read me");
+  EXPECT_EQ(load(link).layers.size(), load(folder()).layers.size());
+  EXPECT_EQ(names().size(), 2);
+}
+
+TEST_F(ModelFolder, SeveralWritersLeaveOneWholeModel) {
+  save(small_model(), folder());
+  std::ofstream(folder() + "/tokenizer.json") << "words";
+  std::atomic<bool> done{false};
+  std::atomic<int> failures{0};
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 3; ++i) {
+    threads.emplace_back([&] {
+      for (int k = 0; k < 15; ++k) {
+        try {
+          save(small_model(), folder());
+        } catch (const std::exception& error) {
+          ADD_FAILURE() << error.what();
+          ++failures;
+        }
+      }
+    });
+  }
+  std::thread reader([&] {
+    while (!done) EXPECT_NO_THROW(load(folder()));
+  });
+  for (auto& thread : threads) thread.join();
+  done = true;
+  reader.join();
+  EXPECT_EQ(failures, 0);
+  EXPECT_EQ(read_file(folder() + "/tokenizer.json", 100), "words");
+  EXPECT_EQ(names(), std::vector<std::string>{"model"});
+}
+
+TEST_F(ModelFolder, ComparesSizesBeforeTheyAreAllocated) {
+  save(small_model(), folder());
+  for (const char* key : {"embed_dim", "num_heads", "head_dim", "kdim", "vdim"}) {
+    save(small_model(), folder());
+    edit([&](nlohmann::json& document) { document["layers"][0][key] = int64_t{1} << 40; });
+    EXPECT_NE(refusal(), "") << key;
+  }
 }
 
 TEST_F(ModelFolder, SavesNowhereElse) {

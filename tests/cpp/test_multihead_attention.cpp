@@ -4,7 +4,11 @@
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 
+#include <atomic>
+#include <mutex>
 #include <string>
+#include <thread>
+#include <vector>
 
 #include "oracle.h"
 
@@ -64,10 +68,11 @@ TEST(MultiheadAttention, ChosenHeadsEqualTheOracle) {
   const auto x = torch::randn({3, 6, kDim}, at::kDouble);
   auto padding = torch::zeros({3, 6}, at::kBool);
   padding[1].slice(0, 4).fill_(true);
+  Selection selection;
+  layer->on_selection = [&](const Selection& chosen) { selection = chosen; };
   for (const bool training : {true, false}) {
     layer->train(training);
     const auto [y, weights] = layer->forward(x, x, x, padding, true, {}, false);
-    const auto& selection = *layer->last_selection;
     const auto expected = oracle::self_attention(x, layer->in_proj_weight, layer->in_proj_bias,
                                                  layer->out_proj->weight, layer->out_proj->bias,
                                                  kHeads, selection, padding);
@@ -106,6 +111,50 @@ TEST(MultiheadAttention, KnowsSelfAttentionByItsMemory) {
   const auto both = through(leaf, leaf);
   const auto apart = through(leaf, leaf.detach()) + through(leaf.detach(), leaf);
   EXPECT_TRUE(at::allclose(apart, both));
+}
+
+// Nothing of a call stays in the layer, so threads may evaluate one at the same time.
+TEST(MultiheadAttention, ThreadsEvaluateOneLayer) {
+  torch::manual_seed(0);
+  for (const auto& gate :
+       {GateOptions(BudgetGateOptions().target(0.5)), GateOptions(HardConcreteGateOptions()),
+        GateOptions(FixedGateOptions().heads(std::vector<int64_t>{0, 2})),
+        GateOptions(SharedHeadsGateOptions()
+                        .gate(BudgetGateOptions().budget(0.5))
+                        .shared(std::vector<int64_t>{1}))}) {
+    MultiheadAttention layer(MultiheadAttentionOptions(kDim, kHeads).batch_first(true).gate(gate));
+    layer->eval();
+    std::mutex mutex;
+    std::vector<at::Tensor> counts;
+    layer->on_selection = [&](const Selection& chosen) {
+      const std::lock_guard lock(mutex);
+      counts.push_back(chosen.count);
+    };
+    constexpr int kThreads = 4, kCalls = 40;
+    std::vector<at::Tensor> inputs, expected;
+    {
+      const torch::NoGradGuard no_grad;
+      for (int i = 0; i < kThreads; ++i) {
+        inputs.push_back(torch::randn({2, 5, kDim}));
+        expected.push_back(std::get<0>(layer->forward(inputs[i], inputs[i], inputs[i], {}, false)));
+      }
+    }
+    counts.clear();
+    std::atomic<int> wrong{0};
+    std::vector<std::thread> threads;
+    for (int i = 0; i < kThreads; ++i) {
+      threads.emplace_back([&, i] {
+        const torch::NoGradGuard no_grad;
+        for (int call = 0; call < kCalls; ++call) {
+          const auto y = std::get<0>(layer->forward(inputs[i], inputs[i], inputs[i], {}, false));
+          if (!at::equal(y, expected[i])) ++wrong;
+        }
+      });
+    }
+    for (auto& thread : threads) thread.join();
+    EXPECT_EQ(wrong, 0);
+    EXPECT_EQ(counts.size(), size_t{kThreads * kCalls});
+  }
 }
 
 TEST(MultiheadAttention, ParametersAreNamedAsTorchs) {

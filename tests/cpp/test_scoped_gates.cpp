@@ -25,7 +25,10 @@ struct Layers : torch::nn::Module {
   }
 
   at::Tensor forward(at::Tensor x) {
-    for (auto& layer : layers) {
+    chosen.assign(layers.size(), {});
+    for (size_t i = 0; i < layers.size(); ++i) {
+      auto& layer = layers[i];
+      layer->on_selection = [this, i](const Selection& selection) { chosen[i] = selection; };
       x = x + std::get<0>(layer->forward(x, x, x, {}, /*need_weights=*/false));
     }
     return x;
@@ -34,14 +37,13 @@ struct Layers : torch::nn::Module {
   // Heads of the whole model that ran for each sequence [B].
   at::Tensor heads() const {
     at::Tensor total;
-    for (const auto& layer : layers) {
-      const auto& count = layer->last_selection->count;
-      total = total.defined() ? total + count : count;
-    }
+    for (const auto& selection : chosen)
+      total = total.defined() ? total + selection.count : selection.count;
     return total;
   }
 
   std::vector<MultiheadAttention> layers;
+  std::vector<Selection> chosen;  // in the last forward
 };
 
 template <typename Call>
@@ -93,7 +95,7 @@ TEST(ScopedGates, StartFromARankingAndLoadLinked) {
   model.eval();
   const auto x = torch::randn({2, 5, kDim});
   const auto y = model.forward(x);
-  EXPECT_EQ(model.layers[0]->last_selection->count[0].item<int64_t>(), 2);
+  EXPECT_EQ(model.chosen[0].count[0].item<int64_t>(), 2);
   EXPECT_EQ(error_of([&] { start_gates(model, {{"layer0", torch::ones({3})}}, 0.5); }),
             "importance must have a score for layer 'layer1'");
   const auto nan = torch::full({3}, std::numeric_limits<double>::quiet_NaN());
@@ -185,9 +187,9 @@ TEST(ScopedGates, SharedHeadsAlwaysRun) {
   Layers model{GateOptions(options)};
   model.eval();
   model.forward(torch::randn({2, 5, kDim}));
-  for (const auto& layer : model.layers) {
-    EXPECT_TRUE(layer->last_selection->weight.select(1, 2).eq(1).all().item<bool>());
-    EXPECT_TRUE(layer->last_selection->count.eq(2).all().item<bool>());
+  for (const auto& selection : model.chosen) {
+    EXPECT_TRUE(selection.weight.select(1, 2).eq(1).all().item<bool>());
+    EXPECT_TRUE(selection.count.eq(2).all().item<bool>());
   }
 }
 

@@ -96,7 +96,7 @@ TEST_F(Weights, HostileHeadersAreRefused) {
   EXPECT_NE(refusal(file(f32, 7)).find("must end within the 7 bytes of data"), std::string::npos);
   EXPECT_NE(refusal(file(f32, 9)).find("must end with its last tensor"), std::string::npos);
   EXPECT_NE(refusal(file("{\"a\":", 8)).find("is not valid JSON"), std::string::npos);
-  EXPECT_NE(refusal(file(std::string(1 << 20, '['))).find("must begin with '{'"),
+  EXPECT_NE(refusal(file(std::string(1 << 20, '['))).find("must not be nested deeper than 3"),
             std::string::npos);
   EXPECT_NE(refusal(file("{\"a\":" + std::string(1 << 20, '['))).find("nested deeper than 3"),
             std::string::npos);

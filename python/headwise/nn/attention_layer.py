@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+import functools
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from headwise.gates.base import Gate
@@ -13,6 +16,35 @@ from headwise.gates.group import GroupGate
 
 if TYPE_CHECKING:
     from headwise._C import LayerPlan
+
+
+def of_this_thread() -> Callable[[], bool]:
+    """Whether a later call comes from the thread that asks now, or from a backward pass.
+
+    (Recomputation of a checkpointed layer runs in a thread of autograd's on a device.)
+    """
+    owner = threading.get_ident()
+    return lambda: threading.get_ident() == owner or torch._C._current_graph_task_id() != -1
+
+
+def only_in_this_thread(call: Callable) -> Callable:
+    """``call`` for the thread that asks now: what it changes in a model is that thread's business.
+
+    Raises (when called by another thread):
+        RuntimeError: the other thread would get results of a model that is being changed.
+    """
+    is_own = of_this_thread()
+
+    @functools.wraps(call)
+    def guarded(*arguments: Any, **named: Any) -> Any:
+        if not is_own():
+            raise RuntimeError(
+                "another thread analyses this model, which changes it for as long as that lasts: "
+                "run a copy of the model (copy.deepcopy) meanwhile"
+            )
+        return call(*arguments, **named)
+
+    return guarded
 
 
 class AttentionProbe(NamedTuple):

@@ -10,7 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from headwise.gates.selection import Selection, select_all
-from headwise.nn.attention_layer import AttentionLayer, AttentionProbe
+from headwise.nn.attention_layer import (
+    AttentionLayer,
+    AttentionProbe,
+    of_this_thread,
+    only_in_this_thread,
+)
 from headwise.nn.layers import attention_layers
 
 __all__ = ["Instrumented", "evaluating", "instrument"]
@@ -52,12 +57,15 @@ class Instrumented:
 
         ``x`` ``[B, L, D]`` is what the gate was given, ``padding`` ``[B, L]`` which of its tokens
         are padding (None: not known). Layers without a gate choose nothing. The chosen heads run as
-        fast as otherwise.
+        fast as otherwise. Calls by other threads are not told of.
         """
+        is_own = of_this_thread()
         for name, layer in self.layers.items():
 
+            @torch._dynamo.disable  # asks for the thread, which no graph can
             def told(layer, selection, x, padding, name=name) -> None:
-                fn(name, layer, selection, x, padding)
+                if is_own():
+                    fn(name, layer, selection, x, padding)
 
             layer._observers.append(told)
             self._undo.callback(_remove, layer._observers, told)
@@ -71,7 +79,9 @@ class Instrumented:
 
         Raises:
             ValueError: a layer has a bank of plans, each with a projection of its own.
+            RuntimeError: (when called) another thread runs the model meanwhile.
         """
+        fn = only_in_this_thread(fn)
         for name, layer in self.layers.items():
             if layer.gate is not None and layer.gate.projects:
                 raise ValueError(
@@ -88,7 +98,11 @@ class Instrumented:
         compute: see :class:`headwise.nn.AttentionProbe`.
 
         Every head is computed, by plain operators; the weights of a selection still multiply them.
+
+        Raises:
+            RuntimeError: (when called) another thread runs the model meanwhile.
         """
+        fn = only_in_this_thread(fn)
         for name, layer in self.layers.items():
             before = layer._probe
 

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from headwise import _C
 from headwise.convert import convert
 from headwise.gates import gate_from_config, head_moves, link_gates
 from headwise.gates.sleep import restore_moves
+from headwise.io.files import write_atomic
+from headwise.io.printable import printable, quoted
 from headwise.io.safetensors_files import load_safetensors, save_safetensors
 from headwise.nn.attention_layer import AttentionLayer
 from headwise.nn.grouped_query_attention import GroupedQueryAttention
@@ -37,6 +40,7 @@ FORMAT = "headwise.model"
 VERSION = 1
 DESCRIPTION = "headwise.json"
 WEIGHTS = "model.safetensors"
+LONGEST_DESCRIPTION = 64 << 20  # bytes, as in C++
 
 _DOCUMENT_KEYS = {"format", "version", "headwise_version", "architecture", "layers", "aliases"}
 _OPTIONAL_KEYS = {"structure", "moves"}  # where neurons or dimensions went, or heads moved
@@ -93,40 +97,41 @@ def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
                 f"model must have only tensors in its state, got {type(value).__name__} at '{name}'"
             )
         value = value.detach()
-        key = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
+        sharded = _is_sharded(value)
+        own = value.to_local() if sharded else value
+        key = (value.device, own.data_ptr(), value.dtype, value.shape, value.stride())
         if value.numel() > 0 and key in first:
             aliases[name] = first[key]
         else:
             first[key] = name
-            tensors[name] = value.cpu().contiguous()
+            tensors[name] = (value.full_tensor() if sharded else value).cpu().contiguous()
     return tensors, aliases
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    distributed = sys.modules.get("torch.distributed.tensor")  # nobody has one who did not load it
+    return distributed is not None and isinstance(tensor, distributed.DTensor)
 
 
 @contextlib.contextmanager
 def _written_whole(target: Path) -> Iterator[Path]:
-    """A folder beside ``target`` that takes its place when the block ends well, and goes if not."""
+    """A folder beside ``target`` that takes its place when the block ends well, and goes if not.
+
+    What ``target`` holds besides is kept.
+    """
     if target.exists() and not (target.is_dir() and _may_replace(target)):
         raise ValueError(
-            f"dir must not exist, be empty, or be a folder that headwise.save wrote, got '{target}'"
+            f"dir must not exist, be empty, or be a folder that headwise.save wrote, "
+            f"got {quoted(str(target), 300)}"
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.{os.getpid()}.part")
-    replaced = target.with_name(f".{target.name}.{os.getpid()}.old")
+    place = Path(os.path.realpath(target))
+    place.parent.mkdir(parents=True, exist_ok=True)
+    beside = _C.folder_beside(place)
     try:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir()
         yield beside
-        if target.exists():
-            os.replace(target, replaced)
-        try:
-            os.replace(beside, target)
-        except BaseException:
-            if replaced.exists():
-                os.replace(replaced, target)
-            raise
+        _C.replace_folder(beside, place)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _may_replace(folder: Path) -> bool:
@@ -136,8 +141,13 @@ def _may_replace(folder: Path) -> bool:
 def save(model: nn.Module, dir: str | os.PathLike, *, tokenizer: Any = None) -> None:
     """Writes ``model`` to the folder ``dir``: ``headwise.json`` and ``model.safetensors``.
 
-    A folder that :func:`save` wrote before is replaced. Everything is written beside ``dir`` and
-    renamed, so ``dir`` is never half a model.
+    Everything is written beside ``dir`` and put in its place in one step, so whoever reads ``dir``
+    finds the model of before or this one, also after a crash and with several writers (the last
+    one's model stays). Other files in a folder that :func:`save` wrote before are kept, and a
+    symbolic link stays one. (A file system that cannot exchange two folders has none for a moment.)
+
+    The parameters of a sharded model (FSDP2's ``DTensor``) are gathered: every process calls
+    :func:`save`, the first one writes.
 
     Args:
         model: a module with :class:`headwise.MultiheadAttention` layers, pruned or not (not
@@ -175,11 +185,17 @@ def save(model: nn.Module, dir: str | os.PathLike, *, tokenizer: Any = None) -> 
         "aliases": aliases,
     }
     text = json.dumps(document, indent=1, allow_nan=False)
-    with _written_whole(Path(os.path.abspath(dir))) as folder:
-        save_safetensors(folder / WEIGHTS, tensors)
-        (folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+    sharded = any(map(_is_sharded, model.parameters()))
+    try:
+        if not sharded or torch.distributed.get_rank() == 0:
+            with _written_whole(Path(os.path.abspath(dir))) as folder:
+                save_safetensors(folder / WEIGHTS, tensors)
+                write_atomic(folder / DESCRIPTION, text + "\n")
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(folder)
+    finally:
+        if sharded:  # the others' folder is there when they return, too
+            torch.distributed.barrier()
 
 
 def load(dir: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
@@ -205,28 +221,31 @@ def load(dir: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
         raise FileNotFoundError(f"dir has no weights: '{folder / WEIGHTS}' does not exist")
     tensors = load_safetensors(folder / WEIGHTS)
     for alias, name in document["aliases"].items():
-        if name not in tensors:
-            raise ValueError(f"aliases of '{folder / DESCRIPTION}' name '{name}', which is missing")
+        if not isinstance(name, str) or name not in tensors:
+            raise ValueError(
+                f"aliases of '{folder / DESCRIPTION}' name {quoted(name)}, which is missing"
+            )
         tensors[alias] = tensors[name]
 
     built_here = model is None
     if built_here:
-        model = _build(document["architecture"], folder)
+        model = _build(document["architecture"], folder, tensors)
         empty = False
     else:
-        empty = materialise(model, lambda: _fresh(document["architecture"], folder, model))
+        empty = materialise(model, lambda: _fresh(document["architecture"], folder, model, tensors))
     model = convert(model, strict=False, verify=not empty)
     layers = attention_layers(model)
     for entry in document["layers"]:
         if entry["name"] not in layers:
             raise ValueError(
-                f"model ({type(model).__name__}) has no attention layer '{entry['name']}'; "
-                f"it has {', '.join(map(repr, layers))}"
+                f"model ({type(model).__name__}) has no attention layer "
+                f"{quoted(entry['name'])}; it has {printable(', '.join(map(repr, layers)), 200)}"
             )
     if "structure" in document:
         model = fit_structure(model, document["structure"])
     layers = attention_layers(model)
     for entry in document["layers"]:
+        _check_room(model, entry, tensors, folder)
         model = _fit_layer(model, layers[entry["name"]], entry)
     _load_tensors(model, tensors, folder / WEIGHTS)
     link_gates(model)
@@ -240,29 +259,30 @@ def _read_description(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"dir must be a folder, got '{folder}', which is not one")
     if not path.is_file():
         raise FileNotFoundError(f"dir is not a headwise model: '{path}' does not exist")
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"'{path}' is not valid JSON: {error}") from None
+    document = json.loads(_C.read_json(path, LONGEST_DESCRIPTION))
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise ValueError(f"'{path}' must have format '{FORMAT}'")
-    if document.get("version") != VERSION:
-        raise ValueError(f"'{path}' must have version {VERSION}, got {document.get('version')!r}")
+    version = document.get("version")
+    if type(version) is not int or version != VERSION:
+        raise ValueError(f"'{path}' must have version {VERSION}, got {quoted(version)}")
     _check_keys(document, _DOCUMENT_KEYS | (_OPTIONAL_KEYS & set(document)), f"'{path}'")
     if "structure" in document:
         check_document(document["structure"], f"'{path}'")
     for key, kind in (("architecture", dict), ("layers", list), ("aliases", dict)):
         if not isinstance(document[key], kind):
             raise ValueError(
-                f"'{key}' of '{path}' must be a {kind.__name__}, got {document[key]!r}"
+                f"'{key}' of '{path}' must be a {kind.__name__}, got {quoted(document[key])}"
             )
+    names = set()
     for i, layer in enumerate(document["layers"]):
         where = f"layer {i} of '{path}'"
         if not isinstance(layer, dict):
-            raise ValueError(f"{where} must be an object, got {layer!r}")
+            raise ValueError(f"{where} must be an object, got {quoted(layer)}")
         kind = layer.get("class", MultiheadAttention.__name__)
-        if kind not in _KINDS:
-            raise ValueError(f"'class' of {where} must be one of {', '.join(_KINDS)}, got {kind!r}")
+        if not isinstance(kind, str) or kind not in _KINDS:
+            raise ValueError(
+                f"'class' of {where} must be one of {', '.join(_KINDS)}, got {quoted(kind)}"
+            )
         types = {**_ENTRY_TYPES, **_KINDS[kind].DESCRIBED}
         _check_keys(layer, set(types) | (set(layer) & {"class"}), where)
         for key, accepted in types.items():
@@ -270,19 +290,85 @@ def _read_description(folder: Path) -> dict[str, Any]:
             if isinstance(layer[key], bool):  # which Python takes for a number
                 fits = accepted is bool
             if not fits:
-                raise ValueError(f"'{key}' of {where} has the wrong type: {layer[key]!r}")
+                raise ValueError(f"'{key}' of {where} has the wrong type: {quoted(layer[key])}")
+        if layer["name"] in names:
+            raise ValueError(
+                f"layers of '{path}' must have names of their own, got {quoted(layer['name'])} "
+                f"twice"
+            )
+        names.add(layer["name"])
     return document
 
 
 def _check_keys(document: Mapping[str, Any], expected: set[str], where: str) -> None:
     unknown, missing = sorted(set(document) - expected), sorted(expected - set(document))
     if unknown:
-        raise ValueError(f"{where} has an unknown key '{unknown[0]}'")
+        raise ValueError(f"{where} has an unknown key {quoted(unknown[0])}")
     if missing:
         raise ValueError(f"{where} lacks the key '{missing[0]}'")
 
 
-def _build(architecture: dict[str, Any], folder: Path) -> nn.Module:
+class _TooLarge(ValueError):
+    """A configuration asks for more than the weights beside it explain."""
+
+
+#: How much larger than its weights a model may be before it is narrowed to them.
+_MOST_PRUNED = 1000
+
+
+def _check_sizes(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> None:
+    """The whole numbers of a configuration, before transformers takes them for sizes."""
+    elements = sum(tensor.numel() for tensor in tensors.values())
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            _check_sizes(value, tensors, where)
+        elif isinstance(value, str) and key.endswith("attn_implementation") and "/" in value:
+            raise _TooLarge(f"'{key}' of {where} must not name code to fetch, got {quoted(value)}")
+        elif isinstance(value, int) and not isinstance(value, bool):
+            most = 2**40
+            if key.endswith(("layers", "n_layer", "num_labels", "groups")):
+                most = max(elements, 64)  # each takes time to build, or a line of a table
+            if key.endswith(("layers", "n_layer")):
+                most = max(len(tensors), 64)
+            if abs(value) > most:
+                raise _TooLarge(
+                    f"'{key}' of {where} is {quoted(value)}, more than the weights explain"
+                )
+
+
+def _check_total(size: int, tensors: Mapping[str, Tensor], where: str) -> None:
+    elements = sum(tensor.numel() for tensor in tensors.values())
+    if size > _MOST_PRUNED * max(elements, 1):
+        raise _TooLarge(
+            f"{where} is of a model with {size} parameters, more than {_MOST_PRUNED} times the "
+            f"{elements} in {WEIGHTS}"
+        )
+
+
+def _check_room(
+    model: nn.Module, entry: dict[str, Any], tensors: Mapping[str, Tensor], folder: Path
+) -> None:
+    """A layer must not be larger than its tensors: its sizes are allocated."""
+    own = [tensor for name, tensor in tensors.items() if name.startswith(entry["name"])]
+    if not own:
+        raise ValueError(
+            f"'{folder / WEIGHTS}' does not fit model ({type(model).__name__}): it has no tensor "
+            f"of layer {quoted(entry['name'])}"
+        )
+    elements = sum(tensor.numel() for tensor in own)
+    width = entry["num_heads"] * entry["head_dim"]
+    rows = {"embed_dim": width, "kdim": width, "vdim": width}  # of a matrix that has the columns
+    for key in (*rows, "num_heads", "head_dim", "num_key_value_heads"):
+        size = entry.get(key, 0)
+        most = elements // max(rows.get(key, 1), 1) if width else 2**31 - 1
+        if not 0 <= size <= most:
+            raise ValueError(
+                f"'{key}' of layer {quoted(entry['name'])} of '{folder / DESCRIPTION}' is "
+                f"{quoted(size)}, which its tensors do not have"
+            )
+
+
+def _build(architecture: dict[str, Any], folder: Path, tensors: Mapping[str, Tensor]) -> nn.Module:
     """A fresh model of transformers, from its class and configuration."""
     name = architecture.get("class")
     if architecture.get("library") != "transformers":
@@ -300,18 +386,33 @@ def _build(architecture: dict[str, Any], folder: Path) -> nn.Module:
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise ValueError(
             f"architecture of '{folder / DESCRIPTION}' must be a model class of transformers "
-            f"{transformers.__version__}, got {name!r}"
+            f"{transformers.__version__}, got {quoted(name)}"
         )
     if not isinstance(architecture.get("config"), dict):
         raise ValueError(f"architecture of '{folder / DESCRIPTION}' lacks the key 'config'")
-    return kind(kind.config_class.from_dict(architecture["config"]))
+    where = f"config of '{folder / DESCRIPTION}'"
+    _check_sizes(architecture["config"], tensors, where)
+    try:
+        config = kind.config_class.from_dict(architecture["config"])
+        with torch.device("meta"):  # without memory, to compare its size
+            size = sum(parameter.numel() for parameter in kind(config).parameters())
+        _check_total(size, tensors, where)
+        return kind(kind.config_class.from_dict(architecture["config"]))
+    except _TooLarge:
+        raise
+    except Exception as error:
+        # Whatever its own code says to a configuration that is not of its making.
+        reason = printable(str(error), 200)
+        raise ValueError(f"{where} builds no {name}: {type(error).__name__}: {reason}") from error
 
 
-def _fresh(architecture: dict[str, Any], folder: Path, model: nn.Module) -> nn.Module | None:
+def _fresh(
+    architecture: dict[str, Any], folder: Path, model: nn.Module, tensors: dict[str, Tensor]
+) -> nn.Module | None:
     """A model of the class of ``model``, which was saved, on a device."""
     if architecture.get("class") != type(model).__name__:
         return None
-    made = _build(architecture, folder)
+    made = _build(architecture, folder, tensors)
     return convert(made, strict=False, verify=False) if attention_layers(model) else made
 
 
@@ -341,7 +442,11 @@ def _load_tensors(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> N
     missing = [name for name in state if name not in tensors]
     unknown = [name for name in tensors if name not in state]
     if missing or unknown:
-        what = f"lacks '{missing[0]}'" if missing else f"has '{unknown[0]}', which model has not"
+        what = (
+            f"lacks {quoted(missing[0])}"
+            if missing
+            else f"has {quoted(unknown[0])}, which model has not"
+        )
         raise ValueError(
             f"'{path}' does not fit model ({type(model).__name__}): it {what} "
             f"({len(missing)} tensors missing, {len(unknown)} unknown)"

@@ -1,6 +1,7 @@
 #include "kernels/cpu/gemm.h"
 
 #include <algorithm>
+#include <cmath>
 #include <initializer_list>
 #include <limits>
 
@@ -40,7 +41,9 @@ void gemm(Transpose trans_a, Transpose trans_b, int64_t m, int64_t n, int64_t k,
   ldb = std::max(ldb, trans_b == Transpose::no ? n : k);
   ldc = std::max(ldc, n);
   auto* f = blas(T());
-  if (f && k > 0 && fit({m, n, k, lda, ldb, ldc})) {
+  // What MKL does with a factor that is not a number depends on the shape: some kernels take it
+  // for 1.
+  if (f && k > 0 && std::isfinite(alpha) && fit({m, n, k, lda, ldb, ldc})) {
     const char ta = trans_a == Transpose::no ? 'n' : 't', tb = trans_b == Transpose::no ? 'n' : 't';
     const int im = m, in = n, ik = k, ia = lda, ib = ldb, ic = ldc;
     f(&tb, &ta, &in, &im, &ik, &alpha, b, &ib, a, &ia, &beta, c, &ic);

@@ -29,16 +29,18 @@ HeadTensors<T> head_tensors(const Layer<T>& layer, const T* q, const T* k, const
 
 /// y [rows, d] = x [rows, D] W_h' + b_h for the rows of one head.
 template <typename T>
-void project(const Rows<const T>& x, int64_t b, int64_t row, int64_t rows, const T* weight,
-             const T* bias, int64_t h, int64_t d, T* y) {
+void project(const Layer<T>& layer, const Rows<const T>& x, int64_t b, int64_t rows,
+             const T* weight, const T* bias, int64_t h, T* y) {
+  const int64_t d = layer.shape.width;
   for (int64_t i = 0; i < rows; ++i) {
     if (bias)
       std::copy_n(bias + h * d, d, y + i * d);
     else
       std::fill_n(y + i * d, d, T(0));
   }
-  gemm<T>(Transpose::no, Transpose::yes, rows, d, x.width, 1, x.at(b, row), x.row,
+  gemm<T>(Transpose::no, Transpose::yes, rows, d, x.width, 1, x.at(b, 0), x.row,
           weight + h * d * x.width, x.width, 1, y, d);
+  if (layer.round) layer.round(y, rows * d);
 }
 
 /// The rows after the given keys: bias_k / bias_v, then zeros.
@@ -69,25 +71,26 @@ void layer_forward(const Layer<T>& layer, const LayerWorkspace<T>& w, T* output)
     const auto& a = layer.active[task / 3];
     const int64_t length = shape.lengths[a.b];
     if (task % 3 == 0) {
-      project(layer.query, a.b, 0, L, layer.q_weight, layer.q_bias, a.h, d, w.q + a.slot * L * d);
+      project(layer, layer.query, a.b, L, layer.q_weight, layer.q_bias, a.h, w.q + a.slot * L * d);
     } else if (task % 3 == 1) {
-      project(layer.key, a.b, 0, length, layer.k_weight, layer.k_bias, a.h, d, w.k + a.slot * kv);
+      project(layer, layer.key, a.b, length, layer.k_weight, layer.k_bias, a.h, w.k + a.slot * kv);
       append_rows(layer, a, layer.bias_k, w.k + a.slot * kv);
     } else {
-      project(layer.value, a.b, 0, length, layer.v_weight, layer.v_bias, a.h, d, w.v + a.slot * kv);
+      project(layer, layer.value, a.b, length, layer.v_weight, layer.v_bias, a.h,
+              w.v + a.slot * kv);
       append_rows(layer, a, layer.bias_v, w.v + a.slot * kv);
     }
   });
 
   const int64_t query_blocks = blocks(L, kQueryBlock);
   const int64_t scratch_size = attention_scratch(shape);
-  std::vector<T> scratch(scratch_size * at::get_num_threads());
+  const Scratch<T> scratch(scratch_size, at::get_num_threads());
   parallel_tasks(active * query_blocks, [&](int64_t task, int64_t worker) {
     const auto& a = layer.active[task / query_blocks];
     const int64_t row = task % query_blocks * kQueryBlock;
     attention_forward(shape, head_tensors<T>(layer, w.q, w.k, w.v, a), row,
                       std::min(kQueryBlock, L - row), w.context + (a.slot * L + row) * d, d,
-                      w.lse + a.slot * L + row, scratch.data() + worker * scratch_size);
+                      w.lse + a.slot * L + row, scratch[worker]);
   });
 
   const int64_t row_blocks = blocks(L, kRowBlock);
@@ -118,15 +121,17 @@ void layer_backward(const Layer<T>& layer, const LayerWorkspace<const T>& w, con
   const int64_t S = shape.keys + shape.added, width = layer.out_width;
   const int64_t active = layer.active.size();
   // Gradients of the chosen heads, one after the other in the order of `active`.
-  std::vector<T> grad_context(active * L * d), delta(active * L), dq(active * L * d),
-      dk(active * S * d), dv(active * S * d);
+  const Scratch<T> gradients(active * (L * (2 * d + 1) + S * 2 * d), 1);
+  T *const grad_context = gradients[0], *const dq = grad_context + active * L * d,
+           *const dk = dq + active * L * d, *const dv = dk + active * S * d,
+           *const delta = dv + active * S * d;
   const int64_t scratch_size = attention_scratch(shape);
-  std::vector<T> scratch(scratch_size * at::get_num_threads());
+  const Scratch<T> scratch(scratch_size, at::get_num_threads());
 
   const auto head_gradient = [&](int64_t n, int64_t copy, int64_t worker) {
     const auto& a = layer.active[n];
     const T weight = layer.head_weight[a.b * shape.num_heads + a.h];
-    T* gc = grad_context.data() + n * L * d;
+    T* gc = grad_context + n * L * d;
     const T* context = w.context + a.slot * L * d;
     gemm<T>(Transpose::no, Transpose::no, L, d, width, 1, grad_output + a.b * L * width, width,
             layer.out_weight + a.h * d, E, 0, gc, d);
@@ -139,10 +144,9 @@ void layer_backward(const Layer<T>& layer, const LayerWorkspace<const T>& w, con
       total += sum;
     }
     if (g.head_weight) g.head_weight[a.b * shape.num_heads + a.h] = total;
-    attention_backward(shape, head_tensors<T>(layer, w.q, w.k, w.v, a), gc, d, delta.data() + n * L,
-                       w.lse + a.slot * L, dq.data() + n * L * d, d, dk.data() + n * S * d, d,
-                       dv.data() + n * S * d, d, g.mask, g.mask.of(copy, a.b, a.h),
-                       scratch.data() + worker * scratch_size);
+    attention_backward(shape, head_tensors<T>(layer, w.q, w.k, w.v, a), gc, d, delta + n * L,
+                       w.lse + a.slot * L, dq + n * L * d, d, dk + n * S * d, d, dv + n * S * d, d,
+                       g.mask, g.mask.of(copy, a.b, a.h), scratch[worker]);
   };
   const auto lists = by_mask_part(layer.active, shape, g.mask);
   parallel_tasks(lists.size(), [&](int64_t list, int64_t worker) {
@@ -163,9 +167,9 @@ void layer_backward(const Layer<T>& layer, const LayerWorkspace<const T>& w, con
                   grad + row * d, d, weight + h * d * x.width, x.width, 1,
                   dx + (b * sequence_rows + row) * x.width, x.width);
       };
-      add(layer.query, L, L, dq.data() + n * L * d, layer.q_weight, g.query);
-      add(layer.key, length, shape.keys, dk.data() + n * S * d, layer.k_weight, g.key);
-      add(layer.value, length, shape.keys, dv.data() + n * S * d, layer.v_weight, g.value);
+      add(layer.query, L, L, dq + n * L * d, layer.q_weight, g.query);
+      add(layer.key, length, shape.keys, dk + n * S * d, layer.k_weight, g.key);
+      add(layer.value, length, shape.keys, dv + n * S * d, layer.v_weight, g.value);
     }
   });
 
@@ -182,8 +186,7 @@ void layer_backward(const Layer<T>& layer, const LayerWorkspace<const T>& w, con
                   1, weight + h * d * x.width, x.width);
         if (bias) add_column_sums(grad, rows, d, bias + h * d);
       };
-      const T *dqn = dq.data() + n * L * d, *dkn = dk.data() + n * S * d,
-              *dvn = dv.data() + n * S * d;
+      const T *dqn = dq + n * L * d, *dkn = dk + n * S * d, *dvn = dv + n * S * d;
       if (task % 4 == 0) {
         add(layer.query, L, dqn, g.q_weight, g.q_bias);
       } else if (task % 4 == 1) {

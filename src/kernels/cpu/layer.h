@@ -38,8 +38,12 @@ struct Layer {
   const Acc* out_bias = nullptr;     ///< [Dout] or null
   int64_t out_width = 0;             ///< Dout
   const Acc* head_weight = nullptr;  ///< [B, H]
-  std::vector<ActiveHead> active;    ///< by sequence
-  std::vector<int64_t> first;        ///< [B + 1] where each sequence begins in `active`
+  /// Rounds projected rows to the narrower type that backward reads them in, where there is one.
+  /// Scores of the unrounded rows would differ from those that backward computes again by more than
+  /// an exponential forgives.
+  void (*round)(Acc* rows, int64_t n) = nullptr;
+  std::vector<ActiveHead> active;  ///< by sequence
+  std::vector<int64_t> first;      ///< [B + 1] where each sequence begins in `active`
 };
 
 /// q, context [slots, L, d]; k, v [slots, S + added, d]; lse [slots, L].

@@ -2,8 +2,11 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <memory>
+#include <new>
 #include <vector>
 
 #include "kernels/cpu/layer.h"
@@ -17,13 +20,23 @@ inline int64_t blocks(int64_t rows, int64_t block) { return (rows + block - 1) /
 /// Products of bfloat16 take an even number of terms.
 inline int64_t even(int64_t n) { return (n + 1) / 2 * 2; }
 
-/// Uninitialised memory for `workers` tasks at once.
+/// Uninitialised memory for `workers` tasks at once, each at the beginning of a cache line: the
+/// order in which BLAS sums may depend on where its operands lie, and results should not depend on
+/// what else a process has allocated, nor on which worker ran.
 template <typename T>
 struct Scratch {
-  int64_t size;
-  std::unique_ptr<T[]> data;
-  Scratch(int64_t size, int64_t workers) : size(size), data(new T[size * workers]) {}
-  T* operator[](int64_t worker) const { return data.get() + worker * size; }
+  static constexpr int64_t kLine = 64;
+  struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+  };
+  int64_t bytes;  // of one worker
+  std::unique_ptr<std::byte, Free> data;
+  Scratch(int64_t size, int64_t workers)
+      : bytes((size * int64_t(sizeof(T)) + kLine - 1) / kLine * kLine),
+        data(static_cast<std::byte*>(std::aligned_alloc(kLine, std::max(bytes * workers, kLine)))) {
+    if (!data) throw std::bad_alloc();
+  }
+  T* operator[](int64_t worker) const { return reinterpret_cast<T*>(data.get() + worker * bytes); }
 };
 
 /// The heads that some sequence chose, and where each stands among them.

@@ -4,6 +4,7 @@
 
 #include "kernels/cpu/layer.h"
 #include "ops/attention_ops.h"
+#include "ops/backward_checks.h"
 #include "ops/cpu/attention_call.h"
 
 namespace headwise::ops {
@@ -26,6 +27,21 @@ struct Operands {
     return {data, t.size(1) * t.size(2), t.size(2), t.size(2)};
   }
 };
+
+template <typename Narrow>
+void round_to(float* x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) x[i] = static_cast<float>(static_cast<Narrow>(x[i]));
+}
+
+/// What rounds the floats that a call of `type` computes with; none where it is no narrower.
+template <typename Acc>
+auto rounding(at::ScalarType type) -> void (*)(Acc*, int64_t) {
+  if constexpr (std::is_same_v<Acc, float>) {
+    if (type == at::kHalf) return round_to<at::Half>;
+    if (type == at::kBFloat16) return round_to<at::BFloat16>;
+  }
+  return nullptr;
+}
 
 /// A layer call, ready for the kernels.
 template <typename T, typename Acc = T>
@@ -93,6 +109,7 @@ struct LayerCall {
     layer.shape = masked.shape;
     layer.out_weight = operands.pointer<T>(out_weight);
     layer.out_bias = operands.pointer<Acc>(out_bias);
+    layer.round = rounding<Acc>(out_weight.scalar_type());
     layer.out_width = out_weight.size(0);
     layer.head_weight = operands.pointer<Acc>(weight);
     auto list = list_active(index, count, num_heads, compact);
@@ -194,7 +211,7 @@ SelfBackward self_backward(const Tensor& grad_output, HEADWISE_SELF_PARAMETERS, 
                            const Tensor& k, const Tensor& v, const Tensor& context,
                            const Tensor& lse, std::array<bool, 7> needs) {
   const auto in = HEADWISE_SELF_INPUTS;
-  check_inputs(in);
+  check_backward(grad_output, in, {q, k, v, context, lse});
   return dispatch(x.scalar_type(), [&]<typename T>(T) -> SelfBackward {
     const Gradients<T> make{x.options()};
     kernels::LayerGradients<T> g;
@@ -236,7 +253,7 @@ MultiheadBackward multihead_backward(const Tensor& grad_output, HEADWISE_MULTIHE
                                      const Tensor& context, const Tensor& lse,
                                      std::array<bool, 15> needs) {
   const auto in = HEADWISE_MULTIHEAD_INPUTS;
-  check_inputs(in);
+  check_backward(grad_output, in, {q, k, v, context, lse});
   return dispatch(query.scalar_type(), [&]<typename T>(T) -> MultiheadBackward {
     const Gradients<T> make{query.options()};
     kernels::LayerGradients<T> g;

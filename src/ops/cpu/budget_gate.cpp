@@ -104,6 +104,9 @@ GateResult run(HEADWISE_BUDGET_GATE_PARAMETERS) {
 }
 
 GateResult budget_gate_cpu(HEADWISE_BUDGET_GATE_PARAMETERS) {
+  TORCH_CHECK_VALUE(takes_budget_gate(HEADWISE_BUDGET_GATE_ARGUMENTS),
+                    "the arguments of _budget_gate must fit together: evaluate_budget_gate says "
+                    "which does not");
   const auto type = x.scalar_type();
   if (type == at::kDouble) return run<double, double>(HEADWISE_BUDGET_GATE_ARGUMENTS);
   GateResult result;

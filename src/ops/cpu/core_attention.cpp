@@ -13,6 +13,7 @@
 #include "kernels/cpu/packed_layer.h"
 #include "kernels/cpu/parallel.h"
 #include "ops/attention_ops.h"
+#include "ops/backward_checks.h"
 #include "ops/cpu/attention_call.h"
 
 namespace headwise::ops {
@@ -211,7 +212,7 @@ CoreBackward core_backward(const Tensor& grad_output, HEADWISE_CORE_PARAMETERS,
                            const Tensor& output, const Tensor& context, const Tensor& lse,
                            std::array<bool, 5> needs) {
   const auto in = HEADWISE_CORE_INPUTS;
-  check_inputs(in);
+  check_backward(grad_output, in, output, context, lse);
   return dispatch_core(in, [&]<typename T, typename Acc>(T, Acc) -> CoreBackward {
     const CoreCall<T, Acc> call(in);
     const auto& s = call.masked.shape;

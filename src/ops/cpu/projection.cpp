@@ -9,6 +9,7 @@
 #include "kernels/cpu/packed_gemm.h"
 #include "kernels/cpu/parallel.h"
 #include "kernels/cpu/projection.h"
+#include "ops/backward_checks.h"
 #include "ops/cpu/attention_call.h"
 
 namespace headwise::ops {
@@ -209,7 +210,7 @@ Tensor projection(HEADWISE_PROJECTION_PARAMETERS) {
 
 ProjectionBackward projection_backward(HEADWISE_PROJECTION_BACKWARD_PARAMETERS) {
   const ProjectionInputs in{x, weight, {}, num_heads, index, count};
-  check_inputs(in);
+  check_backward(grad_output, in);
   const Choice choice(index, count, num_heads, x.size(1), head_width(in));
   const auto& chosen = choice.chosen;
   return dispatch_projection(
@@ -263,7 +264,7 @@ Tensor output_projection(HEADWISE_OUTPUT_PARAMETERS) {
 }
 
 OutputBackward output_projection_backward(HEADWISE_OUTPUT_BACKWARD_PARAMETERS) {
-  check_inputs(OutputInputs{heads, weight, {}, index, count, head_weight});
+  check_backward(grad_output, OutputInputs{heads, weight, {}, index, count, head_weight});
   const Choice choice(index, count, heads.size(1), heads.size(2), heads.size(3));
   const auto& chosen = choice.chosen;
   return dispatch_projection(

@@ -52,10 +52,10 @@ at::Tensor selection_mask_cpu(const at::Tensor& index, const at::Tensor& count,
                               at::ScalarType dtype) {
   check_selection_mask(index, count);
   const int64_t B = index.size(0), H = index.size(1);
-  const auto indices = index.to(at::kInt).contiguous();  // [B, H]
-  const auto counts = count.to(at::kLong).contiguous();  // [B]
+  const auto indices = index.to(at::kLong).contiguous();  // [B, H]
+  const auto counts = count.to(at::kLong).contiguous();   // [B]
   auto mask = at::zeros({B, H}, index.options().dtype(dtype));
-  const int32_t* indices_p = indices.const_data_ptr<int32_t>();
+  const int64_t* indices_p = indices.const_data_ptr<int64_t>();
   const int64_t* counts_p = counts.const_data_ptr<int64_t>();
   AT_DISPATCH_ALL_TYPES_AND3(at::kHalf, at::kBFloat16, at::kBool, dtype, "selection_mask", [&] {
     scalar_t* mask_p = mask.mutable_data_ptr<scalar_t>();
@@ -63,7 +63,7 @@ at::Tensor selection_mask_cpu(const at::Tensor& index, const at::Tensor& count,
       const int64_t k = counts_p[b];
       TORCH_CHECK_VALUE(k >= 0 && k <= H, "count must lie in [0, ", H, "], got ", k, " at row ", b);
       for (int64_t i = 0; i < k; ++i) {
-        const int32_t h = indices_p[b * H + i];
+        const int64_t h = indices_p[b * H + i];
         TORCH_CHECK_INDEX(h >= 0 && h < H, "index must lie in [0, ", H,
                           ") for the first count heads, got ", h, " at row ", b, ", position ", i);
         mask_p[b * H + h] = static_cast<scalar_t>(1);

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include "ops/cuda/launch.h"
+#include "ops/select_heads.h"
 
 namespace headwise::ops::device {
 
@@ -12,7 +13,7 @@ Selected select(const Tensor& index, const Tensor& count, int64_t num_heads, int
   const DeviceGuard guard(index.device());
   const int64_t B = index.size(0), K = index.size(1), capacity = B * K;
   const auto options = index.options().dtype(at::kInt);
-  const auto indices = index.to(at::kInt).contiguous(), counts = count.to(at::kInt).contiguous();
+  const auto indices = narrowed(index).contiguous(), counts = narrowed(count).contiguous();
   const kernels::cuda::WorkListShape shape{B, K, num_heads};
   // One allocation: five lists of places, begins, used, count, first, offset, scratch.
   Selected s;

@@ -3,6 +3,7 @@
 #include <c10/util/Exception.h>
 #include <torch/library.h>
 
+#include "ops/backward_checks.h"
 #include "ops/cuda/selected.h"
 #ifdef HEADWISE_CUDA
 #include "ops/cuda/arguments.h"
@@ -37,6 +38,7 @@ auto forward(const Inputs& in) {
 template <typename Inputs, typename Needs>
 auto backward(const Tensor& grad_output, const Inputs& in, const LayerSaved& saved,
               const Needs& needs) {
+  check_backward(grad_output, in, saved);
 #ifdef HEADWISE_CUDA
   if (kernels_run(in)) return device::backward(grad_output, in, saved, needs);
 #endif
@@ -75,6 +77,7 @@ CoreBackward core_backward(const Tensor& grad_output, HEADWISE_CORE_PARAMETERS,
                            const Tensor& output, const Tensor& context, const Tensor& lse,
                            std::array<bool, 5> needs) {
   const auto in = HEADWISE_CORE_INPUTS;
+  check_backward(grad_output, in, output, context, lse);
 #ifdef HEADWISE_CUDA
   if (kernels_run(in)) return device::backward(grad_output, in, output, context, lse, needs);
 #endif

@@ -10,6 +10,7 @@
 #include "ops/cuda/flash.h"
 #include "ops/cuda/launch.h"
 #include "ops/cuda/selected.h"
+#include "ops/select_heads.h"
 
 namespace headwise::ops::device {
 namespace {
@@ -39,7 +40,7 @@ struct Core {
     a.type = element_of(q.scalar_type());
     a.chosen = selected.chosen;
     if (decodes) {
-      index = in.index.to(at::kInt).contiguous(), count = in.count.to(at::kInt).contiguous();
+      index = narrowed(in.index).contiguous(), count = narrowed(in.count).contiguous();
       a.chosen = {q.size(0),
                   index.size(1),
                   q.size(1),

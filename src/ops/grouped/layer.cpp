@@ -2,6 +2,7 @@
 // are gathered per head, projections lie packed as [N, ., d] in the order of the work list.
 #include <ATen/ATen.h>
 
+#include "ops/backward_checks.h"
 #include "ops/grouped/grouped.h"
 #include "ops/grouped/projection.h"
 
@@ -156,6 +157,7 @@ LayerForward forward(const SelfInputs& in) {
 
 MultiheadBackward backward(const Tensor& grad_output, const MultiheadInputs& in,
                            const LayerSaved& saved, const Needs<15>& needs) {
+  check_backward(grad_output, in, saved);
   const auto g = layer_backward(grad_output, in, saved, needs);
   const auto& x = in.query;
   const auto of = [&](const Tensor& gradient, const OptionalTensor& input) {
@@ -181,6 +183,7 @@ MultiheadBackward backward(const Tensor& grad_output, const MultiheadInputs& in,
 
 SelfBackward backward(const Tensor& grad_output, const SelfInputs& in, const LayerSaved& saved,
                       const Needs<7>& needs) {
+  check_backward(grad_output, in, saved);
   const bool x = needs[0], weight = needs[1], bias = needs[2];
   const auto g = layer_backward(grad_output, as_multihead(in), saved,
                                 {x, x, x, weight, weight, weight, bias, bias, bias, needs[3],

@@ -2,6 +2,7 @@
 // the oracle. On a CUDA device it runs what the kernels refuse (src/ops/cuda/attention.cpp).
 #include <torch/library.h>
 
+#include "ops/backward_checks.h"
 #include "ops/grouped/grouped.h"
 #include "ops/grouped/projection.h"
 
@@ -30,7 +31,9 @@ MultiheadBackward multihead_backward(const Tensor& grad_output, HEADWISE_MULTIHE
 CoreBackward core_backward(const Tensor& grad_output, HEADWISE_CORE_PARAMETERS,
                            const Tensor& output, const Tensor& context, const Tensor& lse,
                            std::array<bool, 5> needs) {
-  return backward(grad_output, HEADWISE_CORE_INPUTS, context, needs);
+  const auto in = HEADWISE_CORE_INPUTS;
+  check_backward(grad_output, in, output, context, lse);
+  return backward(grad_output, in, weight ? context : output, needs);
 }
 
 Tensor projection(HEADWISE_PROJECTION_PARAMETERS) { return forward(HEADWISE_PROJECTION_INPUTS); }

@@ -3,6 +3,8 @@
 #include <ATen/ATen.h>
 
 #include "kernels/cuda/indexing.h"
+#include "ops/attention_ops.h"
+#include "ops/select_heads.h"
 #ifdef HEADWISE_CUDA
 #include "ops/cuda/launch.h"
 #endif
@@ -47,7 +49,9 @@ WorkList make_work_list(const Tensor& index, const Tensor& count, int64_t num_he
 #endif
   const auto place = on_device ? index.device() : at::Device(at::kCPU);
   const auto options = at::TensorOptions().dtype(at::kInt).device(place);
-  const auto indices = index.to(options).contiguous(), counts = count.to(options).contiguous();
+  if (index.is_cpu()) check_selection_values(index, count, num_heads);
+  const auto indices = narrowed(index).to(place).contiguous(),
+             counts = narrowed(count).to(place).contiguous();
   auto slot = at::empty({shape.slots()}, options);
   WorkList list{at::empty({shape.capacity()}, options),
                 at::empty({shape.capacity()}, options),

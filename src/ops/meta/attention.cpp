@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include "ops/attention_ops.h"
+#include "ops/backward_checks.h"
 
 namespace headwise::ops {
 namespace {
@@ -46,6 +47,7 @@ Tensor self(HEADWISE_SELF_PARAMETERS) {
 SelfBackward self_backward(const Tensor& grad_output, HEADWISE_SELF_PARAMETERS, const Tensor& q,
                            const Tensor& k, const Tensor& v, const Tensor& context,
                            const Tensor& lse, std::array<bool, 7> needs) {
+  check_backward(grad_output, HEADWISE_SELF_INPUTS, {q, k, v, context, lse});
   return {gradient(needs[0], x, x),
           gradient(needs[1], in_proj_weight, x),
           gradient(needs[2], in_proj_bias, x),
@@ -71,6 +73,7 @@ MultiheadBackward multihead_backward(const Tensor& grad_output, HEADWISE_MULTIHE
                                      const Tensor& q, const Tensor& k, const Tensor& v,
                                      const Tensor& context, const Tensor& lse,
                                      std::array<bool, 15> needs) {
+  check_backward(grad_output, HEADWISE_MULTIHEAD_INPUTS, {q, k, v, context, lse});
   return {gradient(needs[0], query, query),          gradient(needs[1], key, query),
           gradient(needs[2], value, query),          gradient(needs[3], q_weight, query),
           gradient(needs[4], k_weight, query),       gradient(needs[5], v_weight, query),
@@ -97,6 +100,7 @@ CoreForward core_forward(HEADWISE_CORE_PARAMETERS) {
 CoreBackward core_backward(const Tensor& grad_output, HEADWISE_CORE_PARAMETERS,
                            const Tensor& output, const Tensor& context, const Tensor& lse,
                            std::array<bool, 5> needs) {
+  check_backward(grad_output, HEADWISE_CORE_INPUTS, output, context, lse);
   return {gradient(needs[0], q, q), gradient(needs[1], k, q), gradient(needs[2], v, q),
           gradient(needs[3], weight, q), gradient(needs[4], attn_mask, q)};
 }

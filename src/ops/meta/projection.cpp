@@ -4,6 +4,8 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include "ops/backward_checks.h"
+
 namespace headwise::ops {
 namespace {
 
@@ -20,6 +22,7 @@ Tensor projection(HEADWISE_PROJECTION_PARAMETERS) {
 }
 
 ProjectionBackward projection_backward(HEADWISE_PROJECTION_BACKWARD_PARAMETERS) {
+  check_backward(grad_output, ProjectionInputs{x, weight, {}, num_heads, index, count});
   return {gradient(needs[0], x, x.sym_sizes()), gradient(needs[1], weight, weight.sym_sizes()),
           gradient(needs[2], weight, {weight.sym_size(0)})};
 }
@@ -31,6 +34,7 @@ Tensor output_projection(HEADWISE_OUTPUT_PARAMETERS) {
 }
 
 OutputBackward output_projection_backward(HEADWISE_OUTPUT_BACKWARD_PARAMETERS) {
+  check_backward(grad_output, OutputInputs{heads, weight, {}, index, count, head_weight});
   const auto& factor = head_weight ? *head_weight : heads;
   return {gradient(needs[0], heads, heads.sym_sizes()),
           gradient(needs[1], weight, weight.sym_sizes()),

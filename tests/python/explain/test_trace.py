@@ -2,12 +2,15 @@
 
 import itertools
 import json
+import threading
 
 import headwise as hw
 import numpy as np
 import pytest
 import torch
 from headwise import _C
+from headwise.explain.recording import holding, recording
+from headwise.nn.intervention import scaled_heads
 from support.architectures import ARCHITECTURES, HEADS
 from torch import nn
 
@@ -251,3 +254,60 @@ def test_compiled_models_can_be_traced(model):
             actual, _ = compiled(x, x, x, need_weights=False)
     assert torch.equal(actual, expected)
     assert t.selections[""].count.tolist() == [1, 1]
+
+
+def test_a_trace_belongs_to_its_thread(model):
+    """What another thread runs through the model at the same time is not recorded."""
+    opened, leave, traces = threading.Barrier(2), threading.Barrier(2), {}
+    sizes = {"first": 2, "second": 5}
+
+    def work(name):
+        with hw.trace(model) as t:
+            opened.wait(60)
+            for _ in range(3):
+                architecture = ARCHITECTURES["BertModel"]
+                inputs = architecture.inputs()
+                batch = {
+                    key: value[:1].expand(sizes[name], *value.shape[1:])
+                    for key, value in inputs.items()
+                }
+                with torch.no_grad():
+                    architecture.run(model, batch)
+            leave.wait(60)
+        traces[name] = t
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in sizes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for name, size in sizes.items():
+        for calls in traces[name].history.values():
+            assert [len(call.count) for call in calls] == [size] * 3
+    assert all(not seen for seen in observers(model))
+
+
+def test_an_analysed_model_is_refused_to_other_threads(model):
+    """An analysis changes the model for as long as it lasts: others must not get its results."""
+    results = []
+
+    def other():
+        try:
+            run(model)
+        except RuntimeError as error:
+            results.append(str(error))
+
+    def in_another_thread():
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+
+    with recording(model, lambda *_: None):
+        run(model)
+        in_another_thread()
+    with holding(model), scaled_heads(model):
+        in_another_thread()
+    assert len(results) == 2
+    assert all("another thread analyses this model" in text for text in results)
+    in_another_thread()
+    assert len(results) == 2

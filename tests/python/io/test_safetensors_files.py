@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import struct
+import time
 
 import pytest
 import safetensors.torch
@@ -96,6 +97,56 @@ def test_float8_e8m0_and_conjugate_views_round_trip(tmp_path):
     assert torch.equal(read["conj"], torch.conj_physical(z))
 
 
+def test_float4_round_trips(tmp_path):
+    # Two numbers of 4 bits share a byte; the file counts numbers, torch bytes.
+    path = tmp_path / "w.safetensors"
+    values = torch.arange(8, dtype=torch.uint8).view(2, 4).view(torch.float4_e2m1fn_x2)
+    save_safetensors(path, {"a": values})
+    read = load_safetensors(path)["a"]
+    assert read.dtype == torch.float4_e2m1fn_x2 and read.shape == (2, 4)
+    assert torch.equal(read.view(torch.uint8), values.view(torch.uint8))
+    with safetensors.safe_open(path, "pt") as file:
+        assert file.get_slice("a").get_shape() == [2, 8]
+        assert file.get_slice("a").get_dtype() == "F4"
+    header = safetensors.torch.save({"a": values})[8:]
+    assert header[: header.index(b"}")] == path.read_bytes()[8:][: header.index(b"}")]
+
+
+def header_of(entries: int, size: int = 4, step: int = 4) -> bytes:
+    return json.dumps(
+        {
+            f"tensor.{i:06d}": {
+                "dtype": "F32",
+                "shape": [size // 4],
+                "data_offsets": [i * step, i * step + size],
+            }
+            for i in range(entries)
+        }
+    ).encode()
+
+
+@pytest.mark.parametrize(("step", "accepted"), [(4, True), (0, False)])
+def test_headers_are_read_in_linear_time(tmp_path, step, accepted):
+    path, seconds = tmp_path / "w", {}
+    for entries in (10_000, 40_000):
+        path.write_bytes(file_bytes(header_of(entries, step=step), b"\0" * (4 * entries)))
+        start = time.process_time()
+        if accepted:
+            assert len(load_safetensors(path)) == entries
+        else:
+            with pytest.raises(ValueError, match="must not overlap"):
+                load_safetensors(path)
+        seconds[entries] = time.process_time() - start
+    assert seconds[40_000] < 12 * seconds[10_000] + 0.5  # quadratic: 16 times, and seconds
+    assert seconds[40_000] < 5
+
+
+def test_many_tensors_are_written_in_linear_time(tmp_path):
+    start = time.process_time()
+    save_safetensors(tmp_path / "w", {f"t{i}": torch.zeros(1) for i in range(20_000)})
+    assert time.process_time() - start < 3
+
+
 def test_no_tensors(tmp_path):
     save_safetensors(tmp_path / "w", {})
     assert load_safetensors(tmp_path / "w") == {}
@@ -134,8 +185,10 @@ HOSTILE = {
     "five bytes": (b"\1\2\3\4\5", "is truncated"),
     "header past the end": (file_bytes(b"{}", length=3), "ends past the end of the file"),
     "header of 2^64 - 1": (file_bytes(b"{}", length=2**64 - 1), "of at most 100000000 bytes"),
-    "no header": (file_bytes(b""), "must begin with '{'"),
-    "not an object": (file_bytes(b"[]"), "must begin with '{'"),
+    "no header": (file_bytes(b""), "is not valid JSON"),
+    "not an object": (file_bytes(b"[]"), "must be a JSON object, got array"),
+    "NUL after the object": (file_bytes(b"{}\0\0"), "must not hold a byte of value 0"),
+    "text after the object": (file_bytes(b"{}{}"), "is not valid JSON"),
     "not JSON": (file_bytes(b'{"a": '), "is not valid JSON: parse error at line 1, column"),
     "not UTF-8": (file_bytes(b'{"\xff": 1}'), "is not valid JSON: .*UTF-8"),
     "nested": (file_bytes(b'{"a":' + b"[" * 100000), "not be nested deeper than 3"),
@@ -147,7 +200,9 @@ HOSTILE = {
     "unknown key": (file_bytes(one(extra=1), EIGHT), 'has an unknown key "extra"'),
     "missing key": (file_bytes({"a": {"dtype": "F32", "shape": []}}), 'the key "data_offsets"'),
     "entry not an object": (file_bytes({"a": 3}), "must be a JSON object, got number"),
-    "dtype unknown": (file_bytes(one("F4"), EIGHT), 'has the dtype "F4", which torch does not'),
+    "dtype unknown": (file_bytes(one("F5"), EIGHT), 'has the dtype "F5", which torch does not'),
+    "F4 odd": (file_bytes(one("F4", (1, 3), (0, 2)), b"12"), "end with an even size"),
+    "F4 scalar": (file_bytes(one("F4", (), (0, 1)), b"1"), "end with an even size"),
     "dtype a number": (file_bytes(one(1), EIGHT), '"dtype" of .* must be a string, got number'),
     "negative shape": (file_bytes(one(shape=(-2,)), EIGHT), "must not be negative, got -2"),
     "fraction in shape": (file_bytes(one(shape=(2.0,)), EIGHT), "must be integers, got 2.0"),
@@ -186,6 +241,39 @@ def test_hostile_file_is_refused_with_one_sentence(tmp_path, name):
         load_safetensors(path)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 400
+
+
+#: What we refuse and the reference takes: a reader must not be able to see another model in a file
+#: than the next one, or something that no name shows.
+STRICTER = {
+    "a key twice": one(),  # filled in below: JSON has no such object in Python
+    "an unknown key": one(extra=1),
+    "an entry as a list": {"a": ["F32", [2], [0, 8]]},
+    "a NUL in a name": {"a\0": one()["a"]},
+    "a bool of two": one("BOOL", (8,), (0, 8)),
+}
+
+
+@pytest.mark.parametrize("name", STRICTER)
+def test_what_only_we_refuse(tmp_path, name):
+    text = json.dumps(STRICTER[name])
+    if name == "a key twice":
+        text = text[:-1] + "," + text[1:]
+    content = file_bytes(text.encode(), b"\1\2\3\4\5\6\7\0" if "bool" in name else EIGHT)
+    safetensors.torch.load(content)
+    (tmp_path / "w").write_bytes(content)
+    with pytest.raises(ValueError, match=r"twice|unknown key|JSON object|NUL|only 0 and 1"):
+        load_safetensors(tmp_path / "w")
+
+
+@pytest.mark.parametrize(
+    "text", [b" {}", b"\n\t{}\r ", b'{"__metadata__": null}', b"{}" + b" " * 99]
+)
+def test_white_space_is_taken_as_the_reference_takes_it(tmp_path, text):
+    content = file_bytes(text)
+    assert safetensors.torch.load(content) == {}
+    (tmp_path / "w").write_bytes(content)
+    assert load_safetensors(tmp_path / "w") == {}
 
 
 @settings(max_examples=300, deadline=None)

@@ -3,7 +3,11 @@
 import copy
 import json
 import os
+import resource
 import shutil
+import subprocess
+import sys
+import time
 
 import headwise as hw
 import pytest
@@ -157,6 +161,10 @@ def test_a_saved_folder_is_replaced_and_others_are_not(folder, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == names
 
 
+def refuse(path, content):
+    raise OSError(13, "Permission denied")
+
+
 def test_nothing_is_left_when_writing_fails(folder, tmp_path, monkeypatch):
     model = hw.load(folder)
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
@@ -169,18 +177,112 @@ def test_nothing_is_left_when_writing_fails(folder, tmp_path, monkeypatch):
         with pytest.raises(OSError, match="No space left on device"):
             hw.save(model, target, tokenizer=Tokenizer())
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
-    real = os.replace
-
-    def replace(source, target):
-        if str(source).endswith(".part"):
-            raise OSError(13, "Permission denied")
-        return real(source, target)
-
-    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr("headwise.serialization.save_load.write_atomic", refuse)
     with pytest.raises(OSError, match="Permission denied"):
         hw.save(model, folder)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
+
+
+def test_other_files_in_the_folder_are_kept(folder):
+    model = hw.load(folder)
+    (folder / "tokenizer.json").write_text("words")
+    (folder / "notes" / "deep").mkdir(parents=True)
+    (folder / "notes" / "deep" / "today").write_text("read me")
+    (folder / "link").symlink_to("tokenizer.json")
+    folder.chmod(0o750)
+    nn.init.constant_(model.classifier.bias, 3.0)
+    hw.save(model, folder)
+    assert (folder / "tokenizer.json").read_text() == "words"
+    assert (folder / "notes" / "deep" / "today").read_text() == "read me"
+    assert (folder / "link").is_symlink()
+    assert folder.stat().st_mode & 0o777 == 0o750
+    assert hw.load(folder).classifier.bias.eq(3).all()
+
+
+def test_a_symbolic_link_stays_one(folder, tmp_path):
+    model = hw.load(folder)
+    link, dangling = tmp_path / "latest", tmp_path / "next"
+    link.symlink_to("model")
+    dangling.symlink_to(tmp_path / "not yet")
+    nn.init.constant_(model.classifier.bias, 2.0)
+    hw.save(model, link)
+    hw.save(model, dangling)
+    assert link.is_symlink() and dangling.is_symlink()
+    assert hw.load(folder).classifier.bias.eq(2).all()
+    assert hw.load(tmp_path / "not yet").classifier.bias.eq(2).all()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "model", "next", "not yet"]
+
+
+def test_a_name_of_250_letters(folder, tmp_path):
+    hw.save(hw.load(folder), tmp_path / ("x" * 250))
+    assert (tmp_path / ("x" * 250) / "headwise.json").is_file()
+
+
+WRITER = """
+import sys, torch, headwise as hw
+model = torch.nn.ModuleDict({"a": hw.MultiheadAttention(8, 4), "b": torch.nn.Linear(64, 512)})
+torch.nn.init.constant_(model["b"].weight, float(sys.argv[2]))
+torch.nn.init.constant_(model["a"].in_proj_weight, float(sys.argv[2]))
+print("ready", flush=True)
+while True:
+    hw.save(model, sys.argv[1])
+"""
+
+
+def test_a_killed_writer_leaves_a_whole_model(tmp_path):
+    """Two processes write one folder over and over, and are killed in the middle of it."""
+    place = tmp_path / "model"
+    model = nn.ModuleDict({"a": hw.MultiheadAttention(8, 4), "b": nn.Linear(64, 512)})
+    hw.save(model, place)
+    (place / "notes").write_text("mine")
+    for attempt in range(3):
+        writers = [
+            subprocess.Popen(
+                [sys.executable, "-c", WRITER, str(place), str(value)],
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for value in (1, 2)
+        ]
+        try:
+            for writer in writers:
+                assert writer.stdout.readline() == "ready\n"
+            deadline = time.monotonic() + 0.5 + 0.1 * attempt
+            while time.monotonic() < deadline:
+                hw.load(place, model)  # whole at every moment
+        finally:
+            for writer in writers:
+                writer.kill()
+                writer.wait()
+                writer.stdout.close()
+        loaded = hw.load(place, model)
+        value = loaded["b"].weight[0, 0]
+        assert value in (1, 2) and loaded["b"].weight.eq(value).all()
+        assert loaded["a"].in_proj_weight.eq(value).all()
+        assert (place / "notes").read_text() == "mine"
+
+
+def test_sharded_models_are_gathered(tmp_path):
+    torch.manual_seed(0)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = nn.ModuleDict({"a": hw.MultiheadAttention(8, 4, gate=hw.BudgetGate())})
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        hw.save(model, tmp_path / "model")
+        with pytest.raises(TypeError, match="must hold its own data, got one that stands for"):
+            hw.io.save_safetensors(tmp_path / "w", {"a": model["a"].in_proj_weight})
+    finally:
+        torch.distributed.destroy_process_group()
+    again = nn.ModuleDict({"a": hw.MultiheadAttention(8, 4, gate=hw.BudgetGate())})
+    loaded = hw.load(tmp_path / "model", again).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in expected.items())
 
 
 def test_models_that_cannot_be_saved():
@@ -283,3 +385,45 @@ def test_loading_leaves_the_saved_model_alone(folder):
     inputs = bert_inputs()
     expected = copy.deepcopy(model)(**inputs).logits
     torch.testing.assert_close(hw.load(folder)(**inputs).logits, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda d: d["architecture"]["config"].update(hidden_size=10**9),
+            "config of .* (is|builds)",
+        ),
+        (lambda d: d["architecture"]["config"].update(num_hidden_layers=10**7), "more than the we"),
+        (lambda d: d["architecture"]["config"].update(vocab_size=10**11), "more than 1000 times"),
+        (lambda d: d["architecture"]["config"].update(num_labels=10**9), "more than the weights"),
+        (lambda d: d["architecture"]["config"].update(hidden_act="\x1b[2J"), "builds no Bert"),
+        (
+            lambda d: d["architecture"]["config"].update(attn_implementation="org/kernel"),
+            "must not name code to fetch",
+        ),
+        (lambda d: d["layers"][0].update(embed_dim=10**9), "'embed_dim' of layer .* do not have"),
+        (lambda d: d["layers"][0].update(num_heads=10**9), "'num_heads' of layer .* do not have"),
+        (lambda d: d["layers"][0].update(kdim=10**12), "'kdim' of layer .* do not have"),
+        (lambda d: d["layers"].append(dict(d["layers"][0])), "names of their own, got .* twice"),
+        (lambda d: d.update(version=True), "must have version 1, got True"),
+        (lambda d: d.update(aliases={"a": ["b"]}), "which is missing"),
+        (lambda d: d["layers"][0].update({"class": ["a"]}), "must be one of"),
+        (lambda d: d["layers"][0].update({"x" * 5000: 1}), "has an unknown key 'xxx"),
+    ],
+)
+def test_sizes_are_compared_before_they_are_allocated(folder, change, message):
+    edit(folder, change)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=message) as error:
+        hw.load(folder)
+    assert len(str(error.value)) < 500 and str(error.value).isprintable()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB
+
+
+@pytest.mark.parametrize("tail", ["\0", "\0{}", " {}", ",", "\0" * 100])
+def test_nothing_may_follow_the_description(folder, tail):
+    path = folder / "headwise.json"
+    path.write_text(path.read_text() + tail)
+    with pytest.raises(ValueError, match="is not valid JSON"):
+        hw.load(folder)
