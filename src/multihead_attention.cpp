@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "headwise/dense_attention.h"
+#include "recomputation.h"
 
 namespace headwise {
 namespace {
@@ -241,8 +242,10 @@ std::tuple<at::Tensor, at::Tensor> MultiheadAttentionImpl::forward(
       context = gate && gate->attends() ? gate->attend(heads, values)
                                         : dense_attention(q, k, v, training, added_keys);
     }
-    probe({query, optional(query_is_key ? key_padding_mask : at::Tensor()), selection, q, k,
-           arguments, added_keys, context});
+    if (!recomputing()) {
+      probe({query, optional(query_is_key ? key_padding_mask : at::Tensor()), selection, q, k,
+             arguments, added_keys, context});
+    }
   }
   at::Tensor probabilities;  // [B, H, L, S']
   if (need_weights) {
@@ -284,7 +287,7 @@ std::tuple<at::Tensor, at::Tensor> MultiheadAttentionImpl::forward(
             : selected_multihead_attention(query, key, value, weights, num_heads, selection->index,
                                            selection->count, selection->weight, arguments);
   }
-  if (selection && on_selection) on_selection(*selection);
+  if (selection && on_selection && !recomputing()) on_selection(*selection);
   if (!batched) {
     output = output.squeeze(0);
     probabilities = probabilities.defined() ? probabilities.squeeze(0) : probabilities;

@@ -112,7 +112,7 @@ struct Layer {
     const double share = static_cast<double>(heads) / static_cast<double>(shape.heads);
     // A target below 1 keeps the gate at work even where every head runs.
     const auto gate = headwise::BudgetGateOptions()
-                          .target(std::min(share, 0.99))
+                          .keep(std::min(share, 0.99))
                           .budget(share)
                           .execution("selected");
     headwise::MultiheadAttention mha(

@@ -37,7 +37,7 @@ model = AutoModelForSequenceClassification.from_pretrained(
 batch = tokenizer([text for text, _ in TEXTS], padding=True, return_tensors="pt")
 batch["labels"] = torch.tensor([label for _, label in TEXTS])
 
-hw.convert(model, hw.BudgetGate(target=0.5))
+hw.convert(model, hw.BudgetGate(keep=0.5))
 gates = [p for name, p in model.named_parameters() if ".gate." in name]
 weights = [p for name, p in model.named_parameters() if ".gate." not in name]
 optimizer = torch.optim.AdamW([{"params": weights, "lr": 1e-4}, {"params": gates, "lr": 1e-2}])

@@ -35,7 +35,7 @@ model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
 batch = tokenizer(list(TEXTS), padding=True, return_tensors="pt")
 batch["labels"] = torch.tensor(list(TEXTS.values()))
 
-hw.convert(model, hw.BudgetGate(target=0.5))
+hw.convert(model, hw.BudgetGate(keep=0.5))
 gates = [p for name, p in model.named_parameters() if ".gate." in name]
 weights = [p for name, p in model.named_parameters() if ".gate." not in name]
 # Gates start from nothing, so they learn faster than weights that were pretrained.

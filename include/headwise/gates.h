@@ -23,6 +23,7 @@ namespace headwise {
 
 /// What gates that decide together (scope "model") have in common; made by link_gates.
 struct GateScope;
+class Replay;
 
 /// A layer's queries and keys, for gates that choose by them.
 struct HeadInputs {
@@ -42,7 +43,7 @@ class HEADWISE_API GateImpl : public torch::nn::Module {
   /// @param key_padding_mask bool (true = padding) or floating [B, L], or undefined
   virtual Selection forward(const at::Tensor& x, const at::Tensor& key_padding_mask = {}) = 0;
 
-  /// This gate's regulariser for the last training forward [].
+  /// This gate's regulariser for the last training forward []; undefined if it has none.
   virtual at::Tensor penalty() const;
 
   /// Sets how far training has come, from 0 to 1.
@@ -81,9 +82,15 @@ class HEADWISE_API GateImpl : public torch::nn::Module {
   at::Tensor expected_heads;
 
  protected:
-  GateImpl(std::string name, int64_t embed_dim, int64_t num_heads, const std::string& execution);
+  // Checks the sizes. run_all: in training every head runs, chosen or not.
+  GateImpl(std::string name, int64_t embed_dim, int64_t num_heads, bool run_all);
+  // Of a gate with a table of options; checks them.
+  GateImpl(const GateOptions& options, int64_t embed_dim, int64_t num_heads);
   void check_input(const at::Tensor& x) const;
   bool run_all() const { return run_all_; }
+  // Whether this forward is one to keep records and statistics of: in training, and not one that
+  // activation checkpointing repeats.
+  bool records() const;
 
  private:
   int64_t embed_dim_, num_heads_;
@@ -129,8 +136,8 @@ class HEADWISE_API ScheduledGateImpl : public GateImpl {
   at::Tensor feature_mean, feature_variance, feature_batches;
 
  protected:
-  ScheduledGateImpl(const std::string& type, int64_t embed_dim, int64_t num_heads,
-                    const std::string& execution, const at::TensorOptions& tensor_options);
+  ScheduledGateImpl(const GateOptions& options, int64_t embed_dim, int64_t num_heads,
+                    const at::TensorOptions& tensor_options);
   void build_features(const at::TensorOptions& tensor_options);
   void reset_features();
   // The masked mean of x, standardised over the inputs seen in training [B, D].
@@ -140,6 +147,8 @@ class HEADWISE_API ScheduledGateImpl : public GateImpl {
   at::Tensor relevance_of(const at::Tensor& x, const at::Tensor& key_padding_mask,
                           const at::Tensor& base, const at::Tensor& weight, double static_until);
   virtual void start(const at::Tensor& relevance, double budget) = 0;
+
+  std::shared_ptr<Replay> replay_;  // what forwards used that may be repeated
 };
 
 /// A gate with a target share of heads.
@@ -153,16 +162,19 @@ class HEADWISE_API TargetedGateImpl : public ScheduledGateImpl {
   /// What the target and its penalty are; gates of equal ones with scope "model" share one target.
   struct Target {
     std::string type, scope, form;
-    double target, initial, warmup, strength;
-    bool operator==(const Target&) const = default;
+    double keep, initial_keep, warmup, strength;
   };
   const Target& target() const { return target_; }
   virtual at::Tensor multipliers_or_undefined() const { return {}; }
 
  protected:
-  TargetedGateImpl(Target target, double static_until, double hard_from, int64_t embed_dim,
-                   int64_t num_heads, const std::string& execution,
-                   const at::TensorOptions& tensor_options);
+  // `options` have those of every gate with a target.
+  template <typename Options>
+  TargetedGateImpl(const Options& options, std::string form, double strength, int64_t embed_dim,
+                   int64_t num_heads, const at::TensorOptions& tensor_options)
+      : ScheduledGateImpl(options, embed_dim, num_heads, tensor_options),
+        target_{Options::kType,         options.target_scope(), std::move(form), options.keep(),
+                options.initial_keep(), options.warmup(),       strength} {}
 
  private:
   Target target_;
@@ -216,8 +228,9 @@ class HEADWISE_API ScopedGateImpl : public ScheduledGateImpl {
   void join(const std::shared_ptr<GateScope>& scope, int64_t position) override;
 
  protected:
-  ScopedGateImpl(const std::string& type, int64_t embed_dim, int64_t num_heads,
-                 const std::string& execution, const at::TensorOptions& tensor_options);
+  ScopedGateImpl(const GateOptions& options, int64_t embed_dim, int64_t num_heads,
+                 const at::TensorOptions& tensor_options)
+      : ScheduledGateImpl(options, embed_dim, num_heads, tensor_options) {}
   // For the end of a constructor. Gates of scope "model" with equal `options` decide together.
   void set_scope(const std::string& scope, const GateOptions& options);
   // What it decides in; null where it is not linked.
@@ -227,12 +240,12 @@ class HEADWISE_API ScopedGateImpl : public ScheduledGateImpl {
   int64_t position() const { return position_; }
 
  private:
-  std::string type_, key_;
+  std::string key_;
   std::shared_ptr<GateScope> scope_;
   int64_t position_ = 0;
 };
 
-/// Exactly k heads, the same for every input. Parameter: scores [H].
+/// k heads of a model, the same for every input. Parameter: scores [H].
 class HEADWISE_API SubsetGateImpl : public ScopedGateImpl {
  public:
   SubsetGateImpl(SubsetGateOptions options, int64_t embed_dim, int64_t num_heads,

@@ -10,6 +10,7 @@ void bind_importance(pybind11::module_& m);
 void bind_pruning(pybind11::module_& m);
 void bind_searches(pybind11::module_& m);
 void bind_backends(pybind11::module_& m);
+void bind_gates(pybind11::module_& m);
 void bind_kwon(pybind11::module_& m);
 void bind_repair(pybind11::module_& m);
 void bind_structured(pybind11::module_& m);
@@ -26,6 +27,7 @@ PYBIND11_MODULE(_C, m) {
   bind_pruning(m);
   bind_searches(m);
   bind_backends(m);
+  bind_gates(m);
   bind_kwon(m);
   bind_repair(m);
   bind_structured(m);

@@ -6,9 +6,9 @@
 #include <limits>
 #include <vector>
 
-#include "gates/selection_ops.h"
 #include "headwise/analysis.h"
 #include "headwise/confidence.h"
+#include "ops/gates/selection_ops.h"
 #include "shown.h"
 
 namespace headwise {

@@ -6,10 +6,10 @@
 
 #include "explain/numbers.h"
 #include "explain/relevance.h"
-#include "gates/budget.h"
-#include "gates/requested.h"
-#include "gates/selection_ops.h"
-#include "gates/sleep.h"
+#include "ops/gates/budget.h"
+#include "ops/gates/requested.h"
+#include "ops/gates/selection_ops.h"
+#include "ops/gates/sleep.h"
 
 namespace headwise {
 namespace {

@@ -4,9 +4,9 @@
 #include <algorithm>
 
 #include "explain/numbers.h"
-#include "gates/selection_ops.h"
 #include "headwise/explain.h"
 #include "headwise/instrument.h"
+#include "ops/gates/selection_ops.h"
 
 namespace headwise {
 namespace {

@@ -10,8 +10,8 @@
 #include "explain/gate_words.h"
 #include "explain/numbers.h"
 #include "explain/relevance.h"
-#include "gates/selection_ops.h"
 #include "headwise/selection.h"
+#include "ops/gates/selection_ops.h"
 
 namespace headwise {
 namespace {
@@ -22,7 +22,7 @@ const at::Tensor* find(const NamedTensors& tensors, const char* name) {
 }
 
 /// Where HardConcreteGate's evaluation weight begins: hard_concrete above 0, or with weight one
-/// P(open) above 1/2 (gates/hard_concrete.cpp), solved for log_alpha.
+/// P(open) above 1/2 (ops/gates/hard_concrete.cpp), solved for log_alpha.
 double hard_concrete_threshold(const Json& config) {
   const double edge = std::log(-config.value("gamma", -0.1) / config.value("zeta", 1.1));
   return config.value("kept_weight", "gate") == "one" ? config.value("beta", 0.33) * edge : edge;
@@ -108,8 +108,8 @@ void add_budget(const Json& config, const NamedTensors& tensors, const Attention
   const auto [attribution, baseline, asked] = budget_attribution(
       probe.x, probe.query_padding_mask, tensors.at("feature_mean"), tensors.at("feature_variance"),
       *hidden, tensors.at("budget_hidden.bias"), tensors.at("budget_out.weight"),
-      tensors.at("budget_out.bias"), tensors.at("progress"), config.value("target", 0.5),
-      config.value("initial_budget", 0.95), config.value("warmup", 0.3), steps);
+      tensors.at("budget_out.bias"), tensors.at("progress"), config.value("keep", 0.5),
+      config.value("initial_keep", 0.95), config.value("warmup", 0.3), steps);
   r.attribution = host(attribution), r.baseline = host(baseline), r.asked = host(asked);
 }
 

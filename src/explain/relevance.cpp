@@ -8,8 +8,8 @@
 #include <cmath>
 #include <limits>
 
-#include "gates/budget.h"
-#include "gates/selection_ops.h"
+#include "ops/gates/budget.h"
+#include "ops/gates/selection_ops.h"
 #include "shown.h"
 
 namespace headwise {
@@ -68,7 +68,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> budget_attribution(
     const at::Tensor& x, const OptionalTensor& key_padding_mask, const at::Tensor& mean,
     const at::Tensor& variance, const at::Tensor& hidden_weight, const at::Tensor& hidden_bias,
     const at::Tensor& out_weight, const at::Tensor& out_bias, const at::Tensor& progress,
-    double target, double initial_budget, double warmup, int64_t steps) {
+    double keep, double initial_keep, double warmup, int64_t steps) {
   TORCH_CHECK_VALUE(x.dim() == 3, "x must have shape [B, L, D], got ", x.dim(), " dimensions");
   constexpr int64_t kMostSteps = 1'024;  // nodes of a quadrature, found in their cube of time
   TORCH_CHECK_VALUE(steps > 0 && steps <= kMostSteps, "steps must be in 1..", kMostSteps, ", got ",
@@ -78,7 +78,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> budget_attribution(
   const auto asked = [&](const at::Tensor& features) {
     return std::get<1>(head_budget(features, hidden_weight.detach(), hidden_bias.detach(),
                                    out_weight.detach(), out_bias.detach(), progress, false, 0.0,
-                                   1.0, target, initial_budget, warmup, 0.0));
+                                   1.0, keep, initial_keep, warmup, 0.0));
   };
   const auto features = standardize(masked_mean(wide, key_padding_mask), mean, variance);  // [B, D]
   const auto [nodes, weights] = gauss_legendre(steps);
@@ -140,7 +140,7 @@ TORCH_LIBRARY_FRAGMENT(headwise, m) {
   m.def(
       "budget_attribution(Tensor x, Tensor? key_padding_mask, Tensor mean, Tensor variance, "
       "Tensor hidden_weight, Tensor hidden_bias, Tensor out_weight, Tensor out_bias, "
-      "Tensor progress, float target, float initial_budget, float warmup, int steps=32) "
+      "Tensor progress, float keep, float initial_keep, float warmup, int steps=32) "
       "-> (Tensor attribution, Tensor baseline, Tensor value)");
   m.def("relevance_rank(Tensor relevance) -> Tensor");
   m.def("selection_margin(Tensor relevance, Tensor chosen) -> Tensor");

@@ -33,7 +33,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> budget_attribution(
     const at::Tensor& x, const std::optional<at::Tensor>& key_padding_mask, const at::Tensor& mean,
     const at::Tensor& variance, const at::Tensor& hidden_weight, const at::Tensor& hidden_bias,
     const at::Tensor& out_weight, const at::Tensor& out_bias, const at::Tensor& progress,
-    double target, double initial_budget, double warmup, int64_t steps);
+    double keep, double initial_keep, double warmup, int64_t steps);
 
 /// Place of each head by relevance, 1 the most relevant, of equal heads the lower one first, as
 /// select_heads ranks them. relevance [B, H] -> int64 [B, H]

@@ -5,48 +5,21 @@
 #include <algorithm>
 #include <cmath>
 
-#include "gates/budget.h"
 #include "gates/checks.h"
 #include "headwise/gates.h"
+#include "ops/gates/budget.h"
 
 namespace headwise {
 
 BudgetGateImpl::BudgetGateImpl(BudgetGateOptions options_, int64_t embed_dim, int64_t num_heads,
                                const at::TensorOptions& tensor_options)
-    : TargetedGateImpl({"BudgetGate", options_.target_scope(), "squared", options_.target(),
-                        options_.initial_budget(), options_.warmup(), options_.strength()},
-                       options_.static_until(), options_.hard_from(), embed_dim, num_heads,
-                       options_.execution(), tensor_options),
+    : TargetedGateImpl(options_, "squared", options_.strength(), embed_dim, num_heads,
+                       tensor_options),
       options(std::move(options_)) {
-  if (options.budget()) {
-    check_fraction("budget", *options.budget());
-  }
-  TORCH_CHECK_VALUE(
-      0.0 < options.min_budget() && options.min_budget() <= options.max_budget() &&
-          options.max_budget() <= 1.0,
-      "min_budget and max_budget must satisfy 0 < min_budget <= max_budget <= 1, got ",
-      options.min_budget(), " and ", options.max_budget());
   fixed_budget_ = options.budget();
-  if (!fixed_budget_ && options.target() == 1.0) {
+  if (!fixed_budget_ && options.keep() == 1.0) {
     fixed_budget_ = 1.0;
   }
-  TORCH_CHECK_VALUE(fixed_budget_ || (options.min_budget() <= options.target() &&
-                                      options.target() <= options.max_budget()),
-                    "target must lie between min_budget=", options.min_budget(),
-                    " and max_budget=", options.max_budget(), ", got ", options.target());
-  check_choice("rounding", options.rounding(), {"round", "ceil"});
-  check_choice("noise", options.noise(), {"gumbel", "normal"});
-  check_choice("relaxation", options.relaxation(), {"exact_mass", "straight_through"});
-  check_choice("kept_weight", options.kept_weight(), {"one", "soft"});
-  check_positive("temperature", options.temperature());
-  check_positive("final_temperature", options.final_temperature());
-  check_not_negative("noise_scale", options.noise_scale());
-  check_not_negative("bounds_strength", options.bounds_strength());
-  TORCH_CHECK_VALUE(options.min_heads() >= 0, "min_heads must not be negative, got ",
-                    options.min_heads());
-  TORCH_CHECK_VALUE(!options.hidden_dim() || *options.hidden_dim() > 0,
-                    "hidden_dim must be positive, got ", options.hidden_dim().value_or(0));
-
   build_features(tensor_options);
   base = register_parameter("base", torch::empty({num_heads}, tensor_options));
   relevance =
@@ -70,7 +43,7 @@ void BudgetGateImpl::reset_parameters() {
     budget_hidden->weight.normal_();
     budget_hidden->bias.zero_();
     budget_out->weight.zero_();
-    set_budget(options.target());
+    set_budget(options.keep());
   }
 }
 
@@ -98,7 +71,7 @@ Selection BudgetGateImpl::forward(const at::Tensor& x, const at::Tensor& key_pad
         fixed ? std::nullopt : optional(budget_hidden->bias),
         fixed ? std::nullopt : optional(budget_out->weight),
         fixed ? std::nullopt : optional(budget_out->bias), progress, fixed_budget_.value_or(1.0),
-        options.min_budget(), options.max_budget(), options.target(), options.initial_budget(),
+        options.min_budget(), options.max_budget(), options.keep(), options.initial_keep(),
         options.warmup(), options.min_heads(), options.rounding());
     return {index, count, weight, scores, budget};
   }
@@ -111,8 +84,8 @@ Selection BudgetGateImpl::forward(const at::Tensor& x, const at::Tensor& key_pad
   } else {
     std::tie(budget, asked) = head_budget(
         z, budget_hidden->weight, budget_hidden->bias, budget_out->weight, budget_out->bias,
-        progress, training, options.min_budget(), options.max_budget(), options.target(),
-        options.initial_budget(), options.warmup(), options.static_until());
+        progress, training, options.min_budget(), options.max_budget(), options.keep(),
+        options.initial_keep(), options.warmup(), options.static_until());
   }
   std::optional<at::Tensor> noise;
   if (training && options.noise_scale() > 0.0) {
@@ -124,7 +97,7 @@ Selection BudgetGateImpl::forward(const at::Tensor& x, const at::Tensor& key_pad
                     options.final_temperature(), options.noise_scale(), options.hard_from(),
                     options.relaxation() == "straight_through", options.kept_weight() == "soft",
                     options.min_heads(), options.rounding());
-  if (training) {
+  if (records()) {
     expected_heads = expected;
     regulariser = at::Tensor();
     if (asked.defined() && options.bounds_strength() > 0.0) {

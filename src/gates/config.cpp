@@ -1,10 +1,11 @@
-// Gate options as tagged JSON, the form in which models are saved by either language.
+// Gates' options: checked by their tables, read and written as tagged JSON, the form in which
+// models are saved by either language.
 #include <c10/util/Exception.h>
 
 #include <algorithm>
-#include <nlohmann/json.hpp>
-#include <optional>
-#include <utility>
+#include <cmath>
+#include <set>
+#include <type_traits>
 
 #include "gates/options.h"
 
@@ -12,112 +13,339 @@ namespace headwise {
 namespace {
 
 using Json = nlohmann::ordered_json;
+using Kind = OptionRule::Kind;
 
 template <typename T>
 struct IsOptional : std::false_type {};
 template <typename T>
 struct IsOptional<std::optional<T>> : std::true_type {};
+template <typename T>
+struct IsVector : std::false_type {};
+template <typename T>
+struct IsVector<std::vector<T>> : std::true_type {};
 
-template <typename Field>
-void read_field(const Json& value, Field& field) {
-  if constexpr (IsOptional<Field>::value) {
-    field.reset();
-    if (!value.is_null()) {
-      field = value.template get<typename Field::value_type>();
-    }
-  } else if constexpr (IsInnerGate<Field>::value) {
-    field.outer.gate(gate_options_from_json(value.dump()));
+// "one_of(T)": a type known as "float", "int", "bool", "str", "gate" or a list of one of them.
+template <typename T>
+std::string type_name() {
+  if constexpr (IsOptional<T>::value) {
+    return type_name<typename T::value_type>() + " | None";
+  } else if constexpr (IsVector<T>::value) {
+    return "list[" + type_name<typename T::value_type>() + "]";
+  } else if constexpr (std::is_same_v<T, bool>) {
+    return "bool";
+  } else if constexpr (std::is_same_v<T, int64_t>) {
+    return "int";
+  } else if constexpr (std::is_same_v<T, double>) {
+    return "float";
+  } else if constexpr (std::is_same_v<T, std::string>) {
+    return "str";
   } else {
-    field = value.template get<Field>();
+    return "Gate";
   }
 }
 
-template <typename Field>
-Json write_field(const Field& field) {
-  if constexpr (IsOptional<Field>::value) {
+std::string rule_text(const OptionRule& rule) {
+  switch (rule.kind) {
+    case Kind::kFraction:
+      return "in (0, 1]";
+    case Kind::kUnit:
+      return "between 0 and 1";
+    case Kind::kDecay:
+      return "in [0, 1)";
+    case Kind::kRatio:
+      return "in (-1, 1)";
+    case Kind::kFinite:
+      return "finite";
+    case Kind::kPositive:
+      return "positive and finite";
+    case Kind::kNotNegative:
+      return "finite and not negative";
+    case Kind::kAtLeast:
+      return "at least " + std::to_string(rule.least);
+    case Kind::kChoice:
+      return std::string("one of ") + rule.choices;
+    case Kind::kHeads:
+      return "in 0..H-1";
+    case Kind::kNone:
+      return "";
+  }
+  return "";
+}
+
+bool fits(double value, Kind kind) {
+  switch (kind) {
+    case Kind::kFraction:
+      return value > 0.0 && value <= 1.0;
+    case Kind::kUnit:
+      return value >= 0.0 && value <= 1.0;
+    case Kind::kDecay:
+      return value >= 0.0 && value < 1.0;
+    case Kind::kRatio:
+      return value > -1.0 && value < 1.0;
+    case Kind::kPositive:
+      return value > 0.0 && std::isfinite(value);
+    case Kind::kNotNegative:
+      return value >= 0.0 && std::isfinite(value);
+    default:
+      return std::isfinite(value);
+  }
+}
+
+bool is_choice(const std::string& value, std::string_view choices) {
+  while (true) {
+    const auto end = choices.find(", ");
+    if (value == choices.substr(0, end)) return true;
+    if (end == std::string_view::npos) return false;
+    choices.remove_prefix(end + 2);
+  }
+}
+
+template <typename T>
+void check(const char* name, const T& value, const OptionRule& rule) {
+  if constexpr (IsOptional<T>::value) {
+    if (value) check(name, *value, rule);
+  } else if constexpr (IsVector<T>::value) {
+    TORCH_CHECK_VALUE(value.size() <= kMostHeads, name, " must have at most ", kMostHeads,
+                      " values, got ", value.size());
+    std::set<typename T::value_type> seen;
+    for (const auto item : value) {
+      check(name, item, rule);
+      TORCH_CHECK_VALUE(seen.insert(item).second || rule.kind != Kind::kHeads, name,
+                        " must not name a head twice, got ", item, " again");
+    }
+  } else if constexpr (std::is_same_v<T, double>) {
+    TORCH_CHECK_VALUE(fits(value, rule.kind), name, " must be ", rule_text(rule), ", got ",
+                      quoted(value));
+  } else if constexpr (std::is_same_v<T, int64_t>) {
+    const int64_t most = rule.kind == Kind::kHeads ? kMostHeads - 1 : kLargest;
+    TORCH_CHECK_VALUE(value >= rule.least && (rule.kind != Kind::kHeads || value <= most), name,
+                      " must be ", rule_text(rule), ", got ", value);
+    TORCH_CHECK_VALUE(value <= most, name, " must be at most ", most, ", got ", value);
+  } else if constexpr (std::is_same_v<T, std::string>) {
+    TORCH_CHECK_VALUE(is_choice(value, rule.choices), name, " must be ", rule_text(rule), ", got ",
+                      quoted(value));
+  } else if constexpr (std::is_same_v<T, GateOptionsBox>) {
+    TORCH_CHECK_VALUE(value.get() != nullptr, name, " must be given");
+    check_gate_options(value.get()->options);
+  }
+}
+
+// What single options do not show.
+template <typename Options>
+void check_together(const Options&) {}
+
+void check_together(const FixedGateOptions& o) {
+  TORCH_CHECK_VALUE(!(o.heads() && o.scale()), "heads and scale must not both be given");
+}
+
+void check_together(const BudgetGateOptions& o) {
+  TORCH_CHECK_VALUE(o.min_budget() <= o.max_budget(),
+                    "min_budget must not be above max_budget, got ", o.min_budget(), " and ",
+                    o.max_budget());
+  TORCH_CHECK_VALUE(
+      o.budget() || o.keep() == 1.0 || (o.min_budget() <= o.keep() && o.keep() <= o.max_budget()),
+      "keep must lie between min_budget=", o.min_budget(), " and max_budget=", o.max_budget(),
+      ", got ", o.keep());
+}
+
+void check_together(const RequestedBudgetGateOptions& o) {
+  TORCH_CHECK_VALUE(o.min_budget() <= o.max_budget(),
+                    "min_budget must not be above max_budget, got ", o.min_budget(), " and ",
+                    o.max_budget());
+}
+
+void check_together(const HardConcreteGateOptions& o) {
+  TORCH_CHECK_VALUE(o.gamma() < 0.0 && o.zeta() > 1.0,
+                    "gamma must be below 0 and zeta above 1, got ", o.gamma(), " and ", o.zeta());
+}
+
+// --- JSON ---
+
+template <typename T>
+void read(const char* name, const Json& value, T& field, const OptionRule& rule, int depth) {
+  if constexpr (IsOptional<T>::value) {
+    field.reset();
+    if (!value.is_null()) read(name, value, field.emplace(), rule, depth);
+  } else if constexpr (IsVector<T>::value) {
+    field.clear();
+    if (rule.kind == Kind::kHeads && value.is_number_integer() &&
+        std::string_view(name) == "shared") {
+      const auto count = value.get<int64_t>();
+      TORCH_CHECK_VALUE(count >= 0 && count <= kMostHeads, name, " must be in 0..", kMostHeads,
+                        ", got ", quoted(value));
+      for (int64_t head = 0; head < count; ++head) field.push_back(head);
+      return;
+    }
+    TORCH_CHECK_TYPE(value.is_array(), name, " must be a sequence of numbers, got ", quoted(value));
+    TORCH_CHECK_VALUE(value.size() <= kMostHeads, name, " must have at most ", kMostHeads,
+                      " values, got ", value.size());
+    for (const auto& item : value) read(name, item, field.emplace_back(), rule, depth);
+  } else if constexpr (std::is_same_v<T, bool>) {
+    TORCH_CHECK_TYPE(value.is_boolean(), name, " must be True or False, got ", quoted(value));
+    field = value.get<bool>();
+  } else if constexpr (std::is_same_v<T, std::string>) {
+    TORCH_CHECK_VALUE(value.is_string(), name, " must be ", rule_text(rule), ", got ",
+                      quoted(value));
+    field = value.get<std::string>();
+  } else if constexpr (std::is_same_v<T, GateOptionsBox>) {
+    field = GateOptionsBox(gate_options_from_object(value, depth + 1));
+  } else {
+    TORCH_CHECK_TYPE(value.is_number(), name, " must be a number, got ", quoted(value));
+    if constexpr (std::is_same_v<T, int64_t>) {
+      const double number = value.get<double>();
+      TORCH_CHECK_VALUE(std::floor(number) == number && std::isfinite(number), name,
+                        " must be a whole number, got ", quoted(value));
+      TORCH_CHECK_VALUE(std::abs(number) <= kLargest, name, " must be between ", -kLargest, " and ",
+                        kLargest, ", got ", quoted(value));
+    }
+    field = value.get<T>();
+  }
+}
+
+template <typename T>
+Json written(const T& field) {
+  if constexpr (IsOptional<T>::value) {
     return field ? Json(*field) : Json(nullptr);
-  } else if constexpr (IsInnerGate<Field>::value) {
-    const auto& box = field.outer.gate();
-    return box ? Json::parse(gate_options_to_json(box->options)) : Json(nullptr);
+  } else if constexpr (std::is_same_v<T, GateOptionsBox>) {
+    return field.get() == nullptr ? Json(nullptr) : gate_options_to_object(field.get()->options);
   } else {
     return Json(field);
   }
 }
 
 template <typename Options>
-GateOptions read(const Json& json) {
-  const char* type = GateFields<Options>::kType;
+GateOptions read_options(const Json& object, int depth) {
   Options options;
-  for (const auto& [key, value] : json.items()) {
-    if (key == "type") {
-      continue;
+  std::string listed;
+  std::set<std::string> known{"type"};
+  Options::visit(options, [&](const char* name, auto& field, const OptionRule& rule, const char*) {
+    known.insert(name);
+    listed += (listed.empty() ? "" : ", ") + std::string(name);
+    if (const auto found = object.find(name); found != object.end()) {
+      read(name, *found, field, rule, depth);
     }
-    bool known = false;
-    GateFields<Options>::visit(
-        options, [&, &key = key, &value = value](const char* name, auto& field) {
-          if (key != name) {
-            return;
-          }
-          known = true;
-          try {
-            read_field(value, field);
-          } catch (const Json::exception&) {
-            TORCH_CHECK_VALUE(false, type, " option '", key,
-                              "' has a value of the wrong kind: ", value.dump());
-          }
-        });
-    TORCH_CHECK_VALUE(known, type, " has no option '", key, "'");
+  });
+  for (const auto& [key, value] : object.items()) {
+    TORCH_CHECK_VALUE(known.contains(key), Options::kType, " has no option ", quoted(key),
+                      "; it has ", listed);
   }
   return options;
 }
 
-template <size_t... I>
-GateOptions read_any(const Json& json, const std::string& type, std::index_sequence<I...>) {
-  std::optional<GateOptions> found;
-  std::vector<std::string> names;
-  const auto consider = [&]<typename Options>(std::type_identity<Options>) {
-    names.emplace_back(GateFields<Options>::kType);
-    if (type == names.back()) {
-      found = read<Options>(json);
-    }
-  };
-  (consider(std::type_identity<std::variant_alternative_t<I, GateOptions>>{}), ...);
-  if (!found) {
-    std::sort(names.begin(), names.end());
-    std::string listed;
-    for (const auto& name : names) {
-      listed += (listed.empty() ? "" : ", ") + name;
-    }
-    TORCH_CHECK_VALUE(false, "gate type must be one of ", listed, ", got '", type, "'");
-  }
-  return *found;
+// Calls use(std::type_identity<Options>()) for the options of every gate, in alphabetical order.
+template <typename Use>
+void for_each_gate(Use&& use) {
+  use(std::type_identity<BudgetGateOptions>());
+  use(std::type_identity<FixedGateOptions>());
+  use(std::type_identity<GumbelSigmoidGateOptions>());
+  use(std::type_identity<HardConcreteGateOptions>());
+  use(std::type_identity<RandomGateOptions>());
+  use(std::type_identity<RequestedBudgetGateOptions>());
+  use(std::type_identity<SharedHeadsGateOptions>());
+  use(std::type_identity<SleepGateOptions>());
+  use(std::type_identity<SubsetGateOptions>());
+  use(std::type_identity<ThresholdGateOptions>());
 }
 
 }  // namespace
 
-std::string gate_options_to_json(const GateOptions& options) {
+std::string quoted(const Json& value) {
+  constexpr size_t kMost = 60;
+  std::string text;
+  if (value.is_string()) {
+    text = "'" + value.get_ref<const std::string&>().substr(0, kMost) + "'";
+  } else if (value.is_boolean()) {
+    text = value.get<bool>() ? "True" : "False";
+  } else if (value.is_null()) {
+    text = "None";
+  } else if (value.is_number_float() && !std::isfinite(value.get<double>())) {
+    text = std::isnan(value.get<double>()) ? "nan" : value.get<double>() > 0 ? "inf" : "-inf";
+  } else if (value.is_structured()) {
+    text = value.is_array() ? "a list" : "a mapping";
+    text += " of " + std::to_string(value.size());
+  } else {
+    text = value.dump();
+  }
+  for (auto& letter : text) {
+    if (static_cast<unsigned char>(letter) < 0x20 || static_cast<unsigned char>(letter) > 0x7e) {
+      letter = '?';
+    }
+  }
+  return text.size() > kMost + 2 ? text.substr(0, kMost) + "..." : text;
+}
+
+void check_gate_options(const GateOptions& options) {
+  std::visit(
+      []<typename Options>(const Options& typed) {
+        Options::visit(typed, [](const char* name, const auto& field, const OptionRule& rule,
+                                 const char*) { check(name, field, rule); });
+        check_together(typed);
+      },
+      options);
+}
+
+Json gate_options_to_object(const GateOptions& options) {
   return std::visit(
       []<typename Options>(const Options& typed) {
         Json json;
-        json["type"] = GateFields<Options>::kType;
-        GateFields<Options>::visit(
-            typed, [&](const char* name, const auto& field) { json[name] = write_field(field); });
-        return json.dump();
+        json["type"] = Options::kType;
+        Options::visit(typed, [&](const char* name, const auto& field, const OptionRule&,
+                                  const char*) { json[name] = written(field); });
+        return json;
       },
       options);
+}
+
+GateOptions gate_options_from_object(const Json& object, int depth) {
+  TORCH_CHECK_VALUE(object.is_object(), "a gate's configuration must be a mapping, got ",
+                    quoted(object));
+  TORCH_CHECK_VALUE(depth < kMostNested, "gates must not be nested more than ", kMostNested,
+                    " deep");
+  const auto type = object.find("type");
+  std::optional<GateOptions> found;
+  std::string listed;
+  for_each_gate([&]<typename Options>(std::type_identity<Options>) {
+    listed += (listed.empty() ? "" : ", ") + std::string(Options::kType);
+    if (type != object.end() && *type == Options::kType) {
+      found = read_options<Options>(object, depth);
+    }
+  });
+  TORCH_CHECK_VALUE(found, "gate type must be one of ", listed, ", got ",
+                    quoted(type == object.end() ? Json() : *type));
+  check_gate_options(*found);
+  return *found;
+}
+
+std::string gate_options_to_json(const GateOptions& options) {
+  return gate_options_to_object(options).dump();
 }
 
 GateOptions gate_options_from_json(std::string_view text) {
   Json json;
   try {
-    json = Json::parse(text);
+    json = Json::parse(text, [](int depth, Json::parse_event_t, Json&) {
+      TORCH_CHECK_VALUE(depth <= 4 * kMostNested, "gate options must not be nested so deep");
+      return true;
+    });
   } catch (const Json::exception& error) {
-    TORCH_CHECK_VALUE(false, "gate options must be JSON: ", error.what());
+    TORCH_CHECK_VALUE(false,
+                      "gate options must be JSON: ", std::string(error.what()).substr(0, 200));
   }
-  TORCH_CHECK_VALUE(json.is_object() && json.contains("type") && json["type"].is_string(),
-                    "gate options must be an object with a 'type', got ", json.dump());
-  return read_any(json, json["type"].get<std::string>(),
-                  std::make_index_sequence<std::variant_size_v<GateOptions>>{});
+  return gate_options_from_object(json);
+}
+
+std::vector<std::pair<std::string, std::vector<OptionRow>>> gate_tables() {
+  std::vector<std::pair<std::string, std::vector<OptionRow>>> tables;
+  for_each_gate([&]<typename Options>(std::type_identity<Options>) {
+    std::vector<OptionRow> rows;
+    const Options initial;
+    Options::visit(initial, [&]<typename T>(const char* name, const T& field,
+                                            const OptionRule& rule, const char* doc) {
+      rows.push_back({name, type_name<T>(), written(field), rule_text(rule), doc});
+    });
+    tables.emplace_back(Options::kType, std::move(rows));
+  });
+  return tables;
 }
 
 }  // namespace headwise

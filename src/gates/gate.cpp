@@ -4,11 +4,13 @@
 
 #include <algorithm>
 
-#include "gates/budget.h"
 #include "gates/checks.h"
-#include "gates/hard_concrete.h"
+#include "gates/model_gates.h"
 #include "gates/scope.h"
 #include "headwise/gates.h"
+#include "ops/gates/budget.h"
+#include "ops/gates/hard_concrete.h"
+#include "recomputation.h"
 
 namespace headwise {
 
@@ -24,13 +26,33 @@ torch::nn::Linear make_linear(int64_t in, int64_t out, bool bias,
   return linear;
 }
 
-GateImpl::GateImpl(std::string name, int64_t embed_dim, int64_t num_heads,
-                   const std::string& execution)
+namespace {
+
+std::string type_of(const GateOptions& options) {
+  return std::visit([](const auto& typed) { return std::string(typed.kType); }, options);
+}
+
+bool runs_all(const GateOptions& options) {
+  return std::visit(
+      []<typename Options>(const Options& typed) {
+        if constexpr (requires { typed.execution(); }) return typed.execution() == "all";
+        return true;
+      },
+      options);
+}
+
+}  // namespace
+
+GateImpl::GateImpl(const GateOptions& options, int64_t embed_dim, int64_t num_heads)
+    : GateImpl("headwise::" + type_of(options), embed_dim, num_heads, runs_all(options)) {
+  check_gate_options(options);
+}
+
+GateImpl::GateImpl(std::string name, int64_t embed_dim, int64_t num_heads, bool run_all)
     : torch::nn::Module(std::move(name)),
       embed_dim_(embed_dim),
       num_heads_(num_heads),
-      run_all_(execution == "all") {
-  check_choice("execution", execution, {"all", "selected"});
+      run_all_(run_all) {
   TORCH_CHECK_VALUE(embed_dim > 0 && num_heads >= 0,
                     "embed_dim must be positive and num_heads not negative, got embed_dim=",
                     embed_dim, " and num_heads=", num_heads);
@@ -41,7 +63,9 @@ void GateImpl::check_input(const at::Tensor& x) const {
                     embed_dim_, "], got ", x.sizes());
 }
 
-at::Tensor GateImpl::penalty() const { return at::zeros({}); }
+bool GateImpl::records() const { return is_training() && !recomputing(); }
+
+at::Tensor GateImpl::penalty() const { return {}; }
 
 Selection GateImpl::forward_heads(const HeadInputs&) {
   TORCH_CHECK(false, "this gate does not read queries and keys");
@@ -64,10 +88,9 @@ void GateImpl::anneal(double progress) {
                     progress);
 }
 
-ScheduledGateImpl::ScheduledGateImpl(const std::string& type, int64_t embed_dim, int64_t num_heads,
-                                     const std::string& execution,
-                                     const at::TensorOptions& tensor_options)
-    : GateImpl("headwise::" + type, embed_dim, num_heads, execution) {
+ScheduledGateImpl::ScheduledGateImpl(const GateOptions& options, int64_t embed_dim,
+                                     int64_t num_heads, const at::TensorOptions& tensor_options)
+    : GateImpl(options, embed_dim, num_heads), replay_(std::make_shared<Replay>()) {
   progress = register_buffer("progress", torch::zeros({}, tensor_options.dtype(at::kFloat)));
 }
 
@@ -98,12 +121,15 @@ void ScheduledGateImpl::reset_features() {
 
 at::Tensor ScheduledGateImpl::features(const at::Tensor& x, const at::Tensor& key_padding_mask) {
   const auto pooled = gate_features(x, optional(key_padding_mask));  // [B, D]
-  if (is_training()) {
-    const auto [mean, variance, batches] =
-        update_statistics(pooled, feature_mean, feature_variance, feature_batches);
-    feature_mean.copy_(mean);
-    feature_variance.copy_(variance);
-    feature_batches.copy_(batches);
+  if (records()) {
+    update_statistics(feature_moments(pooled), feature_mean, feature_variance, feature_batches);
+    if (may_be_recomputed()) {
+      replay_->remember(pooled, {{feature_mean.clone(), feature_variance.clone()}});
+    }
+  } else if (is_training()) {
+    if (const auto* used = replay_->recall(pooled)) {
+      return standardize(pooled, used->tensors[0], used->tensors[1]);
+    }
   }
   return standardize(pooled, feature_mean, feature_variance);
 }
@@ -119,13 +145,7 @@ at::Tensor ScheduledGateImpl::relevance_of(const at::Tensor& x, const at::Tensor
                             weight, progress);
 }
 
-ScopedGateImpl::ScopedGateImpl(const std::string& type, int64_t embed_dim, int64_t num_heads,
-                               const std::string& execution,
-                               const at::TensorOptions& tensor_options)
-    : ScheduledGateImpl(type, embed_dim, num_heads, execution, tensor_options), type_(type) {}
-
 void ScopedGateImpl::set_scope(const std::string& scope, const GateOptions& options) {
-  check_choice("scope", scope, {"model", "layer"});
   if (scope == "model") {
     key_ = gate_options_to_json(options);
     return;
@@ -141,35 +161,14 @@ void ScopedGateImpl::join(const std::shared_ptr<GateScope>& scope, int64_t posit
 }
 
 GateScope& ScopedGateImpl::scope() const {
-  TORCH_CHECK(scope_, type_, " has scope 'model' and does not know the other layers' gates: ",
+  TORCH_CHECK(scope_, name(), " has scope 'model' and does not know the other layers' gates: ",
               "call headwise::link_gates on the model");
   return *scope_;
 }
 
-TargetedGateImpl::TargetedGateImpl(Target target, double static_until, double hard_from,
-                                   int64_t embed_dim, int64_t num_heads,
-                                   const std::string& execution,
-                                   const at::TensorOptions& tensor_options)
-    : ScheduledGateImpl(target.type, embed_dim, num_heads, execution, tensor_options),
-      target_(std::move(target)) {
-  check_fraction("target", target_.target);
-  check_fraction(target_.type == "BudgetGate" ? "initial_budget" : "initial_target",
-                 target_.initial);
-  check_choice("target_scope", target_.scope, {"model", "layer"});
-  check_unit("warmup", target_.warmup);
-  check_unit("static_until", static_until);
-  check_hard_from(hard_from);
-  check_not_negative("strength", target_.strength);
-}
-
 at::Tensor TargetedGateImpl::penalty() const {
-  if (!expected_heads.defined()) {
-    return at::zeros({}, progress.options());
-  }
-  const auto term = target_penalty({expected_heads}, {num_heads()}, progress, target_.target,
-                                   target_.initial, target_.warmup, target_.strength, target_.form,
-                                   optional(multipliers_or_undefined()));
-  return regulariser.defined() ? term + regulariser : term;
+  return expected_heads.defined() ? penalty_of({const_cast<TargetedGateImpl*>(this)})
+                                  : at::zeros({}, progress.options());
 }
 
 }  // namespace headwise

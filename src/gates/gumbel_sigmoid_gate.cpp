@@ -2,24 +2,19 @@
 #include <ATen/ATen.h>
 #include <torch/types.h>
 
-#include "gates/budget.h"
 #include "gates/checks.h"
-#include "gates/gumbel_sigmoid.h"
 #include "headwise/gates.h"
+#include "ops/gates/budget.h"
+#include "ops/gates/gumbel_sigmoid.h"
 
 namespace headwise {
 
 GumbelSigmoidGateImpl::GumbelSigmoidGateImpl(GumbelSigmoidGateOptions options_, int64_t embed_dim,
                                              int64_t num_heads,
                                              const at::TensorOptions& tensor_options)
-    : TargetedGateImpl({"GumbelSigmoidGate", options_.target_scope(), "squared", options_.target(),
-                        options_.initial_target(), options_.warmup(), options_.strength()},
-                       options_.static_until(), options_.hard_from(), embed_dim, num_heads,
-                       options_.execution(), tensor_options),
+    : TargetedGateImpl(options_, "squared", options_.strength(), embed_dim, num_heads,
+                       tensor_options),
       options(std::move(options_)) {
-  check_positive("temperature", options.temperature());
-  TORCH_CHECK_VALUE(std::isfinite(options.init_logit()), "init_logit must be finite, got ",
-                    options.init_logit());
   build_features(tensor_options);
   logit = register_parameter("logit", torch::empty({num_heads}, tensor_options));
   relevance =
@@ -48,7 +43,7 @@ Selection GumbelSigmoidGateImpl::forward(const at::Tensor& x, const at::Tensor& 
   }
   const auto [index, count, weight, expected] = gumbel_sigmoid_select(
       logits, uniform, progress, training, run_all(), options.hard_from(), options.temperature());
-  if (training) {
+  if (records()) {
     expected_heads = expected;
   }
   return {index, count, weight.to(x.scalar_type()), logits, {}};

@@ -4,30 +4,20 @@
 
 #include <cmath>
 
-#include "gates/budget.h"
 #include "gates/checks.h"
-#include "gates/hard_concrete.h"
 #include "headwise/gates.h"
+#include "ops/gates/budget.h"
+#include "ops/gates/hard_concrete.h"
 
 namespace headwise {
 
 HardConcreteGateImpl::HardConcreteGateImpl(HardConcreteGateOptions options_, int64_t embed_dim,
                                            int64_t num_heads,
                                            const at::TensorOptions& tensor_options)
-    : TargetedGateImpl(
-          {"HardConcreteGate", options_.target_scope(), options_.penalty(), options_.target(),
-           options_.initial_target(), options_.warmup(), options_.strength()},
-          options_.static_until(), options_.hard_from(), embed_dim, num_heads, options_.execution(),
-          tensor_options),
+    : TargetedGateImpl(options_, options_.penalty(),
+                       options_.strength().value_or(options_.penalty() == "l0" ? 0.1 : 20.0),
+                       embed_dim, num_heads, tensor_options),
       options(std::move(options_)) {
-  check_choice("penalty", options.penalty(), {"squared", "lagrangian", "l0"});
-  check_choice("kept_weight", options.kept_weight(), {"gate", "one"});
-  check_positive("beta", options.beta());
-  TORCH_CHECK_VALUE(options.gamma() < 0.0 && options.zeta() > 1.0,
-                    "gamma must be below 0 and zeta above 1, got ", options.gamma(), " and ",
-                    options.zeta());
-  TORCH_CHECK_VALUE(std::isfinite(options.init_log_alpha()), "init_log_alpha must be finite, got ",
-                    options.init_log_alpha());
   log_alpha = register_parameter("log_alpha", torch::empty({num_heads}, tensor_options));
   if (options.input_dependent()) {
     build_features(tensor_options);
@@ -67,12 +57,12 @@ Selection HardConcreteGateImpl::forward(const at::Tensor& x, const at::Tensor& k
           : static_relevance(log_alpha, x);  // [B, H]
   std::optional<at::Tensor> uniform;
   if (training && options.kept_weight() == "gate") {
-    uniform = torch::rand_like(scores);
+    uniform = torch::rand_like(options.noise_per() == "batch" ? scores.slice(0, 0, 1) : scores);
   }
   const auto [index, count, weight, expected] = hard_concrete_select(
       scores, uniform, progress, training, run_all(), options.hard_from(), options.beta(),
       options.gamma(), options.zeta(), options.kept_weight() == "one");
-  if (training) {
+  if (records()) {
     expected_heads = expected;
   }
   return {index, count, weight.to(x.scalar_type()), scores, {}};

@@ -5,21 +5,43 @@
 #include <algorithm>
 #include <map>
 
-#include "gates/budget.h"
 #include "gates/checks.h"
-#include "gates/hard_concrete.h"
 #include "gates/model_gates.h"
 #include "gates/options.h"
 #include "gates/scope.h"
+#include "ops/gates/budget.h"
+#include "ops/gates/hard_concrete.h"
+#include "ops/gates/penalty.h"
 
 namespace headwise {
+namespace {
+
+template <typename Options>
+struct ModuleOf;
+#define HEADWISE_MODULE_OF(Name)   \
+  template <>                      \
+  struct ModuleOf<Name##Options> { \
+    using type = Name##Impl;       \
+  };
+HEADWISE_MODULE_OF(FixedGate)
+HEADWISE_MODULE_OF(RandomGate)
+HEADWISE_MODULE_OF(BudgetGate)
+HEADWISE_MODULE_OF(HardConcreteGate)
+HEADWISE_MODULE_OF(SubsetGate)
+HEADWISE_MODULE_OF(RequestedBudgetGate)
+HEADWISE_MODULE_OF(GumbelSigmoidGate)
+HEADWISE_MODULE_OF(SleepGate)
+HEADWISE_MODULE_OF(ThresholdGate)
+HEADWISE_MODULE_OF(SharedHeadsGate)
+
+}  // namespace
 
 std::shared_ptr<GateImpl> make_gate(const GateOptions& options, int64_t embed_dim,
                                     int64_t num_heads, const at::TensorOptions& tensor_options) {
   return std::visit(
       [&]<typename Options>(const Options& typed) -> std::shared_ptr<GateImpl> {
-        return std::make_shared<typename GateFields<Options>::Gate>(typed, embed_dim, num_heads,
-                                                                    tensor_options);
+        return std::make_shared<typename ModuleOf<Options>::type>(typed, embed_dim, num_heads,
+                                                                  tensor_options);
       },
       options);
 }
@@ -44,42 +66,26 @@ std::vector<G*> find_gates(const torch::nn::Module& model) {
 
 }  // namespace
 
+at::Tensor penalty_of(const std::vector<GateImpl*>& gates) {
+  std::vector<TargetTerm> terms;
+  std::vector<at::Tensor> others;
+  for (const auto* gate : gates) {
+    const auto* targeted = dynamic_cast<const TargetedGateImpl*>(gate);
+    if (targeted == nullptr) {
+      if (auto own = gate->penalty(); own.defined()) others.push_back(std::move(own));
+    } else if (gate->expected_heads.defined()) {
+      const auto& t = targeted->target();
+      terms.push_back({gate->expected_heads, gate->num_heads(), t.type, t.scope == "model",
+                       targeted->progress, t.keep, t.initial_keep, t.warmup, t.strength, t.form,
+                       optional(targeted->multipliers_or_undefined()),
+                       optional(targeted->regulariser)});
+    }
+  }
+  return gates_penalty(terms, others);
+}
+
 at::Tensor penalty(const torch::nn::Module& model) {
-  std::vector<std::vector<const TargetedGateImpl*>> pools;
-  std::vector<at::Tensor> own, terms;
-  for (const auto* gate : find_gates<TargetedGateImpl>(model)) {
-    if (!gate->expected_heads.defined()) {
-      continue;
-    }
-    if (gate->target().scope == "layer") {
-      own.push_back(gate->penalty());
-      continue;
-    }
-    const auto pool = std::find_if(pools.begin(), pools.end(), [&](const auto& members) {
-      return members.front()->target() == gate->target();
-    });
-    (pool == pools.end() ? pools.emplace_back() : *pool).push_back(gate);
-    if (gate->regulariser.defined()) {
-      own.push_back(gate->regulariser);
-    }
-  }
-  for (const auto& pool : pools) {
-    std::vector<at::Tensor> expected;
-    std::vector<int64_t> heads;
-    for (const auto* gate : pool) {
-      expected.push_back(gate->expected_heads);
-      heads.push_back(gate->num_heads());
-    }
-    const auto* first = pool.front();
-    const auto& target = first->target();
-    terms.push_back(target_penalty(expected, heads, first->progress, target.target, target.initial,
-                                   target.warmup, target.strength, target.form,
-                                   optional(first->multipliers_or_undefined())));
-  }
-  if (!own.empty()) {
-    terms.push_back(at::stack(own).mean());
-  }
-  return terms.empty() ? at::zeros({}) : at::stack(terms).sum();
+  return penalty_of(find_gates<GateImpl>(model));
 }
 
 void anneal(torch::nn::Module& model, double progress) {
@@ -124,10 +130,10 @@ void request_budget(torch::nn::Module& model, double budget) {
 
 void start_gates(torch::nn::Module& model, const std::map<std::string, at::Tensor>& importance,
                  double keep, double sharpness) {
-  check_fraction("keep", keep);
   std::vector<GateImpl*> gates;
+  std::vector<std::string> layers;
+  std::vector<int64_t> heads;
   std::vector<at::Tensor> scores;
-  std::vector<int64_t> sizes;
   std::string outer;  // the gate that the ones inside it are started by
   for (const auto& item : model.named_modules("", /*include_self=*/false)) {
     auto* gate = dynamic_cast<GateImpl*>(item.value().get());
@@ -145,24 +151,14 @@ void start_gates(torch::nn::Module& model, const std::map<std::string, at::Tenso
     const auto score = importance.find(name);
     TORCH_CHECK_VALUE(score != importance.end(), "importance must have a score for layer '", name,
                       "'");
-    TORCH_CHECK_VALUE(score->second.sizes() == at::IntArrayRef({gate->num_heads()}),
-                      "importance of layer '", name, "' must have ", gate->num_heads(),
-                      " heads, got ", score->second.sizes());
-    TORCH_CHECK_VALUE(at::isfinite(score->second).all().item<bool>(), "importance of layer '", name,
-                      "' must be finite, got NaN or infinity");
     gates.push_back(gate);
-    scores.push_back(score->second.to(at::kCPU, at::kDouble));
-    sizes.push_back(gate->num_heads());
+    layers.push_back(name);
+    heads.push_back(gate->num_heads());
+    scores.push_back(score->second);
   }
-  if (gates.empty()) {
-    return;
-  }
-  const auto parts =
-      importance_start(at::cat(scores), keep, sharpness).split_with_sizes(sizes);  // [H] each
+  const auto [relevance, shares] = gate_starts(scores, layers, heads, keep, sharpness);
   for (size_t i = 0; i < gates.size(); ++i) {
-    if (sizes[i] > 0) {
-      gates[i]->start_from(parts[i], parts[i].gt(0).to(at::kDouble).mean().item<double>());
-    }
+    if (heads[i] > 0) gates[i]->start_from(relevance[i], shares[i]);
   }
 }
 

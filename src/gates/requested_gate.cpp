@@ -4,33 +4,18 @@
 
 #include <algorithm>
 
-#include "gates/budget.h"
 #include "gates/checks.h"
-#include "gates/requested.h"
 #include "gates/scope.h"
 #include "headwise/gates.h"
+#include "ops/gates/budget.h"
+#include "ops/gates/requested.h"
 
 namespace headwise {
 
 RequestedBudgetGateImpl::RequestedBudgetGateImpl(RequestedBudgetGateOptions options_,
                                                  int64_t embed_dim, int64_t num_heads,
                                                  const at::TensorOptions& tensor_options)
-    : ScopedGateImpl("RequestedBudgetGate", embed_dim, num_heads, options_.execution(),
-                     tensor_options),
-      options(std::move(options_)) {
-  check_fraction("budget", options.budget());
-  check_fraction("min_budget", options.min_budget());
-  check_fraction("max_budget", options.max_budget());
-  TORCH_CHECK_VALUE(options.min_budget() <= options.max_budget(),
-                    "min_budget must not be above max_budget, got ", options.min_budget(), " and ",
-                    options.max_budget());
-  TORCH_CHECK_VALUE(options.min_heads() >= 0, "min_heads must not be negative, got ",
-                    options.min_heads());
-  check_positive("temperature", options.temperature());
-  check_positive("final_temperature", options.final_temperature());
-  check_not_negative("noise_scale", options.noise_scale());
-  check_unit("static_until", options.static_until());
-  check_hard_from(options.hard_from());
+    : ScopedGateImpl(options_, embed_dim, num_heads, tensor_options), options(std::move(options_)) {
   build_features(tensor_options);
   base = register_parameter("base", torch::empty({num_heads}, tensor_options));
   tilt = register_parameter("tilt", torch::empty({num_heads}, tensor_options));
@@ -85,12 +70,14 @@ Selection RequestedBudgetGateImpl::forward(const at::Tensor& x,
   };
   at::Tensor budget, given;  // [B] or [1]; [B or 1, N]
   if (training) {
-    const auto& drawn = shared.draw(position(), [&]() -> std::vector<at::Tensor> {
-      const auto asked =
-          torch::rand({batch}, floats) * (options.max_budget() - options.min_budget()) +
-          options.min_budget();
-      return {asked, share_out(asked)};
-    });
+    using Tensors = GateScope::Tensors;
+    const auto drawn = shared.draw(
+        position(), z, [&]() -> Tensors { return {torch::rand({batch}, floats)}; },
+        [&](const Tensors& uniform) -> Tensors {
+          const auto asked =
+              uniform[0] * (options.max_budget() - options.min_budget()) + options.min_budget();
+          return {asked, share_out(asked)};
+        });
     budget = drawn[0];
     given = drawn[1];
   } else {
@@ -116,7 +103,7 @@ Selection RequestedBudgetGateImpl::forward(const at::Tensor& x,
       options.final_temperature(), options.noise_scale(), options.hard_from(),
       /*straight_through=*/false, /*soft_weight=*/false, options.min_heads(), "round");
   if (training) {
-    expected_heads = expected;
+    if (records()) expected_heads = expected;
     // The choice among layers answers for its own heads: zeros that carry the gradient.
     weight = weight + (own - own.detach());
   }

@@ -2,11 +2,13 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
 
 #include <functional>
 #include <vector>
 
 #include "headwise/gates.h"
+#include "recomputation.h"
 
 namespace headwise {
 
@@ -36,21 +38,54 @@ struct GateScope {
     return before;
   }
 
-  /// What is drawn once for a training forward of the model: the gate that asks a second time
-  /// begins the next forward, so no gate need know which one comes first.
-  const std::vector<at::Tensor>& draw(int64_t position,
-                                      const std::function<std::vector<at::Tensor>()>& make) {
-    if (served_.empty() || served_[position]) {
-      drawn_ = make();
-      served_.assign(scores.size(), false);
-    }
+  /// Whether the gate at `position` begins a training forward of the model: the gate that asks a
+  /// second time does, so no gate need know which one comes first.
+  bool begins(int64_t position) {
+    const bool first = served_.empty() || served_[position];
+    if (first) served_.assign(scores.size(), false);
     served_[position] = true;
+    return first;
+  }
+
+  /// What is drawn once for a training forward of the model: make(sample()). A forward that is
+  /// repeated inside a backward (activation checkpointing) gets what it had; x is the gate's input.
+  using Tensors = std::vector<at::Tensor>;
+  Tensors draw(int64_t position, const at::Tensor& x, const std::function<Tensors()>& sample,
+               const std::function<Tensors(const Tensors&)>& make) {
+    replays_.resize(scores.size());
+    auto& replay = replays_[position];
+    if (recomputing()) {
+      if (const auto* used = replay.recall(x)) return repeat(*used, sample, make);
+    }
+    const bool first = begins(position);
+    if (first) {
+      noise_ = sample();
+      drawn_ = make(noise_);
+    }
+    if (may_be_recomputed()) {
+      Replay::Used used{noise_, at::GradMode::is_enabled(), first};
+      for (const auto& part : drawn_) {
+        used.tensors.push_back(part.detach().set_requires_grad(part.requires_grad()));
+      }
+      replay.remember(x, std::move(used));
+    }
     return drawn_;
   }
 
  private:
-  std::vector<at::Tensor> drawn_;
+  Tensors repeat(const Replay::Used& used, const std::function<Tensors()>& sample,
+                 const std::function<Tensors(const Tensors&)>& make) const {
+    const auto middle = used.tensors.begin() + static_cast<int64_t>(noise_.size());
+    if (used.flag) sample();  // the generator moves on as it did
+    // The gate that made it must do the same again, operator by operator. Where the forward had no
+    // gradients every gate makes it, for a graph of its own.
+    if (used.flag || !used.differentiable) return make({used.tensors.begin(), middle});
+    return {middle, used.tensors.end()};
+  }
+
+  Tensors noise_, drawn_;
   std::vector<bool> served_;
+  std::vector<Replay> replays_;
 };
 
 }  // namespace headwise

@@ -6,28 +6,23 @@
 #include <set>
 
 #include "gates/checks.h"
-#include "gates/shared_heads.h"
 #include "headwise/gates.h"
+#include "ops/gates/shared_heads.h"
 
 namespace headwise {
 
 SharedHeadsGateImpl::SharedHeadsGateImpl(SharedHeadsGateOptions options_, int64_t embed_dim,
                                          int64_t num_heads, const at::TensorOptions& tensor_options)
-    : GateImpl("headwise::SharedHeadsGate", embed_dim, num_heads, "all"),
-      options(std::move(options_)) {
-  TORCH_CHECK_VALUE(options.gate(), "gate must be given");
-  std::set<int64_t> seen;
-  for (const int64_t head : options.shared()) {
-    TORCH_CHECK_VALUE(head >= 0 && head < num_heads, "shared must be in 0..", num_heads - 1,
-                      ", got ", head);
-    TORCH_CHECK_VALUE(seen.insert(head).second, "shared must not name a head twice, got ", head,
-                      " again");
-  }
+    : GateImpl(options_, embed_dim, num_heads), options(std::move(options_)) {
+  auto& heads = options.shared();
+  std::sort(heads.begin(), heads.end());
+  TORCH_CHECK_VALUE(heads.empty() || heads.back() < num_heads, "shared must be in 0..",
+                    num_heads - 1, ", got ", heads.back());
   const auto always = static_cast<int64_t>(options.shared().size());
   shared = register_buffer("shared",
                            torch::tensor(options.shared(), at::kLong).to(tensor_options.device()));
-  gate = register_module(
-      "gate", make_gate(options.gate()->options, embed_dim, num_heads - always, tensor_options));
+  gate = register_module("gate", make_gate(options.gate().get()->options, embed_dim,
+                                           num_heads - always, tensor_options));
   TORCH_CHECK_VALUE(!gate->reads_heads(),
                     "gate must choose by the layer's input, and this one reads queries and keys");
 }
@@ -52,7 +47,7 @@ Selection SharedHeadsGateImpl::forward(const at::Tensor& x, const at::Tensor& ke
   const auto scores = routed.relevance.defined() ? routed.relevance : routed.weight.detach();
   const auto [index, count, weight, relevance] =
       share_heads(routed.index, routed.count, routed.weight, scores, shared);
-  if (is_training()) {
+  if (records()) {
     expected_heads = gate->expected_heads.defined()
                          ? gate->expected_heads + static_cast<double>(shared.size(0))
                          : at::Tensor();

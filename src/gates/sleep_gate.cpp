@@ -5,28 +5,18 @@
 #include <algorithm>
 #include <cmath>
 
-#include "gates/budget.h"
 #include "gates/checks.h"
 #include "gates/scope.h"
-#include "gates/selection_ops.h"
-#include "gates/sleep.h"
 #include "headwise/gates.h"
+#include "ops/gates/budget.h"
+#include "ops/gates/selection_ops.h"
+#include "ops/gates/sleep.h"
 
 namespace headwise {
 
 SleepGateImpl::SleepGateImpl(SleepGateOptions options_, int64_t embed_dim, int64_t num_heads,
                              const at::TensorOptions& tensor_options)
-    : ScopedGateImpl("SleepGate", embed_dim, num_heads, options_.execution(), tensor_options),
-      options(std::move(options_)) {
-  check_fraction("keep", options.keep());
-  TORCH_CHECK_VALUE(options.every() >= 1, "every must be at least 1, got ", options.every());
-  TORCH_CHECK_VALUE(options.probe_every() >= 1, "probe_every must be at least 1, got ",
-                    options.probe_every());
-  check_not_negative("margin", options.margin());
-  TORCH_CHECK_VALUE(options.decay() >= 0.0 && options.decay() < 1.0,
-                    "decay must be in [0, 1), got ", options.decay());
-  check_unit("asleep_by", options.asleep_by());
-  check_hard_from(options.settled_from());
+    : ScopedGateImpl(options_, embed_dim, num_heads, tensor_options), options(std::move(options_)) {
   awake = register_buffer("awake", torch::ones({num_heads}, tensor_options));
   score = register_buffer("score", torch::zeros({num_heads}, tensor_options.dtype(at::kFloat)));
   steps = register_buffer("steps", torch::zeros({}, tensor_options.dtype(at::kLong)));
@@ -122,28 +112,37 @@ Selection SleepGateImpl::forward(const at::Tensor& x, const at::Tensor&) {
   check_input(x);
   auto& shared = scope();
   const bool training = is_training();
-  if (training && x.size(0) > 0) {
-    shared.draw(position(), [&]() -> std::vector<at::Tensor> {
-      advance();
-      return {};
-    });
+  if (records() && x.size(0) > 0 && shared.begins(position())) advance();
+  // A leaf: after the backward its gradient says what each head is worth to each sequence.
+  Replay::Used used{{awake},
+                    at::GradMode::is_enabled(),
+                    run_all() || steps.item<int64_t>() % options.probe_every() == 0};
+  bool read = true;
+  if (records() && may_be_recomputed()) {
+    replay_->remember(x, {{awake.clone(), steps.clone()}, used.differentiable, used.flag});
+  } else if (training && recomputing()) {
+    if (const auto* before = replay_->recall(x)) {
+      used = *before;
+      // Without a graph in the first forward this one's gradient is read, as long as no later
+      // forward has taken its place.
+      read = !used.differentiable && used.tensors[1].equal(steps);
+    }
   }
-  auto weight = awake.detach().to(x.scalar_type()).expand({x.size(0), -1});  // [B, H]
+  auto weight = used.tensors[0].detach().to(x.scalar_type()).expand({x.size(0), -1});  // [B, H]
   auto [index, count] = select_nonzero(weight);
   const auto relevance = static_relevance(score, x);
   if (!training) {
     return {index, count, weight, relevance, {}};
   }
-  // A leaf: after the backward its gradient says what each head is worth to each sequence.
-  const bool all = run_all() || steps.item<int64_t>() % options.probe_every() == 0;
-  weight = weight.clone().requires_grad_(all);
+  const bool all = used.flag;
+  weight = weight.clone().requires_grad_(all && at::GradMode::is_enabled());
   if (all) {
-    shared.weights[position()] = weight;
+    if (read) shared.weights[position()] = weight;
     auto every = select_all(x.size(0), num_heads(), weight.options().requires_grad(false));
     index = every.index;
     count = every.count;
   }
-  expected_heads = weight.detach().sum(1);
+  if (records()) expected_heads = weight.detach().sum(1);
   return {index, count, weight, relevance, {}};
 }
 

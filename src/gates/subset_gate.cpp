@@ -5,27 +5,18 @@
 #include <algorithm>
 #include <cmath>
 
-#include "gates/budget.h"
 #include "gates/checks.h"
 #include "gates/scope.h"
-#include "gates/selection_ops.h"
-#include "gates/subset.h"
 #include "headwise/gates.h"
+#include "ops/gates/budget.h"
+#include "ops/gates/selection_ops.h"
+#include "ops/gates/subset.h"
 
 namespace headwise {
 
 SubsetGateImpl::SubsetGateImpl(SubsetGateOptions options_, int64_t embed_dim, int64_t num_heads,
                                const at::TensorOptions& tensor_options)
-    : ScopedGateImpl("SubsetGate", embed_dim, num_heads, options_.execution(), tensor_options),
-      options(std::move(options_)) {
-  TORCH_CHECK_VALUE(!options.k() || *options.k() >= 1, "k must be at least 1, got ",
-                    options.k().value_or(0));
-  check_fraction("keep", options.keep());
-  check_choice("estimator", options.estimator(), {"gumbel", "straight_through"});
-  check_positive("temperature", options.temperature());
-  check_positive("final_temperature", options.final_temperature());
-  check_unit("cooled_at", options.cooled_at());
-  check_hard_from(options.hard_from());
+    : ScopedGateImpl(options_, embed_dim, num_heads, tensor_options), options(std::move(options_)) {
   scores = register_parameter("scores", torch::empty({num_heads}, tensor_options));
   reset_parameters();
   set_scope(options.scope(), options);
@@ -55,23 +46,25 @@ Selection SubsetGateImpl::forward(const at::Tensor& x, const at::Tensor&) {
   check_input(x);
   auto& shared = scope();
   const bool training = is_training();
-  const auto weigh = [&]() -> std::vector<at::Tensor> {
-    const auto all = at::cat(shared.scores);  // [N]
-    std::optional<at::Tensor> noise;
-    if (training && options.estimator() == "gumbel") {
-      noise = gumbel_noise(torch::rand_like(all, all.options().dtype(at::kDouble)));
-    }
-    return {subset_weight(all, noise, progress, k_, training, options.temperature(),
+  using Tensors = GateScope::Tensors;
+  const auto sample = [&]() -> Tensors {
+    if (options.estimator() != "gumbel") return {};
+    return {gumbel_noise(torch::rand({shared.num_heads()},
+                                     scores.options().dtype(at::kDouble).requires_grad(false)))};
+  };
+  const auto weigh = [&](const Tensors& noise) -> Tensors {
+    return {subset_weight(at::cat(shared.scores), noise.empty() ? std::nullopt : optional(noise[0]),
+                          progress, k_, training, options.temperature(),
                           options.final_temperature(), options.cooled_at(), options.hard_from())};
   };
   at::Tensor row = scores.detach();  // [H]
   if (num_heads() > 0) {
-    const auto all = training ? shared.draw(position(), weigh) : weigh();
+    const auto all = training ? shared.draw(position(), x, sample, weigh) : weigh({});
     row = all[0].narrow(0, shared.start(position()), num_heads());
   }
   const auto weight = row.to(x.scalar_type()).expand({x.size(0), -1});  // [B, H]
   const auto relevance = static_relevance(scores, x);                   // [B, H]
-  if (training) {
+  if (records()) {
     expected_heads = row.sum().expand({x.size(0)});
   }
   if (training && run_all()) {

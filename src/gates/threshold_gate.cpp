@@ -3,23 +3,14 @@
 #include <torch/types.h>
 
 #include "gates/checks.h"
-#include "gates/threshold.h"
 #include "headwise/gates.h"
+#include "ops/gates/threshold.h"
 
 namespace headwise {
 
 ThresholdGateImpl::ThresholdGateImpl(ThresholdGateOptions options_, int64_t embed_dim,
                                      int64_t num_heads, const at::TensorOptions& tensor_options)
-    : GateImpl("headwise::ThresholdGate", embed_dim, num_heads, options_.execution()),
-      options(std::move(options_)) {
-  check_not_negative("threshold", options.threshold());
-  TORCH_CHECK_VALUE(options.min_heads() >= 0, "min_heads must not be negative, got ",
-                    options.min_heads());
-  check_positive("resolution", options.resolution());
-  TORCH_CHECK_VALUE(options.block() >= 1, "block must be at least 1, got ", options.block());
-  TORCH_CHECK_VALUE(
-      !options.block_ratio() || (*options.block_ratio() > -1.0 && *options.block_ratio() < 1.0),
-      "block_ratio must be in (-1, 1), got ", options.block_ratio().value_or(0.0));
+    : GateImpl(options_, embed_dim, num_heads), options(std::move(options_)) {
   threshold = register_buffer("threshold", torch::empty({}, tensor_options.dtype(at::kFloat)));
   reset_parameters();
 }
@@ -38,7 +29,7 @@ Selection ThresholdGateImpl::forward_heads(const HeadInputs& heads) {
   const auto [index, count] = select_above(importance, threshold, options.min_heads());
   const auto weight = selection_mask(index, count, heads.q.scalar_type());  // [B, H]
   if (is_training()) {
-    expected_heads = weight.sum(1);
+    if (records()) expected_heads = weight.sum(1);
     if (run_all()) {
       auto all = select_all(weight.size(0), num_heads(), weight.options());
       return {all.index, all.count, weight, importance, {}};

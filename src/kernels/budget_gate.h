@@ -1,6 +1,7 @@
 // The formulas of an evaluated budget gate, one number at a time, for the kernels of the host and
-// of the device. They are those of src/gates/budget.cpp and src/gates/selection_ops.cpp, which also
-// have gradients; tests hold one against the other. C: the type of the sums, float or double.
+// of the device. They are those of src/ops/gates/budget.cpp and src/ops/gates/selection_ops.cpp,
+// which also have gradients; tests hold one against the other. C: the type of the sums, float or
+// double.
 #pragma once
 
 #include <cmath>

@@ -15,12 +15,12 @@ namespace headwise::ops {
       const std::optional<at::Tensor>&hidden_weight, const std::optional<at::Tensor>&hidden_bias, \
       const std::optional<at::Tensor>&out_weight, const std::optional<at::Tensor>&out_bias,       \
       const at::Tensor &progress, double budget, double min_budget, double max_budget,            \
-      double target, double initial_budget, double warmup, int64_t min_heads,                     \
+      double keep, double initial_keep, double warmup, int64_t min_heads,                         \
       std::string_view rounding
-#define HEADWISE_BUDGET_GATE_ARGUMENTS                                                        \
-  x, key_padding_mask, mean, variance, base, relevance_weight, hidden_weight, hidden_bias,    \
-      out_weight, out_bias, progress, budget, min_budget, max_budget, target, initial_budget, \
-      warmup, min_heads, rounding
+#define HEADWISE_BUDGET_GATE_ARGUMENTS                                                            \
+  x, key_padding_mask, mean, variance, base, relevance_weight, hidden_weight, hidden_bias,        \
+      out_weight, out_bias, progress, budget, min_budget, max_budget, keep, initial_keep, warmup, \
+      min_heads, rounding
 
 /// True if a kernel takes inputs of these devices, dtypes and shapes.
 bool takes_budget_gate(HEADWISE_BUDGET_GATE_PARAMETERS);

@@ -174,10 +174,14 @@ TORCH_LIBRARY(headwise, m) {
       "(Tensor grad_heads, Tensor grad_weight, Tensor grad_bias, Tensor grad_head_weight)");
   m.def("soft_top_k(Tensor scores, Tensor mass, Tensor temperature) -> Tensor");
   m.def("gate_features(Tensor x, Tensor? key_padding_mask=None) -> Tensor");
+  m.def("feature_moments(Tensor features) -> Tensor");
   m.def(
-      "update_statistics(Tensor features, Tensor mean, Tensor variance, Tensor batches) "
-      "-> (Tensor mean, Tensor variance, Tensor batches)");
+      "update_statistics(Tensor moments, Tensor(a!) mean, Tensor(b!) variance, Tensor(c!) batches) "
+      "-> ()");
   m.def("standardize(Tensor features, Tensor mean, Tensor variance) -> Tensor");
+  m.def(
+      "gate_starts(Tensor[] importance, str[] layers, int[] num_heads, float keep, "
+      "float sharpness) -> (Tensor[] relevance, float[] shares)");
   m.def("importance_start(Tensor importance, float keep, float sharpness) -> Tensor");
   m.def(
       "input_relevance(Tensor features, Tensor base, Tensor weight, Tensor progress, "
@@ -185,7 +189,7 @@ TORCH_LIBRARY(headwise, m) {
   m.def(
       "head_budget(Tensor features, Tensor hidden_weight, Tensor hidden_bias, Tensor out_weight, "
       "Tensor out_bias, Tensor progress, bool training, float min_budget, float max_budget, "
-      "float target, float initial_budget, float warmup, float static_until) "
+      "float keep, float initial_keep, float warmup, float static_until) "
       "-> (Tensor budget, Tensor asked)");
   m.def(
       "budget_select(Tensor relevance, Tensor budget, Tensor progress, Tensor? noise, "
@@ -208,7 +212,7 @@ TORCH_LIBRARY(headwise, m) {
       "bool run_all, float hard_from, float beta, float gamma, float zeta, bool weight_one) "
       "-> (Tensor index, Tensor count, Tensor weight, Tensor expected_heads)");
   m.def(
-      "target_penalty(Tensor[] expected_heads, int[] num_heads, Tensor progress, float target, "
-      "float initial_target, float warmup, float strength, str form, Tensor? multipliers=None) "
+      "target_penalty(Tensor[] expected_heads, int[] num_heads, Tensor progress, float keep, "
+      "float initial_keep, float warmup, float strength, str form, Tensor? multipliers=None) "
       "-> Tensor");
 }

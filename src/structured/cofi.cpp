@@ -3,7 +3,7 @@
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
 
-#include "gates/hard_concrete.h"
+#include "ops/gates/hard_concrete.h"
 
 namespace headwise {
 namespace {

@@ -63,7 +63,7 @@ struct Together : torch::nn::Module {
 
 TEST(Explain, NumbersAddUpAndTheLayersAreLeftAsTheyWere) {
   torch::manual_seed(0);
-  Classifier model(BudgetGateOptions().target(0.5));
+  Classifier model(BudgetGateOptions().keep(0.5));
   const auto gate = model.layers[0].second->gate;
   const auto forward = [&](const at::Tensor& rows) { return model(rows); };
   const auto document =

@@ -28,7 +28,7 @@ std::vector<GateOptions> every_gate() {
   return {FixedGateOptions().heads(std::vector<int64_t>{0, 2}),
           FixedGateOptions(),
           RandomGateOptions().keep(0.4),
-          BudgetGateOptions().target(0.4),
+          BudgetGateOptions().keep(0.4),
           BudgetGateOptions().relaxation("straight_through").kept_weight("soft").noise("normal"),
           HardConcreteGateOptions(),
           HardConcreteGateOptions().input_dependent(true).penalty("lagrangian"),
@@ -36,9 +36,9 @@ std::vector<GateOptions> every_gate() {
           SubsetGateOptions().scope("layer").k(2),
           SubsetGateOptions().scope("layer").estimator("straight_through"),
           RequestedBudgetGateOptions().scope("layer").min_heads(1),
-          GumbelSigmoidGateOptions().target(0.25),
+          GumbelSigmoidGateOptions().keep(0.25),
           SleepGateOptions().scope("layer"),
-          SharedHeadsGateOptions().gate(BudgetGateOptions().target(0.3)).shared({1, 4})};
+          SharedHeadsGateOptions().gate(BudgetGateOptions().keep(0.3)).shared({1, 4})};
 }
 
 TEST(Gates, SelectionsAreConsistent) {
@@ -68,10 +68,30 @@ TEST(Gates, OptionsRoundTripThroughJson) {
     const auto json = gate_options_to_json(options);
     EXPECT_EQ(gate_options_to_json(gate_options_from_json(json)), json);
   }
-  EXPECT_EQ(value_error([] { gate_options_from_json(R"({"type":"BudgetGate","colour":1})"); }),
-            "BudgetGate has no option 'colour'");
-  EXPECT_EQ(value_error([] { gate_options_from_json(R"({"type":"BudgetGate","target":"x"})"); }),
-            "BudgetGate option 'target' has a value of the wrong kind: \"x\"");
+  EXPECT_EQ(value_error([] { gate_options_from_json(R"({"type":"RandomGate","colour":1})"); }),
+            "RandomGate has no option 'colour'; it has keep, per_input, execution");
+  const auto type_error = [](const char* json) -> std::string {
+    try {
+      gate_options_from_json(json);
+    } catch (const c10::TypeError& error) {
+      return error.what_without_backtrace();
+    }
+    return "no TypeError";
+  };
+  EXPECT_EQ(type_error(R"({"type":"BudgetGate","keep":"x"})"), "keep must be a number, got 'x'");
+  EXPECT_EQ(type_error(R"({"type":"SubsetGate","k":true})"), "k must be a number, got True");
+  for (const auto* json :
+       {"[]", "null", R"({"type":3})", R"({"type":"SharedHeadsGate"})",
+        R"({"type":"SubsetGate","k":2.5})", R"({"type":"SubsetGate","k":99999999999999999999})",
+        R"({"type":"FixedGate","heads":[-1]})", R"({"type":"FixedGate","heads":[1,1]})",
+        R"({"type":"BudgetGate","keep":1e999})", R"({"type":"BudgetGate","strength":-1})"}) {
+    const auto text = value_error([&] { gate_options_from_json(json); });
+    EXPECT_NE(text, "no ValueError") << json;
+    EXPECT_LT(text.size(), 500) << json;
+  }
+  std::string nested = R"({"type":"BudgetGate"})";
+  for (int i = 0; i < 2000; ++i) nested = R"({"type":"SharedHeadsGate","gate":)" + nested + "}";
+  EXPECT_NE(value_error([&] { gate_options_from_json(nested); }).find("nested"), std::string::npos);
   EXPECT_EQ(value_error([] { gate_options_from_json(R"({"type":"Other"})"); }),
             "gate type must be one of BudgetGate, FixedGate, GumbelSigmoidGate, HardConcreteGate, "
             "RandomGate, RequestedBudgetGate, SharedHeadsGate, SleepGate, SubsetGate, "
@@ -128,7 +148,7 @@ TEST(Gates, EvaluatedInOnePassAsByTheOperators) {
 }
 
 TEST(Gates, FullBudgetIsExactlyOne) {
-  BudgetGate gate(BudgetGateOptions().target(1.0), kDim, kHeads);
+  BudgetGate gate(BudgetGateOptions().keep(1.0), kDim, kHeads);
   for (const bool training : {true, false}) {
     gate->train(training);
     const auto selection = gate->forward(torch::randn({3, 4, kDim}));
@@ -143,7 +163,7 @@ TEST(Gates, PenaltyPoolsTheModel) {
   struct Holder : torch::nn::Module {};
   Holder holder;
   for (int i = 0; i < 2; ++i) {
-    gates.push_back(make_gate(BudgetGateOptions().target(0.4).bounds_strength(0.0), kDim, kHeads));
+    gates.push_back(make_gate(BudgetGateOptions().keep(0.4).bounds_strength(0.0), kDim, kHeads));
     holder.register_module("gate" + std::to_string(i), gates.back());
   }
   EXPECT_EQ(penalty(holder).item<double>(), 0.0);
@@ -156,13 +176,33 @@ TEST(Gates, PenaltyPoolsTheModel) {
   EXPECT_TRUE(at::allclose(penalty(holder), 20.0 * (share - 0.4).square()));
 }
 
+// The numbers of tests/python/gates/test_gates.py.
+TEST(Gates, PenaltyOfMixedGatesIsOfThoseThatHaveOne) {
+  auto list = torch::nn::ModuleList();
+  const auto budget = make_gate(BudgetGateOptions().target_scope("layer"), kDim, kHeads);
+  for (const auto& options : std::vector<GateOptions>{
+           FixedGateOptions(), RandomGateOptions(), SubsetGateOptions().scope("layer"),
+           SleepGateOptions().scope("layer"), ThresholdGateOptions()}) {
+    list->push_back(make_gate(options, kDim, kHeads));
+  }
+  list->push_back(budget);
+  list->train();
+  const auto x = torch::randn({5, 4, kDim});
+  for (size_t i = 0; i < list->size(); ++i) {
+    auto& gate = list->at<GateImpl>(i);
+    if (!gate.reads_heads()) gate.forward(x);
+  }
+  EXPECT_GT(budget->penalty().item<double>(), 0.0);
+  EXPECT_DOUBLE_EQ(penalty(*list).item<double>(), budget->penalty().item<double>());
+}
+
 TEST(Gates, Errors) {
-  EXPECT_EQ(value_error([] { BudgetGate(BudgetGateOptions().target(0.0), kDim, kHeads); }),
-            "target must be in (0, 1], got 0");
+  EXPECT_EQ(value_error([] { BudgetGate(BudgetGateOptions().keep(0.0), kDim, kHeads); }),
+            "keep must be in (0, 1], got 0.0");
   EXPECT_EQ(value_error([] { BudgetGate(BudgetGateOptions().noise("pink"), kDim, kHeads); }),
             "noise must be one of gumbel, normal, got 'pink'");
   EXPECT_EQ(value_error([] { HardConcreteGate(HardConcreteGateOptions().beta(0), kDim, kHeads); }),
-            "beta must be positive and finite, got 0");
+            "beta must be positive and finite, got 0.0");
   EXPECT_EQ(value_error(
                 [] { FixedGate(FixedGateOptions().heads(std::vector<int64_t>{7}), kDim, kHeads); }),
             "heads must be in 0..5, got 7");

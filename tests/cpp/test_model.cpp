@@ -76,7 +76,7 @@ Model small_model() {
   const auto options = MultiheadAttentionOptions(12, 4).batch_first(true);
   model.layers.emplace_back(
       "a.attention",
-      MultiheadAttention(MultiheadAttentionOptions(options).gate(BudgetGateOptions().target(0.5))));
+      MultiheadAttention(MultiheadAttentionOptions(options).gate(BudgetGateOptions().keep(0.5))));
   model.layers.emplace_back(
       "b.attention",
       MultiheadAttention(

@@ -60,7 +60,7 @@ TEST(MultiheadAttention, ChosenHeadsEqualTheOracle) {
   MultiheadAttention layer(MultiheadAttentionOptions(kDim, kHeads)
                                .batch_first(true)
                                .dtype(at::kDouble)
-                               .gate(BudgetGateOptions().target(0.5)));
+                               .gate(BudgetGateOptions().keep(0.5)));
   {
     torch::NoGradGuard no_grad;
     for (auto& parameter : layer->gate->parameters()) parameter.normal_();
@@ -171,7 +171,7 @@ TEST(MultiheadAttention, ParametersAreNamedAsTorchs) {
 
 TEST(MultiheadAttention, ReadmeExample) {
   auto mha = headwise::MultiheadAttention(
-      headwise::MultiheadAttentionOptions(768, 12).gate(headwise::BudgetGateOptions().target(0.5)));
+      headwise::MultiheadAttentionOptions(768, 12).gate(headwise::BudgetGateOptions().keep(0.5)));
   const auto x = torch::randn({10, 2, 768});
   const auto mask = torch::zeros({2, 10}, at::kBool);
   auto [y, w] = mha->forward(x, x, x, mask);

@@ -53,6 +53,10 @@ def calibrate_threshold(
             score the same (raise the gates' ``resolution``). The gates then keep the thresholds
             that they had, as they do where a batch fails.
     """
+    if not 0.0 < keep <= 1.0:
+        raise ValueError(f"keep must be in (0, 1], got {keep}")
+    if not 0.0 <= tolerance <= 1.0:
+        raise ValueError(f"tolerance must be between 0 and 1, got {tolerance}")
     found = [gate for gate in gates(model) if isinstance(gate, ThresholdGate)]
     if not found:
         raise ValueError(f"model ({type(model).__name__}) must have a ThresholdGate")

@@ -49,7 +49,7 @@ def convert(
             encoder or decoder of transformers that ``docs/convert.md`` lists. Layers that are
             already converted keep their weights and, where ``gate`` is None, their gate.
         gate: a prototype, of which every layer gets its own copy
-            (``convert(model, hw.BudgetGate(target=0.5))``); or a function of the layer's name and
+            (``convert(model, hw.BudgetGate(keep=0.5))``); or a function of the layer's name and
             the layer, which returns the layer's gate or None; or None: no gates.
         strict: refuse a model of which only a part can be converted. With False, that part is
             converted.

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from headwise.gates.linears import check_read
-from headwise.gates.options import Check, choice
+from headwise.gates.options import BINDING, TABLES, constructor, documented, quoted
+from headwise.gates.recomputation import Replay, recomputing
 from headwise.gates.selection import Selection
 
-EXECUTIONS = ("all", "selected")
+#: Gates inside gates.
+MOST_NESTED = 8
 _GATES: dict[str, type[Gate]] = {}
 
 
@@ -34,36 +36,35 @@ class Gate(nn.Module):
             forward, or None.
     """
 
-    #: Arguments of ``__init__`` that describe the layer, not the gate.
-    _BINDING = ("embed_dim", "num_heads", "device", "dtype")
-    #: What each option must be, in the order of :meth:`config`. A gate that declares its options
-    #: here, its parent's among them, ends its ``__init__`` with ``super().__init__(
-    #: **self._declared(locals()))``: they are checked, and become attributes.
-    _OPTIONS: Mapping[str, Check] = {}
-
     embed_dim: int | None
     num_heads: int | None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         _GATES[cls.__name__] = cls
+        if cls.__module__.startswith("headwise.gates.") and cls.__name__ in TABLES:
+            cls.__doc__ = documented(cls.__name__, cls.__doc__)
+            if "__init__" not in cls.__dict__:
+                cls.__init__ = constructor(cls.__name__, Gate.__init__)
 
     def __init__(
         self,
         options: Mapping[str, Any],
         *,
-        execution: str,
+        execution: str | None = None,
         embed_dim: int | None = None,
         num_heads: int | None = None,
         device=None,
         dtype=None,
     ) -> None:
         super().__init__()
-        checks = {**self._OPTIONS, "execution": choice(*EXECUTIONS)}
-        options = {
-            name: checks[name](name, value) if name in checks else value
-            for name, value in {**options, "execution": execution}.items()
-        }
+        options = dict(options)
+        if execution is not None:
+            options["execution"] = execution
+        if options.get("execution", "all") not in ("all", "selected"):
+            raise ValueError(
+                f"execution must be one of all, selected, got {quoted(options['execution'])}"
+            )
         if (embed_dim is None) != (num_heads is None):
             raise ValueError("embed_dim and num_heads must be given together, or neither")
         if embed_dim is not None and (embed_dim <= 0 or num_heads < 0):
@@ -72,25 +73,22 @@ class Gate(nn.Module):
                 f"got embed_dim={embed_dim} and num_heads={num_heads}"
             )
         self._options = options
-        for name in checks:
+        for name, value in options.items():
             if not hasattr(type(self), name):  # a method may have the name of an option
-                self.__dict__[name] = options[name]
-        self._check_options()
+                self.__dict__[name] = value
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.expected_heads: Tensor | None = None
+        self._replay = Replay()
+        #: Process groups whose inputs count as one batch for what the gate keeps of them.
+        self._groups: tuple[Any, ...] = ()
+        self._prepare()
         if embed_dim is not None:
             self._build(device, dtype)
             self.reset_parameters()
 
-    @classmethod
-    def _declared(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """What ``__init__`` of this class is given, from the arguments of a gate's own."""
-        held = {name: arguments[name] for name in ("execution", *cls._BINDING)}
-        return {"options": {name: arguments[name] for name in cls._OPTIONS}, **held}
-
-    def _check_options(self) -> None:
-        """Checks what single options do not show."""
+    def _prepare(self) -> None:
+        """Attributes that a gate has beside its options, bound or not."""
 
     def _build(self, device, dtype) -> None:
         """Creates the parameters and buffers of a bound gate."""
@@ -104,9 +102,8 @@ class Gate(nn.Module):
         Raises:
             ValueError: the configuration does not fit the sizes.
         """
-        options = {key: value for key, value in self.config().items() if key != "type"}
         bound = type(self)(
-            **options, embed_dim=embed_dim, num_heads=num_heads, device=device, dtype=dtype
+            **self._options, embed_dim=embed_dim, num_heads=num_heads, device=device, dtype=dtype
         )
         return bound.train(self.training)
 
@@ -166,6 +163,12 @@ class Gate(nn.Module):
             if (linear := self._modules.get(name)) is not None:
                 check_read(f"gate.{name}", linear)
 
+    def _record(self, **values: Any) -> None:
+        """Keeps what a training forward leaves for the penalty and for readers, as attributes."""
+        if self.training and not recomputing():
+            for name, value in values.items():
+                setattr(self, name, value)
+
     #: The linear layers whose weights the gate's operators read.
     _READ: tuple[str, ...] = ()
 
@@ -187,7 +190,10 @@ class Gate(nn.Module):
     _RECORDED: tuple[str, ...] = ("expected_heads",)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, **dict.fromkeys(self._RECORDED)}
+        return {**self.__dict__, **dict.fromkeys(self._RECORDED), "_groups": ()}
+
+    def _align(self) -> None:
+        """Makes what the gate keeps of its inputs equal in the processes of ``_groups``."""
 
     def _config_key(self) -> str:
         return json.dumps(self.config(), sort_keys=True)
@@ -200,15 +206,44 @@ def gate_from_config(config: Mapping[str, Any]) -> Gate:
     """An unbound gate from what :meth:`Gate.config` returned.
 
     Raises:
-        ValueError: no or an unknown ``type``, or a key that the type does not have, by name.
+        TypeError: an option that is not a number, a flag or a sequence where it has to be.
+        ValueError: ``config`` is not a mapping, has no or an unknown ``type``, lacks an option or
+            has one that the type does not have or that is out of its range, by name.
     """
+    if not isinstance(config, Mapping):
+        raise ValueError(f"a gate's configuration must be a mapping, got {quoted(config)}")
     name = config.get("type")
-    if name not in _GATES:
-        raise ValueError(f"gate type must be one of {', '.join(sorted(_GATES))}, got {name!r}")
-    accepted = set(inspect.signature(_GATES[name].__init__).parameters)
-    accepted -= {"self", *Gate._BINDING}
+    if not isinstance(name, str) or name not in _GATES:
+        known = ", ".join(sorted(_GATES))
+        raise ValueError(f"gate type must be one of {known}, got {quoted(name)}")
+    inner, depth = config, 0
+    while isinstance(inner, Mapping):
+        inner, depth = inner.get("gate"), depth + 1
+        if depth > MOST_NESTED:
+            raise ValueError(f"gates must not be nested more than {MOST_NESTED} deep")
+    parameters = inspect.signature(_GATES[name].__init__).parameters
+    accepted = {key for key in parameters if key not in ("self", *BINDING)}
     options = {key: value for key, value in config.items() if key != "type"}
     for key in options:
         if key not in accepted:
-            raise ValueError(f"{name} has no option {key!r}; it has {', '.join(sorted(accepted))}")
+            listed = ", ".join(sorted(accepted))
+            raise ValueError(f"{name} has no option {quoted(key)}; it has {listed}")
+    for key in sorted(accepted - set(options)):
+        if parameters[key].default is inspect.Parameter.empty:
+            raise ValueError(f"{name} must be given its option {key!r}")
     return _GATES[name](**options)
+
+
+def inner_gate(gate: Any, of: str) -> Gate:
+    """The unbound gate that another one is to wrap, from a gate or its configuration."""
+    if isinstance(gate, Mapping):
+        gate = gate_from_config(gate)
+    if not isinstance(gate, Gate):
+        raise TypeError(f"gate must be a headwise.Gate, got {type(gate).__name__}")
+    if gate.num_heads is not None:
+        raise ValueError(f"gate must not be bound: it is bound to {of}")
+    if gate.reads_heads:
+        raise ValueError(
+            "gate must choose by the layer's input, and this one reads queries and keys"
+        )
+    return gate

@@ -9,15 +9,6 @@ from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
 from headwise.gates.linears import ReadLinear
-from headwise.gates.options import (
-    at_least,
-    choice,
-    finite,
-    fraction,
-    not_negative,
-    optional,
-    positive,
-)
 from headwise.gates.selection import Selection
 from headwise.gates.targeted import TargetedGate
 
@@ -47,48 +38,14 @@ class BudgetGate(TargetedGate):
       :math:`a` and :math:`s`. Noise on :math:`a` and :math:`\tau` are annealed.
     - From ``hard_from`` on, training runs evaluation's selection with evaluation's weights; the
       gradient is still that of :math:`m_h` (straight-through).
-    - The budget is raised at the start (``initial_budget``) and comes down until ``warmup``.
+    - The budget is raised at the start (``initial_keep``) and comes down until ``warmup``.
     - The penalty aims at the *mean* budget over the batch, and over layers too with
       ``target_scope="model"``, so inputs and layers may differ.
 
     Call ``hw.anneal(model, step / steps)`` before every training step: without it the gate stays in
     its first, static and soft, phase.
 
-    Args:
-        target: mean share of the heads to run, in (0, 1]. With 1 the budget is fixed at 1: every
-            head runs with weight one, which is the dense layer exactly.
-        budget: fixes the budget of every input at this share instead of predicting it; only which
-            heads run then depends on the input.
-        min_budget: lower bound of the budget. Between the bounds the gradient is the network's;
-            outside, only the penalty's hinge acts.
-        max_budget: upper bound of the budget.
-        initial_budget: the budget at the start of training.
-        hidden_dim: width of the budget's network; default ``max(8, embed_dim // 8)``.
-        min_heads: no input runs fewer heads.
-        rounding: ``"round"`` (half up) or ``"ceil"`` (the paper's; runs half a head more on average
-            than the penalty sees).
-        target_scope: ``"model"``: one target on the mean over all layers (through ``hw.penalty``);
-            ``"layer"``: one for each.
-        strength: factor of the squared distance from the target.
-        bounds_strength: factor of the squared hinge that holds the budget inside its bounds.
-        entropy_strength: factor of the entropy of softmax(relevance), rewarded at the start and
-            penalised at the end of annealing; 0 leaves exploration to noise and temperature.
-        temperature: of the relaxation, at the start.
-        final_temperature: of the relaxation, when the hard selection begins.
-        noise: ``"gumbel"`` or ``"normal"``.
-        noise_scale: of the noise at the start; falls linearly to 0 at ``hard_from``.
-        warmup: progress at which the budget's start has faded.
-        static_until: progress at which the input's part sets in.
-        hard_from: progress from which training runs the hard selection.
-        relaxation: ``"exact_mass"`` as above, or ``"straight_through"``: the hard selection from
-            the start, with the gradient of the soft weights.
-        kept_weight: weight of a kept head where the selection is hard: ``"one"``, or ``"soft"``
-            (its m_h), in evaluation and in training alike.
-        execution: see :class:`Gate`.
-        embed_dim: width of the layer's input, D.
-        num_heads: heads of the layer, H.
-        device: of the parameters.
-        dtype: of the parameters.
+    {options}
 
     Parameters: ``base [H]``, ``relevance.weight [H, D]``, and where the budget is predicted
     ``budget_hidden.{weight [h, D], bias [h]}`` and ``budget_out.{weight [1, h], bias [1]}``.
@@ -99,71 +56,10 @@ class BudgetGate(TargetedGate):
 
     base: Tensor
     _READ = ("relevance", "budget_hidden", "budget_out")
-    _OPTIONS = {
-        **TargetedGate._OPTIONS,
-        "budget": optional(fraction),
-        "min_budget": fraction,
-        "max_budget": fraction,
-        "initial_budget": fraction,
-        "hidden_dim": optional(at_least(1)),
-        "min_heads": at_least(0),
-        "rounding": choice("round", "ceil"),
-        "bounds_strength": not_negative,
-        "entropy_strength": finite,
-        "temperature": positive,
-        "final_temperature": positive,
-        "noise": choice("gumbel", "normal"),
-        "noise_scale": not_negative,
-        "relaxation": choice("exact_mass", "straight_through"),
-        "kept_weight": choice("one", "soft"),
-    }
-    _INITIAL = "initial_budget"
 
-    def __init__(
-        self,
-        target: float = 0.5,
-        *,
-        budget: float | None = None,
-        min_budget: float = 0.1,
-        max_budget: float = 1.0,
-        initial_budget: float = 0.95,
-        hidden_dim: int | None = None,
-        min_heads: int = 1,
-        rounding: str = "round",
-        target_scope: str = "model",
-        strength: float = 20.0,
-        bounds_strength: float = 1.0,
-        entropy_strength: float = 0.0,
-        temperature: float = 0.5,
-        final_temperature: float = 0.1,
-        noise: str = "gumbel",
-        noise_scale: float = 0.5,
-        warmup: float = 0.3,
-        static_until: float = 0.4,
-        hard_from: float = 0.75,
-        relaxation: str = "exact_mass",
-        kept_weight: str = "one",
-        execution: str = "all",
-        embed_dim: int | None = None,
-        num_heads: int | None = None,
-        device=None,
-        dtype=None,
-    ) -> None:
-        super().__init__(**self._declared(locals()))
-
-    def _check_options(self) -> None:
-        if not self.min_budget <= self.max_budget:
-            raise ValueError(
-                "min_budget and max_budget must satisfy 0 < min_budget <= max_budget <= 1, got "
-                f"{self.min_budget} and {self.max_budget}"
-            )
-        fixed = self.budget if self.budget is not None else (1.0 if self.target == 1.0 else None)
-        if fixed is None and not self.min_budget <= self.target <= self.max_budget:
-            raise ValueError(
-                f"target must lie between min_budget={self.min_budget} and "
-                f"max_budget={self.max_budget}, got {self.target}"
-            )
-        self.fixed_budget = fixed
+    def _prepare(self) -> None:
+        super()._prepare()
+        self.fixed_budget = 1.0 if self.budget is None and self.keep == 1.0 else self.budget
 
     @property
     def learns_count(self) -> bool:
@@ -193,7 +89,7 @@ class BudgetGate(TargetedGate):
             nn.init.normal_(self.budget_hidden.weight)
             nn.init.zeros_(self.budget_hidden.bias)
             nn.init.zeros_(self.budget_out.weight)
-            self._set_budget(self.target)
+            self._set_budget(self.keep)
 
     @torch.no_grad()
     def _set_budget(self, budget: float) -> None:
@@ -230,8 +126,8 @@ class BudgetGate(TargetedGate):
                 self.training,
                 self.min_budget,
                 self.max_budget,
-                self.target,
-                self.initial_budget,
+                self.keep,
+                self.initial_keep,
                 self.warmup,
                 self.static_until,
             )  # [B]
@@ -254,8 +150,7 @@ class BudgetGate(TargetedGate):
             self.rounding,
         )
         if self.training:
-            self.expected_heads = expected
-            self._regulariser = self._own_terms(relevance, asked)
+            self._record(expected_heads=expected, _regulariser=self._own_terms(relevance, asked))
         return Selection(index, count, weight.to(x.dtype), relevance, budget)
 
     def _evaluate(self, x: Tensor, key_padding_mask: Tensor | None) -> Selection:
@@ -276,8 +171,8 @@ class BudgetGate(TargetedGate):
                 1.0 if self.fixed_budget is None else self.fixed_budget,
                 self.min_budget,
                 self.max_budget,
-                self.target,
-                self.initial_budget,
+                self.keep,
+                self.initial_keep,
                 self.warmup,
                 self.min_heads,
                 self.rounding,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -14,50 +12,19 @@ from headwise.gates.selection import Selection
 class FixedGate(Gate):
     """Runs the same heads for every input: the masked form of a static plan.
 
-    Args:
-        heads: the heads that run, with weight one; default: all of them.
-        scale: instead of ``heads``: a weight for each of the H heads; 0 = does not run.
-        execution: see :class:`Gate`. ``"selected"`` by default: a dropped head has weight 0 for
-            good, so no gradient reaches it either way.
-        embed_dim: width of the layer's input.
-        num_heads: heads of the layer, H.
-        device: of the buffer ``scale`` ``[H]``.
-        dtype: of the buffer ``scale``.
+    {options}
 
     Raises:
-        ValueError: both ``heads`` and ``scale``, a head outside ``0..H-1`` or named twice, or a
-            ``scale`` of another length than H or with a value that is not finite.
+        TypeError: ``heads`` or ``scale`` is not a sequence, or holds something other than numbers.
+        ValueError: both ``heads`` and ``scale``, a head that is not a whole number, is outside
+            ``0..H-1`` or named twice, or a ``scale`` of another length than H or with a value that
+            is not finite.
     """
 
     scale: Tensor
 
-    def __init__(
-        self,
-        heads: Sequence[int] | None = None,
-        *,
-        scale: Sequence[float] | Tensor | None = None,
-        execution: str = "selected",
-        embed_dim: int | None = None,
-        num_heads: int | None = None,
-        device=None,
-        dtype=None,
-    ) -> None:
-        if heads is not None and scale is not None:
-            raise ValueError("heads and scale must not both be given")
-        options = {
-            "heads": None if heads is None else [int(head) for head in heads],
-            "scale": None if scale is None else [float(value) for value in scale],
-        }
-        super().__init__(
-            options,
-            execution=execution,
-            embed_dim=embed_dim,
-            num_heads=num_heads,
-            device=device,
-            dtype=dtype,
-        )
-
     def _build(self, device, dtype) -> None:
+        self.__dict__.pop("scale", None)  # the option, whose place the buffer takes
         self.register_buffer("scale", torch.empty(self.num_heads, device=device, dtype=dtype))
 
     def reset_parameters(self) -> None:
@@ -70,18 +37,13 @@ class FixedGate(Gate):
         if scale is not None:
             if len(scale) != num_heads:
                 raise ValueError(f"scale must have {num_heads} values, got {len(scale)}")
-            for value in scale:
-                if value - value != 0.0:
-                    raise ValueError(f"scale must be finite, got {value}")
             return scale
         if heads is None:
             return [1.0] * num_heads
         initial = [0.0] * num_heads
         for head in heads:
-            if not 0 <= head < num_heads:
+            if head >= num_heads:
                 raise ValueError(f"heads must be in 0..{num_heads - 1}, got {head}")
-            if initial[head] != 0.0:
-                raise ValueError(f"heads must not name a head twice, got {head} again")
             initial[head] = 1.0
         return initial
 
@@ -91,17 +53,6 @@ class FixedGate(Gate):
         if self.num_heads is not None:
             config.update(heads=None, scale=self.scale.double().tolist())
         return config
-
-    def bind(self, embed_dim: int, num_heads: int, device=None, dtype=None) -> FixedGate:
-        return type(self)(
-            self._options["heads"],
-            scale=self._options["scale"],
-            execution=self.execution,
-            embed_dim=embed_dim,
-            num_heads=num_heads,
-            device=device,
-            dtype=dtype,
-        ).train(self.training)
 
     def static_weight(self) -> Tensor:
         return self.scale

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headwise.gates.base import Gate, gate_from_config
+from headwise.gates.base import Gate, gate_from_config, inner_gate
+from headwise.gates.options import quoted
 from headwise.gates.selection import Selection
 
 _ops = torch.ops.headwise
@@ -24,7 +25,7 @@ class GroupGate(Gate):
 
     ::
 
-        hw.convert(llama, hw.GroupGate(hw.BudgetGate(target=0.5)))
+        hw.convert(llama, hw.GroupGate(hw.BudgetGate(keep=0.5)))
 
     Args:
         gate: what chooses among the groups, unbound (or its configuration).
@@ -35,7 +36,7 @@ class GroupGate(Gate):
         device: of the parameters.
         dtype: of the parameters.
 
-    Submodule ``gate``.
+    Buffer ``place`` int64 ``[H]``, the group of each head; submodule ``gate``.
 
     Raises:
         TypeError: ``gate`` is not a gate.
@@ -43,6 +44,7 @@ class GroupGate(Gate):
             reads queries and keys (:class:`ThresholdGate`).
     """
 
+    place: Tensor
     wraps = True
 
     def __init__(
@@ -55,16 +57,7 @@ class GroupGate(Gate):
         device=None,
         dtype=None,
     ) -> None:
-        if isinstance(gate, Mapping):
-            gate = gate_from_config(gate)
-        if not isinstance(gate, Gate):
-            raise TypeError(f"gate must be a headwise.Gate, got {type(gate).__name__}")
-        if gate.num_heads is not None:
-            raise ValueError("gate must not be bound: it is bound to the groups of the layer")
-        if gate.reads_heads:
-            raise ValueError(
-                "gate must choose by the layer's input, and this one reads queries and keys"
-            )
+        inner = inner_gate(gate, "the groups of the layer")
         if (groups is None) != (num_heads is None):
             raise ValueError(
                 "GroupGate must stand in a layer itself, not inside another gate: a layer knows "
@@ -76,17 +69,21 @@ class GroupGate(Gate):
             if len(groups) != num_heads or groups != sorted(groups) or not expected:
                 raise ValueError(
                     f"groups must be ascending from 0, one for each of {num_heads} heads, got "
-                    f"{groups}"
+                    f"{quoted(groups)}"
                 )
         self.__dict__["groups"] = groups
         super().__init__(
-            {"gate": gate.config()},
-            execution=gate.execution,
+            {"gate": inner.config()},
             embed_dim=embed_dim,
             num_heads=num_heads,
             device=device,
             dtype=dtype,
         )
+
+    @property
+    def execution(self) -> str:
+        """That of the gate inside."""
+        return self._options["gate"].get("execution", "all")
 
     @property
     def num_groups(self) -> int:
@@ -96,7 +93,7 @@ class GroupGate(Gate):
         inner = gate_from_config(self._options["gate"])
         self.gate = inner.bind(self.embed_dim, self.num_groups, device, dtype)
         place = torch.tensor(self.groups, dtype=torch.int64, device=device)
-        self.register_buffer("_place", place, persistent=False)  # [H]
+        self.register_buffer("place", place)
 
     def bind_groups(
         self, embed_dim: int, groups: Sequence[int], device=None, dtype=None
@@ -118,7 +115,7 @@ class GroupGate(Gate):
 
     def static_weight(self) -> Tensor | None:
         weight = self.gate.static_weight()  # [G]
-        return None if weight is None else weight[self._place]
+        return None if weight is None else weight[self.place]
 
     def start_from(self, relevance: Tensor, budget: float) -> None:
         """The gate inside starts with the mean relevance of each group's heads."""
@@ -127,7 +124,7 @@ class GroupGate(Gate):
                 f"relevance must have shape [{self.num_heads}], got {list(relevance.shape)}"
             )
         if hasattr(self.gate, "start_from"):
-            place = self._place.to(relevance.device)
+            place = self.place.to(relevance.device)
             total = relevance.new_zeros(self.num_groups).index_add(0, place, relevance)
             self.gate.start_from(total / place.bincount().to(total), budget)
 
@@ -135,9 +132,9 @@ class GroupGate(Gate):
         self._check_bound(x)
         chosen = self.gate(x, key_padding_mask)  # of G groups
         ran = _ops.selection_mask(chosen.index, chosen.count, x.dtype)  # [B, G]
-        index, count = _ops.select_nonzero(ran[:, self._place])  # [B, H], [B]
-        relevance = None if chosen.relevance is None else chosen.relevance[:, self._place]
+        index, count = _ops.select_nonzero(ran[:, self.place])  # [B, H], [B]
+        relevance = None if chosen.relevance is None else chosen.relevance[:, self.place]
         if self.training and self.gate.expected_heads is not None:
             per_group = self.num_heads / max(self.num_groups, 1)
-            self.expected_heads = self.gate.expected_heads * per_group
-        return Selection(index, count, chosen.weight[:, self._place], relevance, chosen.budget)
+            self._record(expected_heads=self.gate.expected_heads * per_group)
+        return Selection(index, count, chosen.weight[:, self.place], relevance, chosen.budget)

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
 from headwise.gates.linears import ReadLinear
-from headwise.gates.options import finite, fraction, positive
 from headwise.gates.selection import Selection
 from headwise.gates.targeted import TargetedGate
 
@@ -23,22 +22,7 @@ class GumbelSigmoidGate(TargetedGate):
     Evaluation has no noise. Ours: :math:`\ell = base + W z / \sqrt D` with :math:`z` as in
     :class:`BudgetGate` (AdaViT reads patch tokens), its schedule, and no noise from ``hard_from``.
 
-    Args:
-        target: mean share of the heads to run, in (0, 1].
-        strength: factor of the usage loss.
-        target_scope: ``"model"``: one target on the mean over all layers (through ``hw.penalty``);
-            ``"layer"``: one for each.
-        temperature: of the sigmoid in training.
-        init_logit: initial value; 3 opens every head.
-        warmup: progress at which the aimed share has come from ``initial_target`` to ``target``.
-        initial_target: the aimed share at the start of training.
-        static_until: progress at which the input's part sets in.
-        hard_from: progress from which training has no noise; above 1: never.
-        execution: see :class:`Gate`.
-        embed_dim: width of the layer's input, D.
-        num_heads: heads of the layer, H.
-        device: of the parameters.
-        dtype: of the parameters.
+    {options}
 
     Parameters: ``logit [H]``, ``relevance.weight [H, D]``.
 
@@ -48,32 +32,6 @@ class GumbelSigmoidGate(TargetedGate):
 
     logit: Tensor
     _READ = ("relevance",)
-    _OPTIONS = {
-        **TargetedGate._OPTIONS,
-        "temperature": positive,
-        "init_logit": finite,
-        "initial_target": fraction,
-    }
-
-    def __init__(
-        self,
-        target: float = 0.5,
-        *,
-        strength: float = 20.0,
-        target_scope: str = "model",
-        temperature: float = 5.0,
-        init_logit: float = 3.0,
-        warmup: float = 0.3,
-        initial_target: float = 0.95,
-        static_until: float = 0.4,
-        hard_from: float = 0.75,
-        execution: str = "all",
-        embed_dim: int | None = None,
-        num_heads: int | None = None,
-        device=None,
-        dtype=None,
-    ) -> None:
-        super().__init__(**self._declared(locals()))
 
     def _build(self, device, dtype) -> None:
         super()._build(device, dtype)
@@ -108,6 +66,5 @@ class GumbelSigmoidGate(TargetedGate):
             self.hard_from,
             self.temperature,
         )
-        if self.training:
-            self.expected_heads = expected
+        self._record(expected_heads=expected)
         return Selection(index, count, weight.to(x.dtype), logits)

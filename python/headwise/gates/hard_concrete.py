@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
 from headwise.gates.linears import ReadLinear
-from headwise.gates.options import choice, finite, flag, fraction, positive
 from headwise.gates.selection import Selection
 from headwise.gates.targeted import TargetedGate
 
@@ -31,32 +30,7 @@ class HardConcreteGate(TargetedGate):
     :class:`BudgetGate`, :math:`W` zero at first and held there
     until ``static_until``; from ``hard_from`` on training takes evaluation's gates.
 
-    Args:
-        target: mean share of the heads to run, in (0, 1]; not used by ``penalty="l0"``.
-        input_dependent: add the part that sees the input.
-        penalty: ``"squared"``: ``strength (share - target)^2``; ``"lagrangian"``:
-            ``strength (m_0 d + m_1 d^2)`` with ``d = share - target`` and two multipliers that the
-            same optimiser ascends (Xia et al. 2022, arXiv 2204.00408); ``"l0"``: ``strength`` times
-            the expected number of open heads a layer (Voita et al.).
-        strength: see ``penalty``.
-        target_scope: ``"model"``: one target on the mean over all layers (through ``hw.penalty``);
-            ``"layer"``: one for each.
-        kept_weight: ``"gate"``, the value of the gate; or ``"one"``: no samples, a head is open,
-            with weight 1, where P(g > 0) > 1/2, in training and in evaluation, and the gradient is
-            that of P(g > 0). Ours.
-        init_log_alpha: initial value; 3 opens every gate wholly in evaluation.
-        beta: temperature of the samples.
-        gamma: lower end of the stretch, below 0.
-        zeta: upper end of the stretch, above 1.
-        warmup: progress at which the aimed share has come from ``initial_target`` to ``target``.
-        initial_target: the aimed share at the start of training.
-        static_until: progress at which the input's part sets in.
-        hard_from: progress from which training takes evaluation's gates; above 1: never.
-        execution: see :class:`Gate`.
-        embed_dim: width of the layer's input, D.
-        num_heads: heads of the layer, H.
-        device: of the parameters.
-        dtype: of the parameters.
+    {options}
 
     Parameters: ``log_alpha [H]``, with ``input_dependent`` also ``relevance.weight [H, D]``, with
     ``penalty="lagrangian"`` also ``multipliers [2]``.
@@ -68,48 +42,11 @@ class HardConcreteGate(TargetedGate):
 
     log_alpha: Tensor
     _READ = ("relevance",)
-    _OPTIONS = {
-        **TargetedGate._OPTIONS,
-        "input_dependent": flag,
-        "penalty": choice("squared", "lagrangian", "l0"),
-        "kept_weight": choice("gate", "one"),
-        "init_log_alpha": finite,
-        "beta": positive,
-        "gamma": finite,
-        "zeta": finite,
-        "initial_target": fraction,
-    }
 
-    def __init__(
-        self,
-        target: float = 0.5,
-        *,
-        input_dependent: bool = False,
-        penalty: str = "squared",
-        strength: float = 20.0,
-        target_scope: str = "model",
-        kept_weight: str = "gate",
-        init_log_alpha: float = 3.0,
-        beta: float = 0.33,
-        gamma: float = -0.1,
-        zeta: float = 1.1,
-        warmup: float = 0.3,
-        initial_target: float = 0.95,
-        static_until: float = 0.4,
-        hard_from: float = 0.75,
-        execution: str = "all",
-        embed_dim: int | None = None,
-        num_heads: int | None = None,
-        device=None,
-        dtype=None,
-    ) -> None:
-        super().__init__(**self._declared(locals()))
-
-    def _check_options(self) -> None:
-        if not (self.gamma < 0.0 and self.zeta > 1.0):
-            raise ValueError(
-                f"gamma must be below 0 and zeta above 1, got {self.gamma} and {self.zeta}"
-            )
+    def _prepare(self) -> None:
+        super()._prepare()
+        if self.strength is None:
+            self.strength = 0.1 if self.penalty_form == "l0" else 20.0
 
     @property
     def penalty_form(self) -> str:
@@ -168,7 +105,8 @@ class HardConcreteGate(TargetedGate):
         else:
             log_alpha = _ops.static_relevance(self.log_alpha, x)  # [B, H]
         sample = self.training and self.kept_weight == "gate"
-        uniform = torch.rand_like(log_alpha) if sample else None
+        noisy = log_alpha[:1] if self.noise_per == "batch" else log_alpha  # [1, H] or [B, H]
+        uniform = torch.rand_like(noisy) if sample else None
         index, count, weight, expected = _ops.hard_concrete_select(
             log_alpha,
             uniform,
@@ -181,8 +119,7 @@ class HardConcreteGate(TargetedGate):
             self.zeta,
             self.kept_weight == "one",
         )
-        if self.training:
-            self.expected_heads = expected
+        self._record(expected_heads=expected)
         return Selection(index, count, weight.to(x.dtype), log_alpha)
 
     def _multipliers(self) -> Tensor | None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import warnings
 
-import torch
 from torch import Tensor, nn
 
 from headwise.gates.base import Gate
+from headwise.gates.distributed import share_if_sharded
 from headwise.gates.scope import GateScope, ScopedGate
-from headwise.gates.targeted import TargetedGate, pooled_penalty
+from headwise.gates.targeted import penalty_of, trained
 
 
 def gates(model: nn.Module) -> list[Gate]:
@@ -33,41 +33,16 @@ def penalty(model: nn.Module) -> Tensor:
 
     Warns:
         UserWarning: gradients are on, and the forward ran without them (``torch.no_grad``, or
-            ``torch.utils.checkpoint`` with ``use_reentrant=True``): none would reach the gates.
+            ``torch.utils.checkpoint`` with ``use_reentrant=True``), or no parameter of a gate
+            requires them (adapters freeze all that is not theirs): none would reach the gates.
     """
-    pools: dict[tuple, list[TargetedGate]] = {}
-    terms: list[Tensor] = []  # one a pool
-    own: list[Tensor] = []  # one a layer
-    detached = False
-    for gate in gates(model):
-        if not isinstance(gate, TargetedGate):
-            own.append(gate.penalty())
-        elif gate.expected_heads is not None:
-            detached = detached or gate.ran_without_gradients()
-            pool = gate.penalty_pool()
-            if pool is None:
-                own.append(gate.penalty())
-                continue
-            pools.setdefault(pool, []).append(gate)
-            regulariser = gate.regulariser()
-            if regulariser is not None:
-                own.append(regulariser)
-    if detached:
-        warnings.warn(
-            "the penalty has no gradient, because the forward ran without gradients: run it "
-            "without torch.no_grad, and checkpoint with use_reentrant=False",
-            stacklevel=2,
-        )
-    terms.extend(pooled_penalty(pool) for pool in pools.values())
-    if own:
-        device = own[0].device
-        terms.append(torch.stack([term.to(device) for term in own]).mean())
-    if not terms:
-        return torch.zeros(())
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term.to(total.device)
-    return total
+    found = gates(model)
+    share_if_sharded(model, found)
+    for gate in trained(found):
+        if (reason := gate.without_gradient()) is not None:
+            warnings.warn(f"the penalty has no gradient, because {reason}", stacklevel=2)
+            break
+    return penalty_of(found)
 
 
 def anneal(model: nn.Module, progress: float) -> None:
@@ -78,7 +53,9 @@ def anneal(model: nn.Module, progress: float) -> None:
     """
     if not 0.0 <= progress <= 1.0:
         raise ValueError(f"progress must be between 0 and 1, got {progress}")
-    for gate in gates(model):
+    found = gates(model)
+    share_if_sharded(model, found)
+    for gate in found:
         gate.anneal(progress)
 
 

@@ -1,92 +1,61 @@
-"""Checks of gates' options: each takes a name and a value, and returns the value or refuses it."""
+"""The tables of gates' options, which the C++ core holds: arguments, checks and documentation."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
-Check = Callable[[str, Any], Any]
+from headwise import _C
+
+quoted = _C.quoted
+#: What the arguments of a gate say of its layer.
+BINDING = {
+    "embed_dim": "width of the layer's input, D.",
+    "num_heads": "heads of the layer, H.",
+    "device": "of the parameters.",
+    "dtype": "of the parameters.",
+}
+TABLES: dict[str, list[_C.OptionRow]] = dict(_C.gate_tables())
 
 
-def _number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not hasattr(value, "__float__"):
-        raise TypeError(f"{name} must be a number, got {value!r}")
+def checked(gate: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """All options of a gate, those that are not given with their defaults.
+
+    Raises:
+        TypeError: a value is not of the option's kind.
+        ValueError: a value is out of its range, or an option is not one of the gate's.
+    """
+    return _C.gate_options(gate, dict(options))
 
 
-def fraction(name: str, value: float) -> float:
-    _number(name, value)
-    if not 0.0 < value <= 1.0:
-        raise ValueError(f"{name} must be in (0, 1], got {value}")
-    return float(value)
+def constructor(gate: str, init: Callable[..., None]) -> Callable[..., None]:
+    """``__init__`` of a gate that has no arguments but its options and its layer's sizes."""
+    kind = inspect.Parameter.KEYWORD_ONLY
+    parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)]
+    for row in TABLES[gate]:
+        where = kind if len(parameters) > 1 else inspect.Parameter.POSITIONAL_OR_KEYWORD
+        parameters.append(
+            inspect.Parameter(row.name, where, default=row.default, annotation=row.type)
+        )
+    parameters += [inspect.Parameter(name, kind, default=None) for name in BINDING]
+    signature = inspect.Signature(parameters)
+
+    def __init__(self, *arguments, **named) -> None:
+        given = dict(signature.bind(self, *arguments, **named).arguments)
+        del given["self"]
+        binding = {name: given.pop(name) for name in BINDING if name in given}
+        init(self, checked(gate, given), **binding)
+
+    __init__.__signature__ = signature
+    return __init__
 
 
-def unit(name: str, value: float) -> float:
-    _number(name, value)
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{name} must be between 0 and 1, got {value}")
-    return float(value)
-
-
-def positive(name: str, value: float) -> float:
-    _number(name, value)
-    if not 0.0 < value < math.inf:
-        raise ValueError(f"{name} must be positive and finite, got {value}")
-    return float(value)
-
-
-def not_negative(name: str, value: float) -> float:
-    _number(name, value)
-    if not 0.0 <= value < math.inf:
-        raise ValueError(f"{name} must be finite and not negative, got {value}")
-    return float(value)
-
-
-def finite(name: str, value: float) -> float:
-    _number(name, value)
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
-    return float(value)
-
-
-def moment(name: str, value: float) -> float:
-    """A progress from which something holds; above 1: never."""
-    _number(name, value)
-    if not value >= 0.0:
-        raise ValueError(f"{name} must not be negative, got {value}")
-    return float(value)
-
-
-def flag(name: str, value: bool) -> bool:
-    if not isinstance(value, int) or value not in (0, 1):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
-    return bool(value)
-
-
-def at_least(least: int) -> Check:
-    """A whole number, ``least`` or more."""
-
-    def check(name: str, value: int) -> int:
-        _number(name, value)
-        if not math.isfinite(value) or value != int(value):
-            raise ValueError(f"{name} must be a whole number, got {value}")
-        if value < least:
-            rule = "not be negative" if least == 0 else f"be at least {least}"
-            raise ValueError(f"{name} must {rule}, got {value}")
-        return int(value)
-
-    return check
-
-
-def choice(*choices: str) -> Check:
-    def check(name: str, value: str) -> str:
-        if value not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-        return value
-
-    return check
-
-
-def optional(check: Check) -> Check:
-    """None, or what ``check`` accepts."""
-    return lambda name, value: None if value is None else check(name, value)
+def documented(gate: str, doc: str) -> str:
+    """``doc`` with its gate's arguments, in the place of a line ``{options}``."""
+    lines = []
+    for row in TABLES[gate]:
+        rule = f" ({row.rule})" if row.rule and not row.rule.startswith("one of") else ""
+        lines.append(f"    {row.name}: {row.doc}{rule}.")
+    lines += [f"    {name}: {what}" for name, what in BINDING.items()]
+    return inspect.cleandoc(doc).replace("{options}", "Args:\n" + "\n".join(lines))

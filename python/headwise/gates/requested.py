@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
+from headwise.gates.distributed import whole
 from headwise.gates.linears import ReadLinear
 from headwise.gates.model import gates
-from headwise.gates.options import at_least, choice, fraction, moment, not_negative, positive, unit
 from headwise.gates.scheduled import ScheduledGate
 from headwise.gates.scope import ScopedGate
 from headwise.gates.selection import Selection
@@ -33,24 +33,7 @@ class RequestedBudgetGate(ScopedGate, ScheduledGate):
         hw.request_budget(model, 0.25)                          # a quarter of the heads from now on
         hw.request_budget(model, torch.tensor([0.25, 1.0]))     # or a budget for each sequence
 
-    Args:
-        budget: what evaluation runs until another is requested, in (0, 1].
-        min_budget: the least that training draws. Below it evaluation runs what was not trained.
-        max_budget: the most that training draws.
-        scope: ``"model"``: the budget is shared out among the layers
-            (:func:`headwise.link_gates`, which ``convert`` and ``load`` call); ``"layer"``: each
-            layer runs that share of its own heads.
-        min_heads: no layer runs fewer heads; above 0 a model may run more than it was asked for.
-        temperature: of the relaxation, at the start.
-        final_temperature: of the relaxation, when the hard selection begins.
-        noise_scale: of the Gumbel noise at the start; falls linearly to 0 at ``hard_from``.
-        static_until: progress at which the input's part sets in.
-        hard_from: progress from which training runs the hard selection.
-        execution: see :class:`Gate`.
-        embed_dim: width of the layer's input, D.
-        num_heads: heads of the layer, H.
-        device: of the parameters.
-        dtype: of the parameters.
+    {options}
 
     Parameters: ``base [H]``, ``tilt [H]``, ``relevance.weight [H, D]``. What was requested is not
     saved: a model that is loaded runs ``budget``.
@@ -63,48 +46,10 @@ class RequestedBudgetGate(ScopedGate, ScheduledGate):
 
     base: Tensor
     tilt: Tensor
-    requested: Tensor
+    #: What was requested, float64 ``[]`` or ``[B]``; None: ``budget``. Not a buffer: it is no state
+    #: of a model. A tensor: another request recompiles nothing.
+    requested: Tensor | None = None
     _READ = ("relevance",)
-    _OPTIONS = {
-        "budget": fraction,
-        "min_budget": fraction,
-        "max_budget": fraction,
-        "scope": choice("model", "layer"),
-        "min_heads": at_least(0),
-        "temperature": positive,
-        "final_temperature": positive,
-        "noise_scale": not_negative,
-        "static_until": unit,
-        "hard_from": moment,
-    }
-
-    def __init__(
-        self,
-        budget: float = 0.5,
-        *,
-        min_budget: float = 0.1,
-        max_budget: float = 1.0,
-        scope: str = "model",
-        min_heads: int = 0,
-        temperature: float = 0.5,
-        final_temperature: float = 0.1,
-        noise_scale: float = 0.5,
-        static_until: float = 0.4,
-        hard_from: float = 0.75,
-        execution: str = "all",
-        embed_dim: int | None = None,
-        num_heads: int | None = None,
-        device=None,
-        dtype=None,
-    ) -> None:
-        super().__init__(**self._declared(locals()))
-
-    def _check_options(self) -> None:
-        if self.min_budget > self.max_budget:
-            raise ValueError(
-                f"min_budget must not be above max_budget, got {self.min_budget} and "
-                f"{self.max_budget}"
-            )
 
     def _build(self, device, dtype) -> None:
         super()._build(device, dtype)
@@ -113,9 +58,6 @@ class RequestedBudgetGate(ScopedGate, ScheduledGate):
         self.base = Parameter(torch.empty(self.num_heads, **factory))
         self.tilt = Parameter(torch.empty(self.num_heads, **factory))
         self.relevance = ReadLinear(self.embed_dim, self.num_heads, bias=False, **factory)
-        # A tensor: another request recompiles nothing.
-        start = torch.tensor(self.budget, dtype=torch.float64, device=device)
-        self.register_buffer("requested", start, persistent=False)  # [] or [B]
 
     def reset_parameters(self) -> None:
         """Small random ``base``; zero for all that multiplies the budget or the input."""
@@ -142,8 +84,8 @@ class RequestedBudgetGate(ScopedGate, ScheduledGate):
         """``[R]`` -> ``[R, N]``: which of the scope's heads the layers are given."""
         members = self._scope.gates
         return _ops.allocate_budget(
-            torch.cat([gate.base for gate in members]),
-            torch.cat([gate.tilt for gate in members]),
+            torch.cat([whole(gate.base) for gate in members]),
+            torch.cat([whole(gate.tilt) for gate in members]),
             budget,
             self.progress,
             self.training,
@@ -165,14 +107,18 @@ class RequestedBudgetGate(ScopedGate, ScheduledGate):
         batch = x.size(0)
         if self.training:
 
-            def draw() -> tuple[Tensor, Tensor]:
-                share = torch.rand(batch, device=features.device, dtype=features.dtype)
-                drawn = share * (self.max_budget - self.min_budget) + self.min_budget  # [B]
+            def sample() -> tuple[Tensor]:
+                return (torch.rand(batch, device=features.device, dtype=features.dtype),)
+
+            def make(uniform: Tensor) -> tuple[Tensor, Tensor]:
+                drawn = uniform * (self.max_budget - self.min_budget) + self.min_budget  # [B]
                 return drawn, self._share_out(drawn)
 
-            asked, given = scope.draw(self._position, draw)
+            asked, given = scope.draw(self._position, features, sample, make)
         else:
             asked = self.requested if budget is None else _checked(budget)
+            if asked is None:
+                asked = features.new_full((1,), self.budget)
             asked = asked.to(features.device, features.dtype).reshape(-1)  # [B] or [1]
             given = self._share_out(asked)  # [B or 1, N]
         if asked.size(0) not in (1, batch):
@@ -210,7 +156,7 @@ class RequestedBudgetGate(ScopedGate, ScheduledGate):
             "round",
         )
         if self.training:
-            self.expected_heads = expected
+            self._record(expected_heads=expected)
             # The choice among layers answers for its own heads: zeros that carry the gradient.
             weight = weight + (own - own.detach())
         return Selection(index, count, weight.to(x.dtype), relevance, asked.expand(batch))

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from headwise.gates.base import Gate
+from headwise.gates.distributed import pooled
+from headwise.gates.recomputation import recomputing
 
 _ops = torch.ops.headwise
 
@@ -43,14 +45,25 @@ class ScheduledGate(Gate):
     def _features(self, x: Tensor, key_padding_mask: Tensor | None) -> Tensor:
         """``[B, D]``: the masked mean, standardised over the inputs seen in training."""
         features = _ops.gate_features(x, key_padding_mask)
-        if self.training:
-            mean, variance, batches = _ops.update_statistics(
-                features, self.feature_mean, self.feature_variance, self.feature_batches
-            )
-            self.feature_mean.copy_(mean)
-            self.feature_variance.copy_(variance)
-            self.feature_batches.copy_(batches)
-        return _ops.standardize(features, self.feature_mean, self.feature_variance)
+        statistics = (self.feature_mean, self.feature_variance)
+        if self.training and recomputing():
+            statistics = self._replay.recall(features) or statistics
+        elif self.training:
+            moments = pooled(_ops.feature_moments(features), self._groups)  # [2 D + 1]
+            _ops.update_statistics(moments, *statistics, self.feature_batches)
+            self._replay.remember(features, lambda: tuple(part.clone() for part in statistics))
+        return _ops.standardize(features, *statistics)
+
+    @torch.no_grad()
+    def _align(self) -> None:
+        if "feature_mean" not in self._buffers:
+            return
+        mean, variance = self.feature_mean.double(), self.feature_variance.double()
+        one = torch.ones(1, dtype=mean.dtype, device=mean.device)
+        moments = pooled(torch.cat([one, mean, variance + mean.square()]), self._groups)
+        mean, square = (moments[1:] / moments[0]).chunk(2)
+        self.feature_mean.copy_(mean)
+        self.feature_variance.copy_(square - mean.square())
 
     def _relevance_of(
         self,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from headwise.gates.base import Gate
+from headwise.gates.recomputation import Replay, recomputing
 
 
 class GateScope:
@@ -23,7 +25,9 @@ class GateScope:
 
     def __init__(self, members: Sequence[Gate]):
         self.gates = list(members)
+        self._noise: tuple[Tensor, ...] = ()
         self._drawn: tuple[Tensor, ...] = ()
+        self._replays = [Replay() for _ in self.gates]
         self._served: set[int] | None = None
 
     @property
@@ -34,21 +38,53 @@ class GateScope:
         """Where the heads of the gate at ``position`` begin among the model's."""
         return sum(gate.num_heads for gate in self.gates[:position])
 
-    def draw(self, position: int, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """What is drawn once for a training forward of the model.
+    def begins(self, position: int) -> bool:
+        """Whether the gate at ``position`` begins a training forward of the model.
 
-        The gate that asks a second time begins the next forward, so no gate need know which one
-        comes first.
+        The gate that asks a second time does, so no gate need know which one comes first.
         """
-        if self._served is None or position in self._served:
-            self._drawn = make()
+        first = self._served is None or position in self._served
+        if first:
             self._served = set()
         self._served.add(position)
+        return first
+
+    def draw(
+        self,
+        position: int,
+        x: Tensor,
+        sample: Callable[[], tuple[Tensor, ...]],
+        make: Callable[..., tuple[Tensor, ...]],
+    ) -> tuple[Tensor, ...]:
+        """``make(*sample())``, once for a training forward of the model.
+
+        A forward that is repeated inside a backward (activation checkpointing) gets what it had.
+        ``x`` is the input of the gate at ``position``.
+        """
+        replay = self._replays[position]
+        if recomputing() and (used := replay.recall(x)) is not None:
+            first, differentiable, noise, drawn = used
+            if first:
+                sample()  # the generator moves on as it did
+            # The gate that made it must do the same again, operator by operator. Where the forward
+            # had no gradients every gate makes it, for a graph of its own.
+            return make(*noise) if first or not differentiable else drawn
+        first = self.begins(position)
+        if first:
+            self._noise = sample()
+            self._drawn = make(*self._noise)
+
+        def used() -> tuple:
+            # Leaves that want gradients where the drawn tensors do: the graph is not kept.
+            leaves = (part.detach().requires_grad_(part.requires_grad) for part in self._drawn)
+            return first, torch.is_grad_enabled(), self._noise, tuple(leaves)
+
+        replay.remember(x, used)
         return self._drawn
 
     def __getstate__(self) -> dict:
         # What was drawn belongs to a graph, and a copy begins with a forward of its own.
-        return {**self.__dict__, "_drawn": (), "_served": None}
+        return {**self.__dict__, "_noise": (), "_drawn": (), "_served": None}
 
 
 class ScopedGate:

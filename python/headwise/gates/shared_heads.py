@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headwise.gates.base import Gate, gate_from_config
+from headwise.gates.base import Gate, gate_from_config, inner_gate
+from headwise.gates.options import checked
 from headwise.gates.selection import Selection
 
 _ops = torch.ops.headwise
@@ -25,16 +26,9 @@ class SharedHeadsGate(Gate):
 
     ::
 
-        hw.SharedHeadsGate(hw.BudgetGate(target=0.4), shared=2)
+        hw.SharedHeadsGate(hw.BudgetGate(keep=0.4), shared=2)
 
-    Args:
-        gate: what chooses among the other heads, unbound (or its configuration).
-        shared: how many heads run for every input, or which; of a number, the first ones until
-            :func:`headwise.start_gates` chooses.
-        embed_dim: width of the layer's input, D.
-        num_heads: heads of the layer, H.
-        device: of the parameters.
-        dtype: of the parameters.
+    {options}
 
     Buffer ``shared`` int64 ``[s]``, ascending; submodule ``gate``.
 
@@ -57,41 +51,30 @@ class SharedHeadsGate(Gate):
         device=None,
         dtype=None,
     ) -> None:
-        if isinstance(gate, Mapping):
-            gate = gate_from_config(gate)
-        if not isinstance(gate, Gate):
-            raise TypeError(f"gate must be a headwise.Gate, got {type(gate).__name__}")
-        if gate.num_heads is not None:
-            raise ValueError("gate must not be bound: it is bound to the heads that are not shared")
-        if gate.reads_heads:
-            raise ValueError(
-                "gate must choose by the layer's input, and this one reads queries and keys"
-            )
-        heads = list(range(shared)) if isinstance(shared, int) else [int(head) for head in shared]
-        for position, head in enumerate(heads):
-            if head < 0 or (num_heads is not None and head >= num_heads):
-                last = "H-1" if num_heads is None else num_heads - 1
-                raise ValueError(f"shared must be in 0..{last}, got {head}")
-            if head in heads[:position]:
-                raise ValueError(f"shared must not name a head twice, got {head} again")
+        inner = inner_gate(gate, "the heads that are not shared")
+        # The gate inside may be one that the table does not know.
+        options = {"gate": {"type": "FixedGate"}, "shared": shared}
+        found = sorted(checked("SharedHeadsGate", options)["shared"])
+        if num_heads is not None and found and found[-1] >= num_heads:
+            raise ValueError(f"shared must be in 0..{num_heads - 1}, got {found[-1]}")
         super().__init__(
-            {"gate": gate.config(), "shared": sorted(heads)},
-            execution=gate.execution,
+            {"gate": inner.config(), "shared": found},
             embed_dim=embed_dim,
             num_heads=num_heads,
             device=device,
             dtype=dtype,
         )
 
+    @property
+    def execution(self) -> str:
+        """That of the gate inside."""
+        return self._options["gate"].get("execution", "all")
+
     def _build(self, device, dtype) -> None:
-        heads = self._options["shared"]
+        heads = self.__dict__.pop("shared")  # the option, whose place the buffer takes
         self.register_buffer("shared", torch.tensor(heads, dtype=torch.int64, device=device))
         inner = gate_from_config(self._options["gate"])
         self.gate = inner.bind(self.embed_dim, self.num_heads - len(heads), device, dtype)
-
-    def config(self) -> dict[str, Any]:
-        own = {name: self._options[name] for name in ("gate", "shared")}
-        return {"type": type(self).__name__, **own}
 
     def start_from(self, relevance: Tensor, budget: float) -> None:
         """The most relevant heads become the shared ones; the gate inside starts with the rest."""
@@ -116,5 +99,5 @@ class SharedHeadsGate(Gate):
             routed.index, routed.count, routed.weight, scores, self.shared
         )
         if self.training and self.gate.expected_heads is not None:
-            self.expected_heads = self.gate.expected_heads + len(self.shared)
+            self._record(expected_heads=self.gate.expected_heads + len(self.shared))
         return Selection(index, count, weight, relevance, routed.budget)

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from headwise.gates.options import at_least, choice, fraction, moment, not_negative, unit
+from headwise.gates.distributed import pooled
+from headwise.gates.recomputation import recomputing
 from headwise.gates.scheduled import ScheduledGate
 from headwise.gates.scope import GateScope, ScopedGate
 from headwise.gates.selection import Selection, select_all
@@ -27,12 +28,6 @@ class HeadMove(NamedTuple):
     score: float  # of the head, when it moved
 
 
-def _decay(name: str, value: float) -> float:
-    if not 0.0 <= value < 1.0:
-        raise ValueError(f"{name} must be in [0, 1), got {value}")
-    return float(value)
-
-
 class SleepGate(ScopedGate, ScheduledGate):
     r"""Puts the heads that matter least to sleep in training, and wakes them when they matter.
 
@@ -48,23 +43,7 @@ class SleepGate(ScopedGate, ScheduledGate):
     :func:`headwise.gates.head_moves`). The list is copied and pickled with the gate, and
     :func:`headwise.save` and :func:`headwise.load` keep it.
 
-    Args:
-        keep: share of the heads that is awake in the end, in (0, 1]; at least one head.
-        scope: ``"model"``: heads of all layers compete (:func:`headwise.link_gates`, which
-            ``convert`` and ``load`` call); ``"layer"``: those of each layer.
-        every: training steps from one decision to the next.
-        margin: how much better a sleeping head must score than one that is awake to replace it.
-        decay: of the running average of scores, in [0, 1).
-        asleep_by: progress at which all that are to sleep do; until then their number grows
-            linearly.
-        settled_from: progress from which no head moves; above 1: never.
-        probe_every: with ``execution="selected"``, steps from one in which every head runs, so that
-            sleeping ones are scored, to the next.
-        execution: see :class:`Gate`.
-        embed_dim: width of the layer's input, D.
-        num_heads: heads of the layer, H.
-        device: of the buffers.
-        dtype: of ``awake``.
+    {options}
 
     Buffers: ``awake [H]`` of ones and zeros, ``score`` float32 ``[H]``, ``steps`` int64 ``[]``.
 
@@ -77,35 +56,9 @@ class SleepGate(ScopedGate, ScheduledGate):
     score: Tensor
     steps: Tensor
     _RECORDED = ("expected_heads", "_weight")
-    _OPTIONS = {
-        "keep": fraction,
-        "scope": choice("model", "layer"),
-        "every": at_least(1),
-        "margin": not_negative,
-        "decay": _decay,
-        "asleep_by": unit,
-        "settled_from": moment,
-        "probe_every": at_least(1),
-    }
 
-    def __init__(
-        self,
-        keep: float = 0.5,
-        *,
-        scope: str = "model",
-        every: int = 10,
-        margin: float = 0.2,
-        decay: float = 0.9,
-        asleep_by: float = 0.3,
-        settled_from: float = 0.75,
-        probe_every: int = 4,
-        execution: str = "all",
-        embed_dim: int | None = None,
-        num_heads: int | None = None,
-        device=None,
-        dtype=None,
-    ) -> None:
-        super().__init__(**self._declared(locals()))
+    def _prepare(self) -> None:
+        super()._prepare()
         #: What moved in this layer, oldest first.
         self.moves: list[HeadMove] = []
         self._weight: Tensor | None = None
@@ -130,16 +83,16 @@ class SleepGate(ScopedGate, ScheduledGate):
         self.awake.copy_(relevance > 0)
 
     @torch.no_grad()
-    def _advance(self) -> tuple[()]:
+    def _advance(self) -> None:
         """Once a training forward of the model: takes in the gradients of the last one, and where
         it is time lets heads move."""
         members: list[SleepGate] = self._scope.gates
         for gate in members:
             if gate._weight is not None and gate._weight.grad is not None:
                 first = not bool(gate.score.any())
-                gate.score.copy_(
-                    _ops.update_head_score(gate.score, gate._weight.grad, self.decay, first)
-                )
+                total = gate._weight.grad.abs().sum(0, keepdim=True, dtype=torch.float32)  # [1, H]
+                total = pooled(total, gate._groups)
+                gate.score.copy_(_ops.update_head_score(gate.score, total, self.decay, first))
             gate._weight = None
         step = int(self.steps)
         for gate in members:
@@ -147,7 +100,6 @@ class SleepGate(ScopedGate, ScheduledGate):
         progress = float(self.progress)
         if step > 0 and step % self.every == 0 and progress < self.settled_from:
             self._move(members, step, progress)
-        return ()
 
     def _move(self, members: list[SleepGate], step: int, progress: float) -> None:
         before = torch.cat([gate.awake for gate in members])  # [N]
@@ -177,20 +129,34 @@ class SleepGate(ScopedGate, ScheduledGate):
     def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Selection:
         self._check_bound(x)
         scope: GateScope = self._joined()
-        if self.training and x.size(0) > 0:
-            scope.draw(self._position, self._advance)
-        weight = self.awake.to(x.dtype).expand(x.size(0), -1)  # [B, H]
+        awake, everyone, read = self.awake, False, True
+        if self.training and recomputing():
+            used = self._replay.recall(x)
+            if used is not None:
+                awake, everyone, differentiable, step = used
+                # Without a graph in the first forward this one's gradient is read, as long as no
+                # later forward has taken its place.
+                read = not differentiable and step == int(self.steps)
+        elif self.training:
+            if x.size(0) > 0 and scope.begins(self._position):
+                self._advance()
+            step = int(self.steps)
+            everyone = self.execution == "all" or step % self.probe_every == 0
+            self._replay.remember(
+                x, lambda: (awake.clone(), everyone, torch.is_grad_enabled(), step)
+            )
+        weight = awake.to(x.dtype).expand(x.size(0), -1)  # [B, H]
         index, count = _ops.select_nonzero(weight)
         relevance = _ops.static_relevance(self.score, x)  # [B, H]
         if not self.training:
             return Selection(index, count, weight, relevance)
         # A leaf: after the backward its gradient says what each head is worth to each sequence.
-        everyone = self.execution == "all" or int(self.steps) % self.probe_every == 0
         weight = weight.clone().requires_grad_(everyone and torch.is_grad_enabled())
         if everyone:
-            self._weight = weight
+            if read:
+                self._weight = weight
             index, count = select_all(x.size(0), self.num_heads, device=x.device)[:2]
-        self.expected_heads = weight.detach().sum(1)
+        self._record(expected_heads=weight.detach().sum(1))
         return Selection(index, count, weight, relevance)
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from headwise.gates.base import Gate
-from headwise.gates.options import fraction
 
 
 def start_gates(
@@ -16,7 +15,7 @@ def start_gates(
 ) -> None:
     """Starts the gates of a model from an importance ranking of its heads.
 
-    With the gates at ``initial_budget=keep`` (or ``warmup=0``) and ``static_until=0``, training
+    With the gates at ``initial_keep=keep`` (or ``warmup=0``) and ``static_until=0``, training
     spends none of its steps on coming down from all heads. Relevance starts at ``sharpness *
     (rank - (1 - keep))`` with ``rank`` in [0, 1] over the heads of all layers; a layer's budget at
     the share of its heads among the ``keep`` most important. Ours.
@@ -31,7 +30,6 @@ def start_gates(
         ValueError: ``keep`` outside (0, 1], a gate without a score, the wrong number of heads, or
             a score that is not finite.
     """
-    fraction("keep", keep)
     found: dict[str, Gate] = {}
     for name, module in model.named_modules():
         outer = next(reversed(found), None)
@@ -41,23 +39,16 @@ def start_gates(
             if hasattr(module, "start_from"):
                 found[name] = module
     found = {name.removesuffix("gate").removesuffix("."): gate for name, gate in found.items()}
-    scores = []
-    for name, gate in found.items():
+    for name in found:
         if name not in importance:
             raise ValueError(f"importance must have a score for layer {name!r}")
-        score = torch.as_tensor(importance[name], dtype=torch.float64)  # [H]
-        if score.shape != (gate.num_heads,):
-            raise ValueError(
-                f"importance of layer {name!r} must have {gate.num_heads} heads, "
-                f"got {list(score.shape)}"
-            )
-        if not bool(torch.isfinite(score).all()):
-            raise ValueError(f"importance of layer {name!r} must be finite, got NaN or infinity")
-        scores.append(score)
-    if not scores:
-        return
-    start = torch.ops.headwise.importance_start(torch.cat(scores), keep, sharpness)
-    parts = start.split([len(score) for score in scores])
-    for gate, part in zip(found.values(), parts, strict=True):
-        if len(part):
-            gate.start_from(part, float((part > 0).double().mean()))
+    starts = torch.ops.headwise.gate_starts(
+        [torch.as_tensor(importance[name], dtype=torch.float64) for name in found],
+        list(found),
+        [gate.num_heads for gate in found.values()],
+        keep,
+        sharpness,
+    )
+    for gate, relevance, share in zip(found.values(), *starts, strict=True):
+        if len(relevance):
+            gate.start_from(relevance, share)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from headwise.gates.base import Gate
-from headwise.gates.options import at_least, flag, not_negative, optional, positive
 from headwise.gates.selection import Selection, select_all
 
 _ops = torch.ops.headwise
@@ -24,12 +23,6 @@ class HeadInputs(NamedTuple):
     attn_mask: Tensor | None  # [L, S] or [B, H, L, S]
     is_causal: bool
     added_keys: int  # how many of the keys masks do not cover
-
-
-def _ratio(name: str, value: float) -> float:
-    if not -1.0 < value < 1.0:
-        raise ValueError(f"{name} must be in (-1, 1), got {value}")
-    return float(value)
 
 
 class ThresholdGate(Gate):
@@ -51,21 +44,7 @@ class ThresholdGate(Gate):
     values, attention and output. Pruned blocks and missing products save nothing in this software:
     they show what the method's own hardware would compute, with plain operators.
 
-    Args:
-        threshold: a head whose importance is not above it does not run. Depends on the model:
-            :func:`headwise.calibrate_threshold` finds it for a share of heads.
-        normalize: divide the importance by the number of scores that it sums up.
-        min_heads: no input runs fewer heads (the most important ones).
-        resolution: queries and keys are multiplied by it before their integer parts are taken; 4
-            keeps two binary places more.
-        block: rows and columns of a block of scores.
-        block_ratio: :math:`\rho` in (-1, 1): prune blocks of scores; None: no.
-        approximate: leave out :math:`F_Q F_K^T`.
-        execution: see :class:`Gate`.
-        embed_dim: width of the layer's input, D.
-        num_heads: heads of the layer, H.
-        device: of the buffer.
-        dtype: not used: the threshold is float32.
+    {options}
 
     Buffer ``threshold`` float32 ``[]``.
 
@@ -76,33 +55,6 @@ class ThresholdGate(Gate):
 
     reads_heads = True
     threshold: Tensor
-    _OPTIONS = {
-        "threshold": not_negative,
-        "normalize": flag,
-        "min_heads": at_least(0),
-        "resolution": positive,
-        "block": at_least(1),
-        "block_ratio": optional(_ratio),
-        "approximate": flag,
-    }
-
-    def __init__(
-        self,
-        threshold: float = 0.0,
-        *,
-        normalize: bool = True,
-        min_heads: int = 1,
-        resolution: float = 1.0,
-        block: int = 2,
-        block_ratio: float | None = None,
-        approximate: bool = False,
-        execution: str = "selected",
-        embed_dim: int | None = None,
-        num_heads: int | None = None,
-        device=None,
-        dtype=None,
-    ) -> None:
-        super().__init__(**self._declared(locals()))
 
     def _build(self, device, dtype) -> None:
         value = self.__dict__.pop("threshold")
@@ -143,7 +95,7 @@ class ThresholdGate(Gate):
         index, count = _ops.select_above(importance, self.threshold, self.min_heads)
         weight = _ops.selection_mask(index, count, x.dtype)  # [B, H]
         if self.training:
-            self.expected_heads = weight.sum(1)
+            self._record(expected_heads=weight.sum(1))
             if self.execution == "all":
                 index, count = select_all(x.size(0), self.num_heads, device=x.device)[:2]
         return Selection(index, count, weight, importance)

@@ -14,6 +14,7 @@ from headwise import _C
 from headwise._C import LayerPlan
 from headwise.gates.base import Gate
 from headwise.gates.linears import check_read
+from headwise.gates.recomputation import recomputing
 from headwise.gates.selection import Selection
 from headwise.nn.attention_layer import AttentionLayer, AttentionProbe
 from headwise.nn.cache_slots import slots_of, spread, take
@@ -87,7 +88,7 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
             that reads queries and keys.
 
     Example:
-        >>> layer = GroupedQueryAttention(576, 9, 3, gate=BudgetGate(target=0.5))
+        >>> layer = GroupedQueryAttention(576, 9, 3, gate=BudgetGate(keep=0.5))
         >>> y, _ = layer(x, (cos, sin), cache=cache)
     """
 
@@ -340,7 +341,7 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
         if chosen is None:
             context = self._attend(q, k, v, masks)  # [B, H, L, d]
             weight = None if selection is None else selection.weight
-            if self._probe is not None:
+            if self._probe is not None and not recomputing():
                 self._show(q, k, v, context, weight, masks, padding)
             output = self.gate.project(context, selection) if bank else self._merge(context, weight)
         else:
@@ -368,7 +369,7 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
             if keeps:
                 cache.selection = selection
                 cache.slots = None if self.gate.projects else self._slots(selection)
-        if self._observers:
+        if self._observers and not recomputing():
             for observer in tuple(self._observers):
                 observer(self, selection, x, padding)
         return selection

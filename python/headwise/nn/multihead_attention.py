@@ -14,6 +14,7 @@ from torch.nn.parameter import Parameter
 from headwise import _C
 from headwise.gates.base import Gate
 from headwise.gates.linears import check_read
+from headwise.gates.recomputation import recomputing
 from headwise.gates.selection import Selection
 from headwise.gates.threshold import HeadInputs
 from headwise.nn.attention_inputs import AttentionInputs, canonical_inputs, check_sizes
@@ -53,7 +54,7 @@ class MultiheadAttention(AttentionLayer, nn.MultiheadAttention):
         batch_first: inputs and output are ``[B, L, D]`` instead of ``[L, B, D]``.
         device: of the parameters.
         dtype: of the parameters.
-        gate: a gate; an unbound one (``hw.BudgetGate(target=0.5)``) is bound to this layer's sizes.
+        gate: a gate; an unbound one (``hw.BudgetGate(keep=0.5)``) is bound to this layer's sizes.
         head_dim: width of a head, where it is not ``embed_dim / num_heads`` (a pruned layer).
             ``num_heads`` may then be 0: the output is the output bias.
 
@@ -68,7 +69,7 @@ class MultiheadAttention(AttentionLayer, nn.MultiheadAttention):
         dropout.
 
     Example:
-        >>> mha = MultiheadAttention(768, 12, gate=BudgetGate(target=0.5), batch_first=True)
+        >>> mha = MultiheadAttention(768, 12, gate=BudgetGate(keep=0.5), batch_first=True)
         >>> y, _ = mha(x, x, x, key_padding_mask=mask, need_weights=False)
     """
 
@@ -353,7 +354,7 @@ class MultiheadAttention(AttentionLayer, nn.MultiheadAttention):
         # The mask is about keys: it says which queries are padding only where they are the same.
         padding = inputs.key_padding_mask if inputs.query_is_key else None
         selection = self.gate(inputs.query, padding, *(() if heads is None else (heads,)))
-        if self._observers:
+        if self._observers and not recomputing():
             for observer in tuple(self._observers):
                 observer(self, selection, inputs.query, padding)
         return selection
@@ -404,7 +405,7 @@ class MultiheadAttention(AttentionLayer, nn.MultiheadAttention):
                 added_keys=self._added_keys,
             )
         weight = None if selection is None else selection.weight
-        if self._probe is not None:
+        if self._probe is not None and not recomputing():
             probe = AttentionProbe(
                 q,
                 k,

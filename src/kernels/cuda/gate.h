@@ -29,7 +29,7 @@ struct GateArguments {
   const void *out_weight, *out_bias;        ///< [h], [1]
   const void* progress;                     ///< [] in accumulator type, or null: 1
   double fixed_budget, min_budget, max_budget;
-  double warmup, start_logit;  ///< logit(initial) - logit(target) at progress 0, gone at warmup
+  double warmup, start_logit;  ///< logit(initial) - logit(keep) at progress 0, gone at warmup
   int64_t min_heads;
   bool round_up;
   void* partial;  ///< scratch in accumulator type: pool_scratch()

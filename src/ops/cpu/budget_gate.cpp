@@ -9,9 +9,9 @@
 #include <cmath>
 #include <vector>
 
-#include "gates/schedule.h"
 #include "headwise/selection.h"
 #include "kernels/cpu/budget_gate.h"
+#include "ops/gates/schedule.h"
 
 namespace headwise::ops {
 namespace {
@@ -87,7 +87,7 @@ GateResult run(HEADWISE_BUDGET_GATE_PARAMETERS) {
   }
   g.fixed_budget = budget, g.min_budget = min_budget, g.max_budget = max_budget;
   g.progress = widened<double>(progress)[0];
-  g.warmup = warmup, g.start_logit = warmup_start(initial_budget, target);
+  g.warmup = warmup, g.start_logit = warmup_start(initial_keep, keep);
   g.min_heads = min_heads, g.round_up = rounding == "ceil";
   g.index = index.template mutable_data_ptr<int32_t>();
   g.count = count.template mutable_data_ptr<int32_t>();

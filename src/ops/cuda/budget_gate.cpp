@@ -2,11 +2,11 @@
 
 #include <ATen/ATen.h>
 
-#include "gates/schedule.h"
 #include "kernels/cuda/gate.h"
 #include "ops/attention_ops.h"
 #include "ops/cuda/arguments.h"
 #include "ops/cuda/launch.h"
+#include "ops/gates/schedule.h"
 
 namespace headwise::ops::device {
 
@@ -72,7 +72,7 @@ GateResult budget_gate(HEADWISE_BUDGET_GATE_PARAMETERS) {
   }
   a.progress = at_progress.const_data_ptr();
   a.fixed_budget = budget, a.min_budget = min_budget, a.max_budget = max_budget;
-  a.warmup = warmup, a.start_logit = warmup_start(initial_budget, target);
+  a.warmup = warmup, a.start_logit = warmup_start(initial_keep, keep);
   a.min_heads = min_heads, a.round_up = rounding == "ceil";
   auto partial = at::empty({kernels::cuda::pool_scratch(a)}, sums);
   a.partial = partial.mutable_data_ptr();

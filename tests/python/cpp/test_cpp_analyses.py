@@ -52,7 +52,7 @@ def problem(tmp_path_factory):
     folder = tmp_path_factory.mktemp("analyses")
     models = {
         "plain": perturbed(Model()),
-        "gated": perturbed(Model(hw.BudgetGate(target=0.5))),
+        "gated": perturbed(Model(hw.BudgetGate(keep=0.5))),
         "threshold": perturbed(Model(hw.ThresholdGate(resolution=8.0))),
     }
     for name, model in models.items():

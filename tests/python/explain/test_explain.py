@@ -16,16 +16,16 @@ from torch import nn
 OPS = torch.ops.headwise
 
 GATES = {
-    "budget": lambda: hw.BudgetGate(target=0.5),
+    "budget": lambda: hw.BudgetGate(keep=0.5),
     "budget, ceil, soft, two at least": lambda: hw.BudgetGate(
-        target=0.4, rounding="ceil", kept_weight="soft", min_heads=2
+        keep=0.4, rounding="ceil", kept_weight="soft", min_heads=2
     ),
     "budget, fixed": lambda: hw.BudgetGate(budget=0.5),
-    "hard concrete": lambda: hw.HardConcreteGate(target=0.5, input_dependent=True),
+    "hard concrete": lambda: hw.HardConcreteGate(keep=0.5, input_dependent=True),
     "hard concrete, one": lambda: hw.HardConcreteGate(
-        target=0.5, input_dependent=True, kept_weight="one"
+        keep=0.5, input_dependent=True, kept_weight="one"
     ),
-    "hard concrete, static": lambda: hw.HardConcreteGate(target=0.5),
+    "hard concrete, static": lambda: hw.HardConcreteGate(keep=0.5),
     "random": lambda: hw.RandomGate(keep=0.5),
     "fixed": lambda: hw.FixedGate(scale=[1.0, 0.0, 0.5, 1.0]),
     "none": lambda: None,
@@ -163,13 +163,13 @@ def test_integrated_gradients_against_a_plain_sum():
     def asked(features):
         network = (gate.budget_hidden.weight, gate.budget_hidden.bias)
         out = (gate.budget_out.weight, gate.budget_out.bias)
-        fixed = (gate.progress, False, 0.0, 1.0, gate.target, gate.initial_budget, gate.warmup)
+        fixed = (gate.progress, False, 0.0, 1.0, gate.keep, gate.initial_keep, gate.warmup)
         return OPS.head_budget(features, *network, *out, *fixed, 0.0)[1]
 
     attribution, baseline, value = OPS.budget_attribution(
         x, mask, gate.feature_mean, gate.feature_variance, gate.budget_hidden.weight,
         gate.budget_hidden.bias, gate.budget_out.weight, gate.budget_out.bias, gate.progress,
-        gate.target, gate.initial_budget, gate.warmup, 24,
+        gate.keep, gate.initial_keep, gate.warmup, 24,
     )  # fmt: skip
     features = OPS.standardize(OPS.masked_mean(x, mask), gate.feature_mean, gate.feature_variance)
     slope = torch.zeros_like(features)
@@ -259,7 +259,7 @@ def test_maps_entropies_and_pairs_are_those_of_the_attention(explained):
 
 
 def test_an_input_is_explained_alike_alone_and_in_a_padded_batch():
-    model = classifier(hw.BudgetGate(target=0.5))
+    model = classifier(hw.BudgetGate(keep=0.5))
     inputs = bert_inputs()
     together = hw.explain(model, inputs)
     for b, length in enumerate(inputs["attention_mask"].sum(1).tolist()):
@@ -292,7 +292,7 @@ def test_the_model_is_left_as_it_was(explained):
 def test_models_without_class_scores_are_explained_without_effects(name):
     architecture = ARCHITECTURES[name]
     torch.manual_seed(0)
-    model = trained(hw.convert(architecture.build(), hw.BudgetGate(target=0.5)))
+    model = trained(hw.convert(architecture.build(), hw.BudgetGate(keep=0.5)))
     inputs = architecture.inputs()
     forward = lambda model, inputs: model(**inputs)  # noqa: E731
     result = hw.explain(model, inputs, forward_fn=forward, maps="all")
@@ -330,14 +330,14 @@ def test_layers_without_heads_and_half_precision():
     small = hw.prune(model, hw.plan(hw.HeadScores("made up", values), keep=0.5))
     entry = hw.explain(small, bert_inputs()).inputs[0]
     assert [len(layer["heads"]) for layer in entry["layers"]] == [4, 0]
-    model = classifier(hw.BudgetGate(target=0.5)).bfloat16()
+    model = classifier(hw.BudgetGate(keep=0.5)).bfloat16()
     for *_, head in heads_of(hw.explain(model, bert_inputs())):
         assert head["constant"] + sum(head["shares"]) == pytest.approx(head["relevance"], abs=0.5)
         assert head["effect"] is not None
 
 
 def test_a_gate_of_another_formula_has_no_shares():
-    model = classifier(hw.BudgetGate(target=0.5))
+    model = classifier(hw.BudgetGate(keep=0.5))
     for layer in hw.attention_layers(model).values():
         layer.gate.register_forward_hook(
             lambda gate, args, chosen: chosen._replace(relevance=chosen.relevance + 1.0)
@@ -353,7 +353,7 @@ class Repeated(nn.Module):
     def __init__(self):
         super().__init__()
         self.attention = hw.MultiheadAttention(
-            12, 4, batch_first=True, gate=hw.BudgetGate(target=0.5)
+            12, 4, batch_first=True, gate=hw.BudgetGate(keep=0.5)
         )
         self.out = nn.Linear(12, 2)
 
@@ -402,7 +402,7 @@ def test_a_sequence_of_nothing_but_padding_has_no_shares():
 
 
 def test_chosen_maps_only_and_json_that_round_trips(tmp_path):
-    model = classifier(hw.BudgetGate(target=0.5))
+    model = classifier(hw.BudgetGate(keep=0.5))
     result = hw.explain(model, bert_inputs(), maps=[(1, 2)], pairs=0, effects=False)
     for _, site, _, head in heads_of(result):
         assert (head["attention"] is not None) == ((site, head["head"]) == (1, 2))
@@ -416,7 +416,7 @@ def test_chosen_maps_only_and_json_that_round_trips(tmp_path):
 
 
 def test_refusals():
-    model, inputs = classifier(hw.BudgetGate(target=0.5)), bert_inputs()
+    model, inputs = classifier(hw.BudgetGate(keep=0.5)), bert_inputs()
     with pytest.raises(ValueError, match="maps must be 'all', 'none' or .* got 'some'"):
         hw.explain(model, inputs, maps="some")
     with pytest.raises(ValueError, match="maps name head 9 of site 0, which has 4"):
@@ -455,7 +455,7 @@ def test_the_command_explains_texts(tiny_model, tmp_path, capsys):
 
 def test_folders_that_are_not_whole(tiny_model, tmp_path, capsys):
     whole, roles = tmp_path / "whole", tmp_path / "roles.json"
-    model = hw.convert(load_trained(tiny_model), hw.BudgetGate(target=0.5))
+    model = hw.convert(load_trained(tiny_model), hw.BudgetGate(keep=0.5))
     hw.save(model, whole)  # without tokenizer=
     roles.write_text("[1]")
     for more, sentence in (

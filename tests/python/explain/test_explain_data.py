@@ -34,7 +34,7 @@ OPS = torch.ops.headwise
 def gated(tiny_model, tmp_path_factory):
     """The folder of a gated classifier whose classes are up and down."""
     torch.manual_seed(0)
-    model = trained(hw.convert(load_trained(tiny_model), hw.BudgetGate(target=0.5)))
+    model = trained(hw.convert(load_trained(tiny_model), hw.BudgetGate(keep=0.5)))
     model.config.id2label, model.config.label2id = {0: "down", 1: "up"}, {"down": 0, "up": 1}
     folder = tmp_path_factory.mktemp("gated") / "model"
     hw.save(model, folder, tokenizer=load_tokenizer(tiny_model))

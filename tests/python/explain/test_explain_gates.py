@@ -15,13 +15,13 @@ GATES = {
     "subset of each layer": lambda: hw.SubsetGate(k=2, scope="layer"),
     "requested": lambda: hw.RequestedBudgetGate(budget=0.4),
     "requested of each layer": lambda: hw.RequestedBudgetGate(budget=0.6, scope="layer"),
-    "gumbel sigmoid": lambda: hw.GumbelSigmoidGate(target=0.5),
+    "gumbel sigmoid": lambda: hw.GumbelSigmoidGate(keep=0.5),
     "sleep": lambda: hw.SleepGate(keep=0.5),
     "threshold": lambda: hw.ThresholdGate(threshold=2.0, resolution=4.0, min_heads=2),
     "threshold, approximate": lambda: hw.ThresholdGate(
         threshold=1.0, resolution=2.0, approximate=True
     ),
-    "shared, budget": lambda: hw.SharedHeadsGate(hw.BudgetGate(target=0.5), shared=[1]),
+    "shared, budget": lambda: hw.SharedHeadsGate(hw.BudgetGate(keep=0.5), shared=[1]),
     "shared, subset": lambda: hw.SharedHeadsGate(hw.SubsetGate(k=2), shared=[0, 2]),
     "shared, fixed": lambda: hw.SharedHeadsGate(hw.FixedGate(scale=[0.0, 1.0, 0.5]), shared=1),
 }

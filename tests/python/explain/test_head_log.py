@@ -27,7 +27,7 @@ class Writer:
 
 def build(gate=None):
     torch.manual_seed(0)
-    return hw.convert(ARCHITECTURE.build(), gate or hw.BudgetGate(target=0.5)).train()
+    return hw.convert(ARCHITECTURE.build(), gate or hw.BudgetGate(keep=0.5)).train()
 
 
 def run(model, times=1):

@@ -152,6 +152,13 @@ def test_budget_gate_trains_what_it_runs(relaxation, kept_weight, rounding):
     assert len(set(run.count.tolist())) > 1
 
 
+def test_hard_concrete_noise_per_sequence_or_batch():
+    x = torch.randn(8, 3, D)
+    for noise_per, distinct in (("sequence", 8), ("batch", 1)):
+        gate = lively(hw.HardConcreteGate(noise_per=noise_per, init_log_alpha=0.0), 0.3).train()
+        assert len(gate(x).weight.unique(dim=0)) == distinct
+
+
 def test_hard_concrete_gate_trains_what_it_runs():
     torch.manual_seed(0)
     for kept_weight in ("gate", "one"):
@@ -167,7 +174,7 @@ def test_hard_concrete_gate_trains_what_it_runs():
             assert set(run.weight.unique().tolist()) <= {0.0, 1.0}
 
 
-@pytest.mark.parametrize("options", [{"target": 1.0}, {"budget": 1.0}])
+@pytest.mark.parametrize("options", [{"keep": 1.0}, {"budget": 1.0}])
 @pytest.mark.parametrize("progress", [0.0, 0.5, 1.0])
 def test_full_budget_is_the_dense_layer_exactly(options, progress):
     gate = hw.BudgetGate(**options).bind(D, H)
@@ -202,6 +209,32 @@ def test_static_phase_ignores_the_input():
         bound.anneal(0.5)
         relevance = bound(torch.randn(8, 4, D)).relevance
         assert not (relevance == relevance[0]).all()
+
+
+def test_penalty_of_mixed_gates_is_of_those_that_have_one():
+    """Gates without a share to aim at do not dilute it; tests/cpp/test_gates.cpp has the same."""
+    budget = lively(hw.BudgetGate(target_scope="layer"))
+    others = [
+        hw.FixedGate(),
+        hw.RandomGate(),
+        hw.SubsetGate(scope="layer"),
+        hw.SleepGate(scope="layer"),
+        hw.ThresholdGate(),
+    ]
+    model = torch.nn.ModuleList([*(gate.bind(D, H) for gate in others), budget]).train()
+    x = torch.randn(5, 4, D)
+    for gate in model:
+        if not gate.reads_heads:
+            gate(x)
+    assert budget.penalty() > 0
+    torch.testing.assert_close(hw.penalty(model), budget.penalty(), rtol=0, atol=0)
+
+    class Own(hw.FixedGate):
+        def penalty(self):
+            return torch.tensor(3.0)
+
+    model.append(Own().bind(D, H))
+    torch.testing.assert_close(hw.penalty(model), (budget.penalty() + 3.0) / 2)
 
 
 def test_pooled_penalty():
@@ -366,11 +399,11 @@ def test_input_that_is_not_finite(value):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: hw.BudgetGate(0.0), "target must be in (0, 1], got 0.0"),
+        (lambda: hw.BudgetGate(0.0), "keep must be in (0, 1], got 0.0"),
         (lambda: hw.BudgetGate(budget=1.5), "budget must be in (0, 1], got 1.5"),
         (
             lambda: hw.BudgetGate(0.05),
-            "target must lie between min_budget=0.1 and max_budget=1.0, got 0.05",
+            "keep must lie between min_budget=0.1 and max_budget=1.0, got 0.05",
         ),
         (lambda: hw.BudgetGate(rounding="up"), "rounding must be one of round, ceil, got 'up'"),
         (
@@ -407,8 +440,8 @@ def test_errors(build, message):
 @pytest.mark.parametrize(
     ("build", "error", "message"),
     [
-        (lambda: hw.BudgetGate("half"), TypeError, "target must be a number, got 'half'"),
-        (lambda: hw.BudgetGate(None), TypeError, "target must be a number, got None"),
+        (lambda: hw.BudgetGate("half"), TypeError, "keep must be a number, got 'half'"),
+        (lambda: hw.BudgetGate(None), TypeError, "keep must be a number, got None"),
         (lambda: hw.SubsetGate("3"), TypeError, "k must be a number, got '3'"),
         (lambda: hw.SubsetGate(True), TypeError, "k must be a number, got True"),
         (lambda: hw.SubsetGate(2.5), ValueError, "k must be a whole number, got 2.5"),

@@ -1,4 +1,4 @@
-"""SubsetGate: exactly K heads, over the whole annealing range, alone and for a whole model."""
+"""SubsetGate: K heads, over the whole annealing range, alone and for a whole model."""
 
 import copy
 import math
@@ -23,7 +23,7 @@ def reference_sample(r, k, tau):
         powers = [math.exp((value - highest) / tau) for value in r]
         p = [power / sum(powers) for power in powers]
         total = [t + share for t, share in zip(total, p, strict=True)]
-        tiny = torch.finfo(torch.float32).tiny
+        tiny = torch.finfo(torch.float64).tiny
         r = [value + math.log(max(1 - share, tiny)) for value, share in zip(r, p, strict=True)]
     return total
 
@@ -58,6 +58,21 @@ def test_sample_sums_to_k_and_is_finite_forward_and_backward(heads, share, log_t
     assert abs(weight.sum().item() - k) < 1e-9 * heads
     (weight * torch.randn(heads, dtype=torch.float64)).sum().backward()
     assert r.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("height", [1.0, 50.0, 200.0, 700.0, 2000.0, 1e6])
+@pytest.mark.parametrize("tau", [1.0, 0.1, 1e-3])
+def test_no_head_is_counted_twice(height, tau):
+    r = torch.zeros(8, dtype=torch.float64)
+    r[0] = height
+    weight = ops.subset_sample(r, 3, torch.tensor(tau, dtype=torch.float64))
+    torch.testing.assert_close(weight.sum(), torch.tensor(3.0, dtype=torch.float64))
+    if height / tau > 40:  # its share rounds to 1
+        expected = torch.tensor([1.0] + [2 / 7] * 7, dtype=torch.float64)
+        torch.testing.assert_close(weight, expected)
+    if height <= 200:
+        plain = torch.tensor(reference_sample(r.tolist(), 3, tau), dtype=torch.float64)
+        torch.testing.assert_close(weight, plain, atol=1e-9, rtol=1e-9)
 
 
 def test_all_heads_tie_at_the_lowest_temperature():

@@ -379,7 +379,7 @@ def test_masks_of_four_dimensions():
 
 
 def test_copies_files_and_modes(tmp_path):
-    model = hw.convert(build("Mistral"), hw.GroupGate(hw.BudgetGate(target=0.5)))
+    model = hw.convert(build("Mistral"), hw.GroupGate(hw.BudgetGate(keep=0.5)))
     hw.convert(model, keep_selection=True)
     expected = generate(model)
     assert torch.equal(generate(copy.deepcopy(model)), expected)
@@ -543,7 +543,7 @@ def test_caches_of_sequences_that_keep_different_groups():
 
 def test_a_group_gate_chooses_whole_groups():
     torch.manual_seed(3)
-    model = hw.convert(build(), hw.GroupGate(hw.BudgetGate(target=0.5))).train()
+    model = hw.convert(build(), hw.GroupGate(hw.BudgetGate(keep=0.5))).train()
     inputs = prompts()
     model(**inputs)
     assert hw.penalty(model).requires_grad
@@ -568,7 +568,7 @@ def test_a_group_gate_chooses_whole_groups():
 @pytest.mark.parametrize("execution", ["all", "selected"])
 def test_training_with_gates_reaches_everything(execution):
     torch.manual_seed(4)
-    model = hw.convert(build(), hw.BudgetGate(target=0.5, execution=execution)).train()
+    model = hw.convert(build(), hw.BudgetGate(keep=0.5, execution=execution)).train()
     inputs = prompts()
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     with hw.gates_see(model, labels != -100):

@@ -97,7 +97,7 @@ LAYERS = {
     "other_widths": {"kdim": 10, "vdim": 14, "batch_first": True},
 }
 # `None`: torch's own code; the others run headwise's operators with every head open.
-GATES = {"no_gate": None, "open_gate": hw.FixedGate(), "open_budget": hw.BudgetGate(target=1.0)}
+GATES = {"no_gate": None, "open_gate": hw.FixedGate(), "open_budget": hw.BudgetGate(keep=1.0)}
 
 
 @pytest.mark.parametrize("gate", GATES)

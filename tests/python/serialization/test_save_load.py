@@ -19,14 +19,14 @@ from torch import nn
 GATES = {
     "no gate": None,
     "FixedGate": hw.FixedGate(heads=[0, 3]),
-    "BudgetGate": hw.BudgetGate(target=0.5),
-    "HardConcreteGate": hw.HardConcreteGate(target=0.5, input_dependent=True),
+    "BudgetGate": hw.BudgetGate(keep=0.5),
+    "HardConcreteGate": hw.HardConcreteGate(keep=0.5, input_dependent=True),
     "SubsetGate": hw.SubsetGate(keep=0.5),
     "RequestedBudgetGate": hw.RequestedBudgetGate(0.5),
     "GumbelSigmoidGate": hw.GumbelSigmoidGate(0.5),
     "SleepGate": hw.SleepGate(0.5),
     "ThresholdGate": hw.ThresholdGate(0.2),
-    "SharedHeadsGate": hw.SharedHeadsGate(hw.BudgetGate(target=0.5), shared=[1]),
+    "SharedHeadsGate": hw.SharedHeadsGate(hw.BudgetGate(keep=0.5), shared=[1]),
 }
 
 

@@ -132,7 +132,7 @@ _FROM_THE_START = {"warmup": 0.0, "static_until": 0.0, "strength": 20.0}
 
 def hard_concrete_gate(keep: float) -> hw.Gate:
     """Voita et al. (2019)."""
-    return hw.HardConcreteGate(target=keep, initial_target=keep, warmup=0.0, strength=20.0)
+    return hw.HardConcreteGate(keep=keep, initial_keep=keep, warmup=0.0, strength=20.0)
 
 
 def subset_gate(keep: float) -> hw.Gate:
@@ -148,21 +148,21 @@ def sleep_gate(keep: float) -> hw.Gate:
 def budget_gate(bench: Workbench, keep: float, **changes) -> hw.Gate:
     options = {
         "min_budget": min(0.1, keep / 2),
-        "initial_budget": keep,
+        "initial_keep": keep,
         "noise_scale": 0.0,
         "temperature": 0.5,
         "hard_from": 0.3,
         **_FROM_THE_START,
     }
-    return hw.BudgetGate(target=keep, **{**options, **changes})
+    return hw.BudgetGate(keep=keep, **{**options, **changes})
 
 
 def dynamic_hard_concrete_gate(bench: Workbench, keep: float) -> hw.Gate:
     return hw.HardConcreteGate(
-        target=keep,
+        keep=keep,
         input_dependent=True,
         kept_weight="one",
-        initial_target=keep,
+        initial_keep=keep,
         hard_from=0.0,
         **_FROM_THE_START,
     )
@@ -170,7 +170,7 @@ def dynamic_hard_concrete_gate(bench: Workbench, keep: float) -> hw.Gate:
 
 def adavit_gate(bench: Workbench, keep: float) -> hw.Gate:
     return hw.GumbelSigmoidGate(
-        target=keep, initial_target=keep, temperature=1.0, hard_from=0.3, **_FROM_THE_START
+        keep=keep, initial_keep=keep, temperature=1.0, hard_from=0.3, **_FROM_THE_START
     )
 
 
@@ -188,7 +188,7 @@ def fixed_budget_gate(bench: Workbench, keep: float) -> hw.Gate:
 
 def full_budget_gate(bench: Workbench, keep: float) -> hw.Gate:
     """BudgetFormer's ablation that is said to collapse: every text all heads."""
-    return hw.BudgetGate(target=1.0)
+    return hw.BudgetGate(keep=1.0)
 
 
 def unannealed_gate(bench: Workbench, keep: float) -> hw.Gate:

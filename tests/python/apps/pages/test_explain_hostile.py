@@ -30,7 +30,7 @@ TEXTS = {
 @pytest.fixture(scope="module")
 def gated(tiny_model, tmp_path_factory):
     torch.manual_seed(0)
-    model = trained(hw.convert(load_trained(tiny_model), hw.BudgetGate(target=0.5)))
+    model = trained(hw.convert(load_trained(tiny_model), hw.BudgetGate(keep=0.5)))
     folder = tmp_path_factory.mktemp("gated") / "model"
     hw.save(model, folder, tokenizer=load_tokenizer(tiny_model))
     return folder

@@ -408,7 +408,7 @@ def gated(tiny_model, tmp_path_factory):
     from headwise.apps.tasks.models import load_tokenizer, load_trained
 
     torch.manual_seed(0)
-    model = hw.convert(load_trained(tiny_model), hw.BudgetGate(target=0.5))
+    model = hw.convert(load_trained(tiny_model), hw.BudgetGate(keep=0.5))
     folder = tmp_path_factory.mktemp("gated") / "model"
     hw.save(model, folder, tokenizer=load_tokenizer(tiny_model))
     return str(folder)

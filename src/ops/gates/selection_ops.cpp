@@ -1,6 +1,6 @@
 // The steps from a gate's numbers to a selection that several gates share. All are composites:
 // they run wherever ATen runs, and are traced by torch.compile.
-#include "gates/selection_ops.h"
+#include "ops/gates/selection_ops.h"
 
 #include <ATen/ATen.h>
 #include <torch/library.h>

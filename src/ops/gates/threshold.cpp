@@ -3,7 +3,7 @@
 // four products. Reconstructed, because the paper does not give it in full: the integer part is
 // taken towards zero, the row's threshold is the formula of kept_blocks, the head's importance is
 // the plain sum over its blocks. Ours: the length-normalised importance, `resolution`, `min_heads`.
-#include "gates/threshold.h"
+#include "ops/gates/threshold.h"
 
 #include <ATen/ATen.h>
 #include <torch/library.h>
@@ -113,7 +113,7 @@ at::Tensor hybrid_attention(const at::Tensor& q, const at::Tensor& k, const at::
                             const std::optional<at::Tensor>& attn_mask, bool is_causal,
                             double resolution, int64_t block, std::optional<double> block_ratio,
                             bool approximate, int64_t added_keys) {
-  const int64_t width = q.size(3);
+  const int64_t width = q.sym_size(3).guard_int(__FILE__, __LINE__);
   auto scores =
       (approximate ? three_product_scores(q, k, resolution) : at::matmul(q, k.transpose(2, 3))) /
       std::sqrt(static_cast<double>(std::max<int64_t>(width, 1)));  // [B, H, L, S]

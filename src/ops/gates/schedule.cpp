@@ -1,4 +1,4 @@
-#include "gates/schedule.h"
+#include "ops/gates/schedule.h"
 
 #include <ATen/ATen.h>
 
@@ -19,20 +19,20 @@ at::Tensor reached(const at::Tensor& progress, double when, at::ScalarType dtype
   return progress.detach().ge(when).to(dtype);
 }
 
-at::Tensor warmup_logit(const at::Tensor& progress, double initial, double target, double warmup,
+at::Tensor warmup_logit(const at::Tensor& progress, double initial, double keep, double warmup,
                         at::ScalarType dtype) {
   const auto p = progress.detach().to(dtype);
   if (warmup <= 0.0) {
     return at::zeros_like(p);
   }
-  return (1.0 - p / warmup).clamp_min(0.0) * warmup_start(initial, target);
+  return (1.0 - p / warmup).clamp_min(0.0) * warmup_start(initial, keep);
 }
 
-double warmup_start(double initial, double target) { return logit(initial) - logit(target); }
+double warmup_start(double initial, double keep) { return logit(initial) - logit(keep); }
 
-at::Tensor scheduled_target(const at::Tensor& progress, double initial, double target,
-                            double warmup, at::ScalarType dtype) {
-  return at::sigmoid(warmup_logit(progress, initial, target, warmup, dtype) + logit(target));
+at::Tensor scheduled_target(const at::Tensor& progress, double initial, double keep, double warmup,
+                            at::ScalarType dtype) {
+  return at::sigmoid(warmup_logit(progress, initial, keep, warmup, dtype) + logit(keep));
 }
 
 }  // namespace headwise

@@ -35,7 +35,7 @@ at::Tensor lagrangian(const at::Tensor& off, const at::Tensor& multipliers);
 /// 'lagrangian' (multipliers [2], which descent on the loss ascends) or 'l0' (strength times the
 /// mean over layers of the expected heads).
 at::Tensor target_penalty(at::TensorList expected_heads, at::IntArrayRef num_heads,
-                          const at::Tensor& progress, double target, double initial_target,
+                          const at::Tensor& progress, double keep, double initial_keep,
                           double warmup, double strength, std::string_view form,
                           const std::optional<at::Tensor>& multipliers);
 

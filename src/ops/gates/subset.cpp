@@ -1,5 +1,6 @@
-// Differentiable subset pruning (Li, Cotterell and Sachan 2021, arXiv 2108.04657): exactly k heads.
-#include "gates/subset.h"
+// Differentiable subset pruning (Li, Cotterell and Sachan 2021, arXiv 2108.04657): k heads of a
+// model.
+#include "ops/gates/subset.h"
 
 #include <ATen/ATen.h>
 #include <torch/library.h>
@@ -32,13 +33,17 @@ at::Tensor subset_sample(const at::Tensor& scores, int64_t k, const at::Tensor& 
   // is scaled down to what keeps the product under 1e250; for few heads that is never.
   const double reach = (std::pow(10.0, 250.0 / static_cast<double>(k)) - 1.0) / 2.0;
   const auto share = (tau * reach).clamp_max(1.0);
-  constexpr double kTiny = std::numeric_limits<float>::min();
+  // The floor of the authors' code. A head that was taken whole must also fall below all others
+  // where scores lie further apart than its logarithm, 708; else it would be taken k times.
+  constexpr double kTiny = std::numeric_limits<double>::min();
+  const auto spread = (r.amax() - r.amin()).detach();
   at::Tensor total;
   for (int64_t j = 0; j < k; ++j) {
     const auto p = at::softmax(r / tau, 0);  // [N]
     total = j == 0 ? p : total + p;
     if (j + 1 < k) {
-      const auto left = at::log((1.0 - p).clamp_min(kTiny));
+      const auto rest = 1.0 - p;
+      const auto left = at::log(rest.clamp_min(kTiny)) - rest.detach().eq(0.0) * spread;
       r = r + left.detach() + share * (left - left.detach());
     }
   }

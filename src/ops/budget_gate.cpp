@@ -5,9 +5,9 @@
 #include <ATen/core/grad_mode.h>
 #include <torch/library.h>
 
-#include "gates/budget.h"
 #include "ops/attention_ops.h"
 #include "ops/budget_gate.h"
+#include "ops/gates/budget.h"
 #include "shown.h"
 #ifdef HEADWISE_CUDA
 #include "ops/cuda/budget_gate.h"
@@ -25,7 +25,7 @@ GateResult composed(HEADWISE_BUDGET_GATE_PARAMETERS) {
   const auto budgets =
       hidden_weight ? std::get<0>(head_budget(features, *hidden_weight, *hidden_bias, *out_weight,
                                               *out_bias, progress, false, min_budget, max_budget,
-                                              target, initial_budget, warmup, 0.0))
+                                              keep, initial_keep, warmup, 0.0))
                     : at::full_symint({x.sym_size(0)}, budget, features.options());  // [B]
   const auto [index, count, weight, expected] =
       budget_select(relevance, budgets, progress, {}, false, false, 1.0, 1.0, 0.0, 0.0, false,
@@ -144,7 +144,7 @@ constexpr const char* kArguments =
     "(Tensor x, Tensor? key_padding_mask, Tensor mean, Tensor variance, Tensor base, "
     "Tensor relevance_weight, Tensor? hidden_weight, Tensor? hidden_bias, Tensor? out_weight, "
     "Tensor? out_bias, Tensor progress, float budget, float min_budget, float max_budget, "
-    "float target, float initial_budget, float warmup, int min_heads, str rounding) -> "
+    "float keep, float initial_keep, float warmup, int min_heads, str rounding) -> "
     "(Tensor index, Tensor count, Tensor weight, Tensor relevance, Tensor budget)";
 
 }  // namespace

@@ -1,11 +1,11 @@
 // Gates of AdaViT (Meng et al. 2022, arXiv 2111.15668, section 3.2).
-#include "gates/gumbel_sigmoid.h"
+#include "ops/gates/gumbel_sigmoid.h"
 
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
-#include "gates/selection_ops.h"
 #include "headwise/selection.h"
+#include "ops/gates/selection_ops.h"
 
 namespace headwise {
 

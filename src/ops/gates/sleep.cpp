@@ -1,6 +1,6 @@
 // Heads that sleep and wake. The score is that of Michel et al. (arXiv 1905.10650, eq. 2); when
 // heads move is ours, in the manner of dynamic sparse training (Evci et al., arXiv 1911.11134).
-#include "gates/sleep.h"
+#include "ops/gates/sleep.h"
 
 #include <ATen/ATen.h>
 #include <torch/library.h>

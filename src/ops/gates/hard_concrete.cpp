@@ -1,13 +1,13 @@
 // Hard-concrete gates (Louizos et al., arXiv 1712.01312; for heads Voita et al., arXiv 1905.09418).
-#include "gates/hard_concrete.h"
+#include "ops/gates/hard_concrete.h"
 
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
 #include <cmath>
 
-#include "gates/schedule.h"
-#include "gates/selection_ops.h"
+#include "ops/gates/schedule.h"
+#include "ops/gates/selection_ops.h"
 #include "shown.h"
 
 namespace headwise {
@@ -70,7 +70,7 @@ at::Tensor lagrangian(const at::Tensor& off, const at::Tensor& multipliers) {
 }
 
 at::Tensor target_penalty(at::TensorList expected_heads, at::IntArrayRef num_heads,
-                          const at::Tensor& progress, double target, double initial_target,
+                          const at::Tensor& progress, double keep, double initial_keep,
                           double warmup, double strength, std::string_view form,
                           const std::optional<at::Tensor>& multipliers) {
   TORCH_CHECK_VALUE(!expected_heads.empty() && expected_heads.size() == num_heads.size(),
@@ -90,7 +90,7 @@ at::Tensor target_penalty(at::TensorList expected_heads, at::IntArrayRef num_hea
   }
   const auto dtype = expected.scalar_type();
   const auto off = expected / static_cast<double>(std::max<int64_t>(heads, 1)) -
-                   scheduled_target(progress, initial_target, target, warmup, dtype);
+                   scheduled_target(progress, initial_keep, keep, warmup, dtype);
   if (form == "squared") {
     return off.square() * strength;
   }

@@ -1,6 +1,6 @@
 // Shared and routed heads (MoH, Jin et al. 2024, arXiv 2410.11842). Ours: weight 1 for every shared
 // head, where MoH weighs both kinds by a second router.
-#include "gates/shared_heads.h"
+#include "ops/gates/shared_heads.h"
 
 #include <ATen/ATen.h>
 #include <torch/library.h>
@@ -27,7 +27,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> share_heads(const at:
                     "index must have shape [B, R] and shared [s], got ", index.sizes(), " and ",
                     shared.sizes());
   const auto batch = index.sym_size(0);
-  const int64_t routed = index.size(1), always = shared.size(0);
+  // Not index.size(1), which fixes every size of index for a compiler, the batch's among them.
+  const int64_t routed = index.sym_size(1).guard_int(__FILE__, __LINE__), always = shared.size(0);
   const auto place = routed_first(shared, routed + always).argsort();  // of each head
   const auto ones = at::ones_symint({batch, always}, weight.options().requires_grad(false));
   const auto spread = [&](const at::Tensor& among_routed, const at::Tensor& of_shared) {

@@ -1,13 +1,13 @@
 // One model, any cost: gates conditioned on a requested budget (arXiv 2605.02697). How the budget
 // is shared out among layers is ours.
-#include "gates/requested.h"
+#include "ops/gates/requested.h"
 
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
-#include "gates/budget.h"
-#include "gates/selection_ops.h"
 #include "headwise/selection.h"
+#include "ops/gates/budget.h"
+#include "ops/gates/selection_ops.h"
 
 namespace headwise {
 

@@ -4,8 +4,10 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <string>
 #include <string_view>
 #include <tuple>
+#include <vector>
 
 namespace headwise {
 
@@ -25,12 +27,16 @@ at::Tensor input_relevance(const at::Tensor& features, const at::Tensor& base,
                            const at::Tensor& weight, const at::Tensor& progress, bool training,
                            double static_until);
 
-/// {mean [D], variance [D], batches []} after one more batch of features [B, D]: a plain average
-/// over the first 50 batches, an exponential one after.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> update_statistics(const at::Tensor& features,
-                                                                 const at::Tensor& mean,
-                                                                 const at::Tensor& variance,
-                                                                 const at::Tensor& batches);
+/// {count, sum, sum of squares} of features [B, D] over B -> float64 [2 D + 1]: those of several
+/// batches are added up.
+at::Tensor feature_moments(const at::Tensor& features);
+
+/// Takes one more batch, of these moments, into mean [D], variance [D] and batches []: a plain
+/// average over the first 50 batches, an exponential one after. A batch that is empty or not finite
+/// changes nothing, nor does a forward that is repeated inside a backward (activation
+/// checkpointing).
+void update_statistics(const at::Tensor& moments, at::Tensor mean, at::Tensor variance,
+                       at::Tensor batches);
 
 /// (features [B, D] - mean [D]) / sqrt(variance [D] + 1e-4). Over inputs, not over D: the mean of a
 /// layer's input is dominated by a vector that all inputs share, and what a gate does with that is
@@ -42,16 +48,23 @@ at::Tensor standardize(const at::Tensor& features, const at::Tensor& mean,
 /// * (rank - (1 - keep)), rank in [0, 1]; the most important share `keep` is positive -> [heads].
 at::Tensor importance_start(const at::Tensor& importance, double keep, double sharpness);
 
+/// The same for the layers of a model, from a score per head of each: {relevance of each [H], share
+/// of its heads that is positive}.
+/// @throws c10::ValueError naming the layer, if a score is not finite or not of shape [H]
+std::tuple<std::vector<at::Tensor>, std::vector<double>> gate_starts(
+    at::TensorList importance, const std::vector<std::string>& layers, at::IntArrayRef num_heads,
+    double keep, double sharpness);
+
 /// base [H] for every sequence of x [B, L, D], in at least float32 -> [B, H].
 at::Tensor static_relevance(const at::Tensor& base, const at::Tensor& x);
 
 /// {budget, asked}, each [B]: asked = sigmoid of a two-layer network of the features, and the same
 /// held in [min_budget, max_budget]. Until `progress` reaches `warmup` the logit is raised, so that
-/// training starts at `initial_budget` and comes down to the network's own answer.
+/// training starts at `initial_keep` and comes down to the network's own answer.
 std::tuple<at::Tensor, at::Tensor> head_budget(
     const at::Tensor& features, const at::Tensor& hidden_weight, const at::Tensor& hidden_bias,
     const at::Tensor& out_weight, const at::Tensor& out_bias, const at::Tensor& progress,
-    bool training, double min_budget, double max_budget, double target, double initial_budget,
+    bool training, double min_budget, double max_budget, double keep, double initial_keep,
     double warmup, double static_until);
 
 /// {index, count, weight, expected_heads} from relevance [B, H] and budget [B]. Evaluation: the
@@ -74,7 +87,7 @@ at::Tensor relevance_entropy(const at::Tensor& relevance);
 at::Tensor budget_bounds(const at::Tensor& asked, double min_budget, double max_budget);
 
 /// input_relevance of the standardised features of x [B, L, D], in evaluation: one pass over x
-/// where no gradient is wanted (src/gates/budget_evaluation.cpp) -> [B, H].
+/// where no gradient is wanted (src/ops/budget_gate.cpp) -> [B, H].
 at::Tensor evaluate_relevance(const at::Tensor& x,
                               const std::optional<at::Tensor>& key_padding_mask,
                               const at::Tensor& mean, const at::Tensor& variance,
@@ -82,14 +95,14 @@ at::Tensor evaluate_relevance(const at::Tensor& x,
                               const at::Tensor& progress);
 
 /// {index, count, weight, relevance, budget} of a BudgetGate in evaluation with weights of one, as
-/// one operator (src/gates/budget_evaluation.cpp). Without the four tensors of the network every
+/// one operator (src/ops/budget_gate.cpp). Without the four tensors of the network every
 /// sequence has `budget`.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> evaluate_budget_gate(
     const at::Tensor& x, const std::optional<at::Tensor>& key_padding_mask, const at::Tensor& mean,
     const at::Tensor& variance, const at::Tensor& base, const at::Tensor& relevance_weight,
     const std::optional<at::Tensor>& hidden_weight, const std::optional<at::Tensor>& hidden_bias,
     const std::optional<at::Tensor>& out_weight, const std::optional<at::Tensor>& out_bias,
-    const at::Tensor& progress, double budget, double min_budget, double max_budget, double target,
-    double initial_budget, double warmup, int64_t min_heads, std::string_view rounding);
+    const at::Tensor& progress, double budget, double min_budget, double max_budget, double keep,
+    double initial_keep, double warmup, int64_t min_heads, std::string_view rounding);
 
 }  // namespace headwise

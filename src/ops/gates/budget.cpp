@@ -1,15 +1,17 @@
 // The budget gate (BudgetFormer, arXiv 2604.22583): a head budget and a relevance a head for every
 // input. Where the paper is silent the choices are ours; each function says which.
-#include "gates/budget.h"
+#include "ops/gates/budget.h"
 
 #include <ATen/ATen.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
 #include <cmath>
 
-#include "gates/schedule.h"
-#include "gates/selection_ops.h"
 #include "headwise/selection.h"
+#include "ops/gates/schedule.h"
+#include "ops/gates/selection_ops.h"
+#include "recomputation.h"
 
 namespace headwise {
 namespace {
@@ -76,27 +78,34 @@ at::Tensor gate_features(const at::Tensor& x, const std::optional<at::Tensor>& k
   return narrow ? pooled.to(at::kFloat) : pooled;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> update_statistics(const at::Tensor& features,
-                                                                 const at::Tensor& mean,
-                                                                 const at::Tensor& variance,
-                                                                 const at::Tensor& batches) {
-  // A batch of nothing says nothing.
-  if (features.sym_size(0) == 0) return {mean.clone(), variance.clone(), batches.clone()};
+at::Tensor feature_moments(const at::Tensor& features) {
+  const auto rows = features.detach().to(at::kDouble);               // [B, D]
+  const auto count = at::ones_like(rows).select(1, 0).sum(0, true);  // [1]
+  return at::cat({count, rows.sum(0), rows.square().sum(0)});
+}
+
+void update_statistics(const at::Tensor& moments, at::Tensor mean, at::Tensor variance,
+                       at::Tensor batches) {
+  if (recomputing()) return;
+  const auto width = mean.sym_size(0);
   const auto dtype = mean.scalar_type();
-  const auto batch = features.detach().to(dtype);
-  // Nor does one that overflowed, as happens under mixed precision: it would spoil the statistics
-  // for good.
-  const auto sound = batch.isfinite().all();  // []
+  const auto count = moments.select(0, 0);
+  const auto exact = moments.narrow_symint(0, 1, width) / count;  // [D]
+  const auto batch_mean = exact.to(dtype);
+  const auto batch_variance =
+      (moments.narrow_symint(0, 1 + width, width) / count - exact.square()).clamp_min(0).to(dtype);
+  // Nothing is learnt from an empty batch, nor from one that overflowed, as happens under mixed
+  // precision: it would spoil the statistics for good.
+  const auto sound = batch_mean.isfinite().all() & batch_variance.isfinite().all();  // []
   const auto seen = batches + 1;
   const auto share = seen.reciprocal().clamp_min(1.0 / kMemory).to(dtype);  // of this batch
-  const auto batch_mean = batch.mean(0);                                    // [D]
   const auto step = batch_mean - mean;
-  const auto batch_variance = (batch - batch_mean).square().mean(0);
   // The variance of the mixture of what was seen before and this batch: right for a batch of one.
   const auto new_variance =
       variance * (1 - share) + batch_variance * share + step.square() * (share * (1 - share));
-  return {at::where(sound, mean + step * share, mean), at::where(sound, new_variance, variance),
-          at::where(sound, seen, batches)};
+  variance.copy_(at::where(sound, new_variance, variance));
+  mean.copy_(at::where(sound, mean + step * share, mean));
+  batches.copy_(at::where(sound, seen, batches));
 }
 
 at::Tensor standardize(const at::Tensor& features, const at::Tensor& mean,
@@ -128,7 +137,7 @@ at::Tensor static_relevance(const at::Tensor& base, const at::Tensor& x) {
 std::tuple<at::Tensor, at::Tensor> head_budget(
     const at::Tensor& features, const at::Tensor& hidden_weight, const at::Tensor& hidden_bias,
     const at::Tensor& out_weight, const at::Tensor& out_bias, const at::Tensor& progress,
-    bool training, double min_budget, double max_budget, double target, double initial_budget,
+    bool training, double min_budget, double max_budget, double keep, double initial_keep,
     double warmup, double static_until) {
   const auto dtype = features.scalar_type();
   // 1 / sqrt(D) gives the input norm one, so that a step of the weights moves a hidden unit little.
@@ -139,8 +148,7 @@ std::tuple<at::Tensor, at::Tensor> head_budget(
   if (training) {
     logit = logit * reached(progress, static_until, dtype);
   }
-  logit =
-      logit + out_bias.to(dtype) + warmup_logit(progress, initial_budget, target, warmup, dtype);
+  logit = logit + out_bias.to(dtype) + warmup_logit(progress, initial_keep, keep, warmup, dtype);
   const auto asked = at::sigmoid(logit);
   return {asked.clamp(min_budget, max_budget), asked};
 }
@@ -224,10 +232,36 @@ at::Tensor importance_start(const at::Tensor& importance, double keep, double sh
          (sharpness / static_cast<double>(std::max<int64_t>(heads, 1)));
 }
 
+std::tuple<std::vector<at::Tensor>, std::vector<double>> gate_starts(
+    at::TensorList importance, const std::vector<std::string>& layers, at::IntArrayRef num_heads,
+    double keep, double sharpness) {
+  TORCH_CHECK_VALUE(keep > 0.0 && keep <= 1.0, "keep must be in (0, 1], got ", keep);
+  std::vector<at::Tensor> scores;
+  for (size_t i = 0; i < importance.size(); ++i) {
+    const auto& score = importance[i];
+    TORCH_CHECK_VALUE(score.sizes() == at::IntArrayRef({num_heads[i]}), "importance of layer '",
+                      layers[i], "' must have ", num_heads[i], " heads, got ", score.sizes());
+    TORCH_CHECK_VALUE(at::isfinite(score).all().item<bool>(), "importance of layer '", layers[i],
+                      "' must be finite, got NaN or infinity");
+    scores.push_back(score.to(at::kCPU, at::kDouble));
+  }
+  if (scores.empty()) return {};
+  auto relevance = importance_start(at::cat(scores), keep, sharpness).split_with_sizes(num_heads);
+  std::vector<double> shares;
+  for (const auto& part : relevance) {
+    shares.push_back(part.numel() > 0 ? part.gt(0).to(at::kDouble).mean().item<double>() : 0.0);
+  }
+  return {std::move(relevance), std::move(shares)};
+}
+
 TORCH_LIBRARY_IMPL(headwise, CompositeImplicitAutograd, m) {
+  m.impl("gate_starts", [](at::TensorList importance, const c10::List<std::string>& layers,
+                           at::IntArrayRef num_heads, double keep, double sharpness) {
+    return gate_starts(importance, layers.vec(), num_heads, keep, sharpness);
+  });
   m.impl("soft_top_k", soft_top_k);
   m.impl("gate_features", gate_features);
-  m.impl("update_statistics", update_statistics);
+  m.impl("feature_moments", feature_moments);
   m.impl("standardize", standardize);
   m.impl("importance_start", importance_start);
   m.impl("input_relevance", input_relevance);
@@ -237,6 +271,14 @@ TORCH_LIBRARY_IMPL(headwise, CompositeImplicitAutograd, m) {
   m.impl("gumbel_noise", gumbel_noise);
   m.impl("relevance_entropy", relevance_entropy);
   m.impl("budget_bounds", budget_bounds);
+}
+
+// One operator for a compiler too: only when it runs is it known whether a forward is repeated.
+TORCH_LIBRARY_IMPL(headwise, CompositeExplicitAutograd, m) {
+  m.impl("update_statistics", update_statistics);
+}
+TORCH_LIBRARY_IMPL(headwise, ADInplaceOrView, m) {
+  m.impl("update_statistics", torch::autograd::autogradNotImplementedInplaceOrViewFallback());
 }
 
 }  // namespace headwise
