@@ -27,7 +27,7 @@ class OverriddenGate : public GateImpl {
  public:
   OverriddenGate(const MultiheadAttentionImpl& layer, size_t place, Override fn)
       : GateImpl("headwise::OverriddenGate", layer.options.embed_dim(), layer.options.num_heads(),
-                 "selected"),
+                 /*run_all=*/false),
         gate_(layer.gate),
         place_(place),
         fn_(std::move(fn)) {}

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <memory>
+#include <optional>
 #include <set>
 
 #include "headwise/analysis.h"
@@ -159,8 +160,11 @@ json layer_case(const Options& options, const Layer& layer, int64_t heads) {
     return std::get<0>(mha->forward(x, x, x, {}, /*need_weights=*/false));
   };
   // Training and evaluation choose the same heads: the gate's training is at its end.
+  std::optional<headwise::Selection> chosen;
+  mha->on_selection = [&chosen](const headwise::Selection& selection) { chosen = selection; };
   const auto output = ours().detach();
-  const auto& selection = *mha->last_selection;
+  mha->on_selection = nullptr;
+  const auto& selection = *chosen;
   const auto mask = headwise::selection_mask(selection.index, selection.count, at::kDouble) *
                     selection.weight.detach().to(at::kDouble);  // [B, H]
   double error = 0;

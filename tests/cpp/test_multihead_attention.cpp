@@ -87,7 +87,7 @@ TEST(MultiheadAttention, KnowsSelfAttentionByItsMemory) {
   MultiheadAttention layer(MultiheadAttentionOptions(kDim, kHeads)
                                .batch_first(true)
                                .dtype(at::kDouble)
-                               .gate(BudgetGateOptions().target(0.5)));
+                               .gate(BudgetGateOptions().keep(0.5)));
   {
     torch::NoGradGuard no_grad;
     for (auto& parameter : layer->gate->parameters()) parameter.normal_();
@@ -117,7 +117,7 @@ TEST(MultiheadAttention, KnowsSelfAttentionByItsMemory) {
 TEST(MultiheadAttention, ThreadsEvaluateOneLayer) {
   torch::manual_seed(0);
   for (const auto& gate :
-       {GateOptions(BudgetGateOptions().target(0.5)), GateOptions(HardConcreteGateOptions()),
+       {GateOptions(BudgetGateOptions().keep(0.5)), GateOptions(HardConcreteGateOptions()),
         GateOptions(FixedGateOptions().heads(std::vector<int64_t>{0, 2})),
         GateOptions(SharedHeadsGateOptions()
                         .gate(BudgetGateOptions().budget(0.5))

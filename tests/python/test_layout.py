@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,31 @@ def test_no_module_has_the_name_of_what_its_package_exports(module):
     """To a type checker, ``package.name`` would be the module."""
     parent, _, name = module.rpartition(".")
     assert parent == "headwise" or name not in importlib.import_module(parent).__all__
+
+
+def found(name: str) -> bool:
+    """Whether a dotted name is a module, or something in one."""
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        if (module := ".".join(parts[:length])) in MODULES:
+            value = importlib.import_module(module)
+            for attribute in parts[length:]:
+                value = getattr(value, attribute, None)
+            return value is not None
+    return False
+
+
+REFERENCE = re.compile(r":(?:func|class|meth|mod|data|attr):`~?(headwise\.[\w.]+)`")
+
+
+def test_docstrings_refer_to_what_exists():
+    wrong = {
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in MODULES.values()
+        for name in REFERENCE.findall(path.read_text(encoding="utf-8"))
+        if not found(name)
+    }
+    assert not wrong
 
 
 def test_the_names_of_daily_work_are_few():

@@ -85,8 +85,8 @@ def repair(
 
     Args:
         model: the pruned model, changed in place: of :func:`headwise.prune`,
-            :func:`headwise.kwon_prune`, or with a mask or gates. Modules have the names that they
-            have in ``dense``, and layers its width.
+            :func:`headwise.pruning.kwon_prune`, or with a mask or gates. Modules have the names
+            that they have in ``dense``, and layers its width.
         batches: calibration data, no labels needed: 512 texts are enough for MiniLM. A batch is
             what ``forward_fn`` takes. All are kept in memory.
         dense: the model before pruning, unchanged; it need not be converted.

@@ -358,10 +358,10 @@ def _check_room(
     elements = sum(tensor.numel() for tensor in own)
     width = entry["num_heads"] * entry["head_dim"]
     rows = {"embed_dim": width, "kdim": width, "vdim": width}  # of a matrix that has the columns
-    for key in (*rows, "num_heads", "head_dim", "num_key_value_heads"):
+    for key in ("num_heads", "head_dim", "num_key_value_heads", *rows):
         size = entry.get(key, 0)
         most = elements // max(rows.get(key, 1), 1) if width else 2**31 - 1
-        if not 0 <= size <= most:
+        if size > most:
             raise ValueError(
                 f"'{key}' of layer {quoted(entry['name'])} of '{folder / DESCRIPTION}' is "
                 f"{quoted(size)}, which its tensors do not have"

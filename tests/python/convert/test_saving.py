@@ -112,7 +112,7 @@ def test_decoders_keep_the_names_of_their_projections():
 def test_what_a_trainer_resumes_from_is_refused_by_from_pretrained(tmp_path):
     for name in ("BertModel", "LlamaForCausalLM", "DistilBertForSequenceClassification"):
         folder = tmp_path / name
-        model = hw.convert(ROWS[name].build(), hw.BudgetGate(target=0.5))
+        model = hw.convert(ROWS[name].build(), hw.BudgetGate(keep=0.5))
         model.save_pretrained.checkpoints = True
         model.save_pretrained(folder)
         tensors = hw.io.load_safetensors(folder / "model.safetensors")

@@ -56,7 +56,7 @@ def model_to_train(target=0.5):
     torch.manual_seed(0)
     model = bert("BertForSequenceClassification", num_labels=2, hidden_dropout_prob=0.0,
                  attention_probs_dropout_prob=0.0)  # fmt: skip
-    return hw.convert(model, hw.BudgetGate(target=target)).train()
+    return hw.convert(model, hw.BudgetGate(keep=target)).train()
 
 
 def trainer(model, folder, callbacks, **kwargs):

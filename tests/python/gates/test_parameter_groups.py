@@ -8,7 +8,7 @@ from torch import nn
 
 def test_parameter_groups():
     model = bert("BertForSequenceClassification", num_labels=2)
-    hw.convert(model, hw.BudgetGate(target=0.5))
+    hw.convert(model, hw.BudgetGate(keep=0.5))
     model.classifier.bias.requires_grad_(False)
     groups = hw.parameter_groups(model, 1e-4, gate_lr=0.1, gate_matrix_lr=0.2, weight_decay=0.3)
     names = {id(p): n for n, p in model.named_parameters()}

@@ -10,7 +10,7 @@ transformers = pytest.importorskip("transformers")
 
 GATES = {
     "no gate": None,
-    "budget": hw.BudgetGate(target=0.5),
+    "budget": hw.BudgetGate(keep=0.5),
     "requested": hw.RequestedBudgetGate(0.5),
     "group": hw.GroupGate(hw.HardConcreteGate(input_dependent=True)),
     "fixed": hw.FixedGate([0, 3]),
@@ -36,7 +36,7 @@ def test_a_model_on_the_meta_device(name, gate, before, tmp_path):
     with torch.device("meta"):
         model = type(saved)(saved.config)
     if before:
-        hw.convert(model, hw.BudgetGate(target=0.5) if before == "gated" else None)
+        hw.convert(model, hw.BudgetGate(keep=0.5) if before == "gated" else None)
     loaded = hw.load(tmp_path, model=model).eval()
     assert loaded is model and not on_meta(loaded)
     inputs = row.inputs()
