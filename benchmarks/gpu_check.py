@@ -36,17 +36,16 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu_summary  # noqa: E402
 
-# B sequences, L tokens, D model width, H heads
-SHAPES = [(32, 512, 1024, 16), (16, 2048, 1024, 16), (8, 4096, 2048, 16), (64, 197, 768, 12)]
-# Of a rehearsal: heads that are copied 16 bytes at a time, and heads that are not.
-SMALL = [(2, 20, 32, 4), (3, 5, 12, 4)]
+# The table that the benchmarks share. A rehearsal has heads that are copied 16 bytes at a time, and
+# heads that are not.
+TABLE = json.loads((ROOT / "python/headwise/apps/bench/cases.json").read_text())["gpu"]
 GROUPS = ("gate", "forward", "attention", "decode", "training", "flex")
 CASE_SECONDS = 120  # then it hangs
 
 
 def cases(group, rehearse):
     """The names of a group's cases, the most telling first."""
-    shapes = SMALL if rehearse else SHAPES
+    shapes = [tuple(s) for s in TABLE["rehearsal" if rehearse else "shapes"]]
     if group in ("forward", "training"):
         halves = [(s, s[3] // 2) for s in shapes]
         others = [(s, k) for s in shapes for k in (s[3] // 4, 3 * s[3] // 4, s[3])]
@@ -54,8 +53,7 @@ def cases(group, rehearse):
     if group in ("attention", "flex"):
         return [f"{group} {s} k={s[3] // 2}" for s in shapes]
     if group == "decode":
-        caches = [(b, keys) for keys in (32768, 4096) for b in (16, 64, 1)]
-        caches = [(1, 140), (2, 33)] if rehearse else caches
+        caches = TABLE["caches of a rehearsal" if rehearse else "caches"]
         return [f"decode B={b} keys={s}" for b, s in caches]
     return ["bandwidth", "gate"]
 

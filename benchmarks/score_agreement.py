@@ -22,16 +22,16 @@ import headwise as hw
 import torch
 from headwise.apps.compare import measure
 from headwise.apps.compare.settings import preset
-from headwise.apps.compare.store import RunStore, write_atomically, write_json
 from headwise.apps.compare.training import accuracy, finetune, predict
 from headwise.apps.compare.workbench import dense_options
 from headwise.apps.tasks.corpora import load_task
 from headwise.apps.tasks.examples import Batch, Examples, encode
 from headwise.apps.tasks.models import load_classifier, load_tokenizer, model_folder
 from headwise.apps.tasks.tasks import Split, Task, split
-from headwise.nn.intervention import probing
-from headwise.pruning.scores import _Recorder as Recorder
-from safetensors.torch import load_file, save_file
+from headwise.io.files import write_atomic, write_json
+from headwise.io.store import Store
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -91,16 +91,16 @@ def scores_of(
         "texts": hashlib.sha256(repr([texts.ids, texts.labels.tolist()]).encode()).hexdigest(),
         "versions": [hw.__version__, torch.__version__],
     }
-    store = RunStore(options.out / "scores")
     name = f"{task.name}-{seed}"
-    record = store.find(name, key)
+    store = Store.in_folder(options.out / "scores", name, key)
+    record = store.get(name)
     if record is None:
         model = load(weights, len(task.classes))
         right = accuracy(predict(model, texts, device=CPU, precision="float32"), texts.labels)
         model = hw.convert(model)
         found = {label: scores.to_json() for label, scores in score(model, texts).items()}
         record = {"about": {"accuracy": right, "texts": len(texts)}, "scores": found}
-        store.keep(name, key, record)
+        store.add(name, record)
     print(f"{name}: {record['about']['accuracy']:.3f}", flush=True)
     return (
         {label: hw.HeadScores.from_json(text) for label, text in record["scores"].items()},
@@ -121,7 +121,8 @@ def fine_tuned(task: Task, parts: Split, seed: int, steps: int, out: Path) -> Pa
     batches = texts.shuffled(settings.training.batch_size, seed=1000 * seed)
     finetune(model, batches, steps, dense_options(settings), device=CPU)
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
-    write_atomically(path, lambda beside: save_file(state, beside))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, to_safetensors(state))
     return path
 
 
@@ -142,33 +143,17 @@ def losses(model: nn.Module, batch: Batch) -> Tensor:
 def score(model: nn.Module, texts: Examples) -> Scores:
     """Every metric, on all texts and on each half of them."""
     found: Scores = {}
-    sums, shares = hw._C.HeadScoreAccumulator(), []
-    for half, rows in zip(
-        PARTS[1:], (range(0, len(texts), 2), range(1, len(texts), 2)), strict=True
-    ):
-        batches = list(texts.rows(rows).in_order(32))
-        recorder = Recorder(gradients=True, statistics=True)  # one pass for all but lrp
-        with probing(model, recorder):
-            for batch in batches:
-                recorder.run(model, batch, losses)
-        sums.merge(recorder.accumulator)
-        shares.append(hw.analysis.head_relevance(model, batches, logits).scores)
-        found |= labelled(recorder.accumulator, shares[-1], half)
-    mean = {
-        name: (values + shares[1].values[name]) / 2 for name, values in shares[0].values.items()
-    }
-    return found | labelled(sums, hw.HeadScores("lrp", mean), "all")
-
-
-def labelled(sums: hw._C.HeadScoreAccumulator, lrp: hw.HeadScores, part: str) -> Scores:
-    made = {
-        f"michel {absolute}": sums.michel(absolute.replace(" ", "_"))
-        for absolute in ("per token", "per example", "per batch")
-    }
-    made |= {"entropy": sums.entropy(), "confidence": sums.confidence()}
-    made["hies"] = hw._C.hies(made["michel per example"], made["entropy"])
-    scores = {metric: hw.HeadScores.from_core(core) for metric, core in made.items()} | {"lrp": lrp}
-    return {f"{metric}, {part}": scores[metric] for metric in METRICS}
+    rows = (range(len(texts)), range(0, len(texts), 2), range(1, len(texts), 2))
+    for part, own in zip(PARTS, rows, strict=True):
+        batches = list(texts.rows(own).in_order(32))
+        scores = hw.score_heads(model, batches, losses, ("entropy", "confidence", "hies"))
+        for absolute in ("per token", "per example", "per batch"):
+            scores[f"michel {absolute}"] = hw.score_heads(
+                model, batches, losses, absolute=absolute.replace(" ", "_")
+            )["michel"]
+        scores["lrp"] = hw.analysis.head_relevance(model, batches, logits).scores
+        found |= {f"{metric}, {part}": scores[metric] for metric in METRICS}
+    return found
 
 
 def compared(

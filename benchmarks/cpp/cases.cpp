@@ -194,19 +194,12 @@ json layer_case(const Options& options, const Layer& layer, int64_t heads) {
   for (const auto& [name, run] : contenders) ms[name] = to_json(times.milliseconds(name));
   json ratios{{"yardstick", to_json(ratio)}};
   if (!all) ratios[kDense] = to_json(times.ratio(kOurs, kDense));
-  const bool small = layer.shape.batch == 1 || layer.shape.length <= 32;
-  json goal;
-  if (layer.training)
-    goal = judge("training step over the layer with as many heads", 1.10, ratio.median);
-  else if (all)
-    goal = judge("forward of all heads over PyTorch's dense layer", 1.02, ratio.median);
-  else if (small)
-    goal = judge("forward over the layer with as many heads, one or short sequences", 1.15,
-                 ratio.median);
-  else
-    goal = judge("forward over the layer with as many heads", 1.05, ratio.median);
+  const auto& least = table().at("small");
+  const bool small = layer.shape.batch <= least.at("batch").get<int64_t>() ||
+                     layer.shape.length <= least.at("length").get<int64_t>();
+  const char* goal = layer.training ? "train" : all ? "dense" : small ? "small" : "layer";
   return {{"heads", heads},         {"error", error},  {"ms", ms},
-          {"yardstick", yardstick}, {"ratio", ratios}, {"goal", goal}};
+          {"yardstick", yardstick}, {"ratio", ratios}, {"goal", judge(goal, ratio.median)}};
 }
 
 }  // namespace
@@ -266,7 +259,7 @@ void gate_cases(const Options& options, const Shape& shape, at::ScalarType type,
             {kDense, to_json(times.milliseconds(kDense))}}},
           {"yardstick", kDense},
           {"ratio", {{"yardstick", to_json(ratio)}}},
-          {"goal", judge("gate over the dense layer", 0.02, ratio.median)}});
+          {"goal", judge("gate", ratio.median)}});
   }
 }
 
@@ -301,7 +294,7 @@ void entropy_case(const Options& options, const Shape& shape, at::ScalarType typ
           {kSdpa, to_json(times.milliseconds(kSdpa))}}},
         {"yardstick", kSdpa},
         {"ratio", {{"yardstick", to_json(ratio)}}},
-        {"goal", judge("attention_entropy over scaled_dot_product_attention", 1.5, ratio.median)}});
+        {"goal", judge("entropy", ratio.median)}});
 }
 
 }  // namespace bench

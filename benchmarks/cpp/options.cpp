@@ -6,6 +6,8 @@
 #include <functional>
 #include <map>
 
+#include "report.h"
+
 namespace bench {
 
 const char* const kUsage = R"(usage: headwise_bench WHAT... [options]
@@ -98,9 +100,11 @@ std::string Shape::text() const {
 
 Options parse(int count, char** words) {
   Options options;
-  // Short texts, BERT, long texts, images, one text, many very short texts, a large model.
-  options.shapes = {{16, 128, 384, 12}, {8, 128, 768, 12}, {4, 512, 768, 12},  {8, 197, 768, 12},
-                    {1, 128, 768, 12},  {32, 32, 384, 12}, {2, 2048, 1024, 16}};
+  for (const auto& shape : table().at("shapes")) {
+    const auto& s = shape.at("sizes");
+    options.shapes.push_back({s[0], s[1], s[2], s[3]});
+  }
+  options.fractions = table().at("fractions").get<std::vector<double>>();
   using Take = std::function<void(const std::string&)>;
   struct Rule {
     bool many;

@@ -21,7 +21,7 @@ struct Options {
   std::vector<Shape> shapes;
   std::vector<at::ScalarType> dtypes{at::kFloat, at::kBFloat16};
   std::vector<int> threads{1};
-  std::vector<double> fractions{0.25, 0.5, 0.75, 1.0};  ///< of the heads that run
+  std::vector<double> fractions;  ///< of the heads that run
   int rounds = 11;
   double most_seconds = 0;     ///< a case's rounds end after so long; 0: no limit
   bool process_clock = false;  ///< processor time of all threads instead of wall time

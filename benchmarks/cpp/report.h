@@ -13,8 +13,10 @@ namespace bench {
 const char* name_of(at::ScalarType type);
 
 nlohmann::json to_json(const Quartiles& quartiles);
-/// Whether `value` meets the goal.
-nlohmann::json judge(const std::string& goal, double limit, double value);
+/// The table of cases that the benchmarks share.
+const nlohmann::json& table();
+/// Whether `value` meets the goal of the table that is called so.
+nlohmann::json judge(const std::string& goal, double value);
 
 /// The machine, in words.
 nlohmann::json environment(const Options& options);

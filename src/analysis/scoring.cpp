@@ -9,6 +9,7 @@
 
 #include "analysis/probe_statistics.h"
 #include "headwise/instrument.h"
+#include "shown.h"
 
 namespace headwise {
 namespace {

@@ -2,6 +2,7 @@
 
 from headwise.analysis.ablation import Ablation, ablate_heads, keep_one_head
 from headwise.analysis.agreement import Agreement, score_agreement
+from headwise.analysis.bootstrap import MetricDifference, metric_difference
 from headwise.analysis.calibrate import calibrate_threshold
 from headwise.analysis.causal import CausalHeads, causal_heads
 from headwise.analysis.confidence import ConfidencePolicy, FittedPolicy, StagedPrediction
@@ -22,6 +23,7 @@ __all__ = [
     "HeadInteractions",
     "HeadRelevance",
     "HeadSimilarity",
+    "MetricDifference",
     "StagedPrediction",
     "ablate_heads",
     "calibrate_threshold",
@@ -30,5 +32,6 @@ __all__ = [
     "head_relevance",
     "head_similarity",
     "keep_one_head",
+    "metric_difference",
     "score_agreement",
 ]

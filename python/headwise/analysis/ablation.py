@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from headwise.convert.conversion import converted
-from headwise.io.journal import Journal
+from headwise.io.store import Store
 from headwise.nn.instrumenting import instrument, scaled_heads
 from headwise.nn.intervention import (
     LossFunction,
+    contents_of,
     example_losses,
-    fingerprint,
     with_progress,
 )
 from headwise.pruning.scores import HeadScores
@@ -177,8 +177,8 @@ class LossesByIntervention:
         loss_fn: LossFunction,
         journal: str | os.PathLike | None,
     ) -> None:
-        settings = {} if journal is None else fingerprint(model, batches)
-        self._journal = Journal(journal, search, settings)
+        settings = {} if journal is None else contents_of(model, batches)
+        self._journal = Store(journal, search, settings)
         self._path = journal
         self._measure = lambda: example_losses(model, batches, loss_fn)
 
@@ -191,7 +191,7 @@ class LossesByIntervention:
         before = torch.tensor(kept, dtype=torch.float64)
         if before.shape != losses.shape or not torch.allclose(before, losses, 1e-4, 1e-6):
             raise ValueError(
-                f"'{self._path}' is a journal of another loss: the whole model's losses differ; "
+                f"'{self._path}' is of another loss: the whole model's losses differ; "
                 "remove it or give another file"
             )
         return before

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from headwise.convert.conversion import converted
-from headwise.io.journal import Journal
+from headwise.io.store import Store
 from headwise.nn.instrumenting import instrument, scaled_heads
 from headwise.nn.intervention import (
     LossFunction,
     check_journal_loss,
-    fingerprint,
+    contents_of,
     with_progress,
 )
 from headwise.pruning.scores import HeadScores
@@ -127,9 +127,9 @@ def causal_heads(
     settings = {} if journal is None else {
         "strength": strength, "steps": steps, "seed": seed, "learning_rate": learning_rate,
         "limit": limit,
-        **fingerprint(model, batches),
+        **contents_of(model, batches),
     }  # fmt: skip
-    log = Journal(journal, "causal heads", settings)
+    log = Store(journal, "causal heads", settings)
     check_journal_loss(log, model, batches, loss_fn)
     with instrument(model) as opened, _frozen(model):
         scales = scaled_heads(opened)

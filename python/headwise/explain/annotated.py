@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from headwise.explain.texts import check_length
+from headwise.io.printable import printable, quoted
 
 #: (dependent, head, relation): positions of words in a sentence.
 Dependency = tuple[int, int, str]
@@ -57,10 +59,13 @@ class AnnotatedBatch:
         words: int64 ``[B, L]``, the word that each token is part of, ascending, -1 for none;
             None: every token that is not special is a word.
         dependencies: of each sequence; words as in ``words``.
-        alignment: for each sequence pairs of tokens, one on either side.
+        alignment: for each sequence pairs of tokens, one on either side; with ``target``, pairs of
+            a token here and one of the target.
         side: int64 ``[B, L]``: 1 or 2 for tokens of the two sides of an alignment, else 0.
         rows: int64 ``[B]``, the inputs' numbers in the data set, where batches do not keep its
             order.
+        target: the decoder's tokens, of an encoder-decoder (``inputs`` are those of this batch, and
+            give the model both); the fields above are then about the encoder's.
     """
 
     inputs: Any
@@ -72,6 +77,7 @@ class AnnotatedBatch:
     alignment: Sequence[Sequence[tuple[int, int]]] | None = None
     side: Tensor | None = None
     rows: Tensor | None = None
+    target: AnnotatedBatch | None = None
 
     def __post_init__(self) -> None:
         if self.valid.dim() != 2 or self.valid.dtype != torch.bool:
@@ -91,8 +97,22 @@ class AnnotatedBatch:
                 raise ValueError(
                     f"{name} must be one a sequence, {len(self.valid)}, got {len(value)}"
                 )
-        if (self.alignment is None) != (self.side is None):
+        if self.target is None and (self.alignment is None) != (self.side is None):
             raise ValueError("alignment and side must be given together")
+        if self.target is not None:
+            self._check_target(self.target)
+
+    def _check_target(self, target: AnnotatedBatch) -> None:
+        if len(target.valid) != len(self.valid):
+            raise ValueError(
+                f"target must have the {len(self.valid)} sequences of valid, "
+                f"got {len(target.valid)}"
+            )
+        if target.target is not None or target.alignment is not None or self.side is not None:
+            raise ValueError(
+                "target must have no target or alignment of its own, and side must not be given: "
+                "alignment joins a token of the batch and one of the target"
+            )
 
     @property
     def content(self) -> Tensor:
@@ -213,50 +233,72 @@ def _aligned_tokens(text: Input, encoded: _Encoded) -> list[tuple[int, int]]:
 
 
 def read_alignments(path: str | Path, limit: int | None = None) -> list[AlignedPair]:
-    """Aligned pairs of texts: a line each, ``a b c ||| x y z ||| 0-0 2-1``, words apart by spaces,
-    and the alignment in the form of the shared tasks on word alignment (Pharaoh): words of the
-    first and of the second text, from 0.
+    """Aligned pairs of texts: a line each, ``a b c ||| x y z ||| 0-0 2-1``.
+
+    Words are apart by spaces or tabs (a no-break space is part of a word). The alignment is in the
+    form of the shared tasks on word alignment (Pharaoh): words of the first and of the second text,
+    from 0.
 
     Raises:
         ValueError: the file is not UTF-8 or not of that form (by line), or has no pair.
         OSError: it cannot be read.
     """
-    path = Path(path)
+    where, lines = _lines(path)
     found: list[AlignedPair] = []
-    for number, line in enumerate(_lines(path), 1):
-        if not line.strip():
+    for number, line in lines:
+        if not line.strip(_BLANK):
             continue
-        fields = [field.split() for field in line.split("|||")]
+        fields = [_words(field) for field in line.split("|||")]
         if len(fields) != 3 or not fields[0] or not fields[1]:
             raise ValueError(
-                f"line {number} of {path} must have the form 'words ||| words ||| 0-0 1-1'"
+                f"line {number} of {where} must have the form 'words ||| words ||| 0-0 1-1'"
             )
         pairs = []
         for pair in fields[2]:
-            one, dash, other = pair.partition("-")
-            if not (dash and one.isdecimal() and other.isdecimal()):
-                raise ValueError(f"line {number} of {path} has the alignment {pair!r}, not 0-0")
-            if int(one) >= len(fields[0]) or int(other) >= len(fields[1]):
+            places = re.fullmatch(r"([0-9]{1,9})-([0-9]{1,9})", pair)
+            if places is None:
                 raise ValueError(
-                    f"line {number} of {path} aligns {pair}, but has {len(fields[0])} and "
+                    f"line {number} of {where} has the alignment {quoted(pair)}, not 0-0"
+                )
+            one, other = map(int, places.groups())
+            if one >= len(fields[0]) or other >= len(fields[1]):
+                raise ValueError(
+                    f"line {number} of {where} aligns {pair}, but has {len(fields[0])} and "
                     f"{len(fields[1])} words"
                 )
-            pairs.append((int(one), int(other)))
+            pairs.append((one, other))
         found.append(AlignedPair(tuple(fields[0]), tuple(fields[1]), tuple(pairs)))
         if limit is not None and len(found) >= limit:
             break
     if not found:
-        raise ValueError(f"{path} has no aligned pair")
+        raise ValueError(f"{where} has no aligned pair")
     if not any(pair.pairs for pair in found):
-        raise ValueError(f"{path} aligns no words: every line ends after the second |||")
+        raise ValueError(f"{where} aligns no words: every line ends after the second |||")
     return found
 
 
-def _lines(path: Path) -> list[str]:
+#: What separates words and makes a line blank. Other white space of Unicode (a no-break space, a
+#: form feed) is part of a word.
+_BLANK = " \t"
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in re.split(f"[{_BLANK}]+", text) if word]
+
+
+def _lines(path: str | Path) -> tuple[str, Iterator[tuple[int, str]]]:
+    """What errors call the file, and its lines by number, from 1.
+
+    Lines end in a line feed alone, or one after a carriage return: U+2028, U+0085 and form feeds,
+    at which ``str.splitlines`` splits too, may stand in a word.
+    """
+    where = printable(str(path), 300)
     try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
+        content = Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from None
+        raise ValueError(f"{where} is not UTF-8 text (byte {error.start})") from None
+    lines = (line.removesuffix("\r") for line in content.split("\n"))
+    return where, enumerate(lines, 1)
 
 
 def read_conllu(path: str | Path, limit: int | None = None) -> list[Sentence]:
@@ -268,8 +310,7 @@ def read_conllu(path: str | Path, limit: int | None = None) -> list[Sentence]:
         ValueError: the file is not UTF-8 or not CoNLL-U (by line), or has no sentence.
         OSError: it cannot be read.
     """
-    path = Path(path)
-    lines = _lines(path)
+    where, lines = _lines(path)
     sentences: list[Sentence] = []
     rows: list[tuple[str, int, str]] = []  # (form, head, relation)
 
@@ -277,33 +318,42 @@ def read_conllu(path: str | Path, limit: int | None = None) -> list[Sentence]:
         if rows:
             links = [(i, head - 1, kind) for i, (_, head, kind) in enumerate(rows) if head > 0]
             for dependent, head, _ in links:
-                if head >= len(rows):
+                if head >= len(rows) or head == dependent:
                     raise ValueError(
-                        f"{path}: word {dependent + 1} of sentence {len(sentences) + 1} has head "
-                        f"{head + 1}, but there are {len(rows)} words"
+                        f"{where}: word {dependent + 1} of sentence {len(sentences) + 1} has head "
+                        f"{head + 1}, which is "
+                        + ("itself" if head == dependent else f"none of its {len(rows)} words")
                     )
             sentences.append(Sentence(tuple(form for form, _, _ in rows), tuple(links)))
             rows.clear()
 
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
+    for number, line in lines:
+        if not line.strip(_BLANK):
             finish()
         elif not line.startswith("#"):
             fields = line.split("\t")
             if len(fields) != 10:
                 raise ValueError(
-                    f"line {number} of {path} is not CoNLL-U: it has {len(fields)} columns, not 10"
+                    f"line {number} of {where} is not CoNLL-U: it has {len(fields)} columns, not 10"
                 )
-            if not fields[0].isdecimal():  # 3-4 or 5.1
+            if re.fullmatch(r"[0-9]{1,9}[-.][0-9]{1,9}", fields[0]):  # 3-4 or 5.1
                 continue
-            if not fields[6].isdecimal() or int(fields[0]) != len(rows) + 1:
-                raise ValueError(f"line {number} of {path} is not CoNLL-U: ID or HEAD is no number")
+            if fields[0] != str(len(rows) + 1):
+                raise ValueError(
+                    f"line {number} of {where} is not CoNLL-U: its ID must be {len(rows) + 1}, "
+                    f"got {quoted(fields[0])}"
+                )
+            if re.fullmatch("[0-9]{1,9}", fields[6]) is None:
+                raise ValueError(
+                    f"line {number} of {where} is not CoNLL-U: its HEAD must be a number, "
+                    f"got {quoted(fields[6])}"
+                )
             rows.append((fields[1], int(fields[6]), fields[7]))
         if limit is not None and len(sentences) >= limit:
             return sentences
     finish()
     if not sentences:
-        raise ValueError(f"{path} has no sentence")
+        raise ValueError(f"{where} has no sentence")
     return sentences
 
 
@@ -318,7 +368,9 @@ def parse_with_spacy(texts: Sequence[str], model: str) -> list[Sentence]:
 
         pipeline = spacy.load(model)
     except (ImportError, OSError):
-        raise ValueError(f"spaCy and its pipeline {model!r} must be installed to parse") from None
+        raise ValueError(
+            f"spaCy and its pipeline {quoted(model)} must be installed to parse"
+        ) from None
     sentences = []
     for document in pipeline.pipe(texts):
         for part in document.sents:

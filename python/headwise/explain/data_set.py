@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from headwise._C import __version__
 from headwise.convert import convert
 from headwise.explain.annotated import (
     AlignedPair,
@@ -24,12 +23,13 @@ from headwise.explain.annotated import (
 from headwise.explain.faithfulness import forwards_of, measure_faithfulness
 from headwise.explain.noise import NOISES
 from headwise.explain.one_input import labels_of
-from headwise.explain.parts import Parts, Stages
-from headwise.explain.questions import Questionnaire
+from headwise.explain.progress import Stages
+from headwise.explain.recording import own_copy
+from headwise.explain.role_counts import count_roles, questions_for, to_device
 from headwise.explain.role_use import role_use
-from headwise.explain.roles import RoleThresholds, count_roles, score_roles, to_device
+from headwise.explain.roles import RoleThresholds, score_roles
 from headwise.explain.stand_in import joint_ablation as measure_joint_ablation
-from headwise.explain.texts import check_texts, longest
+from headwise.explain.texts import check_one_label, check_texts, longest
 from headwise.explain.use import (
     Use,
     chosen_heads,
@@ -38,11 +38,17 @@ from headwise.explain.use import (
     token_entropy,
     watching,
 )
+from headwise.io.fingerprint import fingerprint
+from headwise.io.printable import quoted
+from headwise.io.store import Store, file_in, locked
 from headwise.nn.batches import run_model
 from headwise.nn.instrumenting import evaluating
 from headwise.nn.layers import attention_layers
 
 _ops = torch.ops.headwise
+
+#: What unfinished work of this kind is called.
+WORK = "explanation-of-data"
 
 
 def explain_data(
@@ -101,8 +107,9 @@ def explain_data(
         permutations: of the tests.
         resamples: of the bootstrap.
         seed: of everything that is drawn.
-        folder: finished parts are kept here, and the same call goes on from them.
-        key: what, besides the arguments, decides the parts (the model's path, say).
+        folder: finished parts are kept here, and the same call goes on from them; those of another
+            model (its weights, gates and their settings), data or options are removed.
+        key: what, besides the arguments, decides the parts; JSON can hold it.
         progress: progress bars; None: where stderr is a terminal.
 
     Returns:
@@ -110,11 +117,13 @@ def explain_data(
 
     Raises:
         ValueError: fewer than two texts, labels that do not fit, both sentences and alignments, a
-            model without class scores, or an option out of range.
+            model without class scores or with several labels per text, or an option out of range.
+        RuntimeError: another run is using ``folder``.
     """
     if len(texts) < 2:
         raise ValueError(f"texts must be at least two, got {len(texts)}")
     check_texts("texts", texts)
+    check_one_label(getattr(model, "config", None))
     if labels is not None and len(labels) != len(texts):
         raise ValueError(f"labels must be one a text, {len(texts)}, got {len(labels)}")
     for name, value in (("batch_size", batch_size), ("max_length", max_length)):
@@ -127,27 +136,25 @@ def explain_data(
     for name, own in (("sentences", sentences), ("alignments", alignments)):
         if own is not None and len(own) < 2:
             raise ValueError(f"{name} must be at least two, one for each half, got {len(own)}")
-    if not attention_layers(model):
-        model = convert(copy.deepcopy(model))
+    model = own_copy(model) if attention_layers(model) else convert(copy.deepcopy(model))
+    others = {name: own_copy(other) for name, other in (others or {}).items()}
     thresholds = thresholds or RoleThresholds()
     encoding = {
         "batch_size": batch_size,
         "max_length": longest(getattr(model, "config", None), tokenizer, max_length),
     }
     annotated: Sequence[Input] = sentences or alignments or texts
-    content = json.dumps(
-        [list(texts), None if annotated is texts else list(annotated)], default=str
-    )
-    digest = hashlib.sha256(content.encode()).hexdigest()
-    parts_key = {**(key or {}), "data": digest, **encoding, "seed": seed}
-    root = None if folder is None else Path(folder)
+    parts_key = {**(key or {}), **encoding, "seed": seed, "version": __version__}
+    if folder is not None:
+        parts_key["data"] = fingerprint([list(texts), list(annotated)])
     faithful, ablated = texts[:faithfulness_texts], texts[:joint_ablation_texts]
-    passes = 1 + len(NOISES) + len(others or {}) + any(map(_draws, _gates_of(model)))
+    passes = 1 + len(NOISES) + len(others) + any(map(_draws, _gates_of(model)))
     stages = Stages(
         passes * len(texts) + 2 * len(annotated) + forwards_of() * len(faithful), progress
     )
-    study = _Study(model, tokenizer, encoding, root, parts_key, seed, stages)
-    with evaluating(model), torch.no_grad():
+    study = _Study(model, tokenizer, encoding, folder, parts_key, seed, stages)
+    with locked(folder), evaluating(model), torch.no_grad():
+        study.open()
         torch.manual_seed(seed)  # gates that draw at random
         use = study.use("use", texts, labels, model)
         number_of_classes = use.logits.size(1)
@@ -182,7 +189,7 @@ def explain_data(
             "roles": roles,
             "use": described,
             "role_use": role_use(roles, described, permutations, seed),
-            "stability": study.stability(texts, labels, use, others or {}, resamples),
+            "stability": study.stability(texts, labels, use, others, resamples),
             "faithfulness": study.faithfulness(faithful, resamples),
             "joint_ablation": None,
         }
@@ -200,7 +207,7 @@ class _Study:
         model: nn.Module,
         tokenizer: Any,
         encoding: dict[str, int],
-        root: Path | None,
+        folder: str | Path | None,
         key: dict[str, Any],
         seed: int,
         stages: Stages,
@@ -208,30 +215,23 @@ class _Study:
         self.model = model
         self.tokenizer = tokenizer
         self.encoding = encoding
-        self.root = root
+        self.folder = folder
         self.key = key
         self.seed = seed
         self.stages = stages
-        self._fingerprints: dict[int, float] = {}
+        self.store = Store(None, WORK, {})
         self.device = next(model.parameters()).device
 
     def batches(self, texts: Sequence[Input]) -> list[AnnotatedBatch]:
         return annotate_texts(texts, self.tokenizer, **self.encoding)
 
-    def folder(self, name: str) -> Path | None:
-        return None if self.root is None else self.root / name
+    def open(self) -> None:
+        """Goes on from what is kept in the folder of this model, data and settings."""
+        self.store = self._store(WORK, self.model, only=True)
 
-    def parts(self, name: str, model: nn.Module, **key: Any) -> Parts:
-        """Where the finished batches of a measurement are kept."""
-        if self.root is None:
-            return Parts()
-        return Parts(self.folder(name), {**self.key, "weights": self.fingerprint(model), **key})
-
-    def fingerprint(self, model: nn.Module) -> float:
-        """Of the weights, which no part of the study changes."""
-        if id(model) not in self._fingerprints:
-            self._fingerprints[id(model)] = _fingerprint(model)
-        return self._fingerprints[id(model)]
+    def _store(self, work: str, model: nn.Module, only: bool = False) -> Store:
+        key = {} if self.folder is None else {**self.key, "model": fingerprint(model)}
+        return Store.in_folder(self.folder, work, key, only=only)
 
     def inputs(self, texts: Sequence[str]) -> list[dict[str, Tensor]]:
         """Texts as batches on the model's device."""
@@ -242,12 +242,14 @@ class _Study:
     ) -> Use:
         """Which heads ran for each text, in the order of the texts."""
         batches = self.batches(texts)
-        parts = self.parts(name, model)
+        store = self.store
+        if model is not self.model:
+            store = self._store(f"{WORK}-{name}", model, only=True)
         sites: list[tuple[str, int, int]] = []
         found = []
         self.stages.begin(name)
         with evaluating(model), torch.no_grad():
-            for number_, batch in enumerate(batches):
+            for batch in batches:
 
                 def compute(batch=batch) -> dict[str, Tensor]:
                     with watching(model) as seen:
@@ -255,7 +257,7 @@ class _Study:
                     sites[:], chosen = chosen_heads(seen, model, len(batch.valid))
                     return {"chosen": chosen, "logits": logits}
 
-                found.append(parts.get(f"part-{number_:05d}", compute))
+                found.append(store.tensors(f"{name}/{fingerprint(batch)}", compute))
                 self.stages.done(len(batch.valid))
             if not sites:
                 with watching(model) as seen:
@@ -327,7 +329,7 @@ class _Study:
         resamples: int,
     ) -> dict[str, Any]:
         batches = self.batches(texts)
-        questions = Questionnaire(
+        questions = questions_for(
             batches, offsets=offsets, grid=grid, least_trials=thresholds.least_trials
         )
         self.stages.begin("roles")
@@ -335,15 +337,11 @@ class _Study:
             self.model,
             batches,
             questions,
-            folder=self.folder("roles"),
-            key=None if self.root is None else self._role_key(),
+            store=self.store,
             progress=False,
             done=lambda texts: self.stages.done(2 * texts),
         )
         return score_roles(counts, thresholds, seed=self.seed, resamples=resamples)
-
-    def _role_key(self) -> dict[str, Any]:
-        return {**self.key, "weights": self.fingerprint(self.model)}
 
     def stability(
         self,
@@ -368,7 +366,8 @@ class _Study:
             again = self.use(f"other-{place}", texts, labels, other)  # a name may be a path
             if again.chosen.shape != use.chosen.shape:
                 raise ValueError(
-                    f"others must have the heads of model, {use.chosen.size(1)}, but {name!r} has "
+                    f"others must have the heads of model, {use.chosen.size(1)}, but "
+                    f"{quoted(name)} has "
                     f"{again.chosen.size(1)}"
                 )
             rows.append(_compared("model", name, use, again, resamples, self.seed))
@@ -384,7 +383,7 @@ class _Study:
             run_model,
             resamples=resamples,
             seed=self.seed,
-            parts=self.parts("faithfulness", self.model, texts=len(texts)),
+            store=self.store,
             done=lambda forwards: self.stages.done(forwards * next(rows)),
         )
 
@@ -392,9 +391,9 @@ class _Study:
         self, texts: Sequence[str], pairs: int, progress: bool | None
     ) -> dict[str, Any] | None:
         journal = None
-        if self.root is not None:
-            self.parts("joint-ablation", self.model, texts=len(texts))
-            journal = self.folder("joint-ablation") / "ablations.jsonl"
+        if self.folder is not None:
+            key = {**self.key, "model": fingerprint(self.model), "texts": len(texts)}
+            journal = file_in(self.folder, "joint-ablation", key, only=True)
         return measure_joint_ablation(
             self.model,
             self.inputs(texts),
@@ -437,10 +436,3 @@ def _gates_of(model: nn.Module) -> list[Any]:
 
 def _draws(gate: Any) -> bool:
     return gate is not None and bool(getattr(gate, "per_input", False))
-
-
-def _fingerprint(model: nn.Module) -> float:
-    """A number that another model is unlikely to have."""
-    # Summed in float64 as they are: a copy of the embeddings in float64 would be the report's peak.
-    tensors = [*model.parameters(), *model.buffers()]
-    return float(sum(tensor.detach().sum(dtype=torch.float64) for tensor in tensors))

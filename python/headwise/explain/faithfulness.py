@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headwise.explain.parts import Parts
 from headwise.explain.recording import holding, recording
 from headwise.explain.use import number
+from headwise.io.fingerprint import fingerprint
+from headwise.io.store import Store
 from headwise.nn.intervention import ForwardFunction
 
 _ops = torch.ops.headwise
@@ -53,7 +54,7 @@ def measure_faithfulness(
     orders: int = 3,
     resamples: int = 1000,
     seed: int = 0,
-    parts: Parts | None = None,
+    store: Store | None = None,
     done: Callable[[int], None] = lambda runs: None,
 ) -> dict[str, Any] | None:
     """Removes the heads that ran, least relevant first, and in random orders for comparison.
@@ -71,13 +72,13 @@ def measure_faithfulness(
         orders: random orders, averaged.
         resamples: of the bootstrap.
         seed: of the random orders and of the bootstrap.
-        parts: keeps the curves of finished batches.
+        store: keeps the curves of finished batches.
         done: is told, batch by batch, how many forwards it took (:func:`forwards_of`).
 
     Returns:
         A part of the document ``headwise.use``; None for a model whose gates give no relevance.
     """
-    parts = parts or Parts()
+    store = Store(None, "faithfulness", {}) if store is None else store
     found = []
     for number_, inputs in enumerate(batches):
 
@@ -86,7 +87,11 @@ def measure_faithfulness(
             generator = torch.Generator().manual_seed(seed + 7919 * number_)
             return _batch_curves(model, inputs, forward_fn, points, orders, generator)
 
-        found.append(parts.get(f"curves-{number_:05d}", compute))
+        found.append(
+            store.tensors(
+                f"curves/{points}/{orders}/{seed}/{number_}/{fingerprint(inputs)}", compute
+            )
+        )
         if not found[-1]["stated"].numel():
             return None
         done(forwards_of(points, orders))

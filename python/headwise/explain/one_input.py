@@ -14,8 +14,16 @@ from torch import Tensor, nn
 from headwise import _C
 from headwise.convert import convert
 from headwise.explain.document import Explanation
-from headwise.explain.recording import gate_description, holding, recording
-from headwise.explain.texts import encode_texts, names_of_tokens, tokens_cut, tokens_unknown
+from headwise.explain.recording import gate_description, holding, own_copy, recording
+from headwise.explain.texts import (
+    check_one_label,
+    encode_texts,
+    gives_one_label,
+    names_of_tokens,
+    tokens_cut,
+    tokens_unknown,
+)
+from headwise.io.printable import quoted
 from headwise.nn.batches import run_model, take_rows
 from headwise.nn.instrumenting import evaluating
 from headwise.nn.intervention import ForwardFunction
@@ -51,8 +59,9 @@ def explain(
     budget that a network predicts, integrated gradients over the tokens. docs/interpretability.md
     has the schema and says what each number means.
 
-    The model runs in evaluation mode and is afterwards as it was. One that has not been converted
-    is explained through a converted copy: all its heads run, and the effect of each is measured.
+    What runs, in evaluation mode, is a copy of the model that shares its parameters: other threads
+    may use the model meanwhile, but not change its parameters. One that has not been converted is
+    explained through a converted copy: all its heads run, and the effect of each is measured.
 
     Args:
         model: a converted or convertible model.
@@ -61,8 +70,8 @@ def explain(
             text or a list of texts.
         tokenizer: a tokenizer of transformers, for ``inputs`` that are texts and for the names of
             tokens.
-        forward_fn: ``(model, inputs) -> class scores [B, C]``; default: the model's output, or its
-            ``logits``.
+        forward_fn: ``(model, inputs) -> class scores [B, C]`` of the model that it is given;
+            default: the model's output, or its ``logits``.
         take: ``(inputs, rows) -> inputs`` of the rows int64 ``[N]``, which may repeat; default:
             rows of the first dimension of every tensor.
         tokens: the tokens of each input, padding left out; default: the tokenizer's.
@@ -70,7 +79,7 @@ def explain(
         roles: the document of :func:`headwise.head_roles` for this model: each head's roles are
             then told too.
         effects: measure the effects: one row of the model for each head and input. Default: where
-            the model gives class scores.
+            the model gives class scores of which one is right.
         maps: attention maps of ``"all"`` heads, of ``"none"``, or of these (site, head) pairs.
         pairs: strongest token pairs to list for each head.
         steps: nodes of the quadrature of integrated gradients.
@@ -89,9 +98,8 @@ def explain(
     if batch_size <= 0:
         raise ValueError(f"batch_size must be positive, got {batch_size}")
     if isinstance(maps, str) and maps not in ("all", "none"):
-        raise ValueError(f"maps must be 'all', 'none' or (site, head) pairs, got {maps!r}")
-    if not attention_layers(model):
-        model = convert(copy.deepcopy(model))
+        raise ValueError(f"maps must be 'all', 'none' or (site, head) pairs, got {quoted(maps)}")
+    model = own_copy(model) if attention_layers(model) else convert(copy.deepcopy(model))
     texts: list[str] = []
     if isinstance(inputs, str) or (
         isinstance(inputs, list | tuple) and inputs and isinstance(inputs[0], str)
@@ -137,6 +145,10 @@ def explain(
             raise ValueError("model must call its attention layers: forward_fn called none")
         core.set_inputs(texts, [list(row) for row in tokens or ()])
         has_classes = isinstance(logits, Tensor) and logits.dim() == 2 and logits.size(1) >= 2
+        if effects:
+            check_one_label(getattr(model, "config", None))
+        # Of several labels a text there is no one prediction.
+        has_classes = has_classes and gives_one_label(getattr(model, "config", None))
         if has_classes and logits.size(0) == core.num_inputs:
             core.set_prediction(logits.float(), list(labels or labels_of(model, logits.size(1))))
             banked = any(
@@ -176,7 +188,8 @@ def _add_roles(document: dict[str, Any], roles: Mapping[str, Any]) -> None:
         roles = roles["roles"]
     if roles.get("format") != "headwise.roles":
         raise ValueError(
-            f"roles must be a document of format 'headwise.roles', got {roles.get('format')!r}"
+            "roles must be a document of format 'headwise.roles', got "
+            f"{quoted(roles.get('format'))}"
         )
     for entry in document["inputs"]:
         shapes = [(layer["name"], layer["call"], layer["num_heads"]) for layer in entry["layers"]]

@@ -103,7 +103,7 @@ class Questionnaire:
         for relation in sorted(r for r, count in seen.items() if count >= least_trials):
             self._ask("syntactic", f"{relation}: dependent to head")
             self._ask("syntactic", f"{relation}: head to dependent")
-        if any(batch.alignment is not None for batch in batches):
+        if any(batch.alignment is not None and batch.target is None for batch in batches):
             self._ask("alignment", "1 to 2")
             self._ask("alignment", "2 to 1")
         self._number = {question: i for i, question in enumerate(self.questions)}
@@ -226,7 +226,7 @@ class Questionnaire:
         return trials
 
     def _alignment(self, batch: AnnotatedBatch, position: Tensor) -> list[Trials]:
-        if batch.alignment is None:
+        if batch.alignment is None or batch.target is not None:
             return []
         found = []
         for side, other in ((1, 2), (2, 1)):
@@ -246,6 +246,33 @@ class Questionnaire:
         return found
 
 
+class CrossQuestions:
+    """What is asked of cross-attention: does a token of the target look at the one it is aligned
+    with?"""
+
+    grid = None
+
+    def __init__(self, batches: Sequence[AnnotatedBatch]):
+        asked = any(batch.alignment is not None for batch in batches)
+        self.questions = [Question("alignment", "target to source")] if asked else []
+
+    def trials(self, batch: AnnotatedBatch) -> list[Trials]:
+        """What to ask of ``batch``."""
+        if batch.alignment is None:
+            return []
+        position = torch.arange(batch.valid.size(1)).expand_as(batch.valid)  # [B, S]
+        trials = Trials("content", position)
+        for b, pairs in enumerate(batch.alignment):
+            for source, target in pairs:
+                if not (batch.content[b, source] and batch.target.content[b, target]):
+                    raise ValueError(
+                        "alignment must join tokens that are neither padding nor special, got "
+                        f"{(source, target)} in sequence {b}"
+                    )
+                trials.rows.append(torch.tensor([[b, 0, target, source]]))
+        return [trials]
+
+
 def excluded_keys(batch: AnnotatedBatch, looks: str) -> Tensor | None:
     """bool ``[B, L]``: keys that are not looked for, where ``looks`` is as in :class:`Trials`."""
     if looks == "all":
@@ -255,14 +282,15 @@ def excluded_keys(batch: AnnotatedBatch, looks: str) -> Tensor | None:
     return batch.side != int(looks)
 
 
-def fixed_offset_peaks(batch: AnnotatedBatch) -> Tensor:
+def fixed_offset_peaks(queries: AnnotatedBatch, keys: AnnotatedBatch | None = None) -> Tensor:
     """Where heads would look that always look a fixed number of words away: int32 ``[B, 2 R, L]``,
-    -1 where there is no word."""
-    word_of = batch.word_of
+    -1 where there is no word. ``keys``: where they look; default: at the queries themselves."""
+    word_of = queries.word_of
+    words = word_of if keys is None else keys.word_of
     offsets = torch.tensor([o for o in range(-BASELINE_REACH, BASELINE_REACH + 1) if o])
     peaks = torch.full((len(word_of), len(offsets), word_of.size(1)), -1, dtype=torch.int32)
     for b, row in enumerate(word_of):
-        first = first_tokens(row)
+        first = first_tokens(words[b])
         table = torch.full((max(first, default=-1) + 2 + 2 * BASELINE_REACH,), -1)
         for word, token in first.items():
             table[word + BASELINE_REACH] = token

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
 
@@ -16,6 +17,20 @@ from headwise.nn.instrumenting import instrument
 
 #: Receives (layer's name, layer, selection or None, the gate's input x [B, L, D] or None, probe).
 Receiver = Callable[[str, AttentionLayer, Selection | None, Tensor | None, AttentionProbe], None]
+
+
+def own_copy(model: nn.Module) -> nn.Module:
+    """A copy of the tree of modules with the same parameters and buffers, not copies of them.
+
+    Whoever explains attaches recorders and gates that hold what was decided, and switches to
+    evaluation mode: to a copy, so that another thread that runs the model meanwhile sees nothing of
+    it. A model that cannot be copied is returned itself.
+    """
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    try:
+        return copy.deepcopy(model, shared)
+    except Exception:  # a module may hold anything: a lock, a socket, a generator
+        return model
 
 
 @contextlib.contextmanager

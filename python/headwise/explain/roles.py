@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from headwise._C import __version__
 from headwise.convert import convert
 from headwise.explain.annotated import AnnotatedBatch
-from headwise.explain.parts import Parts, with_progress
-from headwise.explain.questions import Question, Questionnaire, excluded_keys, fixed_offset_peaks
-from headwise.explain.recording import recording
+from headwise.explain.questions import Question
+from headwise.explain.recording import own_copy
+from headwise.explain.role_counts import RoleCounts, asked, count_roles, questions_for
 from headwise.explain.use import number
-from headwise.nn.batches import run_model
-from headwise.nn.instrumenting import evaluating
+from headwise.io.fingerprint import fingerprint
+from headwise.io.store import Store, locked
 from headwise.nn.intervention import ForwardFunction
 from headwise.nn.layers import attention_layers
 
@@ -104,6 +105,10 @@ def head_roles(
     and separators, which heads fall back on, it is the mean of the other heads. A head may have
     several roles, or none. All heads are looked at, whether or not a gate would run them.
 
+    Of an encoder-decoder, whose batches have a ``target``, the encoder's self-attention is asked
+    about the tokens of the batch, the decoder's about those of the target, and cross-attention
+    whether a target token looks at the token that it is aligned with.
+
     No attention map is kept: memory is O(B L) a batch.
 
     Args:
@@ -112,10 +117,12 @@ def head_roles(
         thresholds: when a head has a role.
         offsets: token offsets to ask about, up to this far.
         grid: (rows, columns) of images: asks about 2-D offsets too.
-        forward_fn: ``(model, inputs)`` runs the model; its result is not used.
+        forward_fn: ``(model, inputs)`` runs the model that it is given; its result is not used.
         seed: of the halves and of the bootstrap.
         resamples: of the bootstrap.
-        folder: keeps finished batches here; the same call goes on from them.
+        folder: keeps finished batches here; the same call goes on from them. What is there of
+            another model, other batches or other questions is removed; ``forward_fn`` must be the
+            same.
         progress: a progress bar; None: where stderr is a terminal.
 
     Returns:
@@ -123,185 +130,53 @@ def head_roles(
 
     Raises:
         ValueError: no batches, fewer than two inputs, or options out of range.
+        RuntimeError: another run is using ``folder``.
     """
     thresholds = thresholds or RoleThresholds()
     batches = list(batches)
     if sum(len(batch.valid) for batch in batches) < 2:
         raise ValueError("batches must hold at least two inputs: one for each half")
-    questionnaire = Questionnaire(
+    questions = questions_for(
         batches, offsets=offsets, grid=grid, least_trials=thresholds.least_trials
     )
-    counts = count_roles(
-        model, batches, questionnaire, forward_fn=forward_fn, folder=folder, progress=progress
-    )
+    model = own_copy(model) if attention_layers(model) else convert(copy.deepcopy(model))
+    with locked(folder):
+        key = {} if folder is None else {
+            "model": fingerprint(model), "data": fingerprint(batches),
+            "questions": asked(questions), "version": __version__,
+        }  # fmt: skip
+        counts = count_roles(
+            model,
+            batches,
+            questions,
+            forward_fn=forward_fn,
+            store=Store.in_folder(folder, "head-roles", key, only=True),
+            progress=progress,
+        )
     return score_roles(counts, thresholds, seed=seed, resamples=resamples)
 
 
-@dataclass(frozen=True)
-class RoleCounts:
-    """Answers to the questions.
-
-    Attributes:
-        questions: F of them.
-        sites: (name of the layer, number of its call, number of heads) of each site.
-        hits: int32 ``[N, M, F]``, M heads of all sites together.
-        trials: int32 ``[N, F]``.
-        baseline: int32 ``[N, O, F]``: hits of heads that always look at a fixed offset.
-        entropy: float32 ``[N, M]``, mean entropy of attention over the largest possible.
-    """
-
-    questions: list[Question]
-    sites: list[tuple[str, int, int]]
-    hits: Tensor
-    trials: Tensor
-    baseline: Tensor
-    entropy: Tensor
-
-
-class _Counter:
-    """Receives the layers of one batch and answers its questions."""
-
-    def __init__(self, questionnaire: Questionnaire, batch: AnnotatedBatch):
-        self.batch = batch
-        self.questions = len(questionnaire.questions)
-        self.trials = questionnaire.trials(batch)
-        self.sites: list[tuple[str, int, int]] = []
-        self.hits: list[Tensor] = []  # int32 [B, H, F] each
-        self.entropy: list[Tensor] = []  # [B, H] each
-        self._calls: dict[str, int] = {}
-
-    def __call__(self, name, layer, selection, x, probe) -> None:
-        length = self.batch.valid.size(1)
-        if probe.q.size(2) != length or probe.k.size(2) - layer._added_keys != length:
-            raise ValueError(
-                f"layer '{name}' attends {probe.k.size(2)} keys with {probe.q.size(2)} queries; "
-                f"roles need self-attention over the {length} tokens of valid"
-            )
-        call = self._calls.get(name, 0)
-        self._calls[name] = call + 1
-        self.sites.append((name, call, layer.num_heads))
-        q, k = probe.q, probe.k[:, :, :length]
-        masks = (probe.key_padding_mask, probe.attn_mask, probe.is_causal)
-        peaks = {}
-        for looks in dict.fromkeys(trials.looks for trials in self.trials):
-            excluded = excluded_keys(self.batch, looks)
-            excluded = None if excluded is None else excluded.to(q.device)
-            peaks[looks] = _ops.attention_peaks(q, k, *masks, excluded)[0].cpu()  # [B, H, L]
-        self.hits.append(self._answer(peaks))
-        padding = ~self.batch.valid.to(q.device)
-        entropy, _ = _ops.attention_statistics(q, k, masks[0], padding, masks[1], masks[2])
-        self.entropy.append(entropy.float().cpu())
-
-    def _answer(self, peaks: dict[str, Tensor]) -> Tensor:
-        found = None
-        for trials in self.trials:
-            rows, group = trials.tensor(), trials.group
-            hits, _ = _ops.peak_hits(
-                peaks[trials.looks], rows, group, self.questions, trials.others_only
-            )
-            found = hits if found is None else found + hits
-        return found
-
-    def result(self) -> dict[str, Tensor]:
-        fixed = fixed_offset_peaks(self.batch)  # [B, O, L]
-        baseline = self._answer({trials.looks: fixed for trials in self.trials})
-        asked = sum(
-            _ops.peak_hits(fixed, t.tensor(), t.group, self.questions)[1] for t in self.trials
-        )
-        return {
-            "hits": torch.cat(self.hits, 1),
-            "trials": asked,
-            "baseline": baseline.contiguous(),
-            "entropy": torch.cat(self.entropy, 1),
-        }
-
-
-def count_roles(
-    model: nn.Module,
-    batches: Sequence[AnnotatedBatch],
-    questionnaire: Questionnaire,
-    *,
-    forward_fn: ForwardFunction | None = None,
-    folder: str | Path | None = None,
-    key: dict[str, Any] | None = None,
-    progress: bool | None = None,
-    done: Callable[[int], None] = lambda inputs: None,
-) -> RoleCounts:
-    """Runs the model on ``batches`` and answers the questions for every head.
-
-    Args:
-        key: what decides the result besides the questions; parts in ``folder`` of another key are
-            not used.
-        done: is told, batch by batch, how many inputs are through.
-    """
-    forward_fn = forward_fn or run_model
-    if not attention_layers(model):
-        model = convert(copy.deepcopy(model))
-    questions = [(q.role, q.detail) for q in questionnaire.questions]
-    sizes = [list(batch.valid.shape) for batch in batches]
-    parts = Parts(
-        None if folder is None else Path(folder),
-        {"questions": questions, "batches": sizes, "key": key},
-    )
-    sites: list[tuple[str, int, int]] = []
-    found: list[dict[str, Tensor]] = []
-    device = next(model.parameters()).device
-    with evaluating(model), torch.no_grad():
-        steps = with_progress(enumerate(batches), len(batches), "roles", "batch", progress)
-        for place, batch in steps:
-
-            def compute(batch=batch) -> dict[str, Tensor]:
-                counter = _Counter(questionnaire, batch)
-                with recording(model, counter):
-                    forward_fn(model, to_device(batch.inputs, device))
-                if not counter.sites:
-                    raise ValueError("model must call its attention layers: forward_fn called none")
-                sites[:] = counter.sites
-                return counter.result()
-
-            found.append(parts.get(f"roles-{place:05d}", compute))
-            done(len(batch.valid))
-        if not sites:  # everything had been computed before
-            counter = _Counter(questionnaire, batches[0])
-            with recording(model, counter):
-                forward_fn(model, to_device(batches[0].inputs, device))
-            sites = counter.sites
-    joined = {name: torch.cat([part[name] for part in found]) for name in found[0]}
-    return RoleCounts(list(questionnaire.questions), sites, **joined)
-
-
 def score_roles(
-    counts: RoleCounts, thresholds: RoleThresholds, *, seed: int = 0, resamples: int = 1000
+    counts: Sequence[RoleCounts],
+    thresholds: RoleThresholds,
+    *,
+    seed: int = 0,
+    resamples: int = 1000,
 ) -> dict[str, Any]:
     """The roles that the counts speak for, as a document."""
     generator = torch.Generator().manual_seed(seed)
-    inputs = len(counts.trials)
+    inputs = len(counts[0].trials)
     order = torch.randperm(inputs, generator=generator)
     choosing, scoring = order[: inputs // 2], order[inputs // 2 :]
-    first = _Half(counts, choosing)
-    second = _Half(counts, scoring)
-    labels = _label(counts, thresholds, first, second)
-    _add_intervals(labels, counts, scoring, resamples, seed)
-    _add_entropy_roles(labels, counts, thresholds, choosing, scoring, resamples, seed)
-    layers, start = [], 0
-    for site, (name, call, heads) in enumerate(counts.sites):
-        layers.append(
-            {
-                "site": site,
-                "name": name,
-                "call": call,
-                "num_heads": heads,
-                "heads": [
-                    {
-                        "head": head,
-                        "entropy": number(counts.entropy[:, start + head].mean().item()),
-                        "roles": [_public(label) for label in labels[start + head]],
-                    }
-                    for head in range(heads)
-                ],
-            }
-        )
-        start += heads
+    layers: list[dict[str, Any]] = []
+    questions: list[dict[str, Any]] = []
+    for own in counts:
+        first, second = _Half(own, choosing), _Half(own, scoring)
+        labels = _label(own, thresholds, first, second)
+        _add_intervals(labels, own, scoring, resamples, seed)
+        _add_entropy_roles(labels, own, thresholds, choosing, scoring, resamples, seed)
+        layers += _layers(own, labels)
+        questions += _question_table(own, first, second)
     return {
         "format": "headwise.roles",
         "version": 1,
@@ -310,9 +185,33 @@ def score_roles(
         "seed": seed,
         "resamples": resamples,
         "thresholds": asdict(thresholds),
-        "questions": _question_table(counts, first, second),
-        "layers": layers,
+        "questions": questions,
+        "layers": sorted(layers, key=lambda layer: layer["site"]),
     }
+
+
+def _layers(counts: RoleCounts, labels: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    layers, start = [], 0
+    for site in counts.sites:
+        layers.append(
+            {
+                "site": site.place,
+                "name": site.name,
+                "call": site.call,
+                "attention": counts.kind,
+                "num_heads": site.heads,
+                "heads": [
+                    {
+                        "head": head,
+                        "entropy": number(counts.entropy[:, start + head].mean().item()),
+                        "roles": [_public(label) for label in labels[start + head]],
+                    }
+                    for head in range(site.heads)
+                ],
+            }
+        )
+        start += site.heads
+    return layers
 
 
 class _Half:
@@ -422,7 +321,7 @@ def _add_entropy_roles(
 def _question_table(counts: RoleCounts, first: _Half, second: _Half) -> list[dict[str, Any]]:
     """For each question the head that answers it best: chosen in the first half."""
     rows = []
-    sites = [(site, h) for site, (_, _, heads) in enumerate(counts.sites) for h in range(heads)]
+    sites = [(site.place, head) for site in counts.sites for head in range(site.heads)]
     for column, question in enumerate(counts.questions):
         if min(first.trials[column], second.trials[column]) < 1 or not sites:
             continue
@@ -432,6 +331,7 @@ def _question_table(counts: RoleCounts, first: _Half, second: _Half) -> list[dic
             {
                 "role": question.role,
                 "detail": question.detail,
+                "attention": counts.kind,
                 "trials": int(second.trials[column]),
                 "best": {
                     "site": sites[head][0],
@@ -450,13 +350,3 @@ def _public(label: dict[str, Any]) -> dict[str, Any]:
         for key, value in label.items()
         if not key.startswith("_")
     }
-
-
-def to_device(inputs: Any, device: torch.device) -> Any:
-    if isinstance(inputs, Tensor):
-        return inputs.to(device)
-    if isinstance(inputs, dict):
-        return {name: to_device(value, device) for name, value in inputs.items()}
-    if isinstance(inputs, list | tuple):
-        return type(inputs)(to_device(value, device) for value in inputs)
-    return inputs

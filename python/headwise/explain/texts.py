@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from headwise.io.printable import quoted
+
 
 def check_texts(name: str, texts: Sequence[str]) -> None:
     """Refuses what no tokenizer takes.
@@ -27,6 +29,31 @@ def check_texts(name: str, texts: Sequence[str]) -> None:
                 f"{name} must be texts that UTF-8 can hold, got half a surrogate pair at character "
                 f"{error.start} of text {position}"
             ) from None
+
+
+def gives_one_label(config: Any) -> bool:
+    """Whether a classifier of this configuration (or None) gives each text one class."""
+    kind = getattr(config, "problem_type", None)
+    known = kind in ("multi_label_classification", "regression")
+    return not known and getattr(config, "num_labels", None) != 1
+
+
+def check_one_label(config: Any) -> None:
+    """Refuses a classifier that gives a text several labels or a number: log-probabilities and the
+    cross entropy of one class say nothing of it.
+
+    Args:
+        config: a model's configuration, or None.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if not gives_one_label(config):
+        kind, count = getattr(config, "problem_type", None), getattr(config, "num_labels", None)
+        raise ValueError(
+            "model must give each text one class, but its configuration says "
+            f"problem_type={quoted(kind)} with num_labels={count}"
+        )
 
 
 def check_length(tokenizer: Any, max_length: int, *, pair: bool = False) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from headwise._C import LayerPlan
 from headwise.gates.base import Gate
-from headwise.gates.options import choice
+from headwise.gates.options import quoted
 from headwise.gates.scope import ScopedGate
 from headwise.gates.selection import Selection
 
@@ -126,14 +126,15 @@ class BankGate(ScopedGate, Gate):
         if not features or len(set(features)) != len(features):
             raise ValueError(f"features must be some of {', '.join(FEATURES)}, got {features!r}")
         for feature in features:
-            choice(*FEATURES)("features", feature)
+            if feature not in FEATURES:
+                raise ValueError(
+                    f"features must be one of {', '.join(FEATURES)}, got {quoted(feature)}"
+                )
         if len(names) != len(plans):
             raise ValueError(f"names must be as many as plans ({len(plans)}), got {len(names)}")
         options = {"plans": plans, "at": at, "features": features, "names": names}
-        self.plans, self.at, self.features, self.names = plans, at, tuple(features), tuple(names)
         super().__init__(
-            options,
-            execution="selected",
+            options | {"execution": "selected"},
             embed_dim=embed_dim,
             num_heads=num_heads,
             device=device,

@@ -1,10 +1,10 @@
-"""Files: safetensors, atomic writing, and the journals of work that goes on after a break."""
+"""Files: safetensors, writing whole or not at all, unfinished work, and what may be shown."""
 
-from headwise.io.journal import Journal
 from headwise.io.safetensors_files import (
     load_safetensors,
     read_safetensors_metadata,
     save_safetensors,
 )
+from headwise.io.store import Store
 
-__all__ = ["Journal", "load_safetensors", "read_safetensors_metadata", "save_safetensors"]
+__all__ = ["Store", "load_safetensors", "read_safetensors_metadata", "save_safetensors"]

@@ -64,6 +64,7 @@ class AttentionProbe(NamedTuple):
     attn_mask: Tensor | None  # [L, S] or broadcastable to [B, H, L, S]
     is_causal: bool
     query_padding_mask: Tensor | None  # [B, L]; None where nothing says which queries are padding
+    self_attention: bool  # keys are those of the queries' own sequence
 
 
 class AttentionLayer(abc.ABC):

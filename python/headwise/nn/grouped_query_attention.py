@@ -569,7 +569,7 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
         """Hands the probe what every head computed."""
         k, v = self._for_each_head(k), self._for_each_head(v)
         q = q * (self.scale * math.sqrt(self.head_dim))  # what the default scale makes the scores
-        self._probe(self, AttentionProbe(q, k, v, context, weight, *masks, padding))
+        self._probe(self, AttentionProbe(q, k, v, context, weight, *masks, padding, True))
 
     def _weights(self, q: Tensor, k: Tensor, selection: Selection | None, masks: Masks) -> Tensor:
         """[B, H, L, S], zeros for the heads that did not run."""

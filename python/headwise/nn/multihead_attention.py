@@ -416,6 +416,7 @@ class MultiheadAttention(AttentionLayer, nn.MultiheadAttention):
                 inputs.attn_mask,
                 inputs.is_causal,
                 inputs.key_padding_mask if inputs.query_is_key else None,
+                inputs.query_is_key,
             )
             self._probe(self, probe)
         if selection is not None and self.gate.projects:

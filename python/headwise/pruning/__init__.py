@@ -1,7 +1,7 @@
 """Scores of heads, plans of what stays, and pruning models by them."""
 
 from headwise.pruning.alpha import AlphaSearch, select_alpha
-from headwise.pruning.apply import mask, plan_from_gates, prune, unmask
+from headwise.pruning.apply import mask, plan_from_gates, plan_from_use, prune, unmask
 from headwise.pruning.bank import Bank, PlanChoice, fit_bank, following, plan_choices
 from headwise.pruning.measured_headroom import Headroom, HeadroomRow, headroom
 from headwise.pruning.path import pruning_path
@@ -53,6 +53,7 @@ __all__ = [
     "plan",
     "plan_choices",
     "plan_from_gates",
+    "plan_from_use",
     "prune",
     "pruning_path",
     "repair",

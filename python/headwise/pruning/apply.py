@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from headwise.gates import FixedGate
+from headwise.nn.attention_layer import AttentionLayer
+from headwise.nn.instrumenting import evaluating
 from headwise.nn.layers import attention_layers, carry_hooks, replace_module
 from headwise.nn.proof import Proof, bare, kind_of, layer_outputs, unchanged_on_error
-from headwise.pruning.plans import HeadPlan, LayerPlan
+from headwise.pruning.plans import HeadPlan, LayerPlan, plan
 from headwise.pruning.reconstruction import repair as repair_model
+from headwise.pruning.scores import HeadScores
 from headwise.pruning.structured.compaction import check_plan, compact
 from headwise.pruning.structured.description import structure
 from headwise.pruning.structured.masks import StructureGate, StructureMasks, attach, detach
 from headwise.pruning.structured.plan import StructurePlan
 
-__all__ = ["mask", "plan_from_gates", "prune", "unmask"]
+__all__ = ["mask", "plan_from_gates", "plan_from_use", "prune", "unmask"]
+
+#: Metric of the plans of :func:`plan_from_use`, which stand for gates that choose for each input.
+USE = "use"
 
 
 def prune(
@@ -47,7 +55,8 @@ def prune(
     Args:
         model: a converted model. The gates of the layers that are pruned must choose the same heads
             for every input (:class:`~headwise.FixedGate`, a trained static
-            :class:`~headwise.HardConcreteGate`); the plan replaces them, as in :func:`mask`.
+            :class:`~headwise.HardConcreteGate`), or the plan must be of what they were seen to
+            choose (:func:`plan_from_use`); the plan replaces them, as in :func:`mask`.
         plan: which heads of which layer stay, by the names of :func:`headwise.attention_layers`.
             None: what the model's gates choose (:func:`plan_from_gates`), so that trained static
             gates are compacted in one call.
@@ -77,10 +86,13 @@ def prune(
     plan = plan_from_gates(model) if plan is None else plan
     _check(model, plan)
     for name, layer in attention_layers(model).items():
-        if name in _names(plan) and layer.gate is not None and layer.gate.static_weight() is None:
+        if plan.metric == USE or name not in _names(plan) or layer.gate is None:
+            continue
+        if layer.gate.static_weight() is None:
             raise ValueError(
                 f"layer '{name}' has a {type(layer.gate).__name__}, which chooses among the heads "
-                f"it was trained with: take it out first (layer.set_gate(None))"
+                "it was trained with: take it out first (layer.set_gate(None)), or prune by a plan "
+                "of its choices (headwise.pruning.plan_from_use)"
             )
     if not inplace:
         model = copy.deepcopy(model)
@@ -148,7 +160,8 @@ def plan_from_gates(model: nn.Module) -> HeadPlan:
     ``prune(model)`` applies it.
 
     Raises:
-        ValueError: no layer has a gate, or one has a gate whose choice depends on the input.
+        ValueError: no layer has a gate, or one has a gate whose choice depends on the input (see
+            :func:`plan_from_use`).
     """
     entries = []
     for name, layer in attention_layers(model).items():
@@ -158,7 +171,8 @@ def plan_from_gates(model: nn.Module) -> HeadPlan:
         if weight is None:
             raise ValueError(
                 f"layer '{name}' has a {type(layer.gate).__name__}, whose choice depends on the "
-                "input: no plan does what it does"
+                "input: no plan does what it does (headwise.pruning.plan_from_use keeps the heads "
+                "that it runs most often)"
             )
         weights = weight.double().tolist()
         heads = [head for head, value in enumerate(weights) if value != 0.0]
@@ -167,6 +181,79 @@ def plan_from_gates(model: nn.Module) -> HeadPlan:
     if not entries:
         raise ValueError("model must have gates to make a plan from, got none")
     return HeadPlan(entries, "gates")
+
+
+@torch.no_grad()
+def plan_from_use(
+    model: nn.Module,
+    batches: Iterable[Any],
+    forward_fn: Callable[[nn.Module, Any], Any],
+    keep: float | None = None,
+) -> HeadPlan:
+    """The heads that the gates of ``model`` ran most often over some data: a way to a smaller,
+    static model from one whose gates choose for each input.
+
+    No plan computes what such gates compute. This one keeps, in one ranking over all layers, the
+    heads with the largest share of inputs that ran them; a head's scale is the mean weight that it
+    had when it ran. Measure what that costs, or train on after. ``prune(model, plan)`` applies it,
+    and takes the gates out.
+
+    Args:
+        model: a converted model with gates; runs in evaluation mode and is afterwards as it was.
+        batches: what ``forward_fn`` takes.
+        forward_fn: ``(model, batch)`` runs the model; its result is not used.
+        keep: the share of the gated layers' heads that stays, in (0, 1]; default: the mean share
+            that ran.
+
+    Returns:
+        A plan of metric ``"use"`` of the layers with a gate.
+
+    Raises:
+        ValueError: no layer has a gate, ``batches`` are empty, or ``keep`` is out of range.
+    """
+    gated = [name for name, layer in attention_layers(model).items() if layer.gate is not None]
+    if not gated:
+        raise ValueError("model must have gates to make a plan from, got none")
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in gated}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        for name, layer in attention_layers(model).items():
+            if layer.gate is not None:
+                stack.enter_context(_watching(layer, seen[name]))
+        for batch in batches:
+            forward_fn(model, batch)
+    share, scale = {}, {}
+    for name, calls in seen.items():
+        if not calls:
+            raise ValueError(f"batches must run every gated layer, got no run of layer '{name}'")
+        ran, weight = (torch.cat(parts) for parts in zip(*calls, strict=True))  # [N, H]
+        share[name] = ran.mean(0)  # [H]
+        scale[name] = (weight * ran).sum(0) / ran.sum(0).clamp(min=1)  # [H]
+    if keep is None:
+        keep = torch.cat(list(share.values())).mean().item()
+        if keep == 0:
+            raise ValueError("batches must run a head for a plan to keep, but every input ran none")
+    chosen = plan(HeadScores("use", share), keep)
+    entries = [
+        LayerPlan(e.name, e.num_heads, e.heads, [scale[e.name][head].item() for head in e.heads])
+        for e in chosen.layers
+    ]
+    return HeadPlan(entries, USE, {"keep": keep})
+
+
+@contextlib.contextmanager
+def _watching(layer: AttentionLayer, seen: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Appends which heads run, and their weights, float64 ``[B, H]`` each, for every call."""
+
+    def observe(layer, selection, x, padding) -> None:
+        ran = torch.ops.headwise.selection_mask(selection.index, selection.count, torch.float64)
+        seen.append((ran.cpu(), selection.weight.double().cpu()))
+
+    layer._observers.append(observe)
+    try:
+        yield
+    finally:
+        layer._observers.remove(observe)
 
 
 def unmask(model: nn.Module) -> nn.Module:

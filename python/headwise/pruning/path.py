@@ -10,11 +10,11 @@ from torch import nn
 
 from headwise import _C
 from headwise.convert.conversion import converted
-from headwise.io.journal import Journal
+from headwise.io.store import Store
 from headwise.nn.intervention import (
     LossFunction,
     check_journal_loss,
-    fingerprint,
+    contents_of,
     with_progress,
 )
 from headwise.nn.layers import attention_layers
@@ -76,17 +76,18 @@ def pruning_path(
         if layer.gate is not None:
             raise ValueError(
                 f"model must have no gates, got a {type(layer.gate).__name__} in layer '{name}': "
-                "compact it first (headwise.prune)"
+                "prune by a plan of what gates choose (headwise.pruning.plan_from_use, or of "
+                "static ones headwise.plan_from_gates), or take them out (layer.set_gate(None))"
             )
     batches = list(batches)
     settings: dict[str, Any] = {
         "keep": keep, "step": step, "exact": exact, "metric": metric,
         "min_heads_per_layer": min_heads_per_layer, **scoring,
     }  # fmt: skip
-    log = Journal(
+    log = Store(
         journal,
         "pruning path",
-        settings if journal is None else {**settings, **fingerprint(model, batches)},
+        settings if journal is None else {**settings, **contents_of(model, batches)},
     )
 
     if batches:

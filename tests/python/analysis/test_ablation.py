@@ -6,7 +6,7 @@ import headwise as hw
 import numpy as np
 import pytest
 import torch
-from headwise.nn.intervention import fingerprint
+from headwise.nn.intervention import contents_of
 from support.planted import Planted, logistic, outputs, squared
 from torch import nn
 
@@ -113,16 +113,16 @@ def test_an_interrupted_ablation_goes_on(data, tmp_path):
     for name, values in expected.scores.values.items():
         torch.testing.assert_close(found.scores.values[name], values)
         assert torch.equal(found.p_value[name], expected.p_value[name])
-    with pytest.raises(ValueError, match="is a journal of a search with data='.*', not '"):
+    with pytest.raises(ValueError, match="is of ablation with data='.*', not '"):
         hw.analysis.ablate_heads(model, [(data[0], data[1] + 1)], squared, journal=path)
-    with pytest.raises(ValueError, match="is a journal of another loss: the whole model's losses"):
+    with pytest.raises(ValueError, match="is of another loss: the whole model's losses"):
         hw.analysis.ablate_heads(model, [data], lambda m, b: squared(m, b) + 1, journal=path)
-    with pytest.raises(ValueError, match="is a journal of search 'ablation', not 'all-but-one'"):
+    with pytest.raises(ValueError, match="is of work 'ablation', not 'all-but-one'"):
         hw.analysis.keep_one_head(model, [data], squared, journal=path)
-    with pytest.raises(ValueError, match="is a journal of a search with model="):
+    with pytest.raises(ValueError, match="is of ablation with model="):
         hw.analysis.ablate_heads(Planted(*WEIGHTS[::-1]), [data], squared, journal=path)
     path.write_text("not a journal\n")
-    with pytest.raises(ValueError, match="line 1 of '.*' is not JSON"):
+    with pytest.raises(ValueError, match="is not a file of unfinished work: give another one"):
         hw.analysis.ablate_heads(model, [data], squared, journal=path)
 
 
@@ -152,12 +152,12 @@ class Opaque:
 )
 def test_other_data_is_told_apart(one, same, other):
     model = Planted(*WEIGHTS)
-    first, again, changed = (fingerprint(model, [value]) for value in (one, same, other))
+    first, again, changed = (contents_of(model, [value]) for value in (one, same, other))
     assert first == again and first != changed
 
 
 def test_data_that_cannot_be_told_apart_has_no_journal(tmp_path):
-    with pytest.raises(ValueError, match="batches hold a Opaque, of which a journal cannot tell"):
+    with pytest.raises(ValueError, match="a Opaque cannot be told from another"):
         hw.analysis.ablate_heads(Planted(*WEIGHTS), [Opaque()], squared, journal=tmp_path / "steps")
     assert not (tmp_path / "steps").exists()
 
@@ -263,7 +263,7 @@ def test_an_interrupted_path_goes_on(tmp_path):
     assert found == expected
     with pytest.raises(ValueError, match="with step=0.2, not 0.1: remove it or give another file"):
         hw.pruning.pruning_path(model, batches, loss, 0.3, step=0.1, journal=path)
-    with pytest.raises(ValueError, match="is a journal of another loss: of the first batch it wa"):
+    with pytest.raises(ValueError, match="is of another loss: of the first batch it wa"):
         hw.pruning.pruning_path(
             model, batches, lambda m, b: 3 * loss(m, b), 0.3, step=0.2, journal=path
         )

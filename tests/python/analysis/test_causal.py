@@ -131,7 +131,7 @@ def test_an_interrupted_search_goes_on(problem, tmp_path):
         hw.analysis.causal_heads(
             model, batches, squared, strength=0.02, steps=25, fits=1, journal=path
         )
-    with pytest.raises(ValueError, match="is a journal of another loss: of the first batch it wa"):
+    with pytest.raises(ValueError, match="is of another loss: of the first batch it wa"):
         hw.analysis.causal_heads(
             model, batches, lambda m, b: 2 * squared(m, b), journal=path, **options
         )

@@ -85,9 +85,13 @@ def test_data_without_the_column(capsys, tiny_texts, tmp_path):
         ("a.csv", "text,label\n", "{path} has no rows"),
         ("a.csv", "text,label\n" + "x,up\n" * 20, "at least two different labels, got one ('up')"),
         ("a.csv", "text,label\n" + "x,up\n" * 20 + "y,down\n", "'down' has 1"),
-        ("a.csv", "text,label\nx\n", "row 1 of a.csv has no value for 'label'"),
+        (
+            "a.csv",
+            "text,label\nx\n",
+            "line 2 of {path} has 1 cells, but the header has 2",
+        ),
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text"\n', "line 2 of {path} is not JSON"),
-        ("a.jsonl", "[1, 2]\n", "line 1 of {path} must be a JSON object, got '[1, 2]'"),
+        ("a.jsonl", "[1, 2]\n", "line 1 of {path} must be a JSON object, got [1, 2]"),
         ("a.txt", "hello", "data must be a .csv or .jsonl file, got 'a.txt'"),
         ("a.csv", b"text,label\n\xff\xfe,1\n", "{path} is not UTF-8 text (byte 11)"),
     ],
@@ -294,10 +298,10 @@ def test_prune_finds_heads_itself(tmp_path, tiny_texts, capsys):
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        ([], "prune needs --plan FILE or --keep SHARE, one of the two"),
+        ([], "prune needs one of --plan FILE, --keep SHARE and --gates"),
         (
             ["--keep", "0.5", "--plan", "p"],
-            "prune needs --plan FILE or --keep SHARE, one of the two",
+            "prune needs one of --plan FILE, --keep SHARE and --gates",
         ),
         (["--keep", "0.5"], "--keep scores heads on labelled texts, so it needs --data FILE"),
         (["--plan", "p", "--exact"], "--exact is a way of finding heads, so it needs --keep, not"),
@@ -384,7 +388,7 @@ def test_a_journal_of_other_texts_is_refused(tmp_path, tiny_texts, capsys):
     arguments = ["score", "--model", model, "--data", tiny_texts, "--text", "review"]
     arguments += ["--label", "mood", "--metrics", "ablation", "--journal", tmp_path / "steps"]
     assert main([*map(str, arguments), "--limit", "8"]) == 0
-    assert "is a journal of a search with data=" in fails(capsys, 2, *arguments, "--limit", "9")
+    assert "is of ablation with data=" in fails(capsys, 2, *arguments, "--limit", "9")
 
 
 def test_a_share_that_cannot_be_reached_names_the_nearest(tmp_path, tiny_texts, capsys):

@@ -116,12 +116,13 @@ def test_an_interrupted_run_goes_on(command, document, tmp_path, monkeypatch, ca
     assert main([*command, "--out", str(out), "--batch-size", "32"]) == 1
     error = capsys.readouterr().err
     assert f"finished parts are kept in {out}" in error
-    assert len(list((out / "parts").rglob("*.safetensors"))) >= 2
+    (kept,) = (out / "parts").iterdir()
+    assert len(kept.read_text().splitlines()) >= 3
     before = len(calls)
     assert main([*command, "--out", str(out), "--batch-size", "32"]) == 0
     first = len(calls) - before
     assert json.loads((out / "use.json").read_text()) == document
-    assert (out / "parts" / "faithfulness" / "curves-00000.safetensors").is_file()
+    assert '["curves/' in kept.read_text()
     assert main([*command, "--out", str(out), "--batch-size", "32"]) == 0
     # Parts that are whole are not computed again: one forward a stage says what the layers are.
     assert len(calls) - before - first < 15 < first
@@ -314,7 +315,7 @@ def test_heads_that_stand_in_for_each_other_by_joint_ablation(gated, tmp_path):
     for row, effect in zip(joint["pairs"], known.effect.tolist(), strict=True):
         assert row["first"][0] == row["second"][0]
         assert row["effect"] == pytest.approx(effect, abs=1e-5)
-    assert (tmp_path / "joint-ablation" / "ablations.jsonl").is_file()
+    assert len(list(tmp_path.glob("joint-ablation-*.jsonl"))) == 1
     assert hw.explain_data(model, texts, tokenizer, **options)["joint_ablation"] == joint
 
 
@@ -481,7 +482,7 @@ def test_texts_of_one_class_and_models_of_one_name(gated, tiny_model, tmp_path, 
             "headwise explain: data must be a .csv or .jsonl file, got 'no.txt'",
         ),
         (["--text-column", "words"], "headwise explain: {data} has no column 'words'; it has "),
-        (["--label-column", "film"], "headwise explain: {data} has the label 'film "),
+        (["--label-column", "film"], "headwise explain: label 'film "),
         (["--label-column", "moods"], "headwise explain: {data} has no column 'moods'; it has "),
         (["--max-length", "2"], "headwise explain: max_length must leave room for tokens of the "),
         (["--roles", "no.json"], "headwise explain: --roles is for --text, not for --data"),

@@ -6,7 +6,15 @@ import math
 import headwise as hw
 import pytest
 import torch
-from headwise.explain import AnnotatedBatch, RoleThresholds, Sentence, annotate_texts, read_conllu
+from headwise.explain import (
+    AlignedPair,
+    AnnotatedBatch,
+    RoleThresholds,
+    Sentence,
+    annotate_texts,
+    read_alignments,
+    read_conllu,
+)
 from headwise.explain.questions import Questionnaire, fixed_offset_peaks
 from support.explain_documents import CONLLU
 from torch import Tensor, nn
@@ -388,7 +396,8 @@ def test_an_interrupted_count_goes_on(tmp_path):
     options = {"forward_fn": stopping, "folder": tmp_path, "resamples": 20}
     with pytest.raises(KeyboardInterrupt):
         hw.head_roles(model, batches, **options)
-    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+    (kept,) = tmp_path.iterdir()
+    assert len(kept.read_text().splitlines()) == 3  # what it is of, and two batches
     assert not model.mha._observers and model.mha._probe is None
     calls[:] = [1] * 10
     assert hw.head_roles(model, batches, **options) == whole
@@ -429,14 +438,69 @@ def test_conllu(tmp_path):
         ("1\tThe\n", "line 1 of .* is not CoNLL-U: it has 2 columns, not 10"),
         (
             CONLLU.replace("\t4\tcop", "\t9\tcop"),
-            "word 3 of sentence 1 has head 9, but there are 4",
+            "word 3 of sentence 1 has head 9, which is none of its 4 words",
         ),
         ("# nothing\n", "has no sentence"),
-        (CONLLU.replace("1\tThe", "7\tThe"), "line 2 of .* ID or HEAD is no number"),
+        (CONLLU.replace("1\tThe", "7\tThe"), "line 2 of .* its ID must be 1, got '7'"),
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             read_conllu(path)
+
+
+def conllu(path, *rows):
+    path.write_text("".join("\t".join(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def word(number, form, head="0"):
+    return (number, form, "_", "_", "_", "_", head, "dep", "_", "_")
+
+
+def test_conllu_fields_may_hold_any_white_space_but_tabs(tmp_path):
+    """U+2028, U+0085, form feeds and no-break spaces are characters of a word."""
+    forms = ("a\u2028b", "c\x85d", "e\x0cf", "1\xa0000")
+    path = conllu(tmp_path / "a", *(word(str(n), form) for n, form in enumerate(forms, 1)))
+    assert read_conllu(path) == [Sentence(forms)]
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    assert read_conllu(path) == [Sentence(forms)]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (word("3x", "z"), "line 3 of .* is not CoNLL-U: its ID must be 3, got '3x'"),
+        (word("4", "z"), "its ID must be 3, got '4'"),
+        (word("", "z"), "its ID must be 3, got ''"),
+        (word("\u0663", "z"), "its ID must be 3, got"),
+        (word("3", "z", "x"), "line 3 of .* its HEAD must be a number, got 'x'"),
+        (word("3", "z", "9" * 5000), "its HEAD must be a number, got '9+'…"),
+        (word("3", "z", "3"), "word 3 of sentence 1 has head 3, which is itself"),
+        (word("3\x1b[2J", "z"), r"got '3\\x1b\[2J'"),
+    ],
+)
+def test_conllu_drops_no_word(tmp_path, row, message):
+    path = conllu(tmp_path / "a", word("1", "x"), word("2", "y"), row)
+    with pytest.raises(ValueError, match=message) as refused:
+        read_conllu(path)
+    assert len(str(refused.value)) < 500
+
+
+def test_alignments_split_words_at_spaces_alone(tmp_path):
+    """A no-break space inside a word used to shift the indices after it."""
+    path = tmp_path / "a"
+    path.write_text("10\xa0000 \u3000 b ||| x\u2028y\t z\x0c ||| 0-0 2-1\r\n", encoding="utf-8")
+    pair = AlignedPair(("10\xa0000", "\u3000", "b"), ("x\u2028y", "z\x0c"), ((0, 0), (2, 1)))
+    assert read_alignments(path) == [pair]
+    for line, message in (
+        ("a ||| b ||| 0-\u0660", "line 1 of .* has the alignment '0-٠', not 0-0"),
+        ("a ||| b ||| 0-" + "9" * 5000, "line 1 of .* has the alignment '0-9+'…, not 0-0"),
+        ("a ||| b ||| 0-1", "line 1 of .* aligns 0-1, but has 1 and 1 words"),
+    ):
+        path.write_text(line, encoding="utf-8")
+        with pytest.raises(ValueError, match=message) as refused:
+            read_alignments(path)
+        assert len(str(refused.value)) < 500
 
 
 def test_refusals():

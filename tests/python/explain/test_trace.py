@@ -10,7 +10,7 @@ import pytest
 import torch
 from headwise import _C
 from headwise.explain.recording import holding, recording
-from headwise.nn.intervention import scaled_heads
+from headwise.nn.instrumenting import instrument, scaled_heads
 from support.architectures import ARCHITECTURES, HEADS
 from torch import nn
 
@@ -305,7 +305,8 @@ def test_an_analysed_model_is_refused_to_other_threads(model):
     with recording(model, lambda *_: None):
         run(model)
         in_another_thread()
-    with holding(model), scaled_heads(model):
+    with holding(model), instrument(model) as opened:
+        scaled_heads(opened)
         in_another_thread()
     assert len(results) == 2
     assert all("another thread analyses this model" in text for text in results)

@@ -152,3 +152,69 @@ def test_refusals_leave_the_model_alone():
         hw.prune(nn.Linear(2, 2), plan)
     assert hw.attention_layers(model) == before
     assert all(isinstance(layer.gate, hw.RandomGate) for layer in before.values())
+
+
+def gated_encoder():
+    """Two layers of four heads whose hard-concrete gates choose for every input."""
+    torch.manual_seed(3)
+    stack = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True), 2,
+        enable_nested_tensor=False,
+    )  # fmt: skip
+    gate = hw.HardConcreteGate(input_dependent=True, init_log_alpha=0.0)
+    model = hw.convert(stack, gate).eval()
+    for layer in hw.attention_layers(model).values():
+        nn.init.normal_(layer.gate.relevance.weight, std=2.0)
+    batches = [torch.randn(size, 5, 16) for size in (7, 4)]
+    return model, batches
+
+
+def run(model, batch):
+    return model(batch)
+
+
+@pytest.mark.parametrize("keep", [None, 0.25, 1.0])
+def test_a_plan_of_what_gates_were_seen_to_choose(keep):
+    model, batches = gated_encoder()
+    ran, weight = {}, {}
+    for batch in batches:
+        with hw.trace(model) as trace, torch.no_grad():
+            model(batch)
+        for name, found in trace.selections.items():
+            rows = [
+                [h in index[:count] for h in range(4)]
+                for index, count in zip(found.index.tolist(), found.count.tolist(), strict=True)
+            ]
+            ran.setdefault(name, []).extend(rows)
+            weight.setdefault(name, []).extend(found.weight.tolist())
+    share = {name: torch.tensor(rows).double().mean(0) for name, rows in ran.items()}
+    assert 0 < torch.cat(list(share.values())).mean() < 1  # they differ from input to input
+    plan = hw.pruning.plan_from_use(model, batches, run, keep)
+    wanted = hw.plan(
+        hw.HeadScores("use", share),
+        torch.cat(list(share.values())).mean().item() if keep is None else keep,
+    )
+    assert [entry.heads for entry in plan.layers] == [entry.heads for entry in wanted.layers]
+    for entry in plan.layers:
+        for head, scale in zip(entry.heads, entry.scale, strict=True):
+            seen = [w[head] for w, r in zip(weight[entry.name], ran[entry.name], strict=True)
+                    if r[head]]  # fmt: skip
+            assert scale == pytest.approx(sum(seen) / max(1, len(seen)), abs=1e-6)
+    small = hw.prune(model, plan)
+    assert all(layer.gate is None for layer in hw.attention_layers(small).values())
+    close(small(batches[0]), hw.mask(copy.deepcopy(model), plan)(batches[0]))
+    assert hw.HeadPlan.from_json(plan.to_json()) == plan
+
+
+def test_plans_of_use_are_refused_where_there_is_none():
+    model, batches = gated_encoder()
+    plan = hw.pruning.plan_from_use(model, batches, run)
+    other = hw.HeadPlan(plan.layers, "mine")
+    with pytest.raises(ValueError, match="or prune by a plan of its choices"):
+        hw.prune(model, other)
+    with pytest.raises(ValueError, match="batches must run every gated layer, got no run of"):
+        hw.pruning.plan_from_use(model, [], run)
+    with pytest.raises(ValueError, match="keep must be"):
+        hw.pruning.plan_from_use(model, batches, run, 1.5)
+    with pytest.raises(ValueError, match="must have gates to make a plan from, got none"):
+        hw.pruning.plan_from_use(hw.prune(model, plan), batches, run)

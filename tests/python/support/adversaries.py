@@ -20,7 +20,7 @@ from pathlib import Path
 import headwise as hw
 import safetensors.torch
 import torch
-from headwise.apps.compare.tasks import task_from_file
+from headwise.apps.tasks.tasks import task_from_file
 from headwise.io.safetensors_files import load_safetensors
 
 ALLOWED = (ValueError, TypeError, RuntimeError, IndexError, OSError)

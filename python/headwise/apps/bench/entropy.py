@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from headwise.apps.bench import memory
+from headwise.apps.bench.cases import GOALS
 from headwise.apps.bench.contenders import Shape, compare
-from headwise.apps.bench.goals import entropy_goal, entropy_memory_goal
 from headwise.apps.bench.settings import Settings
 
 OURS, SDPA = "attention_entropy", "scaled_dot_product_attention"
@@ -69,7 +69,7 @@ def _case(settings: Settings, shape: Shape, dtype: torch.dtype, threads: int) ->
         "ms": times.milliseconds(),
         "yardstick": SDPA,
         "ratio": {"yardstick": ratio},
-        "goal": entropy_goal().judge(ratio["median"]),
+        "goal": GOALS["entropy"].judge(ratio["median"]),
     }
 
 
@@ -108,5 +108,5 @@ def _memory(settings: Settings) -> dict:
         "threads": settings.threads[-1],
         "call_bytes": {"once": found[0], "twice the length": found[1], "a map": map_bytes},
         "ratio": {"call": ratio},
-        "goal": entropy_memory_goal().judge(ratio),
+        "goal": GOALS["entropy memory"].judge(ratio),
     }

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import headwise as hw
+from headwise.apps.bench.cases import GOALS
 from headwise.apps.bench.contenders import CheckFailed, Layer, Shape, dense
-from headwise.apps.bench.goals import gate_goal
 from headwise.apps.bench.settings import Settings
 
 DENSE = "dense"
@@ -70,7 +70,7 @@ def _case(settings: Settings, shape: Shape, dtype, threads: int) -> Iterator[dic
             "ms": {name: ms[name], DENSE: ms[DENSE]},
             "ratio": {"yardstick": ratio},
             "yardstick": DENSE,
-            "goal": gate_goal().judge(ratio["median"]) if shape.length >= LEAST_LENGTH else None,
+            "goal": GOALS["gate"].judge(ratio["median"]) if shape.length >= LEAST_LENGTH else None,
         }
 
 

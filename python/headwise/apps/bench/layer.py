@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from headwise.apps.bench import memory
+from headwise.apps.bench.cases import GOALS, layer_goal
 from headwise.apps.bench.contenders import (
     Layer,
     Shape,
@@ -17,7 +18,6 @@ from headwise.apps.bench.contenders import (
     random_gate,
     randomise,
 )
-from headwise.apps.bench.goals import layer_goal, memory_goal, mixed_goal
 from headwise.apps.bench.settings import Settings
 from headwise.apps.bench.timing import line
 
@@ -187,7 +187,7 @@ def _mixed_case(settings: Settings, shape: Shape, dtype: torch.dtype) -> dict:
         "ms": times.milliseconds(),
         "yardstick": K_HEADS,
         "ratio": {"yardstick": ratio},
-        "goal": mixed_goal().judge(ratio["median"]),
+        "goal": GOALS["mixed"].judge(ratio["median"]),
     }
 
 
@@ -242,7 +242,7 @@ def _memory(
         "weight_bytes": weights,
         "input_bytes": x,
         "ratio": {"call": ratio},
-        "goal": memory_goal().judge(ratio) if not training else None,
+        "goal": GOALS["memory"].judge(ratio) if not training else None,
     }
 
 

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import headwise as hw
-from headwise.apps.bench.contenders import CheckFailed, compare
-from headwise.apps.bench.goals import model_goal
+from headwise.apps.bench.cases import GOALS
+from headwise.apps.bench.contenders import CheckFailed, compare, random_gate, randomise
 from headwise.apps.bench.settings import Settings
-from headwise.apps.compare.breakeven import dynamic_model, static_model
 from headwise.apps.tasks.corpora import load_task
 from headwise.apps.tasks.examples import encode
 from headwise.apps.tasks.models import (
@@ -30,6 +29,29 @@ from headwise.nn.layers import attention_layers
 
 OURS, PRUNED, DENSE = "headwise", "pruned", "dense"
 BATCHES = 8
+
+
+def dynamic_model(model: nn.Module, share: float) -> nn.Module:
+    """``model`` (of :func:`headwise.convert`) with gates: every text runs the given share of the
+    heads of each layer; which ones, it chooses.
+
+    The gates' relevance is random: what is measured is the cost of texts that differ.
+    """
+    model = hw.convert(model, random_gate(share))
+    generator = torch.Generator().manual_seed(11)
+    for layer in attention_layers(model).values():
+        randomise(layer.gate, generator)
+    return model.eval()
+
+
+def static_model(model: nn.Module, share: float) -> nn.Module:
+    """The same number of heads of each layer, the same heads for every text, the rest removed."""
+    values = {
+        name: torch.arange(layer.num_heads, 0, -1, dtype=torch.float64)
+        for name, layer in attention_layers(model).items()
+    }
+    plan = hw.plan(hw.HeadScores("first", values), keep=share, scope="layer")
+    return hw.prune(model, plan).eval()
 
 
 def run(settings: Settings) -> Iterator[dict]:
@@ -67,7 +89,7 @@ def run(settings: Settings) -> Iterator[dict]:
                 "ms": times.milliseconds(),
                 "yardstick": PRUNED,
                 "ratio": {"yardstick": ratio, DENSE: times.ratio(OURS, {DENSE: 1.0})},
-                "goal": model_goal().judge(ratio["median"]),
+                "goal": GOALS["model"].judge(ratio["median"]),
             }
 
 

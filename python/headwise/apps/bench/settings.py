@@ -7,20 +7,9 @@ from pathlib import Path
 
 import torch
 
+from headwise.apps.bench.cases import FRACTIONS, SHAPES
 from headwise.apps.bench.contenders import Shape
 from headwise.apps.bench.timing import Timer
-
-#: Short texts, BERT, long texts, images, one text, many very short texts, a large model.
-SHAPES = (
-    Shape(16, 128, 384, 12),
-    Shape(8, 128, 768, 12),
-    Shape(4, 512, 768, 12),
-    Shape(8, 197, 768, 12),
-    Shape(1, 128, 768, 12),
-    Shape(32, 32, 384, 12),
-    Shape(2, 2048, 1024, 16),
-)
-FRACTIONS = (0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,15 @@ import sys
 from collections.abc import Sequence
 
 from headwise.apps.cli import bench, compare, explain, prune, score
+from headwise.io.printable import printable
+
+
+class _Parser(argparse.ArgumentParser):
+    """Quotes arguments in its errors so that a terminal can show them."""
+
+    def error(self, message: str):
+        super().error(printable(message, 490))
+
 
 COMMANDS = (bench, compare, explain, score, prune)
 
@@ -18,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all subcommands."""
     import headwise
 
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="headwise",
         description="Every input chooses how many attention heads run, and which.",
     )
@@ -63,5 +72,5 @@ def _fail(options: argparse.Namespace, sentence: str, status: int) -> int:
         import traceback
 
         traceback.print_exc()
-    print(f"headwise {options.command}: {sentence}", file=sys.stderr)
+    print(f"headwise {options.command}: {printable(sentence, 490)}", file=sys.stderr)
     return status

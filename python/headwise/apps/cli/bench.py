@@ -9,12 +9,14 @@ from pathlib import Path
 from headwise.apps.cli.common import (
     add_common,
     positive,
+    say,
     share,
     use_device,
     use_threads,
     writable_file,
 )
 from headwise.apps.tasks.errors import UsageError
+from headwise.io.printable import quoted
 
 WHAT = ("layer", "train", "scaling", "gate", "entropy", "model")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -43,7 +45,9 @@ def shape(text: str):
     except ValueError:
         sizes = []
     if len(sizes) != 4 or min(sizes) <= 0:
-        raise argparse.ArgumentTypeError(f"expected B,L,D,H, four positive numbers, got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"expected B,L,D,H, four positive numbers, got {quoted(text)}"
+        )
     if sizes[2] % sizes[3]:
         raise argparse.ArgumentTypeError(f"H must divide D, got D={sizes[2]} and H={sizes[3]}")
     return Shape(*sizes)
@@ -123,8 +127,8 @@ def add_parser(commands) -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> None:
     from headwise.apps.bench import report
     from headwise.apps.bench.contenders import CheckFailed
+    from headwise.apps.cli.common import writable_folder
     from headwise.apps.compare.measure import environment
-    from headwise.apps.compare.store import writable_folder
     from headwise.io.files import write_json
 
     writable_file(options.json)
@@ -137,24 +141,24 @@ def run(options: argparse.Namespace) -> None:
         **({"note": options.note} if options.note else {}),
     }
     for text in report.header(about):
-        print(text)
+        say(text)
     results = []
     try:
         for result in results_of(options.what, settings):
             results.append(result)
-            print(report.line(result), flush=True)
+            say(report.line(result))
     except CheckFailed as failed:
         raise RuntimeError(str(failed)) from None
     found = report.document(settings, results, about)
     for text in report.closing(found["goals"]):
-        print(text)
+        say(text)
     if options.json is not None:
         write_json(options.json, found)
     if options.out is not None:
         what = list(dict.fromkeys(options.what))
         path = options.out / (f"bench-{what[0]}.json" if len(what) == 1 else "bench.json")
         write_json(path, found)
-        print(f"\nwrote {path}")
+        say(f"\nwrote {path}")
 
 
 def settings_of(options: argparse.Namespace):
@@ -193,7 +197,7 @@ def settings_of(options: argparse.Namespace):
             try:
                 gate.build(name, first, settings.device, dtype)
             except (TypeError, ValueError) as error:
-                raise UsageError(f"cannot build the gate {name!r}: {error}") from None
+                raise UsageError(f"cannot build the gate {quoted(name)}: {error}") from None
     return settings
 
 

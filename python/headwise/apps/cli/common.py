@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import os
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from headwise.apps.tasks.errors import UsageError
+from headwise.io.printable import printable, quoted
+from headwise.io.store import locked
+
+
+def say(text: str, file=None) -> None:
+    """Prints lines that may hold file names, labels and texts: no control character reaches the
+    terminal."""
+    print("\n".join(printable(line, 100_000) for line in text.split("\n")), file=file, flush=True)
 
 
 def share(text: str) -> float:
@@ -14,7 +26,7 @@ def share(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"expected a number, got {quoted(text)}") from None
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text}")
     return value
@@ -25,7 +37,7 @@ def positive(text: str) -> int:
     try:
         value = int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {quoted(text)}") from None
     if value <= 0:
         raise argparse.ArgumentTypeError(f"must be positive, got {text}")
     return value
@@ -36,7 +48,7 @@ def seed(text: str) -> int:
     try:
         value = int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {quoted(text)}") from None
     if not 0 <= value < 2**31:
         raise argparse.ArgumentTypeError(f"must be between 0 and 2147483647, got {text}")
     return value
@@ -73,6 +85,15 @@ def add_common(
     )
 
 
+def add_labels_are(parser) -> argparse.Action:
+    """The option that says how to read labels that could be names or numbers of classes."""
+    return parser.add_argument(
+        "--labels-are",
+        choices=("names", "numbers"),
+        help="of the model's classes; needed only where the data's labels could be both",
+    )
+
+
 def use_threads(wanted: int | None) -> int:
     """Sets and returns the number of threads of PyTorch's operators."""
     import torch
@@ -99,9 +120,9 @@ def use_device(name: str):
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UsageError(f"device must be cpu, cuda or cuda:N, got {name!r}") from None
+        raise UsageError(f"device must be cpu, cuda or cuda:N, got {quoted(name)}") from None
     if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"device must be cpu, cuda or cuda:N, got {name!r}")
+        raise UsageError(f"device must be cpu, cuda or cuda:N, got {quoted(name)}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(
             f"there is no device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices"
@@ -119,3 +140,44 @@ def writable_file(path: Path | None) -> None:
         raise UsageError(f"cannot write {path}: there is no folder {path.parent}")
     if not os.access(path.parent, os.W_OK):
         raise UsageError(f"cannot write {path}: no permission for the folder {path.parent}")
+
+
+def need_packages(what: str, packages: Sequence[str], extra: str) -> None:
+    """Refuses, before any work is done, what a package is missing for.
+
+    Raises:
+        UsageError: one is.
+    """
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise UsageError(f"{what} needs the package {package}: pip install 'headwise[{extra}]'")
+
+
+def writable_folder(path: Path) -> Path:
+    """Makes the folder, and a file in it to see that one can.
+
+    Raises:
+        UsageError: it cannot be made or written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UsageError(f"cannot write to the folder {path}: {error.strerror}") from None
+    return path
+
+
+@contextlib.contextmanager
+def own_folder(path: Path | None) -> Iterator[None]:
+    """Keeps a folder for this run alone.
+
+    Raises:
+        UsageError: another run is using it.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(path))
+        except RuntimeError as error:
+            raise UsageError(str(error)) from None
+        yield

@@ -10,6 +10,7 @@ from pathlib import Path
 from headwise.apps.cli.common import (
     add_common,
     positive,
+    say,
     seed,
     share,
     use_device,
@@ -119,26 +120,25 @@ def settings_of(options: argparse.Namespace):
 
 
 def run(options: argparse.Namespace) -> None:
+    from headwise.apps.cli.common import need_packages, own_folder, writable_folder
     from headwise.apps.compare.methods import METHODS
-    from headwise.apps.compare.store import writable_folder, write_json
 
     if options.list_methods:
         for method in METHODS.values():
-            print(f"{method.name:24}{method.kind:9}{method.title}")
+            say(f"{method.name:24}{method.kind:9}{method.title}")
         return
     if options.data is not None and options.tasks:
         raise UsageError("give --data or --task, not both")
+    need_packages("compare", ("matplotlib", "jinja2", "plotly"), "compare")
     settings = settings_of(options)
     writable_file(options.json)
     writable_folder(options.out)
     device = use_device(options.device)
     threads = use_threads(options.threads)
 
-    from headwise.apps.compare import report
     from headwise.apps.compare.progress import Progress
     from headwise.apps.compare.settings import Source
     from headwise.apps.compare.study import Study
-    from headwise.apps.compare.table import render
 
     source = Source(
         tasks=tuple(dict.fromkeys(options.tasks or ("reviews",))),
@@ -157,17 +157,26 @@ def run(options: argparse.Namespace) -> None:
         progress=Progress(),
         keep_models=options.keep_models,
     )
+    with own_folder(options.out):
+        _run(options, study)
+
+
+def _run(options: argparse.Namespace, study) -> None:
+    from headwise.apps.compare import report
+    from headwise.apps.compare.table import render
+    from headwise.io.files import write_json
+
     try:
         result = report.complete(study.run())
     except KeyboardInterrupt:
-        print(
+        say(
             f"headwise compare: interrupted; finished runs are kept in {options.out}, and the "
             "same command goes on from there",
             file=sys.stderr,
         )
         raise
-    print(render(result))
+    say(render(result))
     files = report.write(result, options.out)
     if options.json is not None:
         write_json(options.json, report.public(result))
-    print(f"\nwrote {', '.join(file.name for file in files)} to {options.out}")
+    say(f"\nwrote {', '.join(file.name for file in files)} to {options.out}")

@@ -10,12 +10,14 @@ from headwise.apps.cli import explain_data
 from headwise.apps.cli.common import (
     add_common,
     positive,
+    say,
     use_device,
     use_threads,
     writable_file,
 )
 from headwise.apps.pages import options as page_options
 from headwise.apps.tasks.errors import UsageError
+from headwise.io.printable import printable, quoted
 
 DESCRIPTION = """\
 With --text: which heads of a trained text classifier run for each text, and why: relevance and its
@@ -34,7 +36,7 @@ def maps(text: str) -> tuple[int, int] | str:
         return text
     site, colon, head = text.partition(":")
     if not (colon and site.isdecimal() and head.isdecimal()):
-        raise argparse.ArgumentTypeError(f"expected all, none or LAYER:HEAD, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected all, none or LAYER:HEAD, got {quoted(text)}")
     return int(site), int(head)
 
 
@@ -53,7 +55,13 @@ def add_parser(commands) -> argparse.ArgumentParser:
         help="a fine-tuned text classifier: from headwise.save, or of transformers",
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--text", nargs="+", metavar="TEXT", help="explain these texts")
+    what.add_argument(
+        "--text",
+        nargs="+",
+        action="extend",
+        metavar="TEXT",
+        help="explain these texts; one that begins with a dash is given as --text=-TEXT",
+    )
     what.add_argument("--data", type=Path, metavar="FILE", help="a data set: .csv or .jsonl")
     one = parser.add_argument_group("texts")
     of_text = [
@@ -113,8 +121,9 @@ def explain_texts(options: argparse.Namespace) -> None:
     import torch
 
     import headwise as hw
-    from headwise.apps.compare.store import writable_folder, write_json
+    from headwise.apps.cli.common import writable_folder
     from headwise.apps.tasks.models import load_tokenizer, load_trained
+    from headwise.io.files import write_json
 
     chosen = options.maps
     if len(chosen) > 1 and any(isinstance(one, str) for one in chosen):
@@ -163,12 +172,12 @@ def explain_texts(options: argparse.Namespace) -> None:
     except ValueError as error:
         raise UsageError(str(error).splitlines()[0]) from None
     for position, entry in enumerate(result.inputs):
-        print(("\n" if position else "") + render(entry, result.summary(position)))
+        say(("\n" if position else "") + render(entry, result.summary(position)))
     files = [options.json, None if options.out is None else options.out / "explanation.json"]
     for file in files:
         if file is not None:
             write_json(file, result.to_dict())
-            print(f"\nwrote {file}")
+            say(f"\nwrote {file}")
     page_options.write(options, result, *([roles] if roles is not None else []))
 
 
@@ -201,15 +210,6 @@ def render(entry: dict[str, Any], summary: str, rows: int = 10) -> str:
                 f"  {_pair(head, entry['tokens'])}{_share(head, entry['tokens'])}"
             )
     return "\n".join(lines)
-
-
-def printable(text: str, most: int = 1000) -> str:
-    """What a terminal can be given: no control characters, and not more than ``most`` letters."""
-    shown = "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii")
-        for letter in text[:most]
-    )
-    return shown + ("…" if len(text) > most else "")
 
 
 def _number(value: float | None, width: int, sign: bool = False) -> str:

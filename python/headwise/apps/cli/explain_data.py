@@ -8,10 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from headwise.apps.cli.common import positive
+from headwise.apps.cli.common import add_labels_are, positive, say
 from headwise.apps.pages import options as page_options
 from headwise.apps.pages.words import TELL_UNKNOWN
 from headwise.apps.tasks.errors import UsageError
+from headwise.io.printable import quoted
 
 
 def threshold(text: str) -> tuple[str, float]:
@@ -20,7 +21,7 @@ def threshold(text: str) -> tuple[str, float]:
     try:
         return name.replace("-", "_"), float(value) if equals else float("nan")
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected NAME=NUMBER, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"expected NAME=NUMBER, got {quoted(text)}") from None
 
 
 def add_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
@@ -32,6 +33,7 @@ def add_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
         group.add_argument(
             "--label-column", metavar="COLUMN", help="default: label, where there is one"
         ),
+        add_labels_are(group),
         group.add_argument(
             "--limit", type=positive, default=2000, metavar="N", help="texts (default: 2000)"
         ),
@@ -84,18 +86,26 @@ def add_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
 
 
 def run(options: argparse.Namespace) -> None:
+    from headwise.apps.cli.common import own_folder, writable_file, writable_folder
+
+    writable_file(options.json)
+    if options.out is not None:
+        writable_folder(options.out)
+    with own_folder(options.out):
+        _run(options)
+
+
+def _run(options: argparse.Namespace) -> None:
     import torch
 
     import headwise as hw
-    from headwise.apps.cli.common import use_device, use_threads, writable_file
-    from headwise.apps.compare.store import writable_folder, write_json
+    from headwise.apps.cli.common import use_device, use_threads
     from headwise.apps.tasks.models import load_tokenizer, load_trained
+    from headwise.apps.tasks.tasks import class_numbers
     from headwise.explain import parse_with_spacy, read_alignments, read_conllu
+    from headwise.io.files import write_json
 
-    writable_file(options.json)
-    folder = None
-    if options.out is not None:
-        folder = writable_folder(options.out) / "parts"
+    folder = None if options.out is None else options.out / "parts"
     device = use_device(options.device)
     use_threads(options.threads)
     thresholds = _thresholds(options.threshold)
@@ -111,15 +121,9 @@ def run(options: argparse.Namespace) -> None:
         for name, path in zip(names, options.others, strict=True)
     }
     tokenizer = load_tokenizer(options.model)
-    known = {str(label): number for label, number in model.config.label2id.items()}
-    known |= {str(number): number for number in range(model.config.num_labels)}
+    numbers = None
     if labels is not None:
-        for label in labels:
-            if label not in known:
-                raise UsageError(
-                    f"{options.data} has the label {label!r}, which the model does not know; it "
-                    f"knows {', '.join(map(repr, model.config.label2id))}"
-                )
+        numbers = class_numbers(labels, model.config.label2id, options.labels_are)
     torch.manual_seed(options.seed)
     try:
         sentences = alignments = None
@@ -133,7 +137,7 @@ def run(options: argparse.Namespace) -> None:
             model,
             texts,
             tokenizer,
-            labels=None if labels is None else [known[label] for label in labels],
+            labels=None if labels is None else [numbers[label] for label in labels],
             sentences=sentences,
             alignments=alignments,
             grid=None if options.grid is None else tuple(options.grid),
@@ -144,7 +148,6 @@ def run(options: argparse.Namespace) -> None:
             max_length=options.max_length,
             seed=options.seed,
             folder=folder,
-            key={"model": str(options.model.resolve())},
         )
     except FileNotFoundError as error:
         raise UsageError(f"there is no file {error.filename}") from None
@@ -154,19 +157,19 @@ def run(options: argparse.Namespace) -> None:
         if folder is not None:
             import sys
 
-            print(
+            say(
                 f"headwise explain: interrupted; finished parts are kept in {options.out}, and "
                 "the same command goes on from there",
                 file=sys.stderr,
             )
         raise
-    print(render(result))
+    say(render(result))
     if options.out is not None:
         write_json(options.out / "use.json", result)
-        print(f"\nwrote {options.out / 'use.json'}")
+        say(f"\nwrote {options.out / 'use.json'}")
     if options.json is not None:
         write_json(options.json, result)
-        print(f"\nwrote {options.json}")
+        say(f"\nwrote {options.json}")
     page_options.write(options, result)
 
 
@@ -177,7 +180,7 @@ def _thresholds(given: list[tuple[str, float]]):
     for name, value in given:
         if not hasattr(thresholds, name) or name == "of":
             names = ", ".join(vars(thresholds))
-            raise UsageError(f"--threshold must name one of {names}, got {name!r}")
+            raise UsageError(f"--threshold must name one of {names}, got {quoted(name)}")
         try:
             if name == "least_trials":
                 if not value.is_integer():
@@ -191,33 +194,21 @@ def _thresholds(given: list[tuple[str, float]]):
 
 def _texts(options: argparse.Namespace) -> tuple[list[str], list[str] | None]:
     """Texts, and their labels where the file has them; a sample of --limit by --seed."""
-    from headwise.apps.tasks.tasks import read_cell, read_rows
+    from headwise.apps.tasks.tasks import read_label, read_rows, read_text
 
     path = options.data
-    if path.suffix not in (".csv", ".jsonl"):
-        raise UsageError(f"data must be a .csv or .jsonl file, got {path.name!r}")
-    if not path.is_file():
-        raise UsageError(f"there is no file {path}")
-    rows = read_rows(path)
-    columns = list(rows[0]) if rows else []
     label_column = options.label_column or "label"
-    asked_for = [options.text_column, *([label_column] if options.label_column else [])]
-    for column in asked_for:
-        if column not in columns:
-            raise UsageError(
-                f"{path} has no column {column!r}; it has "
-                + (", ".join(repr(str(name)) for name in columns) or "no rows")
-            )
+    rows = read_rows(path, [options.text_column, *([label_column] if options.label_column else [])])
+    has_labels = label_column in rows[0].cells
     if len(rows) > options.limit:
         rows = random.Random(options.seed).sample(rows, options.limit)
     texts, labels = [], []
-    has_labels = label_column in columns
-    for number, row in enumerate(rows, 1):
-        text = read_cell(row, options.text_column, path, number)
+    for row in rows:
+        text = read_text(row, options.text_column, path)
         if text.strip():
             texts.append(text)
             if has_labels:
-                labels.append(read_cell(row, label_column, path, number))
+                labels.append(read_label(row, label_column, path))
     if len(texts) < 2:
         raise UsageError(f"{path} must have at least two texts, got {len(texts)}")
     return texts, labels if has_labels else None

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from headwise.apps.cli.common import add_common, share, use_device, use_threads, writable_file
+from headwise.apps.cli.common import add_common, say, share, use_device, use_threads, writable_file
 from headwise.apps.cli.score import ONE_PASS
-from headwise.apps.cli.texts import add_texts, journal, labelled_texts
+from headwise.apps.cli.texts import LabelledTexts, add_texts, journal, labelled_texts
 from headwise.apps.tasks.errors import UsageError
+
+#: The metric that ranks heads by how often a model's gates run them.
+USE = "use"
 
 
 def add_parser(commands) -> argparse.ArgumentParser:
@@ -53,7 +56,17 @@ def add_parser(commands) -> argparse.ArgumentParser:
         help="kwon, instead of --keep: the share of the layers' time, measured on this machine",
     )
     parser.add_argument(
-        "--metric", choices=ONE_PASS, default="michel", help="what --keep ranks by (michel)"
+        "--gates",
+        action="store_true",
+        help="instead of --plan: the heads that the model's gates choose, where these are the same "
+        "for every input",
+    )
+    parser.add_argument(
+        "--metric",
+        choices=(*ONE_PASS, USE),
+        default="michel",
+        help="what --keep ranks by (michel); use: how often the model's gates run a head over the "
+        "texts, for a model whose gates choose for every input; they are taken out",
     )
     parser.add_argument(
         "--exact", action="store_true", help="score the heads that are left anew after every step"
@@ -74,8 +87,8 @@ def run(options: argparse.Namespace) -> None:
     import torch
 
     import headwise as hw
-    from headwise.apps.compare.store import write_json
     from headwise.apps.tasks.models import load_tokenizer, load_trained
+    from headwise.io.files import write_json
 
     _check(options)
     device = use_device(options.device)
@@ -83,6 +96,7 @@ def run(options: argparse.Namespace) -> None:
     torch.manual_seed(options.seed)
     plan = _load_plan(options.plan) if options.plan is not None else None
     model = load_trained(options.model).to(device).eval()
+    _check_gates(options, model, plan)
     try:
         report = {}
         small = None
@@ -91,18 +105,11 @@ def run(options: argparse.Namespace) -> None:
             plan, small, report = hw.pruning.kwon_prune(
                 model, texts.batches, texts.loss, macs=options.keep, latency=options.latency
             )
+        elif options.gates:
+            plan = hw.plan_from_gates(model)
         elif plan is None:
             texts = labelled_texts(options, model, device)
-            plan = hw.pruning.pruning_path(
-                model,
-                texts.batches,
-                texts.loss,
-                options.keep,
-                step=options.step if options.exact else 1.0,
-                exact=options.exact,
-                metric=options.metric,
-                journal=journal(options, "pruning"),
-            )[-1]
+            plan = _found(options, model, texts)
         small = hw.prune(model, plan) if small is None else small
         hw.save(small, options.out, tokenizer=load_tokenizer(options.model))
         if options.plan is None:
@@ -127,13 +134,56 @@ def run(options: argparse.Namespace) -> None:
         "neurons_by_layer": hw.pruning.structure(small).neurons,
         "report": report,
     }
-    print(
+    say(
         f"heads {result['heads'][0]} -> {result['heads'][1]}, "
         f"parameters {result['parameters'][0]:,} -> {result['parameters'][1]:,}; "
         f"wrote {options.out}"
     )
     if options.json is not None:
         write_json(options.json, result)
+
+
+def _found(options: argparse.Namespace, model, texts: LabelledTexts):
+    """The plan that --keep and --metric ask for."""
+    import headwise as hw
+
+    if options.metric == USE:
+        return hw.pruning.plan_from_use(model, texts.batches, texts.logits, options.keep)
+    return hw.pruning.pruning_path(
+        model,
+        texts.batches,
+        texts.loss,
+        options.keep,
+        step=options.step if options.exact else 1.0,
+        exact=options.exact,
+        metric=options.metric,
+        journal=journal(options, "pruning"),
+    )[-1]
+
+
+def _check_gates(options: argparse.Namespace, model, plan) -> None:
+    """Refuses a way of finding heads that does not fit the model's gates, naming one that does."""
+    import headwise as hw
+
+    gates = [layer.gate for layer in hw.attention_layers(model).values() if layer.gate is not None]
+    choosing = any(gate.static_weight() is None for gate in gates)
+    from_use = options.metric == USE or getattr(plan, "metric", None) == USE
+    if choosing and not (from_use and options.method == "ranking" and not options.gates):
+        raise UsageError(
+            f"the model in {options.model} has gates that choose for every input, so no plan does "
+            "what it does: --keep SHARE --data FILE --metric use keeps the heads that they run "
+            "most often"
+        )
+    if from_use and not choosing:
+        raise UsageError(
+            f"--metric use needs a model with gates that choose for every input; {options.model} "
+            "has none"
+        )
+    if gates and not choosing and options.keep is not None:
+        raise UsageError(
+            f"the model in {options.model} has gates that choose the same heads for every input: "
+            "make it smaller by them first (headwise prune --gates)"
+        )
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -146,14 +196,18 @@ def _check(options: argparse.Namespace) -> None:
     if options.latency is not None and options.keep is not None:
         raise UsageError("--method kwon needs --keep SHARE or --latency SHARE, one of the two")
     found = options.keep is not None or options.latency is not None
-    if (options.plan is None) != found:
-        raise UsageError("prune needs --plan FILE or --keep SHARE, one of the two")
+    if (options.plan is not None) + found + options.gates != 1:
+        raise UsageError("prune needs one of --plan FILE, --keep SHARE and --gates")
     if found and options.data is None:
         raise UsageError("--keep scores heads on labelled texts, so it needs --data FILE")
     if options.plan is not None and options.method != "ranking":
         raise UsageError("--method is a way of finding heads, so it needs --keep, not --plan")
+    if options.gates and options.method != "ranking":
+        raise UsageError("--method is a way of finding heads, so it needs --keep, not --gates")
     if options.method != "ranking" and options.exact:
         raise UsageError("--exact belongs to --method ranking")
+    if options.exact and options.metric == USE:
+        raise UsageError("--exact scores heads anew, so it cannot go with --metric use")
     if options.plan is not None and options.exact:
         raise UsageError("--exact is a way of finding heads, so it needs --keep, not --plan")
     if options.plan is not None and not options.plan.is_file():

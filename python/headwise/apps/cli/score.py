@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from headwise.apps.cli.common import add_common, share, use_device, use_threads, writable_file
+from headwise.apps.cli.common import add_common, say, share, use_device, use_threads, writable_file
 from headwise.apps.cli.texts import LabelledTexts, add_texts, journal, labelled_texts
 from headwise.apps.tasks.errors import UsageError
 
@@ -51,8 +51,9 @@ def run(options: argparse.Namespace) -> None:
     import torch
 
     import headwise as hw
-    from headwise.apps.compare.store import writable_folder, write_json
+    from headwise.apps.cli.common import writable_folder
     from headwise.apps.tasks.models import load_trained
+    from headwise.io.files import write_json
 
     if options.keep is not None and options.out is None:
         raise UsageError("--keep writes plans, so it needs --out DIR")
@@ -80,19 +81,19 @@ def run(options: argparse.Namespace) -> None:
     if details:
         result["details"] = details
     for metric, found in result["scores"].items():
-        print(f"{metric}\n{table(found)}\n")
+        say(f"{metric}\n{table(found)}\n")
     if "lrp" in details:
-        print(f"lrp: conservation error {details['lrp']['conservation_error']:.1e}\n")
+        say(f"lrp: conservation error {details['lrp']['conservation_error']:.1e}\n")
     if options.json is not None:
         write_json(options.json, result)
     if options.out is not None:
         write_json(options.out / "scores.json", result)
-        print(f"wrote {options.out / 'scores.json'}")
+        say(f"wrote {options.out / 'scores.json'}")
         for metric in options.metrics if options.keep is not None else ():
             if metric not in DESCRIPTIVE:
                 path = options.out / f"plan-{metric}.json"
                 hw.plan(scores[metric], keep=options.keep).save(path)
-                print(f"wrote {path}")
+                say(f"wrote {path}")
 
 
 def _score(options: argparse.Namespace, model, texts: LabelledTexts) -> tuple[dict, dict]:

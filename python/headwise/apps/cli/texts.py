@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from headwise.apps.cli.common import positive
+from headwise.apps.cli.common import add_labels_are, positive
 from headwise.apps.tasks.errors import UsageError
 
 
@@ -23,6 +23,7 @@ def add_texts(parser: argparse.ArgumentParser, required: bool) -> None:
     )
     parser.add_argument("--text", default="text", metavar="COLUMN", help="default: text")
     parser.add_argument("--label", default="label", metavar="COLUMN", help="default: label")
+    add_labels_are(parser)
     parser.add_argument(
         "--limit", type=positive, default=512, metavar="N", help="texts (default: 512)"
     )
@@ -77,7 +78,7 @@ def labelled_texts(options: argparse.Namespace, model, device) -> LabelledTexts:
             f"{options.data} has {len(task.classes)} different labels, but the model in "
             f"{options.model} was trained for {classes}"
         )
-    task = task.with_labels_of(model.config.label2id)
+    task = task.with_labels_of(model.config.label2id, options.labels_are)
     rows = list(range(len(task)))
     random.Random(options.seed).shuffle(rows)
     tokenizer = load_tokenizer(options.model)
@@ -99,7 +100,7 @@ def labelled_texts(options: argparse.Namespace, model, device) -> LabelledTexts:
 
 def journal(options: argparse.Namespace, search: str) -> Path | None:
     """The file that keeps the steps of ``search``, where --journal was given."""
-    from headwise.apps.compare.store import writable_folder
+    from headwise.apps.cli.common import writable_folder
 
     if options.journal is None:
         return None

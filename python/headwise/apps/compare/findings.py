@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 
 import torch
@@ -55,6 +56,8 @@ def summarise(runs: Sequence[dict]) -> list[dict]:
         }
         for name in _AVERAGED:
             entry[name] = sum(run[name] for run in group) / len(group)
+        latencies = [run["latency"] for run in group]
+        entry["latency"] = [_time(list(times)) for times in zip(*latencies, strict=True)]
         if all("method_seconds" in run for run in group):
             entry["method_seconds"] = sum(run["method_seconds"] for run in group) / len(group)
         if "domains" in group[0]:
@@ -74,6 +77,25 @@ def summarise(runs: Sequence[dict]) -> list[dict]:
         entry["missed"] = abs(sum(kept) / len(kept) - keep) > TOLERANCE
         found.append(entry)
     return found
+
+
+def _time(times: list[dict]) -> dict:
+    """One shape's latency: the mean over seeds, with the range of their ratios; of one seed, and of
+    the dense model, whose ratio is 1 by definition, the quartiles of the rounds."""
+    ratios = [time["ratio"] for time in times]
+    low, high = min(ratios), max(ratios)
+    if low == high:
+        ends = [[time[name] for time in times] for name in ("ratio_low", "ratio_high")]
+        known = all(end is not None for end in (*ends[0], *ends[1]))
+        low, high = (min(ends[0]), max(ends[1])) if known else (None, None)
+    return {
+        "batch": times[0]["batch"],
+        "length": times[0]["length"],
+        "ms": sum(time["ms"] for time in times) / len(times),
+        "ratio": sum(ratios) / len(ratios),
+        "ratio_low": low,
+        "ratio_high": high,
+    }
 
 
 def _correct(runs: Sequence[dict], task: str, method: str, keep: float) -> Tensor:
@@ -177,7 +199,7 @@ def sentences(result: dict) -> list[str]:
         found.append(text)
     found += _selection_sentences(summary)
     found += _domain_sentences(summary)
-    found += _time_sentences(summary, result.get("break_even"))
+    found += _time_sentences(summary)
     missed = [e for e in summary if e["missed"]]
     for e in missed:
         found.append(
@@ -247,23 +269,40 @@ def shape_text(shape: dict) -> str:
     return f"batch {shape['batch']}, {length}"
 
 
-def _time_sentences(summary: Sequence[dict], curve: dict | None) -> list[str]:
+def _time_sentences(summary: Sequence[dict]) -> list[str]:
+    """One for each shape, of the models that were trained: which dynamic ones were faster than the
+    dense model, and what choosing by the text costs over removing as many heads."""
+    dynamic = [e for e in summary if e["kind"] == "dynamic"]
     found = []
-    for shape in (curve or {}).get("shapes", []):
-        share, price = shape["break_even_heads"], shape["price"]
-        if share is None:
-            pays = "was not faster than dense at any number of heads measured"
-        elif share >= shape["heads"][-1]:
-            pays = "was faster than dense at every number of heads measured"
-        else:
-            pays = f"is faster than dense up to {share:.0%} of the heads"
-        if abs(price) < 0.015:
-            costs = "as long as"
-        else:
-            costs = f"{abs(price):.0%} {'longer' if price > 0 else 'less'} than"
+    for place, shape in enumerate(dynamic[0]["latency"] if dynamic else []):
+        timed = sorted(dynamic, key=lambda e: e["heads_mean"])
+        ratios = [e["latency"][place]["ratio"] for e in timed]
+        faster = [ratio < 1 for ratio in ratios]
         where = shape_text(shape)
-        found.append(
-            f"{where[0].upper()}{where[1:]}: dynamic selection {pays}; it takes {costs} a pruned "
-            "model with as many heads in every layer."
-        )
+        text = f"{where[0].upper()}{where[1:]}: "
+        if all(faster):
+            text += "every dynamic model was faster than dense"
+        elif not any(faster):
+            text += "no dynamic model was faster than dense"
+        else:
+            text += f"{sum(faster)} of {len(faster)} dynamic models were faster than dense"
+            up_to = faster.index(False)
+            if up_to and not any(faster[up_to:]):
+                text += f", those with up to {timed[up_to - 1]['heads_mean']:.0%} of the heads"
+        text += f" ({min(ratios):.2f} to {max(ratios):.2f} of its time)"
+        prices = [
+            e["latency"][place]["ratio"] / s["latency"][place]["ratio"] - 1
+            for e in dynamic
+            for s in summary
+            if s["kind"] == "static" and not s["whole_model"] and not s["missed"]
+            if (s["task"], s["keep_target"]) == (e["task"], e["keep_target"]) and not e["missed"]
+        ]
+        if prices:
+            middle = statistics.median(prices)
+            costs = "longer" if middle > 0 else "less"
+            text += (
+                f"; at the same budget it took {abs(middle):.0%} {costs} than a pruned model, in "
+                f"the median ({min(prices):+.0%} to {max(prices):+.0%})"
+            )
+        found.append(text + ".")
     return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 from headwise.apps.compare import gated, planned, repaired, structured
 from headwise.apps.compare.method import Method, Outcome
 from headwise.apps.tasks.errors import UsageError
+from headwise.io.printable import quoted
 
 __all__ = ["METHODS", "Method", "Outcome", "resolve_methods"]
 
@@ -142,6 +143,6 @@ def resolve_methods(names: tuple[str, ...]) -> tuple[str, ...]:
     for name in names:
         if name not in METHODS and name not in FAMILIES:
             known = ", ".join([*FAMILIES, *METHODS])
-            raise UsageError(f"unknown method {name!r}; the methods are {known}")
+            raise UsageError(f"unknown method {quoted(name)}; the methods are {known}")
         found += FAMILIES.get(name, (name,))
     return tuple(dict.fromkeys(found))

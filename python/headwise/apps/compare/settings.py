@@ -8,6 +8,7 @@ from pathlib import Path
 from headwise.apps.compare.measure import Shape
 from headwise.apps.compare.training import TrainingOptions
 from headwise.apps.tasks.errors import UsageError
+from headwise.io.printable import quoted
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def preset(size: str, seed: int) -> Settings:
             latency_s=1.5,
         )
     if size != "default":
-        raise ValueError(f"size must be quick, default or full, got {size!r}")
+        raise ValueError(f"size must be quick, default or full, got {quoted(size)}")
     return replace(
         settings, steps=80, dense_steps=200, test_limit=1500, validation_limit=500, latency_s=0.4
     )

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
 from torch import nn
 
 import headwise as hw
 from headwise.apps.compare import measure
-from headwise.apps.compare.breakeven import break_even
 from headwise.apps.compare.methods import METHODS, Outcome
 from headwise.apps.compare.progress import Progress
 from headwise.apps.compare.repaired import measure_headroom
 from headwise.apps.compare.selections import HeadUse, predict_and_record
 from headwise.apps.compare.settings import Settings, Source
 from headwise.apps.compare.statistics import wilson_interval
-from headwise.apps.compare.store import RunStore, write_atomically
 from headwise.apps.compare.training import accuracy, finetune, predict
 from headwise.apps.compare.workbench import Workbench, dense_options
 from headwise.apps.tasks.corpora import load_task
@@ -36,8 +34,13 @@ from headwise.apps.tasks.models import (
 )
 from headwise.apps.tasks.tasks import Task, split, task_from_file
 from headwise.explain.texts import longest, positions
+from headwise.io.files import write_atomic
+from headwise.io.fingerprint import fingerprint
+from headwise.io.store import Store, short_name
 
 DENSE = "dense"
+#: Of the content of a run's record: those of another version are made anew.
+RECORD = 2
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        return f"{self.task}-{self.method}-{self.keep:g}-{self.seed}"
+        return f"{short_name(self.task)}-{self.method}-{self.keep:g}-{self.seed}"
 
 
 def runs_of(task: str, settings: Settings, seed: int) -> list[Run]:
@@ -99,7 +102,6 @@ class Study:
         self.threads = threads
         self.progress = progress
         self.keep_models = keep_models
-        self.store = RunStore(out / "runs")
         # Everything that can be wrong with what was asked for is found before any training.
         self.folder = model_folder(source.model)
         self.tokenizer = load_tokenizer(self.folder)
@@ -121,15 +123,13 @@ class Study:
 
     def _key(self, task: Task) -> dict:
         """Everything that decides a result, but for the run's own method, budget and seed."""
-        content = hashlib.sha256()
-        for text, label in zip(task.texts, task.labels, strict=True):
-            content.update(f"{label}\t{text}\n".encode())
         settings = self.settings.as_dict()
         for unrelated in ("size", "budgets", "methods", "seeds"):
             settings.pop(unrelated)
         return {
+            "record": RECORD,
             "split_seed": self.settings.seeds[0],
-            "data": content.hexdigest(),
+            "data": fingerprint([task.texts, task.labels, task.groups, task.classes]),
             "model": self.model_digest,
             "settings": settings,
             "device": str(self.device),
@@ -146,39 +146,35 @@ class Study:
             for seed in self.settings.seeds
         ]
         self.progress.start(sum(len(runs) for _, _, runs, _ in work))
-        curve, headroom = None, []
+        headroom: list[dict] = []
         for task, seed, runs, key in work:
-            found = {run: self.store.find(run.name, key) for run in runs}
-            first = task is self.tasks[0] and seed == self.settings.seeds[0]
-            curve_name = f"{task.name}-break-even-{seed}"
-            curve = self.store.find(curve_name, key) if first else curve
+            name = f"{short_name(task.name)}-{seed}"
+            store = Store.in_folder(self.out / "runs", name, key)
+            found = {run: store.get(run.name) for run in runs}
             bench = None
             # Headroom is of the first seed, and of the budgets that are asked for.
-            room_key, room = {**key, "budgets": self.settings.budgets}, {}
+            rooms = Store(None, "headroom", {})
             if seed == self.settings.seeds[0]:
-                room = self.store.find(f"{task.name}-headroom-{seed}", room_key)
-            missing = any(record is None for record in found.values())
-            if missing or room is None or (first and curve is None):
+                own = {**key, "budgets": self.settings.budgets}
+                rooms = Store.in_folder(self.out / "runs", f"{name}-headroom", own)
+            room = rooms.get("headroom") if rooms.path else {}
+            if room is None or any(record is None for record in found.values()):
                 bench = self._workbench(task, seed, key)
             if room is None:
                 self.progress.stage(f"{task.name}: headroom")
                 room = measure_headroom(bench)
-                self.store.keep(f"{task.name}-headroom-{seed}", room_key, room)
+                rooms.add("headroom", room)
             if room:
                 self.progress.say(room["sentences"])
                 headroom.append(room)
             for run in runs:
                 if found[run] is None:
                     found[run] = self._do(bench, run)
-                    self.store.keep(run.name, key, found[run])
+                    store.add(run.name, found[run])
                     self.progress.finished(run.name, found[run])
                 else:
                     self.progress.taken_over(run.name, found[run])
                 records.append(found[run])
-            if first and curve is None:
-                self.progress.stage("measuring where dynamic selection starts to pay")
-                curve = break_even(bench)
-                self.store.keep(curve_name, key, curve)
         return {
             "environment": measure.environment(self.device, self.threads)
             | {"seeds": list(self.settings.seeds)},
@@ -186,7 +182,6 @@ class Study:
             "tasks": [self._describe(task) for task in self.tasks],
             "runs": records,
             "headroom": headroom,
-            "break_even": curve,
             "model": self._describe_model(),
         }
 
@@ -247,8 +242,8 @@ class Study:
         """The dense model, trained or as an interrupted study left it."""
         torch.manual_seed(seed)
         model = load_classifier(self.folder, len(task.classes)).to(self.device)
-        path = self.out / "runs" / f"{task.name}-dense-{seed}.safetensors"
-        checked = hashlib.sha256(repr(sorted(key.items())).encode()).hexdigest()
+        path = self.out / "runs" / f"{short_name(task.name)}-{seed}-dense.safetensors"
+        checked = fingerprint(key)
         with contextlib.suppress(Exception):  # whatever is wrong with it: train again
             if _metadata(path).get("key") == checked:
                 model.load_state_dict(load_file(path))
@@ -265,7 +260,7 @@ class Study:
         )
         self.progress.end_training()
         state = {name: value.contiguous() for name, value in model.state_dict().items()}
-        write_atomically(path, lambda beside: save_file(state, beside, metadata={"key": checked}))
+        write_atomic(path, to_safetensors(state, metadata={"key": checked}))
         return model
 
     def _do(self, bench: Workbench, run: Run) -> dict:
@@ -274,6 +269,7 @@ class Study:
         if run.method == DENSE:
             kind, title = "dense", "dense"
             outcome, took = Outcome(bench.converted(), self.settings.dense_steps), {}
+            timed = bench.dense  # what every other model's time is divided by
         else:
             method = METHODS[run.method]
             kind, title = method.kind, method.title
@@ -286,6 +282,7 @@ class Study:
             finally:
                 self.progress.end_training()
             took = {"method_seconds": time.perf_counter() - began}
+            timed = outcome.model
         self.progress.stage(f"{run.name}: reading the test")
         record = {
             "task": run.task,
@@ -293,7 +290,7 @@ class Study:
             "method": run.method,
             "kind": kind,
             "keep_target": run.keep,
-            **self._measure(bench, outcome.model),
+            **self._measure(bench, outcome.model, timed),
             "train_steps": outcome.train_steps,
             "seed": run.seed,
             "title": title,
@@ -304,14 +301,14 @@ class Study:
             hw.save(outcome.model, self.out / "models" / run.name, tokenizer=self.tokenizer)
         return record
 
-    def _measure(self, bench: Workbench, model: nn.Module) -> dict:
+    def _measure(self, bench: Workbench, model: nn.Module, timed: nn.Module) -> dict:
         options = {"device": self.device, "precision": self.settings.training.precision}
         validation = predict(model, bench.validation, **options)
         logits, use = predict_and_record(model, bench.test, bench.dense_layers, **options)
         right = logits.argmax(1) == bench.test.labels  # [N]
         summary = use.summary()
         times = measure.latency(
-            bench.dense, model, bench.test, self.settings.shapes, self.device,
+            bench.dense, timed, bench.test, self.settings.shapes, self.device,
             self.settings.latency_s,
         )  # fmt: skip
         return {

@@ -12,7 +12,7 @@ COLUMNS = (
     ("heads", "average share of the heads that ran on the test; ! = over 2 points off target"),
     ("spread", "standard deviation of that share from text to text, in points"),
     ("differ", "mean Jaccard distance of the heads of two texts; 0 = always the same heads"),
-    ("time", "measured latency, dense = 1"),
+    ("time", "measured latency, dense = 1; of dense itself, quartiles of measuring it again"),
     ("attn MACs", "multiply-accumulates of attention, gates included, dense = 1"),
     ("took", "seconds that the method took: scores, training, choosing on validation texts"),
 )
@@ -30,10 +30,17 @@ def cells(entry: dict, dense: dict) -> list[str]:
         f"{100 * entry['heads_mean']:.1f}%" + ("!" if entry["missed"] else ""),
         f"{100 * entry['heads_std']:.1f}" if dynamic else "",
         f"{entry['jaccard_distance']:.2f}" if dynamic else "",
-        f"{entry['latency_ratio_to_dense']:.2f}",
+        _time(entry["latency"][0], own),
         f"{entry['attention_macs_ratio_to_dense']:.2f}",
         f"{entry['method_seconds']:.0f}" if "method_seconds" in entry else "",
     ]
+
+
+def _time(time: dict, own: bool) -> str:
+    if not own:
+        return f"{time['ratio']:.2f}"
+    low, high = time["ratio_low"], time["ratio_high"]
+    return "1" if low is None else f"1 ({low:.2f}-{high:.2f})"
 
 
 def domain_cells(entry: dict) -> list[str]:

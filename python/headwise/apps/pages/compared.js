@@ -48,8 +48,7 @@ function startCompared(parent, compared) {
   const state = {task: 0, shape: 0};
   const task = () => compared.tasks[state.task].name;
   const own = () => compared.summary.filter((one) => one.task === task());
-  const runs = () => compared.runs.filter((one) => one.task === task());
-  const shapes = compared.runs[0]?.latency ?? [];
+  const shapes = compared.summary[0]?.latency ?? [];
   const redraw = [];
   const controls = make("div", {class: "controls"});
   parent.append(controls);
@@ -121,11 +120,12 @@ function startCompared(parent, compared) {
           again("shape"));
     // Not fine-tuned and fine-tuned models of one plan have the same shape: one of them is enough.
     const timed = () =>
-        runs().filter((one) => one.kind !== "dense" && !one.method.endsWith("posthoc"));
+        own().filter((one) => one.kind !== "dense" && !one.method.endsWith("posthoc"));
     redraw.push(figure(
         parent, "Measured latency against heads",
-        "Median of interleaved rounds, dense PyTorch model = 1; below the dashed line is " +
-            "faster than dense. Bars are 95% intervals.",
+        "Median of interleaved rounds, dense PyTorch model = 1, the mean over seeds; below the " +
+            "dashed line is faster than dense. Bars are the range over seeds (of one seed: " +
+            "quartiles of its rounds).",
         () => ({
           traces: [
             dense(1, "dense"),
@@ -160,17 +160,28 @@ function startCompared(parent, compared) {
         () => table(
             "Measured latency against heads",
             [
-              ["method", null, "text"], ["kind", null, "text"], ["seed"], ["heads"],
-              ["time, dense = 1"], ["interval", null, "text"], ["ms"]
+              ["method", null, "text"], ["kind", null, "text"], ["seeds"], ["heads"],
+              ["time, dense = 1"], ["range", null, "text"], ["ms"]
             ],
             timed().map((one) => {
               const time = one.latency[state.shape];
               return [
-                one.title, one.kind, one.seed, percent(one.heads_mean, 1), number(time.ratio, 2),
+                one.title, one.kind, one.seeds, percent(one.heads_mean, 1), number(time.ratio, 2),
                 `${number(time.ratio_low, 2)} to ${number(time.ratio_high, 2)}`, number(time.ms, 1)
               ];
             }))));
   }
+
+  const tables = make("div", {});
+  parent.append(tables);
+  const showTables = () => tables.replaceChildren(
+      ...compared.tables.filter((one) => one.task === task())
+          .map((one) => table(one.title, one.columns, one.rows)),
+      table(
+          "How it was measured", [["what", null, "text"], ["value", null, "text"]],
+          compared.facts));
+  redraw.push(showTables);
+  showTables();
 }
 
 if (data.compared) startCompared(byId("compared-body"), data.compared);

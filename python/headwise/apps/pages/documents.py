@@ -9,6 +9,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from headwise.io.printable import quoted
+
 #: Format of each document, and the field of :class:`Documents` that it fills.
 FORMATS = {
     "headwise.explanation": "explanation",
@@ -49,19 +51,24 @@ def sort_documents(given: tuple[Any, ...]) -> Documents:
     found: dict[str, Any] = {}
     for one in given:
         document = _load(one)
-        is_compared = {"runs", "summary", "tasks"} <= document.keys()
+        is_compared = {"comparisons", "summary", "tasks"} <= document.keys()
         name = "headwise compare" if is_compared else document.get("format")
         if name not in FORMATS:
             raise ValueError(
-                f"documents must be of format {', '.join(map(repr, FORMATS))}, got {name!r}"
+                f"documents must be of format {', '.join(map(repr, FORMATS))}, got {quoted(name)}"
             )
         if not is_compared and document.get("version") != 1:
             raise ValueError(
-                f"a document of format {name!r} must have version 1, "
-                f"got {document.get('version')!r}"
+                f"a document of format {quoted(name)} must have version 1, "
+                f"got {quoted(document.get('version'))}"
+            )
+        if is_compared and any("latency" not in entry for entry in document["summary"]):
+            raise ValueError(
+                "results.json of 'headwise compare' must have the latency of every entry of its "
+                "summary: this version's does"
             )
         if FORMATS[name] in found:
-            raise ValueError(f"documents must be one of each format, got two of {name!r}")
+            raise ValueError(f"documents must be one of each format, got two of {quoted(name)}")
         found[FORMATS[name]] = document
     if not found:
         raise ValueError("documents must be at least one, got none")

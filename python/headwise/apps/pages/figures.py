@@ -43,10 +43,10 @@ def write_figures(folder: Path, documents: Documents) -> list[Path]:
 
 
 def _compared(folder: Path, result: dict[str, Any]) -> list[Path]:
-    from headwise.apps.compare.figures import DRAWINGS, save_png
+    from headwise.apps.compare.figures import drawings, save_png
 
     written = []
-    for drawing in DRAWINGS:
+    for drawing in drawings(result):
         written.append(folder / f"{drawing.name}.png")
         save_png(drawing, result, written[-1])
     return written

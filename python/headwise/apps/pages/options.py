@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +47,11 @@ def check(options: argparse.Namespace) -> None:
         return
     if options.out is None:
         raise UsageError("--format needs --out DIR, the folder that the files are written to")
-    for name in options.format:
-        for package in _NEEDS[name]:
-            if importlib.util.find_spec(package) is None:
-                raise UsageError(
-                    f"--format {name} needs the package {package}: pip install 'headwise[explain]'"
-                )
-    from headwise.apps.compare.store import writable_folder
+    from headwise.apps.cli.common import need_packages, writable_folder
     from headwise.apps.pages.documents import sort_documents
 
+    for name in options.format:
+        need_packages(f"--format {name}", _NEEDS[name], "explain")
     if options.compared is not None:
         try:
             compared = sort_documents((options.compared,)).compared
@@ -73,13 +68,14 @@ def write(options: argparse.Namespace, *documents: Any) -> None:
     """Writes what ``--format`` asks for to ``--out``, and says so."""
     if not options.format:
         return
+    from headwise.apps.cli.common import say
     from headwise.apps.pages import write_page, write_pngs
 
     shown = [*documents, *([options.compared] if options.compared is not None else [])]
     if "html" in options.format:
         path = options.out / ("explanation.html" if options.data is None else "use.html")
         write_page(path, *shown)
-        print(f"wrote {path}")
+        say(f"wrote {path}")
     if "png" in options.format:
         files = write_pngs(options.out, *shown)
-        print(f"wrote {', '.join(file.name for file in files)} to {options.out}")
+        say(f"wrote {', '.join(file.name for file in files)} to {options.out}")

@@ -8,14 +8,12 @@ import math
 import zlib
 from typing import Any
 
+from headwise.apps.compare import table
 from headwise.apps.pages.documents import Documents
 from headwise.explain.summary import summarise
 
 #: What a browser would take for markup, or an old one for the end of a line, inside a script.
 _ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&'\u2028\u2029"}
-
-#: Of a run of `headwise compare`, what the page draws.
-_RUN_KEYS = ("task", "method", "title", "kind", "seed", "heads_mean", "latency")
 
 
 def script_json(value: Any) -> str:
@@ -78,9 +76,67 @@ def rounded(value: Any) -> Any:
 
 
 def _compared(result: dict[str, Any]) -> dict[str, Any]:
-    runs = [{key: run[key] for key in _RUN_KEYS} for run in result["runs"]]
     tasks = [{"name": task["name"], "title": task["title"]} for task in result["tasks"]]
-    return rounded({"runs": runs, "summary": result["summary"], "tasks": tasks})
+    about = {**result["environment"], **result.get("settings", {})}
+    facts = [[name.replace("_", " "), _told(value)] for name, value in about.items()]
+    return rounded(
+        {"summary": result["summary"], "tasks": tasks, "tables": _tables(result), "facts": facts}
+    )
+
+
+def _tables(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The tables that the terminal shows, each with the name of its task."""
+    found = []
+    for task in result["tasks"]:
+        groups = table.grouped(result["summary"], task["name"])
+        dense = next((e for e in groups[0][1] if e["method"] == "dense"), None)
+        if dense is None:
+            continue
+        columns = [["budget", "heads that a method may keep", "text"]]
+        columns += [[name, meaning, None] for name, meaning in table.COLUMNS]
+        columns[1][2] = "text"
+        parts = ("train", "validation", "test")
+        size = ", ".join(f"{task[part]:,} {part}" for part in parts)
+        found.append(
+            {
+                "task": task["name"],
+                "title": f"All methods: {task['title']} ({size} texts)",
+                "columns": columns,
+                "rows": [[group, *table.cells(e, dense)] for group, own in groups for e in own],
+            }
+        )
+        if domains := table.domain_columns([dense]):
+            found.append(
+                {
+                    "task": task["name"],
+                    "title": "Accuracy and share of heads (h) of each domain",
+                    "columns": [columns[0], *([name, None, None] for name in domains)],
+                    "rows": [[group, *table.domain_cells(e)] for group, own in groups for e in own],
+                }
+            )
+    for room in result.get("headroom", []):
+        names = ("keep", "static", "routed", "ceiling", "swapped")
+        found.append(
+            {
+                "task": room["task"],
+                "title": "Accuracy before any training: headroom",
+                "columns": [
+                    ["heads", "share that is kept", "text"],
+                    ["one repaired plan", None, None],
+                    ["routed by the input", None, None],
+                    ["by the true cluster", None, None],
+                    ["another input's plan", None, None],
+                ],
+                "rows": [[f"{100 * row[name]:.1f}%" for name in names] for row in room["rows"]],
+            }
+        )
+    return found
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name.replace('_', ' ')} {_told(own)}" for name, own in value.items())
+    return ", ".join(map(_told, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _inputs(inputs: list[dict[str, Any]], room: int) -> tuple[list[dict[str, Any]], list[str]]:

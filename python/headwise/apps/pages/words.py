@@ -20,8 +20,15 @@ def parts(documents: Documents) -> list[tuple[str, list[str]]]:
         over.append(role_sentence(documents.roles))
     if documents.use is not None:
         over += trust_sentences(documents.use)
-    compared = [] if documents.compared is None else documents.compared.get("findings", [])
-    found = [("Over the data set", over), ("Static against dynamic", list(compared))]
+    result = documents.compared or {}
+    compared = result.get("findings", [])
+    rooms = result.get("headroom", [])
+    before = [f"{room['task']}: {sentence}" for room in rooms for sentence in room["sentences"]]
+    found = [
+        ("Over the data set", over),
+        ("Before training: what choosing by the input could win", before),
+        ("Static against dynamic", list(compared)),
+    ]
     return [(heading, own) for heading, own in found if own]
 
 

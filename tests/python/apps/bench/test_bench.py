@@ -8,8 +8,8 @@ import headwise as hw
 import pytest
 import torch
 from headwise.apps.bench import contenders, entropy, layer, memory, timing
+from headwise.apps.bench.cases import layer_goal
 from headwise.apps.bench.contenders import CheckFailed, Layer, Shape
-from headwise.apps.bench.goals import layer_goal
 from headwise.apps.cli import main
 
 QUICK = ("--rounds", "2", "--dtype", "float32", "--clock", "process")

@@ -226,7 +226,7 @@ def test_pictures(tmp_path):
     kinds = ("heads", "attention", "tokens", "effect")
     assert [path.stem for path in written] == [
         *(f"input-{n}-{what}" for n in (1, 2) for what in kinds),
-        "use-heads", "use-stability", "use-faithfulness", "accuracy", "latency", "break-even",
+        "use-heads", "use-stability", "use-faithfulness", "accuracy", "latency",
     ]  # fmt: skip
     for path in written:
         assert path.read_bytes().startswith(b"\x89PNG")
