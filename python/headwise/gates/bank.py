@@ -45,9 +45,17 @@ class BankSelection(Selection):
 
     Attributes:
         plan: int64 ``[B]``.
+        whole: whether it is all of the plan's heads, with weight one.
     """
 
     plan: Tensor
+    whole: bool = True
+
+    def _replace(self, **changes: Any) -> BankSelection:
+        """With other weights, as :func:`headwise.nn.scaled_heads` gives heads."""
+        changed = super()._replace(**changes)
+        changed.plan, changed.whole = self.plan, False
+        return changed
 
 
 class _Packed(NamedTuple):
@@ -224,6 +232,8 @@ class BankGate(ScopedGate, Gate):
 
     def project(self, context: Tensor, selection: BankSelection) -> Tensor:
         """context ``[B, H, L, d]`` of all heads -> ``[B, L, D]``, each row by its plan."""
+        if not selection.whole:
+            context = context * selection.weight.to(context.dtype)[:, :, None, None]
         batch, _, length, _ = context.shape
         output = None
         for m, heads in enumerate(self.plans):
@@ -244,9 +254,10 @@ class BankGate(ScopedGate, Gate):
             return [(found[0], None)]
         return [(m, (selection.plan == m).nonzero()[:, 0]) for m in found]
 
-    def can_pack(self, layer: nn.Module) -> bool:
-        """Whether plans may run as layers of their own: no gradient has to reach the weights."""
-        if self.training:
+    def can_pack(self, layer: nn.Module, selection: BankSelection) -> bool:
+        """Whether plans may run as layers of their own: all of their heads count alike, and no
+        gradient has to reach the weights."""
+        if self.training or not selection.whole:
             return False
         return not torch.is_grad_enabled() or not any(p.requires_grad for p in layer.parameters())
 

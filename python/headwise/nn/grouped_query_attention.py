@@ -309,7 +309,7 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
             padding = key_padding_mask[:, -length:]
         selection = self._select(x, padding, cache)
         bank = selection is not None and self.gate.projects
-        if bank and self._probe is None and self.gate.can_pack(self):
+        if bank and self._probe is None and self.gate.can_pack(self, selection):
             call = (position_embeddings, key_padding_mask, padding, attn_mask, is_causal)
             return self._run_bank(x, selection, call, cache, need_weights)
         every = (

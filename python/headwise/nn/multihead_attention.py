@@ -425,7 +425,7 @@ class MultiheadAttention(AttentionLayer, nn.MultiheadAttention):
 
     def _run_bank(self, inputs: AttentionInputs, selection: Selection) -> Tensor:
         """The sequences of each plan together, by a dense layer of the plan's heads."""
-        if not self.gate.can_pack(self):
+        if not self.gate.can_pack(self, selection):
             return self._run_all(inputs, selection, None)
         output = None
         for plan, rows in self.gate.groups(selection):

@@ -27,6 +27,8 @@ __all__ = ["Bank", "PlanChoice", "fit_bank", "following", "plan_choices"]
 #: Starts of k-means; the tightest clusters are taken.
 _STARTS = 4
 _ITERATIONS = 100
+#: How many of its inputs stand for a cluster.
+_TYPICAL = 5
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,15 @@ class Bank:
         plans: the plan of each cluster.
         clusters: int64 ``[N]``: the cluster that each calibration input was counted to.
         routed: share of the calibration inputs that the router sends to their own cluster.
+        typical: of each cluster the numbers of its calibration inputs that are nearest to its
+            centroid, nearest first: what they have in common is what the cluster is about.
     """
 
     model: nn.Module
     plans: list[HeadPlan]
     clusters: Tensor
     routed: float
+    typical: list[list[int]]
 
 
 @dataclass(frozen=True)
@@ -158,7 +163,7 @@ def fit_bank(
     banked = _with_gates(copy.deepcopy(dense), found, small, at, features, names)
     gates = [layer.gate for layer in attention_layers(banked).values()]
     gates[at].set_router(weight.to(gates[at].router_weight), bias.to(gates[at].router_bias))
-    return Bank(banked, found, where, routed.double().mean().item())
+    return Bank(banked, found, where, routed.double().mean().item(), _typical(seen, where, count))
 
 
 @torch.no_grad()
@@ -351,6 +356,16 @@ def k_means(x: Tensor, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
         if best is None or total < best[0]:
             best = (total, where, centroids)
     return best[1], best[2]
+
+
+def _typical(seen: Tensor, where: Tensor, count: int) -> list[list[int]]:
+    z = _standard(seen)
+    found = []
+    for cluster in range(count):
+        members = (where == cluster).nonzero()[:, 0]
+        distance = (z[members] - z[members].mean(0)).square().sum(1)
+        found.append(members[distance.argsort(stable=True)][:_TYPICAL].tolist())
+    return found
 
 
 def _router(seen: Tensor, where: Tensor, count: int, kind: str) -> tuple[Tensor, Tensor]:

@@ -149,6 +149,11 @@ def _names(student: Replay, teacher: Replay, all_networks: bool) -> list[str]:
                 f"layer '{name}' must be as wide in model as in dense, got {own.weight.size(0)} "
                 f"and {other.weight.size(0)} dimensions"
             )
+        if name in layers and layers[name].gate is not None and layers[name].gate.projects:
+            raise ValueError(
+                f"layer '{name}' has a {type(layers[name].gate).__name__}, whose plans have "
+                f"projections of their own: headwise.pruning.fit_bank repairs them"
+            )
         if name in layers:
             check_read(f"output projection of layer '{name}'", own)
             names.append(name)

@@ -158,6 +158,8 @@ def test_each_input_follows_the_plan_of_its_cluster(router):
     dense, (batches, kinds) = tiny_bert(num_hidden_layers=3), two_kinds(12)
     bank = fitted(dense, batches, clusters=kinds, at=1, router=router, names=["low", "high"])
     assert bank.routed > 0.8 and torch.equal(bank.clusters, kinds)
+    for kind, typical in enumerate(bank.typical):
+        assert len(typical) == len(set(typical)) == 5 and kinds[typical].unique().tolist() == [kind]
     layers = hw.attention_layers(bank.model)
     heads = [sum(len(layer.gate.plans[m]) for layer in layers.values()) for m in (0, 1)]
     assert heads == [6, 6] == [own.heads_kept for own in bank.plans]
@@ -258,6 +260,24 @@ def test_a_decoder_keeps_the_plan_that_the_prompt_chose():
         layer(x, cache=hw.KeyValueCache())
 
 
+def test_heads_of_a_bank_can_be_ablated():
+    torch.manual_seed(0)
+    layer = set_plans(hw.MultiheadAttention(EMBED, HEADS, batch_first=True), PLANS).eval()
+    x = torch.randn(9, 7, EMBED)
+    with torch.no_grad(), hw.nn.scaled_heads(layer) as scales:
+        scales[""][2] = 0.0
+        scales[""][1] = 0.5
+        without, _ = layer(x, x, x)
+        plans = layer.gate.scores(x).argmax(1)
+    d = layer.head_dim
+    with torch.no_grad():
+        for weight, heads in zip(layer.gate.weights, PLANS, strict=True):
+            for place, head in enumerate(heads):
+                weight[:, place * d : (place + 1) * d] *= {1: 0.5, 2: 0.0}.get(head, 1.0)
+    expected = plain_bank_attention(layer, x, None, plans)
+    torch.testing.assert_close(without, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_k_means_finds_what_is_apart():
     torch.manual_seed(0)
     centres = torch.tensor([[0.0, 0.0], [9.0, 0.0], [0.0, 9.0]]).double()
@@ -314,6 +334,14 @@ def test_banks_say_what_is_wrong():
         layer = list(hw.attention_layers(alone).values())[-1]
         layer(torch.randn(2, 3, EMBED), *(torch.randn(2, 3, EMBED) for _ in range(2)))
     assert last.gate.at == 1
+    with pytest.raises(
+        ValueError, match="model has a bank of plans, whose heads are not chosen one"
+    ):
+        hw.explain(bank.model, {key: value[:1] for key, value in batches[0].items()})
+    with pytest.raises(
+        ValueError, match="has a BankGate, whose plans have projections of their own"
+    ):
+        hw.repair(bank.model, batches, dense)
     for small in (hw.prune, hw.pruning.plan_from_gates):
         with pytest.raises(ValueError, match="BankGate"):
             small(bank.model)
