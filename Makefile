@@ -25,7 +25,7 @@ CMAKE_OPTIONS := -DHEADWISE_PYTHON=ON -DHEADWISE_TESTS=ON -DHEADWISE_EXAMPLES=ON
 
 .DEFAULT_GOAL := help
 .PHONY: help setup build test test-newest test-oldest demo locks lint bench docs gpu-check gpu-deps \
-  packaging ci clean distclean
+  packaging ci clean distclean stubs types
 
 help:
 	@echo "make demo       compare static and dynamic head selection on a real model, in 5 minutes"
@@ -36,7 +36,9 @@ help:
 	@echo "make locks      update the lock files requirements/*.txt to the newest allowed packages"
 	@echo "make bench      time layers, gates and a model; results in benchmarks/results/"
 	@echo "make packaging  build the library embedded in a project, and the wheel; each compiles it anew"
-	@echo "make docs       run every example of README.md and docs/, check every link"
+	@echo "make docs       run every example of README.md and docs/, and build the site in build/site"
+	@echo "make stubs      write the types of the C++ core, python/headwise/_C.pyi, anew"
+	@echo "make types      mypy, which is not clean yet"
 	@echo "make gpu-check  compile with CUDA, run the GPU tests and benchmarks; needs no network"
 	@echo "make gpu-deps   collect in $(HEADWISE_DEPS)/ what gpu-check needs on another machine"
 	@echo "make clean      remove the build; make distclean: .venv too"
@@ -123,8 +125,20 @@ bench: $(STAMPS)/data build
 	@build/benchmarks/cpp/headwise_bench layer train gate entropy --most-seconds 20 \
 	  --json benchmarks/results/bench-cpp.json $(BENCH_CPP_ARGS)
 
-docs: $(STAMPS)/data build
+$(STAMPS)/docs: requirements/docs.txt $(STAMPS)/packages
+	@tools/system_packages.sh $(PYTHON) doxygen
+	@echo "Installing what makes the site"
+	@$(PIP) install --require-hashes -r requirements/docs.txt
+	@touch $@
+
+docs: $(STAMPS)/data $(STAMPS)/docs build
 	@$(PY) tools/check.py build docs
+
+stubs: build
+	@$(PY) tools/stubs.py
+
+types: $(STAMPS)/packages
+	@$(V)/bin/mypy --python-executable $(PY)
 
 packaging: $(STAMPS)/data build
 	@$(PY) tools/check.py build packaging

@@ -1,7 +1,8 @@
 """Runs the checks of headwise and adds up what passed and what failed.
 
     check.py BUILD test [PYTEST ARGUMENT...]   C++ tests, Python tests, the installed library
-    check.py BUILD docs                        the examples and links of README.md and docs/
+    check.py BUILD docs                        the examples and links of README.md and docs/; the
+                                               site, in build/site
     check.py BUILD lint                        clang-format, ruff
     check.py BUILD packaging                   the embedded library and a wheel
     check.py BUILD all                         test and lint; and a report, which counts for
@@ -153,6 +154,7 @@ def checks(
         run(sys.executable, ROOT / "tools/versions.py", build, str(VERSIONS_SECONDS))
     if what == "docs":
         yield "documentation", check_python(reports, ["tests/python/docs/test_docs.py"])
+        yield "site", once(run(tool("mkdocs"), "build", "--strict", NO_MKDOCS_2_WARNING="1"))
     if what == "packaging":
         yield "embedded library, without CUDA", check_consumer(build, "add_subdirectory")
         yield "wheel", check_wheel(build)

@@ -17,6 +17,7 @@ lock() {  # lock NAME INPUT...
 lock run ../python/pyproject.toml run.in --all-extras
 lock build build.in --constraints run.txt
 lock dev dev.in --constraints run.txt --constraints build.txt
+lock docs docs.in --constraints run.txt --constraints build.txt --constraints dev.txt
 oldest=3.11  # the least that all of them declare; their code is not run
 lock data data.in --no-deps
 lock data-sources data-sources.in --no-deps

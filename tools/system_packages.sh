@@ -1,10 +1,14 @@
 #!/usr/bin/env bash
-# system_packages.sh PYTHON: the Debian packages that the build needs and that are missing. Installs
-# them where it may (root, or sudo without a password); else says which command would. Eigen and
+# system_packages.sh PYTHON [PROGRAM...]: the Debian packages that the build needs and that are
+# missing, and those that have the name of a PROGRAM that is missing. Installs them where it may (root, or sudo without a password); else says which command would. Eigen and
 # GoogleTest can also be downloaded by CMake, so without them it goes on.
 set -euo pipefail
 python=$1
+shift
 required=() optional=()
+for program in "$@"; do
+  command -v "$program" >/dev/null || required+=("$program")
+done
 
 command -v g++ >/dev/null || required+=(g++)
 facts=$("$python" - <<'PY'

@@ -17,6 +17,11 @@ from headwise.gates.group import GroupGate
 if TYPE_CHECKING:
     from headwise._C import LayerPlan
 
+    # Each layer is a module; the mixed-in class is none, so that it comes first.
+    _Module = nn.Module
+else:
+    _Module = object
+
 
 def of_this_thread() -> Callable[[], bool]:
     """Whether a later call comes from the thread that asks now, or from a backward pass.
@@ -67,7 +72,7 @@ class AttentionProbe(NamedTuple):
     self_attention: bool  # keys are those of the queries' own sequence
 
 
-class AttentionLayer(abc.ABC):
+class AttentionLayer(abc.ABC, _Module):
     """Mixed into the modules that :func:`headwise.attention_layers` finds.
 
     Such a module calls ``_init_choosing`` at the end of its ``__init__``, asks its ``gate`` in each

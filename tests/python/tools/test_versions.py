@@ -65,7 +65,7 @@ def test_a_lock_file_names_no_package_index(path):
     assert not re.search(r"(index-url|find-links|trusted-host|https?://)", text)
 
 
-@pytest.mark.parametrize("name", ["run", "build", "dev", "data", "data-sources"])
+@pytest.mark.parametrize("name", ["run", "build", "dev", "docs", "data", "data-sources"])
 def test_a_lock_file_holds_what_its_input_asks_for(name):
     wanted = inputs(name) + (declared() if name == "run" else [])
     packages = locked(REQUIREMENTS / f"{name}.txt")
@@ -86,7 +86,7 @@ def test_lock_files_agree_on_the_packages_that_several_of_them_hold():
             "platform_machine": "x86_64",
         }
         chosen: dict[str, str] = {}
-        for name in ("run", "build", "dev"):
+        for name in ("run", "build", "dev", "docs"):
             for requirement, _ in locked(REQUIREMENTS / f"{name}.txt"):
                 marker = requirement.marker or Marker("python_version > '3'")
                 if marker.evaluate(environment):
