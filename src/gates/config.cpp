@@ -140,23 +140,24 @@ void check_together(const FixedGateOptions& o) {
 
 void check_together(const BudgetGateOptions& o) {
   TORCH_CHECK_VALUE(o.min_budget() <= o.max_budget(),
-                    "min_budget must not be above max_budget, got ", o.min_budget(), " and ",
-                    o.max_budget());
+                    "min_budget must not be above max_budget, got ", quoted(o.min_budget()),
+                    " and ", quoted(o.max_budget()));
   TORCH_CHECK_VALUE(
       o.budget() || o.keep() == 1.0 || (o.min_budget() <= o.keep() && o.keep() <= o.max_budget()),
-      "keep must lie between min_budget=", o.min_budget(), " and max_budget=", o.max_budget(),
-      ", got ", o.keep());
+      "keep must lie between min_budget=", quoted(o.min_budget()),
+      " and max_budget=", quoted(o.max_budget()), ", got ", quoted(o.keep()));
 }
 
 void check_together(const RequestedBudgetGateOptions& o) {
   TORCH_CHECK_VALUE(o.min_budget() <= o.max_budget(),
-                    "min_budget must not be above max_budget, got ", o.min_budget(), " and ",
-                    o.max_budget());
+                    "min_budget must not be above max_budget, got ", quoted(o.min_budget()),
+                    " and ", quoted(o.max_budget()));
 }
 
 void check_together(const HardConcreteGateOptions& o) {
   TORCH_CHECK_VALUE(o.gamma() < 0.0 && o.zeta() > 1.0,
-                    "gamma must be below 0 and zeta above 1, got ", o.gamma(), " and ", o.zeta());
+                    "gamma must be below 0 and zeta above 1, got ", quoted(o.gamma()), " and ",
+                    quoted(o.zeta()));
 }
 
 // --- JSON ---

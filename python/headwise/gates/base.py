@@ -74,7 +74,7 @@ class Gate(nn.Module):
             )
         self._options = options
         for name, value in options.items():
-            if not hasattr(type(self), name):  # a method may have the name of an option
+            if not hasattr(self, name):  # a method may have the name of an option
                 self.__dict__[name] = value
         self.embed_dim = embed_dim
         self.num_heads = num_heads
@@ -102,8 +102,9 @@ class Gate(nn.Module):
         Raises:
             ValueError: the configuration does not fit the sizes.
         """
+        options = {key: value for key, value in self.config().items() if key != "type"}
         bound = type(self)(
-            **self._options, embed_dim=embed_dim, num_heads=num_heads, device=device, dtype=dtype
+            **options, embed_dim=embed_dim, num_heads=num_heads, device=device, dtype=dtype
         )
         return bound.train(self.training)
 

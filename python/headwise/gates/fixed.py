@@ -54,6 +54,12 @@ class FixedGate(Gate):
             config.update(heads=None, scale=self.scale.double().tolist())
         return config
 
+    def bind(self, embed_dim: int, num_heads: int, device=None, dtype=None) -> FixedGate:
+        bound = type(self)(
+            **self._options, embed_dim=embed_dim, num_heads=num_heads, device=device, dtype=dtype
+        )
+        return bound.train(self.training)
+
     def static_weight(self) -> Tensor:
         return self.scale
 

@@ -84,14 +84,14 @@ def test_a_known_configuration_with_one_value_changed(data, config, value):
     "config, text",
     [
         (None, "a gate's configuration must be a mapping, got None"),
-        ([], "a gate's configuration must be a mapping, got []"),
+        ([], "a gate's configuration must be a mapping, got a list of 0"),
         ({}, "got None"),
-        ({"type": ["BudgetGate"]}, "got ['BudgetGate']"),
+        ({"type": ["BudgetGate"]}, "got a list of 1"),
         ({"type": "SharedHeadsGate"}, "SharedHeadsGate must be given its option 'gate'"),
         ({"type": "FixedGate", "heads": [0.9]}, "heads must be a whole number, got 0.9"),
         (
             {"type": "FixedGate", "heads": "012"},
-            "heads must be a sequence of head numbers, got '012'",
+            "heads must be a sequence of numbers, got '012'",
         ),
         ({"type": "FixedGate", "heads": [True, False]}, "heads must be a number, got True"),
         ({"type": "FixedGate", "heads": [-1]}, "heads must be in 0..H-1, got -1"),
@@ -99,11 +99,11 @@ def test_a_known_configuration_with_one_value_changed(data, config, value):
         ({"type": "FixedGate", "scale": ["1"]}, "scale must be a number, got '1'"),
         (
             {"type": "SubsetGate", "k": 10**400},
-            "k must be at most 2147483647, got an integer of more",
+            "k must be a whole number, got inf",
         ),
         ({"type": "SubsetGate", "k": 2.5}, "k must be a whole number, got 2.5"),
         ({"type": "BudgetGate", "strength": 10**400}, "strength must be finite and not negative"),
-        ({"type": "BudgetGate", "hidden_dim": 2**40}, "hidden_dim must be at most"),
+        ({"type": "BudgetGate", "hidden_dim": 2**40}, "hidden_dim must be between"),
         (
             {"type": "BudgetGate", "rounding": "x" * 9000},
             "rounding must be one of round, ceil, got 'xxx",
