@@ -5,33 +5,45 @@ C++ core of headwise
 
 import collections.abc
 import os
+import pathlib
 import torch
 import typing
 
 __all__: list[str] = [
     "Backend",
     "BlockPlan",
+    "ConfidenceStages",
     "Explanation",
     "FfnPlan",
     "FisherAccumulator",
+    "FittedPolicy",
     "HeadPlan",
-    "HeadScoreAccumulator",
+    "HeadScorer",
     "HeadScores",
     "HiddenPlan",
     "KeptUnits",
     "LatencyFit",
     "LayerPlan",
+    "OptionRow",
+    "OutputMoments",
+    "RemovalOrder",
+    "Repaired",
     "ScaleSolver",
+    "StagedPrediction",
     "StructurePlan",
     "Trace",
     "TraceSummary",
     "backends",
-    "check_calibrated",
     "compiled_torch_version",
+    "find_threshold",
     "fit_latency",
+    "folder_beside",
+    "gate_options",
+    "gate_tables",
     "head_macs",
     "hies",
     "load_safetensors",
+    "may_be_recomputed",
     "narrowed",
     "nearest_by_halving",
     "neuron_macs",
@@ -41,8 +53,14 @@ __all__: list[str] = [
     "prune_hidden",
     "prune_projections",
     "pruning_counts",
+    "quoted",
+    "read_json",
     "read_safetensors_metadata",
     "rearrange",
+    "recomputing",
+    "removal_order",
+    "repair_projection",
+    "replace_folder",
     "save_safetensors",
     "search_latency",
     "search_macs",
@@ -108,22 +126,31 @@ class HeadScores:
     @property
     def values(self) -> list[list[float]]: ...
 
-class HeadScoreAccumulator:
-    def __init__(self) -> None: ...
-    def add_gradient(
+class HeadScorer:
+    def __init__(
+        self,
+        metrics: collections.abc.Sequence[str],
+        absolute: str = "per_token",
+        normalize: bool = True,
+        alpha: float = 0.5,
+        scope: str = "global",
+    ) -> None: ...
+    def add(self, loss: torch.Tensor | None) -> None: ...
+    def scores(self) -> dict[str, HeadScores]: ...
+    def see(
         self,
         layer: str,
+        q: torch.Tensor,
+        k: torch.Tensor,
         context: torch.Tensor,
-        gradient: torch.Tensor,
-        query_padding_mask: torch.Tensor | None = None,
+        key_padding_mask: torch.Tensor | None,
+        attn_mask: torch.Tensor | None,
+        is_causal: bool,
+        query_padding_mask: torch.Tensor | None,
+        added_keys: int,
     ) -> None: ...
-    def add_statistics(
-        self, layer: str, entropy: torch.Tensor, confidence: torch.Tensor
-    ) -> None: ...
-    def confidence(self) -> HeadScores: ...
-    def entropy(self) -> HeadScores: ...
-    def merge(self, other: HeadScoreAccumulator) -> None: ...
-    def michel(self, absolute: str = "per_token", normalize: bool = True) -> HeadScores: ...
+    @property
+    def needs_gradients(self) -> bool: ...
 
 class LayerPlan:
     """
@@ -213,6 +240,114 @@ class HeadPlan:
         Heads of all layers, before.
         """
 
+class StagedPrediction:
+    """
+    What a ConfidencePolicy predicted for a batch, and why.
+    """
+    def reason(self, row: int) -> str:
+        """
+        Why input `row` ran as many heads as it did, in words.
+        """
+    @property
+    def confidence(self) -> torch.Tensor:
+        """
+        float32 [S, B], after every stage; NaN for inputs that did not get there
+        """
+    @property
+    def heads(self) -> torch.Tensor:
+        """
+        int64 [S, B], heads of all layers that each stage ran; 0 if it did not
+        """
+    @property
+    def logits(self) -> torch.Tensor:
+        """
+        floating [B, C], of the stage at which each input stopped
+        """
+    @property
+    def stage(self) -> torch.Tensor:
+        """
+        int64 [B], that stage
+        """
+    @property
+    def threshold(self) -> float:
+        """
+        the confidence that was asked for
+        """
+    @property
+    def total_heads(self) -> torch.Tensor:
+        """
+        int64 [B]: heads that each input ran, all stages together
+        """
+
+class FittedPolicy:
+    """
+    What ConfidencePolicy.fit_accuracy found, on the data it was given.
+    """
+    def __repr__(self) -> str: ...
+    @property
+    def accuracy(self) -> float:
+        """
+        of the policy
+        """
+    @property
+    def heads(self) -> float:
+        """
+        that an input runs on average, all stages together
+        """
+    @property
+    def pays(self) -> bool:
+        """
+        Whether the policy runs fewer heads than the widest stage alone.
+        """
+    @property
+    def threshold(self) -> float:
+        """
+        that the policy now has
+        """
+    @property
+    def widest_accuracy(self) -> float:
+        """
+        of the widest stage alone
+        """
+    @property
+    def widest_heads(self) -> float:
+        """
+        that the widest stage alone runs on average
+        """
+
+class ConfidenceStages:
+    def __init__(
+        self, factors: collections.abc.Sequence[float], threshold: float, measure: str
+    ) -> None: ...
+    def fit(
+        self,
+        runs: collections.abc.Sequence[
+            collections.abc.Callable[[torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]]
+        ],
+        heads: float,
+    ) -> float: ...
+    def fit_accuracy(
+        self,
+        runs: collections.abc.Sequence[
+            collections.abc.Callable[[torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]]
+        ],
+        labels: collections.abc.Sequence[torch.Tensor | None],
+        loss: float,
+        certainty: float | None,
+    ) -> FittedPolicy: ...
+    def predict(
+        self,
+        run: collections.abc.Callable[[torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]],
+    ) -> StagedPrediction: ...
+    @property
+    def factors(self) -> list[float]: ...
+    @property
+    def measure(self) -> str: ...
+    @property
+    def threshold(self) -> float: ...
+    @threshold.setter
+    def threshold(self, arg1: float) -> None: ...
+
 class Backend:
     """
     One way to execute a selection.
@@ -234,6 +369,27 @@ class Backend:
     def reason(self) -> str:
         """
         why it cannot run, or what is known of it
+        """
+
+class OptionRow:
+    """
+    One option of a gate.
+    """
+    @property
+    def default(self) -> typing.Any: ...
+    @property
+    def doc(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def rule(self) -> str:
+        """
+        'in (0, 1]', for example; empty if the type says it all
+        """
+    @property
+    def type(self) -> str:
+        """
+        as in Python: 'float', 'int | None', ...
         """
 
 class FisherAccumulator:
@@ -271,6 +427,44 @@ class ScaleSolver:
     def add(self, inputs: torch.Tensor, residual: torch.Tensor) -> None: ...
     def error(self, scale: collections.abc.Sequence[float]) -> float: ...
     def solve(self, damp: float) -> list[float] | None: ...
+    def solve_released(self, intercept: bool) -> list[float] | None: ...
+
+class OutputMoments:
+    def __init__(self, inputs: int, outputs: int) -> None: ...
+    def add(self, inputs: torch.Tensor, targets: torch.Tensor) -> None: ...
+    def error(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> float: ...
+    def merge(self, other: OutputMoments) -> None: ...
+    def select(self, columns: collections.abc.Sequence[int]) -> OutputMoments: ...
+    def solve(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, ridge: float
+    ) -> tuple[torch.Tensor, torch.Tensor | None]: ...
+    def variance(self) -> float: ...
+    @property
+    def inputs(self) -> int: ...
+    @property
+    def outputs(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
+
+class Repaired:
+    @property
+    def bias(self) -> torch.Tensor | None: ...
+    @property
+    def error_after(self) -> float: ...
+    @property
+    def error_before(self) -> float: ...
+    @property
+    def ridge(self) -> float | None: ...
+    @property
+    def variance(self) -> float: ...
+    @property
+    def weight(self) -> torch.Tensor: ...
+
+class RemovalOrder:
+    @property
+    def error(self) -> list[float]: ...
+    @property
+    def units(self) -> list[int]: ...
 
 class FfnPlan:
     """
@@ -471,15 +665,36 @@ def backends() -> list[Backend]:
     Every backend of the attention operators, for each device the fastest first: the order in which they are tried, each with the reason why it cannot run, or what is known of it.
     """
 
-def check_calibrated(nearest: tuple[float, float], keep: float, tolerance: float) -> None: ...
+def find_threshold(
+    run: collections.abc.Callable[[float], tuple[int, int, float]],
+    keep: float,
+    passes: int,
+    tolerance: float,
+) -> float: ...
 def fit_latency(
     units: collections.abc.Sequence[int], seconds: collections.abc.Sequence[float]
 ) -> LatencyFit: ...
+def folder_beside(arg0: os.PathLike | str | bytes) -> pathlib.Path: ...
+def gate_options(type: str, options: dict) -> typing.Any:
+    """
+    All options of a gate, those that are not given with their defaults.
+    """
+
+def gate_tables() -> list[tuple[str, list[OptionRow]]]:
+    """
+    [(name of a gate, its options)], for every gate.
+    """
+
 def head_macs(tokens: float, width: int, head_dim: int) -> float: ...
 def hies(
     importance: HeadScores, entropy: HeadScores, alpha: float = 0.5, scope: str = "global"
 ) -> HeadScores: ...
 def load_safetensors(path: os.PathLike | str | bytes) -> dict[str, torch.Tensor]: ...
+def may_be_recomputed() -> bool:
+    """
+    Whether saved-tensor hooks are set or gradients are off, as in activation checkpointing.
+    """
+
 def narrowed(
     before: HeadPlan, scores: HeadScores, count: int, min_heads_per_layer: int = 0
 ) -> HeadPlan: ...
@@ -506,8 +721,30 @@ def prune_projections(
     parameters: collections.abc.Mapping[str, torch.Tensor], layer: LayerPlan
 ) -> dict[str, torch.Tensor]: ...
 def pruning_counts(total: int, keep: float, step: float) -> list[int]: ...
+def quoted(value: typing.Any) -> str:
+    """
+    A value for an error: short, without control characters.
+    """
+
+def read_json(arg0: os.PathLike | str | bytes, arg1: int) -> bytes: ...
 def read_safetensors_metadata(path: os.PathLike | str | bytes) -> dict[str, str]: ...
 def rearrange(gradients: torch.Tensor, kept: collections.abc.Sequence[int]) -> list[int]: ...
+def recomputing() -> bool:
+    """
+    Whether this thread is inside a backward: a forward there repeats an earlier one.
+    """
+
+def removal_order(
+    moments: OutputMoments, weight: torch.Tensor, group: int, ridge: float
+) -> RemovalOrder: ...
+def repair_projection(
+    fit: OutputMoments,
+    held_out: OutputMoments,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    ridges: collections.abc.Sequence[float],
+) -> Repaired: ...
+def replace_folder(arg0: os.PathLike | str | bytes, arg1: os.PathLike | str | bytes) -> None: ...
 def save_safetensors(
     path: os.PathLike | str | bytes,
     tensors: collections.abc.Mapping[str, torch.Tensor],
