@@ -31,6 +31,56 @@ std::string shown_json(const AnyJson& value) {
   return value.dump();
 }
 
+/// Refuses what parse_json() refuses beside JSON that is not valid. A pass of its own: with a
+/// callback the library's parser goes through an object anew after each of its values.
+template <typename AnyJson>
+class JsonChecker : public nlohmann::json_sax<AnyJson> {
+ public:
+  JsonChecker(const std::string& what, int max_depth) : what_(what), max_depth_(max_depth) {}
+
+  bool null() override { return true; }
+  bool boolean(bool) override { return true; }
+  bool number_integer(typename AnyJson::number_integer_t) override { return true; }
+  bool number_unsigned(typename AnyJson::number_unsigned_t) override { return true; }
+  bool number_float(typename AnyJson::number_float_t, const std::string&) override { return true; }
+  bool string(std::string&) override { return true; }
+  bool binary(typename AnyJson::binary_t&) override { return true; }
+  bool start_object(size_t) override {
+    keys_.emplace_back();
+    return open();
+  }
+  bool end_object() override {
+    keys_.pop_back();
+    return close();
+  }
+  bool start_array(size_t) override { return open(); }
+  bool end_array() override { return close(); }
+  bool key(std::string& key) override {
+    TORCH_CHECK_VALUE(keys_.back().insert(key).second, what_, " has the key ", shown(key),
+                      " twice");
+    TORCH_CHECK_VALUE((!std::is_same_v<AnyJson, Json> || keys_.back().size() <= kMostKeys), what_,
+                      " must not have more than ", kMostKeys, " keys in one object");
+    return true;
+  }
+  bool parse_error(size_t, const std::string&, const nlohmann::json::exception&) override {
+    return false;  // the parser says more
+  }
+
+ private:
+  bool open() {
+    TORCH_CHECK_VALUE(depth_++ < max_depth_, what_, " must not be nested deeper than ", max_depth_);
+    return true;
+  }
+  bool close() {
+    --depth_;
+    return true;
+  }
+
+  const std::string& what_;
+  int max_depth_, depth_ = 0;
+  std::vector<std::unordered_set<std::string>> keys_;  // of the objects that are open
+};
+
 /// Parses `text`. `what` names it in messages. Nesting deeper than `max_depth` (a cheap way to make
 /// a parser eat memory), keys that occur twice (readers differ in which one they believe) and bytes
 /// of value 0 (at which some readers stop) are refused.
@@ -40,34 +90,10 @@ AnyJson parse_json(std::string_view text, const std::string& what, int max_depth
   TORCH_CHECK_VALUE(text.find('\0') == std::string_view::npos, what,
                     " is not valid JSON: it must not hold a byte of value 0, got one at byte ",
                     text.find('\0'));
-  std::vector<std::unordered_set<std::string>> keys;  // of the objects that are open
-  const auto check = [&](int depth, typename AnyJson::parse_event_t event, AnyJson& parsed) {
-    using Event = typename AnyJson::parse_event_t;
-    switch (event) {
-      case Event::object_start:
-        keys.emplace_back();
-        [[fallthrough]];
-      case Event::array_start:
-        TORCH_CHECK_VALUE(depth < max_depth, what, " must not be nested deeper than ", max_depth);
-        break;
-      case Event::object_end:
-        keys.pop_back();
-        break;
-      case Event::key: {
-        const auto& key = parsed.template get_ref<const std::string&>();
-        TORCH_CHECK_VALUE(keys.back().insert(key).second, what, " has the key ", shown(key),
-                          " twice");
-        TORCH_CHECK_VALUE((!std::is_same_v<AnyJson, Json> || keys.back().size() <= kMostKeys), what,
-                          " must not have more than ", kMostKeys, " keys in one object");
-        break;
-      }
-      default:
-        break;
-    }
-    return true;
-  };
+  JsonChecker<AnyJson> checker(what, max_depth);
   try {
-    return AnyJson::parse(text, check);
+    AnyJson::sax_parse(text, &checker);
+    return AnyJson::parse(text);
   } catch (const nlohmann::json::exception& error) {
     // Only the position and the reason: the library's own number means nothing to people, and what
     // it read last may be bytes that no terminal should see.

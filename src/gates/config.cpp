@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "gates/options.h"
+#include "shown.h"
 
 namespace headwise {
 namespace {
@@ -115,7 +116,7 @@ void check(const char* name, const T& value, const OptionRule& rule) {
     }
   } else if constexpr (std::is_same_v<T, double>) {
     TORCH_CHECK_VALUE(fits(value, rule.kind), name, " must be ", rule_text(rule), ", got ",
-                      quoted(value));
+                      headwise::quoted(Json(value)));
   } else if constexpr (std::is_same_v<T, int64_t>) {
     const int64_t most = rule.kind == Kind::kHeads ? kMostHeads - 1 : kLargest;
     TORCH_CHECK_VALUE(value >= rule.least && (rule.kind != Kind::kHeads || value <= most), name,
@@ -123,7 +124,7 @@ void check(const char* name, const T& value, const OptionRule& rule) {
     TORCH_CHECK_VALUE(value <= most, name, " must be at most ", most, ", got ", value);
   } else if constexpr (std::is_same_v<T, std::string>) {
     TORCH_CHECK_VALUE(is_choice(value, rule.choices), name, " must be ", rule_text(rule), ", got ",
-                      quoted(value));
+                      headwise::quoted(Json(value)));
   } else if constexpr (std::is_same_v<T, GateOptionsBox>) {
     TORCH_CHECK_VALUE(value.get() != nullptr, name, " must be given");
     check_gate_options(value.get()->options);
@@ -139,25 +140,26 @@ void check_together(const FixedGateOptions& o) {
 }
 
 void check_together(const BudgetGateOptions& o) {
-  TORCH_CHECK_VALUE(o.min_budget() <= o.max_budget(),
-                    "min_budget must not be above max_budget, got ", quoted(o.min_budget()),
-                    " and ", quoted(o.max_budget()));
+  TORCH_CHECK_VALUE(
+      o.min_budget() <= o.max_budget(), "min_budget must not be above max_budget, got ",
+      headwise::quoted(Json(o.min_budget())), " and ", headwise::quoted(Json(o.max_budget())));
   TORCH_CHECK_VALUE(
       o.budget() || o.keep() == 1.0 || (o.min_budget() <= o.keep() && o.keep() <= o.max_budget()),
-      "keep must lie between min_budget=", quoted(o.min_budget()),
-      " and max_budget=", quoted(o.max_budget()), ", got ", quoted(o.keep()));
+      "keep must lie between min_budget=", headwise::quoted(Json(o.min_budget())),
+      " and max_budget=", headwise::quoted(Json(o.max_budget())), ", got ",
+      headwise::quoted(Json(o.keep())));
 }
 
 void check_together(const RequestedBudgetGateOptions& o) {
-  TORCH_CHECK_VALUE(o.min_budget() <= o.max_budget(),
-                    "min_budget must not be above max_budget, got ", quoted(o.min_budget()),
-                    " and ", quoted(o.max_budget()));
+  TORCH_CHECK_VALUE(
+      o.min_budget() <= o.max_budget(), "min_budget must not be above max_budget, got ",
+      headwise::quoted(Json(o.min_budget())), " and ", headwise::quoted(Json(o.max_budget())));
 }
 
 void check_together(const HardConcreteGateOptions& o) {
   TORCH_CHECK_VALUE(o.gamma() < 0.0 && o.zeta() > 1.0,
-                    "gamma must be below 0 and zeta above 1, got ", quoted(o.gamma()), " and ",
-                    quoted(o.zeta()));
+                    "gamma must be below 0 and zeta above 1, got ",
+                    headwise::quoted(Json(o.gamma())), " and ", headwise::quoted(Json(o.zeta())));
 }
 
 // --- JSON ---
@@ -173,31 +175,34 @@ void read(const char* name, const Json& value, T& field, const OptionRule& rule,
         std::string_view(name) == "shared") {
       const auto count = value.get<int64_t>();
       TORCH_CHECK_VALUE(count >= 0 && count <= kMostHeads, name, " must be in 0..", kMostHeads,
-                        ", got ", quoted(value));
+                        ", got ", headwise::quoted(Json(value)));
       for (int64_t head = 0; head < count; ++head) field.push_back(head);
       return;
     }
-    TORCH_CHECK_TYPE(value.is_array(), name, " must be a sequence of numbers, got ", quoted(value));
+    TORCH_CHECK_TYPE(value.is_array(), name, " must be a sequence of numbers, got ",
+                     headwise::quoted(Json(value)));
     TORCH_CHECK_VALUE(value.size() <= kMostHeads, name, " must have at most ", kMostHeads,
                       " values, got ", value.size());
     for (const auto& item : value) read(name, item, field.emplace_back(), rule, depth);
   } else if constexpr (std::is_same_v<T, bool>) {
-    TORCH_CHECK_TYPE(value.is_boolean(), name, " must be True or False, got ", quoted(value));
+    TORCH_CHECK_TYPE(value.is_boolean(), name, " must be True or False, got ",
+                     headwise::quoted(Json(value)));
     field = value.get<bool>();
   } else if constexpr (std::is_same_v<T, std::string>) {
     TORCH_CHECK_VALUE(value.is_string(), name, " must be ", rule_text(rule), ", got ",
-                      quoted(value));
+                      headwise::quoted(Json(value)));
     field = value.get<std::string>();
   } else if constexpr (std::is_same_v<T, GateOptionsBox>) {
     field = GateOptionsBox(gate_options_from_object(value, depth + 1));
   } else {
-    TORCH_CHECK_TYPE(value.is_number(), name, " must be a number, got ", quoted(value));
+    TORCH_CHECK_TYPE(value.is_number(), name, " must be a number, got ",
+                     headwise::quoted(Json(value)));
     if constexpr (std::is_same_v<T, int64_t>) {
       const double number = value.get<double>();
       TORCH_CHECK_VALUE(std::floor(number) == number && std::isfinite(number), name,
-                        " must be a whole number, got ", quoted(value));
+                        " must be a whole number, got ", headwise::quoted(Json(value)));
       TORCH_CHECK_VALUE(std::abs(number) <= kLargest, name, " must be between ", -kLargest, " and ",
-                        kLargest, ", got ", quoted(value));
+                        kLargest, ", got ", headwise::quoted(Json(value)));
     }
     field = value.get<T>();
   }
@@ -254,7 +259,7 @@ std::string quoted(const Json& value) {
   constexpr size_t kMost = 60;
   std::string text;
   if (value.is_string()) {
-    text = "'" + value.get_ref<const std::string&>().substr(0, kMost) + "'";
+    return shown(value.get_ref<const std::string&>(), kMost, '\'');
   } else if (value.is_boolean()) {
     text = value.get<bool>() ? "True" : "False";
   } else if (value.is_null()) {
@@ -266,11 +271,6 @@ std::string quoted(const Json& value) {
     text += " of " + std::to_string(value.size());
   } else {
     text = value.dump();
-  }
-  for (auto& letter : text) {
-    if (static_cast<unsigned char>(letter) < 0x20 || static_cast<unsigned char>(letter) > 0x7e) {
-      letter = '?';
-    }
   }
   return text.size() > kMost + 2 ? text.substr(0, kMost) + "..." : text;
 }

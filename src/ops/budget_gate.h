@@ -23,7 +23,7 @@ namespace headwise::ops {
       min_heads, rounding
 
 /// True if a kernel takes inputs of these devices, dtypes and shapes.
-bool takes_budget_gate(HEADWISE_BUDGET_GATE_PARAMETERS);
+HEADWISE_API bool takes_budget_gate(HEADWISE_BUDGET_GATE_PARAMETERS);
 
 /// index, count, weight, relevance, budget.
 using GateResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;

@@ -39,9 +39,14 @@ class Gate(nn.Module):
     embed_dim: int | None
     num_heads: int | None
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, configured: bool | None = None, **kwargs: Any) -> None:
+        """``configured``: :func:`gate_from_config` builds it. Default: gates of other packages and
+        those that have a table of options; what gates only inherit from is not built."""
         super().__init_subclass__(**kwargs)
-        _GATES[cls.__name__] = cls
+        if configured is None:
+            configured = not cls.__module__.startswith("headwise.") or cls.__name__ in TABLES
+        if configured:
+            _GATES[cls.__name__] = cls
         if cls.__module__.startswith("headwise.gates.") and cls.__name__ in TABLES:
             cls.__doc__ = documented(cls.__name__, cls.__doc__)
             if "__init__" not in cls.__dict__:

@@ -67,7 +67,7 @@ def select_alpha(
 
     Raises:
         ValueError: no alphas, no batches, a loss that is not finite or not one per example, or what
-            :func:`headwise.hies` and :func:`headwise.plan` raise.
+            :func:`headwise.pruning.hies` and :func:`headwise.plan` raise.
     """
     if not alphas:
         raise ValueError("alphas must not be empty")

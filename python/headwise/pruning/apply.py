@@ -47,8 +47,8 @@ def prune(
     ``head_dim`` stays. Layers may keep different numbers of heads, and layers that the plan does
     not name are left as they are. Parameters of pruned layers are new: build the optimizer after.
 
-    A :class:`~headwise.StructurePlan` also removes neurons, whole blocks and hidden dimensions. A
-    removed block leaves a layer without heads, or neurons, and without biases, and in a post-norm
+    A :class:`~headwise.pruning.StructurePlan` also removes neurons, whole blocks and hidden
+    dimensions. A removed block leaves a layer without heads, or neurons, and without biases, and in a post-norm
     layer no layer norm after it; dimensions go from everything that reads or writes the residual
     stream.
 

@@ -289,7 +289,7 @@ def _inputs_of(
     return torch.cat(found).double().cpu()
 
 
-class _Reader(BankGate):
+class _Reader(BankGate, configured=False):
     """Stands in the deciding layer, reads its input, and ends the forward."""
 
     def __init__(self, features: Sequence[str], found: list | None = None, **binding: Any) -> None:

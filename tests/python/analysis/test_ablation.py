@@ -173,7 +173,7 @@ def test_bad_input_is_named(data):
             ablate(model, [data], lambda m, b: squared(m, b).mean())
         with pytest.raises(ValueError, match="is zero for every head: the loss does not depend"):
             ablate(model, [data], lambda m, b: b[1].square())
-        with pytest.raises(ValueError, match="resamples must be positive"):
+        with pytest.raises(ValueError, match="resamples must be in 1"):
             ablate(model, [data], squared, resamples=0)
 
 

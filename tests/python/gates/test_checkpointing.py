@@ -95,7 +95,7 @@ def result(model, mode, forwards, penalised):
         if gate.expected_heads is not None:
             found[f"expected heads of {number}"] = gate.expected_heads.detach()
     found["next"] = torch.rand(3)
-    return found, torch.cat(seen), hw.head_moves(model)
+    return found, torch.cat(seen), hw.gates.head_moves(model)
 
 
 @pytest.mark.parametrize("mode", ["reentrant", "not reentrant", "nested"])

@@ -12,7 +12,9 @@ GATES = [gate for gate in GATES if not isinstance(gate, hw.RandomGate)]
 
 def layer_of(gate):
     torch.manual_seed(0)
-    return hw.link_gates(hw.MultiheadAttention(D, H, gate=gate, batch_first=True)).eval()
+    return hw.link_gates(
+        hw.MultiheadAttention(D, H, head_dim=4, gate=gate, batch_first=True)
+    ).eval()
 
 
 # SleepGate counts steps on the host in training.

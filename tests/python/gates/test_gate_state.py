@@ -13,7 +13,9 @@ GATES = [*EVERY_GATE, hw.GroupGate(hw.BudgetGate()), hw.GroupGate(hw.SubsetGate(
 
 
 def layer_of(gate, device=None):
-    return hw.link_gates(hw.MultiheadAttention(D, H, gate=gate, batch_first=True, device=device))
+    return hw.link_gates(
+        hw.MultiheadAttention(D, H, head_dim=4, gate=gate, batch_first=True, device=device)
+    )
 
 
 def trained(gate):

@@ -34,7 +34,7 @@ def test_config_round_trip(gate):
     assert hw.gates.gate_from_config(config).config() == gate.config()
     with pytest.raises(ValueError, match=f"{config['type']} has no option 'colour'"):
         hw.gates.gate_from_config({**config, "colour": 1})
-    with pytest.raises(ValueError, match="gate type must be one of BudgetGate, FixedGate"):
+    with pytest.raises(ValueError, match="gate type must be one of BankGate, BudgetGate"):
         hw.gates.gate_from_config({"type": "OtherGate"})
 
 

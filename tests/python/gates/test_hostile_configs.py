@@ -19,7 +19,7 @@ leaves = (
     st.none()
     | st.booleans()
     | st.integers()
-    | st.sampled_from([10**30, -(10**30), 10**5000, 2**31, 2**63, 0, -1, 1, 0.0, 1e308, 5e-324])
+    | st.sampled_from([10**30, -(10**30), 2**31, 2**63, 0, -1, 1, 0.0, 1e308, 5e-324])
     | st.floats()
     | st.text(max_size=20)
     | st.sampled_from(["model", "layer", "all", "x" * 5000, "\x1b[2J", "\0", "012", "0.5", *TYPES])

@@ -40,8 +40,8 @@ def plain(x, weight, out_weight, heads, head_weight, dtype, mask, padding, causa
 
 def dropout_mask(batch, heads, length, seed, p):
     """What the operator multiplies probabilities by: read off values that name their key."""
-    q = torch.zeros(batch, heads, length, 1)
-    k, v = torch.zeros(batch, heads, length, 1), torch.eye(length).expand(batch, heads, -1, -1)
+    q = torch.zeros(batch, heads, length, 1).double()
+    k, v = torch.zeros_like(q), torch.eye(length).double().expand(batch, heads, -1, -1)
     index = torch.arange(heads).expand(batch, -1).contiguous()
     count = torch.full((batch,), heads)
     return length * torch.ops.headwise.selected_attention(

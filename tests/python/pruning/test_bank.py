@@ -260,24 +260,6 @@ def test_a_decoder_keeps_the_plan_that_the_prompt_chose():
         layer(x, cache=hw.KeyValueCache())
 
 
-def test_heads_of_a_bank_can_be_ablated():
-    torch.manual_seed(0)
-    layer = set_plans(hw.MultiheadAttention(EMBED, HEADS, batch_first=True), PLANS).eval()
-    x = torch.randn(9, 7, EMBED)
-    with torch.no_grad(), hw.nn.scaled_heads(layer) as scales:
-        scales[""][2] = 0.0
-        scales[""][1] = 0.5
-        without, _ = layer(x, x, x)
-        plans = layer.gate.scores(x).argmax(1)
-    d = layer.head_dim
-    with torch.no_grad():
-        for weight, heads in zip(layer.gate.weights, PLANS, strict=True):
-            for place, head in enumerate(heads):
-                weight[:, place * d : (place + 1) * d] *= {1: 0.5, 2: 0.0}.get(head, 1.0)
-    expected = plain_bank_attention(layer, x, None, plans)
-    torch.testing.assert_close(without, expected, rtol=1e-4, atol=1e-5)
-
-
 def test_k_means_finds_what_is_apart():
     torch.manual_seed(0)
     centres = torch.tensor([[0.0, 0.0], [9.0, 0.0], [0.0, 9.0]]).double()
@@ -334,10 +316,8 @@ def test_banks_say_what_is_wrong():
         layer = list(hw.attention_layers(alone).values())[-1]
         layer(torch.randn(2, 3, EMBED), *(torch.randn(2, 3, EMBED) for _ in range(2)))
     assert last.gate.at == 1
-    with pytest.raises(
-        ValueError, match="model has a bank of plans, whose heads are not chosen one"
-    ):
-        hw.explain(bank.model, {key: value[:1] for key, value in batches[0].items()})
+    with pytest.raises(ValueError, match="projections belong to its own choice"):
+        hw.explain(bank.model, {k: v[:1] for k, v in batches[0].items()}, effects=True)
     with pytest.raises(
         ValueError, match="has a BankGate, whose plans have projections of their own"
     ):

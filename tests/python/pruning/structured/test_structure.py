@@ -118,6 +118,11 @@ class PlainEncoder(nn.Module):
             )
             return y * hidden
 
+        def block(layer, x, y, name):
+            scale = self.plan.block_scale(name)
+            # A removed block takes the norm on its sum with it.
+            return norm(layer, x + y * scale * hidden) if scale != 0 else x
+
         def mask(entry, count, units):
             values = torch.zeros(count)
             values[getattr(entry, units)] = torch.tensor(entry.scale)
@@ -135,10 +140,9 @@ class PlainEncoder(nn.Module):
                 scores = q[..., part] @ k[..., part].transpose(1, 2) / size**0.5
                 context = scores.softmax(-1) @ v[..., part]
                 y = y + value * context @ mha.out_proj.weight[:, part].T
-            y = (y + mha.out_proj.bias) * self.plan.block_scale(heads.name)
-            x = norm(layer.norm1, x + y)
+            x = block(layer.norm1, x, y + mha.out_proj.bias, heads.name)
             act = F.relu(layer.linear1(x)) * mask(ffn, 32, "neurons")
-            x = norm(layer.norm2, x + layer.linear2(act) * self.plan.block_scale(ffn.name))
+            x = block(layer.norm2, x, layer.linear2(act), ffn.name)
         return x
 
 
@@ -212,12 +216,21 @@ def test_files_that_are_wrong_are_refused(tmp_path):
     model = hw.convert(bert("BertModel"))
     hw.save(hw.prune(model, random_plan(model, 1)), tmp_path / "m")
     path = tmp_path / "m" / "headwise.json"
-    good = json.loads(path.read_text())
+    good, none = json.loads(path.read_text()), {"skipped_norms": []}
     for change, text in (
-        ({"ffn": []}, "must be an object with the keys ffn, hidden"),
-        ({"ffn": [{"name": "x"}], "hidden": None}, "must be a list of objects with name, neurons"),
-        ({"ffn": [], "hidden": {"size": 4, "kept": 0}}, "must be null or an object with size and"),
-        ({"ffn": [{"name": "x", "neurons": 1, "bias": True}], "hidden": None}, "no feed-forward"),
+        ({"ffn": []}, "must be an object with the keys ffn, hidden, skipped_norms"),
+        (
+            {"ffn": [{"name": "x"}], "hidden": None, **none},
+            "must be a list of objects with name, neurons",
+        ),
+        (
+            {"ffn": [], "hidden": {"size": 4, "kept": 0}, **none},
+            "must be null or an object with size and",
+        ),
+        (
+            {"ffn": [{"name": "x", "neurons": 1, "bias": True}], "hidden": None, **none},
+            "no feed-forward",
+        ),
     ):
         path.write_text(json.dumps({**good, "structure": change}))
         with pytest.raises(ValueError, match=text):
