@@ -100,6 +100,7 @@ AnyJson parse_json(std::string_view text, const std::string& what, int max_depth
     std::string reason = error.what();
     if (const auto end = reason.find("] "); end != std::string::npos) reason.erase(0, end + 2);
     if (const auto end = reason.find("; last read"); end != std::string::npos) reason.resize(end);
+    if (reason.size() > 200) reason.resize(200);  // it quotes numbers of any length
     TORCH_CHECK_VALUE(false, what, " is not valid JSON: ", reason);
   }
 }

@@ -107,6 +107,47 @@ void check_fits(const MultiheadAttention& layer, const std::string& name,
   }
 }
 
+/// The sizes of a description must be those of the projections among `tensors`: compared before a
+/// layer of such sizes is made, so that a few bytes cannot ask for much memory.
+void check_sizes(const Json& entry, const MultiheadAttentionOptions& o, const std::string& name,
+                 const NamedTensors& tensors) {
+  const auto expect = [&](const std::string& key, std::vector<int64_t> sizes) {
+    const auto found = tensors.find(join(name, key));
+    TORCH_CHECK_VALUE(found != tensors.end(), kWeights, " lacks ", quoted(join(name, key)));
+    TORCH_CHECK_VALUE(found->second.sizes() == at::IntArrayRef(sizes), quoted(found->first),
+                      " has shape ", found->second.sizes(), " in ", kWeights, " and ",
+                      at::IntArrayRef(sizes), " in ", kDescription);
+  };
+  constexpr int64_t kMost = int64_t{1} << 31;
+  const int64_t d = o.embed_dim(), heads = o.num_heads(), width = o.head_dim().value_or(0);
+  TORCH_CHECK_VALUE(d >= 0 && d < kMost && heads >= 0 && heads < kMost && width >= 0 &&
+                        width < kMost && heads * width < kMost,
+                    "sizes of layer ", quoted(name), " must be in 0..", kMost - 1);
+  const int64_t e = heads * width;
+  expect("out_proj.weight", {d, e});
+  const int64_t kdim = o.kdim().value_or(d), vdim = o.vdim().value_or(d);
+  if (kdim == d && vdim == d) {
+    expect("in_proj_weight", {3 * e, d});
+  } else {
+    expect("q_proj_weight", {e, d});
+    expect("k_proj_weight", {e, kdim});
+    expect("v_proj_weight", {e, vdim});
+  }
+  const Json& gate = entry.at("gate");
+  if (!gate.is_object() || !gate.contains("hidden_dim") ||
+      !gate["hidden_dim"].is_number_integer()) {
+    return;
+  }
+  const auto hidden = gate["hidden_dim"].get<int64_t>();
+  const bool found = std::any_of(tensors.begin(), tensors.end(), [&](const auto& named) {
+    const auto sizes = named.second.sizes();
+    return named.first.starts_with(join(name, "gate.")) &&
+           std::find(sizes.begin(), sizes.end(), hidden) != sizes.end();
+  });
+  TORCH_CHECK_VALUE(found, kWeights, " has no tensor of the gate of ", quoted(name),
+                    " with hidden_dim=", hidden);
+}
+
 /// Gives the parameters and buffers of `layer` the tensors of their names, and `tensors` them.
 void adopt(const MultiheadAttention& layer, const std::string& name, NamedTensors& tensors) {
   for (auto& [key, value] : state(layer)) {
@@ -270,10 +311,9 @@ Model load(const std::string& dir, const at::Device& device) {
     TORCH_CHECK_VALUE(weight != model.tensors.end(), kWeights, " lacks ",
                       quoted(join(name, "out_proj.weight")));
     options.dtype(weight->second.scalar_type());
-    // Without memory first: the sizes in a description are compared before they cost anything.
-    auto sizes_only = options;
-    check_fits(MultiheadAttention(sizes_only.device(at::kMeta)), name, model.tensors);
+    check_sizes(entry, options, name, model.tensors);
     MultiheadAttention layer(options);
+    check_fits(layer, name, model.tensors);
     adopt(layer, name, model.tensors);
     layer->eval();
     model.layers.emplace_back(name, layer);

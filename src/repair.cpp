@@ -207,7 +207,7 @@ Repaired repair_projection(const OutputMoments& fit, const OutputMoments& held_o
     const auto found = solved(fit, start, ridge);
     if (!found) continue;
     const double error = held_out.error(*found);
-    if (error >= best.error_after) continue;
+    if (error >= best.error_after * (1.0 - 1e-9)) continue;  // rounding betters nothing
     best.error_after = error;
     best.ridge = ridge;
   }

@@ -12,13 +12,6 @@ namespace {
 namespace py = pybind11;
 using Json = nlohmann::ordered_json;
 
-std::string text_of(const py::handle& value) {
-  const auto text = py::reinterpret_steal<py::bytes>(
-      PyUnicode_AsEncodedString(value.ptr(), "utf-8", "backslashreplace"));
-  if (!text) throw py::error_already_set();
-  return text;
-}
-
 // What an option's value is as JSON: whatever is no number, flag, text or sequence becomes a text,
 // which the option's check then refuses.
 Json json_of(const py::handle& value, int depth = 0) {

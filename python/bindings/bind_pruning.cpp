@@ -62,8 +62,9 @@ void bind_pruning(py::module_& m) {
       .def_property_readonly("num_heads", &HeadPlan::num_heads, "Heads of all layers, before.")
       .def_property_readonly("heads_kept", &HeadPlan::heads_kept, "Heads of all layers that stay.")
       .def("to_json", &HeadPlan::to_json, py::arg("indent") = 1)
-      .def_static("from_json", &HeadPlan::from_json, py::arg("text"),
-                  "Raises ValueError naming the key that is unknown, missing or wrong.")
+      .def_static(
+          "from_json", [](const py::str& text) { return HeadPlan::from_json(text_of(text)); },
+          py::arg("text"), "Raises ValueError naming the key that is unknown, missing or wrong.")
       .def(
           "save",
           [](const HeadPlan& p, const std::filesystem::path& path) { p.save(path.string()); },

@@ -107,9 +107,11 @@ void bind_plan(py::module_& m) {
       .def_property_readonly("num_neurons", &StructurePlan::num_neurons)
       .def_property_readonly("neurons_kept", &StructurePlan::neurons_kept)
       .def("to_json", &StructurePlan::to_json, py::arg("indent") = 1)
-      .def_static("from_json", &StructurePlan::from_json, py::arg("text"),
-                  "Also reads the JSON of a HeadPlan. Raises ValueError naming the key that is "
-                  "unknown, missing or wrong.")
+      .def_static(
+          "from_json", [](const py::str& text) { return StructurePlan::from_json(text_of(text)); },
+          py::arg("text"),
+          "Also reads the JSON of a HeadPlan. Raises ValueError naming the key that is "
+          "unknown, missing or wrong.")
       .def(
           "save",
           [](const StructurePlan& p, const std::filesystem::path& path) { p.save(path.string()); },

@@ -232,8 +232,8 @@ GateOptions read_options(const Json& object, int depth) {
     }
   });
   for (const auto& [key, value] : object.items()) {
-    TORCH_CHECK_VALUE(known.contains(key), Options::kType, " has no option ", quoted(key),
-                      "; it has ", listed);
+    TORCH_CHECK_VALUE(known.contains(key), Options::kType, " has no option ",
+                      headwise::quoted(Json(key)), "; it has ", listed);
   }
   return options;
 }

@@ -7,6 +7,8 @@
 #include <string_view>
 #include <tuple>
 
+#include "headwise/export.h"
+
 namespace headwise::ops {
 
 #define HEADWISE_BUDGET_GATE_PARAMETERS                                                           \

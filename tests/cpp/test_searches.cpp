@@ -262,7 +262,7 @@ TEST_F(Policy, FitsAndRefuses) {
   broken.forward_fn = [&](const at::Tensor& rows) { return batch.forward_fn(rows) / 0.0; };
   EXPECT_EQ(refusal([&] { policy.predict(broken); }),
             "forward_fn must return finite logits, got NaN or infinity");
-  broken.forward_fn = [](const at::Tensor&) { return at::zeros({12, 1}); };
+  broken.forward_fn = [&](const at::Tensor& rows) { return batch.forward_fn(rows).slice(1, 0, 1); };
   EXPECT_EQ(refusal([&] { policy.predict(broken); }),
             "forward_fn must return logits [B, C] of at least 2 classes, got shape [12, 1]");
 }

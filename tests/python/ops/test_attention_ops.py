@@ -93,7 +93,7 @@ BAD = [
     ({"in_proj_bias": torch.zeros(17)}, ValueError, "in_proj_bias must be a vector with size 18"),
     ({"out_proj_weight": torch.zeros(6, 7)}, ValueError, r"out_proj_weight must be \[D, E\] with size 6"),
     ({"num_heads": 4}, ValueError, r"num_heads must divide the rows of in_proj_weight / 3 \(6\), got 4"),
-    ({"num_heads": -1}, ValueError, "num_heads must not be negative, got -1"),
+    ({"num_heads": -1}, ValueError, "num_heads must be in 0..65536, got -1"),
     ({"index": torch.zeros(2, 3).int()}, ValueError, "index must have at most num_heads = 2 columns"),
     ({"index": torch.zeros(2, 2)}, TypeError, "index must be int32 or int64, got Float"),
     ({"index": torch.tensor([[2, -1], [0, 1]]).int()}, IndexError, "index must name heads between 0 and 1, got 2 for sequence 0"),

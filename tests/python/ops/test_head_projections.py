@@ -512,7 +512,7 @@ OUTPUT = {"heads": HEADS, "weight": OUT, "bias": OUT_B, "index": INDEX, "count":
         ("selected_projection", {"weight": W.double()}, TypeError, r"weight must have the dtype of x \(Float\), got Double"),
         ("selected_projection", {"bias": B[:5]}, ValueError, r"bias must be a vector with size 12 in dimension 0, got shape \[5\]"),
         ("selected_projection", {"num_heads": 5}, ValueError, r"num_heads must divide the rows of weight \(12\), got 5"),
-        ("selected_projection", {"num_heads": -1}, ValueError, "num_heads must not be negative, got -1"),
+        ("selected_projection", {"num_heads": -1}, ValueError, "num_heads must be in 0..65536, got -1"),
         ("selected_projection", {"num_heads": 2}, ValueError, "index must have at most num_heads = 2 columns"),
         ("selected_projection", {"index": INDEX[:1]}, ValueError, r"index must be \[B, K\] with size 2 in dimension 0"),
         ("selected_projection", {"index": INDEX.float()}, TypeError, "index must be int32 or int64, got Float"),

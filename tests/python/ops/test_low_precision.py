@@ -88,16 +88,25 @@ def test_gradients_of_the_layer(dtype, width, case, scale):
     )  # fmt: skip
     (expected * cotangent.to(dtype).double()).sum().backward()
 
+    # PyTorch's own operators in the same dtype: what rounding alone does.
+    usual = [t.clone().requires_grad_() for t in given]
+    output = plain(
+        usual[0], usual[1], usual[2], heads, usual[3], dtype, mask, padding, case == "causal",
+        None if keep is None else keep.to(dtype),
+    )  # fmt: skip
+    (output * cotangent.to(dtype)).sum().backward()
+
     eps = torch.finfo(dtype).eps
     # An exponential turns an absolute error of the scores into a relative one of probabilities;
     # sums are float32 for the narrow types.
     largest = float((exact[0] @ exact[1].T).abs().amax() ** 2) * math.sqrt(width)
     slack = 8 * eps + 64 * largest * min(eps, torch.finfo(torch.float32).eps)
-    for name, mine, theirs in zip(
-        ("x", "in_proj_weight", "out_proj_weight", "weight"), own, exact, strict=True
+    for name, mine, theirs, rounding in zip(
+        ("x", "in_proj_weight", "out_proj_weight", "weight"), own, exact, usual, strict=True
     ):
         error = (mine.grad.double() - theirs.grad).norm() / theirs.grad.norm()
-        assert error < slack, (name, float(error), slack)
+        usual_error = (rounding.grad.double() - theirs.grad).norm() / theirs.grad.norm()
+        assert error < max(slack, 3 * usual_error), (name, float(error), slack, float(usual_error))
     error = (y.double() - expected).norm() / expected.norm()
     assert error < slack, ("output", float(error), slack)
 

@@ -173,12 +173,18 @@ def test_hies_may_be_importance_or_entropy_alone(monkeypatch, best, alpha):
     values = {"michel": [4.0, 3.0, 2.0, 1.0], "entropy": [0.9, 0.8, 0.1, 0.2]}
     scores = {metric: hw.HeadScores(metric, {"a": v}) for metric, v in values.items()}
     wanted = hw.plan(scores[best], keep=0.5).layers
-    monkeypatch.setattr(hw, "prune", lambda model, plan: plan)
+
+    def best_of(model, batches, loss_fn, importance, entropy, keep, *, alphas):
+        found = [hw.plan(hw.pruning.hies(importance, entropy, a), keep=keep) for a in alphas]
+        return SimpleNamespace(plan=next(plan for plan in found if plan.layers == wanted))
+
+    monkeypatch.setattr(hw.pruning, "select_alpha", best_of)
     bench = SimpleNamespace(
         plans={},
         scores=lambda absolute: scores,
         converted=lambda: None,
-        validation_accuracy=lambda plan: float(plan.layers == wanted),
+        validation=SimpleNamespace(in_order=lambda size: []),
+        errors=None,
     )
     assert planned.hies_plan(bench, 0.5).layers == wanted
     assert alpha in planned.ALPHAS
