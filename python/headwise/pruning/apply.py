@@ -48,9 +48,9 @@ def prune(
     not name are left as they are. Parameters of pruned layers are new: build the optimizer after.
 
     A :class:`~headwise.pruning.StructurePlan` also removes neurons, whole blocks and hidden
-    dimensions. A removed block leaves a layer without heads, or neurons, and without biases, and in
-    a post-norm layer no layer norm after it; dimensions go from everything that reads or writes the residual
-    stream.
+    dimensions. A removed block leaves a layer without heads, or neurons, and without biases,
+    and in a post-norm layer no layer norm after it; dimensions go from everything that reads or
+    writes the residual stream.
 
     Args:
         model: a converted model. The gates of the layers that are pruned must choose the same heads
