@@ -65,7 +65,7 @@ class _Packed(NamedTuple):
     made_from: tuple
 
 
-class BankGate(ScopedGate, Gate):
+class BankGate(ScopedGate, Gate, configured=True):
     """Runs for each input the heads of one of M plans, each with an output projection of its own.
 
     The gates of a model decide together, once for each input: the gate of the attention layer

@@ -228,7 +228,12 @@ def gate_from_config(config: Mapping[str, Any]) -> Gate:
         if depth > MOST_NESTED:
             raise ValueError(f"gates must not be nested more than {MOST_NESTED} deep")
     parameters = inspect.signature(_GATES[name].__init__).parameters
-    accepted = {key for key in parameters if key not in ("self", *BINDING)}
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    accepted = {
+        key
+        for key, parameter in parameters.items()
+        if key not in ("self", *BINDING) and parameter.kind not in several
+    }
     options = {key: value for key, value in config.items() if key != "type"}
     for key in options:
         if key not in accepted:

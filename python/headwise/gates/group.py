@@ -15,7 +15,7 @@ from headwise.gates.selection import Selection
 _ops = torch.ops.headwise
 
 
-class GroupGate(Gate):
+class GroupGate(Gate, configured=True):
     """Chooses whole groups of query heads: those that share a key/value head run together or not.
 
     Any other gate chooses among the groups: the gate inside is bound to a layer of G heads, one a
