@@ -8,15 +8,14 @@ name: RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, ERNIE, data2vec's text model, Ro
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
 from headwise.convert.arguments import one_cache
-from headwise.convert.checks import CALLED, HOOKS, hooks_fault
+from headwise.convert.inner_attention import InnerAttention
 from headwise.convert.registry import family
-from headwise.convert.transformers_attention import EncoderStandIn, SeparateProjections, named
+from headwise.convert.transformers_attention import EncoderStandIn, named
 from headwise.nn.multihead_attention import MultiheadAttention
 
 #: What the classes of a model begin with -> the module that has them. tests/python/test_convert.py
@@ -73,16 +72,14 @@ def _prefix(module: nn.Module) -> str:
     return type(module).__name__.removesuffix("Attention")
 
 
-class Bert(SeparateProjections):
+class Bert(InnerAttention):
     name = "transformers BERT (encoder)"
+    inner = "self"
     children = {
         "": ("self", "output"),
         "self": ("query", "key", "value", "dropout"),
         "output": ("dense", "LayerNorm", "dropout"),
     }
-
-    def is_converted(self, module: nn.Module) -> bool:
-        return isinstance(module.self, SelectedSelfAttention)
 
     def refusal(self, module: nn.Module) -> str | None:
         expected = f"{_prefix(module)}SelfAttention"
@@ -92,36 +89,12 @@ class Bert(SeparateProjections):
             return "it belongs to a decoder (config.is_decoder), which caches keys and values"
         return super().refusal(module)
 
-    def _faults(self, module: nn.Module, linears: dict[str, nn.Linear]) -> Iterator[str | None]:
-        yield from super()._faults(module, linears)
-        after = tuple(kind for kind in CALLED if kind != "_forward_pre_hooks")
-        yield hooks_fault("self", module.self, after, "would get the projected output")
-        yield hooks_fault("output", module.output, CALLED, "would get what is projected already")
-        yield hooks_fault("output", module.output, HOOKS, "would see other names")
-
-    def projections(self, module: nn.Module) -> dict[str, nn.Linear]:
-        own = module.self
-        return {
-            "self.query": own.query,
-            "self.key": own.key,
-            "self.value": own.value,
-            "output.dense": module.output.dense,
-        }
-
-    def attention(self, module: nn.Module) -> nn.Module:
-        return module.self
-
     def shape(self, module: nn.Module) -> tuple[int, int, float]:
         own = module.self
         return own.num_attention_heads, own.attention_head_size, own.dropout.p
 
     def successor(self, old: nn.Module, mha: MultiheadAttention) -> nn.Module:
         return _selected(type(old).__name__.removesuffix("SelfAttention"))(old, mha)
-
-    def put(self, module: nn.Module, successor: nn.Module) -> nn.Module:
-        module.self = successor
-        module.output.dense = nn.Identity()
-        return module
 
 
 ARCHITECTURE = Bert()

@@ -69,7 +69,7 @@ def convert(
         ValueError: there is no attention in ``model`` that can be converted, or (``strict``) some
             that cannot; the text lists each and why. Or a converted layer does not compute what it
             did (``verify``). Or ``keep_selection`` is given and ``model`` is no decoder.
-        RuntimeError: ``model`` is of a version of transformers before 5.0.
+        RuntimeError: ``model`` is of a version of transformers before 5.6.
 
     After any error, those of ``gate`` included, ``model`` is as it was. A version of transformers
     newer than those that headwise was tested with gives one warning.

@@ -17,6 +17,7 @@ from transformers.masking_utils import causal_mask_function, prepare_padding_mas
 
 from headwise.convert.arguments import check_arguments, handed_on, one_cache, wants_maps
 from headwise.convert.kept_selection import LayerCacheOf
+from headwise.convert.older_versions import query_offset
 from headwise.convert.transformers_attention import (
     for_each_sequence,
     unconverted_attention,
@@ -150,7 +151,7 @@ class SelectedDecoderAttention(GroupedQueryAttention):
             past = getattr(past, "self_attention_cache", past)
             if attention_mask is not None and attention_mask.dim() == 4:
                 _, offset = past.get_mask_sizes(length, self.layer_idx)
-                first = past.get_query_offset(self.layer_idx) - offset
+                first = query_offset(past, self.layer_idx) - offset
                 if isinstance(first, Tensor):
                     first = first.clone()  # the cache counts on in place
             # Without a mask, more than one token are the first ones.

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import output_capturing
 
 from headwise.convert.checks import (
     CALLED,
@@ -32,6 +31,7 @@ from headwise.convert.decoder import (
     cache_word,
     decoder_outputs,
 )
+from headwise.convert.older_versions import collects_maps
 from headwise.convert.registry import Architecture
 from headwise.convert.transformers_attention import (
     implementation_fault,
@@ -81,19 +81,11 @@ class SelectedGPT2Attention(SelectedDecoderAttention, GPT2Attention):
     ) -> tuple[Tensor, Tensor | None]:
         """As :meth:`SelectedDecoderAttention.forward`, with GPT-2's order of arguments."""
         if options.get("output_attentions") is None:  # GPT-2's model does not hand this down
-            options["output_attentions"] = _collects_maps(self.config)
+            options["output_attentions"] = collects_maps(self.config)
         output, maps = super().forward(
             hidden_states, attention_mask=attention_mask, cache=cache, **options
         )
         return self.resid_dropout(output), maps
-
-
-def _collects_maps(config) -> bool:
-    """Whether the model was asked for attention maps in the call that is under way."""
-    collector = getattr(output_capturing, "_active_collector", None)
-    if collector is None or torch.compiler.is_compiling():
-        return getattr(config, "output_attentions", False)
-    return "attentions" in (collector.get() or ())
 
 
 class GPT2(Architecture):

@@ -73,6 +73,10 @@ class Architecture(abc.ABC):
     #: What the support matrix calls it.
     name: str
 
+    def of(self, module: nn.Module) -> Architecture:
+        """This architecture, or the one that converts ``module`` as another version writes it."""
+        return self
+
     def is_converted(self, module: nn.Module) -> bool:
         """Whether ``module``, of the class this architecture stands for, was converted before (of
         use where :meth:`convert` changes a module in place)."""
@@ -138,9 +142,9 @@ def find_architecture(module: nn.Module) -> Architecture | None:
     """The architecture that stands for exactly the class of ``module``."""
     path = class_path(type(module))
     if path in _REGISTERED:
-        return _REGISTERED[path]
+        return _REGISTERED[path].of(module)
     if path in _FILES:
-        return importlib.import_module(_FILES[path]).ARCHITECTURE
+        return importlib.import_module(_FILES[path]).ARCHITECTURE.of(module)
     return None
 
 

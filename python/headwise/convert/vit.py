@@ -9,7 +9,8 @@ import functools
 
 from torch import nn
 
-from headwise.convert.registry import family
+from headwise.convert import older_vit
+from headwise.convert.registry import Architecture, family
 from headwise.convert.transformers_attention import EncoderStandIn, SeparateProjections, named
 from headwise.nn.multihead_attention import MultiheadAttention
 
@@ -44,6 +45,9 @@ def __getattr__(name: str) -> type:
 class VisionTransformer(SeparateProjections):
     name = "transformers ViT"
     children = {"": SelectedAttention.PROJECTIONS}
+
+    def of(self, module: nn.Module) -> Architecture:
+        return older_vit.ARCHITECTURE if hasattr(module, older_vit.ARCHITECTURE.inner) else self
 
     def projections(self, module: nn.Module) -> dict[str, nn.Linear]:
         return {name: getattr(module, name) for name in self.children[""]}

@@ -72,7 +72,7 @@ class AttentionProbe(NamedTuple):
     self_attention: bool  # keys are those of the queries' own sequence
 
 
-class AttentionLayer(abc.ABC, _Module):
+class AttentionLayer(_Module, metaclass=abc.ABCMeta):
     """Mixed into the modules that :func:`headwise.attention_layers` finds.
 
     Such a module calls ``_init_choosing`` at the end of its ``__init__``, asks its ``gate`` in each

@@ -19,6 +19,7 @@ from support.architectures import (
     bert_config,
     bert_inputs,
     padding_mask,
+    vit_attention,
 )
 from torch import nn
 
@@ -113,26 +114,35 @@ def _statements(kind, prefix, other):
     return ast.dump(ast.parse(lines))
 
 
+_TWO_MODULES = ("SelfAttention", "Attention", "SelfOutput")
+
+
 @pytest.mark.parametrize(
-    "family, parts",
-    [(bert_family, ("SelfAttention", "Attention", "SelfOutput")), (vit_family, ("Attention",))],
+    "family, layouts",
+    [(bert_family, {_TWO_MODULES}), (vit_family, {_TWO_MODULES, ("Attention",)})],
 )
-def test_a_family_has_the_same_attention(family, parts):
-    first = {bert_family: "Bert", vit_family: "ViT"}[family]
-    assert first in family.FAMILY and len(family.FAMILY) == 8
-    for prefix, module in family.FAMILY.items():
+def test_a_family_has_the_same_attention(family, layouts):
+    first = {}  # of each layout, older or newer
+    assert len(family.FAMILY) == 8
+    for prefix, path in family.FAMILY.items():
+        module = importlib.import_module(path)
+        parts = tuple(part for part in _TWO_MODULES if hasattr(module, prefix + part))
+        assert parts in layouts
+        first.setdefault(parts, (prefix, module))
+        other, reference = first[parts]
         for part in parts:
-            own = getattr(importlib.import_module(module), prefix + part)
-            reference = getattr(importlib.import_module(family.FAMILY[first]), first + part)
-            assert _statements(own, prefix, first) == _statements(reference, first, first)
+            own, expected = getattr(module, prefix + part), getattr(reference, other + part)
+            assert _statements(own, prefix, other) == _statements(expected, other, other)
 
 
 def test_another_layout_of_a_known_class_is_refused():
     model = ARCHITECTURES["ViTForImageClassification"].build()
-    layer = model.vit.layers[1].attention
-    layer.query = layer.q_proj
-    del layer.q_proj
-    with pytest.raises(ValueError, match="lays it out otherwise .*q_proj"):
+    place, (query, *_) = vit_attention()
+    holder, _, name = f"{place}.{query}".rpartition(".")
+    layer = model.get_submodule(holder)
+    layer.other = getattr(layer, name)
+    delattr(layer, name)
+    with pytest.raises(ValueError, match=f"lays it out otherwise .*{name}"):
         hw.convert(model)
 
 

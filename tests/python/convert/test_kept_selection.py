@@ -12,7 +12,7 @@ from torch import nn
 transformers = pytest.importorskip("transformers")
 
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache  # noqa: E402
-from transformers.cache_utils import DynamicLayer, QuantizedLayer  # noqa: E402
+from transformers.cache_utils import DynamicLayer, QuantizedLayer, StaticLayer  # noqa: E402
 
 EMBED, HEADS, GROUPS, LENGTH = 24, 4, 2, 6
 
@@ -80,6 +80,11 @@ CACHES = {
 }
 
 
+# What transformers itself could not do before: reorder a quantized cache, empty a dynamic one.
+REORDERED = [k for k in CACHES if k != "quantized" or "reorder_cache" in vars(QuantizedLayer)]
+EMPTIED = [k for k in CACHES if k == "static" or "reset" in vars(DynamicLayer)]
+
+
 def step(model, ids, cache):
     with torch.no_grad():
         return model(ids, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
@@ -135,7 +140,7 @@ MOVES = {
     "kind, move",
     [
         (kind, move)
-        for kind in CACHES
+        for kind in REORDERED
         for move in MOVES
         # transformers moves the rows of the others by reorder_cache alone
         if kind not in ("static", "quantized") or move.startswith("reorder")
@@ -153,7 +158,7 @@ def test_rows_move_with_their_selection(prefix, kind, move, gate):
     close(outputs[-1], alone(model, prompt[order], tokens), kind)
 
 
-@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("kind", REORDERED)
 @pytest.mark.parametrize("copies", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))],
                          ids=["deepcopy", "pickle"])  # fmt: skip
 def test_copies_keep_their_selection(kind, copies):
@@ -170,7 +175,7 @@ def test_copies_keep_their_selection(kind, copies):
     close(outputs[-1], alone(model, prompt[PERMUTATION], tokens), kind)
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("kind", ["dynamic", *["static"] * hasattr(StaticLayer, "crop")])
 def test_cropping_forgets_tokens_and_keeps_the_choice(kind):
     model = build(gate=hw.GroupGate(TokenGate()))
     prompt, tokens = rows(), rows(seed=2, length=2)
@@ -183,7 +188,7 @@ def test_cropping_forgets_tokens_and_keeps_the_choice(kind):
     close(outputs[-1], alone(model, prompt, tokens))
 
 
-@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("kind", EMPTIED)
 def test_an_emptied_cache_serves_other_sequences(kind):
     """Of another number, with other selections, wider or narrower."""
     model = build(gate=hw.GroupGate(TokenGate()))

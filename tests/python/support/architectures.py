@@ -205,6 +205,17 @@ def vision(prefix: str, class_name: str, **kwargs) -> nn.Module:
     )
 
 
+def vit_attention() -> tuple[str, tuple[str, str, str]]:
+    """Where the first attention of ViTForImageClassification is, and its query, value and output:
+    transformers before 5.9 has them in two modules."""
+    from transformers.models.vit import modeling_vit
+
+    if hasattr(modeling_vit, "ViTSelfAttention"):
+        inner = ("attention.query", "attention.value", "output.dense")
+        return "vit.encoder.layer.0.attention", inner
+    return "vit.layers.0.attention", ("q_proj", "v_proj", "o_proj")
+
+
 def decoder(prefix: str, class_name: str, **kwargs) -> nn.Module:
     """A decoder of transformers: two query heads a group, where its heads share."""
     return small(prefix, class_name, num_key_value_heads=2, pad_token_id=0, **kwargs)

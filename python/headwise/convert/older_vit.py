@@ -1,0 +1,87 @@
+"""Vision transformers as older versions of transformers write them: before 5.9 all of
+``vit.py``, before 5.18 DINOv2 too. ``ViTAttention`` holds ``attention`` (query, key,
+value) and ``output``, sees no mask, and gives no attention maps; those are the inner module's.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import Tensor, nn
+
+from headwise.convert.inner_attention import InnerAttention
+from headwise.convert.older_versions import collects_maps
+from headwise.convert.registry import family
+from headwise.convert.transformers_attention import (
+    EncoderStandIn,
+    named,
+    use_plain_implementation,
+)
+from headwise.nn.multihead_attention import MultiheadAttention
+from headwise.nn.proof import Draw, Trial
+
+_FAMILY = family("headwise.convert.vit")
+
+
+class SelectedSelfAttention(EncoderStandIn):
+    """Stands where ``ViTSelfAttention`` stood; its output is already projected."""
+
+    PROJECTIONS = ("attention.query", "attention.key", "attention.value", "output.dense")
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **options: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """As :meth:`EncoderStandIn.forward`; the layers are not told whether maps are wanted."""
+        if options.get("output_attentions") is None:
+            options["output_attentions"] = collects_maps(self.config)
+        return super().forward(hidden_states, attention_mask, **options)
+
+    def _place(self, name: str) -> str:
+        return name.removesuffix("attention")
+
+
+@functools.cache
+def _selected(prefix: str) -> type[SelectedSelfAttention]:
+    # It is a ViTSelfAttention (DeiTSelfAttention, ...) so that transformers finds it when it
+    # collects attention maps (output_attentions=True).
+    original = named(f"{_FAMILY[prefix]}.{prefix}SelfAttention")
+    name = f"Selected{prefix}SelfAttention"
+    return type(name, (SelectedSelfAttention, original), {"__module__": __name__})
+
+
+def __getattr__(name: str) -> type:
+    """``SelectedDeiTSelfAttention`` and the like, made when first asked for: pickles name them."""
+    prefix = name.removeprefix("Selected").removesuffix("SelfAttention")
+    if name == f"Selected{prefix}SelfAttention" and prefix in _FAMILY:
+        return _selected(prefix)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class OlderVisionTransformer(InnerAttention):
+    name = "transformers ViT"
+    inner = "attention"
+    children = {
+        "": ("attention", "output"),
+        "attention": ("query", "key", "value"),
+        "output": ("dense", "dropout"),
+    }
+
+    def shape(self, module: nn.Module) -> tuple[int, int, float]:
+        own = module.attention
+        return own.num_attention_heads, own.attention_head_size, own.dropout_prob
+
+    def successor(self, old: nn.Module, mha: MultiheadAttention) -> nn.Module:
+        return _selected(type(old).__name__.removesuffix("SelfAttention"))(old, mha)
+
+    def trial(self, module: nn.Module) -> Trial:
+        width = module.attention.query.in_features
+
+        def run(own: nn.Module, draw: Draw) -> list[Tensor]:
+            use_plain_implementation(own)
+            return [own(draw(2, 5, width))]
+
+        return run
+
+
+ARCHITECTURE = OlderVisionTransformer()
