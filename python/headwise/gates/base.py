@@ -250,7 +250,8 @@ def inner_gate(gate: Any, of: str) -> Gate:
     if isinstance(gate, Mapping):
         gate = gate_from_config(gate)
     if not isinstance(gate, Gate):
-        raise TypeError(f"gate must be a headwise.Gate, got {type(gate).__name__}")
+        kind = "None" if gate is None else type(gate).__name__
+        raise TypeError(f"gate must be a headwise.Gate, got {kind}")
     if gate.num_heads is not None:
         raise ValueError(f"gate must not be bound: it is bound to {of}")
     if gate.reads_heads:
