@@ -82,6 +82,8 @@ def run(rank, folder, how):
                 torch.testing.assert_close(
                     sharded[n].grad.full_tensor(),
                     p.grad / 2,
+                    rtol=1e-3,  # the sums of two processes are in another order
+                    atol=1e-4,
                     msg=lambda m, where=f"{name}, {n}": f"{where}: {m}",
                 )
     torch.save(found, f"{folder}/{how}.{rank}")
