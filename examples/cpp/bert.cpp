@@ -68,7 +68,9 @@ class Bert {
     if (bias == model_.tensors.end()) return at::linear(x, get(name + ".weight"));
     return at::linear(x, get(name + ".weight"), bias->second);
   }
+  // A removed block took the norm on its sum with it.
   at::Tensor norm(const at::Tensor& x, const std::string& name) const {
+    if (!model_.tensors.contains(name + ".weight")) return x;
     return at::layer_norm(x, {x.size(-1)}, get(name + ".weight"), get(name + ".bias"), 1e-12);
   }
 
