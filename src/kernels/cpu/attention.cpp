@@ -63,6 +63,47 @@ void attention_forward(const AttentionShape<T>& shape, const HeadTensors<T>& hea
   }
 }
 
+namespace {
+
+/// p [rows, width], the probabilities of a block before dropout, and dp, their gradients.
+template <typename T>
+void probabilities(const AttentionShape<T>& shape, const HeadTensors<T>& head, const T* g,
+                   int64_t ldg, const T* lse, int64_t row, int64_t rows, int64_t column,
+                   int64_t width, T* p, T* dp) {
+  gemm<T>(Transpose::no, Transpose::yes, rows, width, shape.width, 1, head.q + row * head.ldq,
+          head.ldq, head.k + column * head.ldk, head.ldk, 0, p, kKeyBlock);
+  mask_scores(shape, head.b, head.h, row, rows, column, width, p, kKeyBlock);
+  gemm<T>(Transpose::no, Transpose::yes, rows, width, shape.value_width, 1, g, ldg,
+          head.v + column * head.ldv, head.ldv, 0, dp, kKeyBlock);
+  if (shape.dropout_p > 0) drop(shape, head.b, head.h, row, rows, column, width, dp, kKeyBlock);
+  for (int64_t i = 0; i < rows; ++i) row_exponential(p + i * kKeyBlock, width, T(1), lse[row + i]);
+}
+
+}  // namespace
+
+template <typename T>
+void attention_row_sums(const AttentionShape<T>& shape, const HeadTensors<T>& head,
+                        const T* grad_context, int64_t ldg, const T* lse, T* delta, T* scratch) {
+  const int64_t columns = shape.lengths[head.b] + shape.added;
+  T *const p = scratch, *const dp = scratch + kQueryBlock * kKeyBlock;
+  std::fill_n(delta, shape.queries, T(0));
+  for (int64_t row = 0; row < shape.queries; row += kQueryBlock) {
+    const int64_t rows = std::min(kQueryBlock, shape.queries - row);
+    const int64_t visible = visible_columns(shape, row, rows, columns);
+    for (int64_t column = 0; column < visible; column += kKeyBlock) {
+      const int64_t width = std::min(kKeyBlock, visible - column);
+      probabilities(shape, head, grad_context + row * ldg, ldg, lse, row, rows, column, width, p,
+                    dp);
+      for (int64_t i = 0; i < rows; ++i) {
+        T sum = 0;  // a masked key may hold what is no number
+        for (int64_t j = i * kKeyBlock; j < i * kKeyBlock + width; ++j)
+          if (p[j] != T(0)) sum += p[j] * dp[j];
+        delta[row + i] += sum;
+      }
+    }
+  }
+}
+
 template <typename T>
 void attention_backward(const AttentionShape<T>& shape, const HeadTensors<T>& head,
                         const T* grad_context, int64_t ldg, const T* delta, const T* lse, T* dq,
@@ -85,17 +126,10 @@ void attention_backward(const AttentionShape<T>& shape, const HeadTensors<T>& he
     for (int64_t column = 0; column < visible; column += kKeyBlock) {
       const int64_t width = std::min(kKeyBlock, visible - column);
       const T* k = head.k + column * head.ldk;
-      gemm<T>(Transpose::no, Transpose::yes, rows, width, shape.width, 1, q, head.ldq, k, head.ldk,
-              0, p, kKeyBlock);
-      mask_scores(shape, head.b, head.h, row, rows, column, width, p, kKeyBlock);
-      gemm<T>(Transpose::no, Transpose::yes, rows, width, shape.value_width, 1, g, ldg,
-              head.v + column * head.ldv, head.ldv, 0, dp, kKeyBlock);
-      if (shape.dropout_p > 0) drop(shape, head.b, head.h, row, rows, column, width, dp, kKeyBlock);
+      probabilities(shape, head, g, ldg, lse, row, rows, column, width, p, dp);
       for (int64_t i = 0; i < rows; ++i) {
-        T* pi = p + i * kKeyBlock;
         T* di = dp + i * kKeyBlock;
-        row_exponential(pi, width, T(1), lse[row + i]);
-        row_gradient(pi, width, delta[row + i], di);
+        row_gradient(p + i * kKeyBlock, width, delta[row + i], di);
         if (mask_head) {
           const int64_t given = std::clamp<int64_t>(length - column, 0, width);
           T* to = mask_head + (row + i) * mask.row + column * mask.column;
@@ -119,7 +153,9 @@ void attention_backward(const AttentionShape<T>& shape, const HeadTensors<T>& he
                                      int64_t, T*, int64_t, T*, T*);                              \
   template void attention_backward<T>(const AttentionShape<T>&, const HeadTensors<T>&, const T*, \
                                       int64_t, const T*, const T*, T*, int64_t, T*, int64_t, T*, \
-                                      int64_t, const MaskGradient<T>&, T*, T*);
+                                      int64_t, const MaskGradient<T>&, T*, T*);                  \
+  template void attention_row_sums<T>(const AttentionShape<T>&, const HeadTensors<T>&, const T*, \
+                                      int64_t, const T*, T*, T*);
 HEADWISE_INSTANTIATE(float)
 HEADWISE_INSTANTIATE(double)
 #undef HEADWISE_INSTANTIATE

@@ -66,6 +66,13 @@ template <typename T>
 void attention_forward(const AttentionShape<T>& shape, const HeadTensors<T>& head, int64_t row,
                        int64_t rows, T* context, int64_t ldc, T* lse, T* scratch);
 
+/// delta [L] of attention_backward() from the probabilities themselves. `context` that was stored
+/// in fewer bits gives it with an error of their precision, which the difference of two nearly
+/// equal numbers in a gradient of large scores does not forgive.
+template <typename T>
+void attention_row_sums(const AttentionShape<T>& shape, const HeadTensors<T>& head,
+                        const T* grad_context, int64_t ldg, const T* lse, T* delta, T* scratch);
+
 /// Adds nothing: writes dq [L, d], dk and dv [lengths[b] + added, .] of one head from the gradient
 /// of its context. delta [L]: rows' sum of grad_context * context. `mask_head` (may be null): of
 /// the gradient of the additive mask, this head's; it is added to.

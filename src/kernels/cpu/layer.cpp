@@ -144,9 +144,13 @@ void layer_backward(const Layer<T>& layer, const LayerWorkspace<const T>& w, con
       total += sum;
     }
     if (g.head_weight) g.head_weight[a.b * shape.num_heads + a.h] = total;
-    attention_backward(shape, head_tensors<T>(layer, w.q, w.k, w.v, a), gc, d, delta + n * L,
-                       w.lse + a.slot * L, dq + n * L * d, d, dk + n * S * d, d, dv + n * S * d, d,
-                       g.mask, g.mask.of(copy, a.b, a.h), scratch[worker]);
+    const auto head = head_tensors<T>(layer, w.q, w.k, w.v, a);
+    if (layer.round) {  // `context` was stored in fewer bits
+      attention_row_sums(shape, head, gc, d, w.lse + a.slot * L, delta + n * L, scratch[worker]);
+    }
+    attention_backward(shape, head, gc, d, delta + n * L, w.lse + a.slot * L, dq + n * L * d, d,
+                       dk + n * S * d, d, dv + n * S * d, d, g.mask, g.mask.of(copy, a.b, a.h),
+                       scratch[worker]);
   };
   const auto lists = by_mask_part(layer.active, shape, g.mask);
   parallel_tasks(lists.size(), [&](int64_t list, int64_t worker) {

@@ -127,6 +127,14 @@ class Forward {
       const int64_t n = std::min(kRowBlock, end - row);
       multiply(in, a.h, n, in.x.at(a.b, row), in.x.row, packed, tile);
       convert_rows(n, d_, tile, d_, bias_of(in, a.h), y + row * d_, d_);
+      round(y + row * d_, n);
+    }
+  }
+
+  /// Rows as they are stored for backward, where that is in fewer bits than they are summed in.
+  void round(T* rows, int64_t n) const {
+    if constexpr (std::is_same_v<T, float>) {
+      if (layer_.round) layer_.round(rows, n * d_);
     }
   }
 
@@ -188,9 +196,11 @@ class Forward {
   void scatter(const Group& group, int64_t m, int parts, int64_t row, int64_t rows,
                const float* tile) const {
     const auto in = inputs();
-    for (int i = 0; i < parts; ++i)
+    for (int i = 0; i < parts; ++i) {
       convert_rows(rows, d_, tile + i * d_, parts * d_, bias_of(in[i], group.heads[m]->h),
                    group.rows[i][m] + row * d_, d_);
+      round(group.rows[i][m] + row * d_, rows);
+    }
   }
 
   /// q, k and v of a group in the self form: all three of the given rows, q alone of padding. Short

@@ -7,6 +7,7 @@ number.
 
 import math
 
+import headwise  # noqa: F401  registers the operators
 import pytest
 import torch
 
@@ -49,13 +50,11 @@ def dropout_mask(batch, heads, length, seed, p):
     )
 
 
-# Of narrow types with dropout the largest scores leave nothing but rounding.
 CASES = [
     (dtype, case, scale)
     for dtype in DTYPES
     for case in ("plain", "mask", "padding", "causal", "dropout")
     for scale in (1.0, 30.0, 300.0, 1000.0)
-    if not (case == "dropout" and scale == 1000.0 and torch.finfo(dtype).bits == 16)
 ]
 
 
@@ -121,8 +120,11 @@ def test_gradients_of_the_layer(dtype, width, case, scale):
 
 @pytest.mark.parametrize(
     ("dtype", "width", "reach"),
-    [(torch.bfloat16, width, reach) for width in (12, 16) for reach in (3e3, 1.2e4, 3.6e4)]
-    + [(torch.float16, 16, 3e3), (torch.float16, 16, 1.2e4)],  # more is near its largest number
+    [
+        (dtype, width, reach)
+        for dtype, width in ((torch.bfloat16, 12), (torch.bfloat16, 16), (torch.float16, 16))
+        for reach in (3e3, 1.2e4, 3.6e4)
+    ],
 )
 def test_the_gradient_does_not_grow_with_the_scores(dtype, width, reach):
     """Softmax of large scores is nearly one-hot: gradients shrink. They must never explode."""
