@@ -41,7 +41,8 @@ at::Tensor visible_scores(const at::Tensor& q, const at::Tensor& k,
 
 // A block of more than all rows and columns is one of just those: it need not be filled up.
 int64_t fitting_block(int64_t block, const at::Tensor& scores) {
-  const auto longest = std::max<int64_t>({scores.size(2), scores.size(3), 1});
+  const auto longest = std::max<int64_t>({scores.sym_size(2).guard_int(__FILE__, __LINE__),
+                                          scores.sym_size(3).guard_int(__FILE__, __LINE__), 1});
   return std::min(block, longest);
 }
 

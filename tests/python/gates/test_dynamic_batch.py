@@ -6,7 +6,7 @@ import torch
 from support.gates import EVERY_GATE, D, H
 from torch._dynamo.testing import CompileCounter
 
-GATES = [*EVERY_GATE, hw.GroupGate(hw.BudgetGate())]  # ThresholdGate still specialises
+GATES = [*EVERY_GATE, hw.GroupGate(hw.BudgetGate()), hw.ThresholdGate(0.1, block_ratio=0.2)]
 GATES = [gate for gate in GATES if not isinstance(gate, hw.RandomGate)]
 
 
