@@ -42,7 +42,11 @@ def constructor(gate: str, init: Callable[..., None]) -> Callable[..., None]:
     signature = inspect.Signature(parameters)
 
     def __init__(self, *arguments, **named) -> None:
-        given = dict(signature.bind(self, *arguments, **named).arguments)
+        try:
+            given = dict(signature.bind(self, *arguments, **named).arguments)
+        except TypeError as error:
+            known = ", ".join(row.name for row in TABLES[gate])
+            raise TypeError(f"{gate}: {error}; it has {known}") from None
         del given["self"]
         binding = {name: given.pop(name) for name in BINDING if name in given}
         init(self, checked(gate, given), **binding)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Real
 
 import torch
 
 from headwise import _C
 from headwise._C import HeadPlan, LayerPlan
+from headwise.io.printable import quoted
 from headwise.pruning.scores import HeadScores
 
 __all__ = ["HeadPlan", "LayerPlan", "plan"]
@@ -46,7 +48,7 @@ def plan(
         A plan with all scales 1, for :func:`headwise.prune` and :func:`headwise.mask`.
 
     Raises:
-        TypeError: ``scores`` is something else.
+        TypeError: ``scores`` is something else, or ``keep`` is no number.
         ValueError: a score is not finite, ``keep`` is outside (0, 1], or it leaves fewer heads than
             ``min_heads_per_layer`` asks for, or ``groups`` do not fit the scores.
 
@@ -60,6 +62,8 @@ def plan(
             f"scores must be a headwise.HeadScores, got {type(scores).__name__}"
             + (": take one of its metrics" if isinstance(scores, dict) else "")
         )
+    if isinstance(keep, bool) or not isinstance(keep, Real):
+        raise TypeError(f"keep must be a number in (0, 1], got {quoted(keep)}")
     if groups is None:
         return _C.plan(scores.core, keep, min_heads_per_layer, scope)
     return _plan_of_groups(scores, keep, min_heads_per_layer, scope, groups)

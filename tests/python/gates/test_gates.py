@@ -504,3 +504,8 @@ def test_an_input_that_overflowed_does_not_spoil_the_statistics():
     for value, expected in zip(after, before, strict=True):
         torch.testing.assert_close(value, expected, rtol=0, atol=0)
     bound(x)
+
+
+def test_an_argument_that_is_none_names_the_gate():
+    with pytest.raises(TypeError, match="BudgetGate: got an unexpected keyword argument"):
+        hw.BudgetGate(target=0.5)

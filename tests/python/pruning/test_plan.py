@@ -253,3 +253,9 @@ def test_what_pruning_refuses():
         _C.prune_projections({"in_proj_bias": mha.in_proj_bias}, hw.pruning.LayerPlan("x", 4, [0]))
     with pytest.raises(ValueError, match="out_proj.weight must have at least 2 dimensions, got 1"):
         _C.prune_projections({"out_proj.weight": torch.ones(H)}, hw.pruning.LayerPlan("x", H, [0]))
+
+
+@pytest.mark.parametrize("keep", ["half", None, True, [0.5]])
+def test_the_share_is_a_number(keep):
+    with pytest.raises(TypeError, match=r"keep must be a number in \(0, 1\], got "):
+        hw.plan(hw.HeadScores("mine", {"a": [0.1, 0.9]}), keep=keep)
