@@ -62,6 +62,7 @@ HEADWISE_API double confidence_threshold(const at::Tensor& confidence, const at:
                                          double limit);
 
 /// P(X <= successes) of a binomial X, exactly (sums of the mass, in logarithms).
+/// @throws c10::ValueError where `trials` is not in 0..10,000,000 or `probability` not in [0, 1]
 HEADWISE_API double binomial_tail(int64_t successes, int64_t trials, double probability);
 
 /// The least threshold that keeps the accuracy of the widest stage.

@@ -103,7 +103,9 @@ double confidence_threshold(const at::Tensor& confidence, const at::Tensor& cost
 }
 
 double binomial_tail(int64_t successes, int64_t trials, double probability) {
-  TORCH_CHECK_VALUE(trials >= 0, "trials must not be negative, got ", trials);
+  constexpr int64_t kMostTrials = 10'000'000;  // each is a term of the sum
+  TORCH_CHECK_VALUE(trials >= 0 && trials <= kMostTrials, "trials must be in 0..", kMostTrials,
+                    ", got ", trials);
   TORCH_CHECK_VALUE(probability >= 0 && probability <= 1, "probability must be in [0, 1], got ",
                     probability);
   if (successes >= trials) return 1.0;

@@ -100,6 +100,8 @@ def test_the_binomial_tail_is_exact(trials, probability):
     assert ops.binomial_tail(3, 5, 0.0) == 1.0 and ops.binomial_tail(3, 5, 1.0) == 0.0
     with pytest.raises(ValueError, match=r"probability must be in \[0, 1\], got 1.5"):
         ops.binomial_tail(1, 2, 1.5)
+    with pytest.raises(ValueError, match=r"trials must be in 0\.\.10000000, got 2147483648"):
+        ops.binomial_tail(3, 2**31, 0.5)
 
 
 @settings(max_examples=30, deadline=None)
