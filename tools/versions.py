@@ -60,6 +60,10 @@ def prepare(folder: Path, packages: dict[str, str]) -> Path:
     (site,) = folder.glob("lib/python*/site-packages")
     (beside,) = Path(sys.prefix).glob("lib/python*/site-packages")
     (site / "base.pth").write_text(f"{beside}\n")
+    data = Path(sys.prefix) / "share" / "headwise"  # texts that no package installs
+    if data.is_dir():
+        (folder / "share").mkdir(exist_ok=True)
+        (folder / "share" / "headwise").symlink_to(data.resolve())
     others = [f"{name}=={own}" for name, own in packages.items() if installed(name) != own]
     if others:
         uv = Path(sys.executable).with_name("uv")
