@@ -3,6 +3,7 @@
 from headwise.pruning.alpha import AlphaSearch, select_alpha
 from headwise.pruning.apply import mask, plan_from_gates, plan_from_use, prune, unmask
 from headwise.pruning.bank import Bank, PlanChoice, fit_bank, following, plan_choices
+from headwise.pruning.head_masks import HeadMask, head_mask, plan_from_mask, prune_heads
 from headwise.pruning.measured_headroom import Headroom, HeadroomRow, headroom
 from headwise.pruning.path import pruning_path
 from headwise.pruning.plans import HeadPlan, LayerPlan, plan
@@ -30,6 +31,7 @@ __all__ = [
     "BlockPlan",
     "CoFi",
     "FfnPlan",
+    "HeadMask",
     "HeadPlan",
     "HeadScores",
     "Headroom",
@@ -45,6 +47,7 @@ __all__ = [
     "fisher_scores",
     "fit_bank",
     "following",
+    "head_mask",
     "headroom",
     "hies",
     "kwon_prune",
@@ -53,8 +56,10 @@ __all__ = [
     "plan",
     "plan_choices",
     "plan_from_gates",
+    "plan_from_mask",
     "plan_from_use",
     "prune",
+    "prune_heads",
     "pruning_path",
     "repair",
     "repair_scores",

@@ -25,6 +25,8 @@ from headwise.pruning.structured.plan import StructurePlan
 
 __all__ = ["mask", "plan_from_gates", "plan_from_use", "prune", "unmask"]
 
+NOT_CONVERTED = "model ({}) has no headwise.MultiheadAttention: call headwise.convert first"
+
 #: Metric of the plans of :func:`plan_from_use`, which stand for gates that choose for each input.
 USE = "use"
 
@@ -292,10 +294,7 @@ def _names(plan: HeadPlan) -> set[str]:
 def _check(model: nn.Module, plan: HeadPlan) -> None:
     layers = attention_layers(model)
     if not layers:
-        raise ValueError(
-            f"model ({type(model).__name__}) has no headwise.MultiheadAttention: "
-            f"call headwise.convert first"
-        )
+        raise ValueError(NOT_CONVERTED.format(type(model).__name__))
     for entry in plan.layers:
         if entry.name not in layers:
             raise ValueError(
