@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from headwise.convert.conversion import converted
+from headwise.io.progress import with_progress
 from headwise.io.store import Store
 from headwise.nn.instrumenting import instrument, scaled_heads
 from headwise.nn.intervention import (
     LossFunction,
     contents_of,
     example_losses,
-    with_progress,
 )
 from headwise.pruning.scores import HeadScores
 
@@ -88,7 +88,7 @@ def ablate_heads(
         confidence: of the intervals.
         seed: of the bootstrap.
         journal: file that keeps what is finished.
-        progress: a progress bar on stderr; None: where that is a terminal.
+        progress: a progress bar on stderr; None: after two seconds, where somebody watches.
 
     Raises:
         ValueError: no batches, a loss that is not finite or not one an example, or one that no head

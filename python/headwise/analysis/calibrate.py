@@ -12,6 +12,7 @@ from headwise import _C
 from headwise.gates import ThresholdGate
 from headwise.gates.model import gates
 from headwise.gates.selection import Selection
+from headwise.io.progress import progress_bar
 from headwise.nn.attention_layer import AttentionLayer
 from headwise.nn.batches import run_model
 from headwise.nn.instrumenting import instrument
@@ -29,6 +30,7 @@ def calibrate_threshold(
     forward_fn: ForwardFunction = run_model,
     passes: int = 12,
     tolerance: float = 0.1,
+    progress: bool | None = None,
 ) -> float:
     """Sets the one threshold of the model's :class:`ThresholdGate` gates for a share of heads.
 
@@ -42,6 +44,7 @@ def calibrate_threshold(
         forward_fn: ``(model, batch)`` runs the model; what it returns is not used.
         passes: trials.
         tolerance: how far the share may be from ``keep``; 1 accepts any.
+        progress: a progress bar on stderr; None: after two seconds, where somebody watches.
 
     Returns:
         The threshold, which the gates now have: of those tried the one whose share is nearest.
@@ -73,7 +76,8 @@ def calibrate_threshold(
             if selection.relevance.numel():
                 use[2] = max(use[2], selection.relevance.max().item())
 
-    with instrument(model) as opened:
+    bar = progress_bar(None, "calibrating", "batch", progress)  # trials may end early
+    with bar, instrument(model) as opened:
         opened.observe(observe)
 
         def run(threshold: float) -> tuple[int, int, float]:
@@ -82,6 +86,7 @@ def calibrate_threshold(
                 gate.threshold.fill_(threshold)
             for batch in batches:
                 forward_fn(model, batch)
+                bar.update()
             return tuple(use)
 
         try:

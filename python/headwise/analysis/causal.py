@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from headwise.convert.conversion import converted
+from headwise.io.progress import with_progress
 from headwise.io.store import Store
 from headwise.nn.instrumenting import instrument, scaled_heads
 from headwise.nn.intervention import (
     LossFunction,
     check_journal_loss,
     contents_of,
-    with_progress,
 )
 from headwise.pruning.scores import HeadScores
 
@@ -108,7 +108,7 @@ def causal_heads(
         learning_rate: of Adam.
         limit: logits stay within [-limit, limit]: gates within 1.8% of 0 and 1 for 4.
         journal: file that keeps how far it came: a run that is interrupted goes on from there.
-        progress: a progress bar on stderr; None: where that is a terminal.
+        progress: a progress bar on stderr; None: after two seconds, where somebody watches.
 
     Raises:
         ValueError: no batches, an option out of range, a loss that is not finite, or one that does

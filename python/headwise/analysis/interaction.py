@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from headwise.analysis.ablation import LossesByIntervention
 from headwise.convert.conversion import converted
+from headwise.io.progress import with_progress
 from headwise.nn.attention_layer import AttentionLayer, AttentionProbe
 from headwise.nn.instrumenting import instrument, scaled_heads
 from headwise.nn.intervention import (
     LossFunction,
-    with_progress,
 )
 
 __all__ = ["HeadInteractions", "HeadSimilarity", "head_interactions", "head_similarity"]
@@ -85,7 +85,7 @@ def head_interactions(
         within_layer: draw pairs of one layer only.
         seed: of the draw.
         journal: file that keeps what is finished: a run that is interrupted goes on from there.
-        progress: a progress bar on stderr; None: where that is a terminal.
+        progress: a progress bar on stderr; None: after two seconds, where somebody watches.
 
     Raises:
         ValueError: no pairs, a pair of heads that the model does not have, no batches, a loss that
@@ -206,7 +206,7 @@ def head_similarity(
         forward_fn: ``(model, batch)`` runs the model; what it returns is not used.
         max_tokens: how many tokens to draw, uniformly from all of them.
         seed: of the draw.
-        progress: a progress bar on stderr; None: where that is a terminal.
+        progress: a progress bar on stderr; None: after two seconds, where somebody watches.
 
     Raises:
         ValueError: fewer than two tokens, layers that see different tokens (cross-attention), or

@@ -30,9 +30,9 @@ from torch.nn.parameter import Parameter
 from torch.overrides import TorchFunctionMode
 
 from headwise.convert.conversion import converted
+from headwise.io.progress import with_progress
 from headwise.nn.attention_layer import AttentionLayer, AttentionProbe
 from headwise.nn.instrumenting import instrument
-from headwise.nn.intervention import with_progress
 from headwise.pruning.scores import HeadScores
 
 __all__ = ["HeadRelevance", "head_relevance"]
@@ -77,7 +77,7 @@ def head_relevance(
         forward_fn: ``(model, batch) -> logits``: ``[B, ..., C]``, of which the largest of the last
             dimension is explained, or ``[B]``, explained as it is. Not probabilities: what a
             softmax gives does not conserve relevance.
-        progress: a progress bar on stderr; None: where that is a terminal.
+        progress: a progress bar on stderr; None: after two seconds, where somebody watches.
 
     Raises:
         ValueError: no batches, outputs that are not finite, or outputs that do not depend on the

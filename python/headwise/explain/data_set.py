@@ -23,7 +23,6 @@ from headwise.explain.annotated import (
 from headwise.explain.faithfulness import forwards_of, measure_faithfulness
 from headwise.explain.noise import NOISES
 from headwise.explain.one_input import labels_of
-from headwise.explain.progress import Stages
 from headwise.explain.recording import own_copy
 from headwise.explain.role_counts import count_roles, questions_for, to_device
 from headwise.explain.role_use import role_use
@@ -40,6 +39,7 @@ from headwise.explain.use import (
 )
 from headwise.io.fingerprint import fingerprint
 from headwise.io.printable import quoted
+from headwise.io.progress import Stages
 from headwise.io.store import Store, file_in, locked
 from headwise.nn.batches import run_model
 from headwise.nn.instrumenting import evaluating
@@ -110,7 +110,7 @@ def explain_data(
         folder: finished parts are kept here, and the same call goes on from them; those of another
             model (its weights, gates and their settings), data or options are removed.
         key: what, besides the arguments, decides the parts; JSON can hold it.
-        progress: progress bars; None: where stderr is a terminal.
+        progress: progress bars on stderr; None: after two seconds, where somebody watches.
 
     Returns:
         A document of format ``headwise.use`` (docs/interpretability.md).

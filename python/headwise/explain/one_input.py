@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +23,7 @@ from headwise.explain.texts import (
     tokens_unknown,
 )
 from headwise.io.printable import quoted
+from headwise.io.progress import progress_bar
 from headwise.nn.batches import run_model, take_rows
 from headwise.nn.instrumenting import evaluating
 from headwise.nn.intervention import ForwardFunction
@@ -85,7 +85,7 @@ def explain(
         steps: nodes of the quadrature of integrated gradients.
         batch_size: heads that one run switches over, each on a copy of the input.
         max_length: tokens at which texts are cut; default: what the model takes.
-        progress: a progress bar on stderr; None: where that is a terminal.
+        progress: a progress bar on stderr; None: after two seconds, where somebody watches.
 
     Returns:
         The explanation, with everything in ``.document``.
@@ -212,16 +212,11 @@ def _measure(
     progress: bool | None,
 ) -> None:
     """Runs the model with each head of each input switched over."""
-    from tqdm import tqdm
-
-    if progress is None:
-        progress = sys.stderr.isatty()
     total = core.num_inputs * core.num_heads
     with (
         holding(model) as held,
-        tqdm(total=total, desc="switching heads", unit="head", leave=False, disable=not progress)
-        as bar,
-    ):  # fmt: skip
+        progress_bar(total, "switching heads", "head", progress) as bar,
+    ):
         for row in range(core.num_inputs):
             for begin in range(0, core.num_heads, batch_size):
                 end = min(begin + batch_size, core.num_heads)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from headwise.explain.annotated import AnnotatedBatch
-from headwise.explain.progress import with_progress
 from headwise.explain.questions import (
     CrossQuestions,
     Question,
@@ -20,6 +19,7 @@ from headwise.explain.questions import (
 )
 from headwise.explain.recording import recording
 from headwise.io.fingerprint import fingerprint
+from headwise.io.progress import with_progress
 from headwise.io.store import Store
 from headwise.nn.batches import run_model
 from headwise.nn.instrumenting import evaluating
@@ -262,7 +262,7 @@ def count_roles(
             sites.update(counter.sites)
             return counter
 
-        for batch in with_progress(batches, len(batches), "roles", "batch", progress):
+        for batch in with_progress(batches, "roles", "batch", progress):
             found.append(
                 store.tensors(
                     f"{prefix}/{fingerprint(batch)}", lambda batch=batch: count(batch).result()

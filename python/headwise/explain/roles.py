@@ -123,7 +123,7 @@ def head_roles(
         folder: keeps finished batches here; the same call goes on from them. What is there of
             another model, other batches or other questions is removed; ``forward_fn`` must be the
             same.
-        progress: a progress bar; None: where stderr is a terminal.
+        progress: a progress bar on stderr; None: after two seconds, where somebody watches.
 
     Returns:
         A document of format ``headwise.roles`` (docs/interpretability.md).

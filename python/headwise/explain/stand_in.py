@@ -46,7 +46,7 @@ def joint_ablation(
         pairs: how many to test.
         journal: keeps finished ablations.
         seed: of the tokens on which outputs are compared.
-        progress: progress bars; None: where stderr is a terminal.
+        progress: progress bars on stderr; None: after two seconds, where somebody watches.
 
     Returns:
         A part of the document ``headwise.use``; None where no layer has two heads.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -78,14 +77,3 @@ def check_journal_loss(
             f"'{journal.path}' is of another loss: of the first batch it was "
             f"{before:.6g}, and is {loss:.6g}; remove it or give another file"
         )
-
-
-def with_progress(items: Iterable[Any], what: str, unit: str, show: bool | None) -> Iterable[Any]:
-    """``items`` behind a progress bar on stderr; None: where that is a terminal."""
-    if show is None:
-        show = sys.stderr.isatty()
-    if not show:
-        return items
-    from tqdm import tqdm
-
-    return tqdm(items, desc=what, unit=unit, leave=False)

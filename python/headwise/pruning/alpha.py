@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from headwise.convert.conversion import converted
+from headwise.io.progress import with_progress
 from headwise.nn.instrumenting import evaluating
 from headwise.nn.intervention import LossFunction, example_losses
 from headwise.pruning.apply import prune
@@ -46,6 +47,7 @@ def select_alpha(
     alphas: Sequence[float] = tuple(step / 10 for step in range(11)),
     scope: str = "global",
     min_heads_per_layer: int = 0,
+    progress: bool | None = None,
 ) -> AlphaSearch:
     """The alpha of :func:`headwise.pruning.hies` whose plan does best, as the paper tunes it.
 
@@ -64,6 +66,7 @@ def select_alpha(
         alphas: what to try, each in [0, 1].
         scope: over what :func:`headwise.pruning.hies` scales.
         min_heads_per_layer: heads that every layer keeps.
+        progress: a progress bar on stderr; None: after two seconds, where somebody watches.
 
     Raises:
         ValueError: no alphas, no batches, a loss that is not finite or not one per example, or what
@@ -75,7 +78,7 @@ def select_alpha(
     known: list[tuple[list, float]] = []  # (heads by layer, value)
     best: tuple[float, HeadScores, HeadPlan] | None = None
     values: dict[float, float] = {}
-    for alpha in sorted(set(alphas)):
+    for alpha in with_progress(sorted(set(alphas)), "alphas", "alpha", progress):
         scores = hies(importance, entropy, alpha, scope)
         candidate = plan(scores, keep, min_heads_per_layer=min_heads_per_layer)
         heads = [entry.heads for entry in candidate.layers]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from headwise.gates import FixedGate
+from headwise.io.progress import with_progress
 from headwise.nn.attention_layer import AttentionLayer
 from headwise.nn.instrumenting import evaluating
 from headwise.nn.layers import attention_layers, carry_hooks, replace_module
@@ -191,6 +192,7 @@ def plan_from_use(
     batches: Iterable[Any],
     forward_fn: Callable[[nn.Module, Any], Any],
     keep: float | None = None,
+    progress: bool | None = None,
 ) -> HeadPlan:
     """The heads that the gates of ``model`` ran most often over some data: a way to a smaller,
     static model from one whose gates choose for each input.
@@ -206,6 +208,7 @@ def plan_from_use(
         forward_fn: ``(model, batch)`` runs the model; its result is not used.
         keep: the share of the gated layers' heads that stays, in (0, 1]; default: the mean share
             that ran.
+        progress: a progress bar on stderr; None: after two seconds, where somebody watches.
 
     Returns:
         A plan of metric ``"use"`` of the layers with a gate.
@@ -222,7 +225,7 @@ def plan_from_use(
         for name, layer in attention_layers(model).items():
             if layer.gate is not None:
                 stack.enter_context(_watching(layer, seen[name]))
-        for batch in batches:
+        for batch in with_progress(batches, "use of heads", "batch", progress):
             forward_fn(model, batch)
     share, scale = {}, {}
     for name, calls in seen.items():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from headwise.convert.conversion import converted
 from headwise.gates import BankGate, link_gates
 from headwise.gates.bank import FEATURES, router_features
+from headwise.io.progress import with_progress
 from headwise.nn.batches import batch_size, call_model, take_rows
 from headwise.nn.instrumenting import evaluating
 from headwise.nn.layers import attention_layers
@@ -87,6 +88,7 @@ def fit_bank(
     repaired: bool = True,
     forward_fn: Callable[[nn.Module, Any], Any] | None = None,
     seed: int = 0,
+    progress: bool | None = None,
 ) -> Bank:
     """Several plans for a model, of one size, and a router that picks one for each input.
 
@@ -114,6 +116,7 @@ def fit_bank(
         repaired: repair each plan.
         forward_fn: as in :func:`headwise.repair`.
         seed: of k-means.
+        progress: a progress bar on stderr; None: after two seconds, where somebody watches.
 
     Raises:
         ValueError: no batches, fewer inputs than plans, a cluster without members, ``at`` that
@@ -151,7 +154,7 @@ def fit_bank(
     whole = plan(score_fn(dense, batches), keep=keep)
     common = prune(dense, whole, repair=batches if repaired else None, forward_fn=forward_fn)
     found, small = [], []
-    for cluster in range(count):
+    for cluster in with_progress(range(count), "plans", "plan", progress):
         own = batches if count == 1 else _members(batches, where == cluster)
         chosen = whole if count == 1 else _plan_after(dense, whole, score_fn(dense, own), at)
         found.append(chosen)

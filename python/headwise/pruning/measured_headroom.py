@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from headwise.convert.conversion import converted
+from headwise.io.progress import with_progress
 from headwise.nn.instrumenting import evaluating
-from headwise.nn.intervention import with_progress
 from headwise.pruning.bank import Bank, fit_bank, following, plan_choices
 from headwise.pruning.scores import HeadScores
 
@@ -153,7 +153,7 @@ def headroom(
             ceiling is what the router does.
         forward_fn: as in :func:`headwise.repair`.
         seed: of k-means and of the swap.
-        progress: a progress bar on stderr; None: where that is a terminal.
+        progress: a progress bar on stderr; None: after two seconds, where somebody watches.
         bank: further arguments of :func:`headwise.pruning.fit_bank`.
 
     Raises:
@@ -164,7 +164,7 @@ def headroom(
     if not held_out:
         raise ValueError("held_out must not be empty: there is nothing to compare models on")
     dense = converted(model)
-    options = {"forward_fn": forward_fn, "seed": seed, **bank}
+    options = {"forward_fn": forward_fn, "seed": seed, "progress": False, **bank}
     base = _values(dense, held_out, value_fn)
     rows, count = [], plans
     for keep in with_progress(list(budgets), "headroom", "budget", progress):

@@ -10,12 +10,12 @@ from torch import nn
 
 from headwise import _C
 from headwise.convert.conversion import converted
+from headwise.io.progress import with_progress
 from headwise.io.store import Store
 from headwise.nn.intervention import (
     LossFunction,
     check_journal_loss,
     contents_of,
-    with_progress,
 )
 from headwise.nn.layers import attention_layers
 from headwise.pruning.apply import prune
@@ -57,7 +57,7 @@ def pruning_path(
         min_heads_per_layer: heads that every layer keeps (all, where it has fewer).
         journal: file that keeps the steps that are finished: a run that is interrupted goes on from
             there.
-        progress: a progress bar on stderr; None: where that is a terminal.
+        progress: a progress bar on stderr; None: after two seconds, where somebody watches.
         **scoring: further options of :func:`headwise.score_heads`.
 
     Returns:

@@ -13,8 +13,8 @@ from torch import nn
 from headwise import _C
 from headwise.convert.conversion import converted
 from headwise.gates.linears import check_read
+from headwise.io.progress import with_progress
 from headwise.nn.batches import call_model
-from headwise.nn.intervention import with_progress
 from headwise.nn.layers import attention_layers
 from headwise.pruning.replay import Replay, Site
 
@@ -97,7 +97,7 @@ def repair(
         all_networks: repair the second linear layers of feed-forward networks that lost no neurons
             too: they make up for what attention could not. Slower.
         layers: names of the attention layers and networks to repair; None: all.
-        progress: a progress bar on stderr; None: where that is a terminal.
+        progress: a progress bar on stderr; None: after two seconds, where somebody watches.
 
     Returns:
         What was done to each layer, in order.

@@ -10,8 +10,8 @@ from torch import nn
 
 from headwise import _C
 from headwise.convert.conversion import converted
+from headwise.io.progress import with_progress
 from headwise.nn.batches import call_model
-from headwise.nn.intervention import with_progress
 from headwise.nn.layers import attention_layers
 from headwise.pruning.reconstruction import catch_up, output_moments
 from headwise.pruning.replay import Replay
@@ -46,7 +46,7 @@ def repair_scores(
         ridge: of the least squares, as a share of the mean variance of an input.
         groups: remove whole groups of heads that share keys and values; a group's heads get its
             score, for ``headwise.plan(..., groups=headwise.nn.head_groups(model))``.
-        progress: a progress bar on stderr; None: where that is a terminal.
+        progress: a progress bar on stderr; None: after two seconds, where somebody watches.
 
     Returns:
         Scores of the metric ``"repair"``.

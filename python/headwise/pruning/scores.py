@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from headwise import _C
 from headwise.convert.conversion import converted
+from headwise.io.progress import with_progress
 from headwise.nn.attention_layer import AttentionLayer, AttentionProbe
 from headwise.nn.instrumenting import instrument
-from headwise.nn.intervention import with_progress
 
 __all__ = ["HeadScores", "hies", "score_heads"]
 
@@ -147,7 +147,7 @@ def score_heads(
         normalize: divide each layer's ``michel`` by its L2 norm. ``hies`` scales for itself.
         alpha: the share of importance in ``hies``.
         scope: over what ``hies`` scales: "layer" or "global".
-        progress: a progress bar on stderr; None: where that is a terminal.
+        progress: a progress bar on stderr; None: after two seconds, where somebody watches.
 
     Returns:
         metric -> scores, in the order of ``metrics``.

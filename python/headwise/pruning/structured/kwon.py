@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from headwise import _C
 from headwise.convert import convert
+from headwise.io.progress import with_progress
 from headwise.nn.instrumenting import instrument
-from headwise.nn.intervention import with_progress
 from headwise.nn.layers import attention_layers
 from headwise.pruning.plans import HeadPlan, LayerPlan
 from headwise.pruning.structured.compaction import compact
@@ -56,7 +56,7 @@ def fisher_scores(
         model: a converted or convertible model, unchanged. No gates.
         batches: what ``loss_fn`` takes.
         loss_fn: ``(model, batch) -> loss``, one loss an example or their mean.
-        progress: a progress bar on stderr; None: where that is a terminal.
+        progress: a progress bar on stderr; None: after two seconds, where somebody watches.
 
     Returns:
         attention layer -> float64 ``[H]``, and feed-forward network -> float64 ``[F]``.
@@ -130,7 +130,7 @@ def kwon_prune(
             stops at the first solution that fails. ``damp`` is then not used.
         tokens: length of a sequence, for counting MACs; default: the mean over ``batches``.
         latency_table: measured times; default: :func:`measure_latency` at the mean length.
-        progress: a progress bar on stderr; None: where that is a terminal.
+        progress: a progress bar on stderr; None: after two seconds, where somebody watches.
 
     Returns:
         The plan, the smaller model and a report.
@@ -161,7 +161,7 @@ def kwon_prune(
     clock.lap("fisher_s")
     tokens = length if tokens is None else float(tokens)
     if latency is not None and latency_table is None:
-        latency_table = measure_latency(model, length=max(1, round(tokens)))
+        latency_table = measure_latency(model, length=max(1, round(tokens)), progress=progress)
         clock.lap("latency_table_s")
     table = latency_table if latency is not None else None
     kept = search.kept(fisher, share, tokens, table)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from headwise import _C
 from headwise._C import LatencyFit
 from headwise.io.files import write_json
+from headwise.io.progress import progress_bar
 from headwise.nn.multihead_attention import MultiheadAttention
 from headwise.pruning.structured.description import Structure, structure
 
@@ -124,6 +125,7 @@ def measure_latency(
     batch_size: int = 32,
     length: int = 128,
     budget_s: float = 6.0,
+    progress: bool | None = None,
 ) -> LatencyTable:
     """Times the blocks of ``model`` on this machine, with fewer and fewer units.
 
@@ -136,6 +138,7 @@ def measure_latency(
         batch_size: sequences of a call.
         length: tokens of a sequence.
         budget_s: seconds to spend, about.
+        progress: a progress bar on stderr; None: after two seconds, where somebody watches.
 
     Raises:
         ValueError: no feed-forward network, layers of different sizes, or a size that is not
@@ -156,7 +159,8 @@ def measure_latency(
     neurons = _steps(max(found.neurons.values()), 12)
     calls = [_attention_call(layer, count, x, like) for count in heads]
     calls += [_ffn_call(ffn, count, x, like) for count in neurons]
-    seconds = _medians(calls, x.device, budget_s)
+    with progress_bar(None, "measuring latency", "call", progress) as bar:
+        seconds = _medians(calls, x.device, budget_s, bar.update)
     return LatencyTable(
         batch_size,
         length,
@@ -191,7 +195,9 @@ def _ffn_call(ffn, neurons: int, x: Tensor, like: dict) -> Callable:
     return lambda: second(nn.functional.gelu(first(x)))
 
 
-def _medians(calls: Sequence[Callable], device: torch.device, budget_s: float) -> list[float]:
+def _medians(
+    calls: Sequence[Callable], device: torch.device, budget_s: float, called: Callable[[], Any]
+) -> list[float]:
     def now() -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -206,4 +212,5 @@ def _medians(calls: Sequence[Callable], device: torch.device, budget_s: float) -
             began = now()
             call()
             own.append(now() - began)
+            called()
     return [statistics.median(own) for own in seconds]
