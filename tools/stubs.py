@@ -26,6 +26,9 @@ PLAINER = (
     (r"from __future__ import annotations\n", ""),
     (r"(?m)^(\w+: str) = .*$", r"\1"),  # a version
     (r"(def __eq__\(self, arg0: )\w+\)", r"\1object)"),
+    # What the package gives them when it is imported (headwise.io.display.shown).
+    (r"(?m)^class (HeadPlan|StructurePlan):", r"class \1(headwise.io.display.Shown):"),
+    (r"(?m)^import typing$", "import typing\n\nimport headwise.io.display"),
     (r"(__hash__: typing.ClassVar\[None\] = None)", r"\1  # type: ignore[assignment]"),
 )
 

@@ -9,6 +9,8 @@ import pathlib
 import torch
 import typing
 
+import headwise.io.display
+
 __all__: list[str] = [
     "Backend",
     "BlockPlan",
@@ -185,7 +187,7 @@ class LayerPlan:
         What multiplies each one's output.
         """
 
-class HeadPlan:
+class HeadPlan(headwise.io.display.Shown):
     """
     Which heads of a model stay, layer by layer, with a scale each.
 
@@ -552,7 +554,7 @@ class HiddenPlan:
         Of the stream, before.
         """
 
-class StructurePlan:
+class StructurePlan(headwise.io.display.Shown):
     """
     What of a transformer stays: a HeadPlan, and neurons, blocks and hidden dimensions.
 

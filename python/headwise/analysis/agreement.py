@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from headwise.io.display import Grid, Shown
 from headwise.pruning.scores import HeadScores
 
 __all__ = ["Agreement", "score_agreement"]
 
 
 @dataclass(frozen=True)
-class Agreement:
+class Agreement(Shown):
     """Rank correlations of scores.
 
     Attributes:
@@ -30,6 +32,24 @@ class Agreement:
     value: Tensor
     low: Tensor
     high: Tensor
+
+    def _records(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "first": self.labels[i],
+                "second": self.labels[j],
+                self.method: self.value[i, j].item(),
+                "low": self.low[i, j].item(),
+                "high": self.high[i, j].item(),
+            }
+            for i in range(len(self.labels))
+            for j in range(i + 1, len(self.labels))
+        ]
+
+    def _grid(self) -> Grid:
+        titles = {"row_title": "", "column_title": ""}
+        title = f"{self.method} rank correlation of scores"
+        return Grid(title, self.labels, self.labels, self.value.tolist(), **titles)
 
     def table(self) -> str:
         """A row and a column a score: ``0.71 [0.55, 0.82]``."""

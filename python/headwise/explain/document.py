@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from headwise.explain.summary import summarise
+from headwise.io.display import Grid, Shown, draw, table_html
 from headwise.io.files import write_atomic
+from headwise.io.printable import printable
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
-class Explanation:
+class Explanation(Shown):
     """What :func:`headwise.explain` found about each input of a batch.
 
     Attributes:
@@ -37,6 +43,53 @@ class Explanation:
         """The explanation of one input in a few sentences."""
         return summarise(self.inputs[input])
 
+    def _records(self) -> list[dict[str, Any]]:
+        keys = ("on", "weight", "relevance", "rank", "margin", "effect")
+        return [
+            {
+                "input": place,
+                "layer": layer["name"],
+                "site": layer["site"],
+                "head": head["head"],
+                **{key: head[key] for key in keys},
+            }
+            for place, entry in enumerate(self.inputs)
+            for layer in entry["layers"]
+            for head in layer["heads"]
+        ]
+
+    def _grid(self, input: int = 0) -> Grid:
+        entry = self.inputs[input]
+        heads = [head for layer in entry["layers"] for head in layer["heads"]]
+        measured = any(head["effect"] is not None for head in heads)
+        title = f"input {input}: {entry['heads_on']} of {entry['heads']} heads ran"
+        if measured:
+            title += "; effect of each on the prediction"
+        values = [
+            [head["effect"] if measured else float(head["on"]) for head in layer["heads"]]
+            for layer in entry["layers"]
+        ]
+        rows = [str(layer["site"]) for layer in entry["layers"]]
+        columns = [str(head) for head in range(max(map(len, values), default=0))]
+        return Grid(title, rows, columns, values, numbers=measured)
+
+    def plot(self, ax: Axes | None = None, input: int = 0) -> Axes:
+        """Draws one input's heads: the effect of each or, if none was measured, which ran.
+
+        Args:
+            ax: where; None: on new axes.
+            input: which one.
+
+        Raises:
+            IndexError: there is no such input.
+        """
+        return draw(self._grid(input), ax)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        sentences = html.escape(printable(self.summary(), 4000)) if self.inputs else "no input"
+        return f"<p>{sentences}</p>{super()._repr_html_() if self.inputs else ''}"
+
     def to_dict(self) -> dict[str, Any]:
         return self.document
 
@@ -53,3 +106,36 @@ class Explanation:
 
     def __repr__(self) -> str:
         return f"Explanation({len(self.inputs)} inputs)"
+
+
+class Roles(Shown, dict[str, Any]):
+    """What :func:`headwise.head_roles` found: a document of format ``headwise.roles``
+    (docs/interpretability.md) that shows itself."""
+
+    def _records(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "layer": layer["name"],
+                "site": layer["site"],
+                "head": head["head"],
+                "role": f"{role['role']} {role['detail']}".strip(),
+                **{key: role[key] for key in ("share", "low", "high", "baseline", "trials")},
+            }
+            for layer in self["layers"]
+            for head in layer["heads"]
+            for role in head["roles"]
+        ]
+
+    def _grid(self) -> Grid:
+        values = [
+            [max((role["share"] for role in head["roles"]), default=None) for head in own["heads"]]
+            for own in self["layers"]
+        ]
+        count = sum(bool(head["roles"]) for own in self["layers"] for head in own["heads"])
+        title = f"{count} heads have a role: share of the trials"
+        columns = [str(head) for head in range(max(map(len, values), default=0))]
+        return Grid(title, [str(own["site"]) for own in self["layers"]], columns, values)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return f"{super()._repr_html_()}{table_html(self._records())}"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from headwise._C import __version__
 from headwise.convert import convert
 from headwise.explain.annotated import AnnotatedBatch
+from headwise.explain.document import Roles
 from headwise.explain.questions import Question
 from headwise.explain.recording import own_copy
 from headwise.explain.role_counts import RoleCounts, asked, count_roles, questions_for
@@ -93,7 +94,7 @@ def head_roles(
     resamples: int = 1000,
     folder: str | Path | None = None,
     progress: bool | None = None,
-) -> dict[str, Any]:
+) -> Roles:
     """Finds what each head looks at, over a data set.
 
     Every role is a question with yes or no answers: does this token's strongest key stand at that
@@ -126,7 +127,7 @@ def head_roles(
         progress: a progress bar on stderr; None: after two seconds, where somebody watches.
 
     Returns:
-        A document of format ``headwise.roles`` (docs/interpretability.md).
+        A document (a dictionary) of format ``headwise.roles`` (docs/interpretability.md).
 
     Raises:
         ValueError: no batches, fewer than two inputs, or options out of range.
@@ -162,7 +163,7 @@ def score_roles(
     *,
     seed: int = 0,
     resamples: int = 1000,
-) -> dict[str, Any]:
+) -> Roles:
     """The roles that the counts speak for, as a document."""
     generator = torch.Generator().manual_seed(seed)
     inputs = len(counts[0].trials)
@@ -177,17 +178,19 @@ def score_roles(
         _add_entropy_roles(labels, own, thresholds, choosing, scoring, resamples, seed)
         layers += _layers(own, labels)
         questions += _question_table(own, first, second)
-    return {
-        "format": "headwise.roles",
-        "version": 1,
-        "inputs": inputs,
-        "halves": [len(choosing), len(scoring)],
-        "seed": seed,
-        "resamples": resamples,
-        "thresholds": asdict(thresholds),
-        "questions": questions,
-        "layers": sorted(layers, key=lambda layer: layer["site"]),
-    }
+    return Roles(
+        {
+            "format": "headwise.roles",
+            "version": 1,
+            "inputs": inputs,
+            "halves": [len(choosing), len(scoring)],
+            "seed": seed,
+            "resamples": resamples,
+            "thresholds": asdict(thresholds),
+            "questions": questions,
+            "layers": sorted(layers, key=lambda layer: layer["site"]),
+        }
+    )
 
 
 def _layers(counts: RoleCounts, labels: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from torch import nn
 
 from headwise import _C
 from headwise.gates.selection import Selection
+from headwise.io.display import Grid, Shown
 from headwise.io.files import write_atomic
 from headwise.nn.attention_layer import AttentionLayer
 from headwise.nn.instrumenting import instrument
@@ -22,7 +23,7 @@ __all__ = ["Trace", "trace"]
 TraceSummary = _C.TraceSummary
 
 
-class Trace:
+class Trace(Shown):
     """The selections of a model's gated layers, call by call; made by :func:`trace`."""
 
     def __init__(self) -> None:
@@ -62,6 +63,31 @@ class Trace:
             IndexError: nothing was recorded for ``layer``.
         """
         return self._core.summary() if layer is None else self._core.summary(layer)
+
+    def _use(self) -> dict[str, tuple[list[float], list[float | None]]]:
+        """Layer name -> each head's share of inputs that ran it, and its mean weight then."""
+        found = {}
+        for name, calls in self.history.items():
+            ran = torch.cat([
+                torch.ops.headwise.selection_mask(call.index, call.count, torch.float64)
+                for call in calls
+            ])  # [N, H]  # fmt: skip
+            weight = torch.cat([call.weight.double() for call in calls])  # [N, H]
+            often = ran.sum(0)  # [H]
+            mean = ((weight * ran).sum(0) / often).tolist()  # NaN: never ran
+            found[name] = (ran.mean(0).tolist(), [None if w != w else w for w in mean])
+        return found
+
+    def _records(self) -> list[dict[str, Any]]:
+        return [
+            {"layer": name, "head": head, "share": share, "mean_weight": weight}
+            for name, use in self._use().items()
+            for head, (share, weight) in enumerate(zip(*use, strict=True))
+        ]
+
+    def _grid(self) -> Grid:
+        shares = {name: share for name, (share, _) in self._use().items()}
+        return Grid.of_heads("share of the inputs that ran each head", shares)
 
     def to_json(self, indent: int | None = None) -> str:
         """The trace as JSON text, format ``headwise.trace`` (docs/interpretability.md)."""

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from headwise.convert.conversion import converted
+from headwise.io.display import Shown, new_axes
 from headwise.io.progress import with_progress
 from headwise.nn.instrumenting import evaluating
 from headwise.pruning.bank import Bank, fit_bank, following, plan_choices
 from headwise.pruning.scores import HeadScores
 
 __all__ = ["Headroom", "HeadroomRow", "headroom"]
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 #: Of a 95% interval, how many standard errors it reaches to each side.
 _Z = 1.96
@@ -67,7 +71,7 @@ class HeadroomRow:
 
 
 @dataclass(frozen=True)
-class Headroom:
+class Headroom(Shown):
     """What :func:`headroom` found.
 
     Attributes:
@@ -111,6 +115,48 @@ class Headroom:
             else "Choosing by the input is not worth trying on this data: prune statically."
         )
         return found
+
+    def _records(self) -> list[dict[str, Any]]:
+        gains = ("lost", "won", "winnable", "own")
+        return [
+            {
+                "keep": row.keep,
+                "dense": self.dense,
+                **{name: getattr(row, name) for name in ("static", "routed", "ceiling", "swapped")},
+                **{
+                    name + end: getattr(getattr(row, name), part)
+                    for name in gains
+                    for part, end in (("mean", ""), ("low", "_low"), ("high", "_high"))
+                },
+            }
+            for row in self.rows
+        ]
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """What choosing by the input wins over the static plan, with 95% intervals, by budget.
+
+        Args:
+            ax: where; None: on new axes.
+        """
+        ax = new_axes(ax, (5.5, 3.6))
+        keep = [row.keep for row in self.rows]
+        for name, label in (
+            ("won", "routed by the input"),
+            ("winnable", "routed by the true cluster"),
+        ):
+            gains = [getattr(row, name) for row in self.rows]
+            below = [gain.mean - gain.low for gain in gains]
+            above = [gain.high - gain.mean for gain in gains]
+            means = [gain.mean for gain in gains]
+            ax.errorbar(keep, means, [below, above], marker="o", capsize=3, label=label)
+        ax.axhline(0.0, color="grey", linewidth=1)
+        ax.set(title="gain over one static plan", xlabel="share of the heads", ylabel="gain")
+        ax.legend()
+        return ax
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return f"<p>{self.sentences()[-1]}</p>{super()._repr_html_()}"
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "worth_trying": self.worth_trying}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from numbers import Real
+from typing import Any
 
 import torch
 
 from headwise import _C
 from headwise._C import HeadPlan, LayerPlan
+from headwise.io.display import Grid, shown
 from headwise.io.printable import quoted
 from headwise.pruning.scores import HeadScores
 
@@ -16,6 +18,36 @@ __all__ = ["HeadPlan", "LayerPlan", "plan"]
 
 for _type in (HeadPlan, LayerPlan):
     _type.__module__ = __name__  # where pickle finds it
+
+
+def scales(plan: HeadPlan) -> dict[str, list[float]]:
+    """Layer name -> what multiplies each head ``[H]``; 0: dropped."""
+    found = {entry.name: [0.0] * entry.num_heads for entry in plan.layers}
+    for entry in plan.layers:
+        for head, scale in zip(entry.heads, entry.scale, strict=True):
+            found[entry.name][head] = scale
+    return found
+
+
+def _records(plan: HeadPlan) -> list[dict[str, Any]]:
+    return [
+        {"layer": entry.name, "head": head, "kept": head in entry.heads, "scale": scale}
+        for entry, row in zip(plan.layers, scales(plan).values(), strict=True)
+        for head, scale in enumerate(row)
+    ]
+
+
+def plan_grid(plan: HeadPlan) -> Grid:
+    """How a plan is drawn: the scale of each head, 0 where it is dropped."""
+    kept = sum(len(entry.heads) for entry in plan.layers)
+    total = sum(entry.num_heads for entry in plan.layers)
+    by = f", by {plan.metric}" if plan.metric else ""
+    scaled = any(scale != 1.0 for entry in plan.layers for scale in entry.scale)
+    title = f"{kept} of {total} heads stay{by}"
+    return Grid.of_heads(title, scales(plan), numbers=scaled)
+
+
+shown(HeadPlan, _records, plan_grid)
 
 
 def plan(

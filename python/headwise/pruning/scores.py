@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from headwise import _C
 from headwise.convert.conversion import converted
+from headwise.io.display import Grid, Shown, per_head
 from headwise.io.progress import with_progress
 from headwise.nn.attention_layer import AttentionLayer, AttentionProbe
 from headwise.nn.instrumenting import instrument
@@ -27,7 +28,7 @@ METRICS = ("michel", "entropy", "confidence", "hies")
 
 
 @dataclass(frozen=True)
-class HeadScores:
+class HeadScores(Shown):
     """A score a head, layer by layer.
 
     Attributes:
@@ -73,6 +74,13 @@ class HeadScores:
         """(layer, head) pairs, highest score first; ties go to the earlier layer, lower head."""
         pairs = [(name, head) for name, s in self.values.items() for head in range(len(s))]
         return sorted(pairs, key=lambda pair: -self.values[pair[0]][pair[1]].item())
+
+    def _records(self) -> list[dict[str, Any]]:
+        return per_head(self.values, "score")
+
+    def _grid(self) -> Grid:
+        values = {name: scores.tolist() for name, scores in self.values.items()}
+        return Grid.of_heads(f"{self.metric}: score of every head", values)
 
     def to_json(self) -> str:
         return self.core.to_json()
