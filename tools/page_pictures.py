@@ -19,7 +19,7 @@ IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
 PICTURES = {
     "explained": (0, ("explained",), "light", 1705),
     "used": (0, ("use",), "dark", 1700),
-    "compared": (1, ("summary", "compared"), "dark", 1400),
+    "compared": (1, ("summary", "compared"), "dark", 1190),
 }
 WIDTH = 1180
 MOST_BYTES = 300_000

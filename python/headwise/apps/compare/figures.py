@@ -11,8 +11,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.lines import Line2D  # noqa: E402
 
 from headwise.apps.compare.findings import shape_text  # noqa: E402
+from headwise.apps.compare.verdict import front  # noqa: E402
 from headwise.io.files import write_atomic  # noqa: E402
 
 _INK, _MUTED, _GRID, _PAPER = "#1c2430", "#5b6573", "#dfe3e8", "#ffffff"
@@ -41,6 +43,8 @@ _COLOURS = {
     "shared": "#18a058",
     "threshold": "#4fb3d9",
 }
+#: Points below the dense model from which on a model is left out of the front.
+_WORTH = 6.0
 _DASHED = ("subset-pipelined", "michel-exact-finetuned")  # lines beside one of their colour
 
 
@@ -117,14 +121,9 @@ def accuracy_figure(result: dict) -> Figure:
             y = [max(100 * e["accuracy"], floor) for e in line]
             style = _style(method, line[0]["kind"])
             axes.plot(x, y, label=line[0]["title"], **style)
-            if line[0]["seeds"] > 1:
-                spread = [
-                    [max(0.0, 100 * (e["accuracy"] - e["accuracy_low"])) for e in line],
-                    [max(0.0, 100 * (e["accuracy_high"] - e["accuracy"])) for e in line],
-                ]
-                axes.errorbar(
-                    x, y, spread, fmt="none", ecolor=style["color"], elinewidth=1, alpha=0.55
-                )
+            axes.errorbar(
+                x, y, _intervals(line), fmt="none", ecolor=style["color"], elinewidth=1, alpha=0.55
+            )
         top = max(100 * e["accuracy"] for e in own)
         axes.set_ylim(floor - 0.6, top + 1.2)
         # A file name may hold a dollar sign, which is not a formula.
@@ -136,6 +135,69 @@ def accuracy_figure(result: dict) -> Figure:
             )  # fmt: skip
     _legend(figure, panels[0], 5)
     return figure
+
+
+def _intervals(entries: list[dict]) -> list[list[float]]:
+    """Percent of accuracy below and above each mean that its 95% interval reaches."""
+    return [
+        [max(0.0, 100 * (e["accuracy"] - e["accuracy_low"])) for e in entries],
+        [max(0.0, 100 * (e["accuracy_high"] - e["accuracy"])) for e in entries],
+    ]
+
+
+def front_figure(result: dict) -> Figure:
+    """A panel for each task: test accuracy against measured time in the first shape, what no other
+    beats in both numbered and joined, the rest dim."""
+    tasks = result["tasks"]
+    figure = _figure(len(tasks), 5.2)
+    panels = _axes(figure, len(tasks), "test accuracy (%)")
+    for axes, task in zip(panels, tasks, strict=True):
+        own = [e for e in result["summary"] if e["task"] == task["name"]]
+        dense = next(e for e in own if e["method"] == "dense")
+        best = [e for e in front(own) if 100 * (dense["accuracy"] - e["accuracy"]) <= _WORTH]
+        slowest = 1.05 * max(e["latency"][0]["ratio"] for e in [dense, *best])
+        near = [
+            e
+            for e in own
+            if 100 * (dense["accuracy"] - e["accuracy"]) <= _WORTH
+            and e["latency"][0]["ratio"] <= slowest
+        ]
+        rest = [e for e in near if e is not dense and not any(e is b for b in best)]
+        for entries, colour in ((rest, "#aab2bd"), (best, "#1f66c1"), ([dense], _INK)):
+            _points(axes, entries, colour)
+        x = [e["latency"][0]["ratio"] for e in best]
+        y = [100 * e["accuracy"] for e in best]
+        axes.step(x, y, where="post", color="#1f66c1", linewidth=1.2)
+        named = [f"{i}  {e['title']}, {e['heads_mean']:.0%}" for i, e in enumerate(best, 1)]
+        for i, place in enumerate(zip(x, y, strict=True), 1):
+            axes.annotate(str(i), place, (-9, 5), textcoords="offset points", fontsize=9)
+        blank = [Line2D([], [], linestyle="none") for _ in named]
+        axes.legend(
+            blank, named, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False,
+            handlelength=0, labelcolor=_INK, fontsize=9.5,
+        )  # fmt: skip
+        axes.autoscale()
+        axes.set_xlim(0.95 * min(e["latency"][0]["ratio"] for e in near), slowest + 0.02)
+        axes.set_xticks([tick / 10 for tick in range(1, 31) if min(x) <= tick / 10 <= slowest])
+        axes.set_xlabel(f"time, dense = 1 ({shape_text(dense['latency'][0])})", color=_MUTED)
+        axes.set_title(task["title"], color=_INK, fontsize=11, parse_math=False)
+    return figure
+
+
+def _points(axes, entries: list[dict], colour: str) -> None:
+    """Accuracy against time with both intervals; diamonds choose heads for every text."""
+    for e in entries:
+        time = e["latency"][0]
+        known = time["ratio_low"] is not None and time["ratio_high"] is not None
+        spread = (
+            [[time["ratio"] - time["ratio_low"]], [time["ratio_high"] - time["ratio"]]]
+            if known
+            else None
+        )
+        axes.errorbar(
+            time["ratio"], 100 * e["accuracy"], _intervals([e]), spread, color=colour,
+            fmt={"dynamic": "D", "dense": "s"}.get(e["kind"], "o"), markersize=6, elinewidth=0.9,
+        )  # fmt: skip
 
 
 def latency_figure(result: dict) -> Figure:
@@ -227,6 +289,13 @@ DRAWINGS = (
         "plans of the same size, picked by the router, by the true domain or cluster, and by that "
         "of another input.",
         headroom_figure,
+    ),
+    Drawing(
+        "front",
+        "Accuracy against measured time",
+        "Further left is faster. Numbered models are those that no other beats in both; the rest "
+        "is dim. Bars are 95% intervals of accuracy and the range of time over seeds.",
+        front_figure,
     ),
     Drawing(
         "accuracy",

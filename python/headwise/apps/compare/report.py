@@ -6,15 +6,18 @@ from pathlib import Path
 
 from headwise.apps.compare import findings
 from headwise.apps.compare.figures import drawings, save_png
+from headwise.apps.compare.verdict import verdicts
 from headwise.apps.pages.page import write_page
 from headwise.io.files import write_json
 
 
 def complete(result: dict) -> dict:
-    """What :meth:`Study.run` returned, with ``summary``, ``comparisons`` and ``findings``."""
+    """What :meth:`Study.run` returned, with ``summary``, ``comparisons``, ``verdicts`` and
+    ``findings``."""
     result = dict(result)
     result["summary"] = findings.summarise(result["runs"])
     result["comparisons"] = findings.compare(result["runs"], result["summary"])
+    result["verdicts"] = verdicts(result)
     result["findings"] = findings.sentences(result)
     return result
 
@@ -22,7 +25,16 @@ def complete(result: dict) -> dict:
 def public(result: dict) -> dict:
     """The content of results.json: without the single answers, which the run files keep."""
     runs = [{k: v for k, v in run.items() if k != "correct"} for run in result["runs"]]
-    order = ("environment", "runs", "findings", "summary", "comparisons", "headroom", "tasks")
+    order = (
+        "environment",
+        "runs",
+        "verdicts",
+        "findings",
+        "summary",
+        "comparisons",
+        "headroom",
+        "tasks",
+    )
     order += ("model", "settings")
     shown = {**result, "runs": runs}
     return {key: shown[key] for key in order if key in shown}

@@ -83,8 +83,11 @@ def _aligned(header: Sequence[str], rows: Sequence[list[str] | str]) -> list[str
 
 
 def render(result: dict, width: int = 100) -> str:
-    """The whole study as text: tables, then the findings."""
+    """The whole study as text: the verdict, tables, then the findings."""
     lines: list[str] = []
+    for verdict in result["verdicts"]:
+        title = f"{verdict['title']}: " if len(result["verdicts"]) > 1 else ""
+        lines += [*textwrap.wrap(title + verdict["sentence"], width), ""]
     for task in result["tasks"]:
         groups = grouped(result["summary"], task["name"])
         dense = next(e for e in groups[0][1] if e["method"] == "dense")

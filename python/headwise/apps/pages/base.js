@@ -128,6 +128,16 @@ function foldedTable(parent, title, build) {
   return fill;
 }
 
+/** A part that is made when it is first opened. */
+function folded(parent, title, build) {
+  const place = make("div", {});
+  const details = make("details", {}, make("summary", {}, title), place);
+  details.addEventListener("toggle", () => {
+    if (details.open && !place.hasChildNodes()) build(place);
+  });
+  parent.append(details);
+}
+
 // --- themes ---
 
 const probe = make("span", {hidden: true});

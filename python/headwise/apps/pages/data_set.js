@@ -91,7 +91,8 @@ function startJoint(parent, joint) {
           "p", {class: "muted"},
           "Measured by taking heads out alone and in pairs: where both together cost the " +
               "prediction more than the sum of each alone, either stands in for the other " +
-              `(${joint.pairs.length} pairs with the most similar outputs, ${joint.inputs} texts).`),
+              `(${joint.pairs.length} pairs with the most similar outputs, ${
+                  joint.inputs} texts).`),
       make(
           "p", {},
           groups.length ? `At a false discovery rate of 5%: ${groups.join("; ")}.` :

@@ -218,9 +218,8 @@ function startExplained(parent, inputs) {
                       headName(one.site, own.head),
                       own.on ? "ran" : "slept",
                       `${title} ${number(read(own))}`,
-                      own.rank === null ?
-                          null :
-                          `rank ${own.rank} of ${one.gate.ranked ?? one.num_heads}`,
+                      own.rank === null ? null :
+                                          `rank ${own.rank} of ${one.gate.ranked ?? one.num_heads}`,
                       own.effect === null || state.measure === "effect" ?
                           null :
                           `effect ${signed(own.effect)}`,
@@ -246,9 +245,9 @@ function startExplained(parent, inputs) {
       ["weight", number(own.weight)],
       [
         "relevance",
-        own.rank === null ? number(own.relevance) :
-                            `${number(own.relevance)}, rank ${own.rank} of ${
-                                gate.ranked ?? layer().num_heads}`
+        own.rank === null ?
+            number(own.relevance) :
+            `${number(own.relevance)}, rank ${own.rank} of ${gate.ranked ?? layer().num_heads}`
       ],
       [
         "margin",
@@ -278,9 +277,9 @@ function startExplained(parent, inputs) {
       ["attention entropy", number(own.entropy)],
       [
         "roles",
-        roles ? roles.map((role) => `${roleName(role)} (${percent(role.share)})`).join(", ") ||
-                "none" :
-                "not asked for"
+        roles ?
+            roles.map((role) => `${roleName(role)} (${percent(role.share)})`).join(", ") || "none" :
+            "not asked for"
       ],
     ];
     facts.replaceChildren(
@@ -343,7 +342,7 @@ function startExplained(parent, inputs) {
     shown = rows;
     mapNote.textContent =
         "Each row shares out one token's attention over the tokens that it looks at. " +
-            "Rounded; the JSON is exact.";
+        "Rounded; the JSON is exact.";
     mapNode.setAttribute(
         "aria-label",
         `Attention map of ${

@@ -9,6 +9,7 @@ import zlib
 from typing import Any
 
 from headwise.apps.compare import table
+from headwise.apps.compare.verdict import front
 from headwise.apps.pages.documents import Documents
 from headwise.explain.summary import summarise
 
@@ -79,9 +80,18 @@ def _compared(result: dict[str, Any]) -> dict[str, Any]:
     tasks = [{"name": task["name"], "title": task["title"]} for task in result["tasks"]]
     about = {**result["environment"], **result.get("settings", {})}
     facts = [[name.replace("_", " "), _told(value)] for name, value in about.items()]
-    return rounded(
-        {"summary": result["summary"], "tasks": tasks, "tables": _tables(result), "facts": facts}
-    )
+    summary = [
+        {**entry, "front": _on_front(entry, result["summary"])} for entry in result["summary"]
+    ]
+    return rounded({"summary": summary, "tasks": tasks, "tables": _tables(result), "facts": facts})
+
+
+def _on_front(entry: dict[str, Any], summary: list[dict[str, Any]]) -> list[bool]:
+    """For each shape of the latency, whether the entry is on its task's front."""
+    own = [other for other in summary if other["task"] == entry["task"]]
+    return [
+        any(other is entry for other in front(own, shape)) for shape in range(len(entry["latency"]))
+    ]
 
 
 def _tables(result: dict[str, Any]) -> list[dict[str, Any]]:

@@ -9,9 +9,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from headwise.apps.compare.verdict import verdicts
 from headwise.apps.pages.documents import Documents, sort_documents
 from headwise.apps.pages.pack import pack, script_json
-from headwise.apps.pages.words import parts
+from headwise.apps.pages.words import OVER_DATA, parts
 from headwise.io.files import write_atomic
 
 #: Bytes that a page may have: it is sent by mail and opened from disk.
@@ -90,8 +91,11 @@ def _render(documents: Documents) -> str:
     # All that is not data: the notes are a few hundred bytes.
     room = LIMIT - sum(len(script.encode()) for script in scripts) - len(css.encode()) - 40_000
     title, subtitle, sections = _headings(documents)
-    told = parts(documents)
-    room -= sum(len(sentence.encode("utf-8", "replace")) for _, own in told for sentence in own)
+    everything = parts(documents)
+    room -= sum(
+        len(sentence.encode("utf-8", "replace")) for _, own in everything for sentence in own
+    )
+    told = [part for part in everything if part[0] == OVER_DATA]
     shown, notes = pack(documents, room)
     content = template.render(
         title=title,
@@ -99,6 +103,8 @@ def _render(documents: Documents) -> str:
         sections=sections,
         summary=shown["inputs"][0]["summary"] if shown["inputs"] else None,
         told=told,
+        folded=[part for part in everything if part not in told],
+        verdicts=[] if documents.compared is None else verdicts(documents.compared),
         notes=notes,
         hashes=[_hash(script) for script in scripts],
         # The package's own files, and JSON without a character that means anything to HTML.

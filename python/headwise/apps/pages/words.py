@@ -6,13 +6,15 @@ from typing import Any
 
 from headwise.apps.pages.documents import Documents
 
+#: Heading of what is told about a data set.
+OVER_DATA = "Over the data set"
 #: Share of unknown tokens from which on it is told: a few stand in every data set.
 TELL_UNKNOWN = 0.1
 
 
 def parts(documents: Documents) -> list[tuple[str, list[str]]]:
-    """(heading, sentences): what stands at the top of the page about a data set and a
-    comparison."""
+    """(heading, sentences): what stands at the top of the page about a data set and, folded, about
+    a comparison."""
     over: list[str] = []
     if documents.use is not None:
         over += use_sentences(documents.use)
@@ -25,9 +27,9 @@ def parts(documents: Documents) -> list[tuple[str, list[str]]]:
     rooms = result.get("headroom", [])
     before = [f"{room['task']}: {sentence}" for room in rooms for sentence in room["sentences"]]
     found = [
-        ("Over the data set", over),
+        (OVER_DATA, over),
         ("Before training: what choosing by the input could win", before),
-        ("Static against dynamic", list(compared)),
+        ("All that was found", list(compared)),
     ]
     return [(heading, own) for heading, own in found if own]
 

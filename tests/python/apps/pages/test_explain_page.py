@@ -18,7 +18,15 @@ from headwise.apps.pages.page import LIMIT, page
 from headwise.apps.pages.words import sentences
 from headwise.explain import Explanation
 from support.browser import browse
-from support.explain_documents import HOSTILE, RESULTS, compared, explanation, hostile, use
+from support.explain_documents import (
+    HOSTILE,
+    RESULTS,
+    compared,
+    explanation,
+    hostile,
+    hostile_study,
+    use,
+)
 
 pytest.importorskip("plotly", reason="plotly is not installed")
 
@@ -85,6 +93,8 @@ def test_sections_and_summary_follow_what_is_given(whole):
     assert "4 of 6 heads ran." in text
     assert "Over 60 texts 3.0 of 6 heads ran on average (50%), from 2 to 4" in text
     assert compared()["findings"][0] in text
+    assert compared()["verdicts"][0]["sentence"] in text
+    assert {"accuracy", "time", "heads", "−17%"} <= set(Reader(whole).text)
     assert sections(page(explanation())) == ["explained"]
     assert sections(page(use())) == sections(page(use()["roles"])) == ["use"]
     alone = page(RESULTS)
@@ -151,7 +161,7 @@ def test_not_even_one_input_fits():
 
 
 def test_hostile_texts_are_no_markup():
-    content = page(hostile(explanation()), hostile(use()), hostile(compared()))
+    content = page(hostile(explanation()), hostile(use()), hostile_study())
     plain = page(explanation(), use(), compared())
     # The same elements, one for one: no text has become one.
     kinds = [(tag, sorted(a)) for tag, a in Reader(content).elements]
@@ -226,7 +236,7 @@ def test_pictures(tmp_path):
     kinds = ("heads", "attention", "tokens", "effect")
     assert [path.stem for path in written] == [
         *(f"input-{n}-{what}" for n in (1, 2) for what in kinds),
-        "use-heads", "use-stability", "use-faithfulness", "accuracy", "latency",
+        "use-heads", "use-stability", "use-faithfulness", "front", "accuracy", "latency",
     ]  # fmt: skip
     for path in written:
         assert path.read_bytes().startswith(b"\x89PNG")
@@ -276,9 +286,12 @@ def test_it_works_in_a_browser(whole, tmp_path):
         out.rate = $('#use td[data-row="0"][data-place="1"]').textContent;
         choose("Texts predicted as", "0");
         out.rate0 = $('#use td[data-row="0"][data-place="1"]').textContent;
-        const tables = $$("details");
-        tables.forEach((one) => (one.open = true));
-        await pause();
+        for (let depth = 0; depth < 2; depth++) {  // some are made when others are opened
+          $$("details").forEach((one) => (one.open = true));
+          await pause();
+        }
+        const tables = $$("details:not(.findings)");
+        out.front = $$(".front li").length;
         out.folded = tables.map((one) => one.querySelectorAll("tbody tr").length);
         out.figures = $$("figure").length;
         out.drawn = $$("figure .plot .main-svg").length >= $$("figure").length;
@@ -317,28 +330,34 @@ def test_it_works_in_a_browser(whole, tmp_path):
     assert (found["options"], found["filtered"]) == (2, 1)
     assert found["text"] == "a dull plot" and "predicts not up" in found["summary"]
     assert (found["rate"], found["rate0"]) == ("◐50%", "◐25%")
-    assert all(rows > 0 for rows in found["folded"]) and found["figures"] == 7 and found["drawn"]
+    assert all(rows > 0 for rows in found["folded"]) and found["figures"] == 8 and found["drawn"]
     assert found["labelled"]
     assert not any("loud" in title for title in found["buttons"])  # nothing that sends data away
     assert found["copied"].split("\t") == [
         "method",
         "kind",
         "heads",
+        "time, dense = 1",
+        "range",
         "accuracy",
         "95% interval",
-        "seeds",
+        "on the front",
     ]
+    assert found["front"] == 7
     assert [name for name, _ in found["theme"]] == ["Theme: light", "Theme: dark", "Theme: system"]
     assert found["theme"][0][1] == "rgb(255, 255, 255)" != found["theme"][1][1]
     assert found["wide"]
 
 
 def test_hostile_texts_stay_texts_in_a_browser(tmp_path):
-    content = page(hostile(explanation()), hostile(use()), hostile(compared()))
+    content = page(hostile(explanation()), hostile(use()), hostile_study())
     seen = browse(
         content,
         """
-        $$("details").forEach((one) => (one.open = true));
+        for (let depth = 0; depth < 2; depth++) {
+          $$("details").forEach((one) => (one.open = true));
+          await pause();
+        }
         for (const cell of $$("td[data-row]")) {
           cell.dispatchEvent(new MouseEvent("mouseover", { bubbles: true }));
           cell.click();
