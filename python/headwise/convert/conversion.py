@@ -17,9 +17,10 @@ from headwise.convert.versions import check_transformers
 from headwise.gates.base import Gate
 from headwise.gates.model import link_gates
 from headwise.nn.attention_layer import AttentionLayer
+from headwise.nn.gate_proof import check_gates
 from headwise.nn.grouped_query_attention import GroupedQueryAttention
 from headwise.nn.layers import attention_layers, replace_module
-from headwise.nn.proof import Proof, check_gates, kind_of, unchanged_on_error
+from headwise.nn.proof import Proof, kind_of, unchanged_on_error
 
 _log = logging.getLogger("headwise.convert")
 

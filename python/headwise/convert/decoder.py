@@ -7,7 +7,7 @@ causal one and nothing else, its layers are then handed no L x S mask but the pa
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -122,6 +122,24 @@ class SelectedDecoderAttention(GroupedQueryAttention):
         """Gives the tensors of this module, which stands at ``name``, the names and layout that
         the original has in a state dict: those that they have."""
 
+    def trial_cache(self) -> Callable[[Tensor], LayerCacheOf]:
+        cache = DynamicCache()
+        return lambda x: self._layer_cache(cache, x, False, {})
+
+    def _layer_cache(
+        self, past: Any, x: Tensor, only_own: bool, options: dict[str, Any]
+    ) -> LayerCacheOf:
+        return LayerCacheOf(
+            past,
+            self.layer_idx,
+            groups=self.num_key_value_heads,
+            batch=x.size(0),
+            length=x.size(1),
+            only_own=only_own,
+            device=x.device,
+            options=options,
+        )
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -156,16 +174,7 @@ class SelectedDecoderAttention(GroupedQueryAttention):
                     first = first.clone()  # the cache counts on in place
             # Without a mask, more than one token are the first ones.
             only_own = attention_mask is None and length > 1
-            layer_cache = LayerCacheOf(
-                past,
-                self.layer_idx,
-                groups=self.num_key_value_heads,
-                batch=hidden_states.size(0),
-                length=length,
-                only_own=only_own,
-                device=hidden_states.device,
-                options=handed_on(options),
-            )
+            layer_cache = self._layer_cache(past, hidden_states, only_own, handed_on(options))
         call = _split(attention_mask, hidden_states, causal, first)
         return super().forward(
             hidden_states,

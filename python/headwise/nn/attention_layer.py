@@ -163,6 +163,12 @@ class AttentionLayer(_Module, metaclass=abc.ABCMeta):
                 f"gate must be bound to embed_dim={self.embed_dim} and num_heads={self.num_heads}, "
                 f"got embed_dim={gate.embed_dim} and num_heads={gate.num_heads}"
             )
+        if isinstance(gate, GroupGate) and gate.groups != self.head_groups:
+            pairs = zip(self.head_groups, gate.groups, strict=True)
+            head, own, other = next((h, a, b) for h, (a, b) in enumerate(pairs) if a != b)
+            raise ValueError(
+                f"gate must have the layer's groups: head {head} is of group {own}, got {other}"
+            )
         if gate is not None and gate.projects:
             gate.fit_layer(self)
         self.gate = gate

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -237,6 +237,12 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
                 smaller.o_proj, "bias", self.o_proj.bias.detach().clone(), self.o_proj.bias
             )
         return smaller.train(self.training)
+
+    def trial_cache(self) -> Callable[[Tensor], LayerCache]:
+        """An empty cache of the kind that this layer's model hands it: of a call with ``x``
+        ``[B, L, D]``."""
+        cache = KeyValueCache()
+        return lambda x: cache
 
     def set_gate(self, gate: Gate | None) -> None:
         """As :meth:`AttentionLayer.set_gate`.

@@ -5,17 +5,12 @@ after, on a few made-up tokens; and changes of a model that happen whole or not 
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-
-from headwise.nn.grouped_query_attention import GroupedQueryAttention
-from headwise.nn.key_value_cache import KeyValueCache
-from headwise.nn.layers import attention_layers
 
 #: What two ways of computing the same may differ by, of the largest output.
 TOLERANCE = {
@@ -129,13 +124,35 @@ def bare(
     return new
 
 
-def place_of(module: nn.Module) -> tuple[torch.dtype, torch.device] | None:
-    """What ``module`` computes in and where; None: nowhere, or in several dtypes or places."""
+class Place(NamedTuple):
+    """What a module computes in, and where.
+
+    ``mixed``: its parameters have several dtypes, or one that nothing is known of, so that copies
+    in float64 are compared.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    mixed: bool = False
+
+    def bare(self, module: nn.Module) -> nn.Module:
+        """A :func:`bare` copy that can be run on made-up tokens."""
+        return bare(module, self.dtype if self.mixed else None)
+
+    def draw(self) -> Draw:
+        return Draw(self.dtype, self.device)
+
+
+def place_of(module: nn.Module) -> Place | None:
+    """None: it has no parameters, or they are on several devices, or on none."""
     places = {(p.dtype, p.device) for p in module.parameters() if p.is_floating_point()}
-    if len(places) != 1 or any(device.type == "meta" for _, device in places):
+    devices = {device for _, device in places}
+    if len(devices) != 1 or any(device.type == "meta" for device in devices):
         return None
-    (place,) = places
-    return place if place[0] in TOLERANCE else None
+    dtype, device = next(iter(places))
+    if len(places) > 1 or dtype not in TOLERANCE:
+        return Place(torch.float64, device, mixed=True)
+    return Place(dtype, device)
 
 
 def outputs(module: nn.Module, trial: Trial, draw: Draw) -> list[Tensor]:
@@ -217,31 +234,27 @@ def multihead_outputs(
     return [*seen, own[0], masked[0]]
 
 
-def layer_outputs(layer: nn.Module, draw: Draw) -> list[Tensor]:
-    """A trial of a layer of headwise, called as itself wherever it stands."""
-    if not isinstance(layer, GroupedQueryAttention):
-        widths = layer.embed_dim, layer.kdim, layer.vdim
-        return multihead_outputs(layer, draw, widths, layer.batch_first, maps=False)
-    x, cache = draw(2, 5, layer.embed_dim), KeyValueCache()
-    width = layer.head_dim - layer.head_dim % 2
-    angles = draw.rope(5, width) if width else None
+def called(module: nn.Module, name: str) -> str:
+    """What an error calls the module ``name`` of a model."""
+    return f"'{name}' ({type(module).__name__})" if name else type(module).__name__
 
-    def call(start: int, stop: int, **options: Any) -> Tensor:
-        rope = None if angles is None else tuple(table[:, start:stop] for table in angles)
-        return GroupedQueryAttention.forward(layer, x[:, start:stop], rope, **options)[0]
 
-    padded = call(0, 5, key_padding_mask=draw.padding(2, 5))
-    return [padded, call(0, 4, cache=cache), call(4, 5, cache=cache)]
+def refusal(name: str, reason: str) -> ValueError:
+    """What a change raises that would not leave what a module computes."""
+    return ValueError(
+        f"{name} would not compute what it did: {reason}; model is as it was "
+        f"(verify=False changes it all the same)"
+    )
 
 
 class Proof:
     """What a module computes on made-up tokens, to be compared with what comes in its place."""
 
-    def __init__(self, module: nn.Module, name: str, trial: Trial, draw: Callable[..., Draw]):
-        self._name = f"'{name}' ({type(module).__name__})" if name else type(module).__name__
-        self._trial, self._draw = trial, draw
-        self._before = bare(module)  # now: the change may be in place
-        self._expected = outputs(self._before, trial, draw())
+    def __init__(self, module: nn.Module, name: str, trial: Trial, place: Place):
+        self._name = called(module, name)
+        self._trial, self._place = trial, place
+        self._before = place.bare(module)  # now: the change may be in place
+        self._expected = outputs(self._before, trial, place.draw())
 
     @staticmethod
     def of(module: nn.Module, name: str, trial: Trial | None) -> Proof | None:
@@ -254,7 +267,7 @@ class Proof:
         if trial is None or place is None:
             return None
         try:
-            return Proof(module, name, trial, functools.partial(Draw, *place))
+            return Proof(module, name, trial, place)
         except Exception as error:
             raise ValueError(
                 f"{type(module).__name__} '{name}' cannot be called as its class is, so nothing "
@@ -269,7 +282,7 @@ class Proof:
             ValueError: it computes something else, or cannot be called.
         """
         try:
-            actual = outputs(bare(after), trial or self._trial, self._draw())
+            actual = outputs(self._place.bare(after), trial or self._trial, self._place.draw())
         except Exception as error:
             raise ValueError(
                 f"what came in the place of {self._name} cannot be called as it was: "
@@ -277,14 +290,12 @@ class Proof:
             ) from error
         text = disagreement(self._expected, actual, self._exact)
         if text is not None:
-            raise ValueError(
-                f"{self._name} would not compute what it did: {text}; model is as it was "
-                f"(verify=False changes it all the same)"
-            )
+            raise refusal(self._name, text)
 
     def _exact(self) -> list[Tensor]:
         exact = bare(self._before, torch.float64)
-        return outputs(exact, self._trial, self._draw(cast=torch.float64))
+        draw = Draw(self._place.dtype, self._place.device, cast=torch.float64)
+        return outputs(exact, self._trial, draw)
 
 
 def kind_of(module: nn.Module) -> Hashable:
@@ -308,38 +319,6 @@ def kind_of(module: nn.Module) -> Hashable:
         ),
         tuple((name, kind_of(m)) for name, m in module._modules.items() if m is not None),
     )
-
-
-def check_gates(model: nn.Module) -> None:
-    """Compares each kind of gated layer with all of its heads, multiplied by the gate's weights.
-
-    Gates that decide together with those of other layers are left out.
-
-    Raises:
-        ValueError: a layer computes something else.
-    """
-    kinds: set[Hashable] = set()
-    for name, layer in attention_layers(model).items():
-        gate = layer.gate
-        alone = gate is not None and getattr(gate, "scope_key", lambda: None)() is None
-        if not alone or (kind := kind_of(layer)) in kinds:
-            continue
-        kinds.add(kind)
-        proof = Proof.of(layer, name, _every_head)
-        if proof is not None:
-            proof.check(layer, _chosen_heads)
-
-
-def _chosen_heads(layer: nn.Module, draw: Draw) -> list[Tensor]:
-    devices = [draw.device] if draw.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):  # gates may draw: the same twice
-        torch.manual_seed(0)
-        return layer_outputs(layer, draw)
-
-
-def _every_head(layer: nn.Module, draw: Draw) -> list[Tensor]:
-    layer._probe = lambda *_: None  # whoever looks at all heads makes the layer compute them
-    return _chosen_heads(layer, draw)
 
 
 def _brief(error: Exception) -> str:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from headwise.gates import FixedGate
 from headwise.io.progress import with_progress
 from headwise.nn.attention_layer import AttentionLayer
+from headwise.nn.gate_proof import layer_outputs
 from headwise.nn.instrumenting import evaluating
 from headwise.nn.layers import attention_layers, carry_hooks, replace_module
-from headwise.nn.proof import Proof, bare, kind_of, layer_outputs, unchanged_on_error
+from headwise.nn.proof import Proof, bare, kind_of, unchanged_on_error
 from headwise.pruning.plans import HeadPlan, LayerPlan, plan
 from headwise.pruning.reconstruction import repair as repair_model
 from headwise.pruning.scores import HeadScores
@@ -23,6 +24,7 @@ from headwise.pruning.structured.compaction import check_plan, compact
 from headwise.pruning.structured.description import structure
 from headwise.pruning.structured.masks import StructureGate, StructureMasks, attach, detach
 from headwise.pruning.structured.plan import StructurePlan
+from headwise.pruning.structured.proof import PlanProof
 
 __all__ = ["mask", "plan_from_gates", "plan_from_use", "prune", "unmask"]
 
@@ -68,24 +70,26 @@ def prune(
         forward_fn: how ``repair`` runs the model on a batch: see :func:`headwise.repair`.
         inplace: change ``model`` itself instead of a copy.
         verify: run one layer of each kind that a :class:`~headwise.HeadPlan` prunes, masked and
-            pruned, on a few made-up tokens.
+            pruned, on a few made-up tokens; of a :class:`~headwise.pruning.StructurePlan` all
+            layers, or the residual stream from end to end; and check ``repair``.
 
     Returns:
         The smaller model: a copy, or ``model`` (its successor, if it is itself a layer).
 
     Raises:
         ValueError: the plan names a layer that is not there or has another number of heads, or a
-            layer it prunes has a gate that chooses for each input; or a pruned layer does not
-            compute what the masked one does (``verify``). ``model`` is then unchanged.
+            layer it prunes has a gate that chooses for each input; or what is left does not
+            compute what the masked model does (``verify``). ``model`` is then unchanged.
         TypeError: something was wrapped around a projection. ``model`` is then unchanged.
     """
     if repair is not None:
         dense = copy.deepcopy(model) if inplace else model
-        small = prune(model, plan, inplace=inplace, verify=verify)
-        repair_model(small, repair, dense, forward_fn=forward_fn)
+        with unchanged_on_error(model):
+            small = prune(model, plan, inplace=inplace, verify=verify)
+            repair_model(small, repair, dense, forward_fn=forward_fn, verify=verify)
         return small
     if isinstance(plan, StructurePlan):
-        return _prune_structure(model, plan, inplace)
+        return _prune_structure(model, plan, inplace, verify)
     plan = plan_from_gates(model) if plan is None else plan
     _check(model, plan)
     for name, layer in attention_layers(model).items():
@@ -270,7 +274,9 @@ def unmask(model: nn.Module) -> nn.Module:
     return detach(model)
 
 
-def _prune_structure(model: nn.Module, plan: StructurePlan, inplace: bool) -> nn.Module:
+def _prune_structure(
+    model: nn.Module, plan: StructurePlan, inplace: bool, verify: bool
+) -> nn.Module:
     found = structure(model)
     check_plan(found, plan)
     replaced = _names(plan.heads)  # layers whose gates the plan stands for
@@ -287,7 +293,13 @@ def _prune_structure(model: nn.Module, plan: StructurePlan, inplace: bool) -> nn
             )
     if not inplace:
         model = copy.deepcopy(model)
-    return compact(detach(model), plan)
+    with unchanged_on_error(model):
+        model = detach(model)
+        proof = PlanProof(model, plan) if verify else None
+        model = compact(model, plan)
+        if proof is not None:
+            proof.check(model)
+    return model
 
 
 def _names(plan: HeadPlan) -> set[str]:

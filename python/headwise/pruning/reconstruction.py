@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from headwise import _C
 from headwise.convert.conversion import converted
@@ -16,7 +18,9 @@ from headwise.gates.linears import check_read
 from headwise.io.progress import with_progress
 from headwise.nn.batches import call_model
 from headwise.nn.layers import attention_layers
+from headwise.nn.proof import TOLERANCE, unchanged_on_error
 from headwise.pruning.replay import Replay, Site
+from headwise.pruning.structured.masks import masks_of
 
 __all__ = ["RIDGES", "LayerRepair", "repair"]
 
@@ -60,6 +64,7 @@ def repair(
     all_networks: bool = False,
     layers: Collection[str] | None = None,
     progress: bool | None = None,
+    verify: bool = True,
 ) -> list[LayerRepair]:
     """Gives the output projections of a pruned ``model`` the weights that make up for what went.
 
@@ -98,14 +103,20 @@ def repair(
             too: they make up for what attention could not. Slower.
         layers: names of the attention layers and networks to repair; None: all.
         progress: a progress bar on stderr; None: after two seconds, where somebody watches.
+        verify: check that no projection is further from the dense layer than it was over all
+            tokens, and that each repaired layer, run on the last batch, writes what its new weights
+            say.
 
     Returns:
         What was done to each layer, in order.
 
     Raises:
-        ValueError: no batches, a layer of ``model`` that ``dense`` does not have or of another
-            width, activations that are NaN or infinite.
+        ValueError: no batches, a mask on blocks or hidden dimensions, a layer of ``model`` that
+            ``dense`` does not have or of another width, activations that are NaN or infinite, or a
+            layer for which ``verify`` fails.
         TypeError: an output projection that something was wrapped around.
+
+    After any error ``model`` is as it was.
 
     Warns:
         UserWarning: fewer tokens than a layer's projection has inputs: the ridge then holds it
@@ -119,18 +130,89 @@ def repair(
             f"model ({type(model).__name__}) has no headwise.MultiheadAttention: "
             f"call headwise.convert first"
         )
+    masks = masks_of(model)
+    if masks is not None and (
+        masks.hidden is not None or any(float(scale) != 1 for scale in masks.blocks.values())
+    ):
+        raise ValueError(
+            "model must not have blocks or hidden dimensions masked by a structure plan: prune it "
+            "(headwise.prune), then repair the result"
+        )
     forward_fn = call_model if forward_fn is None else forward_fn
     student = Replay(model, batches, forward_fn)
     teacher = Replay(converted(dense), batches, forward_fn)
     names = _names(student, teacher, all_networks)
     names = [name for name in names if layers is None or name in layers]
     done: list[LayerRepair] = []
-    with student.running(), teacher.running():
+    with _numbers_kept() as keep, unchanged_on_error(model), student.running(), teacher.running():
         for name in with_progress(names, "repairing", "layer", progress):
             catch_up(name, student, teacher)
             moments = output_moments(student, teacher, name)
-            done.append(_set(student.sites[name], moments, ridges, bias))
+            site = student.sites[name]
+            before = keep(site.linear)
+            done.append(_set(site, moments, ridges, bias))
+            if verify:
+                _check(student, site, moments, before)
     return done
+
+
+@contextlib.contextmanager
+def _numbers_kept() -> Iterator[Callable[[nn.Module], tuple[Tensor, Tensor | None]]]:
+    """Gives back, after an error, the numbers of the linear layers that its function was told of;
+    the function returns copies of weight and bias."""
+    kept: list[tuple[Tensor, Tensor]] = []
+
+    def keep(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
+        copies = []
+        for own in (linear.weight, linear.bias):
+            copies.append(None if own is None else own.detach().clone())
+            if own is not None:
+                kept.append((own, copies[-1]))
+        weight, bias = copies
+        return weight, bias
+
+    try:
+        yield keep
+    except BaseException:
+        with torch.no_grad():
+            for own, copied in reversed(kept):
+                own.copy_(copied)
+        raise
+
+
+def _check(
+    student: Replay,
+    site: Site,
+    moments: tuple[_C.OutputMoments, _C.OutputMoments],
+    before: tuple[Tensor, Tensor | None],
+) -> None:
+    """What :func:`repair` says under ``verify``."""
+    fit, held_out = moments
+    if held_out is not fit:
+        fit.merge(held_out)
+    linear = site.linear
+    own, new = fit.error(*before), fit.error(linear.weight, linear.bias)
+    tolerance = TOLERANCE.get(linear.weight.dtype, 4e-2)
+    if not new <= own + tolerance * (fit.variance() + own):
+        raise ValueError(
+            f"repair of layer '{site.name}' would take it further from the dense layer: its mean "
+            f"squared distance is {own:.6g} before and {new:.6g} after; model is as it was"
+        )
+    for seen in student.run(site.name, len(student.batches) - 1):
+        bias = None if linear.bias is None else linear.bias.double()
+        expected = F.linear(seen.inputs.double(), linear.weight.double(), bias)
+        apart = (seen.outputs.double() - expected).abs()
+        if not apart.numel():
+            continue
+        scale = float(expected.abs().max())
+        terms = F.linear(seen.inputs.double().abs(), linear.weight.double().abs())
+        if not float(apart.max()) <= tolerance * max(scale, float(terms.max())):
+            at = int(apart.nan_to_num(nan=float("inf")).argmax())
+            raise ValueError(
+                f"layer '{site.name}' does not write what its repaired weights say: an output "
+                f"should be {float(expected.flatten()[at]):.6g} and is "
+                f"{float(seen.outputs.flatten()[at]):.6g}; model is as it was"
+            )
 
 
 def _names(student: Replay, teacher: Replay, all_networks: bool) -> list[str]:

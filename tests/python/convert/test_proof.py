@@ -282,6 +282,91 @@ def test_a_gate_that_does_something_else_is_refused():
         hw.convert(BUILDS["BertModel"](), Lies([0]))
 
 
+def llama(gate, **options):
+    return hw.convert(BUILDS["LlamaForCausalLM"](), gate, **options)
+
+
+def test_heads_of_a_group_that_run_apart_are_refused(monkeypatch):
+    original = hw.GroupGate.forward
+
+    def wrong(self, x, key_padding_mask=None):
+        chosen = original(self, x, key_padding_mask)
+        weight = chosen.weight.clone()
+        weight[:, 1] *= 0.5
+        return chosen._replace(weight=weight)
+
+    monkeypatch.setattr(hw.GroupGate, "forward", wrong)
+    model = BUILDS["LlamaForCausalLM"]()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="heads 0 and 1 of group 0 have weights 1 and 0.5"):
+        hw.convert(model, hw.GroupGate(hw.FixedGate([0])))
+    same(before, snapshot(model))
+
+
+def test_groups_are_those_of_the_layer():
+    layer = next(iter(hw.attention_layers(llama(None)).values()))
+    gate = hw.GroupGate(hw.FixedGate([0]), groups=[0, 1, 1, 1], embed_dim=EMBED, num_heads=HEADS)
+    with pytest.raises(ValueError, match="head 1 is of group 0, got 1"):
+        layer.set_gate(gate)
+
+
+def test_a_selection_that_is_not_kept_is_refused(monkeypatch):
+    from headwise.convert.kept_selection import LayerCacheOf
+
+    keep = LayerCacheOf._keep
+
+    def other(self, kept):
+        keep(self, kept.moved(lambda tensor: tensor / 2 if tensor.is_floating_point() else tensor))
+
+    model = llama(hw.FixedGate([0]))
+    before = snapshot(model)
+    monkeypatch.setattr(LayerCacheOf, "_keep", other)
+    match = "keep_selection=True a weight is 1 at the prompt and 0.5 at the next step"
+    with pytest.raises(ValueError, match=match):
+        hw.convert(model, keep_selection=True)
+    same(before, snapshot(model))
+
+
+@pytest.mark.parametrize("keep_selection", [False, True])
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel"])
+def test_a_cache_that_gives_other_keys_is_noticed(name, keep_selection, monkeypatch):
+    from headwise.convert.kept_selection import LayerCacheOf
+
+    update = LayerCacheOf.update
+
+    def wrong(self, k, v):
+        k, v = update(self, k, v)
+        return k, v.roll(1, dims=2)
+
+    gate = hw.FixedGate([0, 1])
+    model = hw.convert(BUILDS[name]())
+    monkeypatch.setattr(LayerCacheOf, "update", wrong)
+    with pytest.raises(ValueError, match="with a cache, .* before and .* after"):
+        hw.convert(model, gate, keep_selection=keep_selection)
+    assert all(layer.gate is None for layer in hw.attention_layers(model).values())
+
+
+@pytest.mark.parametrize("name", ["BertModel", "Qwen3ForCausalLM", "AlbertModel"])
+def test_modules_of_several_dtypes_are_compared_in_float64(name, caplog):
+    """Norms that stay in float32 beside weights in bfloat16, as for training with adapters."""
+
+    def mixed():
+        model = BUILDS[name]().bfloat16()
+        for part in model.modules():
+            if "Norm" in type(part).__name__:
+                part.float()
+        return model
+
+    with caplog.at_level(logging.INFO, "headwise.convert"):
+        hw.convert(mixed(), hw.FixedGate([0, 2]))
+    assert "verified 1 kind" in caplog.text and "not verified" not in caplog.text
+    model = mixed()
+    [part for part in model.modules() if hasattr(part, "scaling")][-1].scaling *= 3.0
+    if name != "Qwen3ForCausalLM":  # which reads it
+        with pytest.raises(ValueError, match="would not compute what it did"):
+            hw.convert(model)
+
+
 # --- pruning ------------------------------------------------------------------------------------
 
 

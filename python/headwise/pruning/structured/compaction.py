@@ -26,10 +26,10 @@ from headwise.pruning.structured.narrow import (
 )
 from headwise.pruning.structured.plan import FfnPlan, HiddenPlan, StructurePlan
 
-# Linear layers that alone read the last hidden state of these models; of every other model the
-# output is made as wide as it was.
+#: Linear layers that alone read the last hidden state of these models; of every other model the
+#: output is made as wide as it was.
 _BERT = "transformers.models.bert.modeling_bert."
-_READERS = {
+READERS = {
     f"{_BERT}BertForSequenceClassification": "bert.pooler.dense",
     f"{_BERT}BertForMultipleChoice": "bert.pooler.dense",
     f"{_BERT}BertForNextSentencePrediction": "bert.pooler.dense",
@@ -296,8 +296,8 @@ def stream_edges(model: nn.Module, stream: Stream) -> list[tuple[str, int]]:
             (f"{embeddings}.{table}_embeddings.weight", 1)
             for table in ("word", "position", "token_type")
         ]
-    if class_path(type(model)) in _READERS:
-        edges.append((f"{_READERS[class_path(type(model))]}.weight", 1))
+    if class_path(type(model)) in READERS:
+        edges.append((f"{READERS[class_path(type(model))]}.weight", 1))
     return edges
 
 
@@ -372,7 +372,7 @@ def _narrow_ends(model: nn.Module, stream: Stream, kept: int) -> dict[str, nn.Mo
     if _embeddings_are_tied(model, embeddings):
         name = f"{embeddings}.LayerNorm"
         ends[name] = SelectingLayerNorm(model.get_submodule(name), kept, stream.size)
-    if class_path(type(model)) not in _READERS:
+    if class_path(type(model)) not in READERS:
         name = stream.layers[-1].norms[1]
         norm = model.get_submodule(name)
         if isinstance(norm, SkippedLayerNorm):

@@ -228,6 +228,8 @@ def attach(model: nn.Module, found: Structure, masks: StructureMasks, hidden: bo
     skippable = [norm for norm, block in after.items() if block in masks.blocks]
     for name in dict.fromkeys((*on_stream, *skippable)):
         norm = model.get_submodule(name)
+        if not isinstance(norm, nn.LayerNorm):
+            continue  # it went with its block, which writes nothing
         masked = MaskedLayerNorm.around(
             norm,
             masks,

@@ -1,0 +1,183 @@
+"""Proofs of layers of headwise: with a gate, with a cache, with a choice that is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headwise.gates.group import GroupGate
+from headwise.gates.selection import Selection
+from headwise.nn.attention_layer import AttentionLayer
+from headwise.nn.grouped_query_attention import GroupedQueryAttention
+from headwise.nn.layers import attention_layers
+from headwise.nn.proof import (
+    Draw,
+    Place,
+    Proof,
+    bare,
+    called,
+    disagreement,
+    kind_of,
+    multihead_outputs,
+    outputs,
+    place_of,
+    refusal,
+)
+
+_ops = torch.ops.headwise
+
+#: Tokens of the prompt, and of prompt and step together, that a layer with a cache is tried on.
+_PROMPT, _WHOLE = 4, 5
+
+
+def layer_outputs(layer: nn.Module, draw: Draw) -> list[Tensor]:
+    """A trial of a layer of headwise, called as itself wherever it stands."""
+    if not isinstance(layer, GroupedQueryAttention):
+        widths = layer.embed_dim, layer.kdim, layer.vdim
+        return multihead_outputs(layer, draw, widths, layer.batch_first, maps=False)
+    call = _caller(layer, draw)
+    cache = layer.trial_cache()
+    padded = call(0, _WHOLE, key_padding_mask=draw.padding(2, _WHOLE))
+    return [padded, call(0, _PROMPT, cache=cache), call(_PROMPT, _WHOLE, cache=cache)]
+
+
+def _caller(layer: GroupedQueryAttention, draw: Draw) -> Callable[..., Tensor]:
+    """``call(start, stop, **options)`` runs the layer on these of the made-up tokens."""
+    x = draw(2, _WHOLE, layer.embed_dim)
+    width = layer.head_dim - layer.head_dim % 2
+    angles = draw.rope(_WHOLE, width) if width else None
+
+    def call(start: int, stop: int, cache: Any = None, **options: Any) -> Tensor:
+        rope = None if angles is None else tuple(table[:, start:stop] for table in angles)
+        part = x[:, start:stop]
+        held = None if cache is None else cache(part)
+        return GroupedQueryAttention.forward(layer, part, rope, cache=held, **options)[0]
+
+    return call
+
+
+def check_gates(model: nn.Module) -> None:
+    """Runs each kind of gated layer on a few made-up tokens: it must compute what all of its heads
+    do, multiplied by the gate's weights; with a cache what it does without; and choose as its gate
+    and ``keep_selection`` say.
+
+    Gates that decide together with those of other layers are left out.
+
+    Raises:
+        ValueError: a layer computes something else.
+    """
+    kinds: set[Hashable] = set()
+    for name, layer in attention_layers(model).items():
+        gate = layer.gate
+        alone = gate is not None and getattr(gate, "scope_key", lambda: None)() is None
+        if not alone or (kind := kind_of(layer)) in kinds:
+            continue
+        kinds.add(kind)
+        proof = Proof.of(layer, name, _every_head)
+        if proof is not None:
+            proof.check(layer, _chosen_heads)
+            _check_choices(layer, name, place_of(layer))
+
+
+def _seeded(call: Callable[[], list[Tensor]], draw: Draw) -> list[Tensor]:
+    devices = [draw.device] if draw.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):  # gates may draw: the same twice
+        torch.manual_seed(0)
+        return call()
+
+
+def _chosen_heads(layer: nn.Module, draw: Draw) -> list[Tensor]:
+    return _seeded(lambda: layer_outputs(layer, draw), draw)
+
+
+def _every_head(layer: nn.Module, draw: Draw) -> list[Tensor]:
+    layer._probe = lambda *_: None  # whoever looks at all heads makes the layer compute them
+    return _chosen_heads(layer, draw)
+
+
+def _check_choices(layer: AttentionLayer, name: str, place: Place) -> None:
+    copied, seen = place.bare(layer), []
+    copied._observers.append(lambda _, selection, x, padding: seen.append(selection))
+    written = outputs(copied, _chosen_heads, place.draw())
+    if isinstance(layer.gate, GroupGate):
+        _check_groups(layer, called(layer, name), seen)
+    if isinstance(layer, GroupedQueryAttention) and not layer.gate.projects:
+        _, prompt, step = seen
+        if layer.keep_selection:
+            _check_kept(called(layer, name), prompt, step)
+        _check_cache(layer, name, place, (prompt, step), written[1:])
+
+
+def _check_groups(layer: AttentionLayer, name: str, seen: list[Selection]) -> None:
+    """Heads that share keys and values must run together, with one weight."""
+    groups = torch.tensor(layer.head_groups)
+    first = torch.tensor([layer.head_groups.index(group) for group in layer.head_groups])
+    for selection in seen:
+        ran = _ops.selection_mask(selection.index, selection.count, torch.float64)
+        weight = (selection.weight.double() * ran).cpu()  # [B, H]
+        apart = (weight - weight[:, first]).abs() + (ran - ran[:, first.to(ran.device)]).abs().cpu()
+        if apart.numel() and float(apart.max()) > 0:
+            row, head = divmod(int(apart.argmax()), apart.size(1))
+            other = int(first[head])
+            raise refusal(
+                name,
+                f"heads {other} and {head} of group {int(groups[head])} have weights "
+                f"{float(weight[row, other]):.6g} and {float(weight[row, head]):.6g}",
+            )
+
+
+def _check_kept(name: str, prompt: Selection, step: Selection) -> None:
+    """What was chosen by the prompt must be what a later step runs."""
+    for what in ("weight", "count", "index"):
+        before, after = (getattr(chosen, what).double().flatten() for chosen in (prompt, step))
+        apart = (before - after).abs()
+        if apart.numel() and float(apart.max()) > 0:
+            at = int(apart.argmax())
+            raise refusal(
+                name,
+                f"with keep_selection=True a {what} is {float(before[at]):.6g} at the prompt and "
+                f"{float(after[at]):.6g} at the next step",
+            )
+
+
+def _check_cache(
+    layer: GroupedQueryAttention,
+    name: str,
+    place: Place,
+    chosen: tuple[Selection, Selection],
+    written: list[Tensor],
+) -> None:
+    """Prompt and step must compute what all tokens at once do with the same selections."""
+
+    def whole(own: nn.Module, draw: Draw) -> list[Tensor]:
+        call, made = _caller(own, draw), []
+        for selection in chosen:
+            own.gate = _Given(selection)
+            made.append(call(0, _WHOLE))
+        return [made[0][:, :_PROMPT], made[1][:, _PROMPT:]]
+
+    def exact() -> list[Tensor]:
+        draw = Draw(place.dtype, place.device, cast=torch.float64)
+        return outputs(bare(layer, torch.float64), whole, draw)
+
+    expected = outputs(place.bare(layer), whole, place.draw())
+    text = disagreement(expected, written, exact)
+    if text is not None:
+        raise refusal(called(layer, name), f"with a cache, {text}")
+
+
+class _Given(nn.Module):
+    """Stands in for a gate: chooses what it was given."""
+
+    projects = False
+    execution = "selected"
+
+    def __init__(self, selection: Selection) -> None:
+        super().__init__()
+        self.selection = selection
+
+    def forward(self, x: Tensor, padding: Tensor | None) -> Selection:
+        return self.selection
