@@ -17,7 +17,7 @@ from pathlib import Path
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
 #: Name -> (which page, sections that it shows, theme, height).
 PICTURES = {
-    "explained": (0, ("explained",), "light", 1705),
+    "explained": (0, ("explained",), "light", 2010),
     "used": (0, ("use",), "dark", 1700),
     "compared": (1, ("summary", "compared"), "dark", 1190),
 }
@@ -47,6 +47,8 @@ def screenshot(page: str, folder: Path, height: int) -> bytes:
 def part_of(page: str, sections: tuple[str, ...], theme: str) -> str:
     """The page with only these sections (``summary``: that at the top), in a theme."""
     hidden = [f"#{name}" for name in ("explained", "use", "compared") if name not in sections]
+    if "explained" not in sections:
+        hidden.append("#headline")
     if "summary" not in sections:
         hidden += ["header", "header ~ p", "nav", "section.summary"]
     style = f"<style>{', '.join(hidden)} {{ display: none }} {FLUSH}</style></head>"
@@ -66,7 +68,7 @@ def main() -> None:
     for name, (which, sections, theme, height) in PICTURES.items():
         with tempfile.TemporaryDirectory() as folder:
             png = screenshot(part_of(pages[which], sections, theme), Path(folder), height)
-        image = Image.open(io.BytesIO(png)).convert("RGB")
+        image = Image.open(io.BytesIO(png)).convert("RGB").quantize(256)  # a palette is small
         path = options.out / f"{name}.png"
         image.save(path, optimize=True)
         if path.stat().st_size > MOST_BYTES:

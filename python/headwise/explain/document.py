@@ -7,6 +7,7 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
+from headwise.explain.differences import differences
 from headwise.explain.summary import summarise
 from headwise.io.display import Grid, Shown, draw, table_html
 from headwise.io.files import write_atomic
@@ -89,6 +90,20 @@ class Explanation(Shown):
         """What a notebook shows."""
         sentences = html.escape(printable(self.summary(), 4000)) if self.inputs else "no input"
         return f"<p>{sentences}</p>{super()._repr_html_() if self.inputs else ''}"
+
+    def differences(self, first: int = 0, second: int = 1) -> list[dict[str, Any]]:
+        """Which heads ran for only one of two inputs, and by which words.
+
+        Returns:
+            A dictionary for each head, those first whose margins lie furthest apart: ``layer``,
+            ``site``, ``head``, ``ran_for`` (0: ``first``, 1: ``second``), ``margins``, and the
+            tokens with the largest shares, as (token, share): ``spoke_for`` in the input that ran
+            it, ``spoke_against`` in the other.
+
+        Raises:
+            IndexError: there is no such input.
+        """
+        return differences(self.inputs[first], self.inputs[second])
 
     def to_dict(self) -> dict[str, Any]:
         return self.document

@@ -173,6 +173,8 @@ def explain_texts(options: argparse.Namespace) -> None:
         raise UsageError(str(error).splitlines()[0]) from None
     for position, entry in enumerate(result.inputs):
         say(("\n" if position else "") + render(entry, result.summary(position)))
+    if len(result.inputs) > 1:
+        say("\n" + render_differences(result.inputs[0], result.inputs[1], result.differences()))
     files = [options.json, None if options.out is None else options.out / "explanation.json"]
     for file in files:
         if file is not None:
@@ -209,6 +211,33 @@ def render(entry: dict[str, Any], summary: str, rows: int = 10) -> str:
                 f"  {_number(head['margin'], 6)}  {_number(head['effect'], 7, True)}"
                 f"  {_pair(head, entry['tokens'])}{_share(head, entry['tokens'])}"
             )
+    return "\n".join(lines)
+
+
+def render_differences(
+    first: dict[str, Any], second: dict[str, Any], found: list[dict[str, Any]], rows: int = 10
+) -> str:
+    """The first two texts side by side: the heads that ran for one of them only."""
+    title = f"{len(found)} of {first['heads']} heads ran for only one of the first two texts"
+    if not found:
+        return title
+    lines = [
+        f"{title}: A, {printable(first['text'] or '', 60)}; "
+        f"B, {printable(second['text'] or '', 60)}",
+        "layer head  ran for  margin A  margin B  spoke for it; against it",
+    ]
+    for entry in found[:rows]:
+        sides = [
+            ", ".join(f"{printable(token, 30)} ({share:+.2f})" for token, share in entry[key])
+            for key in ("spoke_for", "spoke_against")
+        ]
+        lines.append(
+            f"{entry['site']:5} {entry['head']:4}  {'AB'[entry['ran_for']]:>7}"
+            f"  {_number(entry['margins'][0], 8, True)}  {_number(entry['margins'][1], 8, True)}"
+            f"  {sides[0] or '-'}; {sides[1] or '-'}"
+        )
+    if len(found) > rows:
+        lines.append(f"and {len(found) - rows} more")
     return "\n".join(lines)
 
 

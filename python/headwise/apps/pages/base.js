@@ -38,6 +38,9 @@ const percent = (value, digits = 0) =>
     (given(value) ? (100 * value).toFixed(digits) + "%" : missing);
 const headName = (site, head) => `layer ${site} head ${head}`;
 const roleName = (role) => (role.detail ? `${role.role} ${role.detail}` : role.role);
+// A role is shown where a head beats its baseline by more than chance; broad and narrow have none.
+const beats = (role) =>
+    !given(role.baseline) || (given(role.low) ? role.low : role.share) > role.baseline;
 const largest = (values) =>
     values.reduce((most, value) => (value === null ? most : Math.max(most, Math.abs(value))), 0);
 

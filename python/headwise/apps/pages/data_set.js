@@ -4,7 +4,7 @@
 function startRoles(parent, roles) {
   const rows = roles.layers.flatMap(
       (layer) => layer.heads.flatMap(
-          (head) => head.roles.map(
+          (head) => head.roles.filter(beats).map(
               (role) =>
                   [layer.site,
                    head.head,
@@ -120,7 +120,7 @@ function startUse(parent, found) {
   const {use, roles} = found, classes = found.data.classes;
   const state = {class: -1, measure: "frequency", site: 0, head: 0};
   const head = () => use.layers[state.site].heads[state.head];
-  const rolesOf = (site, place) => roles?.layers[site]?.heads[place]?.roles ?? [];
+  const rolesOf = (site, place) => (roles?.layers[site]?.heads[place]?.roles ?? []).filter(beats);
 
   const controls = make("div", {class: "controls"});
   parent.append(controls);
@@ -234,7 +234,12 @@ function startUse(parent, found) {
             (one,
              place) => [one, found.data.predicted[place], percent(head().by_class[place], 1)])));
   }
-  grid.choose(0, 0);
+  // The head that tells most about the class is the first to look at.
+  const bits = use.layers.flatMap(
+      (layer) => layer.heads.map(
+          (one) => [one.information?.q < .05 ? one.information.bits : 0, layer.site, one.head]));
+  [, state.site, state.head] = bits.sort((a, b) => b[0] - a[0])[0] ?? [0, 0, 0];
+  grid.choose(state.site, state.head);
   show();
 
   const groups = use.by_length;

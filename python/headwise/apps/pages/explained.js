@@ -1,6 +1,9 @@
 "use strict";
 // One input: its tokens, the grid of heads, and what is known of the head that is chosen.
 
+// Log-probability: effects below this are pale, whatever the largest is.
+const leastEffect = .05;
+
 const measures = {
   relevance:
       ["relevance", "What the gate scored the head for this input", (head) => head.relevance],
@@ -45,7 +48,8 @@ function startExplained(parent, inputs) {
     const same = known?.layers.length === entry().layers.length &&
         known.layers[one.site].name === one.name &&
         known.layers[one.site].num_heads === one.num_heads;
-    return own.roles ?? (same ? known.layers[one.site].heads[own.head].roles : null);
+    const told = own.roles ?? (same ? known.layers[one.site].heads[own.head].roles : null);
+    return told?.filter(beats) ?? null;
   };
   const roleNames = (roles) => roles ? roles.map(roleName).join(", ") || "none" : missing;
   const each = (visit) => entry().layers.flatMap((one) => one.heads.map((own) => visit(one, own)));
@@ -53,6 +57,7 @@ function startExplained(parent, inputs) {
   const offered = Object.keys(measures).filter(
       (key) => everywhere((own) => own.heads.some((one) => measures[key][2](one) !== null)));
   state.measure = offered[0];
+  const headline = startHeadline(byId("headline"), inputs), usual = usualUse(inputs);
   const label = (one) =>
       one.prediction && (one.prediction.label ?? `class ${one.prediction.class}`);
 
@@ -193,6 +198,7 @@ function startExplained(parent, inputs) {
     [, state.site, state.head] = ranked[0] ?? [0, 0, 0];
     text.textContent = entry().text ?? `input ${place + 1}`;
     byId("summary").textContent = entry().summary;
+    headline(entry());
     grid.choose(state.site, state.head);
     showGrid();
     showHead();
@@ -202,7 +208,9 @@ function startExplained(parent, inputs) {
   function showGrid() {
     const [title, what, read] = measures[state.measure];
     meaning.textContent = `${what}. A filled circle ran, an empty one slept.`;
-    const most = largest(each((one, own) => read(own))) || 1;
+    // Of effects that change nothing, none looks strong.
+    const least = state.measure === "effect" ? leastEffect : 0;
+    const most = Math.max(least, largest(each((one, own) => read(own)))) || 1;
     grid.update(
         entry().layers.map(
             (one) => ({
@@ -217,6 +225,7 @@ function startExplained(parent, inputs) {
                     tip: [
                       headName(one.site, own.head),
                       own.on ? "ran" : "slept",
+                      usual?.of(one.site, own.head) === 1 ? "runs whatever the input says" : null,
                       `${title} ${number(read(own))}`,
                       own.rank === null ? null :
                                           `rank ${own.rank} of ${one.gate.ranked ?? one.num_heads}`,
@@ -242,6 +251,13 @@ function startExplained(parent, inputs) {
                                `${gate.type}, ${gate.count} of ${layer().num_heads} heads ran`
       ],
       ["how it decides", gate.how ?? missing],
+      [
+        "usually",
+        !usual ? missing :
+            usual.of(state.site, state.head) === 1 ?
+                 `runs whatever the input says: for all ${usual.whom}` :
+                 `runs for ${percent(usual.of(state.site, state.head))} of the ${usual.whom}`
+      ],
       ["weight", number(own.weight)],
       [
         "relevance",
@@ -314,7 +330,9 @@ function startExplained(parent, inputs) {
           `The relevance ${number(head().relevance)} is the gate's own ${own} and these shares. ` +
           "Each share is that of the position, which in deeper layers has mixed with others.";
     }
-    const most = largest(values) || 1;
+    // Against what would change the choice: shares that are small beside the margin look so.
+    const margin = state.tokens === "budget" ? 0 : Math.abs(head().margin ?? 0);
+    const most = Math.max(largest(values), margin) || 1;
     // Two digits that say something, of the largest.
     const digits = Math.min(6, Math.max(2, 1 - Math.floor(Math.log10(most))));
     values.forEach((value, place) => {
@@ -475,6 +493,7 @@ function startExplained(parent, inputs) {
                     [one.site, number(one.gate.budget.value), number(one.gate.budget.asked),
                      one.gate.count, one.num_heads]))));
   }
+  startSideBySide(parent, inputs);
   showInput(0);
 }
 

@@ -18,7 +18,7 @@ from headwise.io.files import write_atomic
 #: Bytes that a page may have: it is sent by mail and opened from disk.
 LIMIT = 6_000_000
 
-_SCRIPTS = ("base.js", "explained.js", "data_set.js", "compared.js")
+_SCRIPTS = ("base.js", "contrast.js", "explained.js", "data_set.js", "compared.js")
 
 
 def page(*documents: Any) -> str:

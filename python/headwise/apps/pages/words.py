@@ -86,13 +86,21 @@ def role_sentence(document: dict[str, Any]) -> str:
     for layer in document["layers"]:
         for head in layer["heads"]:
             heads += 1
-            having += bool(head["roles"])
-            for kind in {role["role"] for role in head["roles"]}:
+            told = [role for role in head["roles"] if _beats_baseline(role)]
+            having += bool(told)
+            for kind in {role["role"] for role in told}:
                 kinds[kind] = kinds.get(kind, 0) + 1
     if not kinds:
         return f"None of {heads} heads has a role at these thresholds."
     listed = ", ".join(f"{kind} {n}" for kind, n in sorted(kinds.items(), key=lambda i: -i[1]))
     return f"{having} of {heads} heads {'has' if having == 1 else 'have'} a role: {listed}."
+
+
+def _beats_baseline(role: dict[str, Any]) -> bool:
+    """Whether the whole interval of a role's share is above its baseline; broad and narrow heads,
+    which have none, count."""
+    low = role["share"] if role["low"] is None else role["low"]
+    return role["baseline"] is None or low > role["baseline"]
 
 
 def trust_sentences(document: dict[str, Any]) -> list[str]:

@@ -217,6 +217,12 @@ def test_words_say_what_the_numbers_say():
     )
     assert told[2].startswith("2 heads of 2 tested run more for some classes than for others, ")
     assert told[3] == "2 of 6 heads have a role: offset 2."
+    weak = copy.deepcopy(document)
+    for layer in weak["roles"]["layers"]:
+        for role in layer["heads"][0]["roles"]:
+            role["baseline"] = role["low"]  # the interval reaches down to it
+    told_weak = sentences(documents_module.sort_documents((weak,)))
+    assert told_weak[3] == "None of 6 heads has a role at these thresholds."
     assert "80% of the heads that run before or after run both times" in told[4]
     assert told[5].endswith("so the gates' order of heads says something of what matters.")
     static = copy.deepcopy(document)
@@ -256,6 +262,10 @@ def test_it_works_in_a_browser(whole, tmp_path):
         const cell = (row, place) => $(`#explained td[data-row="${row}"][data-place="${place}"]`);
         const heading = () => $("#head h3").textContent;
         const out = { start: heading() };
+        out.headline = $("#headline .sentence").textContent;
+        out.dots = [$$("#headline i.on").length, $$("#headline i.off").length];
+        out.odd = $$("#headline li").map((one) => one.textContent);
+        out.usually = $("#headline .muted").textContent;
         cell(1, 2).click();
         await pause();
         out.clicked = heading();
@@ -321,6 +331,12 @@ def test_it_works_in_a_browser(whole, tmp_path):
     site, first = max(heads, key=lambda pair: abs(pair[1]["effect"]))
     assert found["start"].startswith(f"layer {site} head {first['head']}:")
     assert found["clicked"] == "layer 1 head 2: ran" and found["selected"] == 1
+    assert found["headline"] == "4 of 6 heads ran" and found["dots"] == [4, 2]
+    # Head 2 never runs over the data set, and ran here; head 0 always does.
+    assert [line.split(":")[0] for line in found["odd"]] == [
+        f"layer {site} head 2 ran, as for only 0% of the texts of the data set" for site in (0, 1)
+    ]
+    assert "2 heads of them run whatever the input says" in found["usually"]
     head = given[0]["layers"][1]["heads"][2]
     for row, other in zip(found["map"], head["attention"], strict=True):
         assert row == pytest.approx(other, abs=0.005)
@@ -347,6 +363,41 @@ def test_it_works_in_a_browser(whole, tmp_path):
     assert [name for name, _ in found["theme"]] == ["Theme: light", "Theme: dark", "Theme: system"]
     assert found["theme"][0][1] == "rgb(255, 255, 255)" != found["theme"][1][1]
     assert found["wide"]
+
+
+def test_two_inputs_side_by_side_in_a_browser(tmp_path):
+    document = explanation(["one", "two", "three"])
+    second = document["inputs"][1]["layers"][0]["heads"]
+    second[0].update(on=False, margin=-0.5, shares=[-0.3, 0.2, -0.1, 0.0])
+    document["inputs"][0]["layers"][0]["heads"][0].update(margin=0.5, shares=[0.4, 0.0, -1.0, 0.1])
+    seen = browse(
+        page(document),
+        """
+        const own = $$("#explained table").find((one) => one.caption?.textContent
+          === "Heads that ran for one of the two");
+        const row = [...own.tBodies[0].rows].map((row) => [...row.cells].map((c) => c.textContent));
+        const sentence = $$("#explained p").find((one) => one.textContent.includes("only for B"));
+        const out = { row, sentence: sentence.textContent };
+        const select = $$("label.control").find((one) => one.textContent.startsWith("B"))
+          .querySelector("select");
+        select.value = "2";
+        select.dispatchEvent(new Event("change"));
+        await pause();
+        out.same = sentence.textContent;
+        out.usually = $("#headline .muted").textContent;
+        return out;
+        """,
+        tmp_path,
+    )
+    assert seen["problems"] == []
+    found = seen["found"]
+    assert found["row"] == [
+        ["layer 0 head 0", "A", "+0.50", "-0.50", "one (+0.40), t3 (+0.10)",
+         "two (-0.30), t2 (-0.10)"]
+    ]  # fmt: skip
+    assert found["sentence"] == "3 heads ran for both; 1 only for A, 0 only for B."
+    assert found["same"] == "4 heads ran for both; 0 only for A, 0 only for B."
+    assert "3 heads of them run whatever the input says" in found["usually"]
 
 
 def test_hostile_texts_stay_texts_in_a_browser(tmp_path):
@@ -420,6 +471,25 @@ def without_everything():
 
 
 # --- from the command line ---
+
+
+def test_the_command_tells_the_first_two_texts_apart():
+    from headwise.apps.cli.explain import render_differences
+
+    document = explanation(["one", "two\x1b[2J"])
+    first, second = document["inputs"]
+    same = Explanation(document).differences()
+    assert render_differences(first, second, same) == (
+        "0 of 6 heads ran for only one of the first two texts"
+    )
+    first["layers"][1]["heads"][2].update(margin=0.25, shares=[0.5, 0.0, 0.0, 0.0])
+    second["layers"][1]["heads"][2].update(on=False, margin=None, shares=[-0.5, 0.0, 0.0, 0.0])
+    told = render_differences(first, second, Explanation(document).differences()).splitlines()
+    assert told[0].startswith("1 of 6 heads ran for only one of the first two texts: A, one; B, tw")
+    row = "    1    2        A    +0.250         -  one (+0.50); two\\x1b[2J (-0.50)"
+    assert told[2] == row
+    many = Explanation(document).differences() * 12
+    assert render_differences(first, second, many).splitlines()[-1] == "and 2 more"
 
 
 @pytest.fixture(scope="module")
