@@ -13,8 +13,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from headwise.convert.arguments import one_cache
+from headwise.convert.checks import class_fault
 from headwise.convert.inner_attention import InnerAttention
-from headwise.convert.registry import family
+from headwise.convert.registry import family, prefix_in
 from headwise.convert.transformers_attention import EncoderStandIn, named
 from headwise.nn.multihead_attention import MultiheadAttention
 
@@ -68,10 +69,6 @@ def __getattr__(name: str) -> type:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _prefix(module: nn.Module) -> str:
-    return type(module).__name__.removesuffix("Attention")
-
-
 class Bert(InnerAttention):
     name = "transformers BERT (encoder)"
     inner = "self"
@@ -82,9 +79,11 @@ class Bert(InnerAttention):
     }
 
     def refusal(self, module: nn.Module) -> str | None:
-        expected = f"{_prefix(module)}SelfAttention"
-        if module.is_cross_attention or type(module.self).__name__ != expected:
-            return f"its self-attention is a {type(module.self).__name__}, not a {expected}"
+        prefix = prefix_in(FAMILY, type(module), "Attention")
+        expected = named(f"{FAMILY[prefix]}.{prefix}SelfAttention")
+        fault = class_fault("self-attention", module.self, expected)
+        if fault is not None:
+            return fault
         if module.self.is_decoder:
             return "it belongs to a decoder (config.is_decoder), which caches keys and values"
         return super().refusal(module)
@@ -94,7 +93,7 @@ class Bert(InnerAttention):
         return own.num_attention_heads, own.attention_head_size, own.dropout.p
 
     def successor(self, old: nn.Module, mha: MultiheadAttention) -> nn.Module:
-        return _selected(type(old).__name__.removesuffix("SelfAttention"))(old, mha)
+        return _selected(prefix_in(FAMILY, type(old), "SelfAttention"))(old, mha)
 
 
 ARCHITECTURE = Bert()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 from torch import nn
 
-from headwise.convert.registry import class_path
+from headwise.convert.registry import class_path, overridden
 
 #: What can be registered on a module, by the attribute that keeps it.
 HOOKS = {
@@ -30,6 +30,17 @@ def replaced_text(name: str, part: nn.Module) -> str:
         f"its {name} was replaced by a {class_path(type(part))} (merge or remove what stands "
         f"around the linear layer)"
     )
+
+
+def class_fault(name: str, part: nn.Module, expected: type) -> str | None:
+    """Why a part of attention may compute something other than that of its class."""
+    kind = type(part)
+    if not issubclass(kind, expected):
+        return f"its {name} is a {kind.__name__}, not a {expected.__name__}"
+    method = overridden(kind, expected)
+    if method is not None:
+        return f"its {name} is a {kind.__name__} with its own {method}"
+    return None
 
 
 def projection_fault(name: str, linear: nn.Module, kind: type[nn.Module] = nn.Linear) -> str | None:

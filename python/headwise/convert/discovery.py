@@ -10,7 +10,8 @@ from headwise.convert.registry import (
     Architecture,
     class_path,
     find_architecture,
-    supported_classes,
+    known_base,
+    overridden,
 )
 from headwise.nn.attention_layer import AttentionLayer
 
@@ -97,7 +98,7 @@ def find_attention(model: nn.Module) -> Found:
             else:
                 found.refused.append(Refused(name, type(module).__name__, reason))
             return
-        if _looks_like_attention(module):
+        if _looks_like_attention(module) or _overrides(module):
             found.refused.append(Refused(name, type(module).__name__, _why_unknown(module)))
             return
         for child_name, child in module.named_children():
@@ -107,10 +108,18 @@ def find_attention(model: nn.Module) -> Found:
     return found
 
 
+def _overrides(module: nn.Module) -> bool:
+    """Whether it is of a known class but for what it overrides (as our own stand-ins do)."""
+    ours = any(isinstance(part, AttentionLayer) for part in module.modules())
+    base = known_base(type(module))
+    return not ours and base is not None and overridden(type(module), base) is not None
+
+
 def _why_unknown(module: nn.Module) -> str:
-    for base in type(module).__mro__[1:]:
-        if class_path(base) in supported_classes():
-            return f"a subclass of {base.__name__} may compute something else in its forward"
+    base = known_base(type(module))
+    if base is not None:
+        name = overridden(type(module), base)
+        return f"a subclass of {base.__name__} with its own {name} may compute something else"
     return f"no conversion is known for {class_path(type(module))}"
 
 

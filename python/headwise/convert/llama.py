@@ -26,7 +26,7 @@ from headwise.convert.decoder import (
     cache_word,
     decoder_outputs,
 )
-from headwise.convert.registry import Architecture, family
+from headwise.convert.registry import Architecture, family, prefix_in
 from headwise.convert.transformers_attention import (
     implementation_fault,
     in_the_mode_of,
@@ -108,7 +108,7 @@ class Llama(Architecture):
             "output_bias": o_proj.bias is not None,
             "scale": module.scaling,
         }
-        prefix = type(module).__name__.removesuffix("Attention")
+        prefix = prefix_in(FAMILY, type(module), "Attention")
         successor = _selected(prefix)(module, sizes, device="meta")
         for name in _PROJECTIONS:
             setattr(successor, name, getattr(module, name))

@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from headwise.convert.checks import class_fault
 from headwise.convert.inner_attention import InnerAttention
 from headwise.convert.older_versions import collects_maps
-from headwise.convert.registry import family
+from headwise.convert.registry import family, prefix_in
 from headwise.convert.transformers_attention import (
     EncoderStandIn,
     named,
@@ -67,12 +68,17 @@ class OlderVisionTransformer(InnerAttention):
         "output": ("dense", "dropout"),
     }
 
+    def refusal(self, module: nn.Module) -> str | None:
+        prefix = prefix_in(_FAMILY, type(module), "Attention")
+        expected = named(f"{_FAMILY[prefix]}.{prefix}SelfAttention")
+        return class_fault("attention", module.attention, expected) or super().refusal(module)
+
     def shape(self, module: nn.Module) -> tuple[int, int, float]:
         own = module.attention
         return own.num_attention_heads, own.attention_head_size, own.dropout_prob
 
     def successor(self, old: nn.Module, mha: MultiheadAttention) -> nn.Module:
-        return _selected(type(old).__name__.removesuffix("SelfAttention"))(old, mha)
+        return _selected(prefix_in(_FAMILY, type(old), "SelfAttention"))(old, mha)
 
     def trial(self, module: nn.Module) -> Trial:
         width = module.attention.query.in_features

@@ -1,14 +1,16 @@
 """The architectures that :func:`headwise.convert` knows, one file each.
 
-An architecture is found by the exact class of the module that holds the attention, so a subclass
-with a forward of its own is never mistaken for it, and its file is imported only when a model has
-such a module: headwise does not need transformers to convert a ``torch.nn`` model.
+An architecture is found by the class of the module that holds the attention. A subclass counts as
+that class if all that runs is the known code: it may add methods, but overrides none. An
+architecture's file is imported only when a model has such a module: headwise does not need
+transformers to convert a ``torch.nn`` model.
 """
 
 from __future__ import annotations
 
 import abc
 import importlib
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -125,7 +127,8 @@ def register_architecture(path: str, architecture: Architecture) -> None:
 
     Args:
         path: qualified name of the module's class, ``package.module.Class``.
-        architecture: converts modules of exactly that class.
+        architecture: converts modules of that class, and of subclasses that override nothing of
+            it.
 
     Raises:
         TypeError: ``architecture`` is not an :class:`Architecture`.
@@ -138,14 +141,57 @@ def register_architecture(path: str, architecture: Architecture) -> None:
     _REGISTERED[path] = architecture
 
 
+#: What a subclass may have of its own and still compute what its base does: ``convert`` looks at
+#: the numbers and modules that ``__init__`` made.
+_OF_NO_CONSEQUENCE = {
+    *("__init__", "__module__", "__qualname__", "__doc__", "__repr__", "extra_repr"),
+    *("__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__"),
+    *("__dict__", "__weakref__", "__firstlineno__", "__static_attributes__"),
+    *("__getstate__", "__setstate__", "__deepcopy__"),
+    *("__parameters__", "__orig_bases__"),
+}
+
+
+def overridden(kind: type, base: type) -> str | None:
+    """What a subclass has in the place of something that ``base`` has; None: it only adds."""
+    for part in kind.__mro__:
+        if part in base.__mro__:
+            continue
+        for name in vars(part):
+            if hasattr(base, name) and name not in _OF_NO_CONSEQUENCE:
+                return name
+    return None
+
+
+def known_base(kind: type) -> type | None:
+    """The nearest class that can be converted: ``kind`` itself or a base of it."""
+    known = {*_REGISTERED, *_FILES}
+    return next((base for base in kind.__mro__ if class_path(base) in known), None)
+
+
 def find_architecture(module: nn.Module) -> Architecture | None:
-    """The architecture that stands for exactly the class of ``module``."""
-    path = class_path(type(module))
+    """The architecture that stands for the class of ``module``, or for a base class of which it
+    overrides nothing."""
+    base = known_base(type(module))
+    if base is None or overridden(type(module), base) is not None:
+        return None
+    path = class_path(base)
     if path in _REGISTERED:
         return _REGISTERED[path].of(module)
-    if path in _FILES:
-        return importlib.import_module(_FILES[path]).ARCHITECTURE.of(module)
-    return None
+    return importlib.import_module(_FILES[path]).ARCHITECTURE.of(module)
+
+
+def prefix_in(known: Mapping[str, str], kind: type, suffix: str) -> str:
+    """What the name of a class of a :func:`family` begins with; ``kind`` is one or a subclass.
+
+    Raises:
+        AttributeError: it is neither.
+    """
+    for base in kind.__mro__:
+        prefix = base.__name__.removesuffix(suffix)
+        if base.__name__ == prefix + suffix and known.get(prefix) == base.__module__:
+            return prefix
+    raise AttributeError(f"{class_path(kind)} is none of its classes")
 
 
 def supported_classes() -> list[str]:

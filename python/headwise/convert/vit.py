@@ -10,7 +10,7 @@ import functools
 from torch import nn
 
 from headwise.convert import older_vit
-from headwise.convert.registry import Architecture, family
+from headwise.convert.registry import Architecture, family, prefix_in
 from headwise.convert.transformers_attention import EncoderStandIn, SeparateProjections, named
 from headwise.nn.multihead_attention import MultiheadAttention
 
@@ -56,7 +56,7 @@ class VisionTransformer(SeparateProjections):
         return module.num_attention_heads, module.head_dim, module.attention_dropout
 
     def successor(self, old: nn.Module, mha: MultiheadAttention) -> nn.Module:
-        return _selected(type(old).__name__.removesuffix("Attention"))(old, mha)
+        return _selected(prefix_in(FAMILY, type(old), "Attention"))(old, mha)
 
 
 ARCHITECTURE = VisionTransformer()
