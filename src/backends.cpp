@@ -50,10 +50,10 @@ std::vector<Backend> backends() {
                   "headwise was compiled without CUDA kernels (HEADWISE_CUDA=OFF)"});
 #endif
   list.push_back(
-      {"grouped", "cuda", device,
+      {"aten", "cuda", device,
        (device ? std::string() : no_device + "; ") + kUnverified +
-           ": LibTorch's matrix products and attention over the active heads, grouped by head, "
-           "for what the kernels do not take; waits for the device once a call"});
+           ": LibTorch's matrix products and attention over the active heads, one head at a "
+           "time, for what the kernels do not take; waits for the device once a call"});
   list.push_back(packed());
   list.push_back({"cpu_kernels", "cpu", true,
                   "BLAS, or plain loops where there is none, over the active heads: float64, "

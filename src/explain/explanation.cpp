@@ -5,12 +5,12 @@
 #include <map>
 #include <optional>
 
-#include "analysis/probe_statistics.h"
 #include "explain/gate_reasons.h"
 #include "explain/numbers.h"
 #include "headwise/dense_attention.h"
 #include "headwise/explain.h"
 #include "headwise/statistics.h"
+#include "probe_statistics.h"
 
 namespace headwise {
 namespace {

@@ -9,7 +9,7 @@
 #include <numeric>
 #include <vector>
 
-#include "analysis/resample.h"
+#include "statistics/resample.h"
 
 namespace headwise {
 namespace {

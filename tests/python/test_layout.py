@@ -129,6 +129,18 @@ def test_docstrings_refer_to_what_exists():
     assert not wrong
 
 
+def test_sources_mirror_the_public_headers():
+    names = {path.stem for path in (ROOT / "include" / "headwise").glob("*.h")}
+    names -= {"headwise"}  # includes the others
+    names -= {"gate_options"}  # in src/gates
+    missing = [
+        name
+        for name in sorted(names)
+        if not (ROOT / "src" / f"{name}.cpp").exists() and not (ROOT / "src" / name).is_dir()
+    ]
+    assert not missing
+
+
 def test_the_names_of_daily_work_are_few():
     assert len(hw.__all__) <= 53
     for name in ("convert", "explain"):  # functions, of the same names as their packages

@@ -1,5 +1,5 @@
-// The attention operators of CUDA devices: the kernels where they take the inputs, else LibTorch
-// grouped by head (src/ops/grouped), which waits for the device once a call.
+// The attention operators of CUDA devices: the kernels where they take the inputs, else the ATen
+// route (src/ops/aten), which waits for the device once per call.
 #include <c10/util/Exception.h>
 #include <torch/library.h>
 
@@ -9,7 +9,7 @@
 #include "ops/cuda/arguments.h"
 #include "ops/cuda/launch.h"
 #endif
-#include "ops/grouped/grouped.h"
+#include "ops/aten/attention.h"
 
 namespace headwise::ops {
 namespace {
@@ -23,7 +23,7 @@ bool kernels_run(const Inputs& in) {
   auto reason = device::refusal(in);
   if (!device_fits(in.index.device())) reason = device_refusal(in.index.device());
   if (reason.empty()) return true;
-  TORCH_WARN_ONCE("headwise: the grouped route runs instead of the CUDA kernels: ", reason);
+  TORCH_WARN_ONCE("headwise: the ATen route runs instead of the CUDA kernels: ", reason);
 #endif
   return false;
 }
@@ -33,7 +33,7 @@ auto forward(const Inputs& in) {
 #ifdef HEADWISE_CUDA
   if (kernels_run(in)) return device::forward(in);
 #endif
-  return grouped::forward(in);
+  return aten::forward(in);
 }
 template <typename Inputs, typename Needs>
 auto backward(const Tensor& grad_output, const Inputs& in, const LayerSaved& saved,
@@ -42,7 +42,7 @@ auto backward(const Tensor& grad_output, const Inputs& in, const LayerSaved& sav
 #ifdef HEADWISE_CUDA
   if (kernels_run(in)) return device::backward(grad_output, in, saved, needs);
 #endif
-  return grouped::backward(grad_output, in, saved, needs);
+  return aten::backward(grad_output, in, saved, needs);
 }
 
 LayerForward self_forward(HEADWISE_SELF_PARAMETERS) { return forward(HEADWISE_SELF_INPUTS); }
@@ -56,7 +56,7 @@ Tensor output(const Inputs& in) {
 #ifdef HEADWISE_CUDA
   if (kernels_run(in)) return std::get<0>(device::forward(in, /*keep=*/false));
 #endif
-  return std::get<0>(grouped::forward(in));
+  return std::get<0>(aten::forward(in));
 }
 Tensor self(HEADWISE_SELF_PARAMETERS) { return output(HEADWISE_SELF_INPUTS); }
 Tensor multihead(HEADWISE_MULTIHEAD_PARAMETERS) { return output(HEADWISE_MULTIHEAD_INPUTS); }
@@ -81,7 +81,7 @@ CoreBackward core_backward(const Tensor& grad_output, HEADWISE_CORE_PARAMETERS,
 #ifdef HEADWISE_CUDA
   if (kernels_run(in)) return device::backward(grad_output, in, output, context, lse, needs);
 #endif
-  return grouped::backward(grad_output, in, in.weight ? context : output, needs);
+  return aten::backward(grad_output, in, in.weight ? context : output, needs);
 }
 
 }  // namespace

@@ -2,7 +2,7 @@
 
 #include <ATen/ATen.h>
 
-#include "kernels/cuda/gate.h"
+#include "kernels/cuda/budget_gate.h"
 #include "ops/attention_ops.h"
 #include "ops/cuda/arguments.h"
 #include "ops/cuda/launch.h"

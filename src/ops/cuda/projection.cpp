@@ -1,7 +1,7 @@
-// The projections on CUDA devices: LibTorch's matrix products, grouped by head (src/ops/grouped).
+// The projections on CUDA devices: the ATen route (src/ops/aten).
 #include <torch/library.h>
 
-#include "ops/grouped/projection.h"
+#include "ops/aten/projection.h"
 
 namespace headwise::ops {
 namespace {
@@ -9,18 +9,18 @@ namespace {
 using at::Tensor;
 
 Tensor projection(HEADWISE_PROJECTION_PARAMETERS) {
-  return grouped::forward(HEADWISE_PROJECTION_INPUTS);
+  return aten::forward(HEADWISE_PROJECTION_INPUTS);
 }
 ProjectionBackward projection_backward(HEADWISE_PROJECTION_BACKWARD_PARAMETERS) {
-  return grouped::backward(grad_output, ProjectionInputs{x, weight, {}, num_heads, index, count},
-                           needs);
+  return aten::backward(grad_output, ProjectionInputs{x, weight, {}, num_heads, index, count},
+                        needs);
 }
 Tensor output_projection(HEADWISE_OUTPUT_PARAMETERS) {
-  return grouped::forward(HEADWISE_OUTPUT_INPUTS);
+  return aten::forward(HEADWISE_OUTPUT_INPUTS);
 }
 OutputBackward output_projection_backward(HEADWISE_OUTPUT_BACKWARD_PARAMETERS) {
-  return grouped::backward(grad_output, OutputInputs{heads, weight, {}, index, count, head_weight},
-                           needs);
+  return aten::backward(grad_output, OutputInputs{heads, weight, {}, index, count, head_weight},
+                        needs);
 }
 
 }  // namespace

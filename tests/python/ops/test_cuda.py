@@ -313,7 +313,7 @@ def test_another_device_and_another_stream_than_the_current_ones():
             assert torch.equal(same[0].cpu(), other.cpu())
 
 
-def test_wide_heads_take_the_grouped_route():
+def test_wide_heads_take_the_aten_route():
     rand = cases.Random(3, torch.float32)
     q, k, v = rand(2, 2, 9, 264), rand(2, 2, 9, 264), rand(2, 2, 9, 264)
     index, count, weight = rand.selection(2, 2, count=[1, 2])

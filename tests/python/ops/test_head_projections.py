@@ -55,10 +55,10 @@ class Executors:
         return self._output(heads, weight, bias, index, count, head_weight)
 
 
-GROUPED = Executors(ops, "_grouped_")  # the route of CUDA devices without kernels, on the CPU
+ATEN = Executors(ops, "_aten_")  # the route of CUDA devices without kernels, on the CPU
 
 
-@pytest.fixture(params=[ops, GROUPED], ids=["operators", "grouped"])
+@pytest.fixture(params=[ops, ATEN], ids=["operators", "aten"])
 def run(request):
     return request.param
 

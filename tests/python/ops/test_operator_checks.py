@@ -98,7 +98,7 @@ def broken(saved):
     yield saved.to(torch.float64 if saved.dtype != torch.float64 else torch.float32), TypeError
 
 
-@pytest.mark.parametrize("route", ["selected", "grouped"])
+@pytest.mark.parametrize("route", ["selected", "aten"])
 @pytest.mark.parametrize("kind", ["self", "core"])
 def test_backward_operators_check_what_forward_kept(route, kind):
     torch.manual_seed(0)
@@ -124,7 +124,7 @@ def test_backward_operators_check_what_forward_kept(route, kind):
 def test_projection_backward_checks_its_gradient(operator):
     e = HEADS * WIDTH
     index, count = torch.arange(HEADS).expand(BATCH, -1).contiguous(), torch.tensor([2, 3])
-    for route in ("selected", "grouped"):
+    for route in ("selected", "aten"):
         backward = getattr(ops, f"_{route}_{operator}_backward")
         if operator == "projection":
             x, weight = torch.randn(BATCH, LENGTH, 7), torch.randn(e, 7)
@@ -174,7 +174,7 @@ def test_a_weight_that_is_not_a_number_shows(dtype, width, length):
     head_weight[1, 1] = math.nan
     x, weight, out_weight, head_weight = (t.to(dtype) for t in (x, weight, out_weight, head_weight))
     index, count = torch.arange(HEADS).expand(2, -1).contiguous(), torch.tensor([2, 2])
-    for run in (ops.selected_self_attention, ops._grouped_self_attention_forward):
+    for run in (ops.selected_self_attention, ops._aten_self_attention_forward):
         more = () if run is ops.selected_self_attention else (None, None, False, 0.0, None, None)
         y = run(x, weight, None, out_weight, None, HEADS, index, count, head_weight, *more)
         y = y if isinstance(y, torch.Tensor) else y[0]

@@ -8,9 +8,9 @@
 #include <tuple>
 
 #include "headwise/attention.h"
-#include "ops/grouped/work_list.h"
+#include "ops/aten/work_list.h"
 
-namespace headwise::ops::grouped {
+namespace headwise::ops::aten {
 
 /// What all pairs share.
 struct PairAttention {
@@ -32,4 +32,4 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_backward(
     const PairAttention& a, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
     const at::Tensor& grad_context, bool mask_gradient);
 
-}  // namespace headwise::ops::grouped
+}  // namespace headwise::ops::aten

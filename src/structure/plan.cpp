@@ -6,7 +6,7 @@
 #include "headwise/files.h"
 #include "headwise/structure.h"
 #include "json.h"
-#include "structured/units.h"
+#include "structure/units.h"
 
 namespace headwise {
 namespace {

@@ -1,4 +1,4 @@
-#include "analysis/probe_statistics.h"
+#include "probe_statistics.h"
 
 #include <ATen/ATen.h>
 

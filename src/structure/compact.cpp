@@ -3,7 +3,7 @@
 #include <c10/util/Exception.h>
 
 #include "headwise/structure.h"
-#include "structured/units.h"
+#include "structure/units.h"
 
 namespace headwise {
 

@@ -4,9 +4,9 @@
 #include <numeric>
 #include <optional>
 
-#include "analysis/resample.h"
 #include "headwise/statistics.h"
 #include "shown.h"
+#include "statistics/resample.h"
 
 namespace headwise {
 namespace {

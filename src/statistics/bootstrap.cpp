@@ -3,8 +3,8 @@
 
 #include <Eigen/Core>
 
-#include "analysis/resample.h"
 #include "headwise/statistics.h"
+#include "statistics/resample.h"
 
 namespace headwise {
 

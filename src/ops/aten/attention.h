@@ -1,13 +1,13 @@
-// The attention operators out of LibTorch's matrix products and attention, grouped by head: a
+// The ATen route: the attention operators out of LibTorch's matrix products and attention, a
 // correct path on every device, which computes the chosen heads and no others. It waits for the
 // device once a call, to learn how many sequences chose each head.
 #pragma once
 
+#include "ops/aten/pair_attention.h"
+#include "ops/aten/work_list.h"
 #include "ops/attention_ops.h"
-#include "ops/grouped/attention.h"
-#include "ops/grouped/work_list.h"
 
-namespace headwise::ops::grouped {
+namespace headwise::ops::aten {
 
 LayerForward forward(const SelfInputs& in);
 LayerForward forward(const MultiheadInputs& in);
@@ -19,4 +19,4 @@ MultiheadBackward backward(const at::Tensor& grad_output, const MultiheadInputs&
 CoreBackward backward(const at::Tensor& grad_output, const CoreInputs& in,
                       const at::Tensor& context, const Needs<5>& needs);
 
-}  // namespace headwise::ops::grouped
+}  // namespace headwise::ops::aten

@@ -5,7 +5,7 @@
 
 #include <vector>
 
-namespace headwise::ops::grouped {
+namespace headwise::ops::aten {
 
 /// N pairs: those of head 0 first; within a head, sequences ascend.
 struct WorkList {
@@ -31,4 +31,4 @@ at::Tensor gather_heads(const at::Tensor& tensor, const WorkList& list, int64_t 
 at::Tensor scatter_heads(const at::Tensor& packed, const WorkList& list, int64_t batch,
                          int64_t num_heads);
 
-}  // namespace headwise::ops::grouped
+}  // namespace headwise::ops::aten

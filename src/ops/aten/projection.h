@@ -7,10 +7,10 @@
 #include <array>
 #include <vector>
 
-#include "ops/grouped/work_list.h"
+#include "ops/aten/work_list.h"
 #include "ops/projection.h"
 
-namespace headwise::ops::grouped {
+namespace headwise::ops::aten {
 
 /// A head that at least one sequence chose.
 struct Head {
@@ -64,4 +64,4 @@ ProjectionBackward backward(const at::Tensor& grad_output, const ProjectionInput
 OutputBackward backward(const at::Tensor& grad_output, const OutputInputs& in,
                         const Needs<4>& needs);
 
-}  // namespace headwise::ops::grouped
+}  // namespace headwise::ops::aten

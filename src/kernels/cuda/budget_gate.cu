@@ -1,4 +1,4 @@
-#include "kernels/cuda/gate_kernels.h"
+#include "kernels/cuda/budget_gate_kernels.h"
 #include "kernels/cuda/layer_kernels.h"
 
 namespace headwise::kernels::cuda {

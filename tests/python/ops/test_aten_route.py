@@ -1,10 +1,10 @@
-"""The grouped route, which CUDA devices take, on the CPU: every case of the attention operators."""
+"""The ATen route, which CUDA devices take, on the CPU: every case of the attention operators."""
 
 import headwise  # noqa: F401  (registers torch.ops.headwise)
 import pytest
 import torch
 from support import attention_cases as cases
-from support.attention_cases import (  # noqa: F401  (collected again, on the grouped operators)
+from support.attention_cases import (  # noqa: F401  (collected again, on its operators)
     test_core_attention,
     test_heads_never_chosen_get_exactly_no_gradient,
     test_long_keys_take_several_tiles,
@@ -20,12 +20,12 @@ from support.executors import Executors
 ops = torch.ops.headwise
 
 
-GroupedOps = Executors(ops, "_grouped_")
+AtenOps = Executors(ops, "_aten_")
 
 
 @pytest.fixture(autouse=True)
-def grouped(monkeypatch):
-    monkeypatch.setattr(cases, "ops", GroupedOps)
+def aten(monkeypatch):
+    monkeypatch.setattr(cases, "ops", AtenOps)
 
 
 def test_more_pairs_than_a_cuda_grid_takes_at_once():
@@ -34,7 +34,7 @@ def test_more_pairs_than_a_cuda_grid_takes_at_once():
     index = torch.arange(3, dtype=torch.int32).repeat(batch, 1)
     count = torch.randint(0, 4, (batch,), dtype=torch.int32)
     count[-100:] = 3
-    y = GroupedOps.selected_attention(q, k, v, index, count)
+    y = AtenOps.selected_attention(q, k, v, index, count)
     torch.testing.assert_close(y, ops.selected_attention(q, k, v, index, count))
 
 
@@ -46,7 +46,7 @@ def test_dropout_draws_the_mask_of_the_cpu(p):
     index, count, weight = rand.selection(2, 3, count=[2, 3])
     options = {"dropout_p": p, "dropout_seed": torch.tensor([12])}
     results = []
-    for operator in (ops.selected_self_attention, GroupedOps.selected_self_attention):
+    for operator in (ops.selected_self_attention, AtenOps.selected_self_attention):
         y = operator(x, *weights, 3, index, count, weight, **options)
         results.append((y, *torch.autograd.grad(y.square().sum(), [x, *weights, weight])))
     for a, b in zip(*results, strict=True):

@@ -1,9 +1,9 @@
 // The core: q, k, v are given; active heads are gathered, attended and scattered back.
 #include <ATen/ATen.h>
 
-#include "ops/grouped/grouped.h"
+#include "ops/aten/attention.h"
 
-namespace headwise::ops::grouped {
+namespace headwise::ops::aten {
 namespace {
 
 using at::Tensor;
@@ -60,4 +60,4 @@ CoreBackward backward(const Tensor& grad_output, const CoreInputs& in, const Ten
           grad_weight.defined() ? grad_weight : none(), needs[4] ? dmask : none()};
 }
 
-}  // namespace headwise::ops::grouped
+}  // namespace headwise::ops::aten

@@ -7,8 +7,8 @@
 #include <algorithm>
 #include <cmath>
 
-#include "analysis/probe_statistics.h"
 #include "headwise/instrument.h"
+#include "probe_statistics.h"
 #include "shown.h"
 
 namespace headwise {

@@ -1,8 +1,8 @@
 // The kernels behind gate.h.
 #pragma once
 
+#include "kernels/cuda/budget_gate.h"
 #include "kernels/cuda/decode_kernels.h"
-#include "kernels/cuda/gate.h"
 
 namespace headwise::kernels::cuda {
 

@@ -1,10 +1,10 @@
-#include "ops/grouped/projection.h"
+#include "ops/aten/projection.h"
 
 #include <ATen/ATen.h>
 
 #include "ops/backward_checks.h"
 
-namespace headwise::ops::grouped {
+namespace headwise::ops::aten {
 namespace {
 
 using at::Tensor;
@@ -151,4 +151,4 @@ OutputBackward backward(const Tensor& grad_output, const OutputInputs& in, const
           result(grad_head_weight, in.head_weight.value_or(heads))};
 }
 
-}  // namespace headwise::ops::grouped
+}  // namespace headwise::ops::aten

@@ -2,11 +2,11 @@
 // are gathered per head, projections lie packed as [N, ., d] in the order of the work list.
 #include <ATen/ATen.h>
 
+#include "ops/aten/attention.h"
+#include "ops/aten/projection.h"
 #include "ops/backward_checks.h"
-#include "ops/grouped/grouped.h"
-#include "ops/grouped/projection.h"
 
-namespace headwise::ops::grouped {
+namespace headwise::ops::aten {
 namespace {
 
 using at::Tensor;
@@ -200,4 +200,4 @@ SelfBackward backward(const Tensor& grad_output, const SelfInputs& in, const Lay
           of(g.attn_mask, in.arguments.attn_mask)};
 }
 
-}  // namespace headwise::ops::grouped
+}  // namespace headwise::ops::aten

@@ -1,4 +1,4 @@
-#include "ops/grouped/work_list.h"
+#include "ops/aten/work_list.h"
 
 #include <ATen/ATen.h>
 
@@ -9,7 +9,7 @@
 #include "ops/cuda/launch.h"
 #endif
 
-namespace headwise::ops::grouped {
+namespace headwise::ops::aten {
 namespace {
 
 using at::Tensor;
@@ -112,4 +112,4 @@ Tensor scatter_heads(const Tensor& packed, const WorkList& list, int64_t batch, 
   return tensor.index_put_({list.batches(), list.heads()}, packed);
 }
 
-}  // namespace headwise::ops::grouped
+}  // namespace headwise::ops::aten

@@ -1,12 +1,12 @@
-// Registers the grouped route under names of its own, so that tests without a GPU hold it against
+// Registers the ATen route under names of its own, so that tests without a GPU hold it against
 // the oracle. On a CUDA device it runs what the kernels refuse (src/ops/cuda/attention.cpp).
 #include <torch/library.h>
 
+#include "ops/aten/attention.h"
+#include "ops/aten/projection.h"
 #include "ops/backward_checks.h"
-#include "ops/grouped/grouped.h"
-#include "ops/grouped/projection.h"
 
-namespace headwise::ops::grouped {
+namespace headwise::ops::aten {
 namespace {
 
 using at::Tensor;
@@ -48,16 +48,16 @@ OutputBackward output_projection_backward(HEADWISE_OUTPUT_BACKWARD_PARAMETERS) {
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(headwise, m) {
-  m.def("_grouped_self_attention_forward", self_forward);
-  m.def("_grouped_self_attention_backward", self_backward);
-  m.def("_grouped_multihead_attention_forward", multihead_forward);
-  m.def("_grouped_multihead_attention_backward", multihead_backward);
-  m.def("_grouped_attention_forward", core_forward);
-  m.def("_grouped_attention_backward", core_backward);
-  m.def("_grouped_projection", projection);
-  m.def("_grouped_projection_backward", projection_backward);
-  m.def("_grouped_output_projection", output_projection);
-  m.def("_grouped_output_projection_backward", output_projection_backward);
+  m.def("_aten_self_attention_forward", self_forward);
+  m.def("_aten_self_attention_backward", self_backward);
+  m.def("_aten_multihead_attention_forward", multihead_forward);
+  m.def("_aten_multihead_attention_backward", multihead_backward);
+  m.def("_aten_attention_forward", core_forward);
+  m.def("_aten_attention_backward", core_backward);
+  m.def("_aten_projection", projection);
+  m.def("_aten_projection_backward", projection_backward);
+  m.def("_aten_output_projection", output_projection);
+  m.def("_aten_output_projection_backward", output_projection_backward);
 }
 
-}  // namespace headwise::ops::grouped
+}  // namespace headwise::ops::aten

@@ -1,4 +1,4 @@
-#include "ops/grouped/attention.h"
+#include "ops/aten/pair_attention.h"
 
 #include <ATen/ATen.h>
 #include <ATen/ExpandUtils.h>
@@ -10,7 +10,7 @@
 #include "kernels/dropout.h"
 #include "ops/attention_ops.h"
 
-namespace headwise::ops::grouped {
+namespace headwise::ops::aten {
 namespace {
 
 using at::Tensor;
@@ -190,4 +190,4 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const PairAttentio
   return {dq, dk, dv, dmask};
 }
 
-}  // namespace headwise::ops::grouped
+}  // namespace headwise::ops::aten
