@@ -24,7 +24,7 @@ CMAKE_OPTIONS := -DHEADWISE_PYTHON=ON -DHEADWISE_TESTS=ON -DHEADWISE_EXAMPLES=ON
 	$(if $(CCACHE),-DCMAKE_CXX_COMPILER_LAUNCHER=ccache -DCMAKE_CUDA_COMPILER_LAUNCHER=ccache)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build test test-newest test-oldest demo locks lint bench docs gpu-check gpu-deps \
+.PHONY: help setup build extension test test-newest test-oldest demo locks lint bench docs gpu-check gpu-deps \
   packaging ci clean distclean stubs types
 
 help:
@@ -93,14 +93,23 @@ build/configured: $(STAMPS)/packages Makefile
 	@touch $@
 
 build: build/configured $(V)/bin/headwise
+	@if [ -e build/no-cuda ]; then $(V)/bin/cmake build $(if $(CUDA),-DHEADWISE_CUDA=$(CUDA),-UHEADWISE_CUDA) > build/configure.log && rm build/no-cuda; fi
 	@$(V)/bin/ninja -C build -j $(JOBS) --quiet
+
+# The library and the extension alone, without CUDA kernels if there is no device to run them. `build`
+# adds the rest; kernels change every command, so where nvcc is but no device it compiles all anew.
+extension: $(V)/bin/headwise
+	@if [ ! -e build/configured ] && [ -z "$(CUDA)" ] && [ ! -e /dev/nvidiactl ]; then \
+	  $(MAKE) --no-print-directory build/configured CUDA=OFF && touch build/no-cuda; \
+	else $(MAKE) --no-print-directory build/configured; fi
+	@$(V)/bin/ninja -C build -j $(JOBS) --quiet _C
 
 # --- commands ---
 
 test: $(STAMPS)/data build
 	@$(PY) tools/check.py build test
 
-demo: $(STAMPS)/data build
+demo: $(STAMPS)/data extension
 	@HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(V)/bin/headwise compare --quick $(DEMO_ARGS)
 
 # In a copy of the tree, for the extension is compiled for one torch; what the copy built is kept.
