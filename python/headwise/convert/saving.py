@@ -4,10 +4,12 @@ refusal. Without this, ``from_pretrained`` would answer with random attention.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +27,15 @@ UNREADABLE = "headwise_gates"
 class SavePretrained:
     """In the place of the method of a model of transformers.
 
-    A model that has no gates and was not pruned is written with the names and the layout of its
-    original class.
+    A model without gates is written with the names and the layout of its original class. One that
+    was pruned is written if its class can be built at its size: with the same number of heads in
+    every layer, where the class takes the width of a head from the configuration (``head_dim``).
 
     Attributes:
         model: whose method it is.
-        checkpoints: a Trainer is at work (:class:`headwise.convert.trainer.GateCallback`): what the
-            original class could not read is written for the Trainer to resume from, with a
-            configuration that ``from_pretrained`` refuses.
+        checkpoints: a Trainer with a gate callback is at work: what the original class could not
+            read is written for the Trainer to resume from, with a configuration that
+            ``from_pretrained`` refuses.
     """
 
     def __init__(self, model: nn.Module):
@@ -54,7 +57,11 @@ class SavePretrained:
         reason = _give_original_names(model, state)
         if reason is None:
             call.arguments["state_dict"] = state
-            return method(*call.args, **call.kwargs)
+            sizes = _sizes(model, state)
+            reason = sizes if isinstance(sizes, str) else None
+        if reason is None:
+            with _configured(model.config, sizes):
+                return method(*call.args, **call.kwargs)
         if self.checkpoints:
             if call.arguments.get("is_main_process", True):
                 folder = Path(call.arguments["save_directory"])
@@ -63,7 +70,7 @@ class SavePretrained:
         raise ValueError(
             f"save_pretrained cannot write this model so that {type(model).__name__}."
             f"from_pretrained reads it: {reason}. Use headwise.save(model, dir) and "
-            f"headwise.load(dir); with a Trainer, add headwise.convert.trainer.GateCallback()"
+            f"headwise.load(dir); with a Trainer, add headwise.serialization.trainer.GateCallback()"
         )
 
 
@@ -89,10 +96,64 @@ def _give_original_names(model: nn.Module, state: dict[str, Tensor]) -> str | No
                 module.original_state(name, state)
     except KeyError as error:
         return f"{error} is missing (an adapter may stand around it)"
+    return None
+
+
+def _sizes(model: nn.Module, state: dict[str, Tensor]) -> dict[str, int] | str:
+    """What a pruned model's configuration must say for the original class to read ``state``;
+    nothing if it was not pruned. Or, as text, why the class cannot read it."""
+    reason = _misfit(model, state, {})
+    if reason is None:
+        return {}
+    layers = attention_layers(model)
+    heads = {name: layer.num_heads for name, layer in layers.items()}
+    if len(set(heads.values())) > 1:
+        fewest, most = min(heads, key=heads.__getitem__), max(heads, key=heads.__getitem__)
+        return (
+            f"its layers have different numbers of heads ({heads[fewest]} in '{fewest}', "
+            f"{heads[most]} in '{most}')"
+        )
+    layer = next(iter(layers.values()))
+    groups = len(set(layer.head_groups))
+    regular = [head * groups // max(1, layer.num_heads) for head in range(layer.num_heads)]
+    whole = groups == 0 or layer.num_heads % groups == 0
+    if not whole or any(own.head_groups != regular for own in layers.values()):
+        return "its query heads do not share key/value heads in groups of one size"
+    sizes = {"num_attention_heads": layer.num_heads, "head_dim": layer.head_dim}
+    if getattr(model.config, "num_key_value_heads", None) is not None:
+        sizes["num_key_value_heads"] = groups
+    return sizes if _misfit(model, state, sizes) is None else reason
+
+
+@contextlib.contextmanager
+def _configured(config: Any, sizes: dict[str, int]) -> Iterator[None]:
+    """``config`` with other sizes inside the block."""
+    before = {name: getattr(config, name) for name in sizes if hasattr(config, name)}
+    try:
+        for name, size in sizes.items():
+            setattr(config, name, size)
+        yield
+    finally:
+        for name in sizes:
+            if name in before:
+                setattr(config, name, before[name])
+            else:
+                delattr(config, name)
+
+
+def _misfit(model: nn.Module, state: dict[str, Tensor], sizes: dict[str, int]) -> str | None:
+    """Why the original class, built with these sizes in its configuration, could not read
+    ``state``."""
     config = copy.deepcopy(model.config)
     config._attn_implementation = "eager"
-    with torch.device("meta"):
-        expected = type(model)(config).state_dict()
+    try:
+        with _configured(config, sizes), torch.device("meta"):
+            # A configuration that comes from a file is validated when it is read.
+            config = type(config).from_dict(config.to_dict())
+            config._attn_implementation = "eager"
+            expected = type(model)(config).state_dict()
+    except Exception as error:
+        return f"its class cannot be built at this size ({error})"
     for name in expected:
         if name not in state:
             return f"'{name}' is missing"

@@ -173,7 +173,28 @@ def save(model: nn.Module, dir: str | os.PathLike, *, tokenizer: Any = None) -> 
             "headwise.prune, or the model before it was masked"
         )
     tensors, aliases = _unique_tensors(model)
+    text = _described(model, aliases)
+    sharded = any(map(_is_sharded, model.parameters()))
+    try:
+        if not sharded or torch.distributed.get_rank() == 0:
+            with _written_whole(Path(os.path.abspath(dir))) as folder:
+                save_safetensors(folder / WEIGHTS, tensors)
+                write_atomic(folder / DESCRIPTION, text)
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(folder)
+    finally:
+        if sharded:  # the others' folder is there when they return, too
+            torch.distributed.barrier()
+
+
+def description(model: nn.Module) -> str:
+    """The text of ``headwise.json`` beside weights of ``model`` that something else wrote."""
+    return _described(model, _unique_tensors(model)[1])
+
+
+def _described(model: nn.Module, aliases: dict[str, str]) -> str:
     structure, moves = describe_structure(model), head_moves(model)
+    layers = attention_layers(model)
     document = {
         "format": FORMAT,
         "version": VERSION,
@@ -184,22 +205,12 @@ def save(model: nn.Module, dir: str | os.PathLike, *, tokenizer: Any = None) -> 
         **({"moves": moves} if moves else {}),
         "aliases": aliases,
     }
-    text = json.dumps(document, indent=1, allow_nan=False)
-    sharded = any(map(_is_sharded, model.parameters()))
-    try:
-        if not sharded or torch.distributed.get_rank() == 0:
-            with _written_whole(Path(os.path.abspath(dir))) as folder:
-                save_safetensors(folder / WEIGHTS, tensors)
-                write_atomic(folder / DESCRIPTION, text + "\n")
-                if tokenizer is not None:
-                    tokenizer.save_pretrained(folder)
-    finally:
-        if sharded:  # the others' folder is there when they return, too
-            torch.distributed.barrier()
+    return json.dumps(document, indent=1, allow_nan=False) + "\n"
 
 
 def load(dir: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
-    """The model in the folder ``dir`` that :func:`save` wrote.
+    """The model in the folder ``dir`` that :func:`save` wrote, or a Trainer's checkpoint
+    (:class:`headwise.serialization.trainer.GateCallback`).
 
     Args:
         dir: the folder.

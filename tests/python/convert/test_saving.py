@@ -8,6 +8,7 @@ import pytest
 import torch
 from headwise.convert.saving import SavePretrained
 from support.architectures import ARCHITECTURES, HEADS
+from support.structures import make_plan
 
 transformers = pytest.importorskip("transformers")
 
@@ -49,12 +50,57 @@ def test_a_gate_is_refused_by_name(row, tmp_path):
     model.save_pretrained(tmp_path / "x")
 
 
-def test_a_pruned_model_is_refused_by_name(row, tmp_path):
-    model = hw.convert(row.build(), hw.FixedGate([0, 1]))
+#: Their classes take the width of a head from the configuration.
+SIZED = ("Llama", "Mistral", "Qwen", "ViT", "DeiT", "Dinov2", "IJepa")
+
+
+def test_a_pruned_model_is_read_by_its_class_where_that_can_be_built_so(row, tmp_path):
+    model = hw.convert(row.build(), hw.FixedGate([2, 3]))  # one group, where heads share
     small = hw.prune(model)
-    with pytest.raises(ValueError, match="has shape .* Use headwise.save"):
+    if not row.name.startswith(SIZED):
+        with pytest.raises(ValueError, match="has shape .* Use headwise.save"):
+            small.save_pretrained(tmp_path / "x")
+        assert not (tmp_path / "x").exists()
+    else:
+        inputs = row.inputs()
+        expected = row.run(small, inputs)
+        heads = small.config.num_attention_heads
+        small.save_pretrained(tmp_path)
+        assert small.config.num_attention_heads == heads
+        again, report = type(small).from_pretrained(tmp_path, output_loading_info=True)
+        wrong = ("missing_keys", "unexpected_keys", "mismatched_keys")
+        assert not any(report[key] for key in wrong)
+        close(row.run(again.eval(), inputs), expected)
+        assert again.config.num_attention_heads == 2
+        assert sum(p.numel() for p in again.parameters()) < sum(
+            p.numel() for p in row.build().parameters()
+        )
+        converted = hw.convert(again)
+        close(row.run(converted, inputs), expected)
+        assert all(layer.num_heads == 2 for layer in hw.attention_layers(converted).values())
+
+
+@pytest.mark.parametrize(
+    ("name", "heads", "message"),
+    [
+        ("LlamaForCausalLM", [[0, 1], [0, 1, 2, 3]], "different numbers of heads .2 in 'model.lay"),
+        ("Qwen3ForCausalLM", [[0, 1, 2]] * 2, "do not share key/value heads in groups of one size"),
+        ("Qwen3ForCausalLM", [[]] * 2, "cannot be built|has shape"),
+        ("ViTForImageClassification", [[0], [0, 1]], "different numbers of heads"),
+    ],
+)
+def test_pruned_models_that_no_configuration_describes_are_refused(name, heads, message, tmp_path):
+    model = hw.convert(ROWS[name].build())
+    small = hw.prune(model, make_plan(model, heads, scaled=False))
+    with pytest.raises(ValueError, match=message) as caught:
         small.save_pretrained(tmp_path / "x")
-    assert not (tmp_path / "x").exists()
+    assert "Use headwise.save" in str(caught.value) and not (tmp_path / "x").exists()
+    hw.save(small, tmp_path / "y")
+    inputs = ROWS[name].inputs()
+    close(ROWS[name].run(hw.load(tmp_path / "y"), inputs), ROWS[name].run(small, inputs))
+
+
+def test_a_whole_pruned_model_is_written(row, tmp_path):
     whole = hw.prune(hw.convert(row.build(), hw.FixedGate()))
     whole.save_pretrained(tmp_path / "x")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -9,6 +10,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from headwise.convert.saving import SavePretrained
 from headwise.gates.model import anneal, gates
+from headwise.io.files import write_atomic
+from headwise.serialization.save_load import DESCRIPTION, WEIGHTS, description
 
 
 class GateCallback(TrainerCallback):
@@ -21,8 +24,9 @@ class GateCallback(TrainerCallback):
                 optimizers=(torch.optim.AdamW(hw.parameter_groups(model, lr=5e-5)), None))
 
     The penalty of the gates belongs in the loss (``compute_loss``). The Trainer resumes from a
-    checkpoint of a gated model; ``from_pretrained``, which knows no gates, refuses it (it names an
-    implementation of attention that there is not). Keep the result with :func:`headwise.save`.
+    checkpoint of a gated model, and :func:`headwise.load` reads one; ``from_pretrained``, which
+    knows no gates, refuses it (it names an implementation of attention that there is not). Keep the
+    result with :func:`headwise.save`.
 
     Raises:
         ValueError: when training begins: the model has no gates.
@@ -42,6 +46,13 @@ class GateCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         anneal(kwargs["model"], min(1.0, state.global_step / max(1, state.max_steps)))
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and (folder / WEIGHTS).is_file():
+            write_atomic(folder / DESCRIPTION, description(kwargs["model"]))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

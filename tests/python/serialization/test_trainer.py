@@ -10,7 +10,7 @@ from support.architectures import bert
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")  # a Trainer needs it
 
-from headwise.convert.trainer import GateCallback  # noqa: E402
+from headwise.serialization.trainer import GateCallback  # noqa: E402
 from transformers import Trainer, TrainingArguments  # noqa: E402
 
 TEXTS, LENGTH = 256, 8
@@ -115,9 +115,26 @@ def test_a_trainer_resumes_from_its_checkpoints(tmp_path):
     assert torch.equal(heads_of(loaded)[0], counts)
 
 
+def test_a_checkpoint_is_a_model_to_load(tmp_path):
+    model = model_to_train()
+    steps = {"steps": 4, "save_strategy": "steps", "save_steps": 2}
+    trainer(model, tmp_path, [GateCallback()], **steps).train()
+    last = hw.load(tmp_path / "checkpoint-4")
+    assert torch.equal(heads_of(last)[0], heads_of(model)[0])
+    early = hw.load(tmp_path / "checkpoint-2")
+    assert not last.training and type(early) is type(model)
+    progress = [
+        [float(layer.gate.progress) for layer in hw.attention_layers(own).values()]
+        for own in (early, last)
+    ]
+    assert progress == [[0.25, 0.25], [0.75, 0.75]]  # of the step that each was written after
+    word = early.bert.embeddings.word_embeddings.weight
+    assert not torch.equal(word, last.bert.embeddings.word_embeddings.weight)
+
+
 def test_a_trainer_without_the_callback_is_told_of_it(tmp_path):
     model = model_to_train()
-    with pytest.raises(ValueError, match="with a Trainer, add headwise.convert.trainer.GateCall"):
+    with pytest.raises(ValueError, match="add headwise.serialization.trainer.GateCallback"):
         trainer(model, tmp_path, [], steps=1, save_strategy="steps", save_steps=1).train()
 
 

@@ -1,0 +1,109 @@
+"""A model card: the README.md that the Hub shows beside a model."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from headwise import _C
+from headwise.io.files import write_atomic
+from headwise.io.printable import printable, quoted
+from headwise.nn.layers import attention_layers
+from headwise.pruning.plans import HeadPlan
+
+__all__ = ["model_card", "write_card"]
+
+
+def model_card(
+    model: nn.Module,
+    *,
+    plan: HeadPlan | None = None,
+    metrics: Mapping[str, float] | None = None,
+    base_model: str | None = None,
+) -> str:
+    """The text of a model card: heads per layer, gates, method and plan, and what was measured.
+
+    Args:
+        model: a converted model, pruned or not.
+        plan: what it was pruned by; its metric is the method.
+        metrics: name -> number, as measured: ``{"accuracy": 0.82}``.
+        base_model: the model that it came from; default: what its configuration names.
+
+    Raises:
+        ValueError: ``model`` has no converted layer, or a metric is not a number.
+    """
+    layers = attention_layers(model)
+    if not layers:
+        raise ValueError(
+            f"model ({type(model).__name__}) has no headwise.MultiheadAttention: call "
+            f"headwise.convert first"
+        )
+    before = {} if plan is None else {entry.name: entry.num_heads for entry in plan.layers}
+    heads = sum(layer.num_heads for layer in layers.values())
+    whole = sum(before.get(name, layer.num_heads) for name, layer in layers.items())
+    base = base_model or getattr(getattr(model, "config", None), "_name_or_path", None)
+    gates = sorted({type(own.gate).__name__ for own in layers.values() if own.gate is not None})
+    front = ["---", "library_name: headwise", "tags: [attention-heads, pruning]"]
+    front += [f"base_model: {json.dumps(base)}"] if base else []
+    lines = [*front, "---", "", f"# {_text(base or type(model).__name__)}, {heads} heads", ""]
+    lines.append(f"{heads} of {whole} attention heads are left." if heads < whole else
+                 f"All {heads} attention heads are there.")  # fmt: skip
+    if gates:
+        lines.append(f"Every input chooses which of them run ({', '.join(gates)}).")
+    if plan is not None and plan.metric:
+        lines.append(f"Heads were pruned by `{_text(plan.metric)}`.")
+    lines += ["", "| layer | heads | before |", "|---|---|---|"]
+    for name, layer in layers.items():
+        lines.append(
+            f"| `{_text(name)}` | {layer.num_heads} | {before.get(name, layer.num_heads)} |"
+        )
+    if metrics:
+        lines += ["", "| metric | value |", "|---|---|"]
+        for name, value in metrics.items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(f"metrics must map names to numbers, got {quoted(value)}")
+            lines.append(f"| {_text(name)} | {value:.4g} |")
+    if plan is not None:
+        lines += ["", "<details><summary>Plan</summary>", "", "```json", plan.to_json(), "```"]
+        lines += ["", "</details>"]
+    lines += ["", "```python", "import headwise as hw", "", 'model = hw.load("PATH")', "```", ""]
+    lines.append(f"Written by headwise {_C.__version__}.")
+    return "\n".join(lines) + "\n"
+
+
+def write_card(dir: str | os.PathLike, model: nn.Module, **about: Any) -> None:
+    """Writes :func:`model_card` as ``README.md`` to a folder that :func:`headwise.save` or
+    ``save_pretrained`` wrote. If it was ``save_pretrained``, the card says how that is read.
+
+    Args:
+        dir: the folder.
+        model: what is in it.
+        about: options of :func:`model_card`.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: see :func:`model_card`.
+        OSError: it cannot be written.
+    """
+    folder = Path(dir)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"dir must be a folder, got {quoted(str(folder), 300)}")
+    text = model_card(model, **about)
+    if not (folder / "headwise.json").is_file():
+        kind = type(model).__name__
+        text = text.replace("library_name: headwise", "library_name: transformers")
+        text = text.replace(
+            'import headwise as hw\n\nmodel = hw.load("PATH")',
+            f'from transformers import {kind}\n\nmodel = {kind}.from_pretrained("PATH")',
+        )
+    write_atomic(folder / "README.md", text)
+
+
+def _text(value: str) -> str:
+    """A name in a line of Markdown: no cell, code or tag ends in it."""
+    return printable(value, 200).replace("|", "¦").replace("`", "'").replace("<", "‹")
