@@ -96,8 +96,9 @@ def fit_bank(
        number ``at`` of the dense model, whose layers before it are pruned alike for all inputs.
     2. Unless ``clusters`` says which input belongs together (tasks, domains), k-means does.
     3. Each cluster gets the plan that its own inputs' scores say, at the same total of heads, and
-       its own repair (:func:`headwise.repair`) on its own inputs.
-    4. The router is the nearest centroid, or a linear softmax fitted to the clusters.
+       its own repair (:func:`headwise.repair` with the cluster as its members).
+    4. The router is the nearest centroid, or a linear softmax fitted to the clusters; it reads what
+       the pruned layers before it write.
 
     With ``plans=1`` the model computes what ``prune(model, plan, repair=batches)`` gives.
 
@@ -148,11 +149,13 @@ def fit_bank(
     sizes = torch.bincount(where, minlength=count)
     if bool((sizes == 0).any()):
         raise ValueError(f"cluster {int(sizes.argmin())} has no members: ask for fewer plans")
-    weight, bias = _router(seen, where, count, router)
-    routed = (seen @ weight.T + bias).argmax(1) == where
 
     whole = plan(score_fn(dense, batches), keep=keep)
     common = prune(dense, whole, repair=batches if repaired else None, forward_fn=forward_fn)
+    # What the router will read comes from layers that are pruned.
+    seen = _inputs_of(common, list(layers)[at], batches, forward_fn, features)
+    weight, bias = _router(seen, where, count, router)
+    routed = (seen @ weight.T + bias).argmax(1) == where
     found, small = [], []
     for cluster in with_progress(range(count), "plans", "plan", progress):
         own = batches if count == 1 else _members(batches, where == cluster)
@@ -161,7 +164,15 @@ def fit_bank(
         small.append(
             common
             if count == 1
-            else _repaired(dense, chosen, common, own if repaired else None, at, forward_fn)
+            else _repaired(
+                dense,
+                chosen,
+                common,
+                batches if repaired else None,
+                where == cluster,
+                at,
+                forward_fn,
+            )
         )
     banked = _with_gates(copy.deepcopy(dense), found, small, at, features, names)
     gates = [layer.gate for layer in attention_layers(banked).values()]
@@ -435,7 +446,8 @@ def _repaired(
     dense: nn.Module,
     chosen: HeadPlan,
     common: nn.Module,
-    own: list[Any] | None,
+    batches: list[Any] | None,
+    members: Tensor,
     at: int,
     forward_fn: Callable,
 ) -> nn.Module:
@@ -444,8 +456,20 @@ def _repaired(
     theirs, ours = attention_layers(common), attention_layers(small)
     for name in names[:at]:  # one repair for all inputs
         ours[name].load_state_dict(theirs[name].state_dict())
-    if own is not None:
-        repair(small, own, dense, forward_fn=forward_fn, layers=names[at:])
+    if batches is not None:
+        # As many others as members, spread over the data: they steady the fit at twice its cost.
+        others = (~members).nonzero()[:, 0]
+        step = max(1, len(others) // int(members.sum()))
+        rows = members.clone()
+        rows[others[::step]] = True
+        repair(
+            small,
+            _members(batches, rows),
+            dense,
+            forward_fn=forward_fn,
+            layers=names[at:],
+            members=members[rows],
+        )
     return small
 
 

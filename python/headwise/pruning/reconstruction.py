@@ -30,6 +30,11 @@ RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 #: Every how manieth sequence is held out, for the choice of the ridge.
 HELD_OUT = 4
 
+#: Ridges that hold the members' solution nearer to everyone's.
+_NEAR = (10.0, 100.0)
+
+_Moments = tuple[_C.OutputMoments, _C.OutputMoments]
+
 
 @dataclass(frozen=True)
 class LayerRepair:
@@ -63,6 +68,7 @@ def repair(
     bias: bool = False,
     all_networks: bool = False,
     layers: Collection[str] | None = None,
+    members: Tensor | None = None,
     progress: bool | None = None,
     verify: bool = True,
 ) -> list[LayerRepair]:
@@ -102,6 +108,9 @@ def repair(
         all_networks: repair the second linear layers of feed-forward networks that lost no neurons
             too: they make up for what attention could not. Slower.
         layers: names of the attention layers and networks to repair; None: all.
+        members: bool ``[N]``: the inputs that the model is for; None: all. A layer is first fitted
+            to all inputs, then once more to these: now the ridge holds it near the first solution,
+            W_0 above. Few members are then enough, and many make it their own.
         progress: a progress bar on stderr; None: after two seconds, where somebody watches.
         verify: check that no projection is further from the dense layer than it was over all
             tokens, and that each repaired layer, run on the last batch, writes what its new weights
@@ -147,12 +156,17 @@ def repair(
     with _numbers_kept() as keep, unchanged_on_error(model), student.running(), teacher.running():
         for name in with_progress(names, "repairing", "layer", progress):
             catch_up(name, student, teacher)
-            moments = output_moments(student, teacher, name)
+            own, rest = output_moments(student, teacher, name, members)
+            fits = [(own if rest is None else _merged(own, rest), ridges)]
+            if rest is not None and own[0].tokens:
+                fits.append((own, (*ridges, *_NEAR)))
             site = student.sites[name]
-            before = keep(site.linear)
-            done.append(_set(site, moments, ridges, bias))
-            if verify:
-                _check(student, site, moments, before)
+            for moments, tried in fits:
+                before = keep(site.linear)
+                found = _set(site, moments, tried, bias)
+                if verify:
+                    _check(student, site, moments, before)
+            done.append(found)
     return done
 
 
@@ -257,36 +271,54 @@ def catch_up(name: str, *replays: Replay) -> None:
 
 
 def output_moments(
-    student: Replay, teacher: Replay, name: str
-) -> tuple[_C.OutputMoments, _C.OutputMoments]:
+    student: Replay, teacher: Replay, name: str, members: Tensor | None = None
+) -> tuple[_Moments, _Moments | None]:
     """Of what the site of ``student`` reads and of what that of ``teacher`` writes: of the
-    sequences to fit, and of those that are held out."""
+    sequences to fit, and of those that are held out; then the same of the inputs that are not in
+    ``members``."""
     weight = student.sites[name].linear.weight
-    fit, held_out = (_C.OutputMoments(weight.size(1), weight.size(0)) for _ in range(2))
+
+    def empty() -> _Moments:
+        fit, held_out = (_C.OutputMoments(weight.size(1), weight.size(0)) for _ in range(2))
+        return fit, held_out
+
+    own, rest = empty(), None if members is None else empty()
     last = student.blocks and student.block_of(name) == len(student.blocks) - 1
     sequences = 0
     for i in range(len(student.batches)):
         read = teacher.read_tokens(i) if last else None
         owns = student.run(name, i)
         wholes = owns if teacher is student else teacher.run(name, i)
-        for own, whole in zip(owns, wholes, strict=True):
-            valid = own.valid
+        for seen, whole in zip(owns, wholes, strict=True):
+            valid = seen.valid
             if read is not None and read.shape == valid.shape:
                 valid = valid & read
             held = torch.arange(sequences, sequences + len(valid)) % HELD_OUT == HELD_OUT - 1
-            for moments, rows in ((fit, ~held), (held_out, held)):
+            parts = [(own[0], ~held), (own[1], held)]
+            if rest is not None:
+                mine = members[sequences : sequences + len(valid)]
+                parts = [(moments, rows & mine) for moments, rows in parts]
+                parts += [(rest[0], ~held & ~mine), (rest[1], held & ~mine)]
+            for moments, rows in parts:
                 chosen = valid & rows.to(valid.device).view(-1, *[1] * (valid.dim() - 1))
                 try:
-                    targets = whole.outputs.to(own.inputs.device)
-                    moments.add(own.inputs[chosen], targets[chosen])
+                    targets = whole.outputs.to(seen.inputs.device)
+                    moments.add(seen.inputs[chosen], targets[chosen])
                 except ValueError as error:
                     raise ValueError(f"activations of layer '{name}': {error}") from None
         sequences += len(valid)
-    if fit.tokens == 0:
+    if sum(moments.tokens for moments in (*own, *(rest or ()))) == 0:
         raise ValueError(f"batches must have tokens that are not padding for layer '{name}'")
-    if held_out.tokens == 0:
-        held_out = fit  # one to three sequences
-    return fit, held_out
+    if own[1].tokens == 0:
+        own = own[0], own[0]  # one to three sequences
+    return own, rest
+
+
+def _merged(own: _Moments, rest: _Moments) -> _Moments:
+    """Of everyone: ``rest`` with ``own`` in it."""
+    for others, mine in zip(rest, own, strict=True):
+        others.merge(mine)
+    return rest
 
 
 def _set(

@@ -66,7 +66,7 @@ def repair_scores(
     with replay.running():
         for name in with_progress(names, "scoring heads", "layer", progress):
             catch_up(name, replay)
-            moments, held_out = output_moments(replay, replay, name)
+            (moments, held_out), _ = output_moments(replay, replay, name)
             if held_out is not moments:
                 moments.merge(held_out)
             found[name] = _scores(moments, layers[name], name, ridge, groups)

@@ -6,12 +6,18 @@ same teacher and, unless it is post-hoc, trains for the same number of steps.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from headwise.apps.compare import gated, planned, repaired, structured
 from headwise.apps.compare.method import Method, Outcome
 from headwise.apps.tasks.errors import UsageError
+from headwise.apps.compare.workbench import Workbench
 from headwise.io.printable import quoted
 
 __all__ = ["METHODS", "Method", "Outcome", "resolve_methods"]
+
+
+Run = Callable[[Workbench, float, int], Outcome]
 
 
 def _planned(family: str, planner: planned.Planner) -> tuple[Method, Method]:
@@ -27,6 +33,13 @@ def _planned(family: str, planner: planned.Planner) -> tuple[Method, Method]:
     )
 
 
+def _repaired(name: str, title: str, kind: str, run: Run) -> tuple[Method, Method]:
+    return (
+        Method(name, title, kind, False, run),
+        Method(f"{name}-trained", f"{title}, trained", kind, True, repaired.then_trained(run)),
+    )
+
+
 def _dynamic(name: str, title: str, prototype, kind: str = "dynamic") -> Method:
     return Method(name, title, kind, True, gated.dynamic(prototype))
 
@@ -39,21 +52,16 @@ METHODS: dict[str, Method] = {
         *_planned("michel", planned.michel_plan),
         *_planned("michel-exact", planned.michel_exact_plan),
         *_planned("hies", planned.hies_plan),
-        Method(
-            "michel-repaired",
-            "michel, repaired",
-            "static",
-            False,
-            repaired.repaired(planned.michel_plan),
+        *_repaired(
+            "michel-repaired", "michel, repaired", "static", repaired.repaired(planned.michel_plan)
         ),
-        Method(
+        *_repaired(
             "removal-repaired",
             "greedy removal, repaired",
             "static",
-            False,
             repaired.repaired(repaired.removal_plan),
         ),
-        Method("bank", "bank of repaired plans", "dynamic", False, repaired.bank),
+        *_repaired("bank", "bank of repaired plans", "dynamic", repaired.bank),
         Method(
             "static-hard-concrete",
             "static hard concrete",
@@ -112,6 +120,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         for family in ("random", "michel", "michel-exact", "hies")
     },
     "repaired": ("michel-repaired", "removal-repaired", "bank"),
+    "repaired-trained": ("michel-repaired-trained", "removal-repaired-trained", "bank-trained"),
     "ablations": (
         "budget-gate",
         "budget-fixed",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -42,9 +43,9 @@ def losses(model: nn.Module, batch: Mapping) -> Tensor:
     return F.cross_entropy(forward(model, batch), batch["labels"], reduction="none")
 
 
-def michel(model: nn.Module, batches: list[Mapping]) -> hw.HeadScores:
-    """What plans of a bank are made of."""
-    return hw.score_heads(model, batches, losses, progress=False)["michel"]
+def removal(model: nn.Module, batches: list[Mapping]) -> hw.HeadScores:
+    """What the plans of a bank are made of."""
+    return hw.pruning.repair_scores(model, batches, forward_fn=forward, progress=False)
 
 
 def calibration(bench: Workbench) -> Examples:
@@ -62,12 +63,8 @@ def domains_in_order(examples: Examples, batch_size: int = 32) -> Tensor | None:
 def removal_plan(bench: Workbench, keep: float) -> hw.HeadPlan:
     """Heads go in the order in which the others, repaired, make up for them best."""
     if "repair" not in bench.plans:
-        bench.plans["repair"] = hw.pruning.repair_scores(
-            bench.converted(),
-            mappings(calibration(bench), bench.device),
-            forward_fn=forward,
-            progress=False,
-        )
+        batches = mappings(calibration(bench), bench.device)
+        bench.plans["repair"] = removal(bench.converted(), batches)
     return hw.plan(bench.plans["repair"], keep=keep)
 
 
@@ -87,15 +84,31 @@ def bank(bench: Workbench, keep: float, steps: int) -> Outcome:
     found = hw.pruning.fit_bank(
         bench.converted(),
         mappings(examples, bench.device),
-        michel,
+        removal,
         keep,
         PLANS,
-        clusters=domains_in_order(examples),
         at=_deciding_layer(bench),
         forward_fn=forward,
         seed=bench.seed,
+        **_grouping(domains_in_order(examples)),
     )
     return Outcome(found.model, 0, {"plans": len(found.plans), "routed_to_own": found.routed})
+
+
+def _grouping(domains: Tensor | None) -> dict:
+    """Domains are told apart by a linear classifier; clusters are what is nearest to a centroid."""
+    return {"clusters": domains, "router": "centroid" if domains is None else "softmax"}
+
+
+def then_trained(run: Callable[[Workbench, float, int], Outcome]):
+    """The same, and then all training steps: which heads run for which text is settled before."""
+
+    def trained(bench: Workbench, keep: float, steps: int) -> Outcome:
+        outcome = run(bench, keep, steps)
+        bench.finetune(outcome.model, bench.batches(), steps)
+        return replace(outcome, train_steps=steps)
+
+    return trained
 
 
 def _deciding_layer(bench: Workbench) -> int:
@@ -127,14 +140,14 @@ def _headroom(bench: Workbench) -> hw.pruning.Headroom:
         bench.converted(),
         mappings(calibrating, bench.device),
         mappings(held_out, bench.device),
-        michel,
+        removal,
         right,
         budgets=[keep for keep in bench.settings.budgets if keep < 1.0] or [0.5],
         plans=PLANS,
-        clusters=domains_in_order(calibrating),
         held_out_clusters=domains_in_order(held_out),
         forward_fn=forward,
         seed=bench.seed,
         progress=False,
         at=_deciding_layer(bench),
+        **_grouping(domains_in_order(calibrating)),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +13,9 @@ import headwise as hw
 from headwise.apps.compare.statistics import mean_jaccard_distance
 from headwise.apps.compare.training import predict
 from headwise.apps.tasks.examples import Batch, Examples
+from headwise.gates.bank import BankSelection
 from headwise.nn.instrumenting import instrument
+from headwise.nn.layers import attention_layers
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,34 @@ def predict_and_record(
             parts.append(part)
         chosen = torch.cat(parts, 1)
     return logits, HeadUse(chosen, tuple(dense_layers.values()))
+
+
+@contextlib.contextmanager
+def swapped(model: nn.Module) -> Iterator[None]:
+    """Every text runs the heads that its gates chose for another text of the batch, half a batch
+    away: as many heads, other ones. If accuracy stays, the choice does not matter."""
+
+    def shift(gate: nn.Module, args: tuple, selection: hw.Selection) -> hw.Selection:
+        rows = len(selection.count)
+        other = torch.arange(rows, device=selection.count.device).roll(rows // 2)
+        moved = selection._replace(
+            **{
+                field: value.index_select(0, other)
+                for field, value in selection._asdict().items()
+                if value is not None
+            }
+        )
+        if isinstance(moved, BankSelection):
+            moved.plan, moved.whole = selection.plan[other], selection.whole
+        return moved
+
+    gates = [layer.gate for layer in attention_layers(model).values() if layer.gate is not None]
+    handles = [gate.register_forward_hook(shift) for gate in gates]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def is_dynamic(model: nn.Module) -> bool:

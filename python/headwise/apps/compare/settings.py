@@ -80,6 +80,7 @@ def preset(size: str, seed: int) -> Settings:
             seeds=(seed, seed + 1, seed + 2),
             steps=280,
             dense_steps=420,
+            score_limit=1024,
             latency_s=1.5,
         )
     if size != "default":

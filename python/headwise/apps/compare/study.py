@@ -17,7 +17,12 @@ from headwise.apps.compare import measure
 from headwise.apps.compare.methods import METHODS, Outcome
 from headwise.apps.compare.progress import Progress
 from headwise.apps.compare.repaired import measure_headroom
-from headwise.apps.compare.selections import HeadUse, predict_and_record
+from headwise.apps.compare.selections import (
+    HeadUse,
+    is_dynamic,
+    predict_and_record,
+    swapped,
+)
 from headwise.apps.compare.settings import Settings, Source
 from headwise.apps.compare.statistics import wilson_interval
 from headwise.apps.compare.training import accuracy, finetune, predict
@@ -307,6 +312,11 @@ class Study:
         logits, use = predict_and_record(model, bench.test, bench.dense_layers, **options)
         right = logits.argmax(1) == bench.test.labels  # [N]
         summary = use.summary()
+        control = {}
+        if is_dynamic(model):
+            with swapped(model):
+                other = predict(model, bench.test, **options)
+            control["swapped_accuracy"] = accuracy(other, bench.test.labels)
         times = measure.latency(
             bench.dense, timed, bench.test, self.settings.shapes, self.device,
             self.settings.latency_s,
@@ -318,6 +328,7 @@ class Study:
             "latency_ratio_to_dense": times[0]["ratio"],
             **_mac_ratios(bench, model, use),
             **summary,
+            **control,
             "accuracy_interval": list(wilson_interval(int(right.sum()), len(right))),
             "validation_accuracy": accuracy(validation, bench.validation.labels),
             **_by_domain(bench.test, right, use),

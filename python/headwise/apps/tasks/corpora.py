@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import bz2
 import csv
 import importlib.util
@@ -208,6 +209,40 @@ def thesaurus() -> Task:
     return build_task("thesaurus", "Roget's thesaurus: category of three words", rows, "roget.csv")
 
 
+#: Subpackages of sympy that the task ``docstrings`` asks for: those with the most docstrings.
+_SUBPACKAGES = 20
+_MOST_OF_A_SUBPACKAGE = 400
+
+
+def docstrings() -> Task:
+    """What functions and classes of sympy do, in a sentence; the label is their subpackage.
+
+    The 20 subpackages with the most docstrings, up to 400 of each; names and examples are left out.
+    sympy comes with torch.
+    """
+    root = _package_folder("sympy")
+    own: dict[str, dict[str, None]] = {}
+    for path in sorted(root.glob("*/**/*.py")):
+        inner = path.relative_to(root)
+        if "tests" in inner.parts or "benchmarks" in inner.parts:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                continue
+            first = (ast.get_docstring(node) or "").split("\n\n")[0]
+            text = " ".join(first.replace(node.name, " ").split())
+            if len(text.split()) >= 5:
+                own.setdefault(inner.parts[0], {})[text] = None
+    largest = sorted(own, key=lambda name: (-len(own[name]), name))[:_SUBPACKAGES]
+    shared = Counter(text for name in largest for text in own[name])
+    rows = []
+    for name in largest:
+        texts = [text for text in own[name] if shared[text] == 1]
+        random.Random(name).shuffle(texts)
+        rows += [(text, name, text) for text in texts[:_MOST_OF_A_SUBPACKAGE]]
+    return build_task("docstrings", "sympy's docstrings: subpackage", rows, "sympy")
+
+
 #: Rows of one task in a mixture, at most: none of them drowns the others.
 _MOST_OF_A_DOMAIN = 4000
 
@@ -252,8 +287,8 @@ def mixed() -> Task:
 
 def mixed_domains() -> Task:
     """Four domains that have less in common than those of ``mixed``: film reviews by opinion, news
-    by topic, words by meaning and speeches by party."""
-    parts = [load() for load in (reviews, thesaurus, topics, speeches)]
+    by topic, words by meaning and functions of a mathematics library by field."""
+    parts = [load() for load in (reviews, thesaurus, topics, docstrings)]
     title = f"four unrelated domains in one: {', '.join(part.name for part in parts)}"
     return _in_one("mixed-domains", title, parts)
 
@@ -319,6 +354,7 @@ BUNDLED: dict[str, Callable[[], Task]] = {
         topics,
         speeches,
         thesaurus,
+        docstrings,
         mixed,
         mixed_domains,
         instructions,
