@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 from headwise.apps.compare import gated, planned, repaired, structured
 from headwise.apps.compare.method import Method, Outcome
-from headwise.apps.tasks.errors import UsageError
 from headwise.apps.compare.workbench import Workbench
+from headwise.apps.tasks.errors import UsageError
 from headwise.io.printable import quoted
 
 __all__ = ["METHODS", "Method", "Outcome", "resolve_methods"]
