@@ -16,7 +16,7 @@ from headwise import _C
 from headwise.convert.conversion import converted
 from headwise.gates.linears import check_read
 from headwise.io.progress import with_progress
-from headwise.nn.batches import call_model
+from headwise.nn.batches import batch_size, call_model
 from headwise.nn.layers import attention_layers
 from headwise.nn.proof import TOLERANCE, unchanged_on_error
 from headwise.pruning.replay import Replay, Site
@@ -120,9 +120,9 @@ def repair(
         What was done to each layer, in order.
 
     Raises:
-        ValueError: no batches, a mask on blocks or hidden dimensions, a layer of ``model`` that
-            ``dense`` does not have or of another width, activations that are NaN or infinite, or a
-            layer for which ``verify`` fails.
+        ValueError: no batches, ``members`` that are not bool ``[N]`` or are none, a mask on blocks or
+            hidden dimensions, a layer of ``model`` that ``dense`` does not have or of another width,
+            activations that are NaN or infinite, or a layer for which ``verify`` fails.
         TypeError: an output projection that something was wrapped around.
 
     After any error ``model`` is as it was.
@@ -152,6 +152,8 @@ def repair(
     teacher = Replay(converted(dense), batches, forward_fn)
     names = _names(student, teacher, all_networks)
     names = [name for name in names if layers is None or name in layers]
+    if members is not None:
+        members = _checked(members, student)
     done: list[LayerRepair] = []
     with _numbers_kept() as keep, unchanged_on_error(model), student.running(), teacher.running():
         for name in with_progress(names, "repairing", "layer", progress):
@@ -312,6 +314,16 @@ def output_moments(
     if own[1].tokens == 0:
         own = own[0], own[0]  # one to three sequences
     return own, rest
+
+
+def _checked(members: Tensor, student: Replay) -> Tensor:
+    count = sum(batch_size(batch) for batch in student.batches)
+    if members.dtype != torch.bool or members.shape != (count,) or not bool(members.any()):
+        raise ValueError(
+            f"members must be bool [N] with at least one of the {count} inputs, got "
+            f"{members.dtype} of shape {tuple(members.shape)} with {int(members.sum())}"
+        )
+    return members.cpu()
 
 
 def _merged(own: _Moments, rest: _Moments) -> _Moments:

@@ -155,7 +155,7 @@ def test_one_plan_is_static_pruning():
 
 @pytest.mark.parametrize("router", ["centroid", "softmax"])
 def test_each_input_follows_the_plan_of_its_cluster(router):
-    dense, (batches, kinds) = tiny_bert(num_hidden_layers=3), two_kinds(12)
+    dense, (batches, kinds) = tiny_bert(num_hidden_layers=3), two_kinds(40)
     bank = fitted(dense, batches, clusters=kinds, at=1, router=router, names=["low", "high"])
     assert bank.routed > 0.8 and torch.equal(bank.clusters, kinds)
     for kind, typical in enumerate(bank.typical):
@@ -171,6 +171,9 @@ def test_each_input_follows_the_plan_of_its_cluster(router):
         assert choice.name == ["low", "high"][choice.plan] and choice.next_plan == 1 - choice.plan
         assert choice.margin >= 0.0
         assert list(choice.heads) == list(layers)
+    # The router was fitted to what the layers before it write now that they are pruned.
+    own = torch.tensor([choice.plan for choice in choices]) == kinds
+    assert own.double().mean().item() == bank.routed
     # Every input alone, every plan forced: the same outputs as in the mixed batches.
     plans = torch.tensor([choice.plan for choice in choices])
     expected = logits_of(bank.model, batches)

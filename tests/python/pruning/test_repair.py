@@ -368,6 +368,26 @@ def test_padding_does_not_count():
         torch.testing.assert_close(other.state_dict()[key], value, rtol=1e-4, atol=1e-5)
 
 
+def test_members_are_served_first_and_steadied_by_the_others():
+    dense, batches = tiny_bert(), batches_of(12)
+    count = sum(len(batch["input_ids"]) for batch in batches)
+    members = torch.arange(count) % 3 == 0
+
+    def distance(rows, **kwargs):
+        small = hw.prune(dense, half_plan(dense))
+        hw.repair(small, batches, dense, **kwargs)
+        found = [(small(**b)[0] - dense(**b)[0]).square().mean(1) for b in batches]
+        return torch.cat(found)[rows].mean().item()
+
+    with torch.no_grad():
+        assert distance(members, members=members) < distance(members)
+        few = torch.arange(count) < 2  # both are fitted: no ridge can be chosen by held-out texts
+        assert distance(few, members=few) < distance(few)
+    for wrong in (members[1:], members.int(), torch.zeros(count, dtype=torch.bool)):
+        with pytest.raises(ValueError, match=r"members must be bool \[N\] with at least one"):
+            hw.repair(hw.prune(dense, half_plan(dense)), batches, dense, members=wrong)
+
+
 def test_models_are_left_as_they_were():
     dense, batches = tiny_bert().train(), batches_of()
     small = hw.prune(dense, half_plan(dense))

