@@ -120,9 +120,9 @@ def repair(
         What was done to each layer, in order.
 
     Raises:
-        ValueError: no batches, ``members`` that are not bool ``[N]`` or are none, a mask on blocks or
-            hidden dimensions, a layer of ``model`` that ``dense`` does not have or of another width,
-            activations that are NaN or infinite, or a layer for which ``verify`` fails.
+        ValueError: no batches, ``members`` that are not bool ``[N]`` or are none, a mask on blocks
+            or hidden dimensions, a layer of ``model`` that ``dense`` does not have or of another
+            width, activations that are NaN or infinite, or a layer for which ``verify`` fails.
         TypeError: an output projection that something was wrapped around.
 
     After any error ``model`` is as it was.
