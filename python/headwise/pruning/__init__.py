@@ -2,7 +2,14 @@
 
 from headwise.pruning.alpha import AlphaSearch, select_alpha
 from headwise.pruning.apply import mask, plan_from_gates, plan_from_use, prune, unmask
-from headwise.pruning.bank import Bank, PlanChoice, fit_bank, following, plan_choices
+from headwise.pruning.bank import (
+    Bank,
+    PlanChoice,
+    fit_bank,
+    following,
+    plan_choices,
+    refit_router,
+)
 from headwise.pruning.head_masks import HeadMask, head_mask, plan_from_mask, prune_heads
 from headwise.pruning.measured_headroom import Headroom, HeadroomRow, headroom
 from headwise.pruning.path import pruning_path
@@ -55,6 +62,7 @@ __all__ = [
     "measure_latency",
     "plan",
     "plan_choices",
+    "refit_router",
     "plan_from_gates",
     "plan_from_mask",
     "plan_from_use",

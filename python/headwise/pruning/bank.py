@@ -23,7 +23,7 @@ from headwise.pruning.plans import HeadPlan, LayerPlan, plan
 from headwise.pruning.reconstruction import repair
 from headwise.pruning.scores import HeadScores
 
-__all__ = ["Bank", "PlanChoice", "fit_bank", "following", "plan_choices"]
+__all__ = ["Bank", "PlanChoice", "fit_bank", "following", "plan_choices", "refit_router"]
 
 #: Starts of k-means; the tightest clusters are taken.
 _STARTS = 4
@@ -178,6 +178,57 @@ def fit_bank(
     gates = [layer.gate for layer in attention_layers(banked).values()]
     gates[at].set_router(weight.to(gates[at].router_weight), bias.to(gates[at].router_bias))
     return Bank(banked, found, where, routed.double().mean().item(), _typical(seen, where, count))
+
+
+@torch.no_grad()
+def refit_router(
+    model: nn.Module,
+    batches: Iterable[Any],
+    clusters: Sequence[int] | Tensor,
+    *,
+    router: str = "softmax",
+    forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+) -> float:
+    """Fits the router of a bank anew, in place, after the layers before it were trained.
+
+    Training moves what these layers write, and the router would send inputs to other plans than
+    before. (With ``at=0`` and frozen embeddings nothing moves.)
+
+    Args:
+        model: a model with a bank.
+        batches: calibration data.
+        clusters: int ``[N]``: the plan of each input, for example ``Bank.clusters``.
+        router, forward_fn: as in :func:`fit_bank`.
+
+    Returns:
+        The share of the inputs that the router now sends to their own plan.
+
+    Raises:
+        ValueError: no bank, no batches, or clusters that do not fit the inputs and the plans.
+    """
+    gate = _deciding(_gates(model))
+    found: list[Tensor] = []
+
+    def record(module: nn.Module, args: tuple, output: Any) -> None:
+        found.append(router_features(*args[:2], module.features))
+
+    handle = gate.register_forward_hook(record)
+    try:
+        with evaluating(model):
+            for batch in batches:
+                (call_model if forward_fn is None else forward_fn)(model, batch)
+    finally:
+        handle.remove()
+    if not found:
+        raise ValueError("batches must not be empty: there is nothing to fit a router on")
+    seen = torch.cat(found).double().cpu()
+    where, count = _clusters(seen, 1, clusters, 0), len(gate.plans)
+    sizes = torch.bincount(where, minlength=count)
+    if len(sizes) != count or bool((sizes == 0).any()):
+        raise ValueError(f"clusters must have inputs of each of the {count} plans and no others")
+    weight, bias = _router(seen, where, count, router)
+    gate.set_router(weight.to(gate.router_weight), bias.to(gate.router_bias))
+    return ((seen @ weight.T + bias).argmax(1) == where).double().mean().item()
 
 
 @torch.no_grad()

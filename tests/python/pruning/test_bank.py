@@ -185,6 +185,24 @@ def test_each_input_follows_the_plan_of_its_cluster(router):
     assert torch.equal(logits_of(bank.model, batches), expected)  # the router decides again
 
 
+def test_the_router_is_fitted_anew_after_training():
+    dense, (batches, kinds) = tiny_bert(num_hidden_layers=3), two_kinds(12)
+    model = fitted(dense, batches, clusters=kinds, at=1, router="softmax").model
+    first = next(iter(hw.attention_layers(model).values()))
+    with torch.no_grad():  # as training might: the layer before the router writes something else
+        for weight in first.gate.weights:
+            weight.copy_(-3 * weight + 0.3)
+    routed = hw.pruning.refit_router(model, batches, kinds)
+    choices = [c.plan for batch in batches for c in hw.pruning.plan_choices(model, batch)]
+    assert routed > 0.8 and routed == (torch.tensor(choices) == kinds).double().mean().item()
+    with pytest.raises(ValueError, match="batches must not be empty"):
+        hw.pruning.refit_router(model, [], kinds)
+    with pytest.raises(ValueError, match="clusters must have inputs of each of the 2 plans"):
+        hw.pruning.refit_router(model, batches, torch.zeros_like(kinds))
+    with pytest.raises(ValueError, match="has no bank: call headwise.pruning.fit_bank"):
+        hw.pruning.refit_router(dense, batches, kinds)
+
+
 def test_the_trace_shows_the_plans_heads():
     dense, (batches, kinds) = tiny_bert(), two_kinds()
     model = fitted(dense, batches, clusters=kinds).model

@@ -15,6 +15,10 @@ from headwise.apps.compare.planned import Planner
 from headwise.apps.compare.workbench import Workbench
 from headwise.apps.tasks.examples import Examples
 
+#: The layer whose input the router reads: the embeddings, which training leaves as they are, so
+#: that texts follow the same plans before and after it.
+_AT = 0
+
 #: Plans of a bank, where the task has no domains of its own.
 PLANS = 4
 
@@ -87,7 +91,7 @@ def bank(bench: Workbench, keep: float, steps: int) -> Outcome:
         removal,
         keep,
         PLANS,
-        at=_deciding_layer(bench),
+        at=_AT,
         forward_fn=forward,
         seed=bench.seed,
         **_grouping(domains_in_order(examples)),
@@ -109,11 +113,6 @@ def then_trained(run: Callable[[Workbench, float, int], Outcome]):
         return replace(outcome, train_steps=steps)
 
     return trained
-
-
-def _deciding_layer(bench: Workbench) -> int:
-    """The second layer reads what the first block wrote; a model of one layer has no other."""
-    return min(1, len(bench.dense_layers) - 1)
 
 
 def measure_headroom(bench: Workbench) -> dict:
@@ -148,6 +147,6 @@ def _headroom(bench: Workbench) -> hw.pruning.Headroom:
         forward_fn=forward,
         seed=bench.seed,
         progress=False,
-        at=_deciding_layer(bench),
+        at=_AT,
         **_grouping(domains_in_order(calibrating)),
     )
