@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -145,6 +145,17 @@ def _intervals(entries: list[dict]) -> list[list[float]]:
     ]
 
 
+def _reach(
+    values: Sequence[float], low: Sequence[float], high: Sequence[float]
+) -> list[list[float]]:
+    """How far below and above each value its range reaches: not at all where it lies outside, as
+    the ratio of two medians may lie outside the quartiles of the ratios."""
+    return [
+        [max(0.0, value - end) for value, end in zip(values, low, strict=True)],
+        [max(0.0, end - value) for value, end in zip(values, high, strict=True)],
+    ]
+
+
 def front_figure(result: dict) -> Figure:
     """A panel for each task: test accuracy against measured time in the first shape, what no other
     beats in both numbered and joined, the rest dim."""
@@ -190,9 +201,7 @@ def _points(axes, entries: list[dict], colour: str) -> None:
         time = e["latency"][0]
         known = time["ratio_low"] is not None and time["ratio_high"] is not None
         spread = (
-            [[time["ratio"] - time["ratio_low"]], [time["ratio_high"] - time["ratio"]]]
-            if known
-            else None
+            _reach([time["ratio"]], [time["ratio_low"]], [time["ratio_high"]]) if known else None
         )
         axes.errorbar(
             time["ratio"], 100 * e["accuracy"], _intervals([e]), spread, color=colour,
@@ -226,9 +235,15 @@ def latency_figure(result: dict) -> Figure:
             line = sorted(_over_tasks(own, number))
             x, y, low, high = zip(*line, strict=True)
             axes.plot(x, y, label=own[0]["title"], **style)
-            spread = [[a - b for a, b in zip(y, low, strict=True)]]
-            spread.append([b - a for a, b in zip(y, high, strict=True)])
-            axes.errorbar(x, y, spread, fmt="none", ecolor=style["color"], elinewidth=1, alpha=0.55)
+            axes.errorbar(
+                x,
+                y,
+                _reach(y, low, high),
+                fmt="none",
+                ecolor=style["color"],
+                elinewidth=1,
+                alpha=0.55,
+            )
         axes.set_title(shape_text(shape), color=_INK, fontsize=10.5)
     _legend(figure, panels[0], 5)
     return figure

@@ -6,6 +6,9 @@ const symbols = [
   "hourglass"
 ];
 
+// How far a range reaches beyond a value: not at all where the value lies outside.
+const reach = (from, to) => (given(from) && given(to) ? Math.max(0, to - from) : 0);
+
 function startCompared(parent, compared) {
   // One colour and one symbol a method, the same in both figures; dynamic lines are thick and
   // whole.
@@ -78,10 +81,8 @@ function startCompared(parent, compared) {
       thickness: 1,
       width: 0,
       color: shade,
-      array:
-          entries.map((one) => (timeOf(one).ratio_high ?? timeOf(one).ratio) - timeOf(one).ratio),
-      arrayminus:
-          entries.map((one) => timeOf(one).ratio - (timeOf(one).ratio_low ?? timeOf(one).ratio))
+      array: entries.map((one) => reach(timeOf(one).ratio, timeOf(one).ratio_high)),
+      arrayminus: entries.map((one) => reach(timeOf(one).ratio_low, timeOf(one).ratio))
     },
     error_y: {
       type: "data",
@@ -273,8 +274,8 @@ function startCompared(parent, compared) {
                           type: "data",
                           symmetric: false,
                           thickness: 1,
-                          array: time.map((one) => one.ratio_high - one.ratio),
-                          arrayminus: time.map((one) => one.ratio - one.ratio_low)
+                          array: time.map((one) => reach(one.ratio, one.ratio_high)),
+                          arrayminus: time.map((one) => reach(one.ratio_low, one.ratio))
                         },
                       };
                     })

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from headwise.apps.compare.figures import front_figure
+from headwise.apps.compare.figures import front_figure, latency_figure
 from headwise.apps.compare.verdict import front, verdicts
 
 RESULTS = Path(__file__).parents[4] / "benchmarks" / "results"
@@ -141,6 +141,15 @@ def test_the_front_is_what_no_other_beats_in_both():
 def test_stored_results_have_the_verdict_that_this_version_gives(name):
     result = json.loads((RESULTS / name / "results.json").read_text())
     assert result["verdicts"] == verdicts(result)
+
+
+def test_a_time_outside_its_range_is_drawn_without_a_bar():
+    """Of one seed, the ratio of two medians may lie outside the quartiles of the ratios."""
+    result = study((0.5, difference(0.0), difference(-0.2), difference(-0.2)))
+    for e in result["summary"]:
+        e["latency"][0].update(ratio_low=e["latency"][0]["ratio"] + 0.01, ratio_high=2.0)
+    front_figure(result).canvas.draw()
+    latency_figure(result).canvas.draw()
 
 
 def test_models_far_below_or_slower_than_all_that_matter_set_no_axis():
