@@ -263,6 +263,22 @@ SMOOTH = {
         lambda e: ops.target_penalty([e], [4], NOW, 0.5, 0.9, 0.1, 20.0, "squared"),
         lambda: (drawn(3),),
     ),
+    "target_penalty, lagrangian": (
+        lambda e: ops.target_penalty(
+            [e], [4], NOW, 0.5, 0.9, 0.1, 20.0, "lagrangian", torch.tensor([0.7, -0.4]).double()
+        ),
+        lambda: (drawn(3),),
+    ),
+    "sparsity_penalty": (
+        lambda size: ops.sparsity_penalty(
+            size, 3.0, NOW, 0.5, 0.1, torch.tensor([0.7, -0.4]).double()
+        ),
+        lambda: (torch.tensor(2.2).double().requires_grad_(),),
+    ),
+    "masked_layer_norm": (
+        lambda x, w, b: ops.masked_layer_norm(x, torch.tensor([1, 0, 0.5]).double(), w, b),
+        lambda: (drawn(2, 3), drawn(3), drawn(3)),
+    ),
     "dense_attention": (
         lambda q, k, v: ops.dense_attention(q, k, v),
         lambda: (drawn(1, 2, 3, 4), drawn(1, 2, 3, 4), drawn(1, 2, 3, 4)),
@@ -329,6 +345,30 @@ def test_second_derivatives_are_right_or_refused(name):
         refused = True
     if name in REFUSED:
         assert refused
+
+
+def test_what_is_held_has_the_derivatives_of_a_linear_map():
+    """LRP holds slopes and variances constant: the first derivative is theirs, the second 0."""
+    x, other = drawn(2, 5), torch.randn(2, 5, dtype=torch.float64)
+    weight, bias = torch.randn(5, dtype=torch.float64), drawn(5)
+    centred = (x - x.mean(-1, keepdim=True)).detach()
+    scale = weight * (centred.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+    slope = other / x.detach()
+    cases = [
+        (ops.held_slope(x, other), slope * x),
+        (
+            ops.held_layer_norm(x, weight, bias, 1e-5),
+            (x - x.mean(-1, keepdim=True)) * scale + bias,
+        ),
+    ]
+    up = torch.randn(2, 5, dtype=torch.float64)
+    for y, linear in cases:
+        # Of a loss that is not linear: its own second derivative stays.
+        results = []
+        for output in (y, linear):
+            (first,) = torch.autograd.grad((output.pow(3) * up).sum(), x, create_graph=True)
+            results += [first, torch.autograd.grad((first * up).sum(), x)[0]]
+        torch.testing.assert_close(results[:2], results[2:])
 
 
 def test_the_gradient_of_soft_top_k_is_that_of_the_implicit_function():

@@ -153,6 +153,26 @@ def test_vmap():
     torch.testing.assert_close(torch.vmap(run)(x, index, count, weight), expected)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_widths_of_blas_differ_by_rounding_with_the_number_of_threads(dtype, tolerance, threads):
+    """Heads whose width is no multiple of 8 go through BLAS: equal but for rounding."""
+    torch.manual_seed(0)
+    heads, width, batch = 4, 20, 3
+    x = torch.randn(batch, 70, 36).to(dtype).requires_grad_()
+    w = torch.randn(3 * heads * width, 36).div(6).to(dtype).requires_grad_()
+    out = torch.randn(36, heads * width).div(9).to(dtype).requires_grad_()
+    index = torch.tensor([[0, 1, -1, -1], [0, 2, 3, -1], [1, -1, -1, -1]], dtype=torch.int32)
+    count, weight = torch.tensor([2, 3, 1], dtype=torch.int32), torch.ones(batch, heads)
+    results = []
+    for n in (1, 2):
+        threads(n)
+        y = ops.selected_self_attention(x, w, None, out, None, heads, index, count, weight)
+        results.append((y, *torch.autograd.grad(y.float().square().sum(), [x, w, out])))
+    for one, two in zip(*results, strict=True):
+        scale = one.abs().max().item()
+        torch.testing.assert_close(one, two, rtol=0, atol=tolerance * scale)
+
+
 def test_functional_call_and_deterministic():
     """The same inputs give the same bits, whatever the number of threads."""
     arguments = self_arguments(torch.float32, batch=3, length=130)
