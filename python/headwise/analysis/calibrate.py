@@ -73,7 +73,7 @@ def calibrate_threshold(
         if isinstance(layer.gate, ThresholdGate):
             use[0] += int(selection.count.sum())
             use[1] += selection.weight.numel()
-            if selection.relevance.numel():
+            if selection.relevance is not None and selection.relevance.numel():
                 use[2] = max(use[2], selection.relevance.max().item())
 
     bar = progress_bar(None, "calibrating", "batch", progress)  # trials may end early
@@ -87,7 +87,7 @@ def calibrate_threshold(
             for batch in batches:
                 forward_fn(model, batch)
                 bar.update()
-            return tuple(use)
+            return int(use[0]), int(use[1]), use[2]
 
         try:
             nearest = _C.find_threshold(run, keep, passes, tolerance)

@@ -168,9 +168,11 @@ def causal_heads(
             found.append(torch.stack(degrees))  # [3, T]
         names = list(scales)
     by_fit = dict(zip(names, torch.stack(found).split(sizes, -1), strict=True))
-    parts = [{name: by_fit[name][:, i].mean(0) for name in names} for i in range(len(_ROLES))]
-    worth = {name: parts[0][name] - parts[1][name] for name in names}
-    return CausalHeads(*parts, HeadScores("causal", worth), strength, by_fit)
+    first, second, third = (
+        {name: by_fit[name][:, i].mean(0) for name in names} for i in range(len(_ROLES))
+    )
+    worth = {name: first[name] - second[name] for name in names}
+    return CausalHeads(first, second, third, HeadScores("causal", worth), strength, by_fit)
 
 
 def _half_mean_gradient(loss_of, batches: Sequence[Any], count: int) -> float:

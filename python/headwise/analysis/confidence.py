@@ -115,7 +115,7 @@ class ConfidencePolicy:
     def threshold(self, threshold: float) -> None:
         self._stages.threshold = threshold
 
-    def predict(self, batch: Any) -> StagedPrediction:
+    def predict(self, batch: Any) -> _C.StagedPrediction:
         """Logits of every input, each at the budget that it took to be sure.
 
         Raises:
@@ -143,7 +143,7 @@ class ConfidencePolicy:
         *,
         loss: float = 0.01,
         certainty: float | None = None,
-    ) -> FittedPolicy:
+    ) -> _C.FittedPolicy:
         """Sets the threshold to the least that loses at most ``loss`` of the accuracy.
 
         Against the widest stage, on ``batches``. Take data that neither the model nor the ranking
@@ -210,7 +210,7 @@ class ConfidencePolicy:
                 )
             if not counts:
                 raise ValueError("forward_fn must run model: no attention layer was called")
-            return logits, sum(counts)
+            return logits, torch.stack(counts).sum(0, dtype=counts[0].dtype)
 
         with torch.no_grad(), instrument(self.model) as opened:
             opened.override(widen)

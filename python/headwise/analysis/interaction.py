@@ -144,22 +144,22 @@ def _pairs(
             found = [found[i] for i in sorted(random.Random(seed).sample(range(len(found)), pairs))]
         return found
     try:
-        found = [(tuple(one), tuple(other)) for one, other in pairs]
+        given: list[tuple[Any, Any]] = [(tuple(one), tuple(other)) for one, other in pairs]
     except (TypeError, ValueError):
         raise ValueError(
             "pairs must be a number, or pairs of heads ((layer, head), (layer, head)), got "
             f"{pairs!r}"
         ) from None
-    if not found:
+    if not given:
         raise ValueError("pairs must not be empty")
     known = set(heads)
-    for one, other in found:
+    for one, other in given:
         for head in (one, other):
             if head not in known:
                 raise ValueError(f"pairs must be of the model's heads (layer, head), got {head!r}")
         if one == other:
             raise ValueError(f"pairs must be of two different heads, got {one!r} twice")
-    return found
+    return given
 
 
 @dataclass(frozen=True)
@@ -259,7 +259,7 @@ class _TokenSample:
         if not sizes:
             raise ValueError("forward_fn must run model: none of its attention layers was called")
         if len(set(sizes.values())) > 1:
-            one, other = min(sizes, key=sizes.get), max(sizes, key=sizes.get)
+            one, other = min(sizes, key=sizes.__getitem__), max(sizes, key=sizes.__getitem__)
             raise ValueError(
                 "layers must see the same tokens to be compared, got "
                 f"{sizes[one]} in '{one}' and {sizes[other]} in '{other}'"

@@ -31,7 +31,7 @@ class SelectedAlbertAttention(EncoderStandIn, AlbertAttention):
         self.output_dropout = original.output_dropout
         self.LayerNorm = original.LayerNorm
 
-    def forward(
+    def forward(  # type: ignore[override]  # without maps, None
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
         """As :meth:`EncoderStandIn.forward`, with the residual connection and its norm."""

@@ -45,12 +45,12 @@ def _causal_mask(
     if mask_function is causal_mask_function and ends_together and kv_offset == 0:
         if q_offset + q_length == kv_length and attention_mask is not None:
             padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
-            return padding[:, :kv_length]
+            return padding[:, :kv_length]  # type: ignore[index]
     return sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
         kv_length=kv_length,
-        q_offset=q_offset,
+        q_offset=q_offset,  # type: ignore[arg-type]
         kv_offset=kv_offset,
         mask_function=mask_function,
         attention_mask=attention_mask,
@@ -140,7 +140,7 @@ class SelectedDecoderAttention(GroupedQueryAttention):
             options=options,
         )
 
-    def forward(
+    def forward(  # type: ignore[override]  # as transformers calls it
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,

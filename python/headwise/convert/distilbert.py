@@ -9,7 +9,7 @@ from headwise.convert.transformers_attention import EncoderStandIn, SeparateProj
 from headwise.nn.multihead_attention import MultiheadAttention
 
 
-class SelectedDistilBertSelfAttention(EncoderStandIn, DistilBertSelfAttention):
+class SelectedDistilBertSelfAttention(EncoderStandIn, DistilBertSelfAttention):  # type: ignore[misc]
     """Stands where ``DistilBertSelfAttention`` stood.
 
     It is one so that transformers finds it when it collects attention maps

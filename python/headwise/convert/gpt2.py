@@ -60,7 +60,7 @@ class SelectedGPT2Attention(SelectedDecoderAttention, GPT2Attention):
         self.resid_dropout = original.resid_dropout
 
     @property
-    def c_proj(self) -> nn.Module:
+    def c_proj(self) -> nn.Module:  # type: ignore[override]
         """The output projection, by the name that GPT-2's initialisation of weights knows."""
         return self.o_proj
 
@@ -72,7 +72,7 @@ class SelectedGPT2Attention(SelectedDecoderAttention, GPT2Attention):
             state[f"{name}.c_attn.{kind}"] = torch.cat([q, k, v], dim=-1).contiguous()
             state[f"{name}.c_proj.{kind}"] = o.contiguous()
 
-    def forward(
+    def forward(  # type: ignore[override]  # as transformers calls it
         self,
         hidden_states: Tensor,
         cache: Any = None,

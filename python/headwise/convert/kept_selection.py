@@ -27,10 +27,8 @@ class Kept(NamedTuple):
     def moved(self, function: Callable[[Tensor], Tensor]) -> Kept:
         """With ``function`` of each tensor, whose first dimension is the batch."""
 
-        def apply(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else function(tensor)
-
-        return Kept(Selection(*map(apply, self.selection)), apply(self.slots))
+        slots = None if self.slots is None else function(self.slots)
+        return Kept(self.selection.moved(function), slots)
 
 
 #: How what is kept follows its layer: method -> what it does to a tensor [B, ...].
@@ -42,7 +40,7 @@ _MOVES: dict[str, Callable[[Tensor, Any], Tensor]] = {
 
 
 @functools.cache
-def _keeping(kind: type) -> type:
+def _keeping(kind: Any) -> Any:
     """The class of layers of a cache that becomes of ``kind`` when it first keeps something."""
 
     def moving(method: str) -> Callable[[Any, Any], None]:
@@ -58,7 +56,7 @@ def _keeping(kind: type) -> type:
         kind.reset(self)
         self.headwise_kept = None
 
-    body = {method: moving(method) for method in _MOVES if hasattr(kind, method)}
+    body: dict[str, Any] = {method: moving(method) for method in _MOVES if hasattr(kind, method)}
     body.update(
         reset=reset,
         __reduce_ex__=lambda self, protocol: (_remake, (kind,), dict(vars(self))),
@@ -73,7 +71,7 @@ def _apply(function: Callable[[Tensor, Any], Tensor], argument: Any, tensor: Ten
     return function(tensor, argument)
 
 
-def _remake(kind: type) -> Any:
+def _remake(kind: Any) -> Any:
     made = _keeping(kind)
     return made.__new__(made)
 
@@ -133,7 +131,8 @@ class LayerCacheOf:
         held = self._held
         held.headwise_kept = kept
         if not hasattr(held, "_headwise_keeps") and not torch.compiler.is_compiling():
-            held.__class__ = _keeping(type(held))
+            kind: Any = type(held)
+            held.__class__ = _keeping(kind)
 
     def _kept(self) -> Kept | None:
         if self._new is not None:
@@ -170,8 +169,8 @@ class LayerCacheOf:
         return kept.selection
 
     @selection.setter
-    def selection(self, selection: Selection) -> None:
-        self._new = Kept(selection, None)
+    def selection(self, selection: Selection | None) -> None:
+        self._new = None if selection is None else Kept(selection, None)
 
     @property
     def slots(self) -> Tensor | None:
@@ -180,6 +179,7 @@ class LayerCacheOf:
 
     @slots.setter
     def slots(self, slots: Tensor | None) -> None:
+        assert self._new is not None  # a layer sets the selection first
         self._new = self._new._replace(slots=self._as_wide_as_held(slots))
 
     def _as_wide_as_held(self, slots: Tensor | None) -> Tensor | None:
@@ -191,7 +191,7 @@ class LayerCacheOf:
         wanted = self._groups if slots is None else slots.size(1)
         if room.size(1) == self._groups:
             return None
-        if room.size(1) > wanted:
+        if slots is not None and room.size(1) > wanted:
             return F.pad(slots, (0, room.size(1) - wanted), value=-1)
         if room.size(1) < wanted:
             held.is_initialized, held.keys, held.values = False, None, None

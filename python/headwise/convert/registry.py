@@ -11,6 +11,7 @@ from __future__ import annotations
 import abc
 import importlib
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
@@ -79,26 +80,26 @@ class Architecture(abc.ABC):
         """This architecture, or the one that converts ``module`` as another version writes it."""
         return self
 
-    def is_converted(self, module: nn.Module) -> bool:
+    def is_converted(self, module: Any) -> bool:
         """Whether ``module``, of the class this architecture stands for, was converted before (of
         use where :meth:`convert` changes a module in place)."""
         return False
 
     @abc.abstractmethod
-    def refusal(self, module: nn.Module) -> str | None:
+    def refusal(self, module: Any) -> str | None:
         """Why this ``module`` cannot be converted (completes 'refused: ...'); None if it can."""
 
     @abc.abstractmethod
-    def convert(self, module: nn.Module) -> tuple[nn.Module, AttentionLayer]:
+    def convert(self, module: Any) -> tuple[nn.Module, AttentionLayer]:
         """``module``'s successor, and the ungated layer in it. Parameters are kept, not copied,
         where their layout allows. The successor may be ``module`` itself, changed in place."""
 
-    def trial(self, module: nn.Module) -> Trial | None:
+    def trial(self, module: Any) -> Trial | None:
         """Calls ``module``, and its successor alike, on made-up tokens: their outputs must agree.
         None: :func:`headwise.convert` cannot try it out, and says so in its log."""
         return None
 
-    def copied_parameters(self, module: nn.Module) -> list[nn.Parameter]:
+    def copied_parameters(self, module: Any) -> list[nn.Parameter]:
         """The parameters of ``module`` that are copied, and so must belong to it alone."""
         return []
 

@@ -48,7 +48,8 @@ class SavePretrained:
         Raises:
             ValueError: the original class could not read what would be written.
         """
-        model, method = self.model, type(self.model).save_pretrained
+        model: Any = self.model
+        method = type(model).save_pretrained
         if getattr(model, "_hf_peft_config_loaded", False):  # only adapters are written
             return method(model, *args, **kwargs)
         call = inspect.signature(method).bind(model, *args, **kwargs)

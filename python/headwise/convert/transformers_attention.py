@@ -167,7 +167,7 @@ def name_implementation(
     """Makes ``model`` hand its converted layers, which have these configurations, their masks."""
     # The configuration decides what mask the layers get. It may be shared with another model that
     # was not converted, so the converted one gets its own.
-    copies: dict[int, object] = {}
+    copies: dict[int, Any] = {}
     for config in configs:
         if id(config) not in copies:
             copies[id(config)] = copy.deepcopy(config)
@@ -175,7 +175,7 @@ def name_implementation(
     for module in model.modules():
         config = module.__dict__.get("config")
         if id(config) in copies:
-            module.config = copies[id(config)]
+            vars(module)["config"] = copies[id(config)]
 
 
 class EncoderStandIn(nn.Module):
@@ -225,6 +225,10 @@ class EncoderStandIn(nn.Module):
         return f"{name}."
 
 
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(tensors))
+
+
 def remade(
     sources: Sequence[nn.Parameter], function: Callable[[Sequence[Tensor]], Tensor]
 ) -> nn.Parameter:
@@ -263,7 +267,7 @@ class SeparateProjections(Architecture):
     #: What ``module`` and the modules in it hold, by their names in it.
     children: Mapping[str, tuple[str, ...]]
 
-    def projections(self, module: nn.Module) -> dict[str, nn.Linear]:
+    def projections(self, module: Any) -> dict[str, nn.Linear]:
         """Query, key, value and output of ``module``, in this order, by the names they go by."""
         raise NotImplementedError
 
@@ -271,11 +275,11 @@ class SeparateProjections(Architecture):
         """What gives way to :meth:`successor`, and has the hooks."""
         return module
 
-    def successor(self, old: nn.Module, mha: MultiheadAttention) -> EncoderStandIn:
+    def successor(self, old: Any, mha: MultiheadAttention) -> Any:
         """What stands where ``old`` stood."""
         raise NotImplementedError
 
-    def shape(self, module: nn.Module) -> tuple[int, int, float]:
+    def shape(self, module: Any) -> tuple[int, int, float]:
         """Number of heads, width of a head, dropout of the attention weights."""
         raise NotImplementedError
 
@@ -341,11 +345,11 @@ class SeparateProjections(Architecture):
         def zeros(size: int) -> nn.Parameter:  # that no training changes: there is no such bias
             return nn.Parameter(dense.weight.new_zeros(size), requires_grad=False)
 
-        mha.in_proj_weight = remade([p.weight for p in inputs], torch.cat)  # [3E, D]
+        mha.in_proj_weight = remade([p.get_parameter("weight") for p in inputs], _joined)  # [3E, D]
         if inputs[0].bias is None:
             mha.in_proj_bias = zeros(mha.in_proj_weight.size(0))  # [3E]
         else:
-            mha.in_proj_bias = remade([p.bias for p in inputs], torch.cat)  # [3E]
+            mha.in_proj_bias = remade([p.get_parameter("bias") for p in inputs], _joined)  # [3E]
         mha.out_proj.weight = dense.weight  # [D, E]
         mha.out_proj.bias = zeros(dense.out_features) if dense.bias is None else dense.bias  # [D]
         old = self.attention(module)
@@ -388,8 +392,9 @@ def use_plain_implementation(module: nn.Module) -> None:
     for part in module.modules():
         config = vars(part).get("config")
         if config is not None and config._attn_implementation not in ("eager", "sdpa"):
-            part.config = copy.deepcopy(config)
-            part.config._attn_implementation = "sdpa"
+            own = copy.deepcopy(config)
+            own._attn_implementation = "sdpa"
+            vars(part)["config"] = own
 
 
 def named(path: str) -> type:

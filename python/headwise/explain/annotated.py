@@ -205,7 +205,10 @@ def _encode(texts: Sequence[Input], tokenizer: Any, max_length: int) -> list[_En
             continue
         own: Sequence[Any] = [texts[row] for row in rows]
         if kind is AlignedPair:
-            parts = [[list(text.first) for text in own], [list(text.second) for text in own]]
+            parts: list[Any] = [
+                [list(text.first) for text in own],
+                [list(text.second) for text in own],
+            ]
         else:
             parts = [own if kind is str else [list(text.words) for text in own]]
         encoding = tokenizer(*parts, is_split_into_words=kind is not str, **options)

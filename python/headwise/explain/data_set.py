@@ -206,7 +206,7 @@ class _Study:
         self,
         model: nn.Module,
         tokenizer: Any,
-        encoding: dict[str, int],
+        encoding: dict[str, Any],
         folder: str | Path | None,
         key: dict[str, Any],
         seed: int,
@@ -241,7 +241,7 @@ class _Study:
         self, name: str, texts: Sequence[str], labels: Sequence[int] | None, model: nn.Module
     ) -> Use:
         """Which heads ran for each text, in the order of the texts."""
-        batches = self.batches(texts)
+        batches: list[Any] = self.batches(texts)  # with ids and rows
         store = self.store
         if model is not self.model:
             store = self._store(f"{WORK}-{name}", model, only=True)

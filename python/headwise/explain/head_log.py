@@ -108,7 +108,9 @@ def write_heads(writer: Any, found: Trace, step: int, tag: str = "heads") -> Non
     for name, calls in found.history.items():
         chosen = [_ops.selection_mask(s.index, s.count, torch.float32) for s in calls]  # [B, H]
         rows.append(torch.cat(chosen).mean(0).cpu())  # [H]
-        writer.add_scalar(f"{tag}/fraction/{name}", found.summary(name).mean_fraction, step)
+        own = found.summary(name)
+        if own is not None:
+            writer.add_scalar(f"{tag}/fraction/{name}", own.mean_fraction, step)
         budgets = [s.budget for s in calls if s.budget is not None]  # [B] each
         if budgets:
             mean = torch.cat(budgets).float().mean().item()

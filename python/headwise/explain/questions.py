@@ -85,8 +85,8 @@ class Questionnaire:
         self._ask("first")
         if any(batch.special is not None for batch in batches):
             self._ask("separator")
-        has_ids = all(batch.ids is not None for batch in batches)
-        if has_ids:
+        self._has_ids = all(batch.ids is not None for batch in batches)
+        if self._has_ids:
             self._ask("same token")
             self._ask("rare token")
             self._frequency = _count(batches) if frequency is None else frequency
@@ -111,8 +111,8 @@ class Questionnaire:
     def _ask(self, role: str, detail: str = "") -> None:
         self.questions.append(Question(role, detail))
 
-    def _of(self, role: str, detail: str = "") -> int | None:
-        return self._number.get(Question(role, detail))
+    def _of(self, role: str, detail: str = "") -> int:
+        return self._number[Question(role, detail)]
 
     def trials(self, batch: AnnotatedBatch) -> list[Trials]:
         """What to ask of ``batch``."""
@@ -139,11 +139,10 @@ class Questionnaire:
             number = self._of("offset", f"{offset:+d}" if offset else "0")
             _shifted(trials, number, content, offset, length)
         if self.grid is not None:
-            self._grid(trials, content)
+            self._grid(trials, content, *self.grid)
         return trials
 
-    def _grid(self, trials: Trials, content: Tensor) -> None:
-        rows, columns = self.grid
+    def _grid(self, trials: Trials, content: Tensor, rows: int, columns: int) -> None:
         for b, row in enumerate(content):
             patches = row.nonzero().flatten()  # [rows * columns]
             if len(patches) != rows * columns:
@@ -180,7 +179,7 @@ class Questionnaire:
         return trials
 
     def _same(self, batch: AnnotatedBatch) -> Trials | None:
-        if batch.ids is None:
+        if batch.ids is None or not self._has_ids:
             return None
         # Kinds that only special tokens or padding have belong to nobody's group.
         group = batch.ids.masked_fill(~batch.content, -1)
@@ -193,7 +192,7 @@ class Questionnaire:
         return trials
 
     def _rare(self, batch: AnnotatedBatch) -> Trials | None:
-        if batch.ids is None:
+        if batch.ids is None or not self._has_ids:
             return None
         known = batch.ids.clamp(0, len(self._frequency) - 1)
         count = self._frequency[known].double().masked_fill(~batch.content, float("inf"))
@@ -220,13 +219,13 @@ class Questionnaire:
                     (f"{relation}: dependent to head", dependent, head),
                     (f"{relation}: head to dependent", head, dependent),
                 ):
-                    number = self._of("syntactic", detail)
+                    number = self._number.get(Question("syntactic", detail))
                     if number is not None:
                         trials.rows.append(torch.tensor([[b, number, first[query], first[key]]]))
         return trials
 
     def _alignment(self, batch: AnnotatedBatch, position: Tensor) -> list[Trials]:
-        if batch.alignment is None or batch.target is not None:
+        if batch.alignment is None or batch.target is not None or batch.side is None:
             return []
         found = []
         for side, other in ((1, 2), (2, 1)):
@@ -258,7 +257,7 @@ class CrossQuestions:
 
     def trials(self, batch: AnnotatedBatch) -> list[Trials]:
         """What to ask of ``batch``."""
-        if batch.alignment is None:
+        if batch.alignment is None or batch.target is None:
             return []
         position = torch.arange(batch.valid.size(1)).expand_as(batch.valid)  # [B, S]
         trials = Trials("content", position)
@@ -279,6 +278,7 @@ def excluded_keys(batch: AnnotatedBatch, looks: str) -> Tensor | None:
         return None
     if looks == "content":
         return ~batch.content
+    assert batch.side is not None  # questions about alignment have sides
     return batch.side != int(looks)
 
 
@@ -318,5 +318,5 @@ def _shifted(trials: Trials, number: int, content: Tensor, offset: int, length: 
 
 
 def _count(batches: Sequence[AnnotatedBatch]) -> Tensor:
-    ids = torch.cat([batch.ids[batch.content] for batch in batches])
+    ids = torch.cat([batch.ids[batch.content] for batch in batches if batch.ids is not None])
     return torch.bincount(ids, minlength=1)  # texts may have nothing but special tokens

@@ -46,7 +46,8 @@ def recording(model: nn.Module, receive: Receiver) -> Iterator[None]:
         chosen[name] = (selection, x)
 
     def probe(name: str, layer: AttentionLayer, seen: AttentionProbe) -> None:
-        receive(name, layer, *chosen.pop(name, (None, None)), seen)
+        selection, x = chosen.pop(name, (None, None))
+        receive(name, layer, selection, x, seen)
 
     with instrument(model, evaluate=False) as opened:
         opened.observe(observe)

@@ -79,7 +79,7 @@ def questions_for(
     Raises:
         ValueError: only some of the batches have a target.
     """
-    options = {"offsets": offsets, "least_trials": least_trials}
+    options: dict[str, Any] = {"offsets": offsets, "least_trials": least_trials}
     targets = [batch.target for batch in batches if batch.target is not None]
     if not targets:
         return {"self": Questionnaire(batches, grid=grid, **options)}
@@ -99,10 +99,11 @@ class _Answers:
 
     def __init__(self, kind: str, questions: Questionnaire | CrossQuestions, batch: AnnotatedBatch):
         self.kind = kind
-        self.queries = batch if kind in ("self", "encoder") else batch.target
-        self.keys = batch.target if kind == "decoder" else batch
+        target: Any = batch.target
+        self.queries: AnnotatedBatch = batch if kind in ("self", "encoder") else target
+        self.keys: AnnotatedBatch = target if kind == "decoder" else batch
         self.questions = len(questions.questions)
-        self.trials = questions.trials(batch.target if kind == "decoder" else batch)
+        self.trials = questions.trials(self.keys)
         self.sites: list[Site] = []
         self.hits: list[Tensor] = []  # int32 [B, H, F] each
         self.entropy: list[Tensor] = []  # [B, H] each
@@ -263,11 +264,11 @@ def count_roles(
             return counter
 
         for batch in with_progress(batches, "roles", "batch", progress):
-            found.append(
-                store.tensors(
-                    f"{prefix}/{fingerprint(batch)}", lambda batch=batch: count(batch).result()
-                )
-            )
+
+            def compute(batch: AnnotatedBatch = batch) -> dict[str, Tensor]:
+                return count(batch).result()
+
+            found.append(store.tensors(f"{prefix}/{fingerprint(batch)}", compute))
             done(len(batch.valid))
         if not sites:  # everything had been computed before
             count(batches[0])

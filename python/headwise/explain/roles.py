@@ -228,7 +228,7 @@ class _Half:
         others = max(1, len(self.share) - 1)
         self.habit = (self.share.sum(0) - self.share) / others  # [M, F]: mean of the other heads
 
-    def against(self, question: Question, column: int, offset: int) -> Tensor:
+    def against(self, question: Question, column: int, offset: int | Tensor) -> Tensor:
         """``[M]``: what a head must beat to have the role."""
         if question.role in AGAINST_HEADS:
             return self.habit[:, column]
@@ -328,8 +328,8 @@ def _question_table(counts: RoleCounts, first: _Half, second: _Half) -> list[dic
     for column, question in enumerate(counts.questions):
         if min(first.trials[column], second.trials[column]) < 1 or not sites:
             continue
-        head = first.share[:, column].argmax().item()
-        offset = first.baseline[:, column].argmax().item()
+        head = int(first.share[:, column].argmax())
+        offset = int(first.baseline[:, column].argmax())
         rows.append(
             {
                 "role": question.role,

@@ -82,7 +82,8 @@ def joint_ablation(
     z = found.effect / found.standard_error.clamp(min=1e-300)  # [P]
     rates = _ops.false_discovery_rate(torch.special.ndtr(-z))
     place_of = {name: place for place, name in enumerate(layers)}
-    rows, linked = [], []
+    rows: list[dict[str, Any]] = []
+    linked = []
     for (likeness, one, other), effect, error, rate in zip(
         chosen,
         found.effect.tolist(),

@@ -56,14 +56,14 @@ def check_one_label(config: Any) -> None:
         )
 
 
-def check_length(tokenizer: Any, max_length: int, *, pair: bool = False) -> None:
+def check_length(tokenizer: Any, max_length: int | None, *, pair: bool = False) -> None:
     """Refuses a length at which nothing of a text, or of one of a pair, would be left.
 
     Raises:
         ValueError: it is that short.
     """
     special = tokenizer.num_special_tokens_to_add(pair=pair)
-    if max_length <= special + pair:
+    if max_length is not None and max_length <= special + pair:
         raise ValueError(
             f"max_length must leave room for tokens of the text beside {special} special ones, "
             f"got {max_length}"

@@ -67,7 +67,7 @@ def watching(model: nn.Module) -> Iterator[list[tuple[str, Tensor | None]]]:
 
 
 def chosen_heads(
-    seen: Sequence[tuple[str, Tensor]], model: nn.Module, batch: int
+    seen: Sequence[tuple[str, Any]], model: nn.Module, batch: int
 ) -> tuple[list[tuple[str, int, int]], Tensor]:
     """Sites and bool ``[B, M]`` of one forward. A layer without a gate has one site, all on."""
     layers = attention_layers(model)

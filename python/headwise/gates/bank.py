@@ -218,12 +218,13 @@ class BankGate(ScopedGate, Gate, configured=True):
                 plan = self.forced[: len(x)].to(x.device)
             scope.plan = plan
         elif self._position > self.at and len(self.plans) > 1:
-            plan = getattr(scope, "plan", None)
-            if plan is None or len(plan) != x.size(0):
+            decided = scope.plan
+            if decided is None or len(decided) != x.size(0):
                 raise RuntimeError(
                     f"BankGate follows what layer {self.at} decided for each input, which has not "
                     f"run on this batch of {x.size(0)}: run the whole model"
                 )
+            plan = decided
         weight = self._weight.to(x.dtype).index_select(0, plan)  # [B, H]
         index, count = (t.index_select(0, plan) for t in (self._index, self._count))
         selection = BankSelection(index, count, weight)

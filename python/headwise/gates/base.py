@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +36,8 @@ class Gate(nn.Module):
             forward, or None.
     """
 
-    embed_dim: int | None
-    num_heads: int | None
+    embed_dim: Any  # int; None in a prototype
+    num_heads: Any
 
     def __init_subclass__(cls, configured: bool | None = None, **kwargs: Any) -> None:
         """``configured``: :func:`gate_from_config` builds it. Default: gates of other packages and
@@ -48,11 +48,16 @@ class Gate(nn.Module):
         if configured:
             _GATES[cls.__name__] = cls
         if cls.__module__.startswith("headwise.gates.") and cls.__name__ in TABLES:
-            cls.__doc__ = documented(cls.__name__, cls.__doc__)
+            cls.__doc__ = documented(cls.__name__, cls.__doc__ or "")
             if "__init__" not in cls.__dict__:
-                cls.__init__ = constructor(cls.__name__, Gate.__init__)
+                cls.__init__ = constructor(cls.__name__, Gate.__init__)  # type: ignore[method-assign]
 
-    def __init__(
+    if TYPE_CHECKING:
+        # Options are rows of a table: they become a gate's arguments and attributes.
+        def __init__(self, *options: Any, **named: Any) -> None: ...
+        def __getattr__(self, name: str) -> Any: ...
+
+    def __init__(  # type: ignore[no-redef]
         self,
         options: Mapping[str, Any],
         *,
@@ -72,7 +77,7 @@ class Gate(nn.Module):
             )
         if (embed_dim is None) != (num_heads is None):
             raise ValueError("embed_dim and num_heads must be given together, or neither")
-        if embed_dim is not None and (embed_dim <= 0 or num_heads < 0):
+        if embed_dim is not None and (embed_dim <= 0 or (num_heads or 0) < 0):
             raise ValueError(
                 "embed_dim must be positive and num_heads not negative, "
                 f"got embed_dim={embed_dim} and num_heads={num_heads}"
@@ -222,7 +227,8 @@ def gate_from_config(config: Mapping[str, Any]) -> Gate:
     if not isinstance(name, str) or name not in _GATES:
         known = ", ".join(sorted(_GATES))
         raise ValueError(f"gate type must be one of {known}, got {quoted(name)}")
-    inner, depth = config, 0
+    inner: Any = config
+    depth = 0
     while isinstance(inner, Mapping):
         inner, depth = inner.get("gate"), depth + 1
         if depth > MOST_NESTED:

@@ -19,8 +19,9 @@ def whole(parameter: Tensor) -> Tensor:
         return parameter
     from torch.distributed.tensor import Partial
 
-    mesh = parameter.device_mesh
-    gathered = parameter.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    sharded: Any = parameter
+    mesh = sharded.device_mesh
+    gathered = sharded.full_tensor(grad_placements=[Partial()] * mesh.ndim)
     return gathered.detach() + (gathered - gathered.detach()) / mesh.size()
 
 

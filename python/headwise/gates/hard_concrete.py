@@ -41,6 +41,7 @@ class HardConcreteGate(TargetedGate):
     """
 
     log_alpha: Tensor
+    strength: float | None
     _READ = ("relevance",)
 
     def _prepare(self) -> None:
@@ -49,7 +50,7 @@ class HardConcreteGate(TargetedGate):
             self.strength = 0.1 if self.penalty_form == "l0" else 20.0
 
     @property
-    def penalty_form(self) -> str:
+    def penalty_form(self) -> str:  # type: ignore[override]
         return self._options["penalty"]
 
     def _build(self, device, dtype) -> None:

@@ -51,7 +51,7 @@ def constructor(gate: str, init: Callable[..., None]) -> Callable[..., None]:
         binding = {name: given.pop(name) for name in BINDING if name in given}
         init(self, checked(gate, given), **binding)
 
-    __init__.__signature__ = signature
+    __init__.__signature__ = signature  # type: ignore[attr-defined]
     return __init__
 
 

@@ -82,7 +82,7 @@ class RequestedBudgetGate(ScopedGate, ScheduledGate):
 
     def _share_out(self, budget: Tensor) -> Tensor:
         """``[R]`` -> ``[R, N]``: which of the scope's heads the layers are given."""
-        members = self._scope.gates
+        members = self._joined().gates
         return _ops.allocate_budget(
             torch.cat([whole(gate.base) for gate in members]),
             torch.cat([whole(gate.tilt) for gate in members]),
@@ -116,10 +116,10 @@ class RequestedBudgetGate(ScopedGate, ScheduledGate):
 
             asked, given = scope.draw(self._position, features, sample, make)
         else:
-            asked = self.requested if budget is None else _checked(budget)
-            if asked is None:
-                asked = features.new_full((1,), self.budget)
-            asked = asked.to(features.device, features.dtype).reshape(-1)  # [B] or [1]
+            wanted = self.requested if budget is None else _checked(budget)
+            if wanted is None:
+                wanted = features.new_full((1,), self.budget)
+            asked = wanted.to(features.device, features.dtype).reshape(-1)  # [B] or [1]
             given = self._share_out(asked)  # [B or 1, N]
         if asked.size(0) not in (1, batch):
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -28,7 +29,10 @@ class GateScope:
         self._noise: tuple[Tensor, ...] = ()
         self._drawn: tuple[Tensor, ...] = ()
         self._replays = [Replay() for _ in self.gates]
-        self._served: set[int] | None = None
+        self._served: set[int] = set()
+        #: What the gate that decides leaves for those after it (BankGate): int64 ``[B]``.
+        self.plan: Tensor | None = None
+        self._begun = False
 
     @property
     def num_heads(self) -> int:
@@ -43,9 +47,9 @@ class GateScope:
 
         The gate that asks a second time does, so no gate need know which one comes first.
         """
-        first = self._served is None or position in self._served
+        first = not self._begun or position in self._served
         if first:
-            self._served = set()
+            self._served, self._begun = set(), True
         self._served.add(position)
         return first
 
@@ -62,8 +66,8 @@ class GateScope:
         ``x`` is the input of the gate at ``position``.
         """
         replay = self._replays[position]
-        if recomputing() and (used := replay.recall(x)) is not None:
-            first, differentiable, noise, drawn = used
+        if recomputing() and (again := replay.recall(x)) is not None:
+            first, differentiable, noise, drawn = again
             if first:
                 sample()  # the generator moves on as it did
             # The gate that made it must do the same again, operator by operator. Where the forward
@@ -84,10 +88,10 @@ class GateScope:
 
     def __getstate__(self) -> dict:
         # What was drawn belongs to a graph, and a copy begins with a forward of its own.
-        return {**self.__dict__, "_noise": (), "_drawn": (), "_served": None}
+        return {**self.__dict__, "_noise": (), "_drawn": (), "_begun": False, "plan": None}
 
 
-class ScopedGate:
+class ScopedGate(Gate if TYPE_CHECKING else object):  # type: ignore[misc]
     """Mixed into gates with an option ``scope``: ``"model"`` or ``"layer"``."""
 
     _scope: GateScope | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -24,11 +25,15 @@ class Selection(NamedTuple):
         budget: floating ``[B]``, the fraction of heads that was asked for, or None.
     """
 
-    index: Tensor
-    count: Tensor
+    index: Tensor  # type: ignore[assignment]  # tuples have methods of these names
+    count: Tensor  # type: ignore[assignment]
     weight: Tensor
     relevance: Tensor | None = None
     budget: Tensor | None = None
+
+    def moved(self, function: Callable[[Tensor], Tensor]) -> Selection:
+        """With ``function`` of each tensor."""
+        return Selection(*(None if part is None else function(part) for part in self))  # type: ignore[arg-type]
 
 
 def select_heads(relevance: Tensor, count: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ class SleepGate(ScopedGate, ScheduledGate):
     def _advance(self) -> None:
         """Once a training forward of the model: takes in the gradients of the last one, and where
         it is time lets heads move."""
-        members: list[SleepGate] = self._scope.gates
+        members: list[Any] = self._joined().gates
         for gate in members:
             if gate._weight is not None and gate._weight.grad is not None:
                 first = not bool(gate.score.any())

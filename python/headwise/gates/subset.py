@@ -86,13 +86,13 @@ class SubsetGate(ScopedGate, ScheduledGate):
         """``[N]``, for the heads of the scope."""
         if self.estimator != "gumbel":
             return ()
-        heads = self._scope.num_heads
+        heads = self._joined().num_heads
         uniform = torch.rand(heads, dtype=torch.float64, device=self.scores.device)
         return (_ops.gumbel_noise(uniform),)
 
     def _weigh(self, noise: Tensor | None = None) -> tuple[Tensor]:
         """``[N]``: the weight of every head of the scope."""
-        scores = torch.cat([whole(gate.scores) for gate in self._scope.gates])  # [N]
+        scores = torch.cat([whole(gate.scores) for gate in self._joined().gates])  # [N]
         weight = _ops.subset_weight(
             scores,
             noise,
@@ -112,7 +112,7 @@ class SubsetGate(ScopedGate, ScheduledGate):
         weight = _ops.subset_weight(
             scores, None, self.progress, self.heads_kept, False, 1.0, 1.0, 1.0, 1.0
         )
-        return weight.narrow(0, self._scope.start(self._position), self.num_heads)
+        return weight.narrow(0, self._joined().start(self._position), self.num_heads)
 
     def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Selection:
         self._check_bound(x)

@@ -34,7 +34,9 @@ class TargetedGate(ScheduledGate):
 
     def without_gradient(self) -> str | None:
         """Why the penalty of the last forward has no gradient; None if it has, or should not."""
-        if not (torch.is_grad_enabled() and self.learns_count) or self.expected_heads.requires_grad:
+        if not (torch.is_grad_enabled() and self.learns_count):
+            return None
+        if self.expected_heads is None or self.expected_heads.requires_grad:
             return None
         if any(parameter.requires_grad for parameter in self.parameters()):
             return (

@@ -65,7 +65,7 @@ class ThresholdGate(Gate):
             self.threshold.fill_(self._options["threshold"])
 
     @property
-    def attends(self) -> bool:
+    def attends(self) -> bool:  # type: ignore[override]
         return self.block_ratio is not None or self.approximate
 
     def forward(

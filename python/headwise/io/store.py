@@ -130,6 +130,7 @@ class Store:
         return len(self._steps)
 
     def _append(self, line: bytes) -> None:
+        assert self._path is not None
         with open(self._path, "r+b", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)
             try:
@@ -157,7 +158,8 @@ class Store:
                     f"{where} is of {name} {quoted(found.get(name))}, not {quoted(head[name])}: "
                     "give another file"
                 )
-        there = found.get("key") if isinstance(found.get("key"), dict) else {}
+        kept = found.get("key")
+        there: dict = kept if isinstance(kept, dict) else {}
         for name in sorted(head["key"].keys() | there.keys()):
             if there.get(name) != head["key"].get(name):
                 raise ValueError(

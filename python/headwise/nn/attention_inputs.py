@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+MaybeTensor = TypeVar("MaybeTensor", Tensor, "Tensor | None")
 
 
 class CalledLayer(Protocol):
@@ -33,7 +35,7 @@ class AttentionInputs(NamedTuple):
     def part(self, rows: Tensor | None, heads: list[int]) -> AttentionInputs:
         """Those of some sequences (None: all), for a layer with only ``heads``."""
 
-        def take(tensor: Tensor | None) -> Tensor | None:
+        def take(tensor: MaybeTensor) -> MaybeTensor:
             return tensor if tensor is None or rows is None else tensor.index_select(0, rows)
 
         query = take(self.query)
@@ -63,7 +65,7 @@ def same_tensor(first: Tensor, second: Tensor) -> bool:
         and first.dtype == second.dtype
         and first.stride() == second.stride()
         and first.storage_offset() == second.storage_offset()
-        and torch._C._is_alias_of(first, second)
+        and torch._C._is_alias_of(first, second)  # type: ignore[attr-defined]
     )
 
 

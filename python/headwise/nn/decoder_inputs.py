@@ -50,7 +50,7 @@ def align(
     position = torch.arange(keys - length, keys, device=device)[:, None]  # [L, 1]
     key = torch.arange(keys, device=device)  # [S]
     unseen = key > position  # [L, S]
-    if narrow:
+    if window is not None and narrow:
         unseen = unseen | (key <= position - window)
     if attn_mask is None:
         attn_mask = unseen

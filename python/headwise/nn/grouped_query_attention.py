@@ -314,12 +314,17 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
         if padding is None and key_padding_mask is not None:
             padding = key_padding_mask[:, -length:]
         selection = self._select(x, padding, cache)
-        bank = selection is not None and self.gate.projects
-        if bank and self._probe is None and self.gate.can_pack(self, selection):
+        bank = self.gate if self.gate is not None and self.gate.projects else None
+        if (
+            bank is not None
+            and selection is not None
+            and self._probe is None
+            and bank.can_pack(self, selection)
+        ):
             call = (position_embeddings, key_padding_mask, padding, attn_mask, is_causal)
-            return self._run_bank(x, selection, call, cache, need_weights)
+            return self._run_bank(bank, x, selection, call, cache, need_weights)
         every = (
-            bank
+            bank is not None
             or selection is None
             or self._probe is not None
             or (self.training and getattr(self.gate, "execution", "selected") == "all")
@@ -349,7 +354,10 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
             weight = None if selection is None else selection.weight
             if self._probe is not None and not recomputing():
                 self._show(q, k, v, context, weight, masks, padding)
-            output = self.gate.project(context, selection) if bank else self._merge(context, weight)
+            if bank is not None:
+                output = bank.project(context, selection)
+            else:
+                output = self._merge(context, weight)
         else:
             context = self._attend_chosen(q, k, v, chosen, masks, slots)
             output = self._merge_chosen(context, chosen)
@@ -363,28 +371,34 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
         if self.gate is None:
             return None
         padding = hide(padding, self._seen, x)
-        keeps = (self.keep_selection or self.gate.projects) and cache is not None
-        selection = cache.selection if keeps else None
+        keeping = cache if self.keep_selection or self.gate.projects else None
+        selection = None if keeping is None else keeping.selection
         if selection is None:
-            if keeps and isinstance(cache, KeyValueCache) and len(cache) > 0:
+            if keeping is not None and isinstance(cache, KeyValueCache) and len(cache) > 0:
                 raise ValueError(
                     f"cache has {len(cache)} tokens and no selection of heads for them: with "
                     f"keep_selection=True begin with an empty one"
                 )
             selection = self.gate(x, padding)
-            if keeps:
-                cache.selection = selection
-                cache.slots = None if self.gate.projects else self._slots(selection)
+            if keeping is not None:
+                keeping.selection = selection
+                keeping.slots = None if self.gate.projects else self._slots(selection)
         if self._observers and not recomputing():
             for observer in tuple(self._observers):
                 observer(self, selection, x, padding)
         return selection
 
     def _run_bank(
-        self, x: Tensor, selection: Selection, call: tuple, cache: LayerCache | None, maps: bool
+        self,
+        bank: Gate,
+        x: Tensor,
+        selection: Selection,
+        call: tuple,
+        cache: LayerCache | None,
+        maps: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """The sequences of each plan together, by a dense layer of the plan's heads."""
-        groups = self.gate.groups(selection)
+        groups = bank.groups(selection)
         if cache is not None and len(groups) > 1:
             raise ValueError(
                 "a batch that decodes with a cache must follow one plan of the bank, got plans "
@@ -392,19 +406,20 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
                 "without a cache (use_cache=False)"
             )
         rope, key_padding, padding, mask, is_causal = call
-        output = weights = None
+        output: Any = None
+        weights: Any = None
         for plan, rows in groups:
-            heads = self.gate.plans[plan]
+            heads = bank.plans[plan]
             every = slice(None) if rows is None else rows
 
-            def part(tensor: Tensor | None, every: Any = every) -> Tensor | None:
-                return tensor if tensor is None or tensor.size(0) == 1 else tensor[every]
+            def part(tensor: Tensor, every: Any = every) -> Tensor:
+                return tensor if tensor.size(0) == 1 else tensor[every]
 
             own = mask
             if mask is not None and mask.dim() == 4:
                 own = part(mask)
                 own = own[:, heads] if own.size(1) > 1 else own
-            y, maps_of_plan = self.gate.packed(self, plan)(
+            y, maps_of_plan = bank.packed(self, plan)(
                 x[every],
                 None if rope is None else (part(rope[0]), part(rope[1])),
                 key_padding_mask=None if key_padding is None else key_padding[every],
@@ -444,7 +459,7 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
         if self.training or self.key_value_heads is not None or torch.compiler.is_compiling():
             return None
         groups = self._groups(selection, None)
-        return slots_of(groups.index, groups.count)
+        return None if groups is None else slots_of(groups.index, groups.count)
 
     def _project(
         self,
@@ -527,7 +542,7 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
             ran = take(ran, slots) * (slots >= 0)[:, :, None]  # [B, K, H / Hkv]
             index, count = _ops.select_nonzero(ran.flatten(1))
             q = take(q.unflatten(1, (-1, each)), slots).flatten(1, 2)  # [B, K H / Hkv, L, d]
-            if not masks.same_for_all_heads:
+            if masks.attn_mask is not None and not masks.same_for_all_heads:
                 own = masks.attn_mask.expand(q.size(0), self.num_heads, -1, -1)
                 own = take(own.unflatten(1, (-1, each)), slots).flatten(1, 2)
                 masks = masks._replace(attn_mask=own)

@@ -90,7 +90,8 @@ class Instrumented:
                 )
         for name, layer in self.layers.items():
             own = layer.gate
-            layer.gate = _Overridden(name, fn, own, layer.num_heads)
+            place: Any = layer  # its gate is no Gate meanwhile
+            place.gate = _Overridden(name, fn, own, layer.num_heads)
             self._undo.callback(setattr, layer, "gate", own)
 
     def probe(self, fn: Probe) -> None:

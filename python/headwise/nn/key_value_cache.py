@@ -68,7 +68,9 @@ class KeyValueCache:
 
         self.k, self.v, self.slots = select(self.k), select(self.v), select(self.slots)
         if self.selection is not None:
-            self.selection = Selection(*map(select, self.selection))
+            self.selection = self.selection.moved(
+                lambda part: part.index_select(0, rows.to(part.device))
+            )
 
     def crop(self, length: int) -> None:
         """Forgets all tokens but the first ``length``; with 0 the sequences too.
@@ -80,5 +82,5 @@ class KeyValueCache:
             raise ValueError(f"length must not be negative, got {length}")
         if length == 0:
             self.k = self.v = self.selection = self.slots = None
-        elif self.k is not None:
+        elif self.k is not None and self.v is not None:
             self.k, self.v = self.k[:, :, :length], self.v[:, :, :length]

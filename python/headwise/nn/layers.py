@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import MutableMapping
 
 from torch import nn
 
@@ -55,7 +55,7 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Modul
 def carry_hooks(old: nn.Module, new: nn.Module) -> None:
     """Moves the hooks that were registered on ``old`` to ``new``; their handles know them there."""
     for attribute, hooks in vars(old).items():
-        if "hooks" in attribute and isinstance(hooks, Mapping):
+        if "hooks" in attribute and isinstance(hooks, MutableMapping):
             hooks.update(vars(new).get(attribute, {}))
             vars(new)[attribute] = hooks
     new._is_full_backward_hook = old._is_full_backward_hook

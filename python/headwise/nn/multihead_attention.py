@@ -308,16 +308,16 @@ class MultiheadAttention(AttentionLayer, nn.MultiheadAttention):
 
         inputs = canonical_inputs(self, query, key, value, key_padding_mask, attn_mask, is_causal)
         heads, values = self._head_inputs(inputs)
-        selection = self._select(inputs, heads)
-        if self._probe is not None or selection is None:
+        selection, gate = self._select(inputs, heads), self.gate
+        if self._probe is not None or selection is None or gate is None:
             output = self._run_all(inputs, selection, heads)
-        elif self.gate.attends:
-            context = self.gate.attend(heads, values)  # [B, H, L, d]
+        elif gate.attends:
+            context = gate.attend(heads, values)  # [B, H, L, d]
             output = _ops.combine_heads(
                 context, selection.weight, self.out_proj.weight, self.out_proj.bias
             )
-        elif self.gate.projects:
-            output = self._run_bank(inputs, selection)  # [B, L, D]
+        elif gate.projects:
+            output = self._run_bank(gate, inputs, selection)  # [B, L, D]
         else:
             output = self._run_selected(inputs, selection)  # [B, L, D]
         weights = self._attention_weights(inputs, selection) if need_weights else None
@@ -371,7 +371,7 @@ class MultiheadAttention(AttentionLayer, nn.MultiheadAttention):
         return (*weights, *biases)
 
     @property
-    def _added_keys(self) -> int:
+    def _added_keys(self) -> int:  # type: ignore[override]
         return int(self.bias_k is not None) + int(self.add_zero_attn)
 
     def _project(self, inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -391,8 +391,9 @@ class MultiheadAttention(AttentionLayer, nn.MultiheadAttention):
     ) -> Tensor:
         """Every head, with plain operators; a recorder sees each head's output."""
         q, k, v = self._project(inputs)
-        if selection is not None and self.gate.attends:
-            context = self.gate.attend(heads, v)  # [B, H, L, d]
+        gate = None if selection is None else self.gate
+        if gate is not None and gate.attends:
+            context = gate.attend(heads, v)  # [B, H, L, d]
         else:
             context = _ops.dense_attention(
                 q,
@@ -419,17 +420,17 @@ class MultiheadAttention(AttentionLayer, nn.MultiheadAttention):
                 inputs.query_is_key,
             )
             self._probe(self, probe)
-        if selection is not None and self.gate.projects:
-            return self.gate.project(context, selection)
+        if gate is not None and gate.projects:
+            return gate.project(context, selection)
         return _ops.combine_heads(context, weight, self.out_proj.weight, self.out_proj.bias)
 
-    def _run_bank(self, inputs: AttentionInputs, selection: Selection) -> Tensor:
+    def _run_bank(self, gate: Gate, inputs: AttentionInputs, selection: Selection) -> Tensor:
         """The sequences of each plan together, by a dense layer of the plan's heads."""
-        if not self.gate.can_pack(self, selection):
+        if not gate.can_pack(self, selection):
             return self._run_all(inputs, selection, None)
-        output = None
-        for plan, rows in self.gate.groups(selection):
-            layer, heads = self.gate.packed(self, plan), self.gate.plans[plan]
+        output: Any = None
+        for plan, rows in gate.groups(selection):
+            layer, heads = gate.packed(self, plan), gate.plans[plan]
             y = layer._run_all(inputs.part(rows, heads), None, None)  # [b, L, D]
             if rows is None:
                 return y

@@ -44,7 +44,7 @@ def select_alpha(
     entropy: HeadScores,
     keep: float = 0.5,
     *,
-    alphas: Sequence[float] = tuple(step / 10 for step in range(11)),
+    alphas: Sequence[float] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
     scope: str = "global",
     min_heads_per_layer: int = 0,
     progress: bool | None = None,
@@ -91,4 +91,5 @@ def select_alpha(
         values[alpha] = value
         if best is None or value <= values[best[0]]:
             best = (alpha, scores, candidate)
-    return AlphaSearch(*best, values)
+    assert best is not None
+    return AlphaSearch(best[0], best[1], best[2], values)

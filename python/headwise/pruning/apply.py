@@ -154,8 +154,7 @@ def mask(model: nn.Module, plan: HeadPlan | StructurePlan) -> nn.Module:
     layers = attention_layers(model)
     for entry in plan.layers:
         layer = layers[entry.name]
-        layer.set_gate(_as_gate(entry))
-        layer.gate.train(layer.training)
+        layer.set_gate(_as_gate(entry).train(layer.training))
     return model
 
 

@@ -175,7 +175,7 @@ def fit_bank(
             )
         )
     banked = _with_gates(copy.deepcopy(dense), found, small, at, features, names)
-    gates = [layer.gate for layer in attention_layers(banked).values()]
+    gates: list[Any] = [layer.gate for layer in attention_layers(banked).values()]
     gates[at].set_router(weight.to(gates[at].router_weight), bias.to(gates[at].router_bias))
     return Bank(banked, found, where, routed.double().mean().item(), _typical(seen, where, count))
 
@@ -339,8 +339,9 @@ def _inputs_of(
     found: list[Tensor] = []
     layer = attention_layers(dense)[name]
     prototype = _Reader(features, found)
-    layer.set_gate(prototype.bind(layer.embed_dim, layer.num_heads))
-    layer.gate.found = found
+    reader = prototype.bind(layer.embed_dim, layer.num_heads)
+    reader.found = found
+    layer.set_gate(reader)
     try:
         with evaluating(dense):
             for batch in batches:
@@ -365,6 +366,7 @@ class _Reader(BankGate, configured=False):
         return _Reader(self.features, embed_dim=embed_dim, num_heads=num_heads)
 
     def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Any:
+        assert self.found is not None
         self.found.append(router_features(x, key_padding_mask, self.features))
         raise _Stop
 
@@ -420,6 +422,7 @@ def k_means(x: Tensor, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
         total = torch.cdist(x, centroids).amin(1).square().sum().item()
         if best is None or total < best[0]:
             best = (total, where, centroids)
+    assert best is not None
     return best[1], best[2]
 
 
@@ -534,9 +537,10 @@ def _with_gates(
 ) -> nn.Module:
     kept = [{entry.name: entry.heads for entry in own.layers} for own in plans]
     for name, layer in attention_layers(model).items():
-        layer.set_gate(BankGate([own[name] for own in kept], at=at, features=features, names=names))
-        layer.gate.train(layer.training)
+        gate = BankGate([own[name] for own in kept], at=at, features=features, names=names)
+        bank = layer.bound(gate).train(layer.training)
+        layer.set_gate(bank)
         for m, pruned in enumerate(small):
             linear = attention_layers(pruned)[name].output_projection
-            layer.gate.set_projection(m, linear.weight, linear.bias)
+            bank.set_projection(m, linear.weight, linear.bias)
     return link_gates(model)

@@ -171,8 +171,8 @@ def headroom(
     *,
     budgets: Sequence[float] = (0.5, 0.25, 0.125),
     plans: int = 4,
-    clusters: Sequence[int] | None = None,
-    held_out_clusters: Sequence[int] | None = None,
+    clusters: Sequence[int] | Tensor | None = None,
+    held_out_clusters: Sequence[int] | Tensor | None = None,
     forward_fn: Callable[[nn.Module, Any], Any] | None = None,
     seed: int = 0,
     progress: bool | None = None,
@@ -229,7 +229,10 @@ def headroom(
         rows.append(
             HeadroomRow(
                 keep,
-                *(values.double().mean().item() for values in (one, routed, ceiling, swapped)),
+                one.double().mean().item(),
+                routed.double().mean().item(),
+                ceiling.double().mean().item(),
+                swapped.double().mean().item(),
                 Gain.of(base, one),
                 Gain.of(routed, one),
                 Gain.of(ceiling, one),
@@ -262,7 +265,7 @@ def _values(
 def _true_clusters(
     bank: Bank,
     batches: list[Any],
-    given: Sequence[int] | None,
+    given: Sequence[int] | Tensor | None,
     forward_fn: Callable | None,
 ) -> Tensor:
     if given is None:

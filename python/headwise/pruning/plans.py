@@ -129,7 +129,7 @@ def _plan_of_groups(
     chosen = _C.plan(HeadScores(scores.metric, means).core, keep, least, scope)
     entries = []
     for entry in chosen.layers:
-        heads = sorted(head for group in entry.heads for head in members[entry.name][group])
-        entries.append(LayerPlan(entry.name, len(scores.values[entry.name]), heads))
+        kept = sorted(head for group in entry.heads for head in members[entry.name][group])
+        entries.append(LayerPlan(entry.name, len(scores.values[entry.name]), kept))
     about = {"keep": keep, "min_heads_per_layer": min_heads_per_layer, "scope": scope}
     return HeadPlan(entries, scores.metric, {**about, "groups": True})

@@ -247,9 +247,10 @@ def _names(student: Replay, teacher: Replay, all_networks: bool) -> list[str]:
                 f"layer '{name}' must be as wide in model as in dense, got {own.weight.size(0)} "
                 f"and {other.weight.size(0)} dimensions"
             )
-        if name in layers and layers[name].gate is not None and layers[name].gate.projects:
+        gate = layers[name].gate if name in layers else None
+        if gate is not None and gate.projects:
             raise ValueError(
-                f"layer '{name}' has a {type(layers[name].gate).__name__}, whose plans have "
+                f"layer '{name}' has a {type(gate).__name__}, whose plans have "
                 f"projections of their own: headwise.pruning.fit_bank repairs them"
             )
         if name in layers:

@@ -68,7 +68,8 @@ class HeadScores(Shown):
 
     @staticmethod
     def from_core(core: _C.HeadScores) -> HeadScores:
-        return HeadScores(core.metric, dict(zip(core.layers, core.values, strict=True)))
+        values: dict[str, Any] = dict(zip(core.layers, core.values, strict=True))
+        return HeadScores(core.metric, values)
 
     def ranking(self) -> list[tuple[str, int]]:
         """(layer, head) pairs, highest score first; ties go to the earlier layer, lower head."""

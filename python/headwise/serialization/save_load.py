@@ -68,10 +68,9 @@ def _describe_layer(name: str, layer: AttentionLayer) -> dict[str, Any]:
 
 def _describe_architecture(model: nn.Module) -> dict[str, Any]:
     kind = type(model)
-    try:
+    transformers: Any = None
+    with contextlib.suppress(ImportError):
         import transformers
-    except ImportError:
-        transformers = None
     if (
         transformers is not None
         and isinstance(model, transformers.PreTrainedModel)
@@ -91,20 +90,21 @@ def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first: dict[tuple, str] = {}
-    for name, value in model.state_dict().items():
+    state: dict[str, Any] = model.state_dict()
+    for name, value in state.items():
         if not isinstance(value, Tensor):
             raise ValueError(
                 f"model must have only tensors in its state, got {type(value).__name__} at '{name}'"
             )
-        value = value.detach()
-        sharded = _is_sharded(value)
-        own = value.to_local() if sharded else value
-        key = (value.device, own.data_ptr(), value.dtype, value.shape, value.stride())
-        if value.numel() > 0 and key in first:
+        held: Any = value.detach()
+        sharded = _is_sharded(held)
+        own = held.to_local() if sharded else held
+        key = (held.device, own.data_ptr(), held.dtype, held.shape, held.stride())
+        if held.numel() > 0 and key in first:
             aliases[name] = first[key]
         else:
             first[key] = name
-            tensors[name] = (value.full_tensor() if sharded else value).cpu().contiguous()
+            tensors[name] = (held.full_tensor() if sharded else held).cpu().contiguous()
     return tensors, aliases
 
 
@@ -239,11 +239,12 @@ def load(dir: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
         tensors[alias] = tensors[name]
 
     built_here = model is None
-    if built_here:
+    if model is None:
         model = _build(document["architecture"], folder, tensors)
         empty = False
     else:
-        empty = materialise(model, lambda: _fresh(document["architecture"], folder, model, tensors))
+        given = model
+        empty = materialise(given, lambda: _fresh(document["architecture"], folder, given, tensors))
     model = convert(model, strict=False, verify=not empty)
     layers = attention_layers(model)
     for entry in document["layers"]:
@@ -294,7 +295,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
             raise ValueError(
                 f"'class' of {where} must be one of {', '.join(_KINDS)}, got {quoted(kind)}"
             )
-        types = {**_ENTRY_TYPES, **_KINDS[kind].DESCRIBED}
+        types: dict[str, Any] = {**_ENTRY_TYPES, **_KINDS[kind].DESCRIBED}
         _check_keys(layer, set(types) | (set(layer) & {"class"}), where)
         for key, accepted in types.items():
             fits = isinstance(layer[key], accepted)
@@ -393,7 +394,7 @@ def _build(architecture: dict[str, Any], folder: Path, tensors: Mapping[str, Ten
         raise ValueError(
             f"'{folder}' holds a {name} of transformers, which is not installed"
         ) from None
-    kind = getattr(transformers, name, None) if isinstance(name, str) else None
+    kind: Any = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise ValueError(
             f"architecture of '{folder / DESCRIPTION}' must be a model class of transformers "
@@ -403,12 +404,13 @@ def _build(architecture: dict[str, Any], folder: Path, tensors: Mapping[str, Ten
         raise ValueError(f"architecture of '{folder / DESCRIPTION}' lacks the key 'config'")
     where = f"config of '{folder / DESCRIPTION}'"
     _check_sizes(architecture["config"], tensors, where)
+    config_class: Any = kind.config_class
     try:
-        config = kind.config_class.from_dict(architecture["config"])
+        config = config_class.from_dict(architecture["config"])
         with torch.device("meta"):  # without memory, to compare its size
             size = sum(parameter.numel() for parameter in kind(config).parameters())
         _check_total(size, tensors, where)
-        return kind(kind.config_class.from_dict(architecture["config"]))
+        return kind(config_class.from_dict(architecture["config"]))
     except _TooLarge:
         raise
     except Exception as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +67,7 @@ def _flex(layer: Layer, mask: Tensor) -> tuple[Callable[[], Tensor], Tensor]:
             part.unflatten(2, (w.heads, -1)).transpose(1, 2)  # [B, H, L, d]
             for part in F.linear(layer.x, w.in_weight, w.in_bias).chunk(3, dim=2)
         )
-        context = attend(q, k, v, block_mask=blocks)
+        context: Any = attend(q, k, v, block_mask=blocks)
         return F.linear(context.transpose(1, 2).flatten(2), w.out_weight, w.out_bias)
 
     return form, chosen.double()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +56,8 @@ class Weights:
         return [self.in_weight, self.in_bias, self.out_weight, self.out_bias]
 
     def to(self, dtype: torch.dtype) -> Weights:
-        return Weights(*(t.detach().to(dtype) for t in self.tensors()), self.heads)
+        first, second, third, fourth = (t.detach().to(dtype) for t in self.tensors())
+        return Weights(first, second, third, fourth, self.heads)
 
     def first(self, heads: int) -> Weights:
         """The layer that physically has only the first ``heads`` heads."""
@@ -93,8 +95,8 @@ def random_gate(share: float) -> hw.BudgetGate:
 
 
 @torch.no_grad()
-def randomise(gate: hw.BudgetGate, generator: torch.Generator) -> None:
-    """Random relevance, so that every sequence chooses heads of its own."""
+def randomise(gate: Any, generator: torch.Generator) -> None:
+    """Gives a ``BudgetGate`` random relevance, so that every sequence chooses heads of its own."""
     weight = gate.relevance.weight  # [H, D]
     weight.copy_(torch.randn(weight.shape, generator=generator))
     gate.anneal(1.0)

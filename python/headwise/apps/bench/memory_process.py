@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 
 import torch
 
@@ -14,7 +15,10 @@ from headwise.apps.bench.memory import call_bytes
 
 def main(task: dict) -> dict[str, dict[str, int]]:
     """For each contender of ``task`` its ``call_bytes``; ``peaks`` says what a task holds."""
-    builders = {"layer": layer.memory_runs, "entropy": entropy.memory_runs}
+    builders: dict[str, Callable[..., dict]] = {
+        "layer": layer.memory_runs,
+        "entropy": entropy.memory_runs,
+    }
     torch.set_num_threads(task.pop("threads"))
     what, names = task.pop("what"), task.pop("names")
     shape, dtype = Shape(*task.pop("shape")), getattr(torch, task.pop("dtype"))

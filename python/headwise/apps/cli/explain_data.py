@@ -137,7 +137,9 @@ def _run(options: argparse.Namespace) -> None:
             model,
             texts,
             tokenizer,
-            labels=None if labels is None else [numbers[label] for label in labels],
+            labels=None
+            if labels is None or numbers is None
+            else [numbers[label] for label in labels],
             sentences=sentences,
             alignments=alignments,
             grid=None if options.grid is None else tuple(options.grid),
@@ -186,7 +188,8 @@ def _thresholds(given: list[tuple[str, float]]):
                 if not value.is_integer():
                     raise ValueError(f"least_trials must be a whole number, got {value:g}")
                 value = int(value)
-            thresholds = replace(thresholds, **{name: value})
+            changed: dict[str, Any] = {name: value}
+            thresholds = replace(thresholds, **changed)
         except ValueError as error:
             raise UsageError(f"--threshold: {error}") from None
     return thresholds

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from headwise.apps.cli.common import add_common, say, share, use_device, use_threads, writable_file
 from headwise.apps.cli.score import ONE_PASS
@@ -98,7 +99,7 @@ def run(options: argparse.Namespace) -> None:
     model = load_trained(options.model).to(device).eval()
     _check_gates(options, model, plan)
     try:
-        report = {}
+        report: dict[str, Any] = {}
         small = None
         if options.method == "kwon":
             texts = labelled_texts(options, model, device)
@@ -123,7 +124,7 @@ def run(options: argparse.Namespace) -> None:
     def parameters(model) -> int:
         return sum(parameter.numel() for parameter in model.parameters())
 
-    result = {
+    result: dict[str, Any] = {
         "model": str(options.model),
         "out": str(options.out),
         "heads": [heads(model), heads(small)],

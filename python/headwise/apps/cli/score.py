@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from headwise.apps.cli.common import add_common, say, share, use_device, use_threads, writable_file
 from headwise.apps.cli.texts import LabelledTexts, add_texts, journal, labelled_texts
@@ -69,7 +70,7 @@ def run(options: argparse.Namespace) -> None:
         scores, details = _score(options, model, texts)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    result = {
+    result: dict[str, Any] = {
         "model": str(options.model),
         "data": texts.name,
         "texts": texts.count,
@@ -108,7 +109,7 @@ def _score(options: argparse.Namespace, model, texts: LabelledTexts) -> tuple[di
         if metric in ("ablation", "all-but-one"):
             search = hw.analysis.ablate_heads if metric == "ablation" else hw.analysis.keep_one_head
             kept = journal(options, metric)
-            found = search(model, texts.batches, texts.loss, seed=options.seed, journal=kept)
+            found: Any = search(model, texts.batches, texts.loss, seed=options.seed, journal=kept)
             details[metric] = {
                 "loss": found.losses.mean().item(),
                 "p_value": {name: p.tolist() for name, p in found.p_value.items()},

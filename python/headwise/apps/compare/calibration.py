@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import headwise as hw
 
@@ -13,7 +13,7 @@ import headwise as hw
 TOLERANCE = 0.02
 
 
-def _threshold_parameter(gate: nn.Module) -> nn.Parameter | None:
+def _threshold_parameter(gate: nn.Module) -> Tensor | None:
     """The parameter whose shift makes the gate choose more heads of every input, or fewer.
 
     BudgetGate: the bias of the budget's logit. HardConcreteGate and GumbelSigmoidGate: the logit of

@@ -62,7 +62,8 @@ def static(
         for parameter in trained:
             parameter.requires_grad_(True)
         layers = attention_layers(model)
-        values = {name: score(layer.gate).detach().double().cpu() for name, layer in layers.items()}
+        found = {name: layer.gate for name, layer in layers.items() if layer.gate is not None}
+        values = {name: score(gate).detach().double().cpu() for name, gate in found.items()}
         moves = hw.gates.head_moves(model)
         for layer in layers.values():
             layer.set_gate(None)

@@ -187,8 +187,8 @@ def macs(config, use: HeadUse, lengths: Tensor, model: nn.Module | None = None) 
         found = hw.pruning.structure(model)
         width = next(iter(found.attention.values())).embed_dim
         neurons = sum(found.neurons.values())
-    each = [hw._C.head_macs(tokens, width, head) for tokens in n.tolist()]
-    each = torch.tensor(each, dtype=torch.float64)  # [N]
+    macs = [hw._C.head_macs(tokens, width, head) for tokens in n.tolist()]
+    each = torch.tensor(macs, dtype=torch.float64)  # [N]
     attention = (use.chosen.double().sum(1) * each).sum().item()
     # The feed-forward networks; then the pooler and the classifier of each text.
     rest = neurons * sum(hw._C.neuron_macs(tokens, width) for tokens in n.tolist())

@@ -25,17 +25,8 @@ def complete(result: dict) -> dict:
 def public(result: dict) -> dict:
     """The content of results.json: without the single answers, which the run files keep."""
     runs = [{k: v for k, v in run.items() if k != "correct"} for run in result["runs"]]
-    order = (
-        "environment",
-        "runs",
-        "verdicts",
-        "findings",
-        "summary",
-        "comparisons",
-        "headroom",
-        "tasks",
-    )
-    order += ("model", "settings")
+    order = ["environment", "runs", "verdicts", "findings", "summary", "comparisons"]
+    order += ["headroom", "tasks", "model", "settings"]
     shown = {**result, "runs": runs}
     return {key: shown[key] for key in order if key in shown}
 

@@ -6,6 +6,7 @@ import contextlib
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -115,7 +116,7 @@ class Study:
         length = longest(config, self.tokenizer, settings.max_length)
         most = positions(config)
         shapes = tuple(shape.within(most) for shape in settings.shapes)
-        self.settings = replace(settings, max_length=length, shapes=shapes)
+        self.settings = replace(settings, max_length=length or settings.max_length, shapes=shapes)
         self.tasks = self._load_tasks()
         for task in self.tasks:
             split(task, settings.seeds[0])
@@ -123,7 +124,7 @@ class Study:
     def _load_tasks(self) -> list[Task]:
         if self.source.data is not None:
             source = self.source
-            return [task_from_file(source.data, source.text, source.label, source.group)]
+            return [task_from_file(self.source.data, source.text, source.label, source.group)]
         return [load_task(name) for name in self.source.tasks]
 
     def _key(self, task: Task) -> dict:
@@ -156,7 +157,7 @@ class Study:
             name = f"{short_name(task.name)}-{seed}"
             store = Store.in_folder(self.out / "runs", name, key)
             found = {run: store.get(run.name) for run in runs}
-            bench = None
+            bench: Any = None  # a Workbench, once it is needed
             # Headroom is of the first seed, and of the budgets that are asked for.
             rooms = Store(None, "headroom", {})
             if seed == self.settings.seeds[0]:
@@ -307,7 +308,10 @@ class Study:
         return record
 
     def _measure(self, bench: Workbench, model: nn.Module, timed: nn.Module) -> dict:
-        options = {"device": self.device, "precision": self.settings.training.precision}
+        options: dict[str, Any] = {
+            "device": self.device,
+            "precision": self.settings.training.precision,
+        }
         validation = predict(model, bench.validation, **options)
         logits, use = predict_and_record(model, bench.test, bench.dense_layers, **options)
         right = logits.argmax(1) == bench.test.labels  # [N]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,25 +56,25 @@ def _compared(folder: Path, result: dict[str, Any]) -> list[Path]:
 def _drawings(documents: Documents) -> Iterator[tuple[str, Callable[[], Figure]]]:
     if documents.explanation is not None:
         for place, entry in enumerate(documents.explanation["inputs"], 1):
-            yield f"input-{place}-heads", lambda entry=entry: _heads(entry)
+            yield f"input-{place}-heads", partial(_heads, entry)
             pairs = [(layer, head) for layer in entry["layers"] for head in layer["heads"]]
             pairs.sort(key=lambda pair: -abs(pair[1]["effect"] or 0.0))
             for layer, head in pairs:
                 if head["attention"] is not None:
                     yield (
                         f"input-{place}-attention",
-                        lambda e=entry, one=layer, own=head: _attention(e, one, own),
+                        partial(_attention, entry, layer, head),
                     )
                     break
             for layer, head in pairs:
                 if head["shares"]:
                     yield (
                         f"input-{place}-tokens",
-                        lambda e=entry, one=layer, own=head: _tokens(e, one, own),
+                        partial(_tokens, entry, layer, head),
                     )
                     break
             if any(h["effect"] is not None and h["relevance"] is not None for _, h in pairs):
-                yield f"input-{place}-effect", lambda pairs=pairs: _effect(pairs)
+                yield f"input-{place}-effect", partial(_effect, pairs)
     if documents.use is not None:
         use = documents.use
         yield "use-heads", lambda: _frequency(use)

@@ -102,7 +102,7 @@ def _tables(result: dict[str, Any]) -> list[dict[str, Any]]:
         dense = next((e for e in groups[0][1] if e["method"] == "dense"), None)
         if dense is None:
             continue
-        columns = [["budget", "heads that a method may keep", "text"]]
+        columns: list[list[Any]] = [["budget", "heads that a method may keep", "text"]]
         columns += [[name, meaning, None] for name, meaning in table.COLUMNS]
         columns[1][2] = "text"
         parts = ("train", "validation", "test")

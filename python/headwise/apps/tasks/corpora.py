@@ -80,12 +80,19 @@ def _vader_archive() -> bytes:
             with tarfile.open(source) as archive:
                 for member in archive:
                     if member.name.endswith("/" + _VADER_ARCHIVE):
-                        return archive.extractfile(member).read()
+                        return _content(archive, member)
     folder = _vader_folders()[0]
     raise UsageError(
         "the film snippets are not installed; fetch them with: "
         f"{sys.executable} -m pip download vaderSentiment --no-deps --no-binary :all: -d {folder}"
     )
+
+
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = archive.extractfile(member)
+    if file is None:
+        raise UsageError(f"{member.name} of {_VADER_ARCHIVE} is not a file")
+    return file.read()
 
 
 def _vader_lines(name: str) -> list[list[str]]:
@@ -94,7 +101,7 @@ def _vader_lines(name: str) -> list[list[str]]:
         member = next((m for m in archive if m.name.endswith("/" + name)), None)
         if member is None:
             raise UsageError(f"{_VADER_ARCHIVE} has no file {name}; fetch it again")
-        lines = archive.extractfile(member).read().decode("utf-8", "replace").splitlines()
+        lines = _content(archive, member).decode("utf-8", "replace").splitlines()
     return [fields for line in lines if len(fields := line.split("\t", 2)) == 3]
 
 

@@ -62,7 +62,7 @@ class Examples:
         self.labels = torch.tensor(list(labels), dtype=torch.long)
         self.pad = pad
         self.domains = tuple(domains)
-        self.domain_of = torch.tensor(list(domain_of), dtype=torch.long) if domains else None
+        self.domain_of = torch.tensor(list(domain_of or ()), dtype=torch.long) if domains else None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -125,7 +125,7 @@ class Examples:
                 yield self.batch(part)
 
 
-def encode(task: Task, rows: Sequence[int], tokenizer, max_length: int) -> Examples:
+def encode(task: Task, rows: Sequence[int], tokenizer, max_length: int | None) -> Examples:
     """Tokenises ``rows`` of ``task``; texts beyond ``max_length`` tokens are cut.
 
     Raises:

@@ -262,7 +262,7 @@ def _csv_rows(content: str, path: Path) -> list[Row]:
     csv.field_size_limit(1 << 27)
     reader = csv.reader(io.StringIO(content, newline=""), strict=True)
     header: list[str] | None = None
-    rows = []
+    rows: list[Row] = []
     while True:
         line = reader.line_num + 1
         try:

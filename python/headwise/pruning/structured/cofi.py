@@ -181,8 +181,8 @@ class CoFi(nn.Module):
         return next(iter(found.attention.values())).embed_dim
 
     @property
-    def log_alpha(self) -> dict[str, nn.ParameterList | None]:
-        """The logits of the masks, by group; None where a group is not masked."""
+    def log_alpha(self) -> dict[str, Any]:
+        """The logits of the masks by group, a ``ParameterList``; None if it is not masked."""
         return {group: self.logits[group] if group in self.logits else None for group in _GROUPS}
 
     @torch.no_grad()
@@ -191,7 +191,7 @@ class CoFi(nn.Module):
         self._init = {group: float(init_log_alpha) for group in _GROUPS}
         self._init["neurons"] = float(init_neurons)
         for group, parameters in self.logits.items():
-            for parameter in parameters:
+            for parameter in parameters.parameters():
                 parameter.normal_(self._init[group], 0.01).clamp_(-_CLAMP, _CLAMP)
         self.multipliers.zero_()
         self.shift.zero_()
@@ -325,8 +325,8 @@ class CoFi(nn.Module):
 
     def _check_reachable(self) -> None:
         with torch.no_grad():
-            least = self._size_of(self._each(lambda p, _: self._open(torch.full_like(p, -_CLAMP))))
-        least = float(least) / self._size
+            size = self._size_of(self._each(lambda p, _: self._open(torch.full_like(p, -_CLAMP))))
+        least = float(size) / self._size
         if self.keep < least:
             raise ValueError(
                 f"keep={self.keep:.6g} cannot be reached: with every mask as closed as it gets "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +59,7 @@ def resized_linear(old: nn.Linear, in_features: int, out_features: int, bias: bo
     """
     new = nn.Linear(1, 1, bias=False, device="meta")
     new.in_features, new.out_features = in_features, out_features
-    like = {"device": old.weight.device, "dtype": old.weight.dtype}
+    like: dict[str, Any] = {"device": old.weight.device, "dtype": old.weight.dtype}
     new.weight = nn.Parameter(
         torch.full((out_features, in_features), math.nan, **like), old.weight.requires_grad
     )
@@ -141,10 +142,9 @@ def compact(model: nn.Module, plan: StructurePlan) -> nn.Module:
     neurons = {entry.name: entry for entry in plan.ffn}
     for name, ffn in found.ffn.items():
         if name in neurons or name in blocks:
-            entry = neurons.get(name) or FfnPlan(
-                name, ffn.num_neurons, list(range(ffn.num_neurons))
-            )
-            _compact_ffn(model, ffn, entry, blocks.get(name, 1.0))
+            every = list(range(ffn.num_neurons))
+            own = neurons.get(name) or FfnPlan(name, ffn.num_neurons, every)
+            _compact_ffn(model, ffn, own, blocks.get(name, 1.0))
     after = norms_after(model, found)
     skip_norms(
         model, [after[name] for name, scale in blocks.items() if scale == 0 and name in after]
@@ -157,7 +157,7 @@ def compact(model: nn.Module, plan: StructurePlan) -> nn.Module:
 def skip_norms(model: nn.Module, names: Iterable[str]) -> None:
     """Replaces layer norms, those after removed blocks, by :class:`SkippedLayerNorm`, in place."""
     for name in names:
-        norm = model.get_submodule(name)
+        norm: Any = model.get_submodule(name)
         replace_module(model, norm, SkippedLayerNorm(norm))
 
 
@@ -171,6 +171,7 @@ def _compact_attention(
     layer.set_gate(None)
     if isinstance(layer, GroupedQueryAttention):
         return replace_module(model, layer, _compact_grouped(layer, entry, scale))
+    assert isinstance(layer, MultiheadAttention)
     kept = _C.prune_attention(dict(layer.named_parameters()), entry, scale)
     removed = scale == 0.0
     new = resized_attention(layer, 0 if removed else len(entry.heads), layer.embed_dim, removed)
@@ -185,7 +186,7 @@ def _compact_grouped(
     new = layer.pruned(entry if scale != 0.0 else LayerPlan(entry.name, entry.num_heads, []))
     carry_hooks(layer, new)
     if scale == 0.0:
-        new.o_proj.bias = None
+        new.o_proj.register_parameter("bias", None)
     with torch.no_grad():
         for parameter in new.o_proj.parameters():
             parameter.mul_(scale)
@@ -242,6 +243,7 @@ def _is_whole(layer: nn.Module) -> bool:
 def _compact_hidden(model: nn.Module, plan: HiddenPlan) -> nn.Module:
     found = structure(model)
     stream = found.stream
+    assert stream is not None
 
     def kept(parameter: Tensor, dim: int, scaled: bool = False) -> Tensor:
         return _C.prune_hidden(parameter.detach(), dim, plan, scaled)
@@ -325,8 +327,8 @@ def narrow(model: nn.Module, stream: Stream, kept: int) -> nn.Module:
     edges = stream_edges(model, stream)
     ends = _narrow_ends(model, stream, kept)
     for layer in stream.layers:
-        old = found.attention[layer.attention]
-        new = resized_attention(old, old.num_heads, kept).to(old.out_proj.weight.dtype)
+        old: Any = found.attention[layer.attention]
+        new: Any = resized_attention(old, old.num_heads, kept).to(old.out_proj.weight.dtype)
         new = new.to_empty(device=old.out_proj.weight.device)
         for parameter in new.parameters():
             parameter.data.fill_(math.nan)
@@ -358,7 +360,7 @@ def narrow(model: nn.Module, stream: Stream, kept: int) -> nn.Module:
         owner.weight = nn.Parameter(owner.weight.new_empty(shape), owner.weight.requires_grad)
         setattr(owner, "embedding_dim" if isinstance(owner, nn.Embedding) else "in_features", kept)
     if stream.kind == "encoder":
-        encoder = model.get_submodule(stream.entry)
+        encoder: Any = model.get_submodule(stream.entry)
         model = replace_module(model, encoder, NarrowTransformerEncoder(encoder, kept, stream.size))
     return model
 
@@ -367,11 +369,13 @@ def _narrow_ends(model: nn.Module, stream: Stream, kept: int) -> dict[str, nn.Mo
     """The norms that also change the width of what goes through them."""
     if stream.kind == "encoder":
         return {}
-    ends = {}
+    ends: dict[str, nn.Module] = {}
     embeddings = join(stream.entry, "embeddings")
+    norm: Any
     if _embeddings_are_tied(model, embeddings):
         name = f"{embeddings}.LayerNorm"
-        ends[name] = SelectingLayerNorm(model.get_submodule(name), kept, stream.size)
+        norm = model.get_submodule(name)
+        ends[name] = SelectingLayerNorm(norm, kept, stream.size)
     if class_path(type(model)) not in READERS:
         name = stream.layers[-1].norms[1]
         norm = model.get_submodule(name)

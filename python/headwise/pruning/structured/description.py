@@ -220,7 +220,11 @@ def structure(model: nn.Module) -> Structure:
             continue  # somebody replaced them
         found = FeedForward(join(name, names.first), first, second, join(name, names.second))
         ffn[found.name] = found
-        if names.attention is None or join(name, names.attention) not in attention:
+        if (
+            names.attention is None
+            or names.norms is None
+            or join(name, names.attention) not in attention
+        ):
             continue
         layers.append(
             TransformerLayer(
@@ -228,7 +232,7 @@ def structure(model: nn.Module) -> Structure:
                 module,
                 join(name, names.attention),
                 found.name,
-                tuple(join(name, norm) for norm in names.norms),
+                (join(name, names.norms[0]), join(name, names.norms[1])),
                 names.norm_first(module),
             )
         )
@@ -262,7 +266,7 @@ _Found = list[tuple[str, list[TransformerLayer], tuple[str, ...]]]
 
 
 def _encoder_streams(model: nn.Module, layers: list[TransformerLayer]) -> _Found:
-    found = []
+    found: _Found = []
     for name, module in model.named_modules():
         if type(module) is not nn.TransformerEncoder:
             continue
@@ -274,7 +278,7 @@ def _encoder_streams(model: nn.Module, layers: list[TransformerLayer]) -> _Found
 
 
 def _bert_streams(model: nn.Module, layers: list[TransformerLayer]) -> _Found:
-    found = []
+    found: _Found = []
     for name, module in model.named_modules():
         if class_path(type(module)) not in _BERT_MODELS:
             continue

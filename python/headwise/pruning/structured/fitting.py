@@ -108,7 +108,7 @@ def fit_structure(model: nn.Module, document: dict[str, Any]) -> nn.Module:
     hidden = document["hidden"]
     if hidden is not None and _width(model) != hidden["kept"]:
         found = structure(model)
-        if found.hidden_size != hidden["size"]:
+        if found.stream is None or found.hidden_size != hidden["size"]:
             raise ValueError(
                 f"model ({type(model).__name__}) must have a residual stream of "
                 f"{hidden['size']} dimensions, got "

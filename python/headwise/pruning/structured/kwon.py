@@ -197,7 +197,13 @@ def kwon_prune(
         }
         clock.lap("tuning_s")
     limit = {"macs": macs} if macs is not None else {"latency": latency}
-    metadata = {"method": "kwon", **limit, "tokens": tokens, "rearrange": rearrange, "tune": tune}
+    metadata: dict[str, Any] = {
+        "method": "kwon",
+        **limit,
+        "tokens": tokens,
+        "rearrange": rearrange,
+        "tune": tune,
+    }
     if tune:
         metadata["variant"] = variant
     if table is not None:
@@ -214,9 +220,10 @@ def kwon_prune(
 
 
 def _check_limit(macs: float | None, latency: float | None) -> float:
-    if (macs is None) == (latency is None):
+    share = latency if macs is None else macs
+    if share is None or (macs is not None and latency is not None):
         raise ValueError(f"give one of macs and latency, got macs={macs} and latency={latency}")
-    name, share = ("macs", macs) if macs is not None else ("latency", latency)
+    name = "latency" if macs is None else "macs"
     if not 0.0 < share <= 1.0:
         raise ValueError(f"{name} must be in (0, 1], got {share}")
     return share
@@ -377,10 +384,11 @@ class _Search:
         )
 
     def rearranged(self, fisher: _C.FisherAccumulator, kept: Kept) -> Kept:
-        return tuple(
+        heads, neurons = (
             {name: _C.rearrange(fisher.gradients(name), units) for name, units in kind.items()}
             for kind in kept
         )
+        return heads, neurons
 
     def put(self, masks: StructureMasks, kept: Kept) -> None:
         """Sets ``masks`` to 1 for what is kept and 0 for the rest."""

@@ -152,7 +152,8 @@ def measure_latency(
     found = structure(model)
     if not found.ffn:
         raise ValueError(f"model ({type(model).__name__}) has no feed-forward network to measure")
-    layer, ffn = next(iter(found.attention.values())), next(iter(found.ffn.values()))
+    layer: Any = next(iter(found.attention.values()))
+    ffn = next(iter(found.ffn.values()))
     like = {"device": layer.out_proj.weight.device, "dtype": layer.out_proj.weight.dtype}
     x = torch.randn(batch_size, length, layer.embed_dim, **like)
     heads = _steps(max(found.heads.values()), 12)

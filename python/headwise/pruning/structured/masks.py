@@ -167,7 +167,7 @@ class MaskedLayerNorm(nn.LayerNorm):
         block: str = "",
     ) -> MaskedLayerNorm:
         """Shares the parameters of ``norm``."""
-        made = cls(norm.normalized_shape, norm.eps, norm.elementwise_affine, device="meta")
+        made = cls(list(norm.normalized_shape), norm.eps, norm.elementwise_affine, device="meta")
         made.weight, made.bias = norm.weight, norm.bias
         made.masks, made.scaled = masks, scaled
         made.reads_stream, made.block = reads_stream, block
@@ -175,7 +175,9 @@ class MaskedLayerNorm(nn.LayerNorm):
         return made.train(norm.training)
 
     def original(self) -> nn.LayerNorm:
-        norm = nn.LayerNorm(self.normalized_shape, self.eps, self.elementwise_affine, device="meta")
+        norm = nn.LayerNorm(
+            list(self.normalized_shape), self.eps, self.elementwise_affine, device="meta"
+        )
         norm.weight, norm.bias = self.weight, self.bias
         carry_hooks(self, norm)
         return norm.train(self.training)
@@ -216,11 +218,12 @@ def attach(model: nn.Module, found: Structure, masks: StructureMasks, hidden: bo
         if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor:
             # A nested tensor has no dimension to mask.
             module.use_nested_tensor = False
-            module._nested_before_masks = True
+            vars(module)["_nested_before_masks"] = True
     after = {norm: block for block, norm in norms_after(model, found).items()}
-    on_stream = []
+    on_stream: list[str] = []
+    stream = found.stream if hidden else None
     if hidden:
-        stream = found.stream
+        assert stream is not None
         if stream.kind == "encoder":
             encoder = model.get_submodule(stream.entry)
             encoder.register_forward_pre_hook(_ScaleInput(masks), with_kwargs=True)
@@ -233,8 +236,8 @@ def attach(model: nn.Module, found: Structure, masks: StructureMasks, hidden: bo
         masked = MaskedLayerNorm.around(
             norm,
             masks,
-            scaled=hidden and not stream.norm_first,
-            reads_stream=not (hidden and stream.kind == "bert" and name in stream.extra_norms),
+            scaled=stream is not None and not stream.norm_first,
+            reads_stream=not (stream and stream.kind == "bert" and name in stream.extra_norms),
             block=after.get(name, ""),
         )
         replace_module(model, norm, masked)
@@ -272,8 +275,8 @@ def detach(model: nn.Module) -> nn.Module:
                 del hooks[key]
                 for option in options:
                     getattr(module, option).pop(key, None)
-        if module.__dict__.pop("_nested_before_masks", False):
-            module.use_nested_tensor = True
+        if vars(module).pop("_nested_before_masks", False):
+            vars(module)["use_nested_tensor"] = True
     return model
 
 

@@ -59,7 +59,7 @@ class _NarrowLayerNorm(nn.LayerNorm):
     dimensions: Tensor
 
     def __init__(self, norm: nn.LayerNorm, kept: int, size: int) -> None:
-        like = {"device": norm.weight.device, "dtype": norm.weight.dtype}
+        like: dict[str, Any] = {"device": norm.weight.device, "dtype": norm.weight.dtype}
         super().__init__(kept, norm.eps, bias=norm.bias is not None, **like)
         self.size = size
         self.register_buffer("dimensions", _dimensions(kept, norm.weight.device))

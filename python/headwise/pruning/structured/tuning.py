@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from headwise import _C
 from headwise.nn.attention_layer import AttentionProbe
 from headwise.nn.instrumenting import instrument
-from headwise.nn.multihead_attention import MultiheadAttention
 from headwise.pruning.structured.description import Structure, TransformerLayer
 from headwise.pruning.structured.masks import StructureMasks
 
@@ -69,12 +68,13 @@ class _Capture:
     """What one run of a layer computed on the way."""
 
     def __init__(self) -> None:
-        self.context: Tensor | None = None  # [B, H, L, d]
-        self.valid: Tensor | None = None  # bool [B, L]
-        self.activations: Tensor | None = None  # [B, L, F]
-        self.after_attention: Tensor | None = None  # [B, L, D], the residual stream
-        self.after_ffn: Tensor | None = None
-        self.output: Tensor | None = None  # [B, L, D], of the layer
+        # Tensors, once the layer has run.
+        self.context: Any = None  # [B, H, L, d]
+        self.valid: Any = None  # bool [B, L]
+        self.activations: Any = None  # [B, L, F]
+        self.after_attention: Any = None  # [B, L, D], the residual stream
+        self.after_ffn: Any = None
+        self.output: Any = None  # [B, L, D], of the layer
 
 
 @torch.no_grad()
@@ -159,17 +159,17 @@ def tune(
             done.blocks += tuned
         calls.student = [runner.run("student", i, masks).output for i in range(len(batches))]
         calls.teacher = [capture.output for capture in expected]
-    if released:
+    if before is None:
         done.step = 1.0
         return done
-    tuned = (dict(masks.heads), dict(masks.neurons))
+    solved = (dict(masks.heads), dict(masks.neurons))
     done.loss = (before.mean().item(),) * 2
     for step in (1.0, 0.5, 0.25):
-        masks.heads, masks.neurons = _between(untuned, tuned, step)
+        masks.heads, masks.neurons = _between(untuned, solved, step)
         after = _losses(model, batches, held_out, loss_fn)
         if after.mean() < done.loss[1] and _is_better(before - after):
             done.loss, done.step = (done.loss[0], after.mean().item()), step
-    masks.heads, masks.neurons = _between(untuned, tuned, done.step)
+    masks.heads, masks.neurons = _between(untuned, solved, done.step)
     return done
 
 
@@ -181,10 +181,11 @@ def _is_better(gain: Tensor) -> bool:
 
 def _between(one: Values, other: Values, step: float) -> Values:
     """The masks ``one`` + step * (``other`` - ``one``)."""
-    return tuple(
+    heads, neurons = (
         {name: torch.lerp(mask, b[name], step) for name, mask in a.items()}
         for a, b in zip(one, other, strict=True)
     )
+    return heads, neurons
 
 
 def _losses(model: nn.Module, batches: Sequence[Any], chosen: list[int], loss_fn) -> Tensor:
@@ -239,7 +240,10 @@ def _sensitivity(
     finally:
         for handle in handles:
             handle.remove()
-    return {layer.name: tuple(_root(sums, layer.name, i) for i in (0, 1)) for layer in found.layers}
+    return {
+        layer.name: (_root(sums, layer.name, 0), _root(sums, layer.name, 1))
+        for layer in found.layers
+    }
 
 
 def _root(sums: dict[tuple[str, int], Tensor], name: str, i: int) -> Tensor:
@@ -312,7 +316,7 @@ class _Runner:
         self.layer, self.masks, self.calls = layer, masks, calls
         self.last, self.held_out = last, held_out
         self.sensitivity = sensitivity  # [D] after attention, [D] after the network
-        self.attention: MultiheadAttention = found.attention[layer.attention]
+        self.attention: Any = found.attention[layer.attention]
         self.ffn = found.ffn[layer.ffn]
         self.norms = [model.get_submodule(name) for name in layer.norms]
 
@@ -461,6 +465,7 @@ class _Runner:
                 best, best_error, best_damp = scale, error, damp
         if best is None:
             return [{"name": name, "damp": None, "error_left": 1.0}]
+        assert best_damp is not None
         return [self._put(values, name, kept, best, best_damp, held_out)]
 
     @staticmethod
