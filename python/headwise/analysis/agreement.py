@@ -47,9 +47,10 @@ class Agreement(Shown):
         ]
 
     def _grid(self) -> Grid:
-        titles = {"row_title": "", "column_title": ""}
         title = f"{self.method} rank correlation of scores"
-        return Grid(title, self.labels, self.labels, self.value.tolist(), **titles)
+        return Grid(
+            title, self.labels, self.labels, self.value.tolist(), row_title="", column_title=""
+        )
 
     def table(self) -> str:
         """A row and a column a score: ``0.71 [0.55, 0.82]``."""

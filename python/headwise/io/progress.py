@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def with_progress(
 ) -> Iterator[Item]:
     """``items`` behind a :func:`progress_bar`; ``total`` by default their number, if they have
     one."""
-    if total is None and hasattr(items, "__len__"):
+    if total is None and isinstance(items, Sized):
         total = len(items)
     with progress_bar(total, what, unit, show) as bar:
         for item in items:

@@ -51,7 +51,7 @@ def _caller(layer: GroupedQueryAttention, draw: Draw) -> Callable[..., Tensor]:
     angles = draw.rope(_WHOLE, width) if width else None
 
     def call(start: int, stop: int, cache: Any = None, **options: Any) -> Tensor:
-        rope = None if angles is None else tuple(table[:, start:stop] for table in angles)
+        rope = None if angles is None else (angles[0][:, start:stop], angles[1][:, start:stop])
         part = x[:, start:stop]
         held = None if cache is None else cache(part)
         return GroupedQueryAttention.forward(layer, part, rope, cache=held, **options)[0]
@@ -79,7 +79,9 @@ def check_gates(model: nn.Module) -> None:
         proof = Proof.of(layer, name, _every_head)
         if proof is not None:
             proof.check(layer, _chosen_heads)
-            _check_choices(layer, name, place_of(layer))
+            place = place_of(layer)
+            assert place is not None  # else there were no proof
+            _check_choices(layer, name, place)
 
 
 def _seeded(call: Callable[[], list[Tensor]], draw: Draw) -> list[Tensor]:
@@ -93,7 +95,7 @@ def _chosen_heads(layer: nn.Module, draw: Draw) -> list[Tensor]:
     return _seeded(lambda: layer_outputs(layer, draw), draw)
 
 
-def _every_head(layer: nn.Module, draw: Draw) -> list[Tensor]:
+def _every_head(layer: Any, draw: Draw) -> list[Tensor]:
     layer._probe = lambda *_: None  # whoever looks at all heads makes the layer compute them
     return _chosen_heads(layer, draw)
 
@@ -104,7 +106,8 @@ def _check_choices(layer: AttentionLayer, name: str, place: Place) -> None:
     written = outputs(copied, _chosen_heads, place.draw())
     if isinstance(layer.gate, GroupGate):
         _check_groups(layer, called(layer, name), seen)
-    if isinstance(layer, GroupedQueryAttention) and not layer.gate.projects:
+    gate = layer.gate
+    if isinstance(layer, GroupedQueryAttention) and gate is not None and not gate.projects:
         _, prompt, step = seen
         if layer.keep_selection:
             _check_kept(called(layer, name), prompt, step)
@@ -152,7 +155,7 @@ def _check_cache(
 ) -> None:
     """Prompt and step must compute what all tokens at once do with the same selections."""
 
-    def whole(own: nn.Module, draw: Draw) -> list[Tensor]:
+    def whole(own: Any, draw: Draw) -> list[Tensor]:
         call, made = _caller(own, draw), []
         for selection in chosen:
             own.gate = _Given(selection)

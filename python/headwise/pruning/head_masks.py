@@ -165,15 +165,15 @@ def _by_layer(
     model: nn.Module,
     given: Mapping[int | str, Any],
     read: Callable[[str, AttentionLayer, Any], Tensor],
-) -> dict[str | int, Tensor]:
+) -> dict[str, Tensor]:
     """Layer name -> ``read(name, layer, value)``, of what is given by position or name."""
     layers = attention_layers(model)
     if not layers:
         raise ValueError(NOT_CONVERTED.format(type(model).__name__))
     names = list(layers)
-    found: dict[str | int, Tensor] = {}
+    found: dict[str, Tensor] = {}
     for key, value in given.items():
-        name = key
+        name: Any = key
         if isinstance(key, int) and not isinstance(key, bool):
             if not 0 <= key < len(names):
                 raise ValueError(f"layer must be in 0..{len(names) - 1}, got {key}")
@@ -189,7 +189,7 @@ def _by_layer(
     return found
 
 
-def _factors(model: nn.Module, mask: Factors) -> dict[str | int, Tensor]:
+def _factors(model: nn.Module, mask: Factors) -> dict[str, Tensor]:
     """Layer name -> float ``[H]``, finite, as views of ``mask``: gradients reach it."""
     if isinstance(mask, Mapping):
         return _by_layer(model, mask, _row)

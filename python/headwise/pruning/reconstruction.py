@@ -179,13 +179,10 @@ def _numbers_kept() -> Iterator[Callable[[nn.Module], tuple[Tensor, Tensor | Non
     kept: list[tuple[Tensor, Tensor]] = []
 
     def keep(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
-        copies = []
-        for own in (linear.weight, linear.bias):
-            copies.append(None if own is None else own.detach().clone())
-            if own is not None:
-                kept.append((own, copies[-1]))
-        weight, bias = copies
-        return weight, bias
+        own = [part for part in (linear.weight, linear.bias) if part is not None]
+        copies = [part.detach().clone() for part in own]
+        kept.extend(zip(own, copies, strict=True))
+        return copies[0], copies[1] if len(copies) > 1 else None
 
     try:
         yield keep

@@ -4,6 +4,7 @@ compute the same on a few made-up tokens."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,9 +60,10 @@ _Part = Callable[[nn.Module, Draw, StructureMasks | None], list[Tensor]]
 
 
 def _parts(found: Structure, plan: StructurePlan) -> list[_Part]:
-    if plan.hidden is not None:
+    if plan.hidden is not None and found.stream is not None:
         return [_stream(found.stream)]
-    touched = {entry.name for entry in (*plan.heads.layers, *plan.ffn, *plan.blocks)}
+    entries: list[Any] = [*plan.heads.layers, *plan.ffn, *plan.blocks]
+    touched = {entry.name for entry in entries}
     layers = [layer for layer in found.layers if touched & {layer.attention, layer.ffn}]
     inside = {name for layer in layers for name in (layer.attention, layer.ffn)}
     alone = touched - inside
