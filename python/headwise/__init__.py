@@ -14,6 +14,9 @@ from headwise import (
     pruning,
     serialization,
 )
+from headwise import (
+    testing as testing,
+)
 from headwise.analysis import calibrate_threshold
 from headwise.convert import convert
 from headwise.explain import Trace, explain, explain_data, head_roles, log_heads, trace

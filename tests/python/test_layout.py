@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "python" / "headwise"
 #: A package imports only from those before it.
-ORDER = "io gates nn convert pruning serialization analysis explain apps".split()
+ORDER = "io gates nn convert pruning serialization analysis explain testing apps".split()
 COMPILED = {"headwise._C", "headwise._build_info"}
 
 

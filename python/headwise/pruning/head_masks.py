@@ -19,7 +19,7 @@ from headwise.pruning.plans import HeadPlan, LayerPlan
 __all__ = ["HeadMask", "head_mask", "plan_from_mask", "prune_heads"]
 
 #: Layers by position or by name -> a factor per head.
-Factors = Tensor | Mapping[int | str, Any]
+Factors = Tensor | Mapping[Any, Any]
 
 
 class HeadMask:

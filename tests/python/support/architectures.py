@@ -23,6 +23,10 @@ class Architecture:
     inputs: Callable[[], dict]
     run: Callable[[nn.Module, dict], Tensor]
 
+    @property
+    def generates(self) -> bool:
+        return self.name.endswith(("ForCausalLM", "LMHeadModel"))
+
 
 def padding_mask(lengths: list[int]) -> Tensor:
     """bool [B, L], True = padding."""

@@ -2,6 +2,7 @@
 
 import headwise as hw
 import torch
+from headwise.testing import check_selection
 
 D, H = 16, 6
 EVERY_GATE = [
@@ -32,14 +33,4 @@ def lively(gate, scale=2.0):
 
 
 def assert_consistent(selection, batch):
-    index, count, weight = selection[:3]
-    assert index.shape == (batch, H) and index.dtype == torch.int32
-    assert count.shape == (batch,) and count.dtype == torch.int32
-    assert weight.shape == (batch, H)
-    for b in range(batch):
-        k = int(count[b])
-        chosen = index[b, :k].tolist()
-        assert chosen == sorted(set(chosen)) and all(0 <= head < H for head in chosen)
-        assert (index[b, k:] == -1).all()
-        others = [head for head in range(H) if head not in chosen]
-        assert (weight[b, others] == 0).all()
+    check_selection(selection, batch, H)
