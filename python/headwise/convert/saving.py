@@ -58,7 +58,7 @@ class SavePretrained:
         reason = _give_original_names(model, state)
         if reason is None:
             call.arguments["state_dict"] = state
-            sizes = _sizes(model, state)
+            sizes: Any = _sizes(model, state)
             reason = sizes if isinstance(sizes, str) else None
         if reason is None:
             with _configured(model.config, sizes):

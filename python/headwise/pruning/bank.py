@@ -210,7 +210,7 @@ def refit_router(
     found: list[Tensor] = []
 
     def record(module: nn.Module, args: tuple, output: Any) -> None:
-        found.append(router_features(*args[:2], module.features))
+        found.append(router_features(args[0], args[1], module.features))
 
     handle = gate.register_forward_hook(record)
     try:

@@ -295,7 +295,7 @@ def output_moments(
                 valid = valid & read
             held = torch.arange(sequences, sequences + len(valid)) % HELD_OUT == HELD_OUT - 1
             parts = [(own[0], ~held), (own[1], held)]
-            if rest is not None:
+            if rest is not None and members is not None:
                 mine = members[sequences : sequences + len(valid)]
                 parts = [(moments, rows & mine) for moments, rows in parts]
                 parts += [(rest[0], ~held & ~mine), (rest[1], held & ~mine)]

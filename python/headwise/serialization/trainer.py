@@ -50,7 +50,7 @@ class GateCallback(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and (folder / WEIGHTS).is_file():
             write_atomic(folder / DESCRIPTION, description(kwargs["model"]))
 

@@ -110,7 +110,7 @@ def swapped(model: nn.Module) -> Iterator[None]:
                 if value is not None
             }
         )
-        if isinstance(moved, BankSelection):
+        if isinstance(moved, BankSelection) and isinstance(selection, BankSelection):
             moved.plan, moved.whole = selection.plan[other], selection.whole
         return moved
 
