@@ -1,6 +1,7 @@
 """Swapping a model's attention for one that chooses its heads."""
 
+from headwise.convert.adapters import qkv
 from headwise.convert.conversion import convert
 from headwise.convert.registry import Architecture, register_architecture
 
-__all__ = ["Architecture", "convert", "register_architecture"]
+__all__ = ["Architecture", "convert", "qkv", "register_architecture"]

@@ -7,7 +7,6 @@ name: RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, ERNIE, data2vec's text model, Ro
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,7 +15,8 @@ from headwise.convert.arguments import one_cache
 from headwise.convert.checks import class_fault
 from headwise.convert.inner_attention import InnerAttention
 from headwise.convert.registry import family, prefix_in
-from headwise.convert.transformers_attention import EncoderStandIn, named
+from headwise.convert.stand_ins import named, stand_ins
+from headwise.convert.transformers_attention import EncoderStandIn
 from headwise.nn.multihead_attention import MultiheadAttention
 
 #: What the classes of a model begin with -> the module that has them. tests/python/test_convert.py
@@ -52,21 +52,7 @@ class SelectedSelfAttention(EncoderStandIn):
         return name.removesuffix("self")
 
 
-@functools.cache
-def _selected(prefix: str) -> type[SelectedSelfAttention]:
-    # It is a BertSelfAttention (RobertaSelfAttention, ...) so that transformers finds it when it
-    # collects attention maps (output_attentions=True).
-    original = named(f"{FAMILY[prefix]}.{prefix}SelfAttention")
-    name = f"Selected{prefix}SelfAttention"
-    return type(name, (SelectedSelfAttention, original), {"__module__": __name__})
-
-
-def __getattr__(name: str) -> type:
-    """``SelectedRobertaSelfAttention`` and the like, made when asked for: pickles name them."""
-    prefix = name.removeprefix("Selected").removesuffix("SelfAttention")
-    if name == f"Selected{prefix}SelfAttention" and prefix in FAMILY:
-        return _selected(prefix)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+selected, __getattr__ = stand_ins(__name__, SelectedSelfAttention, "SelfAttention")
 
 
 class Bert(InnerAttention):
@@ -93,7 +79,7 @@ class Bert(InnerAttention):
         return own.num_attention_heads, own.attention_head_size, own.dropout.p
 
     def successor(self, old: nn.Module, mha: MultiheadAttention) -> nn.Module:
-        return _selected(prefix_in(FAMILY, type(old), "SelfAttention"))(old, mha)
+        return selected(type(old))(old, mha)
 
 
 ARCHITECTURE = Bert()

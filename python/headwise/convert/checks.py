@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import nn
 
@@ -117,6 +118,22 @@ def children_fault(
     if more:
         return f"it holds '{more[0]}'{where}, which its class does not have"
     return parameters_fault(name, module, parameters)
+
+
+# The last two are those of converted models.
+_PLAIN = {"eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"}
+_PLAIN |= {"headwise", "headwise_causal"}
+
+
+def implementation_fault(config: Any) -> str | None:
+    """Why a model whose attention is computed by something of somebody's own is refused."""
+    name = getattr(config, "_attn_implementation", None)
+    if name is None or name in _PLAIN:
+        return None
+    return (
+        f"its implementation {str(name)[:60]!r} is none that is known to be plain attention "
+        f"(model.set_attn_implementation('sdpa') chooses one that is)"
+    )
 
 
 def first(faults: Iterable[str | None]) -> str | None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import NamedTuple
 
 from torch import nn
 
+from headwise.convert.adapters import check_adapters
 from headwise.convert.discovery import Candidate, Found, find_attention, refusals_text
 from headwise.convert.registry import Architecture
 from headwise.convert.saving import save_as_the_original
@@ -34,6 +35,7 @@ def convert(
     strict: bool = True,
     keep_selection: bool | None = None,
     verify: bool = True,
+    adapters: Mapping[type, Architecture] | None = None,
 ) -> nn.Module:
     """Swaps the attention of ``model`` in place for layers that choose their heads.
 
@@ -61,12 +63,15 @@ def convert(
             a few made-up tokens, in the model's dtype, without a gate: with padding, and with a
             cache if there is one. Then run each kind of gated layer and compare it with all of its
             heads, weighted by the gate. Layers on the meta device cannot be run, and are not.
+        adapters: classes of attention of your own, each with what :func:`headwise.convert.qkv` says
+            of it.
 
     Returns:
         ``model``, or its successor if it is itself a ``torch.nn.MultiheadAttention``.
 
     Raises:
-        TypeError: ``model`` is not a module, or ``gate`` is neither a gate nor a function.
+        TypeError: ``model`` is not a module, ``gate`` is neither a gate nor a function, or
+            ``adapters`` is no mapping of classes to adapters.
         ValueError: there is no attention in ``model`` that can be converted, or (``strict``) some
             that cannot; the text lists each and why. Or a converted layer does not compute what it
             did (``verify``). Or ``keep_selection`` is given and ``model`` is no decoder.
@@ -85,7 +90,7 @@ def convert(
             f"got {type(gate).__name__}"
         )
     check_transformers(model)
-    found = find_attention(model)
+    found = find_attention(model, check_adapters(adapters))
     if found.refused and (strict or not (found.supported or found.converted)):
         raise ValueError(refusals_text(model, found))
     if not found.supported and not found.converted:

@@ -1,36 +1,51 @@
-"""What conversions of transformers decoders (version 5) share: caches, masks, the successor.
+"""What conversions of transformers models (version 5) to :class:`headwise.GroupedQueryAttention`
+share: caches, masks, the successor.
 
-A converted decoder names "headwise_causal" as its attention implementation. Where a mask is the
-causal one and nothing else, its layers are then handed no L x S mask but the padding alone.
+A converted model names "headwise_causal" as its attention implementation. Where a mask is the
+causal one, or that of padding, and nothing else, its layers are then handed no L x S mask but the
+padding alone.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
-from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    DynamicCache,
+    EncoderDecoderCache,
+)
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    prepare_padding_mask,
+    sdpa_mask,
+)
 
 from headwise.convert.arguments import check_arguments, handed_on, one_cache, wants_maps
-from headwise.convert.kept_selection import LayerCacheOf
-from headwise.convert.older_versions import query_offset
+from headwise.convert.kept_selection import CrossCacheOf, LayerCacheOf
+from headwise.convert.masks import split
+from headwise.convert.older_versions import collects_maps, query_offset
+from headwise.convert.projections import Projected, ProjectedStandIn
 from headwise.convert.transformers_attention import (
-    for_each_sequence,
+    name_implementation,
     unconverted_attention,
     use_plain_implementation,
 )
 from headwise.nn.grouped_query_attention import GroupedQueryAttention
-from headwise.nn.proof import Draw
+from headwise.nn.proof import Draw, Trial
 
-#: The attention implementation that converted decoders name in their configuration.
+#: The attention implementation that converted models name in their configuration.
 IMPLEMENTATION = "headwise_causal"
 
 
-def _causal_mask(
+def _mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
@@ -40,7 +55,10 @@ def _causal_mask(
     attention_mask: Tensor | None = None,
     **options: Any,
 ) -> Tensor | None:
-    """None, the padding bool [B, S] of a causal call, or bool [B, 1, L, S]; True = may be seen."""
+    """None, the padding [B, S] of a causal or bidirectional call, or bool [B, 1, L, S]; nonzero =
+    may be seen."""
+    if mask_function is bidirectional_mask_function and kv_offset == 0:
+        return None if attention_mask is None else attention_mask[:, -kv_length:]
     ends_together = (q_length == 1 or kv_length == q_length) and not isinstance(q_offset, Tensor)
     if mask_function is causal_mask_function and ends_together and kv_offset == 0:
         if q_offset + q_length == kv_length and attention_mask is not None:
@@ -59,79 +77,46 @@ def _causal_mask(
 
 
 AttentionInterface.register(IMPLEMENTATION, unconverted_attention)
-AttentionMaskInterface.register(IMPLEMENTATION, _causal_mask)
+AttentionMaskInterface.register(IMPLEMENTATION, _mask)
 
 
-class _Call(NamedTuple):
-    """The masks of a call, as the layer takes them."""
+class Told:
+    """What the self-attention of a block tells the cross-attention after it: which of the queries
+    are padding, which the model tells only the first."""
 
-    key_padding_mask: Tensor | None  # [B, S], True = padding
-    query_padding_mask: Tensor | None  # [B, L]
-    attn_mask: Tensor | None  # [B, 1 or H, L, S], True = may not attend, or floating
-    is_causal: bool
+    def __init__(self) -> None:
+        self.padding: Tensor | None = None  # [B, L]
 
+    def take(self, x: Tensor) -> Tensor | None:
+        padding, self.padding = self.padding, None
+        return padding if padding is not None and padding.shape == x.shape[:2] else None
 
-def _split(mask: Tensor | None, x: Tensor, causal: bool, first: int | Tensor | None) -> _Call:
-    """``first``: the column of ``mask`` that stands for the first query; None: the last L do."""
-    length = x.size(1)
-    if mask is None:
-        return _Call(None, None, None, causal and length > 1)
-    mask = for_each_sequence(mask, x)
-    if mask.dim() == 2:  # [B, S], nonzero = token
-        padding = mask == 0
-        return _Call(padding, padding[:, -length:], None, causal)
-    if mask.dim() != 4:
-        raise ValueError(
-            f"attention_mask must have 2 or 4 dimensions, got {mask.dim()} "
-            f"(shape {tuple(mask.shape)})"
-        )
-    if mask.dtype == torch.bool:
-        mask = unseen = ~mask  # True = may not attend
-    else:
-        # transformers writes 'may not attend' as the lowest finite number.
-        unseen = mask < torch.finfo(mask.dtype).min / 2
-        mask = mask.masked_fill(unseen, float("-inf"))
-    # A token that does not see itself is padding.
-    unseen = unseen.all(dim=1).expand(-1, length, -1)  # [B, L, S]
-    if not isinstance(first, Tensor):
-        padding = unseen.diagonal(mask.size(3) - length if first is None else first, 1, 2)  # [B, L]
-    else:
-        own = (torch.arange(length, device=mask.device) + first)[None, :, None]  # [1, L, 1]
-        padding = unseen.gather(2, own.expand(unseen.size(0), -1, -1)).squeeze(2)
-    if mask.size(1) == 1 and mask.size(2) == 1:  # the same for every head and query
-        return _Call(mask[:, 0, 0, :], padding, None, False)
-    return _Call(None, padding, mask, False)
+    def __getstate__(self) -> dict[str, Any]:
+        return {"padding": None}
 
 
-class SelectedDecoderAttention(GroupedQueryAttention):
-    """Stands in for a decoder's attention; its projections have the names of the original's."""
+class SelectedDecoderAttention(ProjectedStandIn):
+    """Stands in for attention of transformers.
+
+    Attributes:
+        told: what a block's self- and cross-attention share; None: there is no cross-attention.
+    """
 
     #: Whether the original rotates queries and keys, and so must be given the angles.
     rotates = True
-
-    def __init__(self, original: nn.Module, sizes: Mapping[str, Any], **factory: Any):
-        super().__init__(**sizes, **factory)
-        for name, value in vars(original).items():  # config, layer_idx, is_causal, scaling, ...
-            if not name.startswith("_") and name not in self.__dict__:
-                setattr(self, name, value)
-
-    def _resized(self, sizes: Mapping[str, Any], **factory: Any) -> SelectedDecoderAttention:
-        return type(self)(self, sizes, **factory)
-
-    def original_state(self, name: str, state: dict[str, Tensor]) -> None:
-        """Gives the tensors of this module, which stands at ``name``, the names and layout that
-        the original has in a state dict: those that they have."""
+    told: Told | None = None
 
     def trial_cache(self) -> Callable[[Tensor], LayerCacheOf]:
         cache = DynamicCache()
         return lambda x: self._layer_cache(cache, x, False, {})
 
     def _layer_cache(
-        self, past: Any, x: Tensor, only_own: bool, options: dict[str, Any]
+        self, past: Any, x: Tensor, only_own: bool, options: dict[str, Any], cross: bool = False
     ) -> LayerCacheOf:
-        return LayerCacheOf(
+        number = getattr(self, "layer_idx", None)  # an encoder's layers may have none
+        return (CrossCacheOf if cross else LayerCacheOf)(
             past,
-            self.layer_idx,
+            0 if number is None else number,
             groups=self.num_key_value_heads,
             batch=x.size(0),
             length=x.size(1),
@@ -156,60 +141,139 @@ class SelectedDecoderAttention(GroupedQueryAttention):
         1, S]: boolean (True = may attend) or floating (added to the scores). ``past_key_values`` is
         the name of ``cache`` in older versions of transformers.
         """
-        check_arguments(self, options)
         past = one_cache(self, cache, past_key_values)
         if self.rotates and position_embeddings is None:
             raise TypeError(f"{type(self).__name__} needs position_embeddings, got None")
-        length = hidden_states.size(1)
+        rope = position_embeddings if self.rotates else None
+        return self.attend(hidden_states, attention_mask, past, options, rope)
+
+    def attend(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        past: Any,
+        options: dict[str, Any],
+        rope: tuple[Tensor, Tensor] | None = None,
+        memory: Tensor | None = None,
+        bias: Callable[[int, int | Tensor], Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention with the masks and caches of transformers.
+
+        Args:
+            x: ``[B, L, D]``.
+            mask: as :func:`headwise.convert.masks.split` takes it.
+            past: a cache of transformers, or None.
+            options: what else the original was called with.
+            rope: the rotary embedding's cosines and sines.
+            memory: ``[B, S, D]``, the other sequence of cross-attention.
+            bias: of the number of keys and the position of the first query: what is added to the
+                scores, ``[1 or B, H, L, S]``.
+
+        Returns:
+            The output ``[B, L, D]`` and, if asked for, maps ``[B, H, L, S]``.
+        """
+        check_arguments(self, options)
+        cross, length = memory is not None, x.size(1)
         causal = options.get("is_causal")
-        if causal is None or attention_mask is not None:  # a mask says who sees whom
-            causal = self.is_causal
-        first, layer_cache = None, None
+        if cross or causal is None or (mask is not None and mask.dim() == 4):
+            causal = self.is_causal and not cross  # a mask of four dimensions says who sees whom
+        first, layer_cache, keys, position = None, None, length, 0
         if past is not None:
-            past = getattr(past, "self_attention_cache", past)
-            if attention_mask is not None and attention_mask.dim() == 4:
-                _, offset = past.get_mask_sizes(length, self.layer_idx)
-                first = query_offset(past, self.layer_idx) - offset
-                if isinstance(first, Tensor):
-                    first = first.clone()  # the cache counts on in place
             # Without a mask, more than one token are the first ones.
-            only_own = attention_mask is None and length > 1
-            layer_cache = self._layer_cache(past, hidden_states, only_own, handed_on(options))
-        call = _split(attention_mask, hidden_states, causal, first)
-        return super().forward(
-            hidden_states,
-            position_embeddings,
+            only_own = not cross and mask is None and length > 1
+            past = past if cross else getattr(past, "self_attention_cache", past)
+            whole = mask is not None and mask.dim() == 4
+            if not cross and (whole or bias is not None):
+                position = query_offset(past, self.layer_idx)
+                if isinstance(position, Tensor):
+                    position = position.clone()  # the cache counts on in place
+                held, offset = past.get_mask_sizes(length, self.layer_idx)
+                keys, first = length if only_own else held, position - offset
+            layer_cache = self._layer_cache(past, x, only_own, handed_on(options), cross)
+        call = split(mask, x, causal, first, cross)
+        if self.told is not None:
+            if cross:
+                call = call._replace(query_padding_mask=self.told.take(x))
+            else:
+                self.told.padding = call.query_padding_mask
+        if bias is not None:
+            call = call.with_bias(bias(keys if memory is None else memory.size(1), position))
+        if options.get("output_attentions") is None:  # not all models hand this down
+            options["output_attentions"] = collects_maps(self.config)
+        return GroupedQueryAttention.forward(
+            self,
+            x,
+            rope,
             key_padding_mask=call.key_padding_mask,
             query_padding_mask=call.query_padding_mask,
             attn_mask=call.attn_mask,
             is_causal=call.is_causal,
             cache=layer_cache,
+            memory=memory,
             need_weights=wants_maps(self.config, options),
         )
 
 
+class TransformersProjected(Projected):
+    """Attention of transformers that becomes a :class:`SelectedDecoderAttention`."""
+
+    def trial(self, module: nn.Module) -> Trial:
+        width = module.get_submodule(self.places.output).out_features
+        rope = self.sizes(module)["head_dim"] if self.rotates(module) else None
+        if not module.is_causal and getattr(module, "is_decoder", False):
+            return functools.partial(cross_outputs, width=width, cache_word=cache_word(module))
+        if not self.caches(module):
+            return functools.partial(encoder_outputs, width=width, rope=rope)
+        word = cache_word(module)
+        return functools.partial(decoder_outputs, width=width, rope=rope, cache_word=word)
+
+    def caches(self, module: nn.Module) -> bool:
+        """Whether ``module`` is causal attention that is handed a cache."""
+        return module.is_causal
+
+    def rotates(self, module: nn.Module) -> bool:
+        """Whether ``module`` is handed the angles of a rotary embedding."""
+        return False
+
+    def finish(self, model: nn.Module, converted: list[nn.Module]) -> None:
+        configs = [module.config for module in converted if hasattr(module, "config")]
+        name_implementation(model, configs, IMPLEMENTATION)
+        _link(model)
+
+
+def _link(model: nn.Module) -> None:
+    """Lets the self-attention of each decoder block tell the cross-attention what is padding."""
+    before: SelectedDecoderAttention | None = None
+    for module in model.modules():
+        if not isinstance(module, SelectedDecoderAttention):
+            continue
+        if getattr(module, "is_decoder", False) and not module.is_causal:
+            if before is not None and before.is_causal and before.told is None:
+                before.told = module.told = Told()
+        before = module
+
+
 def cache_word(original: nn.Module) -> str:
     """What the original calls the argument that is its cache; transformers has renamed it."""
-    return "cache" if "cache" in inspect.signature(original.forward).parameters else _OLD_WORD
-
-
-_OLD_WORD = "past_key_values"
+    known = inspect.signature(original.forward).parameters
+    return next((word for word in ("cache", "layer_past") if word in known), "past_key_values")
 
 
 def decoder_outputs(
     own: nn.Module, draw: Draw, width: int, rope: int | None, cache_word: str
 ) -> list[Tensor]:
-    """A trial of a decoder's attention and what stands in for it: with padding, without a mask, and
-    with a cache, three tokens and then one."""
+    """A trial of causal attention and what stands in for it: with padding, without a mask, and with
+    a cache, three tokens and then one."""
     use_plain_implementation(own)
     tokens, length = draw(2, 5, width), 5
     angles = None if rope is None else draw.rope(length, rope)
+    word = mask_word(own)
 
     def call(start: int, stop: int, mask: Tensor | None, cache: Any = None) -> Tensor:
-        options = {} if cache is None else {cache_word: cache}
+        options = {word: mask} if cache is None else {word: mask, cache_word: cache}
         if angles is not None:
             options["position_embeddings"] = tuple(table[:, start:stop] for table in angles)
-        return own(tokens[:, start:stop].contiguous(), attention_mask=mask, **options)[0]
+        return own(tokens[:, start:stop].contiguous(), **options)[0]
 
     unseen = torch.ones(length, length, dtype=torch.bool, device=tokens.device).triu(1)
     padded = draw.added(unseen | draw.padding(2, length)[:, None, None, :])
@@ -219,3 +283,31 @@ def decoder_outputs(
     if own.config._attn_implementation != "eager":  # which is always given a mask
         made.append(call(0, length, None))
     return made
+
+
+def encoder_outputs(own: nn.Module, draw: Draw, width: int, rope: int | None) -> list[Tensor]:
+    """A trial of attention that sees all of its sequence: with padding and without a mask."""
+    use_plain_implementation(own)
+    tokens = draw(2, 5, width)
+    mask = draw.added(draw.padding(2, 5)[:, None, None, :].expand(-1, -1, 5, -1))
+    options = {} if rope is None else {"position_embeddings": draw.rope(5, rope)}
+    return [own(tokens, **{mask_word(own): seen}, **options)[0] for seen in (mask, None)]
+
+
+def cross_outputs(own: nn.Module, draw: Draw, width: int, cache_word: str) -> list[Tensor]:
+    """A trial of cross-attention: with padding, and with a cache that an earlier call filled."""
+    use_plain_implementation(own)
+    tokens, memory = draw(2, 5, width), draw(2, 4, width)
+    mask = draw.added(draw.padding(2, 4)[:, None, None, :].expand(-1, -1, 5, -1))
+    cache, word = EncoderDecoderCache(DynamicCache(), DynamicCache()), mask_word(own)
+    calls = [
+        {word: mask},
+        {cache_word: cache},
+        {word: mask, cache_word: cache},
+    ]
+    return [own(tokens, key_value_states=memory, **options)[0] for options in calls]
+
+
+def mask_word(own: nn.Module) -> str:
+    """What attention calls the argument that is its mask."""
+    return "mask" if "mask" in inspect.signature(own.forward).parameters else "attention_mask"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from headwise.convert.registry import (
+    REFUSED,
     Architecture,
     class_path,
     find_architecture,
@@ -73,7 +75,7 @@ def _owners(model: nn.Module) -> dict[int, int]:
     return counts
 
 
-def find_attention(model: nn.Module) -> Found:
+def find_attention(model: nn.Module, adapters: Mapping[type, Architecture] | None = None) -> Found:
     """Walks ``model`` from the outside in; what stands inside a module that was found is its."""
     found = Found()
     seen: set[int] = set()
@@ -86,7 +88,7 @@ def find_attention(model: nn.Module) -> Found:
         if isinstance(module, AttentionLayer):
             found.converted.append(module)
             return
-        architecture = find_architecture(module)
+        architecture = find_architecture(module, adapters)
         if architecture is not None and not architecture.is_converted(module):
             reason = architecture.refusal(module)
             if reason is None and any(
@@ -116,6 +118,9 @@ def _overrides(module: nn.Module) -> bool:
 
 
 def _why_unknown(module: nn.Module) -> str:
+    reason = REFUSED.get(class_path(type(module)))
+    if reason is not None:
+        return reason
     base = known_base(type(module))
     if base is not None:
         name = overridden(type(module), base)

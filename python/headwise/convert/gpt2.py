@@ -23,6 +23,7 @@ from headwise.convert.checks import (
     first,
     forward_fault,
     hooks_fault,
+    implementation_fault,
     projection_fault,
 )
 from headwise.convert.decoder import (
@@ -31,14 +32,9 @@ from headwise.convert.decoder import (
     cache_word,
     decoder_outputs,
 )
-from headwise.convert.older_versions import collects_maps
+from headwise.convert.parameters import in_the_mode_of, remade
 from headwise.convert.registry import Architecture
-from headwise.convert.transformers_attention import (
-    implementation_fault,
-    in_the_mode_of,
-    name_implementation,
-    remade,
-)
+from headwise.convert.transformers_attention import name_implementation
 from headwise.nn.grouped_query_attention import GroupedQueryAttention
 from headwise.nn.layers import carry_hooks
 from headwise.nn.proof import Trial
@@ -80,8 +76,6 @@ class SelectedGPT2Attention(SelectedDecoderAttention, GPT2Attention):
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """As :meth:`SelectedDecoderAttention.forward`, with GPT-2's order of arguments."""
-        if options.get("output_attentions") is None:  # GPT-2's model does not hand this down
-            options["output_attentions"] = collects_maps(self.config)
         output, maps = super().forward(
             hidden_states, attention_mask=attention_mask, cache=cache, **options
         )

@@ -121,6 +121,9 @@ class LayerCacheOf:
             k, v = k[:, :, : self._length], v[:, :, : self._length]
         return k, v
 
+    def held(self) -> tuple[Tensor, Tensor] | None:
+        return None
+
     @property
     def _held(self) -> Any:
         """The layer of the cache; None: it comes into being when it is first updated."""
@@ -196,3 +199,27 @@ class LayerCacheOf:
         if room.size(1) < wanted:
             held.is_initialized, held.keys, held.values = False, None, None
         return slots
+
+
+class CrossCacheOf(LayerCacheOf):
+    """The part of an ``EncoderDecoderCache`` that belongs to cross-attention."""
+
+    def __init__(self, cache: Any, layer: int, **options: Any):
+        if not hasattr(cache, "cross_attention_cache"):
+            raise TypeError(
+                f"cache must be an EncoderDecoderCache in cross-attention, got "
+                f"{type(cache).__name__}"
+            )
+        super().__init__(cache.cross_attention_cache, layer, **options)
+        self._whole = cache
+
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = super().update(k, v)
+        self._whole.is_updated[self._layer] = True
+        return k, v
+
+    def held(self) -> tuple[Tensor, Tensor] | None:
+        if not self._whole.is_updated.get(self._layer):
+            return None
+        held = self._held
+        return held.keys, held.values

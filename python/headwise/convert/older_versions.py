@@ -27,4 +27,4 @@ def collects_maps(config: Any) -> bool:
     collector = getattr(output_capturing, "_active_collector", None)
     if collector is None or torch.compiler.is_compiling():
         return getattr(config, "output_attentions", False)
-    return "attentions" in (collector.get() or ())
+    return any(name.endswith("attentions") for name in collector.get() or ())

@@ -5,7 +5,6 @@ value) and ``output``, sees no mask, and gives no attention maps; those are the 
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,9 +13,9 @@ from headwise.convert.checks import class_fault
 from headwise.convert.inner_attention import InnerAttention
 from headwise.convert.older_versions import collects_maps
 from headwise.convert.registry import family, prefix_in
+from headwise.convert.stand_ins import named, stand_ins
 from headwise.convert.transformers_attention import (
     EncoderStandIn,
-    named,
     use_plain_implementation,
 )
 from headwise.nn.multihead_attention import MultiheadAttention
@@ -42,21 +41,9 @@ class SelectedSelfAttention(EncoderStandIn):
         return name.removesuffix("attention")
 
 
-@functools.cache
-def _selected(prefix: str) -> type[SelectedSelfAttention]:
-    # It is a ViTSelfAttention (DeiTSelfAttention, ...) so that transformers finds it when it
-    # collects attention maps (output_attentions=True).
-    original = named(f"{_FAMILY[prefix]}.{prefix}SelfAttention")
-    name = f"Selected{prefix}SelfAttention"
-    return type(name, (SelectedSelfAttention, original), {"__module__": __name__})
-
-
-def __getattr__(name: str) -> type:
-    """``SelectedDeiTSelfAttention`` and the like, made when first asked for: pickles name them."""
-    prefix = name.removeprefix("Selected").removesuffix("SelfAttention")
-    if name == f"Selected{prefix}SelfAttention" and prefix in _FAMILY:
-        return _selected(prefix)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+selected, __getattr__ = stand_ins(
+    __name__, SelectedSelfAttention, "SelfAttention", classes_of="headwise.convert.vit"
+)
 
 
 class OlderVisionTransformer(InnerAttention):
@@ -78,7 +65,7 @@ class OlderVisionTransformer(InnerAttention):
         return own.num_attention_heads, own.attention_head_size, own.dropout_prob
 
     def successor(self, old: nn.Module, mha: MultiheadAttention) -> nn.Module:
-        return _selected(prefix_in(_FAMILY, type(old), "SelfAttention"))(old, mha)
+        return selected(type(old))(old, mha)
 
     def trial(self, module: nn.Module) -> Trial:
         width = module.attention.query.in_features

@@ -18,54 +18,127 @@ from torch import nn
 from headwise.nn.attention_layer import AttentionLayer
 from headwise.nn.proof import Trial
 
-_BERT, _LLAMA, _VIT = (f"headwise.convert.{name}" for name in ("bert", "llama", "vit"))
-_MODELS = "transformers.models."
+
+def _of_transformers(file: str, *names: str, suffix: str = "Attention") -> dict[str, str]:
+    """``"folder.Prefix"`` names the class ``PrefixAttention`` of the model in that folder."""
+    split = [name.split(".") for name in names]
+    module = "transformers.models.{0}.modeling_{0}.{1}{2}"
+    return {module.format(*own, suffix): f"headwise.convert.{file}" for own in split}
+
 
 # Class of the module that holds the attention -> file whose ARCHITECTURE converts it.
 _FILES = {
     "torch.nn.modules.activation.MultiheadAttention": "headwise.convert.torch_attention",
-    f"{_MODELS}albert.modeling_albert.AlbertAttention": "headwise.convert.albert",
-    f"{_MODELS}audio_spectrogram_transformer.modeling_audio_spectrogram_transformer.ASTAttention": (
-        _VIT
+    **_of_transformers("albert", "albert.Albert"),
+    **_of_transformers(
+        "bart",
+        "bart.Bart",
+        "blenderbot.Blenderbot",
+        "blenderbot_small.BlenderbotSmall",
+        "m2m_100.M2M100",
+        "marian.Marian",
+        "mbart.MBart",
+        "pegasus.Pegasus",
+        "plbart.PLBart",
+        "whisper.Whisper",
     ),
-    f"{_MODELS}bert.modeling_bert.BertAttention": _BERT,
-    f"{_MODELS}camembert.modeling_camembert.CamembertAttention": _BERT,
-    f"{_MODELS}data2vec.modeling_data2vec_text.Data2VecTextAttention": _BERT,
-    f"{_MODELS}deit.modeling_deit.DeiTAttention": _VIT,
-    f"{_MODELS}dinov2.modeling_dinov2.Dinov2Attention": _VIT,
-    f"{_MODELS}dinov2_with_registers.modeling_dinov2_with_registers."
-    "Dinov2WithRegistersAttention": _VIT,
-    f"{_MODELS}distilbert.modeling_distilbert.DistilBertSelfAttention": (
-        "headwise.convert.distilbert"
+    **_of_transformers(
+        "bert",
+        "bert.Bert",
+        "camembert.Camembert",
+        "data2vec.Data2VecText",
+        "electra.Electra",
+        "ernie.Ernie",
+        "roberta.Roberta",
+        "roc_bert.RoCBert",
+        "xlm_roberta.XLMRoberta",
     ),
-    f"{_MODELS}electra.modeling_electra.ElectraAttention": _BERT,
-    f"{_MODELS}ernie.modeling_ernie.ErnieAttention": _BERT,
-    f"{_MODELS}ijepa.modeling_ijepa.IJepaAttention": _VIT,
-    f"{_MODELS}roberta.modeling_roberta.RobertaAttention": _BERT,
-    f"{_MODELS}roc_bert.modeling_roc_bert.RoCBertAttention": _BERT,
-    f"{_MODELS}vit.modeling_vit.ViTAttention": _VIT,
-    f"{_MODELS}vit_mae.modeling_vit_mae.ViTMAEAttention": _VIT,
-    f"{_MODELS}vit_msn.modeling_vit_msn.ViTMSNAttention": _VIT,
-    f"{_MODELS}xlm_roberta.modeling_xlm_roberta.XLMRobertaAttention": _BERT,
-    f"{_MODELS}arcee.modeling_arcee.ArceeAttention": _LLAMA,
-    f"{_MODELS}dots1.modeling_dots1.Dots1Attention": _LLAMA,
-    f"{_MODELS}eurobert.modeling_eurobert.EuroBertAttention": _LLAMA,
-    f"{_MODELS}gemma.modeling_gemma.GemmaAttention": _LLAMA,
-    f"{_MODELS}granite.modeling_granite.GraniteAttention": _LLAMA,
-    f"{_MODELS}granitemoe.modeling_granitemoe.GraniteMoeAttention": _LLAMA,
-    f"{_MODELS}granitemoeshared.modeling_granitemoeshared.GraniteMoeSharedAttention": _LLAMA,
-    f"{_MODELS}hyperclovax.modeling_hyperclovax.HyperCLOVAXAttention": _LLAMA,
-    f"{_MODELS}jais2.modeling_jais2.Jais2Attention": _LLAMA,
-    f"{_MODELS}llama.modeling_llama.LlamaAttention": _LLAMA,
-    f"{_MODELS}mistral.modeling_mistral.MistralAttention": _LLAMA,
-    f"{_MODELS}mixtral.modeling_mixtral.MixtralAttention": _LLAMA,
-    f"{_MODELS}phimoe.modeling_phimoe.PhimoeAttention": _LLAMA,
-    f"{_MODELS}qwen2.modeling_qwen2.Qwen2Attention": _LLAMA,
-    f"{_MODELS}qwen2_moe.modeling_qwen2_moe.Qwen2MoeAttention": _LLAMA,
-    f"{_MODELS}qwen3.modeling_qwen3.Qwen3Attention": _LLAMA,
-    f"{_MODELS}qwen3_moe.modeling_qwen3_moe.Qwen3MoeAttention": _LLAMA,
-    f"{_MODELS}solar_open.modeling_solar_open.SolarOpenAttention": _LLAMA,
-    f"{_MODELS}gpt2.modeling_gpt2.GPT2Attention": "headwise.convert.gpt2",
+    "transformers.models.data2vec.modeling_data2vec_text.Data2VecTextAttention": (
+        "headwise.convert.bert"
+    ),
+    **_of_transformers(
+        "clip",
+        "altclip.AltCLIP",
+        "clip.CLIP",
+        "clipseg.CLIPSeg",
+        "siglip.Siglip",
+        "siglip2.Siglip2",
+    ),
+    **_of_transformers("distilbert", "distilbert.DistilBert", suffix="SelfAttention"),
+    **_of_transformers("gpt2", "gpt2.GPT2"),
+    **_of_transformers("gpt_neox", "gpt_neox.GPTNeoX"),
+    **_of_transformers(
+        "llama",
+        "arcee.Arcee",
+        "dots1.Dots1",
+        "eurobert.EuroBert",
+        "gemma.Gemma",
+        "gemma2.Gemma2",
+        "gemma3.Gemma3",
+        "granite.Granite",
+        "granitemoe.GraniteMoe",
+        "granitemoeshared.GraniteMoeShared",
+        "hyperclovax.HyperCLOVAX",
+        "jais2.Jais2",
+        "llama.Llama",
+        "mistral.Mistral",
+        "mixtral.Mixtral",
+        "phimoe.Phimoe",
+        "qwen2.Qwen2",
+        "qwen2_moe.Qwen2Moe",
+        "qwen3.Qwen3",
+        "qwen3_moe.Qwen3Moe",
+        "smollm3.SmolLM3",
+        "solar_open.SolarOpen",
+    ),
+    **_of_transformers("modernbert", "modernbert.ModernBert"),
+    **_of_transformers("mpnet", "mpnet.MPNet", suffix="SelfAttention"),
+    **_of_transformers("neighbours", "cohere.Cohere", "glm.Glm", "glm4.Glm4"),
+    **_of_transformers("opt", "opt.OPT"),
+    **_of_transformers("phi3", "phi3.Phi3"),
+    **_of_transformers("t5", "mt5.MT5", "t5.T5"),
+    **_of_transformers(
+        "vit",
+        "audio_spectrogram_transformer.AST",
+        "deit.DeiT",
+        "dinov2.Dinov2",
+        "dinov2_with_registers.Dinov2WithRegisters",
+        "ijepa.IJepa",
+        "vit.ViT",
+        "vit_mae.ViTMAE",
+        "vit_msn.ViTMSN",
+    ),
+    "transformers.models.data2vec.modeling_data2vec_audio.Data2VecAudioAttention": (
+        "headwise.convert.wav2vec2"
+    ),
+    **_of_transformers(
+        "wav2vec2",
+        "hubert.Hubert",
+        "sew.SEW",
+        "unispeech.UniSpeech",
+        "unispeech_sat.UniSpeechSat",
+        "wav2vec2.Wav2Vec2",
+    ),
+}
+
+_HEADS_TOGETHER = "it normalises queries and keys over all heads at once: no head can go by itself"
+_DISENTANGLED = "its scores have terms of their own for relative positions (disentangled attention)"
+_WINDOWS = "it attends within windows, each a row of its batch: a gate would see no whole image"
+_GATED = "it multiplies what its heads compute by gates of its own"
+
+# Class of attention that is known and not converted -> why.
+REFUSED = {
+    f"transformers.models.{folder}.modeling_{folder}.{name}": reason
+    for folder, name, reason in (
+        ("deberta", "DisentangledSelfAttention", _DISENTANGLED),
+        ("deberta_v2", "DisentangledSelfAttention", _DISENTANGLED),
+        ("gpt_oss", "GptOssAttention", "its softmax has a learned sink for each head"),
+        ("olmo2", "Olmo2Attention", _HEADS_TOGETHER),
+        ("olmo3", "Olmo3Attention", _HEADS_TOGETHER),
+        ("qwen3_next", "Qwen3NextAttention", _GATED),
+        ("swin", "SwinAttention", _WINDOWS),
+        ("wavlm", "WavLMAttention", "its position bias is gated by the layer's input"),
+    )
 }
 _REGISTERED: dict[str, Architecture] = {}
 
@@ -170,9 +243,13 @@ def known_base(kind: type) -> type | None:
     return next((base for base in kind.__mro__ if class_path(base) in known), None)
 
 
-def find_architecture(module: nn.Module) -> Architecture | None:
+def find_architecture(
+    module: nn.Module, adapters: Mapping[type, Architecture] | None = None
+) -> Architecture | None:
     """The architecture that stands for the class of ``module``, or for a base class of which it
-    overrides nothing."""
+    overrides nothing; what ``adapters`` say of exactly its class comes first."""
+    if adapters and type(module) in adapters:
+        return adapters[type(module)]
     base = known_base(type(module))
     if base is None or overridden(type(module), base) is not None:
         return None

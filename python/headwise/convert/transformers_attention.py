@@ -7,8 +7,7 @@ its layers the padding mask as the tokenizer made it.
 from __future__ import annotations
 
 import copy
-import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,8 +25,11 @@ from headwise.convert.checks import (
     first,
     forward_fault,
     hooks_fault,
+    implementation_fault,
     projection_fault,
 )
+from headwise.convert.masks import for_each_sequence
+from headwise.convert.parameters import in_the_mode_of, remade
 from headwise.convert.registry import Architecture
 from headwise.gates.linears import check_read
 from headwise.nn.layers import carry_hooks
@@ -155,12 +157,6 @@ def split_masks(
     return padding, mask.expand(batch, heads, length, -1).reshape(batch * heads, length, -1)
 
 
-def for_each_sequence(mask: Tensor, x: Tensor) -> Tensor:
-    """A mask whose first dimension is the batch of x; transformers takes one mask for all."""
-    shared = mask.size(0) == 1 and x.size(0) != 1
-    return mask.expand(x.size(0), *mask.shape[1:]) if shared else mask
-
-
 def name_implementation(
     model: nn.Module, configs: list, implementation: str = IMPLEMENTATION
 ) -> None:
@@ -227,35 +223,6 @@ class EncoderStandIn(nn.Module):
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(tensors))
-
-
-def remade(
-    sources: Sequence[nn.Parameter], function: Callable[[Sequence[Tensor]], Tensor]
-) -> nn.Parameter:
-    """A parameter computed from others, with what they had: gradients, whether they are trained,
-    and the mark that transformers puts on what it has initialised."""
-    first = sources[0]
-    with torch.no_grad():
-        made = nn.Parameter(function([p.detach() for p in sources]), first.requires_grad)
-        if any(p.grad is not None for p in sources):
-            made.grad = function(
-                [torch.zeros_like(p) if p.grad is None else p.grad for p in sources]
-            )
-    if all(getattr(p, _INITIALISED, False) for p in sources):
-        setattr(made, _INITIALISED, True)
-    return made
-
-
-def in_the_mode_of(old: nn.Module, *new: nn.Module) -> None:
-    """Gives new modules, not what they hold, the mode of ``old``, and transformers' mark that its
-    weights need no initialisation."""
-    for module in new:
-        module.training = old.training
-        if getattr(old, _INITIALISED, False):
-            setattr(module, _INITIALISED, True)
-
-
-_INITIALISED = "_is_hf_initialized"
 
 
 class SeparateProjections(Architecture):
@@ -371,22 +338,6 @@ class SeparateProjections(Architecture):
         name_implementation(model, [self.attention(module).config for module in converted])
 
 
-# The last is that of converted decoders.
-_PLAIN = {"eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"}
-_PLAIN |= {IMPLEMENTATION, "headwise_causal"}
-
-
-def implementation_fault(config: Any) -> str | None:
-    """Why a model whose attention is computed by something of somebody's own is refused."""
-    name = getattr(config, "_attn_implementation", None)
-    if name is None or name in _PLAIN:
-        return None
-    return (
-        f"its implementation {str(name)[:60]!r} is none that is known to be plain attention "
-        f"(model.set_attn_implementation('sdpa') chooses one that is)"
-    )
-
-
 def use_plain_implementation(module: nn.Module) -> None:
     """Lets a module that is thrown away afterwards compute attention anywhere, in any dtype."""
     for part in module.modules():
@@ -395,9 +346,3 @@ def use_plain_implementation(module: nn.Module) -> None:
             own = copy.deepcopy(config)
             own._attn_implementation = "sdpa"
             vars(part)["config"] = own
-
-
-def named(path: str) -> type:
-    """The class ``package.module.Class``."""
-    module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name)

@@ -5,13 +5,12 @@ spectrogram transformer, which sees a sound as an image.
 
 from __future__ import annotations
 
-import functools
-
 from torch import nn
 
 from headwise.convert import older_vit
-from headwise.convert.registry import Architecture, family, prefix_in
-from headwise.convert.transformers_attention import EncoderStandIn, SeparateProjections, named
+from headwise.convert.registry import Architecture, family
+from headwise.convert.stand_ins import stand_ins
+from headwise.convert.transformers_attention import EncoderStandIn, SeparateProjections
 from headwise.nn.multihead_attention import MultiheadAttention
 
 #: What the classes of a model begin with -> the module that has them. tests/python/test_convert.py
@@ -25,21 +24,7 @@ class SelectedAttention(EncoderStandIn):
     PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
-@functools.cache
-def _selected(prefix: str) -> type[SelectedAttention]:
-    # It is a ViTAttention (DeiTAttention, ...) so that transformers finds it when it collects
-    # attention maps (output_attentions=True).
-    original = named(f"{FAMILY[prefix]}.{prefix}Attention")
-    name = f"Selected{prefix}Attention"
-    return type(name, (SelectedAttention, original), {"__module__": __name__})
-
-
-def __getattr__(name: str) -> type:
-    """``SelectedDeiTAttention`` and the like, made when first asked for: pickles name them."""
-    prefix = name.removeprefix("Selected").removesuffix("Attention")
-    if name == f"Selected{prefix}Attention" and prefix in FAMILY:
-        return _selected(prefix)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+selected, __getattr__ = stand_ins(__name__, SelectedAttention)
 
 
 class VisionTransformer(SeparateProjections):
@@ -56,7 +41,7 @@ class VisionTransformer(SeparateProjections):
         return module.num_attention_heads, module.head_dim, module.attention_dropout
 
     def successor(self, old: nn.Module, mha: MultiheadAttention) -> nn.Module:
-        return _selected(prefix_in(FAMILY, type(old), "Attention"))(old, mha)
+        return selected(type(old))(old, mha)
 
 
 ARCHITECTURE = VisionTransformer()

@@ -177,3 +177,22 @@ def check_inputs(
                 f"{name} of position_embeddings must have shape [{x.size(0)} or 1, {x.size(1)}, r] "
                 f"with r even and at most {layer.head_dim}, got {list(table.shape)}"
             )
+
+
+def check_memory(
+    layer: AttentionLayer,
+    x: Tensor,
+    memory: Tensor,
+    is_causal: bool,
+    position_embeddings: tuple[Tensor, Tensor] | None,
+) -> None:
+    fits = memory.dim() == 3 and memory.size(0) == x.size(0) and memory.size(2) == layer.embed_dim
+    if not fits:
+        raise ValueError(
+            f"memory must have shape [{x.size(0)}, S, {layer.embed_dim}], got {list(memory.shape)}"
+        )
+    if is_causal or position_embeddings is not None:
+        raise ValueError(
+            "is_causal must be False and position_embeddings None with memory: the positions of "
+            "another sequence are not those of the queries"
+        )

@@ -23,6 +23,7 @@ from headwise.nn.decoder_inputs import (
     align,
     check_group_sizes,
     check_inputs,
+    check_memory,
     epsilon_of,
     even_groups,
     hide,
@@ -195,13 +196,22 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
         """A new layer of the same kind."""
         return GroupedQueryAttention(**sizes, **factory)
 
+    def _alike(self, sizes: Mapping[str, Any], **factory: Any) -> GroupedQueryAttention:
+        """:meth:`_resized`, with biases in the projections that have one here: converted attention
+        may have some in its queries and values alone (Whisper)."""
+        made = self._resized(sizes, **factory)
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            if getattr(self, name).bias is None:
+                getattr(made, name).bias = None
+        return made
+
     def fitted(self, described: Mapping[str, Any], name: str = "") -> GroupedQueryAttention:
         fixed = ("embed_dim", "head_dim", "bias", "scale", "qk_norm_eps")
         self._check_same(described, fixed, name)
         if self.describe() == described:
             return self
         weight = self.o_proj.weight
-        fitted = self._resized(described, device=weight.device, dtype=weight.dtype)
+        fitted = self._alike(described, device=weight.device, dtype=weight.dtype)
         fitted.q_norm, fitted.k_norm = self.q_norm, self.k_norm
         return fitted.train(self.training)
 
@@ -216,7 +226,7 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
             "num_key_value_heads": len(kept),
             "key_value_heads": [kept.index(groups[head]) for head in entry.heads],
         }
-        smaller = self._resized(sizes, device="meta")
+        smaller = self._alike(sizes, device="meta")
         smaller.q_norm, smaller.k_norm = self.q_norm, self.k_norm
         smaller._set_place(self.o_proj.weight.device)
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
@@ -279,11 +289,13 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
         attn_mask: Tensor | None = None,
         is_causal: bool = True,
         cache: LayerCache | None = None,
+        memory: Tensor | None = None,
         need_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Self-attention of the chosen heads over the tokens so far.
+        """Attention of the chosen heads over the tokens so far, or over another sequence.
 
-        S is L, the tokens of this call, or with a cache all tokens that it holds after it.
+        S is L, the tokens of this call, or with a cache all tokens that it holds after it; in
+        cross-attention S is the length of ``memory``.
 
         Args:
             x: ``[B, L, D]``.
@@ -292,12 +304,16 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
                 queries and keys are rotated, feature i with feature ``i + r/2``. None: no rotation.
             key_padding_mask: ``[B, S]``; boolean (True = padding) or floating (added to scores).
             query_padding_mask: boolean ``[B, L]``: which tokens of this call are padding; the gate
-                does not see them. Default: the last L columns of ``key_padding_mask``.
+                does not see them. Default: the last L columns of ``key_padding_mask``; in
+                cross-attention none.
             attn_mask: broadcastable to ``[B, H, L, S]``; boolean (True = may not attend) or
                 floating (added to the scores).
             is_causal: a query sees the keys up to its own, the last query standing at the last key
                 (and with ``sliding_window`` only the last ones); False where ``attn_mask`` says it.
-            cache: takes this call's keys and values and gives those of all tokens.
+            cache: takes this call's keys and values and gives those of all tokens; in
+                cross-attention those of ``memory``, which are computed in the first call only.
+            memory: ``[B, S, D]``: cross-attention, keys and values are those of this sequence, and
+                ``is_causal`` must be False.
             need_weights: also return the attention weights, before dropout; zeros for heads that
                 did not run.
 
@@ -309,9 +325,11 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
             TypeError: a mask of the wrong type.
         """
         check_inputs(self, x, position_embeddings, key_padding_mask, attn_mask)
+        if memory is not None:
+            check_memory(self, x, memory, is_causal, position_embeddings)
         batch, length, _ = x.shape
         padding = query_padding_mask
-        if padding is None and key_padding_mask is not None:
+        if padding is None and key_padding_mask is not None and memory is None:
             padding = key_padding_mask[:, -length:]
         selection = self._select(x, padding, cache)
         bank = self.gate if self.gate is not None and self.gate.projects else None
@@ -321,7 +339,7 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
             and self._probe is None
             and bank.can_pack(self, selection)
         ):
-            call = (position_embeddings, key_padding_mask, padding, attn_mask, is_causal)
+            call = (position_embeddings, key_padding_mask, padding, attn_mask, is_causal, memory)
             return self._run_bank(bank, x, selection, call, cache, need_weights)
         every = (
             bank is not None
@@ -332,17 +350,22 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
         chosen = None if every else selection
 
         q = self._project(self.q_proj, x, self.num_heads, self.q_norm, chosen)  # [B, H, L, d]
-        groups = self._groups(chosen, cache)
         shared = self.num_key_value_heads
-        k = self._project(self.k_proj, x, shared, self.k_norm, groups)  # [B, Hkv, L, d]
-        v = self._project(self.v_proj, x, shared, None, groups)  # [B, Hkv, L, d]
-        if position_embeddings is not None:
-            q, k = rotate(q, *position_embeddings), rotate(k, *position_embeddings)
         slots = cache.slots if self.keep_selection and cache is not None else None
-        if slots is not None:
-            k, v = take(k, slots), take(v, slots)  # [B, K, L, d]
-        if cache is not None:
-            k, v = self._cached(cache, k, v)  # [B, Hkv or K, S, d]
+        held = None if memory is None or cache is None else cache.held()
+        if held is not None:
+            k, v = held if shared else self._no_heads(held[0])
+        else:
+            groups = self._groups(chosen, cache)
+            tokens = x if memory is None else memory
+            k = self._project(self.k_proj, tokens, shared, self.k_norm, groups)  # [B, Hkv, S, d]
+            v = self._project(self.v_proj, tokens, shared, None, groups)  # [B, Hkv, S, d]
+            if position_embeddings is not None:
+                q, k = self._rotate(q, k, position_embeddings)
+            if slots is not None:
+                k, v = take(k, slots), take(v, slots)  # [B, K, S, d]
+            if cache is not None:
+                k, v = self._cached(cache, k, v)  # [B, Hkv or K, S, d]
         if slots is not None and (chosen is None or need_weights):
             k, v, slots = spread(k, slots, shared), spread(v, slots, shared), None
         masks = align(
@@ -353,7 +376,7 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
             context = self._attend(q, k, v, masks)  # [B, H, L, d]
             weight = None if selection is None else selection.weight
             if self._probe is not None and not recomputing():
-                self._show(q, k, v, context, weight, masks, padding)
+                self._show(q, k, v, context, weight, masks, padding, memory is None)
             if bank is not None:
                 output = bank.project(context, selection)
             else:
@@ -405,7 +428,7 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
                 f"{', '.join(str(plan) for plan, _ in groups)}: decode such sequences apart, or do "
                 "without a cache (use_cache=False)"
             )
-        rope, key_padding, padding, mask, is_causal = call
+        rope, key_padding, padding, mask, is_causal, memory = call
         output: Any = None
         weights: Any = None
         for plan, rows in groups:
@@ -419,7 +442,8 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
             if mask is not None and mask.dim() == 4:
                 own = part(mask)
                 own = own[:, heads] if own.size(1) > 1 else own
-            y, maps_of_plan = bank.packed(self, plan)(
+            y, maps_of_plan = GroupedQueryAttention.forward(  # whatever it stands in for
+                bank.packed(self, plan),
                 x[every],
                 None if rope is None else (part(rope[0]), part(rope[1])),
                 key_padding_mask=None if key_padding is None else key_padding[every],
@@ -427,6 +451,7 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
                 attn_mask=own,
                 is_causal=is_causal,
                 cache=cache,
+                memory=None if memory is None else part(memory),
                 need_weights=maps,
             )
             if output is None:
@@ -478,13 +503,20 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
             heads = linear(x).view(*x.shape[:2], num_heads, self.head_dim).transpose(1, 2)
         return heads if norm is None else norm(heads)
 
+    def _rotate(
+        self, q: Tensor, k: Tensor, position_embeddings: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        return rotate(q, *position_embeddings), rotate(k, *position_embeddings)
+
     def _cached(self, cache: LayerCache, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if self.num_key_value_heads > 0:
             return cache.update(k, v)
         # A layer without heads: models count the tokens in their caches, so they must be there.
         token = k.new_zeros(k.size(0), 1, k.size(2), 1)
-        held, _ = cache.update(token, token)
-        empty = k.new_zeros(k.size(0), 0, held.size(2), self.head_dim)
+        return self._no_heads(cache.update(token, token)[0])
+
+    def _no_heads(self, held: Tensor) -> tuple[Tensor, Tensor]:
+        empty = held.new_zeros(held.size(0), 0, held.size(2), self.head_dim)
         return empty, empty
 
     def _dropout(self) -> float:
@@ -586,11 +618,13 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
         weight: Tensor | None,
         masks: Masks,
         padding: Tensor | None,
+        self_attention: bool,
     ) -> None:
         """Hands the probe what every head computed."""
         k, v = self._for_each_head(k), self._for_each_head(v)
         q = q * (self.scale * math.sqrt(self.head_dim))  # what the default scale makes the scores
-        self._probe(self, AttentionProbe(q, k, v, context, weight, *masks, padding, True))
+        probe = AttentionProbe(q, k, v, context, weight, *masks, padding, self_attention)
+        self._probe(self, probe)
 
     def _weights(self, q: Tensor, k: Tensor, selection: Selection | None, masks: Masks) -> Tensor:
         """[B, H, L, S], zeros for the heads that did not run."""

@@ -28,6 +28,11 @@ class LayerCache(Protocol):
         ``[B, Hkv, S, d]``, the new ones last (or where the mask of the same call says)."""
         ...
 
+    def held(self) -> tuple[Tensor, Tensor] | None:
+        """For cross-attention: the keys and values, which an earlier call projected; None: this is
+        the first."""
+        ...
+
 
 class KeyValueCache:
     """One layer's keys and values, which grow with every call.
@@ -58,6 +63,9 @@ class KeyValueCache:
         self.k = k if self.k is None else torch.cat([self.k, k], dim=2)
         self.v = v if self.v is None else torch.cat([self.v, v], dim=2)
         return self.k, self.v
+
+    def held(self) -> tuple[Tensor, Tensor] | None:
+        return None if self.k is None else (self.k, self.v)
 
     def select_rows(self, rows: Tensor) -> None:
         """Goes on with the sequences ``rows``, int64 ``[B']``: some of them, in another order, or

@@ -35,8 +35,8 @@ def gates_see(model: nn.Module, tokens: Tensor | int) -> Iterator[None]:
     but padding.
 
     Args:
-        model: a converted model; layers other than :class:`headwise.GroupedQueryAttention` are left
-            alone.
+        model: a converted model; layers other than :class:`headwise.GroupedQueryAttention`, and
+            those of an encoder before the decoder, are left alone.
         tokens: boolean ``[B, L]``, True = seen, of the sequences that the model is called with; or
             a number: the first that are not padding.
 
@@ -57,7 +57,8 @@ def gates_see(model: nn.Module, tokens: Tensor | int) -> Iterator[None]:
     layers = [
         layer
         for layer in attention_layers(model).values()
-        if isinstance(layer, GroupedQueryAttention)
+        # Of an encoder-decoder, the decoder's: their input is what tokens are about.
+        if isinstance(layer, GroupedQueryAttention) and getattr(layer, "is_decoder", True)
     ]
     if not layers:
         raise ValueError(

@@ -1,0 +1,60 @@
+"""BART of transformers version 5, and the models whose attention is the same code by another name
+(mBART, Marian, Pegasus, M2M100, Blenderbot, PLBart), or the same without a bias of the keys
+(Whisper): self-attention of the encoder, masked self-attention of the decoder and cross-attention,
+each a layer of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from headwise.convert.arguments import one_cache
+from headwise.convert.decoder import SelectedDecoderAttention, TransformersProjected
+from headwise.convert.projections import Places
+from headwise.convert.registry import family
+from headwise.convert.stand_ins import stand_ins
+
+#: What the classes of a model begin with -> the module that has them.
+FAMILY = family(__name__)
+
+PLACES = Places(output="out_proj")
+
+
+class SelectedBartAttention(SelectedDecoderAttention):
+    """Stands where ``BartAttention`` stood."""
+
+    places = PLACES
+    rotates = False
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        key_value_states: Tensor | None = None,
+        cache: Any = None,
+        attention_mask: Tensor | None = None,
+        *,
+        past_key_values: Any = None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As :meth:`SelectedDecoderAttention.attend`: over ``key_value_states [B, S, D]``, if there
+        are any."""
+        past = one_cache(self, cache, past_key_values)
+        return self.attend(hidden_states, attention_mask, past, options, memory=key_value_states)
+
+
+selected, __getattr__ = stand_ins(__name__, SelectedBartAttention)
+
+
+class Bart(TransformersProjected):
+    name = "transformers BART"
+    places = PLACES
+    attributes = ("config", "is_causal", "is_decoder", "layer_idx")
+
+    def successor(self, module: nn.Module, sizes: Mapping[str, Any]) -> SelectedDecoderAttention:
+        return selected(type(module))(module, sizes, device="meta")
+
+
+ARCHITECTURE = Bart()

@@ -1,0 +1,55 @@
+"""CLIP and SigLIP of transformers version 5, both towers, and the models whose attention is the
+same code under another name: encoders that hold query, key, value and output in four linear layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from headwise.convert.bart import PLACES
+from headwise.convert.decoder import SelectedDecoderAttention, TransformersProjected
+from headwise.convert.registry import family
+from headwise.convert.stand_ins import stand_ins
+
+#: What the classes of a model begin with -> the module that has them.
+FAMILY = family(__name__)
+
+
+class SelectedEncoderAttention(SelectedDecoderAttention):
+    """Stands where ``CLIPAttention`` stood."""
+
+    places = PLACES
+    rotates = False
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **options: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """As :meth:`SelectedDecoderAttention.attend`; the model says whether it is causal (the
+        text tower of CLIP)."""
+        return self.attend(hidden_states, attention_mask, None, options)
+
+
+selected, __getattr__ = stand_ins(__name__, SelectedEncoderAttention)
+
+
+class Clip(TransformersProjected):
+    name = "transformers CLIP"
+    places = PLACES
+
+    def sizes(self, module: nn.Module) -> dict[str, Any]:
+        return {
+            "num_heads": module.num_heads,
+            "num_key_value_heads": module.num_heads,
+            "head_dim": module.head_dim,
+            "dropout": module.dropout,
+            "scale": module.scale,
+        }
+
+    def successor(self, module: nn.Module, sizes: Mapping[str, Any]) -> SelectedDecoderAttention:
+        return selected(type(module))(module, sizes, device="meta")
+
+
+ARCHITECTURE = Clip()

@@ -1,0 +1,85 @@
+"""Masks as models hand them to their attention, brought to the form that the layers take."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Call(NamedTuple):
+    """The masks of a call, as the layer takes them."""
+
+    key_padding_mask: Tensor | None  # [B, S], True = padding
+    query_padding_mask: Tensor | None  # [B, L]
+    attn_mask: Tensor | None  # [B, 1 or H, L, S], True = may not attend, or floating
+    is_causal: bool
+
+    def with_bias(self, bias: Tensor) -> Call:
+        """With ``bias [B or 1, H, L, S]`` added to the scores."""
+        mask = self.attn_mask
+        if mask is not None:
+            bias = (
+                bias.masked_fill(mask, float("-inf")) if mask.dtype == torch.bool else bias + mask
+            )
+        return self._replace(attn_mask=bias)
+
+
+def split(
+    mask: Tensor | None,
+    x: Tensor,
+    causal: bool,
+    first: int | Tensor | None = None,
+    cross: bool = False,
+) -> Call:
+    """The masks of a call on ``x [B, L, D]``.
+
+    Args:
+        mask: ``[B or 1, S]``, nonzero = token; or ``[B or 1, H or 1, L or 1, S]``, boolean (True =
+            may attend) or floating (added to the scores), which says all that there is to say.
+        x: the queries' sequence.
+        causal: whether no query sees what comes after it, where ``mask`` is not of four dimensions.
+        first: the column of ``mask`` that stands for the first query; None: the last L do.
+        cross: the keys are those of another sequence: nothing in the mask is about the queries.
+
+    Raises:
+        ValueError: a mask of other dimensions.
+    """
+    length = x.size(1)
+    if mask is None:
+        return Call(None, None, None, causal and length > 1)
+    mask = for_each_sequence(mask, x)
+    if mask.dim() == 2:  # [B, S], nonzero = token
+        padding = mask == 0
+        return Call(padding, None if cross else padding[:, -length:], None, causal)
+    if mask.dim() != 4:
+        raise ValueError(
+            f"attention_mask must have 2 or 4 dimensions, got {mask.dim()} "
+            f"(shape {tuple(mask.shape)})"
+        )
+    if mask.dtype == torch.bool:
+        mask = unseen = ~mask  # True = may not attend
+    else:
+        # transformers writes 'may not attend' as the lowest finite number.
+        unseen = mask < torch.finfo(mask.dtype).min / 2
+        mask = mask.masked_fill(unseen, float("-inf"))
+    if cross:
+        same = mask.size(1) == 1 and mask.size(2) == 1
+        return Call(mask[:, 0, 0, :], None, None, False) if same else Call(None, None, mask, False)
+    # A token that does not see itself is padding.
+    unseen = unseen.all(dim=1).expand(-1, length, -1)  # [B, L, S]
+    if not isinstance(first, Tensor):
+        padding = unseen.diagonal(mask.size(3) - length if first is None else first, 1, 2)  # [B, L]
+    else:
+        own = (torch.arange(length, device=mask.device) + first)[None, :, None]  # [1, L, 1]
+        padding = unseen.gather(2, own.expand(unseen.size(0), -1, -1)).squeeze(2)
+    if mask.size(1) == 1 and mask.size(2) == 1:  # the same for every head and query
+        return Call(mask[:, 0, 0, :], padding, None, False)
+    return Call(None, padding, mask, False)
+
+
+def for_each_sequence(mask: Tensor, x: Tensor) -> Tensor:
+    """A mask whose first dimension is the batch of x; transformers takes one mask for all."""
+    shared = mask.size(0) == 1 and x.size(0) != 1
+    return mask.expand(x.size(0), *mask.shape[1:]) if shared else mask

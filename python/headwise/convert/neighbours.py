@@ -1,0 +1,44 @@
+"""Decoders with Llama's attention and a rotary embedding of neighbours, feature 2i with feature
+2i + 1: GLM, GLM-4 and Cohere of transformers version 5. They rotate by their own function.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from headwise.convert.decoder import SelectedDecoderAttention
+from headwise.convert.llama import Llama
+from headwise.convert.stand_ins import stand_ins
+
+
+class SelectedNeighbourAttention(SelectedDecoderAttention):
+    """Stands where ``GlmAttention`` stood."""
+
+    def _rotate(
+        self, q: Tensor, k: Tensor, position_embeddings: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        original = type(self).__mro__[2]
+        return sys.modules[original.__module__].apply_rotary_pos_emb(q, k, *position_embeddings)
+
+
+selected, __getattr__ = stand_ins(__name__, SelectedNeighbourAttention)
+
+
+class Neighbours(Llama):
+    name = "transformers GLM"
+    children = ()
+
+    def refusal(self, module: nn.Module) -> str | None:
+        if getattr(module, "use_qk_norm", False):
+            return "its queries and keys have norms with weights for each head (use_qk_norm)"
+        return super().refusal(module)
+
+    def successor(self, module: nn.Module, sizes: Mapping[str, Any]) -> SelectedDecoderAttention:
+        return selected(type(module))(module, sizes, device="meta")
+
+
+ARCHITECTURE = Neighbours()

@@ -1,0 +1,48 @@
+"""OPT of transformers version 5: BART's attention in a decoder alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from headwise.convert.arguments import one_cache
+from headwise.convert.bart import PLACES
+from headwise.convert.decoder import SelectedDecoderAttention, TransformersProjected
+from headwise.convert.stand_ins import stand_ins
+
+
+class SelectedCausalAttention(SelectedDecoderAttention):
+    """Stands where ``OPTAttention`` stood."""
+
+    places = PLACES
+    rotates = False
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cache: Any = None,
+        attention_mask: Tensor | None = None,
+        *,
+        past_key_values: Any = None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As :meth:`SelectedDecoderAttention.attend`."""
+        past = one_cache(self, cache, past_key_values)
+        return self.attend(hidden_states, attention_mask, past, options)
+
+
+selected, __getattr__ = stand_ins(__name__, SelectedCausalAttention)
+
+
+class Opt(TransformersProjected):
+    name = "transformers OPT"
+    places = PLACES
+    attributes = ("config", "is_causal", "layer_idx")
+
+    def successor(self, module: nn.Module, sizes: Mapping[str, Any]) -> SelectedDecoderAttention:
+        return selected(type(module))(module, sizes, device="meta")
+
+
+ARCHITECTURE = Opt()

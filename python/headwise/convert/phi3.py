@@ -1,0 +1,49 @@
+"""Phi-3 of transformers version 5: Llama's attention with one projection to queries, keys and
+values. The converted layer has copies of its parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from headwise.convert.decoder import SelectedDecoderAttention, TransformersProjected
+from headwise.convert.projections import Places
+from headwise.convert.stand_ins import stand_ins
+
+PLACES = Places(packed="qkv_proj")
+
+
+class SelectedPhi3Attention(SelectedDecoderAttention):
+    """Stands where ``Phi3Attention`` stood."""
+
+    places = PLACES
+
+
+selected, __getattr__ = stand_ins(__name__, SelectedPhi3Attention)
+
+
+class Phi3(TransformersProjected):
+    name = "transformers Phi-3"
+    places = PLACES
+    attributes = ("config", "is_causal", "layer_idx")
+
+    def sizes(self, module: nn.Module) -> dict[str, Any]:
+        return {
+            "num_heads": module.config.num_attention_heads,
+            "num_key_value_heads": module.num_key_value_heads,
+            "head_dim": module.head_dim,
+            "dropout": module.attention_dropout,
+            "scale": module.scaling,
+        }
+
+    def rotates(self, module: nn.Module) -> bool:
+        return True
+
+    def successor(self, module: nn.Module, sizes: Mapping[str, Any]) -> SelectedDecoderAttention:
+        return selected(type(module))(module, sizes, device="meta")
+
+
+ARCHITECTURE = Phi3()

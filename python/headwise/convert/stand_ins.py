@@ -1,0 +1,55 @@
+"""The classes of what stands in for modules of transformers.
+
+Each is also of the class that it stands in for, so that transformers finds it when it collects
+attention maps (``output_attentions=True``).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+
+from torch import nn
+
+from headwise.convert.registry import family, prefix_in
+
+
+def named(path: str) -> type:
+    """The class ``package.module.Class``."""
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def stand_ins(
+    file: str, base: type[nn.Module], suffix: str = "Attention", classes_of: str | None = None
+) -> tuple[Callable[[type], type], Callable[[str], type]]:
+    """The stand-ins of one file of this folder, made when first asked for.
+
+    Args:
+        file: the file's module; there they are found by name, as pickles do.
+        base: what they are besides the original's class.
+        suffix: what the names of the originals end with, after the prefix of their model.
+        classes_of: the file whose family of models it is; default ``file``.
+
+    Returns:
+        ``selected(class of the original, or a subclass) -> class``, and the ``__getattr__`` of the file's module, which
+        knows the classes as ``SelectedPREFIXAttention``.
+    """
+    models = family(classes_of or file)
+
+    @functools.cache
+    def made(prefix: str) -> type:
+        original = named(f"{models[prefix]}.{prefix}{suffix}")
+        return type(f"Selected{prefix}{suffix}", (base, original), {"__module__": file})
+
+    def selected(original: type) -> type:
+        return made(prefix_in(models, original, suffix))
+
+    def by_name(name: str) -> type:
+        prefix = name.removeprefix("Selected").removesuffix(suffix)
+        if name == f"Selected{prefix}{suffix}" and prefix in models:
+            return made(prefix)
+        raise AttributeError(f"module {file!r} has no attribute {name!r}")
+
+    return selected, by_name

@@ -1,0 +1,91 @@
+"""T5 of transformers version 5 and the models whose attention is the same code under another name
+(mT5): scores without a scale, and a relative
+position bias that the first layer makes for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from headwise.convert.arguments import one_cache
+from headwise.convert.decoder import TransformersProjected
+from headwise.convert.projections import Places
+from headwise.convert.registry import family
+from headwise.convert.relative_bias import SelectedBiasedAttention
+from headwise.convert.stand_ins import stand_ins
+
+#: What the classes of a model begin with -> the module that has them.
+FAMILY = family(__name__)
+
+PLACES = Places("q", "k", "v", "o")
+
+
+class SelectedT5Attention(SelectedBiasedAttention):
+    """Stands where ``T5Attention`` stood."""
+
+    places = PLACES
+
+    def __init__(self, original: nn.Module, sizes: Mapping[str, Any], **factory: Any):
+        super().__init__(original, sizes, **factory)
+        if self.has_relative_attention_bias:  # of all heads: other layers read them too
+            self.relative_attention_bias = original.relative_attention_bias
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        mask: Tensor | None = None,
+        key_value_states: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        cache: Any = None,
+        *,
+        past_key_values: Any = None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """As :meth:`SelectedDecoderAttention.attend`; also returns the bias ``[1, H, L, S]`` of all
+        heads of the model, for the next layer."""
+        made = [position_bias]
+
+        def bias(keys: int, position: int | Tensor) -> Tensor:
+            if made[0] is None:
+                made[0] = self.compute_bias(
+                    hidden_states.size(1), keys, hidden_states.device, position
+                )
+            return self.own_bias(made[0])
+
+        output, maps = self.attend(
+            hidden_states,
+            mask,
+            one_cache(self, cache, past_key_values),
+            options,
+            memory=key_value_states,
+            bias=bias if self.has_relative_attention_bias or position_bias is not None else None,
+        )
+        return output, made[0], maps
+
+
+selected, __getattr__ = stand_ins(__name__, SelectedT5Attention)
+
+
+class T5(TransformersProjected):
+    name = "transformers T5"
+    places = PLACES
+    children = ("relative_attention_bias",)
+    attributes = ("config", "is_causal", "is_decoder", "layer_idx", "has_relative_attention_bias")
+
+    def sizes(self, module: nn.Module) -> dict[str, Any]:
+        return {
+            "num_heads": module.n_heads,
+            "num_key_value_heads": module.n_heads,
+            "head_dim": module.key_value_proj_dim,
+            "dropout": module.dropout,
+            "scale": module.scaling,
+        }
+
+    def successor(self, module: nn.Module, sizes: Mapping[str, Any]) -> SelectedT5Attention:
+        return selected(type(module))(module, sizes, device="meta")
+
+
+ARCHITECTURE = T5()

@@ -1,0 +1,59 @@
+"""Wav2Vec2 of transformers version 5, and the speech encoders whose attention is the same code by
+another name: HuBERT, SEW, UniSpeech, UniSpeech-SAT, data2vec's audio model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from headwise.convert.bart import PLACES
+from headwise.convert.decoder import SelectedDecoderAttention, TransformersProjected
+from headwise.convert.registry import family
+from headwise.convert.stand_ins import stand_ins
+
+#: What the classes of a model begin with -> the module that has them.
+FAMILY = family(__name__)
+
+
+class SelectedSpeechAttention(SelectedDecoderAttention):
+    """Stands where ``Wav2Vec2Attention`` stood."""
+
+    places = PLACES
+    rotates = False
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        key_value_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        output_attentions: bool | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As :meth:`SelectedDecoderAttention.attend`; there is no other sequence."""
+        options["output_attentions"] = output_attentions or None
+        if key_value_states is not None:
+            raise ValueError("key_value_states must be None: a converted model is an encoder")
+        return self.attend(hidden_states, attention_mask, None, options)
+
+
+selected, __getattr__ = stand_ins(__name__, SelectedSpeechAttention)
+
+
+class Wav2Vec2(TransformersProjected):
+    name = "transformers Wav2Vec2"
+    places = PLACES
+    attributes = ("config", "is_causal", "is_decoder")
+
+    def refusal(self, module: nn.Module) -> str | None:
+        if module.is_decoder:
+            return "it belongs to a decoder"
+        return super().refusal(module)
+
+    def successor(self, module: nn.Module, sizes: Mapping[str, Any]) -> SelectedDecoderAttention:
+        return selected(type(module))(module, sizes, device="meta")
+
+
+ARCHITECTURE = Wav2Vec2()

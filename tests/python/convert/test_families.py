@@ -1,0 +1,318 @@
+"""Every family of models is converted, masked, pruned, saved, gated, traced and generates."""
+
+import copy
+from pathlib import Path
+
+import headwise as hw
+import pytest
+import torch
+from headwise.convert.registry import supported_classes
+from support.architectures import HEADS
+from support.families import FAMILIES, THREE, seq2seq, t5, table
+from support.structures import make_plan
+
+transformers = pytest.importorskip("transformers")
+
+GENERATING = [name for name, row in FAMILIES.items() if row.generates]
+SEQ2SEQ = [name for name, row in FAMILIES.items() if row.maps == THREE]
+
+
+@pytest.fixture(params=FAMILIES, ids=str)
+def row(request):
+    torch.manual_seed(0)
+    return FAMILIES[request.param]
+
+
+def close(actual, expected, tolerance=1e-5):
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def prompts(inputs):
+    return {name: value for name, value in inputs.items() if not name.startswith("decoder")}
+
+
+def generate(model, inputs, tokens=6, **options):
+    options = {"do_sample": False, "num_beams": 1, **options}
+    return model.generate(
+        **prompts(inputs), max_new_tokens=tokens, min_new_tokens=tokens, **options
+    )
+
+
+def gradients(model, output):
+    """Of what both models have under one name: embeddings, norms, networks."""
+    found = torch.autograd.grad(output.square().mean(), list(model.parameters()), allow_unused=True)
+    names = [name for name, _ in model.named_parameters()]
+    return {n: g for n, g in zip(names, found, strict=True) if g is not None}
+
+
+def test_outputs_and_gradients_equal_the_original(row):
+    original, inputs = row.build(), row.inputs()
+    expected = row.run(original, inputs)
+    wanted = gradients(original, expected)
+    for gate in (None, hw.FixedGate()):
+        model = hw.convert(copy.deepcopy(original), gate)
+        assert len(hw.attention_layers(model)) == row.layers
+        output = row.run(model, inputs)
+        close(output, expected, 1e-4)
+        found = gradients(model, output)
+        assert len(wanted.keys() & found.keys()) > len(wanted) // 3
+        for name in wanted.keys() & found.keys():
+            close(found[name], wanted[name], 1e-4)
+        with torch.no_grad():
+            close(row.run(model, inputs), expected, 1e-4)
+
+
+def test_every_head_is_under_control(row):
+    model, inputs = hw.convert(row.build(), hw.FixedGate()), row.inputs()
+    with torch.no_grad():
+        full = row.run(model, inputs)
+        for name, layer in hw.attention_layers(model).items():
+            for head in range(HEADS):
+                layer.gate.scale[head] = 0.0
+                changed = (row.run(model, inputs) - full).abs().max()
+                layer.gate.scale[head] = 1.0
+                assert changed > 1e-5 * full.abs().max(), f"head {head} of {name}"
+
+
+@pytest.mark.parametrize("kept", [[[0, 2], [3]], [[], [1, 2, 3]]], ids=str)
+def test_pruned_equals_masked_and_is_saved(row, kept, tmp_path):
+    model, inputs = hw.convert(row.build()), row.inputs()
+    plan = make_plan(model, kept)
+    small, masked = hw.prune(model, plan), hw.mask(copy.deepcopy(model), plan)
+    with torch.no_grad():
+        close(row.run(small, inputs), row.run(masked, inputs), 1e-4)
+        hw.save(small, tmp_path / "m")
+        loaded = hw.load(tmp_path / "m")
+        close(row.run(loaded, inputs), row.run(small, inputs), 0.0)
+        if row.generates:
+            assert torch.equal(generate(small, inputs), generate(masked, inputs))
+            assert torch.equal(generate(loaded, inputs), generate(small, inputs))
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
+
+
+def test_the_original_class_reads_what_save_pretrained_writes(row, tmp_path):
+    original, inputs = row.build(), row.inputs()
+    model = hw.convert(copy.deepcopy(original))
+    model.save_pretrained(tmp_path)
+    again, report = type(original).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    for name, tensor in original.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    with torch.no_grad():
+        close(row.run(again.eval(), inputs), row.run(original, inputs))
+
+
+def test_gates_scores_traces_and_repair(row, tmp_path):
+    model, inputs = hw.convert(row.build()), row.inputs()
+    scores = hw.score_heads(
+        model,
+        [inputs],
+        lambda own, batch: row.run(own, batch).square().mean(),
+        ["michel", "entropy"],
+    )
+    plan = hw.plan(scores["michel"], keep=0.5)
+    small = hw.prune(model, plan, repair=[inputs, row.inputs()], forward_fn=row.run)
+    assert all(bool(p.isfinite().all()) for p in small.parameters())
+    hw.convert(model, hw.BudgetGate(keep=0.5)).train()
+    loss = row.run(model, inputs).square().mean() + hw.penalty(model)
+    loss.backward()
+    model.eval()
+    with hw.trace(model) as trace, torch.no_grad():
+        expected = row.run(model, inputs)
+    assert set(trace.layers) == set(hw.attention_layers(model))
+    hw.save(model, tmp_path / "m")
+    with torch.no_grad():
+        close(row.run(hw.load(tmp_path / "m"), inputs), expected, 0.0)
+
+
+def reach(output, path):
+    for name in path.split("."):
+        output = getattr(output, name)
+    return output
+
+
+def test_attention_maps_are_collected(row):
+    original, inputs = row.build(), row.inputs()
+    original.set_attn_implementation("eager")
+    model = hw.convert(copy.deepcopy(original))
+    with torch.no_grad():
+        expected = original(**inputs, output_attentions=True)
+        actual = model(**inputs, output_attentions=True)
+    padding = row.padding(inputs)
+    for name in row.maps:
+        own, maps = reach(actual, name), reach(expected, name)
+        assert len(own) == len(maps) > 0
+        for a, e in zip(own, maps, strict=True):  # [B, H, L, S]
+            a, e = a.transpose(1, 2), e.transpose(1, 2)
+            if name == "encoder_attentions" and "attention_mask" in inputs:
+                valid = inputs["attention_mask"].bool()
+            elif padding is not None and padding.shape == a.shape[:2]:
+                valid = ~padding
+            else:
+                valid = torch.ones(a.shape[:2], dtype=torch.bool)
+            if "text_model_output" in name and "attention_mask" in inputs:
+                valid = inputs["attention_mask"].bool()
+            close(a[valid], e[valid], 1e-4)
+
+
+CACHES = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "static": {"cache_implementation": "static"},
+    "no cache": {"use_cache": False},
+}
+
+
+@pytest.mark.parametrize("name", GENERATING)
+def test_generation_gives_the_same_tokens(name):
+    torch.manual_seed(1)
+    row = FAMILIES[name]
+    original, inputs = row.build(), row.inputs()
+    models = [hw.convert(copy.deepcopy(original), gate) for gate in (None, hw.FixedGate())]
+    for options in CACHES.values():
+        expected = generate(original, inputs, **options)
+        for model in models:
+            assert torch.equal(generate(model, inputs, **options), expected), options
+
+
+# --- encoders and decoders ------------------------------------------------------------------------
+
+
+class FirstHalf(hw.Gate):
+    """Half of the heads, which half depends on what the gate sees."""
+
+    def __init__(self, embed_dim=None, num_heads=None, device=None, dtype=None):
+        super().__init__({}, execution="selected", embed_dim=embed_dim, num_heads=num_heads)
+
+    def forward(self, x, key_padding_mask=None):
+        mean = torch.ops.headwise.masked_mean(x, key_padding_mask)  # [B, D]
+        first = (mean[:, :1] > mean[:, 1:2]).to(x.dtype)  # [B, 1]
+        even = (torch.arange(self.num_heads) % 2).to(x.dtype)
+        weight = first * even + (1 - first) * (1 - even)
+        return hw.Selection(*torch.ops.headwise.select_nonzero(weight), weight)
+
+
+@pytest.mark.parametrize("name", ["Bart", "T5", "Whisper"])
+def test_padded_targets_count_nowhere(name):
+    """Neither masked self-attention's gates nor cross-attention's see rows of padding."""
+    torch.manual_seed(2)
+    row = FAMILIES[name]
+    model, inputs = hw.convert(row.build(), FirstHalf()), row.inputs()
+    with hw.nn.instrument(model) as opened, torch.no_grad():
+        seen = {}
+        opened.observe(lambda name, layer, selection, x, padding: seen.update({name: padding}))
+        before = row.run(model, inputs)
+        other = inputs["decoder_input_ids"].clone()
+        other[row.padding(inputs)] = 3
+        after = row.run(model, {**inputs, "decoder_input_ids": other})
+    close(after, before, 0.0)
+    decoder = [padding for name, padding in seen.items() if "decoder" in name]
+    assert len(decoder) == 4
+    assert all(torch.equal(padding, row.padding(inputs)) for padding in decoder)
+
+
+@pytest.mark.parametrize("name", ["Bart", "T5", "Whisper"])
+@pytest.mark.parametrize("keep", [False, True], ids=["each step", "by the prompt"])
+def test_cross_keys_are_projected_once_a_sequence(name, keep):
+    torch.manual_seed(3)
+    row = FAMILIES[name]
+    model, inputs = hw.convert(row.build(), FirstHalf(), keep_selection=keep), row.inputs()
+    cross = [
+        layer
+        for layer in hw.attention_layers(model).values()
+        if layer.is_decoder and not layer.is_causal
+    ]
+    calls = []
+    for layer in cross:
+        before = layer._project
+
+        def counted(linear, x, heads, norm, chosen, layer=layer, before=before):
+            calls.append((layer, linear is layer.k_proj))
+            return before(linear, x, heads, norm, chosen)
+
+        layer._project = counted
+    tokens = generate(model, inputs, 5)
+    assert [sum(own is layer and key for own, key in calls) for layer in cross] == [1, 1]
+    for layer in cross:
+        del layer._project
+    if not keep:  # choosing at every step, with a cache and without one
+        assert torch.equal(generate(model, inputs, 5), tokens)
+    beams = generate(model, inputs, 5, num_beams=2)
+    assert beams.shape[0] == 3
+
+
+def test_three_kinds_of_attention_have_names_of_their_own():
+    bart = list(hw.attention_layers(hw.convert(seq2seq("Bart"))))
+    assert [name for name in bart if ".0." in name] == [
+        "model.encoder.layers.0.self_attn",
+        "model.decoder.layers.0.self_attn",
+        "model.decoder.layers.0.encoder_attn",
+    ]
+    t5_names = list(hw.attention_layers(hw.convert(t5("T5"))))
+    assert [name for name in t5_names if "block.0." in name] == [
+        "encoder.block.0.layer.0.SelfAttention",
+        "decoder.block.0.layer.0.SelfAttention",
+        "decoder.block.0.layer.1.EncDecAttention",
+    ]
+
+
+def test_the_position_bias_trains():
+    """Also where the first layer, which makes it for all, has lost all of its heads."""
+    model = hw.convert(t5("T5"), hw.FixedGate())
+    model = hw.prune(model, make_plan(model, [[], [0, 3]]))
+    row = FAMILIES["T5"]
+    row.run(model, row.inputs()).square().mean().backward()
+    bias = model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
+    assert bias.grad.abs().sum(0).count_nonzero() == 2  # of the two heads that the second has
+
+
+def test_a_compiled_encoder_decoder():
+    row = FAMILIES["Bart"]
+    model, inputs = hw.convert(row.build(), hw.FixedGate([0, 2])), row.inputs()
+    with torch.no_grad():
+        expected = row.run(model, {**inputs, "use_cache": False})
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        close(row.run(compiled, {**inputs, "use_cache": False}), expected)
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+SMALL = {
+    "hidden_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 32,
+    "vocab_size": 50,
+    "pad_token_id": 0,
+}
+REFUSED = {
+    "DebertaV2": ({}, "disentangled attention"),
+    "Olmo2": ({}, "normalises queries and keys over all heads at once"),
+    "GptOss": ({"num_key_value_heads": 2, "num_local_experts": 2}, "a learned sink"),
+    "Gemma2": ({"num_key_value_heads": 2}, "scores have a soft cap"),
+    "Cohere": ({"use_qk_norm": True}, "norms with weights for each head"),
+    "WavLM": ({"conv_dim": (8,), "conv_stride": (2,), "conv_kernel": (3,),
+               "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2},
+              "position bias is gated"),
+    "Swin": ({"image_size": 8, "patch_size": 2, "embed_dim": 8, "depths": [1], "num_heads": [2],
+              "window_size": 2}, "attends within windows"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("prefix", REFUSED)
+def test_what_cannot_be_converted_says_why(prefix):
+    options, why = REFUSED[prefix]
+    sizes = options if prefix == "Swin" else {**SMALL, **options}
+    model = getattr(transformers, f"{prefix}Model")(
+        getattr(transformers, f"{prefix}Config")(**sizes)
+    )
+    with pytest.raises(ValueError, match=why):
+        hw.convert(model)
+    assert not hw.attention_layers(model)
+
+
+def test_the_documentation_lists_every_family():
+    text = (Path(__file__).parents[3] / "docs" / "convert.md").read_text(encoding="utf-8")
+    assert table() in text, "python -m support.families prints the table that docs/convert.md needs"
+    listed = {path.split(".")[2] for path in supported_classes() if path.startswith("transformers")}
+    assert {"bart", "t5", "whisper", "clip", "opt"} <= listed
