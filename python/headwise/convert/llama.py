@@ -49,14 +49,14 @@ class Llama(TransformersProjected):
         return super().refusal(module)
 
     def rotates(self, module: nn.Module) -> bool:
-        return getattr(module, "use_rope", True)  # SmolLM3 leaves it out in some layers
+        return True
 
     def caches(self, module: nn.Module) -> bool:
         return True
 
     def successor(self, module: nn.Module, sizes: Mapping[str, Any]) -> SelectedDecoderAttention:
         successor = selected(type(module))(module, sizes, device="meta")
-        successor.rotates = self.rotates(module)
+        successor.rotates = bool(getattr(module, "use_rope", True))  # SmolLM3: not in all layers
         if getattr(module, "q_norm", None) is not None:
             successor.q_norm, successor.k_norm = module.q_norm, module.k_norm
         return successor

@@ -39,7 +39,7 @@ class SelectedMPNetSelfAttention(SelectedBiasedAttention):
         return (output,) if maps is None else (output, maps)
 
 
-selected, __getattr__ = stand_ins(__name__, SelectedMPNetSelfAttention, "SelfAttention")
+selected, __getattr__ = stand_ins(__name__, SelectedMPNetSelfAttention)
 
 
 class MPNet(TransformersProjected):

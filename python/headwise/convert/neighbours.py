@@ -21,7 +21,7 @@ class SelectedNeighbourAttention(SelectedDecoderAttention):
     def _rotate(
         self, q: Tensor, k: Tensor, position_embeddings: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        original = type(self).__mro__[2]
+        _, original = type(self).__bases__
         return sys.modules[original.__module__].apply_rotary_pos_emb(q, k, *position_embeddings)
 
 

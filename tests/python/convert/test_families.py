@@ -181,8 +181,8 @@ def test_generation_gives_the_same_tokens(name):
 class FirstHalf(hw.Gate):
     """Half of the heads, which half depends on what the gate sees."""
 
-    def __init__(self, embed_dim=None, num_heads=None, device=None, dtype=None):
-        super().__init__({}, execution="selected", embed_dim=embed_dim, num_heads=num_heads)
+    def __init__(self, execution="selected", embed_dim=None, num_heads=None, **factory):
+        super().__init__({}, execution=execution, embed_dim=embed_dim, num_heads=num_heads)
 
     def forward(self, x, key_padding_mask=None):
         mean = torch.ops.headwise.masked_mean(x, key_padding_mask)  # [B, D]
