@@ -40,9 +40,9 @@ def generate(model, inputs, tokens=6, **options):
 
 def gradients(model, output):
     """Of what both models have under one name: embeddings, norms, networks."""
-    found = torch.autograd.grad(output.square().mean(), list(model.parameters()), allow_unused=True)
-    names = [name for name, _ in model.named_parameters()]
-    return {n: g for n, g in zip(names, found, strict=True) if g is not None}
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(output.square().mean(), list(trained.values()), allow_unused=True)
+    return {n: g for n, g in zip(trained, found, strict=True) if g is not None}
 
 
 def test_outputs_and_gradients_equal_the_original(row):
