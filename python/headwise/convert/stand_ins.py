@@ -33,7 +33,8 @@ def stand_ins(
         classes_of: the file whose family of models it is; default ``file``.
 
     Returns:
-        ``selected(class of the original, or a subclass) -> class``, and the ``__getattr__`` of the file's module, which
+        ``selected(class of the original) -> class``, also for its subclasses, and the
+        ``__getattr__`` of the file's module, which
         knows the classes as ``SelectedPREFIXAttention``.
     """
     models = family(classes_of or file)
