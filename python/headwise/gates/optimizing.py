@@ -9,6 +9,17 @@ from torch import nn
 from headwise.gates.base import Gate
 
 
+def choosing_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of ``model`` that decide which heads run: those of its gates, but not the
+    output projections that a bank holds for its plans, which are weights like the model's own."""
+    return [
+        parameter
+        for gate in model.modules()
+        if isinstance(gate, Gate) and not gate.projects
+        for parameter in gate.parameters()
+    ]
+
+
 def parameter_groups(
     model: nn.Module,
     lr: float,
@@ -49,7 +60,7 @@ def parameter_groups(
     for name, value in {**rates, "weight_decay": weight_decay}.items():
         if not value >= 0.0:
             raise ValueError(f"{name} must not be negative, got {value}")
-    own = {id(p) for gate in model.modules() if isinstance(gate, Gate) for p in gate.parameters()}
+    own = {id(p) for p in choosing_parameters(model)}
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise ValueError("model must have a parameter with requires_grad, and it has none")

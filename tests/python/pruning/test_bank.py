@@ -346,3 +346,14 @@ def test_banks_say_what_is_wrong():
     for small in (hw.prune, hw.pruning.plan_from_gates):
         with pytest.raises(ValueError, match="BankGate"):
             small(bank.model)
+
+
+def test_projections_of_a_bank_learn_like_the_models_own_weights():
+    dense, (batches, kinds) = tiny_bert(), two_kinds()
+    model = fitted(dense, batches, clusters=kinds).model
+    rates = {
+        id(parameter): group["lr"]
+        for group in hw.parameter_groups(model, 1e-4, gate_lr=1.0, gate_matrix_lr=1.0)
+        for parameter in group["params"]
+    }
+    assert set(rates) == {id(p) for p in model.parameters()} and set(rates.values()) == {1e-4}

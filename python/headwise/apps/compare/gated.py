@@ -17,6 +17,7 @@ from headwise.apps.compare.calibration import calibrate
 from headwise.apps.compare.method import Outcome
 from headwise.apps.compare.selections import predict_and_record
 from headwise.apps.compare.workbench import Workbench
+from headwise.gates.optimizing import choosing_parameters
 from headwise.nn.layers import attention_layers
 
 #: Static gates become a plan for the last part of training; a pipelined search ends sooner.
@@ -55,7 +56,7 @@ def static(
         share = searching / steps if steps else 1.0
         trained = [p for p in model.parameters() if p.requires_grad]
         if not joint:
-            gates = {p for m in model.modules() if isinstance(m, hw.Gate) for p in m.parameters()}
+            gates = set(choosing_parameters(model))
             for parameter in trained:
                 parameter.requires_grad_(parameter in gates)
         bench.finetune(model, batches, searching, rate_span=(0.0, share))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import headwise as hw
 from headwise.apps.compare.selections import HeadUse
 from headwise.apps.tasks.examples import Examples
+from headwise.gates.optimizing import choosing_parameters
 
 
 @dataclass(frozen=True)
@@ -155,13 +156,7 @@ class Macs:
 
 def gate_macs(model: nn.Module) -> int:
     """Multiply-accumulates of the gates for one text: the matrices that meet its pooled input."""
-    matrices = {
-        parameter
-        for module in model.modules()
-        if isinstance(module, hw.Gate)
-        for parameter in module.parameters()
-        if parameter.dim() > 1
-    }
+    matrices = {parameter for parameter in choosing_parameters(model) if parameter.dim() > 1}
     return sum(parameter.numel() for parameter in matrices)
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import headwise as hw
 from headwise.apps.tasks.examples import Batch, Examples
+from headwise.gates.optimizing import choosing_parameters
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,8 @@ def autocast(dtype: torch.dtype, device: torch.device) -> contextlib.AbstractCon
 
 
 def gate_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """The parameters of the model's gates."""
-    return {p for m in model.modules() if isinstance(m, hw.Gate) for p in m.parameters()}
+    """The parameters that decide which heads run."""
+    return set(choosing_parameters(model))
 
 
 def _groups(model: nn.Module, options: TrainingOptions) -> list[dict]:
