@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from headwise.convert.arguments import check_arguments
 from headwise.convert.checks import first
 from headwise.convert.masks import split
-from headwise.convert.projections import Places, Projected, ProjectedStandIn
+from headwise.convert.projections import Places, Projected, ProjectedStandIn, replaced_fault
 from headwise.convert.registry import Architecture
 from headwise.nn.grouped_query_attention import GroupedQueryAttention
 from headwise.nn.proof import Draw, Trial
@@ -174,7 +174,10 @@ class Adapter(Projected):
 
     def refusal(self, module: nn.Module) -> str | None:
         try:
-            linears, sizes = self.linears(module), self.sizes(module)
+            linears = self.linears(module)
+            if (fault := replaced_fault(linears)) is not None:
+                return fault
+            sizes = self.sizes(module)
             named = [self._sizes["dropout"], self._output_dropout]
             for name, child in module.named_children():
                 if isinstance(child, nn.Dropout) and child.p > 0 and name not in named:

@@ -114,6 +114,11 @@ class ProjectedStandIn(GroupedQueryAttention):
                     state[f"{name}.{place}.{kind}"] = tensor
 
 
+def replaced_fault(linears: Mapping[str, nn.Module]) -> str | None:
+    """Why one of some projections cannot be taken over."""
+    return first(projection_fault(name, linear) for name, linear in linears.items())
+
+
 class Projected(Architecture):
     """Attention that becomes a :class:`ProjectedStandIn`.
 
@@ -152,7 +157,10 @@ class Projected(Architecture):
 
     def refusal(self, module: nn.Module) -> str | None:
         try:
-            linears, sizes = self.linears(module), self.sizes(module)
+            linears = self.linears(module)
+            if (fault := replaced_fault(linears)) is not None:  # it may have no sizes to read
+                return fault
+            sizes = self.sizes(module)
             [getattr(module, name) for name in self.attributes]
         except AttributeError as error:
             return f"another version of the library lays it out otherwise ({error})"
@@ -163,8 +171,6 @@ class Projected(Architecture):
     ) -> Iterator[str | None]:
         yield forward_fault("", module)
         yield children_fault("", module, (*self.places.names, *self.held(module)), self.parameters)
-        for name, linear in linears.items():
-            yield projection_fault(name, linear)
         yield implementation_fault(getattr(module, "config", None))
         heads, groups, width = (
             sizes[name] for name in ("num_heads", "num_key_value_heads", "head_dim")

@@ -167,6 +167,10 @@ def test_a_wrong_description_is_refused():
     blocks = Model(Packed).eval()
     with pytest.raises(ValueError, match="would not compute what it did"):
         hw.convert(blocks, adapters={Packed: packed(per_head=True)})
+    wrapped = copy.deepcopy(blocks)
+    wrapped.layers[0].proj = nn.Sequential(nn.Linear(WIDTH, WIDTH))
+    with pytest.raises(ValueError, match="its proj was replaced by a torch"):
+        hw.convert(wrapped, adapters={Packed: packed()})
     blocks.layers[1].norm = nn.LayerNorm(WIDTH)
     with pytest.raises(ValueError, match="it holds 'norm', which its class does not have"):
         hw.convert(blocks, adapters={Packed: packed()})

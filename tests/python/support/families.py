@@ -54,7 +54,7 @@ class Family:
 def randomised(model: nn.Module) -> nn.Module:
     """So that no head and no bias can be forgotten unnoticed."""
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
             if parameter.dim() == 1:
                 parameter.add_(0.3 * torch.randn_like(parameter))
             elif parameter.dim() == 2:
