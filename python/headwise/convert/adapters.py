@@ -87,7 +87,8 @@ def qkv(
         raise ValueError(
             "per_head is for a packed projection with as many key/value heads as query heads"
         )
-    places = Places(*(apart or ["", "", ""]), output=output, packed=packed, per_head=per_head)
+    first, second, third = apart or ["", "", ""]
+    places = Places(first, second, third, output, packed, per_head)
     sizes = {
         "num_heads": num_heads,
         "num_key_value_heads": num_heads if num_key_value_heads is None else num_key_value_heads,
@@ -120,7 +121,9 @@ class AdaptedAttention(ProjectedStandIn):
             for name in self.TOLD:
                 setattr(self, name, getattr(original, name))
 
-    def forward(self, *arguments: Any, **named: Any) -> Tensor | tuple[Tensor, None]:
+    def forward(  # type: ignore[override]  # as the original is called
+        self, *arguments: Any, **named: Any
+    ) -> Tensor | tuple[Tensor, None]:
         """As the original's, for the arguments that :func:`qkv` knows.
 
         Raises:

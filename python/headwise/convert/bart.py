@@ -29,7 +29,7 @@ class SelectedBartAttention(SelectedDecoderAttention):
     places = PLACES
     rotates = False
 
-    def forward(
+    def forward(  # type: ignore[override]  # as transformers calls it
         self,
         hidden_states: Tensor,
         key_value_states: Tensor | None = None,

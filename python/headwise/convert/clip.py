@@ -24,7 +24,7 @@ class SelectedEncoderAttention(SelectedDecoderAttention):
     places = PLACES
     rotates = False
 
-    def forward(
+    def forward(  # type: ignore[override]  # as transformers calls it
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
         """As :meth:`SelectedDecoderAttention.attend`; the model says whether it is causal (the

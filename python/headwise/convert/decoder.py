@@ -177,7 +177,8 @@ class SelectedDecoderAttention(ProjectedStandIn):
         causal = options.get("is_causal")
         if cross or causal is None or (mask is not None and mask.dim() == 4):
             causal = self.is_causal and not cross  # a mask of four dimensions says who sees whom
-        first, layer_cache, keys, position = None, None, length, 0
+        first, layer_cache, keys = None, None, length
+        position: int | Tensor = 0
         if past is not None:
             # Without a mask, more than one token are the first ones.
             only_own = not cross and mask is None and length > 1
@@ -270,7 +271,7 @@ def decoder_outputs(
     word = mask_word(own)
 
     def call(start: int, stop: int, mask: Tensor | None, cache: Any = None) -> Tensor:
-        options = {word: mask} if cache is None else {word: mask, cache_word: cache}
+        options: dict[str, Any] = {word: mask} if cache is None else {word: mask, cache_word: cache}
         if angles is not None:
             options["position_embeddings"] = tuple(table[:, start:stop] for table in angles)
         return own(tokens[:, start:stop].contiguous(), **options)[0]
@@ -290,7 +291,7 @@ def encoder_outputs(own: nn.Module, draw: Draw, width: int, rope: int | None) ->
     use_plain_implementation(own)
     tokens = draw(2, 5, width)
     mask = draw.added(draw.padding(2, 5)[:, None, None, :].expand(-1, -1, 5, -1))
-    options = {} if rope is None else {"position_embeddings": draw.rope(5, rope)}
+    options: dict[str, Any] = {} if rope is None else {"position_embeddings": draw.rope(5, rope)}
     return [own(tokens, **{mask_word(own): seen}, **options)[0] for seen in (mask, None)]
 
 
@@ -300,7 +301,7 @@ def cross_outputs(own: nn.Module, draw: Draw, width: int, cache_word: str) -> li
     tokens, memory = draw(2, 5, width), draw(2, 4, width)
     mask = draw.added(draw.padding(2, 4)[:, None, None, :].expand(-1, -1, 5, -1))
     cache, word = EncoderDecoderCache(DynamicCache(), DynamicCache()), mask_word(own)
-    calls = [
+    calls: list[dict[str, Any]] = [
         {word: mask},
         {cache_word: cache},
         {word: mask, cache_word: cache},

@@ -24,7 +24,7 @@ class SelectedGPTNeoXAttention(SelectedDecoderAttention):
 
     places = PLACES
 
-    def forward(
+    def forward(  # type: ignore[override]  # as transformers calls it
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,

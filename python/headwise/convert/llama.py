@@ -28,7 +28,7 @@ selected, __getattr__ = stand_ins(__name__, SelectedDecoderAttention)
 
 class Llama(TransformersProjected):
     name = "transformers Llama"
-    children = ("q_norm", "k_norm")
+    children: tuple[str, ...] = ("q_norm", "k_norm")
     attributes = ("config", "is_causal", "layer_idx")
 
     def sizes(self, module: nn.Module) -> dict[str, Any]:

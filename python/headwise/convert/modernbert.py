@@ -26,7 +26,7 @@ class SelectedModernBertAttention(SelectedDecoderAttention):
         super().__init__(original, sizes, **factory)
         self.out_drop = original.out_drop
 
-    def forward(
+    def forward(  # type: ignore[override]  # as transformers calls it
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,

@@ -19,7 +19,7 @@ class SelectedCausalAttention(SelectedDecoderAttention):
     places = PLACES
     rotates = False
 
-    def forward(
+    def forward(  # type: ignore[override]  # as transformers calls it
         self,
         hidden_states: Tensor,
         cache: Any = None,

@@ -5,8 +5,8 @@ of the conversions to :class:`headwise.GroupedQueryAttention`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -107,8 +107,9 @@ class ProjectedStandIn(GroupedQueryAttention):
             found = [state.pop(key) if key in state else None for key in own]
             if kind == "weight" and None in found:
                 raise KeyError(own[found.index(None)])
-            if places.packed is not None and found[0] is not None:
-                found[:3] = [places.join(found[:3], self.head_dim)]
+            inputs = [tensor for tensor in found[:3] if tensor is not None]
+            if places.packed is not None and inputs:
+                found[:3] = [places.join(inputs, self.head_dim)]
             for place, tensor in zip(places.names, found[-len(places.names) :], strict=True):
                 if tensor is not None:
                     state[f"{name}.{place}.{kind}"] = tensor
@@ -186,13 +187,15 @@ class Projected(Architecture):
         if {own.in_features for own in inputs} != {output.out_features}:
             yield "its queries, keys, values and output are not of one width"
         if self.places.packed is not None:
-            yield from self._packed_faults(module, linears[self.places.packed])
+            name = self.places.packed
+            yield from self._packed_faults(module, name, linears[name])
         elif self.places.names != _OWN:
             renamed = tuple(HOOKS)[len(CALLED) :]
             yield hooks_fault("attention", module, renamed, "would see other names")
 
-    def _packed_faults(self, module: nn.Module, linear: nn.Module) -> Iterator[str | None]:
-        name = self.places.packed
+    def _packed_faults(
+        self, module: nn.Module, name: str, linear: nn.Module
+    ) -> Iterator[str | None]:
         yield hooks_fault(name, linear)
         for kind, parameter in linear.named_parameters():
             yield copied_fault(f"{name}.{kind}", parameter)
@@ -205,10 +208,10 @@ class Projected(Architecture):
         return list(module.get_submodule(self.places.packed).parameters())
 
     def convert(self, module: nn.Module) -> tuple[nn.Module, GroupedQueryAttention]:
-        linears, sizes = self.linears(module), self.sizes(module)
-        *inputs, output = linears.values()
+        # What is no nn.Linear was refused.
+        *inputs, output = cast("Iterable[nn.Linear]", self.linears(module).values())
         sizes = {
-            **sizes,
+            **self.sizes(module),
             "embed_dim": output.out_features,
             "bias": inputs[0].bias is not None,
             "output_bias": output.bias is not None,

@@ -33,6 +33,7 @@ class SelectedBiasedAttention(SelectedDecoderAttention):
 
     def pruned(self, entry: LayerPlan) -> SelectedBiasedAttention:
         smaller = super().pruned(entry)
+        assert isinstance(smaller, SelectedBiasedAttention)
         smaller.bias_heads = self.bias_heads[entry.heads]
         return smaller
 

@@ -33,7 +33,7 @@ class SelectedT5Attention(SelectedBiasedAttention):
         if self.has_relative_attention_bias:  # of all heads: other layers read them too
             self.relative_attention_bias = original.relative_attention_bias
 
-    def forward(
+    def forward(  # type: ignore[override]  # as transformers calls it
         self,
         hidden_states: Tensor,
         mask: Tensor | None = None,
@@ -49,11 +49,12 @@ class SelectedT5Attention(SelectedBiasedAttention):
         made = [position_bias]
 
         def bias(keys: int, position: int | Tensor) -> Tensor:
-            if made[0] is None:
-                made[0] = self.compute_bias(
+            whole = made[0]
+            if whole is None:
+                whole = made[0] = self.compute_bias(
                     hidden_states.size(1), keys, hidden_states.device, position
                 )
-            return self.own_bias(made[0])
+            return self.own_bias(whole)
 
         output, maps = self.attend(
             hidden_states,

@@ -24,7 +24,7 @@ class SelectedSpeechAttention(SelectedDecoderAttention):
     places = PLACES
     rotates = False
 
-    def forward(
+    def forward(  # type: ignore[override]  # as transformers calls it
         self,
         hidden_states: Tensor,
         key_value_states: Tensor | None = None,

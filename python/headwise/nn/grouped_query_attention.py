@@ -457,7 +457,7 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
             if output is None:
                 output = y.new_empty(x.shape)
             output[every] = y
-            if maps:
+            if maps_of_plan is not None:
                 if weights is None:
                     shape = (len(x), self.num_heads, *maps_of_plan.shape[2:])
                     weights = maps_of_plan.new_zeros(shape)

@@ -65,7 +65,7 @@ class KeyValueCache:
         return self.k, self.v
 
     def held(self) -> tuple[Tensor, Tensor] | None:
-        return None if self.k is None else (self.k, self.v)
+        return None if self.k is None or self.v is None else (self.k, self.v)
 
     def select_rows(self, rows: Tensor) -> None:
         """Goes on with the sequences ``rows``, int64 ``[B']``: some of them, in another order, or
