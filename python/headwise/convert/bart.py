@@ -6,10 +6,9 @@ each a layer of its own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from headwise.convert.arguments import one_cache
 from headwise.convert.decoder import SelectedDecoderAttention, TransformersProjected
@@ -50,11 +49,9 @@ selected, __getattr__ = stand_ins(__name__, SelectedBartAttention)
 
 class Bart(TransformersProjected):
     name = "transformers BART"
+    stand_in = staticmethod(selected)
     places = PLACES
     attributes = ("config", "is_causal", "is_decoder", "layer_idx")
-
-    def successor(self, module: nn.Module, sizes: Mapping[str, Any]) -> SelectedDecoderAttention:
-        return selected(type(module))(module, sizes, device="meta")
 
 
 ARCHITECTURE = Bart()

@@ -4,7 +4,6 @@ same code under another name: encoders that hold query, key, value and output in
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -37,6 +36,7 @@ selected, __getattr__ = stand_ins(__name__, SelectedEncoderAttention)
 
 class Clip(TransformersProjected):
     name = "transformers CLIP"
+    stand_in = staticmethod(selected)
     places = PLACES
 
     def sizes(self, module: nn.Module) -> dict[str, Any]:
@@ -47,9 +47,6 @@ class Clip(TransformersProjected):
             "dropout": module.dropout,
             "scale": module.scale,
         }
-
-    def successor(self, module: nn.Module, sizes: Mapping[str, Any]) -> SelectedDecoderAttention:
-        return selected(type(module))(module, sizes, device="meta")
 
 
 ARCHITECTURE = Clip()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -216,7 +216,17 @@ class SelectedDecoderAttention(ProjectedStandIn):
 
 
 class TransformersProjected(Projected):
-    """Attention of transformers that becomes a :class:`SelectedDecoderAttention`."""
+    """Attention of transformers that becomes a :class:`SelectedDecoderAttention`.
+
+    Attributes:
+        stand_in: class of the original -> class of what stands in for it
+            (:func:`headwise.convert.stand_ins.stand_ins`).
+    """
+
+    stand_in: Callable[[type], type]
+
+    def successor(self, module: nn.Module, sizes: Mapping[str, Any]) -> SelectedDecoderAttention:
+        return type(self).stand_in(type(module))(module, sizes, device="meta")
 
     def trial(self, module: nn.Module) -> Trial:
         width = module.get_submodule(self.places.output).out_features

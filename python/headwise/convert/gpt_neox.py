@@ -6,7 +6,6 @@ The converted layer has copies of the projection's parameters.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -42,6 +41,7 @@ selected, __getattr__ = stand_ins(__name__, SelectedGPTNeoXAttention)
 
 class GPTNeoX(TransformersProjected):
     name = "transformers GPT-NeoX"
+    stand_in = staticmethod(selected)
     places = PLACES
     attributes = ("config", "is_causal", "layer_idx")
 
@@ -57,9 +57,6 @@ class GPTNeoX(TransformersProjected):
 
     def rotates(self, module: nn.Module) -> bool:
         return True
-
-    def successor(self, module: nn.Module, sizes: Mapping[str, Any]) -> SelectedDecoderAttention:
-        return selected(type(module))(module, sizes, device="meta")
 
 
 ARCHITECTURE = GPTNeoX()

@@ -28,6 +28,7 @@ selected, __getattr__ = stand_ins(__name__, SelectedDecoderAttention)
 
 class Llama(TransformersProjected):
     name = "transformers Llama"
+    stand_in = staticmethod(selected)
     children: tuple[str, ...] = ("q_norm", "k_norm")
     attributes = ("config", "is_causal", "layer_idx")
 
@@ -55,7 +56,7 @@ class Llama(TransformersProjected):
         return True
 
     def successor(self, module: nn.Module, sizes: Mapping[str, Any]) -> SelectedDecoderAttention:
-        successor = selected(type(module))(module, sizes, device="meta")
+        successor = super().successor(module, sizes)
         successor.rotates = bool(getattr(module, "use_rope", True))  # SmolLM3: not in all layers
         if getattr(module, "q_norm", None) is not None:
             successor.q_norm, successor.k_norm = module.q_norm, module.k_norm

@@ -45,6 +45,7 @@ selected, __getattr__ = stand_ins(__name__, SelectedModernBertAttention)
 
 class ModernBert(TransformersProjected):
     name = "transformers ModernBERT"
+    stand_in = staticmethod(selected)
     places = PLACES
     children = ("out_drop",)
 
@@ -60,9 +61,6 @@ class ModernBert(TransformersProjected):
 
     def rotates(self, module: nn.Module) -> bool:
         return True
-
-    def successor(self, module: nn.Module, sizes: Mapping[str, Any]) -> SelectedDecoderAttention:
-        return selected(type(module))(module, sizes, device="meta")
 
 
 ARCHITECTURE = ModernBert()

@@ -3,7 +3,6 @@ and attention that is handed the mask to add to its scores."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -44,6 +43,7 @@ selected, __getattr__ = stand_ins(__name__, SelectedMPNetSelfAttention)
 
 class MPNet(TransformersProjected):
     name = "transformers MPNet"
+    stand_in = staticmethod(selected)
     places = PLACES
     children = ("dropout",)
     attributes = ()
@@ -67,9 +67,6 @@ class MPNet(TransformersProjected):
             return [own(tokens, mask, bias)[0], own(tokens)[0]]
 
         return run
-
-    def successor(self, module: nn.Module, sizes: Mapping[str, Any]) -> SelectedBiasedAttention:
-        return selected(type(module))(module, sizes, device="meta")
 
 
 ARCHITECTURE = MPNet()

@@ -5,8 +5,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -30,15 +28,13 @@ selected, __getattr__ = stand_ins(__name__, SelectedNeighbourAttention)
 
 class Neighbours(Llama):
     name = "transformers GLM"
+    stand_in = staticmethod(selected)
     children = ()
 
     def refusal(self, module: nn.Module) -> str | None:
         if getattr(module, "use_qk_norm", False):
             return "its queries and keys have norms with weights for each head (use_qk_norm)"
         return super().refusal(module)
-
-    def successor(self, module: nn.Module, sizes: Mapping[str, Any]) -> SelectedDecoderAttention:
-        return selected(type(module))(module, sizes, device="meta")
 
 
 ARCHITECTURE = Neighbours()

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from headwise.convert.arguments import one_cache
 from headwise.convert.bart import PLACES
@@ -38,11 +37,9 @@ selected, __getattr__ = stand_ins(__name__, SelectedCausalAttention)
 
 class Opt(TransformersProjected):
     name = "transformers OPT"
+    stand_in = staticmethod(selected)
     places = PLACES
     attributes = ("config", "is_causal", "layer_idx")
-
-    def successor(self, module: nn.Module, sizes: Mapping[str, Any]) -> SelectedDecoderAttention:
-        return selected(type(module))(module, sizes, device="meta")
 
 
 ARCHITECTURE = Opt()

@@ -4,7 +4,6 @@ values. The converted layer has copies of its parameters.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -27,6 +26,7 @@ selected, __getattr__ = stand_ins(__name__, SelectedPhi3Attention)
 
 class Phi3(TransformersProjected):
     name = "transformers Phi-3"
+    stand_in = staticmethod(selected)
     places = PLACES
     attributes = ("config", "is_causal", "layer_idx")
 
@@ -41,9 +41,6 @@ class Phi3(TransformersProjected):
 
     def rotates(self, module: nn.Module) -> bool:
         return True
-
-    def successor(self, module: nn.Module, sizes: Mapping[str, Any]) -> SelectedDecoderAttention:
-        return selected(type(module))(module, sizes, device="meta")
 
 
 ARCHITECTURE = Phi3()

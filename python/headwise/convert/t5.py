@@ -72,6 +72,7 @@ selected, __getattr__ = stand_ins(__name__, SelectedT5Attention)
 
 class T5(TransformersProjected):
     name = "transformers T5"
+    stand_in = staticmethod(selected)
     places = PLACES
     children = ("relative_attention_bias",)
     attributes = ("config", "is_causal", "is_decoder", "layer_idx", "has_relative_attention_bias")
@@ -84,9 +85,6 @@ class T5(TransformersProjected):
             "dropout": module.dropout,
             "scale": module.scaling,
         }
-
-    def successor(self, module: nn.Module, sizes: Mapping[str, Any]) -> SelectedT5Attention:
-        return selected(type(module))(module, sizes, device="meta")
 
 
 ARCHITECTURE = T5()

@@ -4,7 +4,6 @@ another name: HuBERT, SEW, UniSpeech, UniSpeech-SAT, data2vec's audio model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -44,6 +43,7 @@ selected, __getattr__ = stand_ins(__name__, SelectedSpeechAttention)
 
 class Wav2Vec2(TransformersProjected):
     name = "transformers Wav2Vec2"
+    stand_in = staticmethod(selected)
     places = PLACES
     attributes = ("config", "is_causal", "is_decoder")
 
@@ -51,9 +51,6 @@ class Wav2Vec2(TransformersProjected):
         if module.is_decoder:
             return "it belongs to a decoder"
         return super().refusal(module)
-
-    def successor(self, module: nn.Module, sizes: Mapping[str, Any]) -> SelectedDecoderAttention:
-        return selected(type(module))(module, sizes, device="meta")
 
 
 ARCHITECTURE = Wav2Vec2()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -50,6 +50,11 @@ class BankSelection(Selection):
 
     plan: Tensor
     whole: bool = True
+
+    def moved(self, function: Callable[[Tensor], Tensor]) -> BankSelection:
+        found = BankSelection(*super().moved(function))
+        found.plan, found.whole = function(self.plan), self.whole
+        return found
 
     def _replace(self, **changes: Any) -> BankSelection:
         """With other weights, as :func:`headwise.nn.scaled_heads` gives heads."""

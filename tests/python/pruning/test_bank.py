@@ -281,6 +281,21 @@ def test_a_decoder_keeps_the_plan_that_the_prompt_chose():
         layer(x, cache=hw.KeyValueCache())
 
 
+def test_beams_keep_the_plan_of_their_prompt():
+    torch.manual_seed(0)
+    layer = hw.GroupedQueryAttention(EMBED, HEADS, 2).eval()
+    set_plans(layer, [[0, 2], [1, 2, 3]])
+    x, cache, rows = torch.randn(2, 5, EMBED), hw.KeyValueCache(), torch.tensor([1, 0, 1])
+    with torch.no_grad(), hw.pruning.following(layer, torch.ones(2, dtype=torch.long)):
+        layer(x[:, :4], cache=cache)
+    cache.select_rows(rows)
+    with torch.no_grad():
+        step, _ = layer(x[rows, 4:], cache=cache)
+        with hw.pruning.following(layer, torch.ones(3, dtype=torch.long)):
+            whole, _ = layer(x[rows])
+    torch.testing.assert_close(step, whole[:, 4:], rtol=1e-4, atol=1e-5)
+
+
 def test_k_means_finds_what_is_apart():
     torch.manual_seed(0)
     centres = torch.tensor([[0.0, 0.0], [9.0, 0.0], [0.0, 9.0]]).double()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import headwise as hw
 from headwise.apps.compare.calibration import calibrate
-from headwise.apps.compare.method import Outcome
+from headwise.apps.compare.method import Outcome, Run
 from headwise.apps.compare.selections import predict_and_record
 from headwise.apps.compare.workbench import Workbench
 from headwise.gates.optimizing import choosing_parameters
@@ -25,7 +25,6 @@ HARD_FROM = 0.75
 PIPELINED_UNTIL = 0.4
 
 Prototype = Callable[[float], hw.Gate]
-Run = Callable[[Workbench, float, int], Outcome]
 
 
 def _start(bench: Workbench, model: nn.Module, keep: float) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -17,6 +17,20 @@ class Outcome:
     model: nn.Module
     train_steps: int
     notes: dict = field(default_factory=dict)
+
+
+Run = Callable[[Workbench, float, int], Outcome]
+
+
+def then_trained(run: Run) -> Run:
+    """The same, and then all training steps: which heads run for which text is settled before."""
+
+    def trained(bench: Workbench, keep: float, steps: int) -> Outcome:
+        outcome = run(bench, keep, steps)
+        bench.finetune(outcome.model, bench.batches(), steps)
+        return replace(outcome, train_steps=steps)
+
+    return trained
 
 
 @dataclass(frozen=True)
@@ -35,4 +49,4 @@ class Method:
     title: str
     kind: str
     trains: bool
-    run: Callable[[Workbench, float, int], Outcome]
+    run: Run

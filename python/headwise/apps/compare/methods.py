@@ -6,38 +6,31 @@ same teacher and, unless it is post-hoc, trains for the same number of steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from headwise.apps.compare import gated, planned, repaired, structured
-from headwise.apps.compare.method import Method, Outcome
-from headwise.apps.compare.workbench import Workbench
+from headwise.apps.compare.method import Method, Outcome, Run, then_trained
 from headwise.apps.tasks.errors import UsageError
 from headwise.io.printable import quoted
 
 __all__ = ["METHODS", "Method", "Outcome", "resolve_methods"]
 
 
-Run = Callable[[Workbench, float, int], Outcome]
+def _twice(
+    name: str, trained: str, title: str, how: str, kind: str, run: Run
+) -> tuple[Method, Method]:
+    """A method without training, and followed by all training steps."""
+    return (
+        Method(name, title, kind, False, run),
+        Method(trained, f"{title}, {how}", kind, True, then_trained(run)),
+    )
 
 
 def _planned(family: str, planner: planned.Planner) -> tuple[Method, Method]:
-    return (
-        Method(f"{family}-posthoc", family, "static", False, planned.post_hoc(planner)),
-        Method(
-            f"{family}-finetuned",
-            f"{family}, fine-tuned",
-            "static",
-            True,
-            planned.fine_tuned(planner),
-        ),
-    )
+    run = planned.post_hoc(planner)
+    return _twice(f"{family}-posthoc", f"{family}-finetuned", family, "fine-tuned", "static", run)
 
 
 def _repaired(name: str, title: str, kind: str, run: Run) -> tuple[Method, Method]:
-    return (
-        Method(name, title, kind, False, run),
-        Method(f"{name}-trained", f"{title}, trained", kind, True, repaired.then_trained(run)),
-    )
+    return _twice(name, f"{name}-trained", title, "trained", kind, run)
 
 
 def _dynamic(name: str, title: str, prototype, kind: str = "dynamic") -> Method:

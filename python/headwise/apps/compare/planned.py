@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 import headwise as hw
-from headwise.apps.compare.method import Outcome
+from headwise.apps.compare.method import Outcome, Run
 from headwise.apps.compare.workbench import Workbench
 
 #: Shares of importance that hies is tried with, from entropy alone to importance alone; validation
@@ -67,18 +67,9 @@ def hies_plan(bench: Workbench, keep: float) -> hw.HeadPlan:
 Planner = Callable[[Workbench, float], "hw.HeadPlan"]
 
 
-def post_hoc(planner: Planner) -> Callable[[Workbench, float, int], Outcome]:
+def post_hoc(planner: Planner) -> Run:
     def run(bench: Workbench, keep: float, steps: int) -> Outcome:
         return Outcome(hw.prune(bench.converted(), planner(bench, keep)), 0)
-
-    return run
-
-
-def fine_tuned(planner: Planner) -> Callable[[Workbench, float, int], Outcome]:
-    def run(bench: Workbench, keep: float, steps: int) -> Outcome:
-        model = hw.prune(bench.converted(), planner(bench, keep))
-        bench.finetune(model, bench.batches(), steps)
-        return Outcome(model, steps)
 
     return run
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import headwise as hw
-from headwise.apps.compare.method import Outcome
+from headwise.apps.compare.method import Outcome, Run
 from headwise.apps.compare.planned import Planner
 from headwise.apps.compare.workbench import Workbench
 from headwise.apps.tasks.examples import Examples
@@ -72,7 +69,7 @@ def removal_plan(bench: Workbench, keep: float) -> hw.HeadPlan:
     return hw.plan(bench.plans["repair"], keep=keep)
 
 
-def repaired(planner: Planner) -> Callable[[Workbench, float, int], Outcome]:
+def repaired(planner: Planner) -> Run:
     def run(bench: Workbench, keep: float, steps: int) -> Outcome:
         batches = mappings(calibration(bench), bench.device)
         plan = planner(bench, keep)
@@ -102,17 +99,6 @@ def bank(bench: Workbench, keep: float, steps: int) -> Outcome:
 def _grouping(domains: Tensor | None) -> dict:
     """Domains are told apart by a linear classifier; clusters are what is nearest to a centroid."""
     return {"clusters": domains, "router": "centroid" if domains is None else "softmax"}
-
-
-def then_trained(run: Callable[[Workbench, float, int], Outcome]):
-    """The same, and then all training steps: which heads run for which text is settled before."""
-
-    def trained(bench: Workbench, keep: float, steps: int) -> Outcome:
-        outcome = run(bench, keep, steps)
-        bench.finetune(outcome.model, bench.batches(), steps)
-        return replace(outcome, train_steps=steps)
-
-    return trained
 
 
 def measure_headroom(bench: Workbench) -> dict:

@@ -13,7 +13,6 @@ import headwise as hw
 from headwise.apps.compare.statistics import mean_jaccard_distance
 from headwise.apps.compare.training import predict
 from headwise.apps.tasks.examples import Batch, Examples
-from headwise.gates.bank import BankSelection
 from headwise.nn.instrumenting import instrument
 from headwise.nn.layers import attention_layers
 
@@ -103,16 +102,7 @@ def swapped(model: nn.Module) -> Iterator[None]:
     def shift(gate: nn.Module, args: tuple, selection: hw.Selection) -> hw.Selection:
         rows = len(selection.count)
         other = torch.arange(rows, device=selection.count.device).roll(rows // 2)
-        moved = selection._replace(
-            **{
-                field: value.index_select(0, other)
-                for field, value in selection._asdict().items()
-                if value is not None
-            }
-        )
-        if isinstance(moved, BankSelection) and isinstance(selection, BankSelection):
-            moved.plan, moved.whole = selection.plan[other], selection.whole
-        return moved
+        return selection.moved(lambda tensor: tensor.index_select(0, other))
 
     gates = [layer.gate for layer in attention_layers(model).values() if layer.gate is not None]
     handles = [gate.register_forward_hook(shift) for gate in gates]
