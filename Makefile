@@ -153,7 +153,7 @@ packaging: $(STAMPS)/data build
 	@$(PY) tools/check.py build packaging
 
 ci: $(STAMPS)/data build
-	@$(PY) tools/check.py build all
+	@$(PY) tools/check.py build all $(UNTIL)
 
 gpu-deps: $(STAMPS)/packages
 	@tools/gpu_deps.sh $(HEADWISE_DEPS) $(PY)

@@ -5,8 +5,9 @@
                                                site, in build/site
     check.py BUILD lint                        clang-format, ruff, mypy
     check.py BUILD packaging                   the embedded library and a wheel
-    check.py BUILD all                         test and lint; and a report, which counts for
-                                               nothing, of the newest and the oldest packages
+    check.py BUILD all [UNTIL]                 test and lint; and a report, which counts for
+                                               nothing, of the newest and the oldest packages,
+                                               ended at UNTIL (seconds since 1970)
 
 Every runner prints its own summary; the last line is "N passed, N failed, N skipped" over all. A
 check without a count of its own (lint, consumer, wheel) counts as one. Exit status 1 if any failed.
@@ -27,10 +28,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 CPP_SUFFIXES = {".cpp", ".h", ".cu", ".cuh"}
 CPP_FOLDERS = ("include", "src", "python", "tests", "examples", "benchmarks")
-VERSIONS_SECONDS = 480  # for each of the newest and the oldest packages
 PYTHON_FOLDERS = ("python", "tests", "examples", "benchmarks", "tools")
 
 Count = tuple[int, int, int]  # passed, failed, skipped
+
+# Each process of pytest has all cores for its operators, whose threads sleep while they wait.
+PYTEST_ENVIRONMENT = {
+    "PYTHONPATH": str(ROOT / "python"),
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_WAIT_POLICY": "passive",
+}
 
 
 def run(*command: str | Path, **environment: str) -> bool:
@@ -86,15 +94,19 @@ def check_cpp(build: Path, reports: Path) -> Count:
     return counted(report, succeeded, read_googletest)
 
 
+def pytest_command(python: str | Path, report: Path) -> list[str]:
+    """pytest in one process per core, as far as there are 3 GB of memory for each."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    processes = max(1, min(len(os.sched_getaffinity(0)), memory // 3_000_000_000))
+    spread = ["-n", str(processes), "--dist", "loadfile"] if processes > 1 else []
+    command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *spread]
+    return [*command, f"--junitxml={report}"]
+
+
 def check_python(reports: Path, arguments: list[str]) -> Count:
     report = reports / "python.xml"
-    succeeded = run(
-        *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"),
-        *(arguments or ["tests/python"]),
-        PYTHONPATH=str(ROOT / "python"),
-        HF_HUB_OFFLINE="1",
-        TOKENIZERS_PARALLELISM="false",
-    )
+    command = pytest_command(sys.executable, report)
+    succeeded = run(*command, *(arguments or ["tests/python"]), **PYTEST_ENVIRONMENT)
     return counted(report, succeeded, read_junit)
 
 
@@ -150,9 +162,9 @@ def checks(
     if what in ("test", "all"):
         yield "C++ tests", check_cpp(build, reports)
         yield "installed library", check_consumer(build, "find_package")
-        yield "Python tests", check_python(reports, arguments)
+        yield "Python tests", check_python(reports, arguments if what == "test" else [])
     if what == "all":
-        run(sys.executable, ROOT / "tools/versions.py", build, str(VERSIONS_SECONDS))
+        run(sys.executable, ROOT / "tools/versions.py", build, *arguments)
     if what == "docs":
         yield "documentation", check_python(reports, ["tests/python/docs/test_docs.py"])
         yield "site", once(run(tool("mkdocs"), "build", "--strict", NO_MKDOCS_2_WARNING="1"))

@@ -1,11 +1,12 @@
 """Reports how the Python tests fare with the newest and the oldest packages that headwise allows.
 
-    versions.py BUILD SECONDS
+    versions.py BUILD [UNTIL]
 
 The packages are those at both ends of the ranges in python/pyproject.toml and requirements/dev.in,
 but torch is that of the Python that runs this: BUILD was compiled for it. (`make test-newest` and
 `make test-oldest` take torch and the build's tools from those ends too, and compile.) Only the test
-files that name transformers, numpy or hypothesis run, for at most SECONDS at each end.
+files that name transformers, numpy or hypothesis run. An end whose packages are those of the Python
+that runs this is not run again; nor does anything run after UNTIL (seconds since 1970).
 
 This is a report and no check: the exit status is 0 whatever the tests say, so that a package's
 release of last night stops nobody's work.
@@ -15,19 +16,23 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 import venv
 import xml.etree.ElementTree as ElementTree
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from check import PYTEST_ENVIRONMENT, ROOT, pytest_command
+
 RANGES = ("python/pyproject.toml", "requirements/dev.in")
 ENDS = {"newest": "highest", "oldest": "lowest-direct"}
 SHOWN = ("transformers", "numpy", "safetensors", "hypothesis", "pytest")
 TOUCHING = re.compile(r"\b(transformers|numpy|hypothesis)\b")
 MOST_NAMES = 20
+LEAST_SECONDS = 120
 
 
 def resolve(end: str) -> dict[str, str]:
@@ -77,27 +82,27 @@ def test_files() -> list[str]:
     return [str(file.relative_to(ROOT)) for file in files if TOUCHING.search(file.read_text())]
 
 
-def test(python: Path, report: Path, seconds: int) -> str:
+def test(python: Path, report: Path, seconds: float | None) -> str:
     """What the tests say, in a few words and the names of those that failed."""
-    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT / "python"),
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+    command = pytest_command(python, report)
+    environment = {**os.environ, **PYTEST_ENVIRONMENT}
     report.unlink(missing_ok=True)
     log = report.with_suffix(".log")
     with log.open("w") as output:
         process = subprocess.Popen(
-            [*command, *test_files()], cwd=ROOT, env=environment, stdout=output, stderr=output
+            [*command, *test_files()],
+            cwd=ROOT,
+            env=environment,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
         )
         try:
             process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            return f"not finished within {seconds} s (see {log})"
+            return f"not finished within {seconds:.0f} s (see {log})"
     if not report.exists():
         return f"pytest ended with status {process.returncode} (see {log})"
     cases = list(ElementTree.parse(report).getroot().iter("testcase"))
@@ -114,12 +119,20 @@ def test(python: Path, report: Path, seconds: int) -> str:
 
 
 def main() -> int:
-    build, seconds = Path(sys.argv[1]).resolve(), int(sys.argv[2])
+    build = Path(sys.argv[1]).resolve()
+    until = float(sys.argv[2]) if len(sys.argv) > 2 else None
     for end in ENDS:
+        seconds = None if until is None else until - time.time()
+        if seconds is not None and seconds < LEAST_SECONDS:
+            print(f"{end}: not tried, for want of time", flush=True)
+            continue
         try:
             packages = resolve(end)
-            python = prepare(build / f"python-{end}", packages)
             print(f"{end}: {', '.join(f'{name} {packages[name]}' for name in SHOWN)}", flush=True)
+            if all(installed(name) == packages[name] for name in SHOWN):
+                print(f"{end}: as tested above", flush=True)
+                continue
+            python = prepare(build / f"python-{end}", packages)
             print(f"{end}: {test(python, build / f'python-{end}.xml', seconds)}", flush=True)
         except (subprocess.SubprocessError, OSError, ValueError, KeyError) as error:
             said = getattr(error, "stderr", None) or str(error)
