@@ -32,7 +32,7 @@ help:
 	@echo "make test       build, then run all tests"
 	@echo "make test-newest, make test-oldest: with the newest and the oldest packages that we support"
 	@echo "make build      set up .venv and compile the library, the extension and the tests"
-	@echo "make lint       clang-format, ruff and mypy, without changing anything"
+	@echo "make lint       clang-format, ruff, mypy and the word list, without changing anything"
 	@echo "make locks      update the lock files requirements/*.txt to the newest allowed packages"
 	@echo "make bench      time layers, gates and a model; results in benchmarks/results/"
 	@echo "make packaging  build the library embedded in a project, and the wheel; each compiles it anew"

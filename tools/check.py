@@ -3,7 +3,7 @@
     check.py BUILD test [PYTEST ARGUMENT...]   C++ tests, Python tests, the installed library
     check.py BUILD docs                        the examples and links of README.md and docs/; the
                                                site, in build/site
-    check.py BUILD lint                        clang-format, ruff, mypy
+    check.py BUILD lint                        clang-format, ruff, mypy, tools/words.py
     check.py BUILD packaging                   the embedded library and a wheel
     check.py BUILD all [UNTIL]                 test and lint; and a report, which counts for
                                                nothing, of the newest and the oldest packages,
@@ -158,6 +158,7 @@ def checks(
         yield "clang-format", check_format()
         yield "ruff check", check_ruff("check")
         yield "ruff format", check_ruff("format", "--check")
+        yield "words", once(run(sys.executable, "tools/words.py"))
         yield "types", once(run(tool("mypy"), "--python-executable", sys.executable))
     if what in ("test", "all"):
         yield "C++ tests", check_cpp(build, reports)
