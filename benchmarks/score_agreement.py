@@ -151,7 +151,7 @@ def score(model: nn.Module, texts: Examples) -> Scores:
             scores[f"michel {absolute}"] = hw.score_heads(
                 model, batches, losses, absolute=absolute.replace(" ", "_")
             )["michel"]
-        scores["lrp"] = hw.analysis.head_relevance(model, batches, logits).scores
+        scores["lrp"] = hw.analysis.lrp_scores(model, batches, logits).scores
         found |= {f"{metric}, {part}": scores[metric] for metric in METRICS}
     return found
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "tools" / "words.txt"
-FOLDERS = ("README.md", "CONTRIBUTING.md", "docs/concepts.md", "docs/gates.md", "docs/glossary.md")
+FOLDERS = ("README.md", "CONTRIBUTING.md", "docs")
 SUFFIXES = {".md", ".py", ".pyi", ".h", ".cpp", ".cu", ".cuh"}
 #: A comment or a string, of Python or C++, from left to right.
 PROSE = {

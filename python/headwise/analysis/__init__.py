@@ -1,4 +1,4 @@
-"""What the heads of a trained model do: ablation, interactions, relevance, causes, confidence."""
+"""What the heads of a trained model do: ablation, interactions, LRP, causal gates, confidence."""
 
 from headwise.analysis.ablation import Ablation, ablate_heads, keep_one_head
 from headwise.analysis.agreement import Agreement, score_agreement
@@ -12,7 +12,7 @@ from headwise.analysis.interaction import (
     head_interactions,
     head_similarity,
 )
-from headwise.analysis.lrp import HeadRelevance, head_relevance
+from headwise.analysis.lrp import LrpScores, lrp_scores
 
 __all__ = [
     "Ablation",
@@ -21,17 +21,17 @@ __all__ = [
     "ConfidencePolicy",
     "FittedPolicy",
     "HeadInteractions",
-    "HeadRelevance",
     "HeadSimilarity",
+    "LrpScores",
     "MetricDifference",
     "StagedPrediction",
     "ablate_heads",
     "calibrate_threshold",
     "causal_heads",
     "head_interactions",
-    "head_relevance",
     "head_similarity",
     "keep_one_head",
+    "lrp_scores",
     "metric_difference",
     "score_agreement",
 ]

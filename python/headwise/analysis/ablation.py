@@ -63,7 +63,7 @@ def ablate_heads(
     loss_fn: LossFunction,
     *,
     resamples: int = 1000,
-    confidence: float = 0.95,
+    confidence_level: float = 0.95,
     seed: int = 0,
     journal: str | os.PathLike | None = None,
     progress: bool | None = None,
@@ -85,10 +85,10 @@ def ablate_heads(
         loss_fn: ``(model, batch) -> [B]``, one loss an example, the smaller the better; the error
             (0 or 1) measures accuracy.
         resamples: of the bootstrap.
-        confidence: of the intervals.
+        confidence_level: of the intervals.
         seed: of the bootstrap.
         journal: file that keeps what is finished.
-        progress: a progress bar on stderr; None: after two seconds, where somebody watches.
+        progress: a progress bar on stderr; None: after two seconds, on a terminal.
 
     Raises:
         ValueError: no batches, a loss that is not finite or not one an example, or one that no head
@@ -102,7 +102,7 @@ def ablate_heads(
 
     return _ablate(
         "ablation", all_but, 1.0, model, batches, loss_fn,
-        resamples, confidence, seed, journal, progress,
+        resamples, confidence_level, seed, journal, progress,
     )  # fmt: skip
 
 
@@ -112,7 +112,7 @@ def keep_one_head(
     loss_fn: LossFunction,
     *,
     resamples: int = 1000,
-    confidence: float = 0.95,
+    confidence_level: float = 0.95,
     seed: int = 0,
     journal: str | os.PathLike | None = None,
     progress: bool | None = None,
@@ -132,12 +132,22 @@ def keep_one_head(
 
     return _ablate(
         "all-but-one", only, -1.0, model, batches, loss_fn,
-        resamples, confidence, seed, journal, progress,
+        resamples, confidence_level, seed, journal, progress,
     )  # fmt: skip
 
 
 def _ablate(
-    metric, factors, sign, model, batches, loss_fn, resamples, confidence, seed, journal, progress
+    metric,
+    factors,
+    sign,
+    model,
+    batches,
+    loss_fn,
+    resamples,
+    confidence_level,
+    seed,
+    journal,
+    progress,
 ) -> Ablation:
     model = converted(model)
     batches = list(batches)
@@ -160,7 +170,7 @@ def _ablate(
             f"{metric} is zero for every head: the loss does not depend on the heads, or is too "
             "coarse to show it"
         )
-    statistics = torch.ops.headwise.paired_bootstrap(difference, resamples, seed, confidence)
+    statistics = torch.ops.headwise.paired_bootstrap(difference, resamples, seed, confidence_level)
     sizes = [len(scale) for scale in scales.values()]
     mean, low, high, p = (dict(zip(scales, s.split(sizes), strict=True)) for s in statistics)
     return Ablation(HeadScores(metric, mean), low, high, p, full)

@@ -76,7 +76,7 @@ def score_agreement(
     method: str = "spearman",
     *,
     resamples: int = 1000,
-    confidence: float = 0.95,
+    confidence_level: float = 0.95,
     seed: int = 0,
 ) -> Agreement:
     """Rank correlation of every two scores over the heads of all layers, with intervals.
@@ -90,7 +90,7 @@ def score_agreement(
             same metric under labels of several seeds or tasks.
         method: "spearman" or "kendall".
         resamples: of the bootstrap.
-        confidence: of the intervals.
+        confidence_level: of the intervals.
         seed: of the bootstrap.
 
     Raises:
@@ -112,5 +112,5 @@ def score_agreement(
     rows = torch.stack(
         [torch.cat([found.values[name] for name in shapes[first]]) for found in scores.values()]
     )  # [S, heads]
-    found = torch.ops.headwise.rank_agreement(rows, method, resamples, seed, confidence)
+    found = torch.ops.headwise.rank_agreement(rows, method, resamples, seed, confidence_level)
     return Agreement(list(scores), method, *found)

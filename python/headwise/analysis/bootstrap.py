@@ -42,7 +42,7 @@ def metric_difference(
     targets: Tensor,
     *,
     resamples: int = 1000,
-    confidence: float = 0.95,
+    confidence_level: float = 0.95,
     seed: int = 0,
 ) -> MetricDifference:
     """The difference of any metric between two models, with a paired bootstrap over examples.
@@ -58,7 +58,7 @@ def metric_difference(
         second: ``[N, ...]``, what the second says of the same examples.
         targets: ``[N, ...]``, what is right.
         resamples: R, of the bootstrap; the metric is computed 2 R + 2 times.
-        confidence: of the interval, in (0, 1), by percentiles.
+        confidence_level: of the interval, in (0, 1), by percentiles.
         seed: of the draws.
 
     Returns:
@@ -85,8 +85,8 @@ def metric_difference(
         )
     if resamples < 1:
         raise ValueError(f"resamples must be positive, got {resamples}")
-    if not 0.0 < confidence < 1.0:
-        raise ValueError(f"confidence must be in (0, 1), got {confidence}")
+    if not 0.0 < confidence_level < 1.0:
+        raise ValueError(f"confidence_level must be in (0, 1), got {confidence_level}")
 
     def value(outputs: Tensor, right: Tensor) -> float:
         found = float(metric(outputs, right))
@@ -104,7 +104,7 @@ def metric_difference(
         right = targets[rows]
         draws.append(value(first[rows], right) - value(second[rows], right))
     drawn = torch.tensor(draws, dtype=torch.float64)  # [R]
-    tail = (1 - confidence) / 2
+    tail = (1 - confidence_level) / 2
     low, high = drawn.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     extreme = min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
     p_value = min(1.0, 2 * (1 + extreme) / (resamples + 1))

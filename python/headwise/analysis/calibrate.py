@@ -44,7 +44,7 @@ def calibrate_threshold(
         forward_fn: ``(model, batch)`` runs the model; what it returns is not used.
         passes: trials.
         tolerance: how far the share may be from ``keep``; 1 accepts any.
-        progress: a progress bar on stderr; None: after two seconds, where somebody watches.
+        progress: a progress bar on stderr; None: after two seconds, on a terminal.
 
     Returns:
         The threshold, which the gates now have: of those tried the one whose share is nearest.

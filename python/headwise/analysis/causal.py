@@ -108,7 +108,7 @@ def causal_heads(
         learning_rate: of Adam.
         limit: logits stay within [-limit, limit]: gates within 1.8% of 0 and 1 for 4.
         journal: file that keeps how far it came: a run that is interrupted goes on from there.
-        progress: a progress bar on stderr; None: after two seconds, where somebody watches.
+        progress: a progress bar on stderr; None: after two seconds, on a terminal.
 
     Raises:
         ValueError: no batches, an option out of range, a loss that is not finite, or one that does

@@ -85,7 +85,7 @@ def head_interactions(
         within_layer: draw pairs of one layer only.
         seed: of the draw.
         journal: file that keeps what is finished: a run that is interrupted goes on from there.
-        progress: a progress bar on stderr; None: after two seconds, where somebody watches.
+        progress: a progress bar on stderr; None: after two seconds, on a terminal.
 
     Raises:
         ValueError: no pairs, a pair of heads that the model does not have, no batches, a loss that
@@ -206,7 +206,7 @@ def head_similarity(
         forward_fn: ``(model, batch)`` runs the model; what it returns is not used.
         max_tokens: how many tokens to draw, uniformly from all of them.
         seed: of the draw.
-        progress: a progress bar on stderr; None: after two seconds, where somebody watches.
+        progress: a progress bar on stderr; None: after two seconds, on a terminal.
 
     Raises:
         ValueError: fewer than two tokens, layers that see different tokens (cross-attention), or

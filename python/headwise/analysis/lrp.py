@@ -1,18 +1,18 @@
-"""Layer-wise relevance propagation to heads: how much of a prediction came through each.
+"""Layer-wise relevance propagation (LRP) to heads: how much of a prediction came through each.
 
-The rules conserve relevance: what a layer's output is given is handed on, whole, to its inputs.
+The rules conserve relevance: the relevance of a layer's output is passed on to its inputs in full.
 
-- Linear maps, residual sums, averages: in proportion to each term (LRP-0). A bias is a term of its
-  own: what it is given ends there, and is counted.
+- Linear maps, residual sums, averages: in proportion to each term (LRP-0). A bias is a separate
+  term: its relevance ends there and is counted.
 - Attention: its probabilities are constants, so relevance goes to the values (Ali et al. 2022,
   arXiv 2202.07304).
 - Layer norm and RMS norm: their scale is a constant (the same).
-- Elementwise functions with f(0) = 0 (ReLU, GELU, SiLU, tanh): to their input, whole.
+- Elementwise functions with f(0) = 0 (ReLU, GELU, SiLU, tanh): all of it to their input.
 - Products of two activations: half to each (Achtibat et al. 2024, arXiv 2402.05602).
 
 All of them are gradient times input of the model with those parts held constant, which is linear in
 its inputs and biases, so that the sum of their relevances is the explained output, by Euler's
-theorem. How far it is from that, because a model computes something the rules do not know, is the
+theorem. The deviation from that, if a model computes something that the rules do not cover, is the
 conservation error.
 """
 
@@ -35,20 +35,20 @@ from headwise.nn.attention_layer import AttentionLayer, AttentionProbe
 from headwise.nn.instrumenting import instrument
 from headwise.pruning.scores import HeadScores
 
-__all__ = ["HeadRelevance", "head_relevance"]
+__all__ = ["LrpScores", "lrp_scores"]
 
 _ops = torch.ops.headwise
 
 
 @dataclass(frozen=True)
-class HeadRelevance:
+class LrpScores:
     """How much of a model's predictions came through each head.
 
     Attributes:
         scores: mean share of the layer's relevance, in [-1, 1]; the absolute shares of one example
-            sum to 1 over a layer. Below 0: the head spoke against what was predicted.
+            sum to 1 over a layer. Below 0: the head opposed the prediction.
         conservation_error: |explained outputs - relevance of inputs and biases|, summed over
-            batches, as a share of the outputs' absolute values. 0 where all rules apply.
+            batches, as a share of the outputs' absolute values. 0 if all rules apply.
         bias_share: relevance that ended in biases, as a share of the same.
     """
 
@@ -57,27 +57,26 @@ class HeadRelevance:
     bias_share: float
 
 
-def head_relevance(
+def lrp_scores(
     model: nn.Module,
     batches: Iterable[Any],
     forward_fn: Callable[[nn.Module, Any], Tensor],
     *,
     progress: bool | None = None,
-) -> HeadRelevance:
+) -> LrpScores:
     """Relevance of the top-1 logit that flows through each head (Voita et al. 2019).
 
     arXiv 1905.09418, section 4: summed over a head's neurons and tokens, normalised over the heads
     of its layer, averaged over examples. They normalise by the sum; since relevance may be
-    negative, this divides by the sum of absolute values. The rules are those of
-    ``headwise.relevance``.
+    negative, this divides by the sum of absolute values.
 
     Args:
-        model: a converted or convertible model, run in evaluation mode and left as it was.
+        model: a converted or convertible model, run in evaluation mode and restored.
         batches: whatever ``forward_fn`` takes.
         forward_fn: ``(model, batch) -> logits``: ``[B, ..., C]``, of which the largest of the last
-            dimension is explained, or ``[B]``, explained as it is. Not probabilities: what a
-            softmax gives does not conserve relevance.
-        progress: a progress bar on stderr; None: after two seconds, where somebody watches.
+            dimension is explained, or ``[B]``, explained as it is. Not probabilities: a softmax
+            does not conserve relevance.
+        progress: a progress bar on stderr; None: after two seconds, on a terminal.
 
     Raises:
         ValueError: no batches, outputs that are not finite, or outputs that do not depend on the
@@ -98,7 +97,7 @@ def head_relevance(
     count = 0
     with instrument(model) as opened, _leaf_parameters(model) as parameters:
         opened.probe(see)
-        for batch in with_progress(batches, "head relevance", "batch", progress):
+        for batch in with_progress(batches, "LRP", "batch", progress):
             count += 1
             calls.clear()
             with torch.enable_grad(), _Rules() as rules, rules.inputs_of(model):
@@ -128,13 +127,13 @@ def head_relevance(
     if not any(values.any() for values in sums.values()):
         raise ValueError("lrp is zero for every head: the outputs do not depend on the heads")
     scores = {name: values / examples[name] for name, values in sums.items()}
-    return HeadRelevance(HeadScores("lrp", scores), error / explained, absorbed / explained)
+    return LrpScores(HeadScores("lrp", scores), error / explained, absorbed / explained)
 
 
 def _explained(output: Tensor) -> Tensor:
     if not isinstance(output, Tensor) or output.dim() == 0 or not output.is_floating_point():
         raise ValueError(
-            "forward_fn must return floating logits [B, ..., C], or one value an example [B], got "
+            "forward_fn must return floating logits [B, ..., C], or one value per example [B], got "
             + (f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else repr(output))
         )
     values = output if output.dim() == 1 else output.amax(-1).flatten()

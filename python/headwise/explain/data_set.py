@@ -110,7 +110,7 @@ def explain_data(
         folder: finished parts are kept here, and the same call goes on from them; those of another
             model (its weights, gates and their settings), data or options are removed.
         key: what, besides the arguments, decides the parts; JSON can hold it.
-        progress: progress bars on stderr; None: after two seconds, where somebody watches.
+        progress: progress bars on stderr; None: after two seconds, on a terminal.
 
     Returns:
         A document of format ``headwise.use`` (docs/interpretability.md).

@@ -85,7 +85,7 @@ def explain(
         steps: nodes of the quadrature of integrated gradients.
         batch_size: heads that one run switches over, each on a copy of the input.
         max_length: tokens at which texts are cut; default: what the model takes.
-        progress: a progress bar on stderr; None: after two seconds, where somebody watches.
+        progress: a progress bar on stderr; None: after two seconds, on a terminal.
 
     Returns:
         The explanation, with everything in ``.document``.

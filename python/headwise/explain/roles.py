@@ -124,7 +124,7 @@ def head_roles(
         folder: keeps finished batches here; the same call goes on from them. What is there of
             another model, other batches or other questions is removed; ``forward_fn`` must be the
             same.
-        progress: a progress bar on stderr; None: after two seconds, where somebody watches.
+        progress: a progress bar on stderr; None: after two seconds, on a terminal.
 
     Returns:
         A document (a dictionary) of format ``headwise.roles`` (docs/interpretability.md).

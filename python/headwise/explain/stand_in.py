@@ -46,7 +46,7 @@ def joint_ablation(
         pairs: how many to test.
         journal: keeps finished ablations.
         seed: of the tokens on which outputs are compared.
-        progress: progress bars on stderr; None: after two seconds, where somebody watches.
+        progress: progress bars on stderr; None: after two seconds, on a terminal.
 
     Returns:
         A part of the document ``headwise.use``; None where no layer has two heads.

@@ -66,7 +66,7 @@ def select_alpha(
         alphas: what to try, each in [0, 1].
         scope: over what :func:`headwise.pruning.hies` scales.
         min_heads_per_layer: heads that every layer keeps.
-        progress: a progress bar on stderr; None: after two seconds, where somebody watches.
+        progress: a progress bar on stderr; None: after two seconds, on a terminal.
 
     Raises:
         ValueError: no alphas, no batches, a loss that is not finite or not one per example, or what

@@ -211,7 +211,7 @@ def plan_from_use(
         forward_fn: ``(model, batch)`` runs the model; its result is not used.
         keep: the share of the gated layers' heads that stays, in (0, 1]; default: the mean share
             that ran.
-        progress: a progress bar on stderr; None: after two seconds, where somebody watches.
+        progress: a progress bar on stderr; None: after two seconds, on a terminal.
 
     Returns:
         A plan of metric ``"use"`` of the layers with a gate.

@@ -117,7 +117,7 @@ def fit_bank(
         repaired: repair each plan.
         forward_fn: as in :func:`headwise.repair`.
         seed: of k-means.
-        progress: a progress bar on stderr; None: after two seconds, where somebody watches.
+        progress: a progress bar on stderr; None: after two seconds, on a terminal.
 
     Raises:
         ValueError: no batches, fewer inputs than plans, a cluster without members, ``at`` that

@@ -199,7 +199,7 @@ def headroom(
             ceiling is what the router does.
         forward_fn: as in :func:`headwise.repair`.
         seed: of k-means and of the swap.
-        progress: a progress bar on stderr; None: after two seconds, where somebody watches.
+        progress: a progress bar on stderr; None: after two seconds, on a terminal.
         bank: further arguments of :func:`headwise.pruning.fit_bank`.
 
     Raises:

@@ -57,7 +57,7 @@ def pruning_path(
         min_heads_per_layer: heads that every layer keeps (all, where it has fewer).
         journal: file that keeps the steps that are finished: a run that is interrupted goes on from
             there.
-        progress: a progress bar on stderr; None: after two seconds, where somebody watches.
+        progress: a progress bar on stderr; None: after two seconds, on a terminal.
         **scoring: further options of :func:`headwise.score_heads`.
 
     Returns:

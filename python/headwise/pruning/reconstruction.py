@@ -111,7 +111,7 @@ def repair(
         members: bool ``[N]``: the inputs that the model is for; None: all. A layer is first fitted
             to all inputs, then once more to these: now the ridge holds it near the first solution,
             W_0 above. Few members are then enough, and many make it their own.
-        progress: a progress bar on stderr; None: after two seconds, where somebody watches.
+        progress: a progress bar on stderr; None: after two seconds, on a terminal.
         verify: check that no projection is further from the dense layer than it was over all
             tokens, and that each repaired layer, run on the last batch, writes what its new weights
             say.

@@ -46,7 +46,7 @@ def repair_scores(
         ridge: of the least squares, as a share of the mean variance of an input.
         groups: remove whole groups of heads that share keys and values; a group's heads get its
             score, for ``headwise.plan(..., groups=headwise.nn.head_groups(model))``.
-        progress: a progress bar on stderr; None: after two seconds, where somebody watches.
+        progress: a progress bar on stderr; None: after two seconds, on a terminal.
 
     Returns:
         Scores of the metric ``"repair"``.

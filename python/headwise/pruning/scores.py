@@ -156,7 +156,7 @@ def score_heads(
         normalize: divide each layer's ``michel`` by its L2 norm. ``hies`` scales for itself.
         alpha: the share of importance in ``hies``.
         scope: over what ``hies`` scales: "layer" or "global".
-        progress: a progress bar on stderr; None: after two seconds, where somebody watches.
+        progress: a progress bar on stderr; None: after two seconds, on a terminal.
 
     Returns:
         metric -> scores, in the order of ``metrics``.

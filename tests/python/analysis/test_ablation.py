@@ -321,7 +321,7 @@ def test_layers_without_heads_are_part_of_every_analysis(tmp_path):
     found = [
         hw.analysis.ablate_heads(small, batches, loss).scores,
         hw.analysis.keep_one_head(small, batches, loss).scores,
-        hw.analysis.head_relevance(small, batches, logits).scores,
+        hw.analysis.lrp_scores(small, batches, logits).scores,
         hw.analysis.causal_heads(small, batches, loss, steps=3, journal=tmp_path / "gates").scores,
     ]
     for scores in found:

@@ -40,7 +40,7 @@ def test_a_linear_model_gives_each_head_what_it_adds():
     model = Planted(a, b)
     torch.manual_seed(0)
     x = torch.randn(9, 4, dtype=torch.float64)
-    found = hw.analysis.head_relevance(model, [x[:4], x[4:]], lambda m, batch: m(batch))
+    found = hw.analysis.lrp_scores(model, [x[:4], x[4:]], lambda m, batch: m(batch))
     for name, weights in zip(hw.attention_layers(model), (a, b), strict=True):
         part = x * torch.tensor(weights, dtype=torch.float64)  # [B, H]
         expected = (part / part.abs().sum(1, keepdim=True)).mean(0)
@@ -103,7 +103,7 @@ def test_the_last_layer_by_hand():
     x = torch.randn(5, 6, D, dtype=torch.float64)
     padding = torch.arange(6) >= torch.tensor([[6], [3], [4], [6], [2]])
     relevance, _, _ = by_hand(model, x, padding)
-    found = hw.analysis.head_relevance(model, [(x, padding)], lambda m, batch: m(*batch))
+    found = hw.analysis.lrp_scores(model, [(x, padding)], lambda m, batch: m(*batch))
     expected = (relevance / relevance.abs().sum(1, keepdim=True)).mean(0)
     torch.testing.assert_close(list(found.scores.values.values())[1], expected)
     assert found.conservation_error < 1e-12
@@ -119,7 +119,7 @@ def test_relevance_is_conserved(norm_first, activation):
     model.requires_grad_(False)
     x = torch.randn(4, 6, D, dtype=torch.float64)
     padding = torch.arange(6) >= torch.tensor([[6], [3], [4], [1]])
-    found = hw.analysis.head_relevance(model, [(x, padding)], lambda m, batch: m(*batch))
+    found = hw.analysis.lrp_scores(model, [(x, padding)], lambda m, batch: m(*batch))
     assert found.conservation_error < 1e-12
     assert abs(found.bias_share) > 1e-3
     assert not any(parameter.requires_grad for parameter in model.parameters())
@@ -128,7 +128,7 @@ def test_relevance_is_conserved(norm_first, activation):
     with torch.no_grad():
         model.classify.weight.mul_(3)
         model.classify.bias.mul_(3)
-    scaled = hw.analysis.head_relevance(model, [(x, padding)], lambda m, batch: m(*batch))
+    scaled = hw.analysis.lrp_scores(model, [(x, padding)], lambda m, batch: m(*batch))
     for name, values in found.scores.values.items():
         torch.testing.assert_close(scaled.scores.values[name], values)
         assert values.abs().sum() <= 1 + 1e-12
@@ -143,11 +143,11 @@ def test_relevance_is_conserved_in_bert(activation):
     def logits(model, batch):
         return model(input_ids=batch[0], attention_mask=batch[1]).logits
 
-    found = hw.analysis.head_relevance(model, [(ids, mask)], logits)
+    found = hw.analysis.lrp_scores(model, [(ids, mask)], logits)
     assert found.conservation_error < 1e-10
     assert len(found.scores.values) == 2
     dynamic = hw.convert(model, hw.FixedGate(scale=[1.0, 0.0, 0.5, 2.0]))
-    gated = hw.analysis.head_relevance(dynamic, [(ids, mask)], logits)
+    gated = hw.analysis.lrp_scores(dynamic, [(ids, mask)], logits)
     assert gated.conservation_error < 1e-10
     assert all(values[1] == 0 for values in gated.scores.values.values())
 
@@ -164,9 +164,7 @@ class Squares(nn.Module):
 
 
 def test_what_the_rules_do_not_know_shows_in_the_error():
-    found = hw.analysis.head_relevance(
-        hw.convert(Squares()), [torch.randn(2, 3, 8)], lambda m, b: m(b)
-    )
+    found = hw.analysis.lrp_scores(hw.convert(Squares()), [torch.randn(2, 3, 8)], lambda m, b: m(b))
     assert found.conservation_error == pytest.approx(1.0, rel=1e-4)  # a square counts twice
 
 
@@ -178,8 +176,8 @@ def test_relevance_refusals():
         ([x], lambda m, b: m(b).detach(), "outputs that depend on the heads"),
         ([x], lambda m, b: m(b) * 0, "the outputs do not depend on the heads"),
         ([x], lambda m, b: m(b) / 0, "finite logits, got NaN or infinity"),
-        ([x], lambda m, b: m(b).sum(), r"one value an example \[B\], got shape \(\)"),
+        ([x], lambda m, b: m(b).sum(), r"one value per example \[B\], got shape \(\)"),
     ]
     for batches, output, message in cases:
         with pytest.raises(ValueError, match=message):
-            hw.analysis.head_relevance(model, batches, output)
+            hw.analysis.lrp_scores(model, batches, output)

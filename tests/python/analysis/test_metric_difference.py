@@ -52,7 +52,7 @@ def test_f1():
     assert (other.difference, other.low, other.high) == pytest.approx(
         (-found.difference, -found.high, -found.low)
     )
-    narrow = metric_difference(f1, first, second, targets, confidence=0.5)
+    narrow = metric_difference(f1, first, second, targets, confidence_level=0.5)
     assert found.low < narrow.low < narrow.high < found.high
 
 
@@ -80,7 +80,7 @@ def test_coverage():
     ("changes", "message"),
     [
         ({"resamples": 0}, "resamples must be positive, got 0"),
-        ({"confidence": 1.0}, r"confidence must be in \(0, 1\), got 1.0"),
+        ({"confidence_level": 1.0}, r"confidence_level must be in \(0, 1\), got 1.0"),
         ({"second": torch.zeros(3)}, "of the same examples, at least one, got 400, 3 and 400"),
         ({"metric": lambda *_: float("nan")}, "metric must be finite on every resample"),
     ],

@@ -115,7 +115,7 @@ def _score(options: argparse.Namespace, model, texts: LabelledTexts) -> tuple[di
                 "p_value": {name: p.tolist() for name, p in found.p_value.items()},
             }
         elif metric == "lrp":
-            found = hw.analysis.head_relevance(model, texts.batches, texts.logits)
+            found = hw.analysis.lrp_scores(model, texts.batches, texts.logits)
             details[metric] = {
                 "conservation_error": found.conservation_error,
                 "bias_share": found.bias_share,

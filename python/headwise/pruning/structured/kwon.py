@@ -56,7 +56,7 @@ def fisher_scores(
         model: a converted or convertible model, unchanged. No gates.
         batches: what ``loss_fn`` takes.
         loss_fn: ``(model, batch) -> loss``, one loss an example or their mean.
-        progress: a progress bar on stderr; None: after two seconds, where somebody watches.
+        progress: a progress bar on stderr; None: after two seconds, on a terminal.
 
     Returns:
         attention layer -> float64 ``[H]``, and feed-forward network -> float64 ``[F]``.
@@ -130,7 +130,7 @@ def kwon_prune(
             stops at the first solution that fails. ``damp`` is then not used.
         tokens: length of a sequence, for counting MACs; default: the mean over ``batches``.
         latency_table: measured times; default: :func:`measure_latency` at the mean length.
-        progress: a progress bar on stderr; None: after two seconds, where somebody watches.
+        progress: a progress bar on stderr; None: after two seconds, on a terminal.
 
     Returns:
         The plan, the smaller model and a report.

@@ -138,7 +138,7 @@ def measure_latency(
         batch_size: sequences of a call.
         length: tokens of a sequence.
         budget_s: seconds to spend, about.
-        progress: a progress bar on stderr; None: after two seconds, where somebody watches.
+        progress: a progress bar on stderr; None: after two seconds, on a terminal.
 
     Raises:
         ValueError: no feed-forward network, layers of different sizes, or a size that is not
