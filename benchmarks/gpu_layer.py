@@ -5,7 +5,6 @@ another. Every number is handed to `emit` as soon as it stands.
 """
 
 import math
-import os
 import statistics
 from contextlib import contextmanager
 
@@ -35,18 +34,11 @@ ROUTES = {
 
 @contextmanager
 def route(name):
-    wanted = dict(zip(("HEADWISE_CUDA_ATTENTION", "HEADWISE_CUDA_PRODUCTS"), ROUTES[name],
-                      strict=True))  # fmt: skip
-    before = {key: os.environ.get(key) for key in wanted}
-    os.environ.update(wanted)
+    before = hw.set_cuda_routes(*ROUTES[name])
     try:
         yield
     finally:
-        for key, value in before.items():
-            if value is None:
-                del os.environ[key]
-            else:
-                os.environ[key] = value
+        hw.set_cuda_routes(*before)
 
 
 class Layer:

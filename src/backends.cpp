@@ -3,6 +3,8 @@
 #include <ATen/Context.h>
 #include <c10/util/BFloat16.h>
 
+#include <atomic>
+
 #include "kernels/cpu/packed_gemm.h"
 #ifdef HEADWISE_CUDA
 #include "ops/cuda/launch.h"
@@ -31,7 +33,12 @@ Backend packed() {
   return {"cpu_packed", "cpu", single || half, reason};
 }
 
+std::atomic<CudaRoutes> routes;
+
 }  // namespace
+
+CudaRoutes cuda_routes() { return routes.load(); }
+CudaRoutes set_cuda_routes(const CudaRoutes& wanted) { return routes.exchange(wanted); }
 
 std::vector<Backend> backends() {
   // False, too, where torch was built without CUDA.

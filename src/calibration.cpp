@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "calibration.h"
 #include "explain/numbers.h"
 #include "headwise/instrument.h"
 

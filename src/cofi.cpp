@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
+#include <torch/library.h>
 
 #include "ops/gates/hard_concrete.h"
 
@@ -91,6 +92,14 @@ at::Tensor distillation_loss(const at::Tensor& student, const at::Tensor& teache
   const at::Tensor own = at::log_softmax(student / temperature, -1);
   const at::Tensor other = at::log_softmax(teacher.detach() / temperature, -1);
   return (other.exp() * (other - own)).sum(-1).mean() * (temperature * temperature);
+}
+
+TORCH_LIBRARY_IMPL(headwise, CompositeImplicitAutograd, m) {
+  m.impl("structure_size", structure_size);
+  m.impl("sparsity_penalty", sparsity_penalty);
+  m.impl("hard_concrete_keep", hard_concrete_keep);
+  m.impl("match_layers", match_layers);
+  m.impl("distillation_loss", distillation_loss);
 }
 
 }  // namespace headwise

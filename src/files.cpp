@@ -1,4 +1,4 @@
-#include "headwise/files.h"
+#include "files.h"
 
 #include <c10/util/Exception.h>
 #include <fcntl.h>

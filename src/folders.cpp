@@ -1,4 +1,5 @@
 #include "folders.h"
+#include "files.h"
 
 #include <fcntl.h>
 #include <sys/syscall.h>

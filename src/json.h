@@ -4,6 +4,7 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <initializer_list>
 #include <nlohmann/json.hpp>
@@ -23,11 +24,21 @@ using Json = nlohmann::ordered_json;  // objects keep the order of their keys, a
 constexpr size_t kMostKeys = 10'000;
 constexpr int kDeepest = 32;
 
-/// A value of a document as it may stand in a message.
+/// A value as it may stand in a message, spelled as in Python: at most about 60 characters, none of
+/// them a control character.
 template <typename AnyJson>
 std::string shown_json(const AnyJson& value) {
-  if (value.is_string()) return shown(value.template get_ref<const std::string&>());
-  if (value.is_structured()) return value.is_array() ? "an array" : "an object";
+  constexpr size_t kMost = 60;
+  if (value.is_string()) return shown(value.template get_ref<const std::string&>(), kMost, '\'');
+  if (value.is_boolean()) return value.template get<bool>() ? "True" : "False";
+  if (value.is_null()) return "None";
+  if (value.is_structured()) {
+    return (value.is_array() ? "a list of " : "a mapping of ") + std::to_string(value.size());
+  }
+  if (value.is_number_float() && !std::isfinite(value.template get<double>())) {
+    const double number = value.template get<double>();
+    return std::isnan(number) ? "nan" : number > 0 ? "inf" : "-inf";
+  }
   return value.dump();
 }
 
@@ -36,7 +47,7 @@ std::string shown_json(const AnyJson& value) {
 template <typename AnyJson>
 class JsonChecker : public nlohmann::json_sax<AnyJson> {
  public:
-  JsonChecker(const std::string& what, int max_depth) : what_(what), max_depth_(max_depth) {}
+  JsonChecker(std::string_view what, int max_depth) : what_(what), max_depth_(max_depth) {}
 
   bool null() override { return true; }
   bool boolean(bool) override { return true; }
@@ -76,7 +87,7 @@ class JsonChecker : public nlohmann::json_sax<AnyJson> {
     return true;
   }
 
-  const std::string& what_;
+  std::string_view what_;
   int max_depth_, depth_ = 0;
   std::vector<std::unordered_set<std::string>> keys_;  // of the objects that are open
 };
@@ -86,7 +97,7 @@ class JsonChecker : public nlohmann::json_sax<AnyJson> {
 /// of value 0 (at which some readers stop) are refused.
 /// @throws c10::ValueError
 template <typename AnyJson = Json>
-AnyJson parse_json(std::string_view text, const std::string& what, int max_depth = kDeepest) {
+AnyJson parse_json(std::string_view text, std::string_view what, int max_depth = kDeepest) {
   TORCH_CHECK_VALUE(text.find('\0') == std::string_view::npos, what,
                     " is not valid JSON: it must not hold a byte of value 0, got one at byte ",
                     text.find('\0'));
@@ -108,7 +119,7 @@ AnyJson parse_json(std::string_view text, const std::string& what, int max_depth
 /// Every key of `keys` and no other. @throws c10::ValueError naming the first that is not so.
 template <typename AnyJson>
 void check_keys(const AnyJson& object, std::initializer_list<const char*> keys,
-                const std::string& what) {
+                std::string_view what) {
   TORCH_CHECK_VALUE(object.is_object(), what, " must be a JSON object, got ", object.type_name());
   const std::unordered_set<std::string> expected(keys.begin(), keys.end());
   for (const auto& [key, value] : object.items()) {
@@ -121,7 +132,7 @@ void check_keys(const AnyJson& object, std::initializer_list<const char*> keys,
 
 /// The tag that every file of headwise starts with. @throws c10::ValueError
 inline void check_format(const Json& object, const char* format, int version,
-                         const std::string& what) {
+                         std::string_view what) {
   TORCH_CHECK_VALUE(object.is_object(), what, " must be a JSON object, got ", object.type_name());
   TORCH_CHECK_VALUE(object.contains("format") && object["format"] == format, what,
                     " must have \"format\": \"", format, "\"");
@@ -131,29 +142,28 @@ inline void check_format(const Json& object, const char* format, int version,
 }
 
 template <typename AnyJson>
-std::string get_string(const AnyJson& object, const char* key, const std::string& what) {
+std::string get_string(const AnyJson& object, const char* key, std::string_view what) {
   const auto& value = object.at(key);
   TORCH_CHECK_VALUE(value.is_string(), "\"", key, "\" of ", what, " must be a string, got ",
                     value.type_name());
   return value.template get<std::string>();
 }
 
-inline const Json& get_array(const Json& object, const char* key, const std::string& what) {
+inline const Json& get_array(const Json& object, const char* key, std::string_view what) {
   const Json& value = object.at(key);
   TORCH_CHECK_VALUE(value.is_array(), "\"", key, "\" of ", what, " must be an array, got ",
                     value.type_name());
   return value;
 }
 
-inline int64_t as_integer(const Json& value, const std::string& what) {
+inline int64_t as_integer(const Json& value, std::string_view what) {
   TORCH_CHECK_VALUE(value.is_number_integer(), what, " must be integers, got ", shown_json(value));
   // What fits no signed 64-bit number is refused by whoever checks the range.
   if (value.is_number_unsigned() && value.get<uint64_t>() > uint64_t{INT64_MAX}) return INT64_MAX;
   return value.get<int64_t>();
 }
 
-inline std::vector<double> get_numbers(const Json& object, const char* key,
-                                       const std::string& what) {
+inline std::vector<double> get_numbers(const Json& object, const char* key, std::string_view what) {
   std::vector<double> numbers;
   for (const Json& value : get_array(object, key, what)) {
     TORCH_CHECK_VALUE(value.is_number(), "\"", key, "\" of ", what, " must hold numbers, got ",

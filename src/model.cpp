@@ -9,6 +9,7 @@
 #include <set>
 #include <tuple>
 
+#include "files.h"
 #include "folders.h"
 #include "gates/model_gates.h"
 #include "headwise/version.h"
@@ -25,7 +26,7 @@ constexpr const char* kDescription = "headwise.json";
 constexpr const char* kWeights = "model.safetensors";
 constexpr size_t kLongestDescription = size_t{64} << 20;
 
-std::string quoted(const std::string& name) { return shown(name, 100, '\''); }
+std::string shown_name(const std::string& name) { return shown(name, 100, '\''); }
 
 template <class T>
 T get(const Json& object, const char* key, const std::string& what) {
@@ -100,10 +101,10 @@ void check_fits(const MultiheadAttention& layer, const std::string& name,
                 const NamedTensors& tensors) {
   for (const auto& [key, value] : state(layer)) {
     const auto found = tensors.find(join(name, key));
-    TORCH_CHECK_VALUE(found != tensors.end(), kWeights, " lacks ", quoted(join(name, key)));
-    TORCH_CHECK_VALUE(found->second.sizes() == value.sizes(), quoted(found->first), " has shape ",
-                      found->second.sizes(), " in ", kWeights, " and ", value.sizes(), " in ",
-                      kDescription);
+    TORCH_CHECK_VALUE(found != tensors.end(), kWeights, " lacks ", shown_name(join(name, key)));
+    TORCH_CHECK_VALUE(found->second.sizes() == value.sizes(), shown_name(found->first),
+                      " has shape ", found->second.sizes(), " in ", kWeights, " and ",
+                      value.sizes(), " in ", kDescription);
   }
 }
 
@@ -113,8 +114,8 @@ void check_sizes(const Json& entry, const MultiheadAttentionOptions& o, const st
                  const NamedTensors& tensors) {
   const auto expect = [&](const std::string& key, std::vector<int64_t> sizes) {
     const auto found = tensors.find(join(name, key));
-    TORCH_CHECK_VALUE(found != tensors.end(), kWeights, " lacks ", quoted(join(name, key)));
-    TORCH_CHECK_VALUE(found->second.sizes() == at::IntArrayRef(sizes), quoted(found->first),
+    TORCH_CHECK_VALUE(found != tensors.end(), kWeights, " lacks ", shown_name(join(name, key)));
+    TORCH_CHECK_VALUE(found->second.sizes() == at::IntArrayRef(sizes), shown_name(found->first),
                       " has shape ", found->second.sizes(), " in ", kWeights, " and ",
                       at::IntArrayRef(sizes), " in ", kDescription);
   };
@@ -122,7 +123,7 @@ void check_sizes(const Json& entry, const MultiheadAttentionOptions& o, const st
   const int64_t d = o.embed_dim(), heads = o.num_heads(), width = o.head_dim().value_or(0);
   TORCH_CHECK_VALUE(d >= 0 && d < kMost && heads >= 0 && heads < kMost && width >= 0 &&
                         width < kMost && heads * width < kMost,
-                    "sizes of layer ", quoted(name), " must be in 0..", kMost - 1);
+                    "sizes of layer ", shown_name(name), " must be in 0..", kMost - 1);
   const int64_t e = heads * width;
   expect("out_proj.weight", {d, e});
   const int64_t kdim = o.kdim().value_or(d), vdim = o.vdim().value_or(d);
@@ -144,7 +145,7 @@ void check_sizes(const Json& entry, const MultiheadAttentionOptions& o, const st
     return named.first.starts_with(join(name, "gate.")) &&
            std::find(sizes.begin(), sizes.end(), hidden) != sizes.end();
   });
-  TORCH_CHECK_VALUE(found, kWeights, " has no tensor of the gate of ", quoted(name),
+  TORCH_CHECK_VALUE(found, kWeights, " has no tensor of the gate of ", shown_name(name),
                     " with hidden_dim=", hidden);
 }
 
@@ -211,12 +212,12 @@ void restore_moves(const Model& model, const Json& moves, const std::string& wha
                       "progress and score of ", what, " must be numbers");
     const std::string event = get_string(entry, "event", what);
     TORCH_CHECK_VALUE(event == "sleeps" || event == "wakes", "event of ", what,
-                      " must be \"sleeps\" or \"wakes\", got ", quoted(event));
+                      " must be \"sleeps\" or \"wakes\", got ", shown_name(event));
     const std::string layer = get_string(entry, "layer", what);
     const int64_t head = as_integer(entry["head"], "head of " + what);
     const auto found = own.find(layer);
     TORCH_CHECK_VALUE(found != own.end() && head >= 0 && head < found->second.first->num_heads(),
-                      what, " names head ", head, " of layer ", quoted(layer),
+                      what, " names head ", head, " of layer ", shown_name(layer),
                       ", which no SleepGate of the model has");
     found->second.second.push_back({as_integer(entry["step"], "step of " + what),
                                     entry["progress"].get<double>(), 0, head, event == "wakes",
@@ -305,11 +306,11 @@ Model load(const std::string& dir, const at::Device& device) {
                where);
     const std::string name = get_string(entry, "name", where);
     TORCH_CHECK_VALUE(names.insert(name).second, "layers of ", what,
-                      " must have names of their own, got ", quoted(name), " twice");
+                      " must have names of their own, got ", shown_name(name), " twice");
     auto options = layer_options(entry, where).device(device);
     const auto weight = model.tensors.find(join(name, "out_proj.weight"));
     TORCH_CHECK_VALUE(weight != model.tensors.end(), kWeights, " lacks ",
-                      quoted(join(name, "out_proj.weight")));
+                      shown_name(join(name, "out_proj.weight")));
     options.dtype(weight->second.scalar_type());
     check_sizes(entry, options, name, model.tensors);
     MultiheadAttention layer(options);
@@ -340,7 +341,7 @@ void save(const Model& model, const std::string& dir) {
   std::set<std::string> names;
   for (const auto& [name, layer] : model.layers) {
     TORCH_CHECK_VALUE(names.insert(name).second, "layers must have names of their own, got ",
-                      quoted(name), " twice");
+                      shown_name(name), " twice");
     layers.push_back(describe(name, *layer));
     for (const auto& [key, value] : state(layer)) tensors[join(name, key)] = value;
   }

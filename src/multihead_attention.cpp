@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "headwise/dense_attention.h"
+#include "module_copy.h"
 #include "recomputation.h"
 
 namespace headwise {
@@ -106,6 +107,52 @@ void MultiheadAttentionImpl::reset_parameters() {
       torch::nn::init::xavier_normal_(*row);
     }
   }
+}
+
+void MultiheadAttentionImpl::reset() {
+  if (out_proj->weight.numel() > 0) out_proj->reset_parameters();
+  reset_parameters();
+  if (gate) gate->reset();
+}
+
+void MultiheadAttentionImpl::pretty_print(std::ostream& stream) const {
+  stream << name() << "(embed_dim=" << options.embed_dim() << ", num_heads=" << options.num_heads();
+  const auto flag = [&](const char* option, bool value, bool initial) {
+    if (value != initial) stream << ", " << option << "=" << (value ? "true" : "false");
+  };
+  const auto size = [&](const char* option, const std::optional<int64_t>& value) {
+    if (value) stream << ", " << option << "=" << *value;
+  };
+  if (options.dropout() != 0.0) stream << ", dropout=" << options.dropout();
+  flag("bias", options.bias(), true);
+  flag("add_bias_kv", options.add_bias_kv(), false);
+  flag("add_zero_attn", options.add_zero_attn(), false);
+  size("kdim", options.kdim());
+  size("vdim", options.vdim());
+  flag("batch_first", options.batch_first(), false);
+  size("head_dim", options.head_dim());
+  stream << ")";
+}
+
+std::shared_ptr<torch::nn::Module> MultiheadAttentionImpl::clone(
+    const std::optional<torch::Device>& device) const {
+  auto plain = options;
+  plain.gate(std::nullopt);
+  auto copy = std::make_shared<MultiheadAttentionImpl>(plain);
+  copy->options = options;
+  if (gate) {
+    auto own = std::dynamic_pointer_cast<GateImpl>(gate->clone(device));
+    copy->gate = named_children().contains("gate") ? copy->register_module("gate", own) : own;
+  }
+  copy_tensors(*this, *copy, device);
+  return copy;
+}
+
+void MultiheadAttentionImpl::clone_(torch::nn::Module& original,
+                                    const std::optional<torch::Device>& device) {
+  const auto copy = std::dynamic_pointer_cast<MultiheadAttentionImpl>(original.clone(device));
+  TORCH_CHECK(copy, "the clone of a ", original.name(), " must not replace a ", name());
+  *this = *copy;
 }
 
 void MultiheadAttentionImpl::set_gate(const GateOptions& gate_options) {

@@ -9,6 +9,7 @@
 
 #include "headwise/instrument.h"
 #include "probe_statistics.h"
+#include "scoring.h"
 #include "shown.h"
 
 namespace headwise {

@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "descriptor.h"
-#include "headwise/files.h"
+#include "files.h"
 #include "json.h"
 
 static_assert(std::endian::native == std::endian::little, "safetensors files are little-endian");

@@ -1,6 +1,7 @@
 // What can execute a selection here, and why the rest cannot.
 #pragma once
 
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -18,5 +19,20 @@ struct Backend {
 /// Every backend of the attention operators, for each device the fastest first: the order in which
 /// they are tried.
 HEADWISE_API std::vector<Backend> backends();
+
+/// What runs the attention of the chosen pairs on a CUDA device: headwise's kernels, or LibTorch's
+/// FlashAttention for what it takes (docs/backends.md).
+enum class CudaAttention : uint8_t { kernels, flash };
+/// What multiplies matrices on a CUDA device: warps, or on Hopper whole warpgroups.
+enum class CudaProducts : uint8_t { warps, warpgroups };
+struct CudaRoutes {
+  CudaAttention attention = CudaAttention::kernels;
+  CudaProducts products = CudaProducts::warps;
+};
+
+/// The routes that calls on CUDA devices take, in every thread of the process.
+HEADWISE_API CudaRoutes cuda_routes();
+/// Sets them for every later call. @returns the routes until now
+HEADWISE_API CudaRoutes set_cuda_routes(const CudaRoutes& routes);
 
 }  // namespace headwise

@@ -9,41 +9,12 @@
 
 namespace headwise {
 
-/// An argument and what a function gave for it.
-struct Trial {
-  double argument = 0;
-  double value = 0;
-};
-
-/// Of the arguments that halving [low, high] tries `passes` times, and `start`, the one whose value
-/// is nearest to `target`; the earlier of equally near ones.
-/// @param value a function that does not grow
-HEADWISE_API Trial nearest_by_halving(const std::function<double(double)>& value, double target,
-                                      double low, double high, int64_t passes, Trial start);
-
-/// What gates did in a pass over calibration data.
-struct GateUse {
-  int64_t heads_run = 0;
-  int64_t heads = 0;             ///< that there are, for all inputs together
-  double highest_relevance = 0;  ///< of any head
-};
-
-/// The threshold with which gates run a share `keep` of the heads, found by halving between 0 and
-/// the highest relevance. Whoever owns the model runs it: calibrate_threshold here and in Python.
-/// @param run       sets the gates' threshold and runs the model on all calibration data
-/// @param keep      in (0, 1]
-/// @param passes    trials
-/// @param tolerance how far the share may be from `keep`; 1 accepts any
-/// @throws c10::ValueError if keep or tolerance is out of range, `run` runs no gate, or the share
-///         cannot be reached (the text names the nearest)
-HEADWISE_API double find_threshold(const std::function<GateUse(double threshold)>& run, double keep,
-                                   int64_t passes = 12, double tolerance = 0.1);
-
 /// Sets the one threshold of all ThresholdGate gates among `layers` for a share of heads, as
 /// headwise.calibrate_threshold does.
 /// @param forward_fn runs the model, in evaluation mode, on all calibration data
 /// @returns the threshold that the gates now have
-/// @throws c10::ValueError as find_threshold, or if no layer has such a gate; the gates then keep
+/// @throws c10::ValueError if keep or tolerance is out of range, nothing runs, the share cannot be
+///         reached (the text names the nearest), or no layer has such a gate; the gates then keep
 ///         their thresholds, as they do where forward_fn throws
 HEADWISE_API double calibrate_threshold(const AttentionLayers& layers,
                                         const std::function<void()>& forward_fn, double keep,

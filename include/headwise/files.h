@@ -1,9 +1,7 @@
-// Files that are whole or not there: written beside their place, then renamed into it.
+// What is thrown where the operating system refuses something about a file.
 #pragma once
 
-#include <cstddef>
 #include <string>
-#include <string_view>
 #include <system_error>
 
 #include "headwise/export.h"
@@ -20,55 +18,5 @@ class HEADWISE_API FileError : public std::system_error {
  private:
   std::string path_;
 };
-
-/// A file under construction. What is written goes to a hidden file beside `path`; commit() makes
-/// it durable and renames it into place, so that readers see the old file or the new one. Without
-/// commit() (an exception, a full disk) the destructor removes it. A symbolic link is followed; a
-/// device or a pipe (/dev/stdout) is written directly.
-class HEADWISE_API AtomicFile {
- public:
-  /// @throws FileError if the folder does not exist or may not be written, or `path` is a folder
-  /// @throws c10::ValueError if `path` is empty or holds a NUL
-  explicit AtomicFile(const std::string& path);
-  ~AtomicFile();
-  AtomicFile(const AtomicFile&) = delete;
-  AtomicFile& operator=(const AtomicFile&) = delete;
-
-  /// @throws FileError when the disk is full, or on any other failure
-  void write(const void* data, size_t size);
-  /// @throws FileError; the file at `path` is then what it was before
-  void commit();
-
- private:
-  std::string path_;    ///< where the file goes
-  std::string beside_;  ///< where it is until then; empty for a device
-  int descriptor_ = -1;
-};
-
-/// Replaces the file at `path` by `content`, whole or not at all.
-/// @throws as AtomicFile
-HEADWISE_API void write_atomic(const std::string& path, std::string_view content);
-
-/// A new, empty folder beside `target` (beside what it names, if it is a symbolic link), in which
-/// what is to take its place can be written.
-/// @throws FileError
-HEADWISE_API std::string folder_beside(const std::string& target);
-
-/// Makes `target` the folder `beside`, in one step where the file system can exchange two folders
-/// (on Linux all the usual ones): whoever looks sees the old folder or the new one. What the old
-/// one has and the new one lacks is kept. A symbolic link at `target` stays one, and what it names
-/// is replaced. Of several that do this at once the files of the last one stay.
-/// @throws FileError; `target` is then what it was, and `beside` is still there
-HEADWISE_API void replace_folder(const std::string& beside, const std::string& target);
-
-/// The text of a JSON file, in UTF-8, checked: no key twice in one object, no byte of value 0, no
-/// deeper than 32.
-/// @throws as read_file; c10::ValueError if it is not such JSON
-HEADWISE_API std::string read_json(const std::string& path, size_t limit);
-
-/// The bytes of a regular file.
-/// @throws FileError if it cannot be read
-/// @throws c10::ValueError if it is larger than `limit` bytes or not a regular file
-HEADWISE_API std::string read_file(const std::string& path, size_t limit);
 
 }  // namespace headwise

@@ -3,7 +3,7 @@
 // formulas and their sources.
 #pragma once
 
-#include <torch/nn/cloneable.h>
+#include <c10/util/Exception.h>
 #include <torch/nn/module.h>
 #include <torch/nn/modules/linear.h>
 #include <torch/nn/pimpl.h>
@@ -12,6 +12,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <ostream>
 #include <string>
 #include <vector>
 
@@ -49,8 +50,10 @@ class HEADWISE_API GateImpl : public torch::nn::Module {
   /// Sets how far training has come, from 0 to 1.
   virtual void anneal(double progress);
 
-  /// Puts the gate back to its initial state.
+  /// Puts the parameters and buffers back to their initial state.
   virtual void reset_parameters() {}
+  /// reset_parameters(), and forgets every forward: as if newly made.
+  virtual void reset();
 
   /// Whether start_from means something to it: start_gates passes over the others.
   virtual bool starts() const { return false; }
@@ -91,14 +94,46 @@ class HEADWISE_API GateImpl : public torch::nn::Module {
   // Whether this forward is one to keep records and statistics of: in training, and not one that
   // activation checkpointing repeats.
   bool records() const;
+  // Makes `copy`, a new gate of the same type and options, a deep copy of this one.
+  void copy_to(GateImpl& copy, const std::optional<torch::Device>& device) const;
+  // What it has besides parameters, buffers and options: taken from a gate of the same type.
+  virtual void take_state(const GateImpl& original);
+  void print(std::ostream& stream, const GateOptions& options) const;
 
  private:
   int64_t embed_dim_, num_heads_;
   bool run_all_;
 };
 
+/// Gives a gate clone(), as torch::nn::Cloneable gives it to LibTorch's modules: a copy with
+/// tensors of its own. In a clone of their model, gates that decide together do so among
+/// themselves; a clone of only some of them has to be linked again. Printed are its sizes and the
+/// options that are not their defaults.
+template <typename Derived, typename Base>
+class HEADWISE_API CloneableGate : public Base {
+ public:
+  using Base::Base;
+  std::shared_ptr<torch::nn::Module> clone(
+      const std::optional<torch::Device>& device = std::nullopt) const override {
+    const auto& self = static_cast<const Derived&>(*this);
+    auto copy = std::make_shared<Derived>(self.options, self.embed_dim(), self.num_heads());
+    self.copy_to(*copy, device);
+    return copy;
+  }
+  void pretty_print(std::ostream& stream) const override {
+    this->print(stream, static_cast<const Derived&>(*this).options);
+  }
+
+ private:
+  void clone_(torch::nn::Module& original, const std::optional<torch::Device>& device) final {
+    const auto copy = std::dynamic_pointer_cast<Derived>(original.clone(device));
+    TORCH_CHECK(copy, "the clone of a ", original.name(), " must not replace a ", this->name());
+    static_cast<Derived&>(*this) = *copy;
+  }
+};
+
 /// The same heads for every input. Buffer: scale [H].
-class HEADWISE_API FixedGateImpl : public GateImpl {
+class HEADWISE_API FixedGateImpl : public CloneableGate<FixedGateImpl, GateImpl> {
  public:
   FixedGateImpl(FixedGateOptions options, int64_t embed_dim, int64_t num_heads,
                 const at::TensorOptions& tensor_options = {});
@@ -111,7 +146,7 @@ class HEADWISE_API FixedGateImpl : public GateImpl {
 TORCH_MODULE(FixedGate);
 
 /// Heads at random. Buffer: relevance [H].
-class HEADWISE_API RandomGateImpl : public GateImpl {
+class HEADWISE_API RandomGateImpl : public CloneableGate<RandomGateImpl, GateImpl> {
  public:
   RandomGateImpl(RandomGateOptions options, int64_t embed_dim, int64_t num_heads,
                  const at::TensorOptions& tensor_options = {});
@@ -155,6 +190,7 @@ class HEADWISE_API ScheduledGateImpl : public GateImpl {
 class HEADWISE_API TargetedGateImpl : public ScheduledGateImpl {
  public:
   at::Tensor penalty() const override;
+  void reset() override;
 
   /// The part of the penalty that belongs to this layer alone; undefined where there is none.
   at::Tensor regulariser;
@@ -182,7 +218,7 @@ class HEADWISE_API TargetedGateImpl : public ScheduledGateImpl {
 
 /// A head budget and a relevance a head, for every input. Parameters: base [H], relevance.weight
 /// [H, D], budget_hidden.*, budget_out.* (the last two where the budget is predicted).
-class HEADWISE_API BudgetGateImpl : public TargetedGateImpl {
+class HEADWISE_API BudgetGateImpl : public CloneableGate<BudgetGateImpl, TargetedGateImpl> {
  public:
   BudgetGateImpl(BudgetGateOptions options, int64_t embed_dim, int64_t num_heads,
                  const at::TensorOptions& tensor_options = {});
@@ -203,7 +239,8 @@ TORCH_MODULE(BudgetGate);
 
 /// Stochastic gates that can be exactly zero. Parameters: log_alpha [H], relevance.weight [H, D]
 /// (input_dependent), multipliers [2] (lagrangian).
-class HEADWISE_API HardConcreteGateImpl : public TargetedGateImpl {
+class HEADWISE_API HardConcreteGateImpl
+    : public CloneableGate<HardConcreteGateImpl, TargetedGateImpl> {
  public:
   HardConcreteGateImpl(HardConcreteGateOptions options, int64_t embed_dim, int64_t num_heads,
                        const at::TensorOptions& tensor_options = {});
@@ -238,6 +275,7 @@ class HEADWISE_API ScopedGateImpl : public ScheduledGateImpl {
   // The same. @throws c10::Error where it is not linked
   GateScope& scope() const;
   int64_t position() const { return position_; }
+  void take_state(const GateImpl& original) override;
 
  private:
   std::string key_;
@@ -246,7 +284,7 @@ class HEADWISE_API ScopedGateImpl : public ScheduledGateImpl {
 };
 
 /// k heads of a model, the same for every input. Parameter: scores [H].
-class HEADWISE_API SubsetGateImpl : public ScopedGateImpl {
+class HEADWISE_API SubsetGateImpl : public CloneableGate<SubsetGateImpl, ScopedGateImpl> {
  public:
   SubsetGateImpl(SubsetGateOptions options, int64_t embed_dim, int64_t num_heads,
                  const at::TensorOptions& tensor_options = {});
@@ -260,6 +298,7 @@ class HEADWISE_API SubsetGateImpl : public ScopedGateImpl {
   at::Tensor scores;
 
  private:
+  void take_state(const GateImpl& original) override;
   void start(const at::Tensor& relevance, double budget) override;
 
   int64_t k_ = 0;
@@ -268,12 +307,14 @@ TORCH_MODULE(SubsetGate);
 
 /// The share of the heads to run is an argument at run time. Parameters: base [H], tilt [H],
 /// relevance.weight [H, D].
-class HEADWISE_API RequestedBudgetGateImpl : public ScopedGateImpl {
+class HEADWISE_API RequestedBudgetGateImpl
+    : public CloneableGate<RequestedBudgetGateImpl, ScopedGateImpl> {
  public:
   RequestedBudgetGateImpl(RequestedBudgetGateOptions options, int64_t embed_dim, int64_t num_heads,
                           const at::TensorOptions& tensor_options = {});
   Selection forward(const at::Tensor& x, const at::Tensor& key_padding_mask = {}) override;
   void reset_parameters() override;
+  void reset() override;
   void contribute(GateScope& scope) const override;
 
   /// What evaluation runs from now on.
@@ -286,6 +327,7 @@ class HEADWISE_API RequestedBudgetGateImpl : public ScopedGateImpl {
   torch::nn::Linear relevance{nullptr};
 
  private:
+  void take_state(const GateImpl& original) override;
   void start(const at::Tensor& relevance, double budget) override;
 
   at::Tensor requested_;  // [] or [B]
@@ -294,7 +336,8 @@ TORCH_MODULE(RequestedBudgetGate);
 
 /// A sigmoid a head with Gumbel noise, cut at one half. Parameters: logit [H], relevance.weight
 /// [H, D].
-class HEADWISE_API GumbelSigmoidGateImpl : public TargetedGateImpl {
+class HEADWISE_API GumbelSigmoidGateImpl
+    : public CloneableGate<GumbelSigmoidGateImpl, TargetedGateImpl> {
  public:
   GumbelSigmoidGateImpl(GumbelSigmoidGateOptions options, int64_t embed_dim, int64_t num_heads,
                         const at::TensorOptions& tensor_options = {});
@@ -322,12 +365,13 @@ struct HeadMove {
 
 /// Puts the heads that matter least to sleep in training, and wakes them when their scores recover.
 /// Buffers: awake [H], score [H], steps [].
-class HEADWISE_API SleepGateImpl : public ScopedGateImpl {
+class HEADWISE_API SleepGateImpl : public CloneableGate<SleepGateImpl, ScopedGateImpl> {
  public:
   SleepGateImpl(SleepGateOptions options, int64_t embed_dim, int64_t num_heads,
                 const at::TensorOptions& tensor_options = {});
   Selection forward(const at::Tensor& x, const at::Tensor& key_padding_mask = {}) override;
   void reset_parameters() override;
+  void reset() override;
   void contribute(GateScope& scope) const override;
 
   /// What moved in this layer, oldest first.
@@ -346,7 +390,7 @@ TORCH_MODULE(SleepGate);
 
 /// Drops heads by the integer parts of their queries and keys; nothing is trained. Buffer:
 /// threshold [].
-class HEADWISE_API ThresholdGateImpl : public GateImpl {
+class HEADWISE_API ThresholdGateImpl : public CloneableGate<ThresholdGateImpl, GateImpl> {
  public:
   ThresholdGateImpl(ThresholdGateOptions options, int64_t embed_dim, int64_t num_heads,
                     const at::TensorOptions& tensor_options = {});
@@ -365,7 +409,7 @@ TORCH_MODULE(ThresholdGate);
 
 /// Some heads run for every input; another gate chooses among the rest. Buffer: shared [s];
 /// submodule: gate, bound to H - s heads.
-class HEADWISE_API SharedHeadsGateImpl : public GateImpl {
+class HEADWISE_API SharedHeadsGateImpl : public CloneableGate<SharedHeadsGateImpl, GateImpl> {
  public:
   SharedHeadsGateImpl(SharedHeadsGateOptions options, int64_t embed_dim, int64_t num_heads,
                       const at::TensorOptions& tensor_options = {});
@@ -373,6 +417,8 @@ class HEADWISE_API SharedHeadsGateImpl : public GateImpl {
   bool starts() const override { return true; }
   /// The heads of largest relevance become the shared ones; the gate inside starts with the rest.
   void start_from(const at::Tensor& relevance, double budget) override;
+  void reset_parameters() override;
+  void reset() override;
 
   SharedHeadsGateOptions options;
   at::Tensor shared;

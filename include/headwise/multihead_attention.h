@@ -11,6 +11,7 @@
 #include <functional>
 #include <memory>
 #include <optional>
+#include <ostream>
 #include <tuple>
 
 #include "headwise/attention.h"
@@ -93,7 +94,15 @@ class HEADWISE_API MultiheadAttentionImpl : public torch::nn::Module {
       const at::Tensor& key_padding_mask = {}, bool need_weights = true,
       const at::Tensor& attn_mask = {}, bool average_attn_weights = true, bool is_causal = false);
 
+  /// Initialises the parameters anew, except out_proj.weight, as torch.nn.MultiheadAttention does.
   void reset_parameters();
+  /// As if newly made: every parameter, those of out_proj and of the gate too.
+  void reset();
+  /// Its sizes, and the options that are not their defaults.
+  void pretty_print(std::ostream& stream) const override;
+  /// A copy with tensors and a gate of its own; what is set to observe this one is not copied.
+  std::shared_ptr<torch::nn::Module> clone(
+      const std::optional<torch::Device>& device = std::nullopt) const override;
 
   /// Puts a gate of these options into the layer, bound to its sizes.
   void set_gate(const GateOptions& gate_options);
@@ -122,6 +131,7 @@ class HEADWISE_API MultiheadAttentionImpl : public torch::nn::Module {
                            {7, torch::nn::AnyValue(false)})
 
  private:
+  void clone_(torch::nn::Module& original, const std::optional<torch::Device>& device) override;
   ProjectionWeights projections() const;
 
   int64_t head_dim_;

@@ -110,12 +110,4 @@ HEADWISE_API at::Tensor masked_layer_norm(const at::Tensor& x, const at::Tensor&
                                           const std::optional<at::Tensor>& bias, double eps,
                                           bool scaled);
 
-/// Multiply-accumulates of one head of width `head_dim` in a layer of width `width`, for a sequence
-/// of `tokens`: 4 n D d (query, key, value and output projections) + 2 n^2 d (scores, and their
-/// product with the values).
-HEADWISE_API double head_macs(double tokens, int64_t width, int64_t head_dim);
-
-/// Multiply-accumulates of one neuron of a feed-forward network: 2 n D.
-HEADWISE_API double neuron_macs(double tokens, int64_t width);
-
 }  // namespace headwise

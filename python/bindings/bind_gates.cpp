@@ -82,7 +82,4 @@ void bind_gates(py::module_& m) {
       },
       py::arg("type"), py::arg("options"),
       "All options of a gate, those that are not given with their defaults.");
-  m.def(
-      "quoted", [](const py::object& value) { return headwise::quoted(json_of(value)); },
-      py::arg("value"), "A value for an error: short, without control characters.");
 }

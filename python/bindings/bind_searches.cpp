@@ -4,9 +4,10 @@
 #include <pybind11/stl.h>
 #include <torch/extension.h>
 
-#include "headwise/calibration.h"
+#include "calibration.h"
 #include "headwise/confidence.h"
 #include "headwise/scoring.h"
+#include "scoring.h"
 
 namespace py = pybind11;
 using headwise::Trial;

@@ -7,6 +7,7 @@
 
 #include "headwise/structure.h"
 #include "json_objects.h"
+#include "structure/units.h"
 
 namespace py = pybind11;
 using headwise::BlockPlan;

@@ -5,7 +5,7 @@
 
 #include <filesystem>
 
-#include "headwise/files.h"
+#include "files.h"
 #include "headwise/weights.h"
 
 namespace py = pybind11;

@@ -723,11 +723,6 @@ def prune_projections(
     parameters: collections.abc.Mapping[str, torch.Tensor], layer: LayerPlan
 ) -> dict[str, torch.Tensor]: ...
 def pruning_counts(total: int, keep: float, step: float) -> list[int]: ...
-def quoted(value: typing.Any) -> str:
-    """
-    A value for an error: short, without control characters.
-    """
-
 def read_json(arg0: os.PathLike | str | bytes, arg1: int) -> bytes: ...
 def read_safetensors_metadata(path: os.PathLike | str | bytes) -> dict[str, str]: ...
 def rearrange(gradients: torch.Tensor, kept: collections.abc.Sequence[int]) -> list[int]: ...
@@ -766,6 +761,11 @@ def search_macs(
     neuron_cost: float,
     limit: float,
 ) -> KeptUnits: ...
+def set_cuda_routes(attention: str = "kernels", products: str = "warps") -> tuple[str, str]:
+    """
+    Sets how attention ("kernels", or "flash": LibTorch's FlashAttention for what it takes) and matrix products ("warps", or on Hopper "warpgroups") run on CUDA devices, for every later call in the process. Returns the two until now: ``set_cuda_routes(*before)`` restores them.
+    """
+
 def write_atomic(path: os.PathLike | str | bytes, content: bytes) -> None: ...
 
 __version__: str

@@ -66,6 +66,7 @@ from headwise.serialization import load, save
 
 __version__ = _load.core.__version__
 backends = _load.core.backends
+set_cuda_routes = _load.core.set_cuda_routes
 
 __all__ = [
     "BudgetGate",
@@ -118,6 +119,7 @@ __all__ = [
     "save",
     "score_heads",
     "serialization",
+    "set_cuda_routes",
     "start_gates",
     "trace",
     "unmask",

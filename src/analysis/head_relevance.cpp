@@ -47,16 +47,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> causal_roles(const at::Tensor& ra
   return {at::minimum(raised, lowered), 1 - at::maximum(raised, lowered), (raised - lowered).abs()};
 }
 
-TORCH_LIBRARY_FRAGMENT(headwise, m) {
-  m.def("held_slope(Tensor x, Tensor value) -> Tensor");
-  m.def("held_layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor");
-  // [B, H, L, d] x 2 -> float64 [B, H]
-  m.def("relevance_shares(Tensor context, Tensor gradient) -> Tensor");
-  m.def("causal_penalty(Tensor logits, float strength, float limit) -> Tensor");
-  // [T] x 2 -> facilitating, interfering, irrelevant: [T] each
-  m.def("causal_roles(Tensor raised, Tensor lowered) -> (Tensor, Tensor, Tensor)");
-}
-
 TORCH_LIBRARY_IMPL(headwise, CompositeImplicitAutograd, m) {
   m.impl("held_slope", held_slope);
   m.impl("held_layer_norm", held_layer_norm);

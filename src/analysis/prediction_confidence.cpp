@@ -194,24 +194,8 @@ at::Tensor stopping_stage(const at::Tensor& confidence, double threshold) {
   return sure.to(at::kInt).argmax(0);
 }
 
-TORCH_LIBRARY_FRAGMENT(headwise, m) {
-  // [B, H], [B], [B, H] -> index [B, H], count [B], weight [B, H]
-  m.def(
-      "widen_selection(Tensor weight, Tensor count, Tensor relevance, float factor) "
-      "-> (Tensor, Tensor, Tensor)");
-  // [S, N] -> int64 [N]
-  m.def("stopping_stage(Tensor confidence, float threshold) -> Tensor");
-  // [B, C] -> [B]
-  m.def("prediction_confidence(Tensor logits, str measure='probability') -> Tensor");
-  // [S - 1, N], [S, N] -> the threshold
-  m.def("confidence_threshold(Tensor confidence, Tensor cost, float limit) -> float");
-  m.def(
-      "accurate_threshold(Tensor confidence, Tensor correct, float loss, float? certainty=None) "
-      "-> float");
-  m.def("binomial_tail(int successes, int trials, float probability) -> float", binomial_tail);
-}
-
 TORCH_LIBRARY_IMPL(headwise, CompositeImplicitAutograd, m) {
+  m.impl("binomial_tail", binomial_tail);
   m.impl("widen_selection", widened);
   m.impl("stopping_stage", stopping_stage);
   m.impl("prediction_confidence", [](const at::Tensor& logits, c10::string_view measure) {

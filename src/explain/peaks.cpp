@@ -104,16 +104,6 @@ std::tuple<at::Tensor, at::Tensor> peak_hits(const at::Tensor& key, const at::Te
   return {hits.view({B, questions, H}).transpose(1, 2), asked.view({B, questions})};
 }
 
-TORCH_LIBRARY_FRAGMENT(headwise, m) {
-  m.def(
-      "attention_peaks(Tensor q, Tensor k, Tensor? key_padding_mask=None, "
-      "Tensor? attn_mask=None, bool is_causal=False, Tensor? excluded=None, float? scale=None) "
-      "-> (Tensor key, Tensor weight)");
-  m.def(
-      "peak_hits(Tensor key, Tensor trials, Tensor group, int questions, bool others_only=False) "
-      "-> (Tensor hits, Tensor trials)");
-}
-
 TORCH_LIBRARY_IMPL(headwise, CompositeImplicitAutograd, m) {
   m.impl("attention_peaks", attention_peaks);
   m.impl("peak_hits", peak_hits);

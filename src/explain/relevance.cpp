@@ -133,20 +133,6 @@ at::Tensor budget_needed(const at::Tensor& rank, int64_t min_heads, std::string_
   return needed.masked_fill(rank.le(min_heads), 0.0);
 }
 
-TORCH_LIBRARY_FRAGMENT(headwise, m) {
-  m.def(
-      "token_shares(Tensor x, Tensor? key_padding_mask, Tensor base, Tensor weight, "
-      "Tensor mean, Tensor variance) -> (Tensor shares, Tensor constant)");
-  m.def(
-      "budget_attribution(Tensor x, Tensor? key_padding_mask, Tensor mean, Tensor variance, "
-      "Tensor hidden_weight, Tensor hidden_bias, Tensor out_weight, Tensor out_bias, "
-      "Tensor progress, float keep, float initial_keep, float warmup, int steps=32) "
-      "-> (Tensor attribution, Tensor baseline, Tensor value)");
-  m.def("relevance_rank(Tensor relevance) -> Tensor");
-  m.def("selection_margin(Tensor relevance, Tensor chosen) -> Tensor");
-  m.def("budget_needed(Tensor rank, int min_heads, str rounding) -> Tensor");
-}
-
 TORCH_LIBRARY_IMPL(headwise, CompositeImplicitAutograd, m) {
   m.impl("token_shares", token_shares);
   m.impl("budget_attribution", budget_attribution);

@@ -246,22 +246,6 @@ at::Tensor area_between(const at::Tensor& x, const at::Tensor& first, const at::
   return at::trapezoid(height, along, 0) / (along[-1] - along[0]);
 }
 
-TORCH_LIBRARY_FRAGMENT(headwise, m) {
-  m.def(
-      "share_interval(Tensor hits, Tensor trials, int resamples=1000, int seed=0, "
-      "float confidence=0.95) -> (Tensor share, Tensor low, Tensor high)");
-  m.def(
-      "selection_information(Tensor chosen, Tensor label, int classes, int permutations=1000, "
-      "int seed=0) -> (Tensor information, Tensor by_chance, Tensor p)");
-  m.def(
-      "selection_association(Tensor chosen, Tensor value, int permutations=1000, int seed=0) "
-      "-> (Tensor correlation, Tensor p)");
-  m.def("false_discovery_rate(Tensor p) -> Tensor");
-  m.def("co_selection(Tensor chosen) -> Tensor");
-  m.def("selection_overlap(Tensor first, Tensor second) -> Tensor");
-  m.def("area_between(Tensor x, Tensor first, Tensor other) -> Tensor");
-}
-
 TORCH_LIBRARY_IMPL(headwise, CPU, m) {
   m.impl("share_interval", share_interval);
   m.impl("selection_information", selection_information);

@@ -13,8 +13,7 @@ namespace headwise {
 
 BudgetGateImpl::BudgetGateImpl(BudgetGateOptions options_, int64_t embed_dim, int64_t num_heads,
                                const at::TensorOptions& tensor_options)
-    : TargetedGateImpl(options_, "squared", options_.strength(), embed_dim, num_heads,
-                       tensor_options),
+    : CloneableGate(options_, "squared", options_.strength(), embed_dim, num_heads, tensor_options),
       options(std::move(options_)) {
   fixed_budget_ = options.budget();
   if (!fixed_budget_ && options.keep() == 1.0) {

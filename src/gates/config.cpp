@@ -8,12 +8,11 @@
 #include <type_traits>
 
 #include "gates/options.h"
-#include "shown.h"
+#include "json.h"
 
 namespace headwise {
 namespace {
 
-using Json = nlohmann::ordered_json;
 using Kind = OptionRule::Kind;
 
 template <typename T>
@@ -116,7 +115,7 @@ void check(const char* name, const T& value, const OptionRule& rule) {
     }
   } else if constexpr (std::is_same_v<T, double>) {
     TORCH_CHECK_VALUE(fits(value, rule.kind), name, " must be ", rule_text(rule), ", got ",
-                      headwise::quoted(Json(value)));
+                      shown_json(Json(value)));
   } else if constexpr (std::is_same_v<T, int64_t>) {
     const int64_t most = rule.kind == Kind::kHeads ? kMostHeads - 1 : kLargest;
     TORCH_CHECK_VALUE(value >= rule.least && (rule.kind != Kind::kHeads || value <= most), name,
@@ -124,7 +123,7 @@ void check(const char* name, const T& value, const OptionRule& rule) {
     TORCH_CHECK_VALUE(value <= most, name, " must be at most ", most, ", got ", value);
   } else if constexpr (std::is_same_v<T, std::string>) {
     TORCH_CHECK_VALUE(is_choice(value, rule.choices), name, " must be ", rule_text(rule), ", got ",
-                      headwise::quoted(Json(value)));
+                      shown_json(Json(value)));
   } else if constexpr (std::is_same_v<T, GateOptionsBox>) {
     TORCH_CHECK_VALUE(value.get() != nullptr, name, " must be given");
     check_gate_options(value.get()->options);
@@ -140,26 +139,25 @@ void check_together(const FixedGateOptions& o) {
 }
 
 void check_together(const BudgetGateOptions& o) {
-  TORCH_CHECK_VALUE(
-      o.min_budget() <= o.max_budget(), "min_budget must not be above max_budget, got ",
-      headwise::quoted(Json(o.min_budget())), " and ", headwise::quoted(Json(o.max_budget())));
+  TORCH_CHECK_VALUE(o.min_budget() <= o.max_budget(),
+                    "min_budget must not be above max_budget, got ",
+                    shown_json(Json(o.min_budget())), " and ", shown_json(Json(o.max_budget())));
   TORCH_CHECK_VALUE(
       o.budget() || o.keep() == 1.0 || (o.min_budget() <= o.keep() && o.keep() <= o.max_budget()),
-      "keep must lie between min_budget=", headwise::quoted(Json(o.min_budget())),
-      " and max_budget=", headwise::quoted(Json(o.max_budget())), ", got ",
-      headwise::quoted(Json(o.keep())));
+      "keep must lie between min_budget=", shown_json(Json(o.min_budget())),
+      " and max_budget=", shown_json(Json(o.max_budget())), ", got ", shown_json(Json(o.keep())));
 }
 
 void check_together(const RequestedBudgetGateOptions& o) {
-  TORCH_CHECK_VALUE(
-      o.min_budget() <= o.max_budget(), "min_budget must not be above max_budget, got ",
-      headwise::quoted(Json(o.min_budget())), " and ", headwise::quoted(Json(o.max_budget())));
+  TORCH_CHECK_VALUE(o.min_budget() <= o.max_budget(),
+                    "min_budget must not be above max_budget, got ",
+                    shown_json(Json(o.min_budget())), " and ", shown_json(Json(o.max_budget())));
 }
 
 void check_together(const HardConcreteGateOptions& o) {
   TORCH_CHECK_VALUE(o.gamma() < 0.0 && o.zeta() > 1.0,
-                    "gamma must be below 0 and zeta above 1, got ",
-                    headwise::quoted(Json(o.gamma())), " and ", headwise::quoted(Json(o.zeta())));
+                    "gamma must be below 0 and zeta above 1, got ", shown_json(Json(o.gamma())),
+                    " and ", shown_json(Json(o.zeta())));
 }
 
 // --- JSON ---
@@ -175,34 +173,33 @@ void read(const char* name, const Json& value, T& field, const OptionRule& rule,
         std::string_view(name) == "shared") {
       const auto count = value.get<int64_t>();
       TORCH_CHECK_VALUE(count >= 0 && count <= kMostHeads, name, " must be in 0..", kMostHeads,
-                        ", got ", headwise::quoted(Json(value)));
+                        ", got ", shown_json(Json(value)));
       for (int64_t head = 0; head < count; ++head) field.push_back(head);
       return;
     }
     TORCH_CHECK_TYPE(value.is_array(), name, " must be a sequence of numbers, got ",
-                     headwise::quoted(Json(value)));
+                     shown_json(Json(value)));
     TORCH_CHECK_VALUE(value.size() <= kMostHeads, name, " must have at most ", kMostHeads,
                       " values, got ", value.size());
     for (const auto& item : value) read(name, item, field.emplace_back(), rule, depth);
   } else if constexpr (std::is_same_v<T, bool>) {
     TORCH_CHECK_TYPE(value.is_boolean(), name, " must be True or False, got ",
-                     headwise::quoted(Json(value)));
+                     shown_json(Json(value)));
     field = value.get<bool>();
   } else if constexpr (std::is_same_v<T, std::string>) {
     TORCH_CHECK_VALUE(value.is_string(), name, " must be ", rule_text(rule), ", got ",
-                      headwise::quoted(Json(value)));
+                      shown_json(Json(value)));
     field = value.get<std::string>();
   } else if constexpr (std::is_same_v<T, GateOptionsBox>) {
     field = GateOptionsBox(gate_options_from_object(value, depth + 1));
   } else {
-    TORCH_CHECK_TYPE(value.is_number(), name, " must be a number, got ",
-                     headwise::quoted(Json(value)));
+    TORCH_CHECK_TYPE(value.is_number(), name, " must be a number, got ", shown_json(Json(value)));
     if constexpr (std::is_same_v<T, int64_t>) {
       const double number = value.get<double>();
       TORCH_CHECK_VALUE(std::floor(number) == number && std::isfinite(number), name,
-                        " must be a whole number, got ", headwise::quoted(Json(value)));
+                        " must be a whole number, got ", shown_json(Json(value)));
       TORCH_CHECK_VALUE(std::abs(number) <= kLargest, name, " must be between ", -kLargest, " and ",
-                        kLargest, ", got ", headwise::quoted(Json(value)));
+                        kLargest, ", got ", shown_json(Json(value)));
     }
     field = value.get<T>();
   }
@@ -232,8 +229,8 @@ GateOptions read_options(const Json& object, int depth) {
     }
   });
   for (const auto& [key, value] : object.items()) {
-    TORCH_CHECK_VALUE(known.contains(key), Options::kType, " has no option ",
-                      headwise::quoted(Json(key)), "; it has ", listed);
+    TORCH_CHECK_VALUE(known.contains(key), Options::kType, " has no option ", shown_json(Json(key)),
+                      "; it has ", listed);
   }
   return options;
 }
@@ -254,26 +251,6 @@ void for_each_gate(Use&& use) {
 }
 
 }  // namespace
-
-std::string quoted(const Json& value) {
-  constexpr size_t kMost = 60;
-  std::string text;
-  if (value.is_string()) {
-    return shown(value.get_ref<const std::string&>(), kMost, '\'');
-  } else if (value.is_boolean()) {
-    text = value.get<bool>() ? "True" : "False";
-  } else if (value.is_null()) {
-    text = "None";
-  } else if (value.is_number_float() && !std::isfinite(value.get<double>())) {
-    text = std::isnan(value.get<double>()) ? "nan" : value.get<double>() > 0 ? "inf" : "-inf";
-  } else if (value.is_structured()) {
-    text = value.is_array() ? "a list" : "a mapping";
-    text += " of " + std::to_string(value.size());
-  } else {
-    text = value.dump();
-  }
-  return text.size() > kMost + 2 ? text.substr(0, kMost) + "..." : text;
-}
 
 void check_gate_options(const GateOptions& options) {
   std::visit(
@@ -297,9 +274,20 @@ Json gate_options_to_object(const GateOptions& options) {
       options);
 }
 
+std::string changed_options(const GateOptions& options) {
+  const Json own = gate_options_to_object(options);
+  const Json initial = std::visit(
+      []<typename Options>(const Options&) { return gate_options_to_object(Options()); }, options);
+  std::string text;
+  for (const auto& [key, value] : own.items()) {
+    if (value != initial[key] && !value.is_object()) text += ", " + key + "=" + value.dump();
+  }
+  return text;
+}
+
 GateOptions gate_options_from_object(const Json& object, int depth) {
   TORCH_CHECK_VALUE(object.is_object(), "a gate's configuration must be a mapping, got ",
-                    quoted(object));
+                    shown_json(object));
   TORCH_CHECK_VALUE(depth < kMostNested, "gates must not be nested more than ", kMostNested,
                     " deep");
   const auto type = object.find("type");
@@ -312,7 +300,7 @@ GateOptions gate_options_from_object(const Json& object, int depth) {
     }
   });
   TORCH_CHECK_VALUE(found, "gate type must be one of ", listed, ", got ",
-                    quoted(type == object.end() ? Json() : *type));
+                    shown_json(type == object.end() ? Json() : *type));
   check_gate_options(*found);
   return *found;
 }

@@ -12,7 +12,7 @@ namespace headwise {
 
 FixedGateImpl::FixedGateImpl(FixedGateOptions options_, int64_t embed_dim, int64_t num_heads,
                              const at::TensorOptions& tensor_options)
-    : GateImpl(options_, embed_dim, num_heads), options(std::move(options_)) {
+    : CloneableGate(options_, embed_dim, num_heads), options(std::move(options_)) {
   scale = register_buffer("scale", torch::empty({num_heads}, tensor_options));
   reset_parameters();
 }
@@ -42,7 +42,7 @@ Selection FixedGateImpl::forward(const at::Tensor& x, const at::Tensor&) {
 
 RandomGateImpl::RandomGateImpl(RandomGateOptions options_, int64_t embed_dim, int64_t num_heads,
                                const at::TensorOptions& tensor_options)
-    : GateImpl(options_, embed_dim, num_heads), options(std::move(options_)) {
+    : CloneableGate(options_, embed_dim, num_heads), options(std::move(options_)) {
   relevance = register_buffer("relevance", torch::empty({num_heads}, tensor_options));
   reset_parameters();
 }

@@ -6,8 +6,10 @@
 
 #include "gates/checks.h"
 #include "gates/model_gates.h"
+#include "gates/options.h"
 #include "gates/scope.h"
 #include "headwise/gates.h"
+#include "module_copy.h"
 #include "ops/gates/budget.h"
 #include "ops/gates/hard_concrete.h"
 #include "recomputation.h"
@@ -66,6 +68,29 @@ void GateImpl::check_input(const at::Tensor& x) const {
 bool GateImpl::records() const { return is_training() && !recomputing(); }
 
 at::Tensor GateImpl::penalty() const { return {}; }
+
+void GateImpl::reset() {
+  reset_parameters();
+  expected_heads = at::Tensor();
+}
+
+void GateImpl::copy_to(GateImpl& copy, const std::optional<torch::Device>& device) const {
+  copy_tensors(*this, copy, device);
+  copy.take_state(*this);
+  for (const auto& child : named_modules("", /*include_self=*/false)) {
+    if (const auto* inner = dynamic_cast<const GateImpl*>(child.value().get())) {
+      const auto own = copy.named_modules("", false)[child.key()];
+      dynamic_cast<GateImpl&>(*own).take_state(*inner);
+    }
+  }
+}
+
+void GateImpl::take_state(const GateImpl&) {}
+
+void GateImpl::print(std::ostream& stream, const GateOptions& options) const {
+  stream << name() << "(embed_dim=" << embed_dim_ << ", num_heads=" << num_heads_
+         << changed_options(options) << ")";
+}
 
 Selection GateImpl::forward_heads(const HeadInputs&) {
   TORCH_CHECK(false, "this gate does not read queries and keys");
@@ -155,13 +180,28 @@ void ScopedGateImpl::set_scope(const std::string& scope, const GateOptions& opti
   join(alone, 0);
 }
 
+void TargetedGateImpl::reset() {
+  ScheduledGateImpl::reset();
+  regulariser = at::Tensor();
+}
+
+void ScopedGateImpl::take_state(const GateImpl& original) {
+  const auto& from = static_cast<const ScopedGateImpl&>(original);
+  if (!from.scope_) return;
+  GateScope own;
+  contribute(own);
+  position_ = from.position_;
+  scope_ = from.scope_->copy_at(position_, own);
+}
+
 void ScopedGateImpl::join(const std::shared_ptr<GateScope>& scope, int64_t position) {
   scope_ = scope;
   position_ = position;
 }
 
 GateScope& ScopedGateImpl::scope() const {
-  TORCH_CHECK(scope_, name(), " has scope 'model' and does not know the other layers' gates: ",
+  TORCH_CHECK(scope_ && scope_->complete(), name(),
+              " has scope 'model' and does not know the other layers' gates: ",
               "call headwise::link_gates on the model");
   return *scope_;
 }

@@ -12,8 +12,7 @@ namespace headwise {
 GumbelSigmoidGateImpl::GumbelSigmoidGateImpl(GumbelSigmoidGateOptions options_, int64_t embed_dim,
                                              int64_t num_heads,
                                              const at::TensorOptions& tensor_options)
-    : TargetedGateImpl(options_, "squared", options_.strength(), embed_dim, num_heads,
-                       tensor_options),
+    : CloneableGate(options_, "squared", options_.strength(), embed_dim, num_heads, tensor_options),
       options(std::move(options_)) {
   build_features(tensor_options);
   logit = register_parameter("logit", torch::empty({num_heads}, tensor_options));

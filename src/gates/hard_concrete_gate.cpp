@@ -14,9 +14,9 @@ namespace headwise {
 HardConcreteGateImpl::HardConcreteGateImpl(HardConcreteGateOptions options_, int64_t embed_dim,
                                            int64_t num_heads,
                                            const at::TensorOptions& tensor_options)
-    : TargetedGateImpl(options_, options_.penalty(),
-                       options_.strength().value_or(options_.penalty() == "l0" ? 0.1 : 20.0),
-                       embed_dim, num_heads, tensor_options),
+    : CloneableGate(options_, options_.penalty(),
+                    options_.strength().value_or(options_.penalty() == "l0" ? 0.1 : 20.0),
+                    embed_dim, num_heads, tensor_options),
       options(std::move(options_)) {
   log_alpha = register_parameter("log_alpha", torch::empty({num_heads}, tensor_options));
   if (options.input_dependent()) {

@@ -18,12 +18,12 @@ constexpr int64_t kLargest = (int64_t{1} << 31) - 1;
 // Gates inside gates.
 constexpr int kMostNested = 8;
 
-/// A value for an error: at most 60 characters, none of them a control character.
-HEADWISE_API std::string quoted(const nlohmann::ordered_json& value);
-
 HEADWISE_API nlohmann::ordered_json gate_options_to_object(const GateOptions& options);
 HEADWISE_API GateOptions gate_options_from_object(const nlohmann::ordered_json& object,
                                                   int depth = 0);
+
+/// ", keep=0.5" and so on, of the options that are not their defaults; a gate inside is left out.
+std::string changed_options(const GateOptions& options);
 
 /// One row of a gate's table.
 struct OptionRow {

@@ -15,14 +15,13 @@ namespace headwise {
 RequestedBudgetGateImpl::RequestedBudgetGateImpl(RequestedBudgetGateOptions options_,
                                                  int64_t embed_dim, int64_t num_heads,
                                                  const at::TensorOptions& tensor_options)
-    : ScopedGateImpl(options_, embed_dim, num_heads, tensor_options), options(std::move(options_)) {
+    : CloneableGate(options_, embed_dim, num_heads, tensor_options), options(std::move(options_)) {
   build_features(tensor_options);
   base = register_parameter("base", torch::empty({num_heads}, tensor_options));
   tilt = register_parameter("tilt", torch::empty({num_heads}, tensor_options));
   relevance =
       register_module("relevance", make_linear(embed_dim, num_heads, false, tensor_options));
-  requested_ = torch::full({}, options.budget(), at::kDouble);
-  reset_parameters();
+  reset();
   set_scope(options.scope(), options);
 }
 
@@ -33,6 +32,16 @@ void RequestedBudgetGateImpl::reset_parameters() {
   base.normal_(0.0, 0.01);
   tilt.zero_();
   relevance->weight.zero_();
+}
+
+void RequestedBudgetGateImpl::reset() {
+  ScopedGateImpl::reset();
+  requested_ = torch::full({}, options.budget(), at::kDouble);
+}
+
+void RequestedBudgetGateImpl::take_state(const GateImpl& original) {
+  ScopedGateImpl::take_state(original);
+  requested_ = static_cast<const RequestedBudgetGateImpl&>(original).requested_.clone();
 }
 
 void RequestedBudgetGateImpl::start(const at::Tensor& relevance_, double) {

@@ -4,7 +4,12 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
 
+#include <algorithm>
 #include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <thread>
 #include <vector>
 
 #include "headwise/gates.h"
@@ -72,7 +77,35 @@ struct GateScope {
     return drawn_;
   }
 
+  /// Whether it knows every gate: the copy of a scope is complete once all its gates are copied.
+  bool complete() const {
+    return std::all_of(scores.begin(), scores.end(), [](const auto& t) { return t.defined(); });
+  }
+
+  /// The scope of the copies of its gates, where the one at `position` has the tensors of `own`.
+  /// A model is copied gate after gate, by one thread: the copies join one another until a gate is
+  /// copied again.
+  std::shared_ptr<GateScope> copy_at(int64_t position, const GateScope& own) {
+    const std::lock_guard lock(copying_);
+    auto& begun = copies_[std::this_thread::get_id()];
+    auto copy = begun.lock();
+    if (!copy || copy->scores[position].defined()) {
+      begun = copy = std::make_shared<GateScope>();
+      for (const auto parts : kParts) (*copy.*parts).resize((this->*parts).size());
+      copy->moves = moves;
+    }
+    for (const auto parts : kParts) {
+      if (!(own.*parts).empty()) (*copy.*parts)[position] = (own.*parts)[0];
+    }
+    if (copy->complete()) copies_.erase(std::this_thread::get_id());
+    return copy;
+  }
+
  private:
+  static constexpr std::vector<at::Tensor> GateScope::* kParts[] = {
+      &GateScope::scores, &GateScope::tilts, &GateScope::awake, &GateScope::steps,
+      &GateScope::weights};
+
   Tensors repeat(const Replay::Used& used, const std::function<Tensors()>& sample,
                  const std::function<Tensors(const Tensors&)>& make) const {
     const auto middle = used.tensors.begin() + static_cast<int64_t>(noise_.size());
@@ -86,6 +119,8 @@ struct GateScope {
   Tensors noise_, drawn_;
   std::vector<bool> served_;
   std::vector<Replay> replays_;
+  std::mutex copying_;
+  std::map<std::thread::id, std::weak_ptr<GateScope>> copies_;
 };
 
 }  // namespace headwise

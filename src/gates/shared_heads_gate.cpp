@@ -13,7 +13,7 @@ namespace headwise {
 
 SharedHeadsGateImpl::SharedHeadsGateImpl(SharedHeadsGateOptions options_, int64_t embed_dim,
                                          int64_t num_heads, const at::TensorOptions& tensor_options)
-    : GateImpl(options_, embed_dim, num_heads), options(std::move(options_)) {
+    : CloneableGate(options_, embed_dim, num_heads), options(std::move(options_)) {
   auto& heads = options.shared();
   std::sort(heads.begin(), heads.end());
   TORCH_CHECK_VALUE(heads.empty() || heads.back() < num_heads, "shared must be in 0..",
@@ -25,6 +25,16 @@ SharedHeadsGateImpl::SharedHeadsGateImpl(SharedHeadsGateOptions options_, int64_
                                            num_heads - always, tensor_options));
   TORCH_CHECK_VALUE(!gate->reads_heads(),
                     "gate must choose by the layer's input, and this one reads queries and keys");
+}
+
+void SharedHeadsGateImpl::reset_parameters() {
+  shared.copy_(torch::tensor(options.shared(), at::kLong));
+  gate->reset_parameters();
+}
+
+void SharedHeadsGateImpl::reset() {
+  GateImpl::reset();
+  gate->reset();
 }
 
 void SharedHeadsGateImpl::start_from(const at::Tensor& relevance, double budget) {

@@ -16,7 +16,7 @@ namespace headwise {
 
 SleepGateImpl::SleepGateImpl(SleepGateOptions options_, int64_t embed_dim, int64_t num_heads,
                              const at::TensorOptions& tensor_options)
-    : ScopedGateImpl(options_, embed_dim, num_heads, tensor_options), options(std::move(options_)) {
+    : CloneableGate(options_, embed_dim, num_heads, tensor_options), options(std::move(options_)) {
   awake = register_buffer("awake", torch::ones({num_heads}, tensor_options));
   score = register_buffer("score", torch::zeros({num_heads}, tensor_options.dtype(at::kFloat)));
   steps = register_buffer("steps", torch::zeros({}, tensor_options.dtype(at::kLong)));
@@ -28,6 +28,11 @@ void SleepGateImpl::reset_parameters() {
   awake.fill_(1.0);
   score.zero_();
   steps.zero_();
+}
+
+void SleepGateImpl::reset() {
+  ScopedGateImpl::reset();
+  if (linked() != nullptr) set_moves({});
 }
 
 void SleepGateImpl::start(const at::Tensor& relevance, double) { awake.copy_(relevance.gt(0)); }

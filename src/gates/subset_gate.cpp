@@ -16,7 +16,7 @@ namespace headwise {
 
 SubsetGateImpl::SubsetGateImpl(SubsetGateOptions options_, int64_t embed_dim, int64_t num_heads,
                                const at::TensorOptions& tensor_options)
-    : ScopedGateImpl(options_, embed_dim, num_heads, tensor_options), options(std::move(options_)) {
+    : CloneableGate(options_, embed_dim, num_heads, tensor_options), options(std::move(options_)) {
   scores = register_parameter("scores", torch::empty({num_heads}, tensor_options));
   reset_parameters();
   set_scope(options.scope(), options);
@@ -40,6 +40,11 @@ void SubsetGateImpl::join(const std::shared_ptr<GateScope>& scope, int64_t posit
       static_cast<int64_t>(std::floor(options.keep() * static_cast<double>(heads) + 0.5));
   k_ = options.k().value_or(std::clamp<int64_t>(rounded, std::min<int64_t>(1, heads), heads));
   ScopedGateImpl::join(scope, position);
+}
+
+void SubsetGateImpl::take_state(const GateImpl& original) {
+  ScopedGateImpl::take_state(original);
+  k_ = static_cast<const SubsetGateImpl&>(original).k_;
 }
 
 Selection SubsetGateImpl::forward(const at::Tensor& x, const at::Tensor&) {

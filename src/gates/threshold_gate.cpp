@@ -10,7 +10,7 @@ namespace headwise {
 
 ThresholdGateImpl::ThresholdGateImpl(ThresholdGateOptions options_, int64_t embed_dim,
                                      int64_t num_heads, const at::TensorOptions& tensor_options)
-    : GateImpl(options_, embed_dim, num_heads), options(std::move(options_)) {
+    : CloneableGate(options_, embed_dim, num_heads), options(std::move(options_)) {
   threshold = register_buffer("threshold", torch::empty({}, tensor_options.dtype(at::kFloat)));
   reset_parameters();
 }

@@ -3,7 +3,6 @@
 #include "ops/attention_statistics.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
@@ -73,20 +72,12 @@ void check_inputs(const StatisticsInputs& in) {
 
 namespace {
 
-Statistics statistics_meta(HEADWISE_STATISTICS_PARAMETERS) {
-  check_inputs({HEADWISE_STATISTICS_ARGUMENTS});
-  const auto options = q.options().dtype(statistics_type(q.scalar_type()));
-  const c10::SymInt sizes[2] = {q.sym_size(0), q.sym_size(1)};
-  return {at::empty_symint(sizes, options), at::empty_symint(sizes, options)};
-}
-
 at::Tensor entropy(HEADWISE_STATISTICS_PARAMETERS) {
   return std::get<0>(headwise::attention_statistics(HEADWISE_STATISTICS_ARGUMENTS));
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(headwise, Meta, m) { m.impl("attention_statistics", statistics_meta); }
 TORCH_LIBRARY_IMPL(headwise, CompositeImplicitAutograd, m) { m.impl("attention_entropy", entropy); }
 // Backward through a statistic says that it has no derivative, rather than giving zero.
 TORCH_LIBRARY_IMPL(headwise, Autograd, m) {

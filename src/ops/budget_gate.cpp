@@ -128,47 +128,13 @@ GateResult evaluate_budget_gate(HEADWISE_BUDGET_GATE_PARAMETERS) {
                                                   : composed(HEADWISE_BUDGET_GATE_ARGUMENTS);
 }
 
-namespace {
-
-// Shapes and dtypes, for tracing.
-GateResult traced(HEADWISE_BUDGET_GATE_PARAMETERS) {
-  const auto batch = x.sym_size(0), heads = base.sym_size(0);
-  const auto whole = x.options().dtype(at::kInt);
-  const auto sums = x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
-  return {at::empty_symint({batch, heads}, whole), at::empty_symint({batch}, whole),
-          at::empty_symint({batch, heads}, x.options()), at::empty_symint({batch, heads}, sums),
-          at::empty_symint({batch}, sums)};
+TORCH_LIBRARY_IMPL(headwise, CompositeImplicitAutograd, m) {
+  m.impl("evaluate_budget_gate", evaluate_budget_gate);
+  m.impl("evaluate_relevance", evaluate_relevance);
 }
-
-constexpr const char* kArguments =
-    "(Tensor x, Tensor? key_padding_mask, Tensor mean, Tensor variance, Tensor base, "
-    "Tensor relevance_weight, Tensor? hidden_weight, Tensor? hidden_bias, Tensor? out_weight, "
-    "Tensor? out_bias, Tensor progress, float budget, float min_budget, float max_budget, "
-    "float keep, float initial_keep, float warmup, int min_heads, str rounding) -> "
-    "(Tensor index, Tensor count, Tensor weight, Tensor relevance, Tensor budget)";
-
-}  // namespace
-
-TORCH_LIBRARY_FRAGMENT(headwise, m) {
-  // x [B, L, D], mean and variance [D], base [H], relevance_weight [H, D], hidden_weight [h, D],
-  // hidden_bias [h], out_weight [1, h], out_bias [1] -> index, count, weight, relevance [B, H] and
-  // budget [B] of a BudgetGate in evaluation with weights of one. Without the four of the network
-  // every sequence has `budget`.
-  m.def((std::string("evaluate_budget_gate") + kArguments).c_str(), evaluate_budget_gate);
-  m.def((std::string("_budget_gate") + kArguments).c_str());
-  m.def(
-      "evaluate_relevance(Tensor x, Tensor? key_padding_mask, Tensor mean, Tensor variance, "
-      "Tensor base, Tensor weight, Tensor progress) -> Tensor",
-      evaluate_relevance);
-}
-
-TORCH_LIBRARY_IMPL(headwise, Meta, m) { m.impl("_budget_gate", traced); }
 // Its results carry no gradient, though x may.
 TORCH_LIBRARY_IMPL(headwise, Autograd, m) {
   m.impl("_budget_gate", torch::CppFunction::makeFallthrough());
 }
-#ifdef HEADWISE_CUDA
-TORCH_LIBRARY_IMPL(headwise, CUDA, m) { m.impl("_budget_gate", ops::device::budget_gate); }
-#endif
 
 }  // namespace headwise

@@ -1,12 +1,17 @@
-// Every operator of headwise, declared once. Kernels register themselves beside their code:
-// src/ops/cpu, src/ops/cuda and src/ops/autograd; composites (no kernel of their own) in src/.
+// Every operator of headwise, declared once, here and nowhere else
+// (tests/python/ops/test_schemas.py). Kernels register themselves beside their code:
+// src/ops/{cpu,cuda,aten,meta,autograd}; composites (no kernel of their own) in src/, by subject.
 //
 // Shapes: B sequences, L queries, S keys, H heads, Hkv key/value heads, d head width, D model
 // width, E = H * d. Masks follow torch.nn.MultiheadAttention: boolean True means 'may not attend',
 // a floating mask is added to the scores. index/count/weight are a Selection (selection.h).
 #include <torch/library.h>
 
+#include <string>
+
 TORCH_LIBRARY(headwise, m) {
+  const auto def = [&](const std::string& schema) { m.def(schema.c_str()); };
+
   // relevance [B, H], count int [B] -> index int32 [B, H]
   m.def("select_heads(Tensor relevance, Tensor count) -> Tensor");
   // index, count -> [B, H] of ones and zeros
@@ -49,14 +54,16 @@ TORCH_LIBRARY(headwise, m) {
 
   // The projections around the core, of the chosen heads only. x [B, L, D], weight [H d, D], bias
   // [H d] -> [B, H, L, d], zeros where not chosen.
-  m.def(
-      "selected_projection(Tensor x, Tensor weight, Tensor? bias, int num_heads, "
-      "Tensor index, Tensor count) -> Tensor");
-  // heads [B, H, L, d] by any strides, weight [Dout, H d], bias [Dout], head_weight [B, H] ->
-  // [B, L, Dout]; heads that were not chosen are not read.
-  m.def(
-      "selected_output_projection(Tensor heads, Tensor weight, Tensor? bias, "
-      "Tensor index, Tensor count, Tensor? head_weight=None) -> Tensor");
+  for (const std::string name : {"selected", "_aten"}) {
+    def(name +
+        "_projection(Tensor x, Tensor weight, Tensor? bias, int num_heads, "
+        "Tensor index, Tensor count) -> Tensor");
+    // heads [B, H, L, d] by any strides, weight [Dout, H d], bias [Dout], head_weight [B, H] ->
+    // [B, L, Dout]; heads that were not chosen are not read.
+    def(name +
+        "_output_projection(Tensor heads, Tensor weight, Tensor? bias, "
+        "Tensor index, Tensor count, Tensor? head_weight=None) -> Tensor");
+  }
   // The key/value heads that the chosen query heads read: of H = num_heads, H / num_groups share
   // one. index, count -> index int32 [B, num_groups], count int32 [B]
   m.def(
@@ -96,82 +103,70 @@ TORCH_LIBRARY(headwise, m) {
       "combine_heads(Tensor context, Tensor? weight, Tensor out_proj_weight, "
       "Tensor? out_proj_bias) -> Tensor");
 
+  // What the operators selected_* consist of: each backend registers those of the route
+  // "_selected", and what LibTorch itself can run has names of its own (src/ops/aten). `forward`
+  // also returns what backward needs (K columns of `index`, kv rows = S + added rows; only chosen
+  // slots are written): q [B, K, L, d], k and v [B, K, S + added, d], context [B, K, L, d] before
+  // the weight, lse [B, K, L] = log of the softmax denominator (+inf where a row sees no key), in
+  // float64 for float64 and float32 otherwise. A backend may lay rows out in these buffers as it
+  // likes. `needs` says which gradients to compute, in the order of the results; the others come
+  // back with no elements. grad_attn_mask has the shape of attn_mask.
+  const std::string masks =
+      "Tensor? key_padding_mask, Tensor? attn_mask, bool is_causal, float dropout_p, "
+      "Tensor? dropout_seed, float? scale";
+  const std::string self =
+      "Tensor x, Tensor in_proj_weight, Tensor? in_proj_bias, Tensor out_proj_weight, "
+      "Tensor? out_proj_bias, int num_heads, Tensor index, Tensor count, Tensor weight, " +
+      masks;
+  const std::string multihead =
+      "Tensor query, Tensor key, Tensor value, Tensor q_weight, Tensor k_weight, Tensor v_weight, "
+      "Tensor? q_bias, Tensor? k_bias, Tensor? v_bias, Tensor out_proj_weight, "
+      "Tensor? out_proj_bias, int num_heads, Tensor index, Tensor count, Tensor weight, "
+      "Tensor? bias_k, Tensor? bias_v, bool add_zero_attn, " +
+      masks;
+  const std::string core =
+      "Tensor q, Tensor k, Tensor v, Tensor index, Tensor count, Tensor? weight, " + masks;
+  const std::string saved = "Tensor q, Tensor k, Tensor v, Tensor context, Tensor lse, ";
+  for (const std::string route : {"_selected", "_aten"}) {
+    def(route + "_self_attention_forward(" + self +
+        ") -> (Tensor output, Tensor q, Tensor k, Tensor v, Tensor context, Tensor lse)");
+    def(route + "_self_attention_backward(Tensor grad_output, " + self + ", " + saved +
+        "bool[7] needs) -> (Tensor grad_x, Tensor grad_in_proj_weight, Tensor grad_in_proj_bias, "
+        "Tensor grad_out_proj_weight, Tensor grad_out_proj_bias, Tensor grad_weight, "
+        "Tensor grad_attn_mask)");
+    def(route + "_multihead_attention_forward(" + multihead +
+        ") -> (Tensor output, Tensor q, Tensor k, Tensor v, Tensor context, Tensor lse)");
+    def(route + "_multihead_attention_backward(Tensor grad_output, " + multihead + ", " + saved +
+        "bool[15] needs) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, "
+        "Tensor grad_q_weight, Tensor grad_k_weight, Tensor grad_v_weight, "
+        "Tensor grad_q_bias, Tensor grad_k_bias, Tensor grad_v_bias, "
+        "Tensor grad_out_proj_weight, Tensor grad_out_proj_bias, Tensor grad_weight, "
+        "Tensor grad_bias_k, Tensor grad_bias_v, Tensor grad_attn_mask)");
+    // context [B, H, L, dv] before the weight where there is one, else no elements; lse [B, H, L].
+    def(route + "_attention_forward(" + core + ") -> (Tensor output, Tensor context, Tensor lse)");
+    def(route + "_attention_backward(Tensor grad_output, " + core +
+        ", "
+        "Tensor output, Tensor context, Tensor lse, bool[5] needs) -> "
+        "(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_weight, Tensor grad_attn_mask)");
+    def(route +
+        "_projection_backward(Tensor grad_output, Tensor x, Tensor weight, int num_heads, "
+        "Tensor index, Tensor count, bool[3] needs) -> "
+        "(Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
+    def(route +
+        "_output_projection_backward(Tensor grad_output, Tensor heads, Tensor weight, "
+        "Tensor index, Tensor count, Tensor? head_weight, bool[4] needs) -> "
+        "(Tensor grad_heads, Tensor grad_weight, Tensor grad_bias, Tensor grad_head_weight)");
+  }
+  // What every layer does first on a CUDA device, by itself, for benchmarks: the lists of active
+  // pairs (src/kernels/cuda/work_list.cu) as one int32 tensor.
+  m.def("_work_list(Tensor index, Tensor count, int num_heads) -> Tensor");
+
   // Gates (src/gates). masked_mean: x [B, L, D], mask bool or floating [B, L] -> [B, D].
   m.def("masked_mean(Tensor x, Tensor? key_padding_mask=None) -> Tensor");
   // budget [B] in (0, 1] -> int32 [B]; rounding 'round' (half up) or 'ceil'
   m.def("budget_count(Tensor budget, int num_heads, int min_heads, str rounding) -> Tensor");
   // weight [B, H] -> the heads whose weight is not 0
   m.def("select_nonzero(Tensor weight) -> (Tensor index, Tensor count)");
-  // What the three operators selected_* consist of; each backend registers these. `forward` also
-  // returns what backward needs (K columns of `index`, kv rows = S + added rows; only chosen slots
-  // are written): q [B, K, L, d], k and v [B, K, S + added, d], context [B, K, L, d] before the
-  // weight, lse [B, K, L] = log of the softmax denominator (+inf where a row sees no key), in
-  // float64 for float64 and float32 otherwise. A backend may lay rows out in these buffers as it
-  // likes. `needs` says which gradients to compute, in the order of the results; the others come
-  // back with no elements. grad_attn_mask has the shape of attn_mask.
-  m.def(
-      "_selected_self_attention_forward(Tensor x, Tensor in_proj_weight, Tensor? in_proj_bias, "
-      "Tensor out_proj_weight, Tensor? out_proj_bias, int num_heads, "
-      "Tensor index, Tensor count, Tensor weight, "
-      "Tensor? key_padding_mask, Tensor? attn_mask, bool is_causal, "
-      "float dropout_p, Tensor? dropout_seed, float? scale) -> "
-      "(Tensor output, Tensor q, Tensor k, Tensor v, Tensor context, Tensor lse)");
-  m.def(
-      "_selected_self_attention_backward(Tensor grad_output, Tensor x, Tensor in_proj_weight, "
-      "Tensor? in_proj_bias, Tensor out_proj_weight, Tensor? out_proj_bias, int num_heads, "
-      "Tensor index, Tensor count, Tensor weight, "
-      "Tensor? key_padding_mask, Tensor? attn_mask, bool is_causal, "
-      "float dropout_p, Tensor? dropout_seed, float? scale, "
-      "Tensor q, Tensor k, Tensor v, Tensor context, Tensor lse, bool[7] needs) -> "
-      "(Tensor grad_x, Tensor grad_in_proj_weight, Tensor grad_in_proj_bias, "
-      "Tensor grad_out_proj_weight, Tensor grad_out_proj_bias, Tensor grad_weight, "
-      "Tensor grad_attn_mask)");
-  m.def(
-      "_selected_multihead_attention_forward(Tensor query, Tensor key, Tensor value, "
-      "Tensor q_weight, Tensor k_weight, Tensor v_weight, "
-      "Tensor? q_bias, Tensor? k_bias, Tensor? v_bias, "
-      "Tensor out_proj_weight, Tensor? out_proj_bias, int num_heads, "
-      "Tensor index, Tensor count, Tensor weight, "
-      "Tensor? bias_k, Tensor? bias_v, bool add_zero_attn, "
-      "Tensor? key_padding_mask, Tensor? attn_mask, bool is_causal, "
-      "float dropout_p, Tensor? dropout_seed, float? scale) -> "
-      "(Tensor output, Tensor q, Tensor k, Tensor v, Tensor context, Tensor lse)");
-  m.def(
-      "_selected_multihead_attention_backward(Tensor grad_output, "
-      "Tensor query, Tensor key, Tensor value, "
-      "Tensor q_weight, Tensor k_weight, Tensor v_weight, "
-      "Tensor? q_bias, Tensor? k_bias, Tensor? v_bias, "
-      "Tensor out_proj_weight, Tensor? out_proj_bias, int num_heads, "
-      "Tensor index, Tensor count, Tensor weight, "
-      "Tensor? bias_k, Tensor? bias_v, bool add_zero_attn, "
-      "Tensor? key_padding_mask, Tensor? attn_mask, bool is_causal, "
-      "float dropout_p, Tensor? dropout_seed, float? scale, "
-      "Tensor q, Tensor k, Tensor v, Tensor context, Tensor lse, bool[15] needs) -> "
-      "(Tensor grad_query, Tensor grad_key, Tensor grad_value, "
-      "Tensor grad_q_weight, Tensor grad_k_weight, Tensor grad_v_weight, "
-      "Tensor grad_q_bias, Tensor grad_k_bias, Tensor grad_v_bias, "
-      "Tensor grad_out_proj_weight, Tensor grad_out_proj_bias, Tensor grad_weight, "
-      "Tensor grad_bias_k, Tensor grad_bias_v, Tensor grad_attn_mask)");
-  // context [B, H, L, dv] before the weight where there is one, else no elements; lse [B, H, L].
-  m.def(
-      "_selected_attention_forward(Tensor q, Tensor k, Tensor v, Tensor index, Tensor count, "
-      "Tensor? weight, Tensor? key_padding_mask, Tensor? attn_mask, bool is_causal, "
-      "float dropout_p, Tensor? dropout_seed, float? scale) -> "
-      "(Tensor output, Tensor context, Tensor lse)");
-  m.def(
-      "_selected_attention_backward(Tensor grad_output, Tensor q, Tensor k, Tensor v, "
-      "Tensor index, Tensor count, Tensor? weight, Tensor? key_padding_mask, Tensor? attn_mask, "
-      "bool is_causal, float dropout_p, Tensor? dropout_seed, float? scale, "
-      "Tensor output, Tensor context, Tensor lse, bool[5] needs) -> "
-      "(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_weight, Tensor grad_attn_mask)");
-  m.def(
-      "_selected_projection_backward(Tensor grad_output, Tensor x, Tensor weight, int num_heads, "
-      "Tensor index, Tensor count, bool[3] needs) -> "
-      "(Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
-  m.def(
-      "_selected_output_projection_backward(Tensor grad_output, Tensor heads, Tensor weight, "
-      "Tensor index, Tensor count, Tensor? head_weight, bool[4] needs) -> "
-      "(Tensor grad_heads, Tensor grad_weight, Tensor grad_bias, Tensor grad_head_weight)");
   m.def("soft_top_k(Tensor scores, Tensor mass, Tensor temperature) -> Tensor");
   m.def("gate_features(Tensor x, Tensor? key_padding_mask=None) -> Tensor");
   m.def("feature_moments(Tensor features) -> Tensor");
@@ -215,4 +210,141 @@ TORCH_LIBRARY(headwise, m) {
       "target_penalty(Tensor[] expected_heads, int[] num_heads, Tensor progress, float keep, "
       "float initial_keep, float warmup, float strength, str form, Tensor? multipliers=None) "
       "-> Tensor");
+  // x [B, L, D], mean and variance [D], base [H], relevance_weight [H, D], hidden_weight [h, D],
+  // hidden_bias [h], out_weight [1, h], out_bias [1] -> index, count, weight, relevance [B, H] and
+  // budget [B] of a BudgetGate in evaluation with weights of one. Without the four of the network
+  // every sequence has `budget`. `_budget_gate` is the kernel that runs where no gradient is
+  // wanted.
+  const std::string budget_gate =
+      "(Tensor x, Tensor? key_padding_mask, Tensor mean, Tensor variance, Tensor base, "
+      "Tensor relevance_weight, Tensor? hidden_weight, Tensor? hidden_bias, Tensor? out_weight, "
+      "Tensor? out_bias, Tensor progress, float budget, float min_budget, float max_budget, "
+      "float keep, float initial_keep, float warmup, int min_heads, str rounding) -> "
+      "(Tensor index, Tensor count, Tensor weight, Tensor relevance, Tensor budget)";
+  def("evaluate_budget_gate" + budget_gate);
+  def("_budget_gate" + budget_gate);
+  m.def(
+      "evaluate_relevance(Tensor x, Tensor? key_padding_mask, Tensor mean, Tensor variance, "
+      "Tensor base, Tensor weight, Tensor progress) -> Tensor");
+  m.def("routed_first(Tensor shared, int num_heads) -> Tensor");
+  m.def(
+      "share_heads(Tensor index, Tensor count, Tensor weight, Tensor relevance, Tensor shared) "
+      "-> (Tensor index, Tensor count, Tensor weight, Tensor relevance)");
+  m.def("awake_heads(Tensor score, Tensor awake, int count, float margin) -> Tensor");
+  m.def("update_head_score(Tensor score, Tensor gradient, float decay, bool first) -> Tensor");
+  m.def("subset_sample(Tensor scores, int k, Tensor temperature) -> Tensor");
+  m.def(
+      "subset_weight(Tensor scores, Tensor? noise, Tensor progress, int k, bool training, "
+      "float temperature, float final_temperature, float cooled_at, float hard_from) -> Tensor");
+  m.def(
+      "integer_importance(Tensor q, Tensor k, Tensor? key_padding_mask=None, "
+      "Tensor? query_padding_mask=None, Tensor? attn_mask=None, bool is_causal=False, "
+      "float resolution=1.0, int block=2, bool normalize=True, int added_keys=0) "
+      "-> (Tensor blocks, Tensor visible, Tensor head)");
+  m.def("kept_blocks(Tensor blocks, Tensor visible, float ratio) -> Tensor");
+  m.def("three_product_scores(Tensor q, Tensor k, float resolution=1.0) -> Tensor");
+  m.def(
+      "hybrid_attention(Tensor q, Tensor k, Tensor v, Tensor? key_padding_mask=None, "
+      "Tensor? query_padding_mask=None, Tensor? attn_mask=None, bool is_causal=False, "
+      "float resolution=1.0, int block=2, float? block_ratio=None, bool approximate=False, "
+      "int added_keys=0) -> Tensor");
+  m.def(
+      "select_above(Tensor importance, Tensor threshold, int min_heads) "
+      "-> (Tensor index, Tensor count)");
+  m.def(
+      "allocate_budget(Tensor scores, Tensor tilts, Tensor budget, Tensor progress, bool training, "
+      "float temperature, float final_temperature, float hard_from) -> Tensor");
+  m.def(
+      "gates_penalty(Tensor[] expected_heads, int[] num_heads, str[] types, bool[] pooled, "
+      "Tensor[] progress, float[] keep, float[] initial_keep, float[] warmup, float[] strength, "
+      "str[] forms, Tensor?[] multipliers, Tensor?[] regularisers, Tensor[] others) -> Tensor");
+  m.def(
+      "gumbel_sigmoid_select(Tensor logits, Tensor? uniform, Tensor progress, bool training, "
+      "bool run_all, float hard_from, float temperature) "
+      "-> (Tensor index, Tensor count, Tensor weight, Tensor expected_heads)");
+
+  // Structured pruning (src/structure, src/cofi.cpp).
+  m.def(
+      "masked_layer_norm(Tensor x, Tensor mask, Tensor? weight=None, Tensor? bias=None, "
+      "float eps=1e-5, bool scaled=True) -> Tensor");
+  m.def(
+      "structure_size(Tensor[] heads, Tensor attention, Tensor[] neurons, Tensor ffn, "
+      "Tensor hidden, int[] head_dims) -> Tensor");
+  m.def(
+      "sparsity_penalty(Tensor size, float full_size, Tensor progress, float target, "
+      "float warmup, Tensor multipliers) -> Tensor");
+  m.def(
+      "hard_concrete_keep(Tensor log_alpha, float beta=0.6666666666666666, float gamma=-0.1, "
+      "float zeta=1.1, float shift=0.0) -> Tensor");
+  m.def("match_layers(Tensor distances, Tensor alive) -> Tensor");
+  m.def("distillation_loss(Tensor student, Tensor teacher, float temperature=2.0) -> Tensor");
+
+  // Explanations (src/explain).
+  m.def(
+      "attention_peaks(Tensor q, Tensor k, Tensor? key_padding_mask=None, "
+      "Tensor? attn_mask=None, bool is_causal=False, Tensor? excluded=None, float? scale=None) "
+      "-> (Tensor key, Tensor weight)");
+  m.def(
+      "peak_hits(Tensor key, Tensor trials, Tensor group, int questions, bool others_only=False) "
+      "-> (Tensor hits, Tensor trials)");
+  m.def(
+      "share_interval(Tensor hits, Tensor trials, int resamples=1000, int seed=0, "
+      "float confidence=0.95) -> (Tensor share, Tensor low, Tensor high)");
+  m.def(
+      "selection_information(Tensor chosen, Tensor label, int classes, int permutations=1000, "
+      "int seed=0) -> (Tensor information, Tensor by_chance, Tensor p)");
+  m.def(
+      "selection_association(Tensor chosen, Tensor value, int permutations=1000, int seed=0) "
+      "-> (Tensor correlation, Tensor p)");
+  m.def("false_discovery_rate(Tensor p) -> Tensor");
+  m.def("co_selection(Tensor chosen) -> Tensor");
+  m.def("selection_overlap(Tensor first, Tensor second) -> Tensor");
+  m.def("area_between(Tensor x, Tensor first, Tensor other) -> Tensor");
+  m.def(
+      "token_shares(Tensor x, Tensor? key_padding_mask, Tensor base, Tensor weight, "
+      "Tensor mean, Tensor variance) -> (Tensor shares, Tensor constant)");
+  m.def(
+      "budget_attribution(Tensor x, Tensor? key_padding_mask, Tensor mean, Tensor variance, "
+      "Tensor hidden_weight, Tensor hidden_bias, Tensor out_weight, Tensor out_bias, "
+      "Tensor progress, float keep, float initial_keep, float warmup, int steps=32) "
+      "-> (Tensor attribution, Tensor baseline, Tensor value)");
+  m.def("relevance_rank(Tensor relevance) -> Tensor");
+  m.def("selection_margin(Tensor relevance, Tensor chosen) -> Tensor");
+  m.def("budget_needed(Tensor rank, int min_heads, str rounding) -> Tensor");
+
+  // Analyses (src/analysis, src/statistics).
+  m.def("held_slope(Tensor x, Tensor value) -> Tensor");
+  m.def("held_layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor");
+  // [B, H, L, d] x 2 -> float64 [B, H]
+  m.def("relevance_shares(Tensor context, Tensor gradient) -> Tensor");
+  m.def("causal_penalty(Tensor logits, float strength, float limit) -> Tensor");
+  // [T] x 2 -> facilitating, interfering, irrelevant: [T] each
+  m.def("causal_roles(Tensor raised, Tensor lowered) -> (Tensor, Tensor, Tensor)");
+  // [B, H], [B], [B, H] -> index [B, H], count [B], weight [B, H]
+  m.def(
+      "widen_selection(Tensor weight, Tensor count, Tensor relevance, float factor) "
+      "-> (Tensor, Tensor, Tensor)");
+  // [S, N] -> int64 [N]
+  m.def("stopping_stage(Tensor confidence, float threshold) -> Tensor");
+  // [B, C] -> [B]
+  m.def("prediction_confidence(Tensor logits, str measure='probability') -> Tensor");
+  // [S - 1, N], [S, N] -> the threshold
+  m.def("confidence_threshold(Tensor confidence, Tensor cost, float limit) -> float");
+  m.def(
+      "accurate_threshold(Tensor confidence, Tensor correct, float loss, float? certainty=None) "
+      "-> float");
+  m.def("binomial_tail(int successes, int trials, float probability) -> float");
+  // differences [M, N] -> mean, low, high, p: [M] each
+  m.def(
+      "paired_bootstrap(Tensor differences, int resamples=1000, int seed=0, "
+      "float confidence=0.95) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("linear_cka(Tensor[] outputs) -> Tensor");  // T x [n, d] -> [T, T]
+  // [N], [P, N] x 3 -> effect [P], standard error [P]
+  m.def(
+      "second_order_effect(Tensor full, Tensor first, Tensor second, Tensor both) "
+      "-> (Tensor, Tensor)");
+  // scores [S, N] -> value, low, high: [S, S] each
+  m.def(
+      "rank_agreement(Tensor scores, str method='spearman', int resamples=1000, int seed=0, "
+      "float confidence=0.95) -> (Tensor, Tensor, Tensor)");
 }

@@ -9,7 +9,7 @@
 #include <unordered_set>
 #include <utility>
 
-#include "headwise/files.h"
+#include "files.h"
 #include "json.h"
 
 namespace headwise {

@@ -49,13 +49,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> paired_bootstrap(
   return {mean, low, high, p};
 }
 
-TORCH_LIBRARY_FRAGMENT(headwise, m) {
-  // differences [M, N] -> mean, low, high, p: [M] each
-  m.def(
-      "paired_bootstrap(Tensor differences, int resamples=1000, int seed=0, "
-      "float confidence=0.95) -> (Tensor, Tensor, Tensor, Tensor)");
-}
-
 TORCH_LIBRARY_IMPL(headwise, CPU, m) { m.impl("paired_bootstrap", paired_bootstrap); }
 
 }  // namespace headwise

@@ -65,14 +65,6 @@ std::tuple<at::Tensor, at::Tensor> second_order_effect(const at::Tensor& full,
   return {mean, effect.std(1, true) / std::sqrt(static_cast<double>(examples))};
 }
 
-TORCH_LIBRARY_FRAGMENT(headwise, m) {
-  m.def("linear_cka(Tensor[] outputs) -> Tensor");  // T x [n, d] -> [T, T]
-  // [N], [P, N] x 3 -> effect [P], standard error [P]
-  m.def(
-      "second_order_effect(Tensor full, Tensor first, Tensor second, Tensor both) "
-      "-> (Tensor, Tensor)");
-}
-
 TORCH_LIBRARY_IMPL(headwise, CPU, m) { m.impl("linear_cka", linear_cka); }
 
 TORCH_LIBRARY_IMPL(headwise, CompositeImplicitAutograd, m) {

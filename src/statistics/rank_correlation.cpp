@@ -173,13 +173,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> rank_agreement(const at::Tensor& 
   return {value, low, high};
 }
 
-TORCH_LIBRARY_FRAGMENT(headwise, m) {
-  // scores [S, N] -> value, low, high: [S, S] each
-  m.def(
-      "rank_agreement(Tensor scores, str method='spearman', int resamples=1000, int seed=0, "
-      "float confidence=0.95) -> (Tensor, Tensor, Tensor)");
-}
-
 TORCH_LIBRARY_IMPL(headwise, CPU, m) {
   m.impl("rank_agreement", [](const at::Tensor& scores, c10::string_view method, int64_t resamples,
                               int64_t seed, double confidence) {

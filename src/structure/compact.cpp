@@ -1,6 +1,7 @@
 #include <ATen/ATen.h>
 #include <c10/core/GradMode.h>
 #include <c10/util/Exception.h>
+#include <torch/library.h>
 
 #include "headwise/structure.h"
 #include "structure/units.h"
@@ -96,6 +97,10 @@ double head_macs(double tokens, int64_t width, int64_t head_dim) {
 
 double neuron_macs(double tokens, int64_t width) {
   return 2.0 * tokens * static_cast<double>(width);
+}
+
+TORCH_LIBRARY_IMPL(headwise, CompositeImplicitAutograd, m) {
+  m.impl("masked_layer_norm", masked_layer_norm);
 }
 
 }  // namespace headwise

@@ -3,7 +3,7 @@
 #include <unordered_set>
 #include <utility>
 
-#include "headwise/files.h"
+#include "files.h"
 #include "headwise/structure.h"
 #include "json.h"
 #include "structure/units.h"

@@ -9,6 +9,8 @@
 #include <string>
 #include <vector>
 
+#include "headwise/export.h"
+
 namespace headwise {
 
 /// @throws c10::ValueError if `units` are not ascending, different and below `size`, or `scale` has
@@ -44,5 +46,13 @@ inline at::Tensor take_units(const at::Tensor& parameter, int64_t dim,
       at::tensor(*scale, at::TensorOptions(at::kDouble)).to(parameter.device()).view(shape);
   return (kept.to(at::kDouble) * factor).to(parameter.scalar_type());
 }
+
+/// Multiply-accumulates of one head of width `head_dim` in a layer of width `width`, for a sequence
+/// of `tokens`: 4 n D d (query, key, value and output projections) + 2 n^2 d (scores, and their
+/// product with the values).
+HEADWISE_API double head_macs(double tokens, int64_t width, int64_t head_dim);
+
+/// Multiply-accumulates of one neuron of a feed-forward network: 2 n D.
+HEADWISE_API double neuron_macs(double tokens, int64_t width);
 
 }  // namespace headwise

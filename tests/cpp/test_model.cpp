@@ -17,7 +17,7 @@
 #include <thread>
 #include <vector>
 
-#include "headwise/files.h"
+#include "files.h"
 
 using namespace headwise;
 

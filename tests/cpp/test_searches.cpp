@@ -5,6 +5,7 @@
 
 #include <limits>
 
+#include "calibration.h"
 #include "headwise/headwise.h"
 
 namespace {

@@ -15,7 +15,7 @@
 #include <string>
 #include <vector>
 
-#include "headwise/files.h"
+#include "files.h"
 
 namespace {
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import headwise as hw
 import pytest
 import torch
 
@@ -27,6 +28,14 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def cuda_routes():
+    """Sets what runs attention and products on CUDA devices, for one test."""
+    before = hw.set_cuda_routes()
+    yield hw.set_cuda_routes
+    hw.set_cuda_routes(*before)
 
 
 @pytest.fixture(scope="session")

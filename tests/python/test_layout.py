@@ -141,6 +141,26 @@ def test_sources_mirror_the_public_headers():
     assert not missing
 
 
+OPERATORS = ROOT / "src" / "ops"
+#: What has kernels, by stem, and the folders of src/ops that have one for it.
+STEMS = {
+    "layer": {"cpu", "cuda", "aten", "meta", "autograd"},
+    "core": {"cpu", "cuda", "aten", "meta", "autograd"},
+    "projection": {"cpu", "aten", "meta", "autograd"},
+    "select_heads": {"cpu", "cuda", "meta"},
+    "attention_statistics": {"cpu", "cuda", "meta"},
+    "budget_gate": {"cpu", "cuda", "meta"},
+}
+
+
+def test_an_operator_has_one_stem_in_every_folder():
+    folders = ("cpu", "cuda", "aten", "meta", "autograd")
+    assert {
+        stem: {name for name in folders if (OPERATORS / name / f"{stem}.cpp").exists()}
+        for stem in STEMS
+    } == STEMS
+
+
 def test_the_names_of_daily_work_are_few():
     assert len(hw.__all__) <= 53
     for name in ("convert", "explain"):  # functions, of the same names as their packages

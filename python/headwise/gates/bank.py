@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from headwise._C import LayerPlan
 from headwise.gates.base import Gate
-from headwise.gates.options import quoted
 from headwise.gates.scope import ScopedGate
 from headwise.gates.selection import Selection
+from headwise.io.printable import quoted
 
 #: What a router can read of a layer's input, over the tokens that are not padding.
 FEATURES = ("mean", "first", "max")

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from headwise.gates.linears import check_read
-from headwise.gates.options import BINDING, TABLES, constructor, documented, quoted
+from headwise.gates.options import BINDING, TABLES, constructor, documented
 from headwise.gates.recomputation import Replay, recomputing
 from headwise.gates.selection import Selection
+from headwise.io.printable import quoted
 
 #: Gates inside gates.
 MOST_NESTED = 8

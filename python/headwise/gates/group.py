@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from headwise.gates.base import Gate, gate_from_config, inner_gate
-from headwise.gates.options import quoted
 from headwise.gates.selection import Selection
+from headwise.io.printable import quoted
 
 _ops = torch.ops.headwise
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from headwise import _C
 
-quoted = _C.quoted
 #: What the arguments of a gate say of its layer.
 BINDING = {
     "embed_dim": "width of the layer's input, D.",

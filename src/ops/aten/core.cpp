@@ -2,6 +2,7 @@
 #include <ATen/ATen.h>
 
 #include "ops/aten/attention.h"
+#include "ops/aten/pair_attention.h"
 
 namespace headwise::ops::aten {
 namespace {
@@ -9,10 +10,6 @@ namespace {
 using at::Tensor;
 
 int64_t group_of(const CoreInputs& in) { return in.k.size(1) ? in.q.size(1) / in.k.size(1) : 1; }
-
-Tensor pair_weight(const CoreInputs& in, const WorkList& list, at::ScalarType type) {
-  return in.weight->index({list.batches(), list.heads()}).to(type).view({-1, 1, 1});  // [N, 1, 1]
-}
 
 }  // namespace
 
@@ -26,12 +23,12 @@ CoreForward forward(const CoreInputs& in) {
                         gather_heads(in.v, list, group));  // [N, L, dv]
   const auto lse = at::zeros({B, H, L}, in.q.options().dtype(lse_type(in.q.scalar_type())));
   if (!in.weight) return {scatter_heads(context, list, B, H), at::empty({0}, in.q.options()), lse};
-  const auto weighted = context * pair_weight(in, list, context.scalar_type());
+  const auto weighted = context * pair_weight(*in.weight, list, context.scalar_type());
   return {scatter_heads(weighted, list, B, H), scatter_heads(context, list, B, H), lse};
 }
 
-CoreBackward backward(const Tensor& grad_output, const CoreInputs& in, const Tensor& context,
-                      const Needs<5>& needs) {
+CoreBackward backward(const Tensor& grad_output, const CoreInputs& in, const Tensor& /*output*/,
+                      const Tensor& context, const Tensor& /*lse*/, const Needs<5>& needs) {
   const int64_t B = in.q.size(0), H = in.q.size(1), group = group_of(in);
   const auto type = lse_type(in.q.scalar_type());
   const auto list = make_work_list(in.index, in.count, H);
@@ -45,7 +42,7 @@ CoreBackward backward(const Tensor& grad_output, const CoreInputs& in, const Ten
       grad_weight = at::zeros(in.weight->sizes(), in.weight->options());
       grad_weight.index_put_({list.batches(), list.heads()}, dots.to(in.weight->scalar_type()));
     }
-    grad = grad * pair_weight(in, list, type);
+    grad = grad * pair_weight(*in.weight, list, type);
   }
   const PairAttention attention{in.arguments, list, B, H};
   auto [dq, dk, dv, dmask] = attention_backward(attention, q, k, v, grad, needs[4]);

@@ -3,8 +3,8 @@
 #include <ATen/ATen.h>
 
 #include "ops/aten/attention.h"
+#include "ops/aten/pair_attention.h"
 #include "ops/aten/projection.h"
-#include "ops/backward_checks.h"
 
 namespace headwise::ops::aten {
 namespace {
@@ -157,7 +157,6 @@ LayerForward forward(const SelfInputs& in) {
 
 MultiheadBackward backward(const Tensor& grad_output, const MultiheadInputs& in,
                            const LayerSaved& saved, const Needs<15>& needs) {
-  check_backward(grad_output, in, saved);
   const auto g = layer_backward(grad_output, in, saved, needs);
   const auto& x = in.query;
   const auto of = [&](const Tensor& gradient, const OptionalTensor& input) {
@@ -183,7 +182,6 @@ MultiheadBackward backward(const Tensor& grad_output, const MultiheadInputs& in,
 
 SelfBackward backward(const Tensor& grad_output, const SelfInputs& in, const LayerSaved& saved,
                       const Needs<7>& needs) {
-  check_backward(grad_output, in, saved);
   const bool x = needs[0], weight = needs[1], bias = needs[2];
   const auto g = layer_backward(grad_output, as_multihead(in), saved,
                                 {x, x, x, weight, weight, weight, bias, bias, bias, needs[3],

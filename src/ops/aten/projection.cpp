@@ -2,8 +2,6 @@
 
 #include <ATen/ATen.h>
 
-#include "ops/backward_checks.h"
-
 namespace headwise::ops::aten {
 namespace {
 
@@ -107,7 +105,6 @@ Tensor forward(const ProjectionInputs& in) {
 
 ProjectionBackward backward(const Tensor& grad_output, const ProjectionInputs& in,
                             const Needs<3>& needs) {
-  check_backward(grad_output, in);
   const auto list = make_work_list(in.index, in.count, in.num_heads);
   const auto g = project_backward(list, chosen(list, in.num_heads, head_width(in)), in.x, in.weight,
                                   gather_heads(grad_output, list), needs);
@@ -126,7 +123,6 @@ Tensor forward(const OutputInputs& in) {
 }
 
 OutputBackward backward(const Tensor& grad_output, const OutputInputs& in, const Needs<4>& needs) {
-  check_backward(grad_output, in);
   const auto& heads = in.heads;
   const auto type = lse_type(heads.scalar_type());
   const auto list = make_work_list(in.index, in.count, heads.size(1));

@@ -1,44 +1,70 @@
-#include "ops/attention_statistics.h"
+#include "ops/cuda/attention_statistics.h"
 
 #include <ATen/ATen.h>
-#include <torch/library.h>
 
-#include "headwise/attention.h"
-#ifdef HEADWISE_CUDA
+#include <cmath>
+
 #include "ops/cuda/launch.h"
-#include "ops/cuda/statistics.h"
-#endif
 
-namespace headwise::ops {
+namespace headwise::ops::device {
 namespace {
 
-// Where the kernels were not compiled, or the device is too old for them.
-Statistics statistics_on_host(HEADWISE_STATISTICS_PARAMETERS) {
-  const auto host = [](const std::optional<at::Tensor>& t) {
-    return t ? std::optional<at::Tensor>(t->cpu()) : std::nullopt;
-  };
-  check_inputs({HEADWISE_STATISTICS_ARGUMENTS});
-  auto [entropy, confidence] =
-      headwise::attention_statistics(q.cpu(), k.cpu(), host(key_padding_mask),
-                                     host(query_padding_mask), host(attn_mask), is_causal, scale);
-  return {entropy.to(q.device()), confidence.to(q.device())};
-}
-
-#ifdef HEADWISE_CUDA
-Statistics statistics_cuda(HEADWISE_STATISTICS_PARAMETERS) {
-  if (!device_fits(q.device())) return statistics_on_host(HEADWISE_STATISTICS_ARGUMENTS);
-  check_inputs({HEADWISE_STATISTICS_ARGUMENTS});
-  return device::attention_statistics(HEADWISE_STATISTICS_ARGUMENTS);
-}
-#endif
-
-TORCH_LIBRARY_IMPL(headwise, CUDA, m) {
-#ifdef HEADWISE_CUDA
-  m.impl("attention_statistics", statistics_cuda);
-#else
-  m.impl("attention_statistics", statistics_on_host);
-#endif
+void copy_strides(const at::Tensor& t, int64_t (&strides)[4]) {
+  for (int i = 0; i < 4; ++i) strides[i] = t.stride(i);
 }
 
 }  // namespace
-}  // namespace headwise::ops
+
+Statistics attention_statistics(HEADWISE_STATISTICS_PARAMETERS) {
+  const DeviceGuard guard(q.device());
+  const auto type = statistics_type(q.scalar_type());
+  const int64_t B = q.size(0), H = q.size(1), L = q.size(2), d = q.size(3), S = k.size(2);
+  if (B == 0 || H == 0 || L == 0) {
+    const auto nothing = at::zeros({B, H}, q.options().dtype(type));
+    return {nothing, nothing.clone()};
+  }
+  kernels::cuda::StatisticsArguments a{};
+  a.type = element_of(q.scalar_type());
+  a.batch = B, a.num_heads = H, a.kv_heads = k.size(1), a.queries = L, a.keys = S, a.width = d;
+  a.scale = scale.value_or(d ? 1 / std::sqrt(static_cast<double>(d)) : 1.0);
+  a.causal = is_causal;
+  a.q = q.const_data_ptr(), a.k = k.const_data_ptr();
+  copy_strides(q, a.q_stride);
+  copy_strides(k, a.k_stride);
+  at::Tensor key_mask, query_mask, mask;  // keep alive what the arguments point to
+  if (key_padding_mask) {
+    const bool boolean = key_padding_mask->scalar_type() == at::kBool;
+    key_mask = (boolean ? *key_padding_mask : key_padding_mask->to(type)).contiguous();
+    if (boolean) {
+      a.key_forbid = key_mask.const_data_ptr<bool>();
+    } else {
+      a.key_add = key_mask.const_data_ptr();
+    }
+  }
+  if (query_padding_mask) {
+    query_mask = query_padding_mask->contiguous();
+    a.query_padding = query_mask.const_data_ptr<bool>();
+  }
+  if (attn_mask) {
+    const bool boolean = attn_mask->scalar_type() == at::kBool;
+    mask = (boolean ? *attn_mask : attn_mask->to(type)).expand({B, H, L, S});
+    if (boolean) {
+      a.mask_forbid = mask.const_data_ptr<bool>();
+    } else {
+      a.mask_add = mask.const_data_ptr();
+    }
+    copy_strides(mask, a.mask_stride);
+  }
+  const auto options = q.options().dtype(at::kDouble);
+  auto sums = at::empty({B, H, kernels::cuda::statistics_row_tiles(L), 2}, options);
+  a.sums = sums.mutable_data_ptr<double>();
+  check_launch(kernels::cuda::attention_statistics(a, current_stream()));
+  // Rows that count, per sequence; the sum over tiles has a fixed order.
+  const auto rows = query_padding_mask
+                        ? query_mask.logical_not().sum(1, false, at::kDouble).clamp_min_(1)
+                        : at::full({B}, L, options);                   // [B]
+  const auto means = sums.sum(2).div_(rows.view({B, 1, 1})).to(type);  // [B, H, 2]
+  return {means.select(2, 0).contiguous(), means.select(2, 1).contiguous()};
+}
+
+}  // namespace headwise::ops::device

@@ -4,9 +4,9 @@
 
 #include <cmath>
 
+#include "headwise/backends.h"
 #include "kernels/cuda/decode.h"
 #include "ops/cuda/arguments.h"
-#include "ops/cuda/choices.h"
 #include "ops/cuda/flash.h"
 #include "ops/cuda/launch.h"
 #include "ops/cuda/selected.h"
@@ -73,7 +73,7 @@ struct Core {
            k.is_contiguous() && v.is_contiguous() && aligned(q) && aligned(k) && aligned(v) &&
            q.size(3) == v.size(3) &&
            flash_takes(q.scalar_type(), q.size(0) * q.size(1), std::max(L, S), q.size(3)) &&
-           flash_wanted();
+           cuda_routes().attention == CudaAttention::flash;
   }
 
   /// Every (sequence, head) pair is a sequence of flash.h; those not chosen use no key, for which

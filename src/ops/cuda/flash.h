@@ -1,8 +1,8 @@
 // LibTorch's FlashAttention in place of the kernels of attention.h, where it computes the same: in
 // its form for rows of many lengths, each chosen pair being a sequence of one head. It is asked for
-// by the environment (choices.h). Its lse has the layout of the kernels' own, so either may run the
-// backward of the other's forward. Its backward adds up by atomics: gradients of q differ in their
-// last digits from run to run, unless torch.use_deterministic_algorithms() is set.
+// by set_cuda_routes() (headwise/backends.h). Its lse has the layout of the kernels' own, so either
+// may run the backward of the other's forward. Its backward adds up by atomics: gradients of q
+// differ in their last digits from run to run, unless torch.use_deterministic_algorithms() is set.
 #pragma once
 
 #include <ATen/core/Tensor.h>

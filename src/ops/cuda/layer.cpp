@@ -6,8 +6,8 @@
 
 #include <cmath>
 
+#include "headwise/backends.h"
 #include "ops/cuda/arguments.h"
-#include "ops/cuda/choices.h"
 #include "ops/cuda/flash.h"
 #include "ops/cuda/launch.h"
 #include "ops/cuda/selected.h"
@@ -50,7 +50,8 @@ struct Layer {
         type(query.scalar_type()),
         accumulator(lse_type(type)),
         flash(L == S && added == 0 && !in.arguments.key_padding_mask && !in.arguments.attn_mask &&
-              in.arguments.dropout_p == 0 && flash_takes(type, B * K, L, d) && flash_wanted()),
+              in.arguments.dropout_p == 0 && flash_takes(type, B * K, L, d) &&
+              cuda_routes().attention == CudaAttention::flash),
         selected(select(in.index, in.count, H, flash ? L : 0)),
         masks(in.arguments, type, query.device(), B, H, L, S) {}
 
@@ -116,7 +117,7 @@ Tensor combine(const Layer& l, const std::vector<const Tensor*>& packed,
   a.type = element_of(l.type);
   a.chosen = l.selected.chosen;
   a.width = l.d, a.rows = rows_, a.columns = weight.size(0);
-  a.warpgroups = warpgroups_wanted();
+  a.warpgroups = cuda_routes().products == CudaProducts::warpgroups;
   // The columns of head h begin at h d: in a weight whose rows are aligned, the heads need not be.
   a.vectors = aligned(weight) && l.d * static_cast<int64_t>(weight.element_size()) % 16 == 0;
   for (size_t p = 0; p < packed.size(); ++p) {
@@ -187,7 +188,7 @@ LayerForward layer_forward(const Layer& l, bool keep) {
              v_bias = defined_or_empty(w.v_bias);
   ProjectArguments p{};
   p.type = element_of(l.type), p.chosen = l.selected.chosen, p.width = l.d;
-  p.warpgroups = warpgroups_wanted();
+  p.warpgroups = cuda_routes().products == CudaProducts::warpgroups;
   add_part(p, l.query, q_weight, q_bias, q, nullptr);
   add_part(p, l.key, k_weight, k_bias, k, l.masks.limits());
   add_part(p, l.value, v_weight, v_bias, v, l.masks.limits());
@@ -255,7 +256,7 @@ LayerGradients layer_backward(const Layer& l, const Tensor& grad_output, const L
   const auto out_weight = w.out_proj_weight.t().contiguous();  // [E, D]
   ProjectArguments p{};
   p.type = element_of(l.type), p.chosen = l.selected.chosen, p.width = l.d;
-  p.warpgroups = warpgroups_wanted();
+  p.warpgroups = cuda_routes().products == CudaProducts::warpgroups;
   add_part(p, grad, out_weight, {}, grad_context, nullptr);
   check_launch(kernels::cuda::project(p, current_stream()));
 

@@ -38,13 +38,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gumbel_sigmoid_select
   return {index, count, weight, expected};
 }
 
-TORCH_LIBRARY_FRAGMENT(headwise, m) {
-  m.def(
-      "gumbel_sigmoid_select(Tensor logits, Tensor? uniform, Tensor progress, bool training, "
-      "bool run_all, float hard_from, float temperature) "
-      "-> (Tensor index, Tensor count, Tensor weight, Tensor expected_heads)");
-}
-
 TORCH_LIBRARY_IMPL(headwise, CompositeImplicitAutograd, m) {
   m.impl("gumbel_sigmoid_select", gumbel_sigmoid_select);
 }

@@ -73,13 +73,6 @@ at::Tensor gates_penalty_of_lists(
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(headwise, m) {
-  m.def(
-      "gates_penalty(Tensor[] expected_heads, int[] num_heads, str[] types, bool[] pooled, "
-      "Tensor[] progress, float[] keep, float[] initial_keep, float[] warmup, float[] strength, "
-      "str[] forms, Tensor?[] multipliers, Tensor?[] regularisers, Tensor[] others) -> Tensor");
-}
-
 TORCH_LIBRARY_IMPL(headwise, CompositeImplicitAutograd, m) {
   m.impl("gates_penalty", gates_penalty_of_lists);
 }

@@ -35,12 +35,6 @@ at::Tensor allocate_budget(const at::Tensor& scores, const at::Tensor& tilts,
   return hard + (soft - soft.detach());
 }
 
-TORCH_LIBRARY_FRAGMENT(headwise, m) {
-  m.def(
-      "allocate_budget(Tensor scores, Tensor tilts, Tensor budget, Tensor progress, bool training, "
-      "float temperature, float final_temperature, float hard_from) -> Tensor");
-}
-
 TORCH_LIBRARY_IMPL(headwise, CompositeImplicitAutograd, m) {
   m.impl("allocate_budget", allocate_budget);
 }

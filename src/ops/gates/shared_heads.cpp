@@ -42,13 +42,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> share_heads(const at:
           spread(relevance, most.expand_symint({batch, always}))};
 }
 
-TORCH_LIBRARY_FRAGMENT(headwise, m) {
-  m.def("routed_first(Tensor shared, int num_heads) -> Tensor");
-  m.def(
-      "share_heads(Tensor index, Tensor count, Tensor weight, Tensor relevance, Tensor shared) "
-      "-> (Tensor index, Tensor count, Tensor weight, Tensor relevance)");
-}
-
 TORCH_LIBRARY_IMPL(headwise, CompositeImplicitAutograd, m) {
   m.impl("routed_first", routed_first);
   m.impl("share_heads", share_heads);

@@ -38,11 +38,6 @@ at::Tensor update_head_score(const at::Tensor& score, const at::Tensor& gradient
   return at::where(at::isfinite(now).all(), updated, score);
 }
 
-TORCH_LIBRARY_FRAGMENT(headwise, m) {
-  m.def("awake_heads(Tensor score, Tensor awake, int count, float margin) -> Tensor");
-  m.def("update_head_score(Tensor score, Tensor gradient, float decay, bool first) -> Tensor");
-}
-
 TORCH_LIBRARY_IMPL(headwise, CompositeImplicitAutograd, m) {
   m.impl("awake_heads", awake_heads);
   m.impl("update_head_score", update_head_score);

@@ -73,13 +73,6 @@ at::Tensor subset_weight(const at::Tensor& scores, const std::optional<at::Tenso
   return at::where(progress.detach().ge(hard_from), through, soft);
 }
 
-TORCH_LIBRARY_FRAGMENT(headwise, m) {
-  m.def("subset_sample(Tensor scores, int k, Tensor temperature) -> Tensor");
-  m.def(
-      "subset_weight(Tensor scores, Tensor? noise, Tensor progress, int k, bool training, "
-      "float temperature, float final_temperature, float cooled_at, float hard_from) -> Tensor");
-}
-
 TORCH_LIBRARY_IMPL(headwise, CompositeImplicitAutograd, m) {
   m.impl("subset_sample", subset_sample);
   m.impl("subset_weight", subset_weight);

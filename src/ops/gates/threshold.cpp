@@ -148,24 +148,6 @@ std::tuple<at::Tensor, at::Tensor> select_above(const at::Tensor& importance,
   return {select_heads(importance.detach(), count), count};
 }
 
-TORCH_LIBRARY_FRAGMENT(headwise, m) {
-  m.def(
-      "integer_importance(Tensor q, Tensor k, Tensor? key_padding_mask=None, "
-      "Tensor? query_padding_mask=None, Tensor? attn_mask=None, bool is_causal=False, "
-      "float resolution=1.0, int block=2, bool normalize=True, int added_keys=0) "
-      "-> (Tensor blocks, Tensor visible, Tensor head)");
-  m.def("kept_blocks(Tensor blocks, Tensor visible, float ratio) -> Tensor");
-  m.def("three_product_scores(Tensor q, Tensor k, float resolution=1.0) -> Tensor");
-  m.def(
-      "hybrid_attention(Tensor q, Tensor k, Tensor v, Tensor? key_padding_mask=None, "
-      "Tensor? query_padding_mask=None, Tensor? attn_mask=None, bool is_causal=False, "
-      "float resolution=1.0, int block=2, float? block_ratio=None, bool approximate=False, "
-      "int added_keys=0) -> Tensor");
-  m.def(
-      "select_above(Tensor importance, Tensor threshold, int min_heads) "
-      "-> (Tensor index, Tensor count)");
-}
-
 TORCH_LIBRARY_IMPL(headwise, CompositeImplicitAutograd, m) {
   m.impl("integer_importance", integer_importance);
   m.impl("kept_blocks", kept_blocks);

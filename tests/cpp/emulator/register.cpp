@@ -5,10 +5,11 @@
 
 #include "emulator/memory.h"
 #include "ops/cuda/arguments.h"
+#include "ops/cuda/attention_statistics.h"
 #include "ops/cuda/budget_gate.h"
 #include "ops/cuda/launch.h"
 #include "ops/cuda/selected.h"
-#include "ops/cuda/statistics.h"
+#include "ops/route.h"
 
 namespace headwise::emulator {
 int faulty(int fault, const float* from, float* to);  // faults.h
@@ -19,27 +20,11 @@ namespace {
 
 using at::Tensor;
 
-LayerForward self_forward(HEADWISE_SELF_PARAMETERS) { return forward(HEADWISE_SELF_INPUTS); }
-LayerForward multihead_forward(HEADWISE_MULTIHEAD_PARAMETERS) {
-  return forward(HEADWISE_MULTIHEAD_INPUTS);
-}
-CoreForward core_forward(HEADWISE_CORE_PARAMETERS) { return forward(HEADWISE_CORE_INPUTS); }
-SelfBackward self_backward(const Tensor& grad_output, HEADWISE_SELF_PARAMETERS, const Tensor& q,
-                           const Tensor& k, const Tensor& v, const Tensor& context,
-                           const Tensor& lse, std::array<bool, 7> needs) {
-  return backward(grad_output, HEADWISE_SELF_INPUTS, LayerSaved{q, k, v, context, lse}, needs);
-}
-MultiheadBackward multihead_backward(const Tensor& grad_output, HEADWISE_MULTIHEAD_PARAMETERS,
-                                     const Tensor& q, const Tensor& k, const Tensor& v,
-                                     const Tensor& context, const Tensor& lse,
-                                     std::array<bool, 15> needs) {
-  return backward(grad_output, HEADWISE_MULTIHEAD_INPUTS, LayerSaved{q, k, v, context, lse}, needs);
-}
-CoreBackward core_backward(const Tensor& grad_output, HEADWISE_CORE_PARAMETERS,
-                           const Tensor& output, const Tensor& context, const Tensor& lse,
-                           std::array<bool, 5> needs) {
-  return backward(grad_output, HEADWISE_CORE_INPUTS, output, context, lse, needs);
-}
+struct Route {
+  static auto forward(const auto& in) { return device::forward(in); }
+  static auto backward(const auto&... arguments) { return device::backward(arguments...); }
+};
+using Call = Registered<Route>;
 
 Tensor select_heads(const Tensor& relevance, const Tensor& count) {
   const auto counts = count.to(at::kLong).contiguous();
@@ -87,12 +72,12 @@ TORCH_LIBRARY(headwise_emulated, m) {
   m.def("self_attention", [](HEADWISE_SELF_PARAMETERS) {
     return std::get<0>(forward(HEADWISE_SELF_INPUTS, /*keep=*/false));
   });
-  m.def("self_attention_forward", self_forward);
-  m.def("self_attention_backward", self_backward);
-  m.def("multihead_attention_forward", multihead_forward);
-  m.def("multihead_attention_backward", multihead_backward);
-  m.def("attention_forward", core_forward);
-  m.def("attention_backward", core_backward);
+  m.def("self_attention_forward", Call::self_forward);
+  m.def("self_attention_backward", Call::self_backward);
+  m.def("multihead_attention_forward", Call::multihead_forward);
+  m.def("multihead_attention_backward", Call::multihead_backward);
+  m.def("attention_forward", Call::core_forward);
+  m.def("attention_backward", Call::core_backward);
   m.def("budget_gate", budget_gate);
   m.def("select_heads", select_heads);
   m.def("_work_list", [](const Tensor& index, const Tensor& count, int64_t num_heads) {

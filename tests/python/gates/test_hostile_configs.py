@@ -84,9 +84,9 @@ def test_a_known_configuration_with_one_value_changed(data, config, value):
     "config, text",
     [
         (None, "a gate's configuration must be a mapping, got None"),
-        ([], "a gate's configuration must be a mapping, got a list of 0"),
+        ([], "a gate's configuration must be a mapping, got []"),
         ({}, "got None"),
-        ({"type": ["BudgetGate"]}, "got a list of 1"),
+        ({"type": ["BudgetGate"]}, "got ['BudgetGate']"),
         ({"type": "SharedHeadsGate"}, "SharedHeadsGate must be given its option 'gate'"),
         ({"type": "FixedGate", "heads": [0.9]}, "heads must be a whole number, got 0.9"),
         (

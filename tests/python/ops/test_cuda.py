@@ -23,7 +23,6 @@ from support.attention_cases import (  # noqa: F401  (collected again, on the de
 from support.attention_statistics import DTYPES, KINDS, SHAPES, masks, plain
 from support.kernel_cases import (  # noqa: F401
     test_an_index_with_few_columns_and_one_that_is_out_of_range,
-    test_choices_are_checked,
     test_core_widths,
     test_decoding_reads_an_index_as_it_is,
     test_decoding_splits_the_keys,
@@ -202,11 +201,12 @@ class Replayed:
 @pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
 )
-def test_a_captured_layer_replays_with_other_selections(compiled_kernels, dtype, way, monkeypatch):
+def test_a_captured_layer_replays_with_other_selections(compiled_kernels, dtype, way, cuda_routes):
     """Forward and backward in one CUDA graph, replayed: each equals the oracle."""
     padded = way == "padded"
-    monkeypatch.setenv("HEADWISE_CUDA_ATTENTION", "flash" if way == "flash" else "kernels")
-    monkeypatch.setenv("HEADWISE_CUDA_PRODUCTS", "warpgroups" if way == "warpgroups" else "warps")
+    cuda_routes(
+        "flash" if way == "flash" else "kernels", "warpgroups" if way == "warpgroups" else "warps"
+    )
     layer = Replayed(dtype, padded)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):

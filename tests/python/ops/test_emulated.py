@@ -7,6 +7,7 @@ a GPU.
 """
 
 import math
+import re
 
 import headwise  # noqa: F401  (registers torch.ops.headwise)
 import pytest
@@ -28,7 +29,6 @@ from support.kernel_cases import (  # noqa: F401  (collected here)
     DTYPES,
     layer_case,
     test_an_index_with_few_columns_and_one_that_is_out_of_range,
-    test_choices_are_checked,
     test_core_widths,
     test_decoding_reads_an_index_as_it_is,
     test_decoding_splits_the_keys,
@@ -63,9 +63,9 @@ def test_self_attention(dtype, kind):
 
 
 @pytest.mark.parametrize("way", ["kernels", "flash"])
-def test_results_are_laid_out_as_tracing_expects(way, monkeypatch):
+def test_results_are_laid_out_as_tracing_expects(way, cuda_routes):
     """Shapes, strides and dtypes of forward and backward are those of the Meta kernels."""
-    monkeypatch.setenv("HEADWISE_CUDA_ATTENTION", way)
+    cuda_routes(way)
     rand = cases.Random(5, torch.bfloat16)
     index, count, weight = rand.selection(2, 4, count=[1, 3], dtype=torch.float32)
     masks = [None, None, True, 0.0, None, None]
@@ -217,3 +217,17 @@ def test_the_emulator_names_mistakes(fault):
         return
     with pytest.raises(RuntimeError, match=FAULTS[fault]):
         torch.ops.headwise_emulated.faulty(fault)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ({"attention": "fast"}, "attention must be 'kernels' or 'flash', got 'fast'"),
+        ({"products": "\x1b"}, r"products must be 'warps' or 'warpgroups', got '\u001b'"),
+    ],
+)
+def test_routes_are_checked_and_returned(cuda_routes, wanted, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        cuda_routes(**wanted)
+    assert cuda_routes("flash", "warpgroups") == ("kernels", "warps")
+    assert cuda_routes() == ("flash", "warpgroups")

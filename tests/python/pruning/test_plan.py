@@ -167,9 +167,9 @@ def put(*path):
         (put("layers", 0, "heads", [3, 3]), "must be ascending and different, got 3 after 3"),
         (put("layers", 0, "heads", [-1, 3]), "must be between 0 and 3, got -1"),
         (put("layers", 0, "heads", [0, 2**64]), "must be (between|integers)"),
-        (put("layers", 0, "heads", ["0"]), '"heads" .* must be integers, got "0"'),
+        (put("layers", 0, "heads", ["0"]), "\"heads\" .* must be integers, got '0'"),
         (put("layers", 0, "scale", [1.0]), "a number for each of its 2 heads, got 1"),
-        (put("layers", 0, "scale", [1.0, None]), '"scale" .* must hold numbers, got null'),
+        (put("layers", 0, "scale", [1.0, None]), '"scale" .* must hold numbers, got None'),
         (put("metadata", []), "metadata of a plan must be a JSON object, got array"),
     ],
 )

@@ -70,10 +70,9 @@ class Shifted:
     "way", [("kernels", "warps"), ("flash", "warps"), ("kernels", "warpgroups")]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_views_at_odd_addresses(dtype, way, monkeypatch):
+def test_views_at_odd_addresses(dtype, way, monkeypatch, cuda_routes):
     """Nothing is read 16 bytes at a time where its address does not allow it."""
-    monkeypatch.setenv("HEADWISE_CUDA_ATTENTION", way[0])
-    monkeypatch.setenv("HEADWISE_CUDA_PRODUCTS", way[1])
+    cuda_routes(*way)
     # On a GPU inputs travel there first.
     inner = getattr(cases.ops, "operators", None)
     shifted = Shifted(cases.ops) if inner is None else type(cases.ops)(Shifted(inner))
@@ -148,25 +147,25 @@ def test_dropout_draws_the_mask_of_the_cpu(dtype):
 @pytest.mark.parametrize("kind", ["none", "causal", "ragged"])
 @pytest.mark.parametrize(("d", "count"), [(32, [2, 0, 3]), (8, [1, 3, 3]), (72, [3, 3, 3])])
 @pytest.mark.parametrize("dtype", TENSOR_CORES, ids=str)
-def test_the_layer_by_the_attention_of_libtorch(dtype, d, count, kind, monkeypatch):
+def test_the_layer_by_the_attention_of_libtorch(dtype, d, count, kind, cuda_routes):
     """Packed rows without room between sequences, whatever each of them chose; what LibTorch does
     not take (ragged) goes through the kernels. On the host a stand-in takes its place."""
-    monkeypatch.setenv("HEADWISE_CUDA_ATTENTION", "flash")
+    cuda_routes("flash")
     layer_case(dtype, 3, 37, 24, 3, d, kind, count, scale=0.3)
 
 
 @pytest.mark.parametrize(("d", "count"), [(64, [2, 0, 3]), (8, [1, 3, 3]), (72, [3, 3, 1])])
 @pytest.mark.parametrize("dtype", TENSOR_CORES, ids=str)
-def test_the_layer_by_warpgroup_products(dtype, d, count, monkeypatch):
+def test_the_layer_by_warpgroup_products(dtype, d, count, cuda_routes):
     """Two tiles of rows, the second of one warpgroup; heads that fill the swizzled rows or not."""
-    monkeypatch.setenv("HEADWISE_CUDA_PRODUCTS", "warpgroups")
+    cuda_routes(products="warpgroups")
     layer_case(dtype, 3, 150, 72, 3, d, "ragged", count, scale=0.3)
 
 
 @pytest.mark.parametrize(("L", "S", "causal"), [(20, 33, False), (20, 20, True), (20, 20, False)])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_the_core_by_the_attention_of_libtorch(weighted, L, S, causal, monkeypatch):
-    monkeypatch.setenv("HEADWISE_CUDA_ATTENTION", "flash")
+def test_the_core_by_the_attention_of_libtorch(weighted, L, S, causal, cuda_routes):
+    cuda_routes("flash")
     rand = cases.Random(3, torch.bfloat16)
     q, k, v = rand(2, 4, L, 16), rand(2, 2, S, 16), rand(2, 2, S, 16)
     index, count, weight = rand.selection(2, 4, count=[0, 3])
@@ -174,14 +173,6 @@ def test_the_core_by_the_attention_of_libtorch(weighted, L, S, causal, monkeypat
     cases.check(cases.ops.selected_attention, cases.core_reference,
                 [t for t in (q, k, v, weight) if t is not None], torch.bfloat16,
                 q, k, v, index, count, weight, is_causal=causal)  # fmt: skip
-
-
-@pytest.mark.parametrize(("name", "words"), [("ATTENTION", "kernels or flash"),
-                                             ("PRODUCTS", "warps or warpgroups")])  # fmt: skip
-def test_choices_are_checked(name, words, monkeypatch):
-    monkeypatch.setenv(f"HEADWISE_CUDA_{name}", "fast")
-    with pytest.raises(ValueError, match=f"HEADWISE_CUDA_{name} must be {words}, got fast"):
-        layer_case(torch.bfloat16, 1, 5, 8, 1, 8, "none", [1])
 
 
 DECODING = ["none", "ragged", "scattered", "padding bias", "per head", "causal", "all hidden"]

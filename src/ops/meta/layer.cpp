@@ -1,24 +1,17 @@
-// Shapes and dtypes of the attention operators, for tracing. Sizes stay symbolic.
+// Shapes and dtypes of the operators that run a whole layer, for tracing. Sizes stay symbolic.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
 #include "ops/attention_ops.h"
 #include "ops/backward_checks.h"
+#include "ops/meta/shapes.h"
 
 namespace headwise::ops {
 namespace {
 
 using at::Tensor;
-
-Tensor empty(const Tensor& like, c10::SymIntArrayRef sizes) {
-  return at::empty_symint(sizes, like.options());
-}
-
-/// A contiguous gradient of `input`, or no elements where it is not wanted.
-Tensor gradient(bool wanted, const OptionalTensor& input, const Tensor& reference) {
-  if (!wanted || !input) return at::empty({0}, reference.options());
-  return empty(*input, input->sym_sizes());
-}
+using meta::empty;
+using meta::gradient;
 
 LayerForward layer_forward(const Tensor& query, const c10::SymInt& keys, const Tensor& out_weight,
                            const c10::SymInt& e, int64_t num_heads, const Tensor& index) {
@@ -84,32 +77,8 @@ MultiheadBackward multihead_backward(const Tensor& grad_output, HEADWISE_MULTIHE
           gradient(needs[14], attn_mask, query)};
 }
 
-Tensor core(HEADWISE_CORE_PARAMETERS) {
-  check_inputs(HEADWISE_CORE_INPUTS);
-  return empty(q, {q.sym_size(0), q.sym_size(1), q.sym_size(2), v.sym_size(3)});
-}
-
-CoreForward core_forward(HEADWISE_CORE_PARAMETERS) {
-  auto output = core(q, k, v, index, count, weight, HEADWISE_MASK_ARGUMENTS);
-  auto context = weight ? at::empty_like(output) : at::empty({0}, q.options());
-  return {output, context,
-          at::empty_symint({q.sym_size(0), q.sym_size(1), q.sym_size(2)},
-                           q.options().dtype(lse_type(q.scalar_type())))};
-}
-
-CoreBackward core_backward(const Tensor& grad_output, HEADWISE_CORE_PARAMETERS,
-                           const Tensor& output, const Tensor& context, const Tensor& lse,
-                           std::array<bool, 5> needs) {
-  check_backward(grad_output, HEADWISE_CORE_INPUTS, output, context, lse);
-  return {gradient(needs[0], q, q), gradient(needs[1], k, q), gradient(needs[2], v, q),
-          gradient(needs[3], weight, q), gradient(needs[4], attn_mask, q)};
-}
-
 }  // namespace
 
-TORCH_LIBRARY_IMPL(headwise, Meta, m) {
-  HEADWISE_REGISTER_LAYER(m);
-  HEADWISE_REGISTER_CORE(m);
-}
+TORCH_LIBRARY_IMPL(headwise, Meta, m) { HEADWISE_REGISTER_LAYER(m); }
 
 }  // namespace headwise::ops

@@ -1,0 +1,24 @@
+// Steps of pruning a model by scores, which headwise.pruning takes.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "headwise/export.h"
+#include "headwise/importance.h"
+#include "headwise/pruning.h"
+
+namespace headwise {
+
+/// How many heads of `total` are left after each step of a pruning path: round(step * total) go at
+/// a time, but at least one, and round(keep * total) stay in the end, but at least one.
+/// @throws c10::ValueError if keep or step is outside (0, 1]
+HEADWISE_API std::vector<int64_t> pruning_counts(int64_t total, double keep, double step);
+
+/// The `count` heads of `before` that score best.
+/// @param scores of the heads that `before` keeps, in their order, for each of its layers
+/// @throws c10::ValueError if they are not as many, or what plan refuses
+HEADWISE_API HeadPlan narrowed(const HeadPlan& before, const HeadScores& scores, int64_t count,
+                               int64_t min_heads_per_layer = 0);
+
+}  // namespace headwise
