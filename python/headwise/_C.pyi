@@ -55,7 +55,6 @@ __all__: list[str] = [
     "prune_hidden",
     "prune_projections",
     "pruning_counts",
-    "quoted",
     "read_json",
     "read_safetensors_metadata",
     "rearrange",
@@ -66,6 +65,7 @@ __all__: list[str] = [
     "save_safetensors",
     "search_latency",
     "search_macs",
+    "set_cuda_routes",
     "write_atomic",
 ]
 

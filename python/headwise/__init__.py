@@ -119,7 +119,6 @@ __all__ = [
     "save",
     "score_heads",
     "serialization",
-    "set_cuda_routes",
     "start_gates",
     "trace",
     "unmask",

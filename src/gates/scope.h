@@ -83,13 +83,14 @@ struct GateScope {
   }
 
   /// The scope of the copies of its gates, where the one at `position` has the tensors of `own`.
-  /// A model is copied gate after gate, by one thread: the copies join one another until a gate is
-  /// copied again.
+  /// A model is copied by one thread, gate after gate in its order: each copy joins that of the
+  /// gate before it.
   std::shared_ptr<GateScope> copy_at(int64_t position, const GateScope& own) {
     const std::lock_guard lock(copying_);
     auto& begun = copies_[std::this_thread::get_id()];
     auto copy = begun.lock();
-    if (!copy || copy->scores[position].defined()) {
+    const bool next = copy && position > 0 && copy->scores[position - 1].defined();
+    if (!next || copy->scores[position].defined()) {
       begun = copy = std::make_shared<GateScope>();
       for (const auto parts : kParts) (*copy.*parts).resize((this->*parts).size());
       copy->moves = moves;

@@ -7,7 +7,7 @@
 
 #include "headwise/statistics.h"
 
-namespace {
+namespace test_analysis {
 
 at::Tensor numbers(std::vector<double> values, std::vector<int64_t> sizes) {
   return at::tensor(values, at::kDouble).view(sizes);
@@ -78,4 +78,4 @@ TEST(Analysis, ThresholdIsTheLargestThatTheLimitAllows) {
   EXPECT_THROW(headwise::confidence_threshold(confidence, cost, 0.5), c10::ValueError);
 }
 
-}  // namespace
+}  // namespace test_analysis

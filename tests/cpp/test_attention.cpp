@@ -7,7 +7,7 @@
 
 #include "oracle.h"
 
-namespace {
+namespace test_attention {
 
 using at::Tensor;
 
@@ -156,4 +156,4 @@ TEST(SelectedAttention, RefusesBadInputInOneSentence) {
   }
 }
 
-}  // namespace
+}  // namespace test_attention

@@ -8,7 +8,7 @@
 
 #include "headwise/multihead_attention.h"
 
-namespace {
+namespace test_clone {
 
 using namespace headwise;
 
@@ -88,7 +88,7 @@ TEST(Clone, ComputesTheSameAndSharesNothing) {
     for (int i = 0; i < 2; ++i) net->forward(x).sum().backward();
     net->layers[1]->in_proj_weight.set_requires_grad(false);
     net->eval();
-    const Net copy = clone_of(net);
+    Net copy = clone_of(net);
     SCOPED_TRACE(printed(*net));
     EXPECT_EQ(printed(*copy), printed(*net));
     EXPECT_FALSE(copy->is_training());
@@ -153,9 +153,9 @@ TEST(Clone, GatesOfAModelDecideTogetherInItsClone) {
   torch::manual_seed(1);
   Net net(SubsetGateOptions().k(2));
   link_gates(*net);
-  const Net copy = clone_of(net), again = clone_of(net);
+  Net copy = clone_of(net), again = clone_of(net);
   copy->eval();
-  const auto chosen = [](const Net& model) {
+  const auto chosen = [](Net model) {
     std::vector<int64_t> counts;
     const auto x = torch::zeros({1, 1, kDim});
     model->eval();
@@ -164,7 +164,7 @@ TEST(Clone, GatesOfAModelDecideTogetherInItsClone) {
     }
     return counts;
   };
-  const auto scores = [](const Net& model, size_t layer) {
+  const auto scores = [](Net model, size_t layer) {
     return dynamic_cast<SubsetGateImpl&>(model->gate_of(layer)).scores;
   };
   torch::NoGradGuard no_grad;
@@ -190,7 +190,7 @@ TEST(Clone, KeepsWhatIsNoTensor) {
   torch::manual_seed(2);
   Net asked(RequestedBudgetGateOptions().scope("layer"));
   request_budget(*asked, 1.0 / 3.0);
-  const Net copy = clone_of(asked);
+  Net copy = clone_of(asked);
   request_budget(*asked, 1.0);
   const auto x = torch::randn({2, 4, kDim});
   copy->eval();
@@ -199,11 +199,11 @@ TEST(Clone, KeepsWhatIsNoTensor) {
   Net asleep(SleepGateOptions().keep(0.4).every(1).asleep_by(0.0).settled_from(1.0));
   link_gates(*asleep);
   for (int i = 0; i < 3; ++i) asleep->forward(x).sum().backward();
-  const auto moves = [](const Net& net, size_t layer) {
+  const auto moves = [](Net net, size_t layer) {
     return dynamic_cast<SleepGateImpl&>(net->gate_of(layer)).moves().size();
   };
   ASSERT_GT(moves(asleep, 0) + moves(asleep, 1), 0u);
-  const Net sleeper = clone_of(asleep);
+  Net sleeper = clone_of(asleep);
   EXPECT_EQ(moves(sleeper, 0), moves(asleep, 0));
   sleeper->gate_of(0).reset();
   EXPECT_EQ(moves(sleeper, 0), 0u);
@@ -213,7 +213,7 @@ TEST(Clone, KeepsWhatIsNoTensor) {
 TEST(Clone, TakesAGateThatWasSetLater) {
   Net net(std::nullopt);
   net->layers[0]->set_gate(FixedGateOptions().heads(std::vector<int64_t>{1}));
-  const Net copy = clone_of(net);
+  Net copy = clone_of(net);
   const auto x = torch::randn({1, 2, kDim});
   EXPECT_TRUE(torch::equal(copy->forward(x), net->forward(x)));
   EXPECT_NE(copy->layers[0]->gate, net->layers[0]->gate);
@@ -226,8 +226,8 @@ TEST(Clone, OfAGateThatCannotIsRefused) {
       return select_all(x.size(0), kHeads, x.options());
     }
   };
-  const MultiheadAttention layer(kDim, kHeads);
-  layer->gate = layer->register_module("gate", std::make_shared<OwnGate>());
+  MultiheadAttention layer(kDim, kHeads);
+  layer->gate = layer->register_module<GateImpl>("gate", std::make_shared<OwnGate>());
   EXPECT_NE(error_of([&] { layer->clone(); }).find("clone() has not been implemented for OwnGate"),
             std::string::npos);
 }
@@ -274,8 +274,8 @@ TEST(PrettyPrint, SizesAndTheOptionsThatWereSet) {
   EXPECT_NE(text.find("(gate): headwise::FixedGate(embed_dim=12, num_heads=3, heads=[0,2])"),
             std::string::npos)
       << text;
-  EXPECT_EQ(printed(*BudgetGate(BudgetGateOptions().keep(0.5), 16, 4)).substr(0, 58),
-            "headwise::BudgetGate(embed_dim=16, num_heads=4, keep=0.5)(");
+  EXPECT_EQ(printed(*BudgetGate(BudgetGateOptions().keep(0.25), 16, 4)).substr(0, 59),
+            "headwise::BudgetGate(embed_dim=16, num_heads=4, keep=0.25)(");
 }
 
-}  // namespace
+}  // namespace test_clone

@@ -11,7 +11,7 @@
 #include "kernels/cuda/indexing.h"
 #include "kernels/softmax_row.h"
 
-namespace {
+namespace test_cuda_emulation {
 
 using namespace headwise::kernels;
 using namespace headwise::kernels::cuda;
@@ -165,4 +165,4 @@ TEST(CudaEmulation, RowsThatSeeOneKeyOrNone) {
   EXPECT_EQ(row.confidence(), 1);
 }
 
-}  // namespace
+}  // namespace test_cuda_emulation

@@ -11,7 +11,7 @@
 #include "kernels/cuda/decode.h"
 #include "kernels/cuda/layer.h"
 
-namespace {
+namespace test_cuda_tiles {
 
 using namespace headwise::kernels::cuda;
 
@@ -183,4 +183,4 @@ TEST(CudaTiles, DecodingSplitsCoverTheCache) {
   EXPECT_EQ(decode_row(a, shape, 1, 11, 2) + 12, decode_scratch(a, shape));
 }
 
-}  // namespace
+}  // namespace test_cuda_tiles

@@ -10,7 +10,7 @@
 using namespace headwise;
 using Json = nlohmann::json;
 
-namespace {
+namespace test_explain {
 
 /// Two gated layers and a classifier on their mean.
 struct Classifier {
@@ -207,4 +207,4 @@ TEST(Explain, AModelWithoutClassScoresHasNoEffects) {
   EXPECT_TRUE(document["inputs"][0]["layers"][0]["heads"][0]["effect"].is_null());
 }
 
-}  // namespace
+}  // namespace test_explain

@@ -8,7 +8,7 @@
 
 #include <string>
 
-namespace {
+namespace test_gates {
 
 using namespace headwise;
 
@@ -218,4 +218,4 @@ TEST(Gates, Errors) {
             "x must have shape [B, L, 16], got [2, 3, 5]");
 }
 
-}  // namespace
+}  // namespace test_gates

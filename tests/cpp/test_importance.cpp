@@ -5,7 +5,7 @@
 
 #include <cmath>
 
-namespace {
+namespace test_importance {
 
 using headwise::AbsoluteValue;
 using headwise::HeadScoreAccumulator;
@@ -94,4 +94,4 @@ TEST(Importance, RefusesWhatSaysNothing) {
   EXPECT_EQ(scores.values[0], (std::vector<double>{0.1, 1e-17}));
 }
 
-}  // namespace
+}  // namespace test_importance

@@ -21,7 +21,7 @@
 
 using namespace headwise;
 
-namespace {
+namespace test_model {
 
 int remove_one(const char* entry, const struct stat*, int, struct FTW*) {
   return std::remove(entry);
@@ -128,8 +128,6 @@ TEST_F(ModelFolder, KeepsWhatMoved) {
             std::string::npos)
       << refusal();
 }
-
-}  // namespace
 
 TEST_F(ModelFolder, RoundTrip) {
   const Model model = small_model();
@@ -265,3 +263,5 @@ TEST_F(ModelFolder, SavesNowhereElse) {
   EXPECT_THROW(save(twice, root + "/new"), c10::ValueError);
   EXPECT_EQ(names(), std::vector<std::string>{"model"});
 }
+
+}  // namespace test_model

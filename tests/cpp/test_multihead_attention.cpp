@@ -12,7 +12,7 @@
 
 #include "oracle.h"
 
-namespace {
+namespace test_multihead_attention {
 
 using namespace headwise;
 
@@ -210,4 +210,4 @@ TEST(MultiheadAttention, Errors) {
             "is_causal is a hint about attn_mask, which must be given with it");
 }
 
-}  // namespace
+}  // namespace test_multihead_attention

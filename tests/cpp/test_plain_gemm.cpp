@@ -3,7 +3,7 @@
 
 #include "kernels/cpu/plain_gemm.h"
 
-namespace {
+namespace test_plain_gemm {
 
 using headwise::kernels::Transpose;
 
@@ -49,4 +49,4 @@ TEST(PlainGemm, OfNoTermsIsWhatStoodThere) {
   EXPECT_EQ(c[1], 2);
 }
 
-}  // namespace
+}  // namespace test_plain_gemm

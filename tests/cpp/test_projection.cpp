@@ -7,7 +7,7 @@
 #include "headwise/selection.h"
 #include "oracle.h"
 
-namespace {
+namespace test_projection {
 
 using at::Tensor;
 
@@ -118,4 +118,4 @@ TEST(SelectGroups, AreThoseOfTheChosenHeads) {
   EXPECT_THROW(headwise::select_groups(index, count, 6, 4), c10::ValueError);
 }
 
-}  // namespace
+}  // namespace test_projection

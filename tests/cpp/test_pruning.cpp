@@ -8,7 +8,7 @@
 #include "headwise/gates.h"
 #include "headwise/multihead_attention.h"
 
-namespace {
+namespace test_pruning {
 
 using headwise::HeadPlan;
 using headwise::HeadScores;
@@ -121,4 +121,4 @@ TEST(Prune, RefusesWhatDoesNotFit) {
             "with: build the layer without it first");
 }
 
-}  // namespace
+}  // namespace test_pruning

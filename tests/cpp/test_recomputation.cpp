@@ -12,7 +12,7 @@
 #include "headwise/gates.h"
 #include "headwise/multihead_attention.h"
 
-namespace {
+namespace test_recomputation {
 
 using namespace headwise;
 using Run = std::function<at::Tensor(const at::Tensor&)>;
@@ -124,4 +124,4 @@ TEST(Recomputation, ChangesNothing) {
   }
 }
 
-}  // namespace
+}  // namespace test_recomputation

@@ -5,7 +5,7 @@
 #include "headwise/repair.h"
 
 namespace headwise {
-namespace {
+namespace test_repair {
 
 struct Data {
   at::Tensor x, y, weight, bias;
@@ -97,6 +97,6 @@ TEST(Repair, RefusesWhatIsNotFinite) {
   EXPECT_THROW(moments.merge(OutputMoments(3, 2)), c10::ValueError);
   EXPECT_THROW(moments.select({1, 0}), c10::ValueError);
 }
+}  // namespace test_repair
 
-}  // namespace
 }  // namespace headwise

@@ -10,7 +10,7 @@
 #include "headwise/model.h"
 #include "headwise/multihead_attention.h"
 
-namespace {
+namespace test_scoped_gates {
 
 using namespace headwise;
 
@@ -193,4 +193,4 @@ TEST(ScopedGates, SharedHeadsAlwaysRun) {
   }
 }
 
-}  // namespace
+}  // namespace test_scoped_gates

@@ -8,7 +8,7 @@
 #include "calibration.h"
 #include "headwise/headwise.h"
 
-namespace {
+namespace test_searches {
 
 using headwise::MultiheadAttention;
 using headwise::MultiheadAttentionOptions;
@@ -268,4 +268,4 @@ TEST_F(Policy, FitsAndRefuses) {
             "forward_fn must return logits [B, C] of at least 2 classes, got shape [12, 1]");
 }
 
-}  // namespace
+}  // namespace test_searches

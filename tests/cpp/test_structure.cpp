@@ -7,7 +7,7 @@
 #include "headwise/kwon.h"
 #include "headwise/model.h"
 
-namespace {
+namespace test_structure {
 
 using headwise::FfnPlan;
 using headwise::HeadPlan;
@@ -122,4 +122,4 @@ TEST(CoFi, SizeIsDifferentiable) {
   EXPECT_TRUE(at::allclose(hidden.grad(), at::full({6}, 2.0 * 4 * 6 + 2 * 2 * 5)));
 }
 
-}  // namespace
+}  // namespace test_structure

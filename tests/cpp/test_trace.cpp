@@ -10,7 +10,7 @@
 using headwise::Selection;
 using headwise::Trace;
 
-namespace {
+namespace test_trace {
 
 // Two sequences of a layer of four heads: {0, 2} and {2}.
 Selection two_sequences() {
@@ -29,8 +29,6 @@ std::string message(const std::function<void()>& call) {
   }
   return "nothing was thrown";
 }
-
-}  // namespace
 
 TEST(Trace, SummariesFollowTheirDefinitions) {
   Trace trace;
@@ -89,3 +87,5 @@ TEST(Trace, RefusesWhatDoesNotFit) {
   EXPECT_THROW(trace.history("a"), c10::IndexError);
   EXPECT_EQ(message([&] { trace.num_heads("a"); }), "no selection was recorded for layer 'a'");
 }
+
+}  // namespace test_trace

@@ -17,7 +17,7 @@
 
 #include "files.h"
 
-namespace {
+namespace test_weights {
 
 using headwise::NamedTensors;
 
@@ -151,4 +151,4 @@ TEST_F(Weights, AnAtomicFileThatIsNotCommittedNeverWas) {
   }
 }
 
-}  // namespace
+}  // namespace test_weights

@@ -9,13 +9,6 @@
 #include "kernels/cpu/softmax.h"
 
 namespace headwise::kernels {
-namespace {
-
-template <typename T>
-constexpr T kInfinity = std::numeric_limits<T>::infinity();
-
-}  // namespace
-
 template <typename T>
 int64_t attention_scratch(const AttentionShape<T>& shape) {
   return kQueryBlock * (2 * kKeyBlock + 2);
@@ -29,7 +22,7 @@ void attention_forward(const AttentionShape<T>& shape, const HeadTensors<T>& hea
   T* s = scratch;
   T* maximum = scratch + kQueryBlock * kKeyBlock;
   T* sum = maximum + kQueryBlock;
-  std::fill(maximum, maximum + rows, -kInfinity<T>);
+  std::fill(maximum, maximum + rows, -std::numeric_limits<T>::infinity());
   std::fill(sum, sum + rows, T(0));
   for (int64_t i = 0; i < rows; ++i) std::fill_n(context + i * ldc, shape.value_width, T(0));
   for (int64_t column = 0; column < visible; column += kKeyBlock) {
@@ -41,8 +34,9 @@ void attention_forward(const AttentionShape<T>& shape, const HeadTensors<T>& hea
       T* si = s + i * kKeyBlock;
       const T top = std::max(maximum[i], row_maximum(si, width));
       // A row that has seen nothing yet is shifted by 0, so that exp(-inf) = 0 and not NaN.
-      const T shift = top == -kInfinity<T> ? T(0) : top;
-      const T rescale = maximum[i] == -kInfinity<T> ? T(0) : std::exp(maximum[i] - shift);
+      const T shift = top == -std::numeric_limits<T>::infinity() ? T(0) : top;
+      const T rescale =
+          maximum[i] == -std::numeric_limits<T>::infinity() ? T(0) : std::exp(maximum[i] - shift);
       sum[i] = sum[i] * rescale + row_exponential(si, width, T(1), shift);
       maximum[i] = top;
       if (column > 0)
@@ -59,7 +53,8 @@ void attention_forward(const AttentionShape<T>& shape, const HeadTensors<T>& hea
       T& y = context[i * ldc + c];
       y = empty ? T(0) : y * inverse;  // 0 * value would carry a non-finite value of a masked key
     }
-    lse[i] = empty ? kInfinity<T> : std::log(sum[i]) + (sum[i] == sum[i] ? maximum[i] : T(0));
+    lse[i] = empty ? std::numeric_limits<T>::infinity()
+                   : std::log(sum[i]) + (sum[i] == sum[i] ? maximum[i] : T(0));
   }
 }
 

@@ -73,8 +73,8 @@ RightFactor as_factor(const BFloat16* rows, int64_t keys, int64_t queries, BFloa
 
 /// Floats x [rows, width] into both forms of a gradient. `turned` has rows of length ld.
 template <typename T>
-void store(const float* x, int64_t rows, int64_t width, T* as_it_stands, T* turned, int64_t ld,
-           float* tile) {
+void store_gradient(const float* x, int64_t rows, int64_t width, T* as_it_stands, T* turned,
+                    int64_t ld, float* tile) {
   convert(x, rows * width, as_it_stands);
   if (!turned) return;
   for (int64_t row = 0; row < rows; row += kTransposeRows) {
@@ -164,8 +164,8 @@ void packed_attention_backward(const AttentionShape<float>& shape, const HeadTen
   }
   if (gradients.q_turned && shape.queries < ldq)
     for (int64_t c = 0; c < d; ++c) gradients.q_turned[c * ldq + shape.queries] = T(0.f);
-  store(w.dk, columns, d, gradients.k, gradients.k_turned, ldk, w.tile);
-  store(w.dv, columns, dv, gradients.v, gradients.v_turned, ldk, w.tile);
+  store_gradient(w.dk, columns, d, gradients.k, gradients.k_turned, ldk, w.tile);
+  store_gradient(w.dv, columns, dv, gradients.v, gradients.v_turned, ldk, w.tile);
 }
 
 #define HEADWISE_INSTANTIATE(T)                                                             \

@@ -15,8 +15,6 @@ namespace {
 
 using c10::BFloat16;
 
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
 /// Distance between the rows of a tile of scores: no further apart than they are long, and no power
 /// of two, so that they do not fall into the same sets of a cache.
 constexpr int64_t tile_row(int64_t columns) {

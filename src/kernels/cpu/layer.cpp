@@ -11,8 +11,6 @@
 namespace headwise::kernels {
 namespace {
 
-constexpr int64_t kRowBlock = 128;
-
 /// Rows of a kv workspace that head `a` fills.
 template <typename T>
 int64_t key_rows(const Layer<T>& layer, const ActiveHead& a) {

@@ -24,9 +24,7 @@ namespace {
 
 using c10::BFloat16;
 
-constexpr int64_t kRowBlock = 128;  // rows of x that a product takes, where there are many
 constexpr int64_t kLeastRows = 16;
-constexpr int64_t kTasksPerWorker = 4;  // tasks differ in cost: several a worker even that out
 
 template <typename T>
 class Forward {

@@ -26,6 +26,10 @@
 
 namespace headwise::kernels {
 
+inline constexpr int64_t kRowBlock = 128;  // rows of a matrix that a task takes at most
+inline constexpr int64_t kTasksPerWorker =
+    4;  // tasks differ in cost: several per worker even it out
+
 /// f(worker) for every worker at once.
 template <typename F>
 void run_workers(int64_t workers, const F& f) {

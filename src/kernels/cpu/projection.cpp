@@ -13,8 +13,6 @@
 namespace headwise::kernels {
 namespace {
 
-constexpr int64_t kRowBlock = 128;
-
 template <typename T>
 void fill_rows(const T* bias, int64_t rows, int64_t n, T* y, int64_t ldy) {
   for (int64_t i = 0; i < rows; ++i) {

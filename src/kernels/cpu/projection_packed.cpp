@@ -17,9 +17,7 @@ namespace {
 
 using c10::BFloat16;
 
-constexpr int64_t kRowBlock = 128;  // rows of x that a product takes, where there are many
-constexpr int64_t kDepth = 1024;    // terms of a product: what it reads of the weight stays in L2
-constexpr int64_t kTasksPerWorker = 4;  // tasks differ in cost: several a worker even that out
+constexpr int64_t kDepth = 1024;  // terms of a product: what it reads of the weight stays in L2
 constexpr int64_t kOutRows = 64;  // a tile of the output: rows and columns whose sums stay in L1
 constexpr int64_t kOutColumns = 64;
 constexpr int64_t kShortRows = 8;  // sequences shorter than this are projected out together

@@ -9,8 +9,6 @@ namespace headwise::kernels {
 
 namespace {
 
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
 HEADWISE_INLINE float maximum_of(const float* x, int64_t n) {
   Float16 top = Float16{} - kInfinity, v;
   int64_t i = 0;

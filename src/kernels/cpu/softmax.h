@@ -2,8 +2,11 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 namespace headwise::kernels {
+
+inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 /// Largest of n values (NaN is passed over); -inf where n = 0.
 float row_maximum(const float* x, int64_t n);

@@ -98,11 +98,6 @@ LayerGradients layer_backward(const Tensor& grad_output, const MultiheadInputs& 
   return g;
 }
 
-/// In the dtype of its input, or without elements where it was not needed.
-Tensor result(const Tensor& gradient, const Tensor& like) {
-  return gradient.defined() ? gradient.to(like.scalar_type()) : at::empty({0}, like.options());
-}
-
 }  // namespace
 
 LayerForward forward(const MultiheadInputs& in) {

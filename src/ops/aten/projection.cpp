@@ -16,12 +16,11 @@ void add_rows(Tensor& total, const WorkList& list, int64_t h, const Tensor& part
   }
 }
 
-/// In the dtype of its input, or without elements where it was not needed.
+}  // namespace
+
 Tensor result(const Tensor& gradient, const Tensor& like) {
   return gradient.defined() ? gradient.to(like.scalar_type()) : at::empty({0}, like.options());
 }
-
-}  // namespace
 
 std::vector<Head> chosen(const WorkList& list, int64_t num_heads, int64_t d) {
   std::vector<Head> heads;

@@ -57,6 +57,9 @@ CombineGradients combine_backward(const WorkList& list, const std::vector<Head>&
                                   const at::Tensor& grad_output, const at::Tensor& scaled,
                                   const at::Tensor& weight, bool needs_weight);
 
+/// A gradient in the dtype of its input, or without elements where it was not needed.
+at::Tensor result(const at::Tensor& gradient, const at::Tensor& like);
+
 at::Tensor forward(const ProjectionInputs& in);
 at::Tensor forward(const OutputInputs& in);
 ProjectionBackward backward(const at::Tensor& grad_output, const ProjectionInputs& in,
