@@ -98,7 +98,7 @@ def pytest_command(python: str | Path, report: Path) -> list[str]:
     """pytest in one process per core, as far as there are 3 GB of memory for each."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     processes = max(1, min(len(os.sched_getaffinity(0)), memory // 3_000_000_000))
-    spread = ["-n", str(processes), "--dist", "loadfile"] if processes > 1 else []
+    spread = ["-n", str(processes), "--dist", "loadfile", "--max-worker-restart=0"]
     command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *spread]
     return [*command, f"--junitxml={report}"]
 

@@ -150,7 +150,8 @@ constexpr OptionRule choice(const char* choices) { return {OptionRule::Kind::kCh
 
 #define HEADWISE_GUMBEL_SIGMOID_GATE(OPTION) \
   OPTION(double, keep, 0.5, fraction, "mean share of the heads to run") \
-  OPTION(double, strength, 20.0, not_negative, "factor of the usage loss") \
+  OPTION(std::string, penalty, "squared", choice("squared, adavit"), "'squared': strength (share - keep)^2, the paper's usage loss; 'adavit': the losses of the released code, strength (|share - keep| + 0.1 d - 0.1 e), with d the mean over heads of |share of the inputs that run a head - keep| and e the mean entropy of the probabilities") \
+  OPTION(std::optional<double>, strength, std::nullopt, not_negative, "see penalty; default 20, and 2 for 'adavit' (the released code)") \
   OPTION(double, temperature, 5.0, positive, "of the sigmoid in training") \
   OPTION(double, init_logit, 3.0, finite, "initial value; 3 opens every head") \
   HEADWISE_TARGET(OPTION) \

@@ -12,7 +12,9 @@ namespace headwise {
 GumbelSigmoidGateImpl::GumbelSigmoidGateImpl(GumbelSigmoidGateOptions options_, int64_t embed_dim,
                                              int64_t num_heads,
                                              const at::TensorOptions& tensor_options)
-    : CloneableGate(options_, "squared", options_.strength(), embed_dim, num_heads, tensor_options),
+    : CloneableGate(options_, options_.penalty(),
+                    options_.strength().value_or(options_.penalty() == "adavit" ? 2.0 : 20.0),
+                    embed_dim, num_heads, tensor_options),
       options(std::move(options_)) {
   build_features(tensor_options);
   logit = register_parameter("logit", torch::empty({num_heads}, tensor_options));
@@ -44,6 +46,11 @@ Selection GumbelSigmoidGateImpl::forward(const at::Tensor& x, const at::Tensor& 
       logits, uniform, progress, training, run_all(), options.hard_from(), options.temperature());
   if (records()) {
     expected_heads = expected;
+    if (options.penalty() == "adavit") {
+      const auto& t = target();
+      regulariser = gumbel_sigmoid_regulariser(logits, weight, progress, t.keep, t.initial_keep,
+                                               t.warmup, t.strength);
+    }
   }
   return {index, count, weight.to(x.scalar_type()), logits, {}};
 }

@@ -2,10 +2,20 @@
 // `backward` over the structs of inputs. Here are the functions that are registered for it.
 #pragma once
 
+#include <initializer_list>
+#include <utility>
+
 #include "ops/backward_checks.h"
 #include "ops/projection.h"
 
 namespace headwise::ops {
+
+/// `needs` without the gradients of optional arguments that were not given: {position, given}.
+template <size_t N>
+Needs<N> of_given(Needs<N> needs, std::initializer_list<std::pair<int, bool>> optional) {
+  for (const auto& [position, given] : optional) needs[position] = needs[position] && given;
+  return needs;
+}
 
 template <typename Route>
 struct Registered {
@@ -25,7 +35,10 @@ struct Registered {
     const auto in = HEADWISE_SELF_INPUTS;
     const LayerSaved saved{q, k, v, context, lse};
     check_backward(grad_output, in, saved);
-    return Route::backward(grad_output, in, saved, needs);
+    return Route::backward(grad_output, in, saved,
+                           of_given(needs, {{2, in_proj_bias.has_value()},
+                                            {4, out_proj_bias.has_value()},
+                                            {6, attn_mask.has_value()}}));
   }
   static MultiheadBackward multihead_backward(const at::Tensor& grad_output,
                                               HEADWISE_MULTIHEAD_PARAMETERS, const at::Tensor& q,
@@ -35,14 +48,22 @@ struct Registered {
     const auto in = HEADWISE_MULTIHEAD_INPUTS;
     const LayerSaved saved{q, k, v, context, lse};
     check_backward(grad_output, in, saved);
-    return Route::backward(grad_output, in, saved, needs);
+    return Route::backward(grad_output, in, saved,
+                           of_given(needs, {{6, q_bias.has_value()},
+                                            {7, k_bias.has_value()},
+                                            {8, v_bias.has_value()},
+                                            {10, out_proj_bias.has_value()},
+                                            {12, bias_k.has_value()},
+                                            {13, bias_v.has_value()},
+                                            {14, attn_mask.has_value()}}));
   }
   static CoreBackward core_backward(const at::Tensor& grad_output, HEADWISE_CORE_PARAMETERS,
                                     const at::Tensor& output, const at::Tensor& context,
                                     const at::Tensor& lse, std::array<bool, 5> needs) {
     const auto in = HEADWISE_CORE_INPUTS;
     check_backward(grad_output, in, output, context, lse);
-    return Route::backward(grad_output, in, output, context, lse, needs);
+    return Route::backward(grad_output, in, output, context, lse,
+                           of_given(needs, {{3, weight.has_value()}, {4, attn_mask.has_value()}}));
   }
   static at::Tensor projection(HEADWISE_PROJECTION_PARAMETERS) {
     return Route::forward(HEADWISE_PROJECTION_INPUTS);

@@ -262,6 +262,9 @@ TORCH_LIBRARY(headwise, m) {
       "gumbel_sigmoid_select(Tensor logits, Tensor? uniform, Tensor progress, bool training, "
       "bool run_all, float hard_from, float temperature) "
       "-> (Tensor index, Tensor count, Tensor weight, Tensor expected_heads)");
+  m.def(
+      "gumbel_sigmoid_regulariser(Tensor logits, Tensor weight, Tensor progress, float keep, "
+      "float initial_keep, float warmup, float strength) -> Tensor");
 
   // Structured pruning (src/structure, src/cofi.cpp).
   m.def(

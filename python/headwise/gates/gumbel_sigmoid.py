@@ -1,4 +1,4 @@
-"""A sigmoid a head, cut at one half."""
+"""A sigmoid per head, cut at one half."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ class GumbelSigmoidGate(TargetedGate):
 
     Meng et al. (CVPR 2022, arXiv 2111.15668, section 3.2): a head runs, with weight 1, where
     :math:`y = \sigma((\ell + g_1 - g_2)/\tau) > 1/2`, :math:`g` Gumbel noise, with the gradient of
-    :math:`y`; the usage loss is :math:`(\overline{m} - target)^2` of the share of heads that run.
-    Evaluation has no noise. Ours: :math:`\ell = base + W z / \sqrt D` with :math:`z` as in
-    :class:`BudgetGate` (AdaViT reads patch tokens), its schedule, and no noise from ``hard_from``.
+    :math:`y`; the usage loss is :math:`(\overline{m} - target)^2` of the share of heads that run,
+    or, with ``penalty="adavit"``, the losses of the released code. Evaluation has no noise. Ours:
+    :math:`\ell = base + W z / \sqrt D` with :math:`z` as in :class:`BudgetGate` (AdaViT reads
+    patch tokens), its schedule, and no noise from ``hard_from``.
 
     {options}
 
@@ -31,7 +32,17 @@ class GumbelSigmoidGate(TargetedGate):
     """
 
     logit: Tensor
+    strength: float | None
     _READ = ("relevance",)
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        if self.strength is None:
+            self.strength = 2.0 if self.penalty_form == "adavit" else 20.0
+
+    @property
+    def penalty_form(self) -> str:  # type: ignore[override]
+        return self._options["penalty"]
 
     def _build(self, device, dtype) -> None:
         super()._build(device, dtype)
@@ -66,5 +77,16 @@ class GumbelSigmoidGate(TargetedGate):
             self.hard_from,
             self.temperature,
         )
-        self._record(expected_heads=expected)
+        own = None
+        if self.training and self.penalty_form == "adavit":
+            own = _ops.gumbel_sigmoid_regulariser(
+                logits,
+                weight,
+                self.progress,
+                self.keep,
+                self.initial_keep,
+                self.warmup,
+                self.strength,
+            )
+        self._record(expected_heads=expected, _regulariser=own)
         return Selection(index, count, weight.to(x.dtype), logits)

@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include "headwise/selection.h"
+#include "ops/gates/schedule.h"
 #include "ops/gates/selection_ops.h"
 
 namespace headwise {
@@ -38,8 +39,20 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gumbel_sigmoid_select
   return {index, count, weight, expected};
 }
 
+at::Tensor gumbel_sigmoid_regulariser(const at::Tensor& logits, const at::Tensor& weight,
+                                      const at::Tensor& progress, double keep, double initial_keep,
+                                      double warmup, double strength) {
+  if (logits.sym_numel() == 0) return logits.sum();  // an empty batch misses no target
+  const auto aimed = scheduled_target(progress, initial_keep, keep, warmup, weight.scalar_type());
+  const auto diversity = (weight.mean(0) - aimed.to(weight.device())).abs().mean();
+  // H(p) = softplus(l) - l p: no logarithm of a probability that has become 0 or 1.
+  const auto entropy = (at::softplus(logits) - logits * at::sigmoid(logits)).mean();
+  return (diversity - entropy) * (0.1 * strength);
+}
+
 TORCH_LIBRARY_IMPL(headwise, CompositeImplicitAutograd, m) {
   m.impl("gumbel_sigmoid_select", gumbel_sigmoid_select);
+  m.impl("gumbel_sigmoid_regulariser", gumbel_sigmoid_regulariser);
 }
 
 }  // namespace headwise

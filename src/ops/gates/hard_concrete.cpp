@@ -94,7 +94,10 @@ at::Tensor target_penalty(at::TensorList expected_heads, at::IntArrayRef num_hea
   if (form == "squared") {
     return off.square() * strength;
   }
-  TORCH_CHECK_VALUE(form == "lagrangian", "penalty must be squared, lagrangian or l0, got ",
+  if (form == "adavit") {
+    return off.abs() * strength;
+  }
+  TORCH_CHECK_VALUE(form == "lagrangian", "penalty must be squared, lagrangian, l0 or adavit, got ",
                     shown(form));
   TORCH_CHECK_VALUE(multipliers.has_value(), "multipliers [2] must be given for lagrangian");
   return lagrangian(off, *multipliers) * strength;

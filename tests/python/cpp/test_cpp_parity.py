@@ -32,6 +32,7 @@ GATES = {
     "requested": hw.RequestedBudgetGate(0.6, execution="selected"),
     "requested_layer": hw.RequestedBudgetGate(0.3, scope="layer", min_heads=1),
     "gumbel_sigmoid": hw.GumbelSigmoidGate(0.3),
+    "adavit": hw.GumbelSigmoidGate(0.3, penalty="adavit"),
     "sleep": hw.SleepGate(0.5),
     "threshold": hw.ThresholdGate(3.0),
     "threshold_blocks": hw.ThresholdGate(

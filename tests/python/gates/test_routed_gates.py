@@ -68,6 +68,66 @@ def test_gumbel_sigmoid_learns_different_heads_for_different_inputs():
     assert abs(selection.count.float().mean() / H - 1 / 3) < 0.08
 
 
+@pytest.mark.parametrize("scope", ["model", "layer"])
+def test_the_released_losses_of_adavit(scope):
+    """Two layers of 6 and 4 heads against the sums written out; gradients too."""
+    torch.manual_seed(0)
+    options = {"warmup": 0.5, "initial_keep": 0.9, "target_scope": scope, "static_until": 0.0}
+    model = torch.nn.ModuleList(
+        hw.GumbelSigmoidGate(0.3, penalty="adavit", init_logit=0.5, **options).bind(D, heads)
+        for heads in (6, 4)
+    ).double()
+    for gate in model:
+        torch.nn.init.normal_(gate.relevance.weight)
+    hw.anneal(model, 0.25)
+    # Halfway from 0.9 to 0.3, counted in logits.
+    aimed = torch.tensor([0.9, 0.3], dtype=torch.float64).logit().mean().sigmoid()
+    x = torch.randn(7, 3, D, dtype=torch.float64)
+    chosen = [gate(x) for gate in model]
+    penalty = hw.penalty(model)
+
+    def own(selection):
+        p = torch.sigmoid(selection.relevance)
+        entropy = -(p * p.log() + (1 - p) * (1 - p).log()).mean()
+        return 0.1 * ((selection.weight.mean(0) - aimed).abs().mean() - entropy)
+
+    def usage(*selections):
+        ran = sum(selection.weight.sum(1).mean() for selection in selections)
+        return (ran / sum(s.weight.size(1) for s in selections) - aimed).abs()
+
+    terms = torch.stack([own(selection) for selection in chosen])
+    if scope == "model":
+        expected = 2 * (usage(*chosen) + terms.mean())
+    else:
+        expected = 2 * (torch.stack([usage(selection) for selection in chosen]) + terms).mean()
+    torch.testing.assert_close(penalty, expected)
+    parameters = [p for p in model.parameters()]
+    for got, plain in zip(
+        torch.autograd.grad(penalty, parameters, retain_graph=True),
+        torch.autograd.grad(expected, parameters),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, plain)
+        assert bool(got.abs().sum() > 0)
+
+
+def test_the_entropy_of_certain_gates_is_zero():
+    logits = torch.tensor([[800.0, -800.0, 30.0, 0.0]], dtype=torch.float64).requires_grad_()
+    weight = torch.tensor([[1.0, 0.0, 1.0, 0.0]], dtype=torch.float64)
+    loss = ops.gumbel_sigmoid_regulariser(logits, weight, torch.tensor(1.0), 0.5, 0.9, 0.5, 10.0)
+    entropy = torch.log(torch.tensor(2.0, dtype=torch.float64)) / 4
+    torch.testing.assert_close(loss, 0.5 - entropy, atol=1e-9, rtol=0)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert bool(gradient.isfinite().all())
+
+
+def test_a_model_of_both_penalties_has_the_default_strength_of_each():
+    assert hw.GumbelSigmoidGate(penalty="adavit").bind(D, H).strength == 2.0
+    assert hw.GumbelSigmoidGate().bind(D, H).strength == 20.0
+    with pytest.raises(ValueError, match="penalty must be"):
+        hw.GumbelSigmoidGate(penalty="l0")
+
+
 @pytest.mark.parametrize("shared", [[0], [2, 5], [0, 1, 2, 3, 4, 5], []])
 def test_shared_heads_always_run_and_the_others_are_the_inner_gate_s(shared):
     torch.manual_seed(0)

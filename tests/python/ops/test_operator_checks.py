@@ -383,3 +383,35 @@ def test_the_gradient_of_soft_top_k_is_that_of_the_implicit_function():
     mean = (slope * up).sum(1, keepdim=True) / slope.sum(1, keepdim=True)
     torch.testing.assert_close(scores.grad, slope * (up - mean))
     torch.testing.assert_close(mass.grad, mean.squeeze(1))
+
+
+@pytest.mark.parametrize("route", ["selected", "aten"])
+@pytest.mark.parametrize("kind", ["self", "multihead", "core"])
+def test_arguments_that_were_not_given_have_no_gradient(route, kind):
+    """Asked for all gradients, a backward operator gives those of the arguments that there are."""
+    torch.manual_seed(0)
+    x, w, o = torch.randn(2, 4, 6), torch.randn(18, 6), torch.randn(6, 6)
+    heads = (torch.tensor([[0, 2, -1], [0, 1, 2]]), torch.tensor([2, 3]))
+    weight = torch.rand(2, 3)
+    masks = (None, None, False, 0.0, None, None)
+    if kind == "self":
+        name, arguments = "self_attention", (x, w, None, o, None, 3, *heads, weight, *masks)
+    elif kind == "multihead":
+        weights = (*w.chunk(3), None, None, None, o, None)
+        arguments = (x, x, x, *weights, 3, *heads, weight, None, None, False, *masks)
+        name = "multihead_attention"
+    else:
+        q = torch.randn(2, 3, 4, 2)
+        name, arguments = "attention", (q, q, q, *heads, None, *masks)
+    forward = getattr(torch.ops.headwise, f"_{route}_{name}_forward")
+    backward = getattr(torch.ops.headwise, f"_{route}_{name}_backward")
+    output, *saved = forward(*arguments)
+    kept = [output, *saved] if kind == "core" else saved
+    names = [result.name for result in backward.default._schema.returns]
+    gradients = backward(torch.ones_like(output), *arguments, *kept, [True] * len(names))
+    given = {a.name: v for a, v in zip(forward.default._schema.arguments, arguments, strict=True)}
+    for name, gradient in zip(names, gradients, strict=True):
+        argument = given[name.removeprefix("grad_")]
+        expected = 0 if argument is None else argument.numel()
+        assert gradient.numel() == expected, name
+        assert bool(gradient.isfinite().all()), name
