@@ -81,7 +81,7 @@ def ablate_heads(
     Args:
         model: a converted or convertible model, run in evaluation mode and left as it was. Heads
             that its gates do not choose have score 0.
-        batches: whatever ``loss_fn`` takes; read once and kept.
+        batches: input of ``loss_fn``; read once and kept.
         loss_fn: ``(model, batch) -> [B]``, one loss an example, the smaller the better; the error
             (0 or 1) measures accuracy.
         resamples: of the bootstrap.

@@ -96,7 +96,7 @@ def causal_heads(
     Args:
         model: a converted or convertible model, run in evaluation mode and left as it was. Gates of
             its own stay in force.
-        batches: whatever ``loss_fn`` takes; read once, kept, and gone through in turn.
+        batches: input of ``loss_fn``; read once, kept, and gone through in turn.
         loss_fn: ``(model, batch) -> loss``, one an example ``[B]`` or their mean.
         strength: weight of the regulariser, above 0; None: half of the mean, over heads, of how
             much the loss of all ``batches`` changes with the logit of a gate that is half open

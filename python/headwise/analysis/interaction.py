@@ -79,7 +79,7 @@ def head_interactions(
 
     Args:
         model: a converted or convertible model, run in evaluation mode and left as it was.
-        batches: whatever ``loss_fn`` takes; read once and kept.
+        batches: input of ``loss_fn``; read once and kept.
         loss_fn: ``(model, batch) -> [B]``, one loss an example, the smaller the better.
         pairs: how many pairs to draw at random (all, where there are fewer), or the pairs.
         within_layer: draw pairs of one layer only.

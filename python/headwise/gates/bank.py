@@ -71,22 +71,22 @@ class _Packed(NamedTuple):
 
 
 class BankGate(ScopedGate, Gate, configured=True):
-    """Runs for each input the heads of one of M plans, each with an output projection of its own.
+    """Runs for each input the heads of one of M plans, each with its own output projection.
 
     The gates of a model decide together, once for each input: the gate of the attention layer
     number ``at`` scores the plans by a linear function of its input (the mean, the first token or
-    the maximum over tokens), and the layers after it follow; the layers before it run one plan for
-    all. :func:`headwise.pruning.fit_bank` makes such gates. Routing once, early, to one of a few
+    the maximum over tokens), and later layers follow; earlier layers run one plan for all inputs.
+    :func:`headwise.pruning.fit_bank` creates such gates. Routing once, early, to one of a few
     masks: PuDDing (arXiv 2502.04348), IG-Pruning (arXiv 2511.02213).
 
     In evaluation the sequences of a batch that follow one plan run together, as a dense layer of
-    that plan's heads, whose weights are packed once. With one plan the model computes what
-    :func:`headwise.prune` with ``repair`` makes of it.
+    that plan's heads, with weights packed once. With one plan the model computes the same as after
+    :func:`headwise.prune` with ``repair``.
 
     Args:
         plans: the heads of this layer that each plan keeps, ascending.
         at: which of the model's attention layers decides, in their order.
-        features: what it reads of its input, some of ``"mean"``, ``"first"`` and ``"max"``.
+        features: what it reads from its input, some of ``"mean"``, ``"first"`` and ``"max"``.
         names: what to call the plans; default: their numbers.
         scope: always ``"model"``.
         embed_dim: width of the layer's input, D.
@@ -100,10 +100,10 @@ class BankGate(ScopedGate, Gate, configured=True):
 
     Raises:
         ValueError: no plans, a head outside ``0..H-1`` or plans that are not ascending, an unknown
-            feature, or names that are not as many as plans.
+            feature, or a wrong number of names.
     """
 
-    #: Plans of the next inputs instead of what the router says, int64 ``[>= B]``.
+    #: Plans of the next inputs instead of the router's, int64 ``[>= B]``.
     forced: Tensor | None = None
 
     #: The output projection depends on the input: the layer calls :meth:`run` and :meth:`project`.
@@ -144,7 +144,7 @@ class BankGate(ScopedGate, Gate, configured=True):
                     f"features must be one of {', '.join(FEATURES)}, got {quoted(feature)}"
                 )
         if len(names) != len(plans):
-            raise ValueError(f"names must be as many as plans ({len(plans)}), got {len(names)}")
+            raise ValueError(f"names must have one entry per plan ({len(plans)}), got {len(names)}")
         options = {"plans": plans, "at": at, "features": features, "names": names}
         super().__init__(
             options | {"execution": "selected"},
@@ -175,7 +175,7 @@ class BankGate(ScopedGate, Gate, configured=True):
         self.biases = nn.ParameterList()
 
     def fit_layer(self, layer: nn.Module) -> None:
-        """Makes room for the projections: as wide as the heads of ``layer``, at first its own."""
+        """Allocates the projections for the heads of ``layer``, initially with its weights."""
         if len(self.weights):
             return
         d, own = layer.head_dim, layer.output_projection
@@ -261,7 +261,7 @@ class BankGate(ScopedGate, Gate, configured=True):
         return [(m, (selection.plan == m).nonzero()[:, 0]) for m in found]
 
     def can_pack(self, layer: nn.Module, selection: BankSelection) -> bool:
-        """Whether plans may run as layers of their own: all of their heads count alike, and no
+        """Whether plans may run as separate layers: all of their heads have weight one, and no
         gradient has to reach the weights."""
         if self.training or not selection.whole:
             return False

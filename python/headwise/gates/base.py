@@ -25,14 +25,15 @@ class Gate(nn.Module):
     """Chooses the heads of one attention layer, for every sequence of a batch.
 
     A gate is built *bound* to a layer's sizes (``embed_dim=768, num_heads=12``) or *unbound*, as a
-    prototype that :meth:`bind` makes bound copies of: one prototype serves every layer of a model.
+    prototype from which :meth:`bind` makes bound copies: one prototype serves every layer of a
+    model.
 
     Attributes:
         execution: in training, ``"all"`` runs every head, so that gradients reach the weights of
             heads that were not chosen; ``"selected"`` runs only the chosen ones, which makes a
             training step cheaper. In evaluation only the chosen heads ever run.
-        embed_dim: width of the layer's input, or None where unbound.
-        num_heads: heads of the layer, or None where unbound.
+        embed_dim: width of the layer's input; None if unbound.
+        num_heads: heads of the layer; None if unbound.
         expected_heads: ``[B]``, differentiable: the expected number of heads of the last training
             forward, or None.
     """
@@ -120,7 +121,7 @@ class Gate(nn.Module):
         return bound.train(self.training)
 
     def config(self) -> dict[str, Any]:
-        """The gate's configuration, tagged with its type; JSON can hold it.
+        """The gate's configuration, tagged with its type, as JSON values.
 
         :func:`gate_from_config` builds an unbound gate from it.
         """
@@ -141,14 +142,14 @@ class Gate(nn.Module):
     def static_weight(self) -> Tensor | None:
         """``[H]``: the weights that evaluation gives the heads of every input, 0 = does not run.
 
-        None where they depend on the input.
+        None if they depend on the input.
         """
         return None
 
     def penalty(self) -> Tensor:
-        """The gate's regulariser for the last training forward: a scalar, 0 where it has none.
+        """The gate's regulariser for the last training forward: a scalar, 0 if it has none.
 
-        :func:`penalty` is what a training loop needs: it pools the gates of a model.
+        Training loops call :func:`penalty`, which pools the gates of a model.
         """
         for tensor in (*self.parameters(), *self.buffers()):
             if tensor.is_floating_point():
@@ -176,7 +177,8 @@ class Gate(nn.Module):
                 check_read(f"gate.{name}", linear)
 
     def _record(self, **values: Any) -> None:
-        """Keeps what a training forward leaves for the penalty and for readers, as attributes."""
+        """Stores the results of a training forward for the penalty and for readers, as
+        attributes."""
         if self.training and not recomputing():
             for name, value in values.items():
                 setattr(self, name, value)
@@ -184,7 +186,7 @@ class Gate(nn.Module):
     #: The linear layers whose weights the gate's operators read.
     _READ: tuple[str, ...] = ()
 
-    #: Whether the gate chooses by queries and keys: the layer then hands it ``HeadInputs``.
+    #: Whether the gate chooses by queries and keys: the layer then passes it ``HeadInputs``.
     reads_heads = False
 
     #: Whether it also changes how heads attend: the layer then calls its ``attend(heads, v)``.
@@ -218,7 +220,7 @@ def gate_from_config(config: Mapping[str, Any]) -> Gate:
     """An unbound gate from what :meth:`Gate.config` returned.
 
     Raises:
-        TypeError: an option that is not a number, a flag or a sequence where it has to be.
+        TypeError: an option has the wrong type.
         ValueError: ``config`` is not a mapping, has no or an unknown ``type``, lacks an option or
             has one that the type does not have or that is out of its range, by name.
     """

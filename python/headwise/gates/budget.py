@@ -1,4 +1,4 @@
-"""A head budget and a relevance a head, for every input."""
+"""A head budget and a relevance per head, for every input."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ops = torch.ops.headwise
 
 
 class BudgetGate(TargetedGate):
-    r"""Every input is given a number of heads and keeps the most relevant ones.
+    r"""Every input gets a number of heads and keeps the most relevant ones.
 
     After BudgetFormer (arXiv 2604.22583): with :math:`z` the mean of the layer's input over the
     tokens that are not padding, the budget is :math:`s = \sigma(\mathrm{FFN}(z))`, a share of the
@@ -25,20 +25,20 @@ class BudgetGate(TargetedGate):
     noise, schedules and loss weights; these are ours:
 
     - :math:`z` is standardised with the running mean and variance of the inputs seen in training
-      (not over its D entries: what all inputs share would stay in, a second static part), and cut
-      off from the graph.
+      (not over its D entries, which would leave in what all inputs share, a second static part),
+      and detached.
     - :math:`a = base + W z / \sqrt D`, where :math:`base` does not depend on the input and
       :math:`W` starts at zero and is held there until ``static_until``: first a static gate, then
       the input's part as a residual. The budget's network does the same. A gate that learns both
-      at once tends to collapse into a static one, and a worse one. (From a start by
-      :func:`headwise.start_gates` the static phase has been had: ``static_until=0, warmup=0,
+      at once tends to collapse into a static one, and a worse one. (After
+      :func:`headwise.start_gates` the static phase is not needed: ``static_until=0, warmup=0,
       hard_from=0.3, noise_scale=0``.)
-    - Training weighs the heads by :math:`m_h = \sigma((a_h - t)/\tau)` with :math:`t` solved for
+    - Training weights the heads by :math:`m_h = \sigma((a_h - t)/\tau)` with :math:`t` solved for
       every input so that :math:`\sum_h m_h = s H`; its gradient (of the implicit function) reaches
       :math:`a` and :math:`s`. Noise on :math:`a` and :math:`\tau` are annealed.
-    - From ``hard_from`` on, training runs evaluation's selection with evaluation's weights; the
-      gradient is still that of :math:`m_h` (straight-through).
-    - The budget is raised at the start (``initial_keep``) and comes down until ``warmup``.
+    - From ``hard_from`` on, training uses evaluation's selection and weights; the gradient is still
+      that of :math:`m_h` (straight-through).
+    - The budget is higher at the start (``initial_keep``) and decreases until ``warmup``.
     - The penalty aims at the *mean* budget over the batch, and over layers too with
       ``target_scope="model"``, so inputs and layers may differ.
 
@@ -47,7 +47,7 @@ class BudgetGate(TargetedGate):
 
     {options}
 
-    Parameters: ``base [H]``, ``relevance.weight [H, D]``, and where the budget is predicted
+    Parameters: ``base [H]``, ``relevance.weight [H, D]``, and if the budget is predicted
     ``budget_hidden.{weight [h, D], bias [h]}`` and ``budget_out.{weight [1, h], bias [1]}``.
 
     Raises:
@@ -77,7 +77,8 @@ class BudgetGate(TargetedGate):
             self.budget_out = ReadLinear(hidden, 1, **factory)
 
     def reset_parameters(self) -> None:
-        """Small random ``base``; zero for all that multiplies the input; the target as budget."""
+        """Small random ``base``; zero for everything that multiplies the input; the target as
+        budget."""
         if self.num_heads is None:
             return
         self.progress.zero_()

@@ -1,4 +1,4 @@
-"""Gates of a model that several processes train."""
+"""Gates of a model that is trained by several processes."""
 
 from __future__ import annotations
 
@@ -33,17 +33,18 @@ def pooled(summed: Tensor, groups: tuple[Any, ...]) -> Tensor:
 
 
 def share_statistics(model: nn.Module, *groups: Any) -> None:
-    """From now on what gates keep of their inputs is gathered over the processes of these groups.
+    """From now on, gates sum their statistics over the processes of these groups.
 
     Running statistics of a gate's input and the scores of :class:`SleepGate` are state that each
-    training forward changes; with other data on each process, gates would come to choose other
-    heads. :func:`headwise.anneal` and :func:`headwise.penalty` call this for models that FSDP2
-    shards (with the groups of their mesh), which keeps buffers of each process as they are.
-    ``DistributedDataParallel`` hands out those of the first process before each forward, so there
-    it is not needed; it is with ``broadcast_buffers=False``.
+    training forward changes; with different data on each process, gates would come to choose
+    different heads. :func:`headwise.anneal` and :func:`headwise.penalty` call this for models that
+    FSDP2 shards (with the groups of their mesh), because FSDP2 does not synchronise buffers.
+    ``DistributedDataParallel`` broadcasts those of the first process before each forward, so it
+    needs this only with ``broadcast_buffers=False``.
 
     Each training forward then sums one small tensor per gate over the processes: all of them must
-    run the same number of training forwards, as FSDP2 asks too. Evaluation communicates nothing.
+    run the same number of training forwards, as FSDP2 requires too. Evaluation communicates
+    nothing.
 
     Args:
         model: has gates.

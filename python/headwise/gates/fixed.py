@@ -24,7 +24,7 @@ class FixedGate(Gate):
     scale: Tensor
 
     def _build(self, device, dtype) -> None:
-        self.__dict__.pop("scale", None)  # the option, whose place the buffer takes
+        self.__dict__.pop("scale", None)  # the option, which the buffer replaces
         self.register_buffer("scale", torch.empty(self.num_heads, device=device, dtype=dtype))
 
     def reset_parameters(self) -> None:
@@ -48,7 +48,7 @@ class FixedGate(Gate):
         return initial
 
     def config(self):
-        """The configuration; of a bound gate with the ``scale`` it now has."""
+        """The configuration; for a bound gate with its current ``scale``."""
         config = super().config()
         if self.num_heads is not None:
             config.update(heads=None, scale=self.scale.double().tolist())

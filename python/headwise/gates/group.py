@@ -18,10 +18,10 @@ _ops = torch.ops.headwise
 class GroupGate(Gate, configured=True):
     """Chooses whole groups of query heads: those that share a key/value head run together or not.
 
-    Any other gate chooses among the groups: the gate inside is bound to a layer of G heads, one a
+    Any other gate chooses among the groups: the inner gate is bound to a layer of G heads, one per
     group, and its targets are shares of the groups. The heads of a group get the group's weight and
-    relevance. In a layer whose heads share nothing (:class:`headwise.MultiheadAttention`) each head
-    is a group. Grouped-query attention: Ainslie et al. 2023, arXiv 2305.13245.
+    relevance. In a layer without shared heads (:class:`headwise.MultiheadAttention`) each head is a
+    group. Grouped-query attention: Ainslie et al. 2023, arXiv 2305.13245.
 
     ::
 
@@ -60,7 +60,7 @@ class GroupGate(Gate, configured=True):
         inner = inner_gate(gate, "the groups of the layer")
         if (groups is None) != (num_heads is None):
             raise ValueError(
-                "GroupGate must stand in a layer itself, not inside another gate: a layer knows "
+                "GroupGate must be a layer's gate itself, not inside another gate: a layer knows "
                 "its groups"
             )
         if groups is not None:
@@ -82,7 +82,7 @@ class GroupGate(Gate, configured=True):
 
     @property
     def execution(self) -> str:
-        """That of the gate inside."""
+        """The inner gate's execution."""
         return self._options["gate"].get("execution", "all")
 
     @property
@@ -118,7 +118,7 @@ class GroupGate(Gate, configured=True):
         return None if weight is None else weight[self.place]
 
     def start_from(self, relevance: Tensor, budget: float) -> None:
-        """The gate inside starts with the mean relevance of each group's heads."""
+        """The inner gate starts with the mean relevance of each group's heads."""
         if relevance.shape != (self.num_heads,):
             raise ValueError(
                 f"relevance must have shape [{self.num_heads}], got {list(relevance.shape)}"

@@ -1,4 +1,4 @@
-"""A sigmoid per head, cut at one half."""
+"""One sigmoid per head, cut at one half."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _ops = torch.ops.headwise
 
 
 class GumbelSigmoidGate(TargetedGate):
-    r"""Every input opens or shuts every head by itself, as in AdaViT.
+    r"""Every input switches each head on or off separately, as in AdaViT.
 
-    Meng et al. (CVPR 2022, arXiv 2111.15668, section 3.2): a head runs, with weight 1, where
+    Meng et al. (CVPR 2022, arXiv 2111.15668, section 3.2): a head runs, with weight 1, if
     :math:`y = \sigma((\ell + g_1 - g_2)/\tau) > 1/2`, :math:`g` Gumbel noise, with the gradient of
     :math:`y`; the usage loss is :math:`(\overline{m} - target)^2` of the share of heads that run,
     or, with ``penalty="adavit"``, the losses of the released code. Evaluation has no noise. Ours:

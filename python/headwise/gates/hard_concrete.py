@@ -16,13 +16,13 @@ _ops = torch.ops.headwise
 
 
 class HardConcreteGate(TargetedGate):
-    r"""Hard-concrete gates: static, one ``log_alpha`` a head, or with a part that sees the input.
+    r"""Hard-concrete gates: static, one ``log_alpha`` per head, or with a part that sees the input.
 
     As Voita et al. (arXiv 1905.09418) prune heads, after Louizos et al. (arXiv 1712.01312).
     Training draws :math:`u \sim U(\epsilon, 1-\epsilon)`, :math:`s = \sigma((\ln u - \ln(1-u) +
     \log\alpha)/\beta)`, :math:`g = \mathrm{clip}(s(\zeta-\gamma)+\gamma, 0, 1)`; evaluation takes
     :math:`s = \sigma(\log\alpha)`, without the division by :math:`\beta`. A head's weight is its
-    gate; a head whose gate is 0 does not run. :math:`P(g > 0) = \sigma(\log\alpha - \beta
+    gate; a head with gate 0 does not run. :math:`P(g > 0) = \sigma(\log\alpha - \beta
     \ln(-\gamma/\zeta))`.
 
     Ours: with ``input_dependent`` :math:`\log\alpha = base + W z / \sqrt D`, :math:`z` the mean
@@ -76,7 +76,7 @@ class HardConcreteGate(TargetedGate):
             nn.init.zeros_(self.multipliers)
 
     def _start(self, relevance: Tensor, budget: float) -> None:
-        # P(open) is 1/2 where the relevance is 0.
+        # P(open) is 1/2 at relevance 0.
         self.log_alpha.copy_(relevance + self.beta * math.log(-self.gamma / self.zeta))
 
     @torch.no_grad()

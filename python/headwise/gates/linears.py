@@ -1,21 +1,21 @@
-"""Linear layers that operators read the weights of, without ever calling the layer."""
+"""Linear layers whose weights operators read without calling the layer."""
 
 from __future__ import annotations
 
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-#: What gates hold. Quantization by module type (``quantize_dynamic(model, {nn.Linear})``) leaves
-#: it alone, as it leaves the output projection of ``torch.nn.MultiheadAttention``.
+#: The layers of gates. Quantization by module type (``quantize_dynamic(model, {nn.Linear})``)
+#: does not touch it, nor the output projection of ``torch.nn.MultiheadAttention``.
 ReadLinear = NonDynamicallyQuantizableLinear
 
 
 def check_read(name: str, linear: nn.Module) -> None:
-    """Refuses a layer that computes more than its weight says, as an adapter around it does.
+    """Raises an error for a layer that computes more than its weight, such as one with an adapter.
 
     Raises:
-        TypeError: the layer has a forward other than that of ``torch.nn.Linear``, or a weight that
-            is computed from other parameters.
+        TypeError: the layer has a forward other than that of ``torch.nn.Linear``, or a weight
+            computed from other parameters.
     """
     kind = type(linear)
     if "weight" not in linear._parameters and kind.forward is nn.Linear.forward:

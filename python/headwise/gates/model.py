@@ -1,4 +1,4 @@
-"""What acts on all the gates of a model at once."""
+"""Functions that act on all gates of a model."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ def gates(model: nn.Module) -> list[Gate]:
 
 
 def penalty(model: nn.Module) -> Tensor:
-    """The gates' regulariser for the last training forward of the model: add it to the loss.
+    """The gates' regulariser for the last training forward of the model, to be added to the loss.
 
     Gates whose ``target_scope`` is ``"model"`` are pooled: one penalty on the share of heads that
     they expect to run together, averaged over layers and batch, so that layers and inputs may
     differ. The terms that belong to one layer are averaged over the gates that have them.
 
     Returns:
-        A scalar; 0 where the model has no gate with a penalty, or has not run in training.
+        A scalar; 0 if the model has no gate with a penalty, or has not run in training.
 
     Warns:
         UserWarning: gradients are on, and the forward ran without them (``torch.no_grad``, or
             ``torch.utils.checkpoint`` with ``use_reentrant=True``), or no parameter of a gate
-            requires them (adapters freeze all that is not theirs): none would reach the gates.
+            requires them (adapters freeze all other parameters): none would reach the gates.
     """
     found = gates(model)
     share_if_sharded(model, found)
@@ -62,14 +62,14 @@ def anneal(model: nn.Module, progress: float) -> None:
 def link_gates(model: nn.Module) -> nn.Module:
     """Links the gates of scope ``"model"`` that have equal options: each set decides as one.
 
-    :func:`headwise.convert` and :func:`headwise.load` call it; call it yourself where gates are put
+    :func:`headwise.convert` and :func:`headwise.load` call it; call it yourself if you put gates
     into layers one by one. Linking again is allowed.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: the options do not fit the number of heads there are.
+        ValueError: the options do not fit the number of heads.
     """
     alike: dict[str, list[ScopedGate]] = {}
     for gate in gates(model):

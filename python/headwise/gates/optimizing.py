@@ -1,4 +1,4 @@
-"""What an optimizer is given: gates learn at rates of their own."""
+"""Parameter groups for an optimizer: gates have their own learning rates."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ def parameter_groups(
 
         optimizer = torch.optim.AdamW(hw.parameter_groups(model, lr=5e-5))
 
-    At a rate that suits a pretrained model gates hardly move: their vectors have to go from
+    At a learning rate for a pretrained model gates hardly move: their vectors have to go from
     undecided to decided within one training. Nothing pulls them towards zero, which would be a
     choice.
 
     Args:
         model: with gates or without.
         lr: of the model's weights.
-        gate_lr: of the gates' vectors (what a gate thinks of a head whatever the input is).
-        gate_matrix_lr: of the gates' matrices (what it reads in the input). It suits thousands of
-            steps; for hundreds take more.
+        gate_lr: of the gates' vectors (a gate's preference for a head, independent of the input).
+        gate_matrix_lr: of the gates' matrices (which read the input). It suits thousands of steps;
+            use more for hundreds.
         weight_decay: of the model's matrices; biases, norms and gates have none.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The tables of gates' options, which the C++ core holds: arguments, checks and documentation."""
+"""The tables of gates' options, defined in the C++ core: arguments, checks and documentation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from headwise import _C
 
-#: What the arguments of a gate say of its layer.
+#: A gate's arguments for the sizes of its layer.
 BINDING = {
     "embed_dim": "width of the layer's input, D.",
     "num_heads": "heads of the layer, H.",
@@ -19,7 +19,7 @@ TABLES: dict[str, list[_C.OptionRow]] = dict(_C.gate_tables())
 
 
 def checked(gate: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """All options of a gate, those that are not given with their defaults.
+    """All options of a gate, with defaults for those that are not given.
 
     Raises:
         TypeError: a value is not of the option's kind.
@@ -29,7 +29,7 @@ def checked(gate: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def constructor(gate: str, init: Callable[..., None]) -> Callable[..., None]:
-    """``__init__`` of a gate that has no arguments but its options and its layer's sizes."""
+    """``__init__`` of a gate whose only arguments are its options and its layer's sizes."""
     kind = inspect.Parameter.KEYWORD_ONLY
     parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)]
     for row in TABLES[gate]:
@@ -55,7 +55,7 @@ def constructor(gate: str, init: Callable[..., None]) -> Callable[..., None]:
 
 
 def documented(gate: str, doc: str) -> str:
-    """``doc`` with its gate's arguments, in the place of a line ``{options}``."""
+    """``doc`` with the line ``{options}`` replaced by the gate's arguments."""
     lines = []
     for row in TABLES[gate]:
         rule = f" ({row.rule})" if row.rule and not row.rule.startswith("one of") else ""

@@ -16,10 +16,10 @@ MOST_WAITING = 64
 
 
 def recomputing() -> bool:
-    """Whether this forward repeats an earlier one, whose activations were not kept.
+    """Whether this forward repeats an earlier one, because its activations were not kept.
 
-    Then it must compute what the earlier one did and leave all state as it is: running statistics,
-    counters, records, observers. A compiled forward cannot ask; its operators do when they run.
+    Then it must compute what the earlier one did and change no state: running statistics, counters,
+    records, observers. A compiled forward cannot check; its operators do when they run.
     """
     return not torch.compiler.is_compiling() and _C.recomputing()
 
@@ -27,9 +27,9 @@ def recomputing() -> bool:
 class Replay:
     """What recent training forwards of one gate used, for the forwards that repeat them.
 
-    Nothing tells a repeated forward which one it repeats, except its input: the values kept are
-    those of the nearest input. Nothing is kept unless a forward may be repeated (saved-tensor hooks
-    are set or gradients are off). Copies and files start empty.
+    A repeated forward can tell which one it repeats only by its input: it gets the values of the
+    nearest input. Nothing is kept unless a forward may be repeated (saved-tensor hooks are set or
+    gradients are off). Copies and files start empty.
     """
 
     def __init__(self) -> None:

@@ -17,13 +17,13 @@ _ops = torch.ops.headwise
 
 
 class RequestedBudgetGate(ScopedGate, ScheduledGate):
-    r"""One model, any cost: the share of the heads to run is asked for call by call.
+    r"""One model, any cost: every call may request another share of the heads.
 
     Gates conditioned on a requested budget, as in budgeted attention allocation (arXiv
     2605.02697). Training draws a budget :math:`b` for every sequence; evaluation runs the one that
     was requested, exactly: :math:`K = \mathrm{round}(b N)` of the model's N heads for every input
-    (at least one). How, is ours: a head's static score is :math:`base + tilt\,(b - 1/2)`; the K
-    largest of the model say how many heads each layer is given; which of them run in a layer
+    (at least one). The method is ours: a head's static score is :math:`base + tilt\,(b - 1/2)`; the
+    K largest of the model decide how many heads each layer gets; which of them run in a layer
     depends on the input, by :math:`a = base + tilt\,(b - 1/2) + W z / \sqrt D` with :math:`z` as in
     :class:`BudgetGate`. Relaxation, noise and schedule are :class:`BudgetGate`'s.
 
@@ -35,8 +35,8 @@ class RequestedBudgetGate(ScopedGate, ScheduledGate):
 
     {options}
 
-    Parameters: ``base [H]``, ``tilt [H]``, ``relevance.weight [H, D]``. What was requested is not
-    saved: a model that is loaded runs ``budget``.
+    Parameters: ``base [H]``, ``tilt [H]``, ``relevance.weight [H, D]``. The request is not saved: a
+        loaded model runs ``budget``.
 
     Raises:
         ValueError: an argument out of its range; a request that is neither one budget nor one for
@@ -46,8 +46,8 @@ class RequestedBudgetGate(ScopedGate, ScheduledGate):
 
     base: Tensor
     tilt: Tensor
-    #: What was requested, float64 ``[]`` or ``[B]``; None: ``budget``. Not a buffer: it is no state
-    #: of a model. A tensor: another request recompiles nothing.
+    #: What was requested, float64 ``[]`` or ``[B]``; None: ``budget``. Not a buffer, because it is
+    #: not model state; a tensor, so that another request recompiles nothing.
     requested: Tensor | None = None
     _READ = ("relevance",)
 
@@ -73,7 +73,7 @@ class RequestedBudgetGate(ScopedGate, ScheduledGate):
         self.base.copy_(relevance)
 
     def request(self, budget: float | Tensor) -> None:
-        """What evaluation runs from now on: a share in (0, 1], or ``[B]``, one a sequence.
+        """Sets what evaluation runs from now on: a share in (0, 1], or ``[B]``, one per sequence.
 
         Raises:
             ValueError: a share outside (0, 1], or a tensor of more than one dimension.
@@ -81,7 +81,7 @@ class RequestedBudgetGate(ScopedGate, ScheduledGate):
         self.requested = _checked(budget).to(self.base.device)
 
     def _share_out(self, budget: Tensor) -> Tensor:
-        """``[R]`` -> ``[R, N]``: which of the scope's heads the layers are given."""
+        """``[R]`` -> ``[R, N]``: which of the scope's heads the layers get."""
         members = self._joined().gates
         return _ops.allocate_budget(
             torch.cat([whole(gate.base) for gate in members]),
@@ -100,7 +100,7 @@ class RequestedBudgetGate(ScopedGate, ScheduledGate):
         key_padding_mask: Tensor | None = None,
         budget: float | Tensor | None = None,
     ) -> Selection:
-        """Chooses heads; ``budget`` takes the place of what was requested, for this call."""
+        """Chooses heads; ``budget`` replaces the request, for this call."""
         self._check_bound(x)
         scope = self._joined()
         features = self._features(x, key_padding_mask)  # [B, D]
@@ -173,7 +173,8 @@ def _checked(budget: float | Tensor) -> Tensor:
 
 
 def request_budget(model: nn.Module, budget: float | Tensor) -> None:
-    """Every :class:`RequestedBudgetGate` of the model runs this share of the heads from now on.
+    """Makes every :class:`RequestedBudgetGate` of the model run this share of the heads from now
+    on.
 
     Args:
         model: has such gates.

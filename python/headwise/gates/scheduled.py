@@ -18,7 +18,7 @@ class ScheduledGate(Gate):
     Attributes:
         progress: float32 ``[]``, what :meth:`Gate.anneal` sets. A buffer that is saved, so that
             training resumes where it stopped, and so that annealing recompiles nothing.
-        feature_mean: ``[D]``, running mean of the pooled input, where the gate sees its input.
+        feature_mean: ``[D]``, running mean of the pooled input, if the gate sees its input.
         feature_variance: ``[D]``, its running variance.
         feature_batches: ``[]``, how many batches they have seen.
     """

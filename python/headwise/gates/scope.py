@@ -13,11 +13,12 @@ from headwise.gates.recomputation import Replay, recomputing
 
 
 class GateScope:
-    """The gates of one model that decide as one, in the model's order; made by :func:`link_gates`.
+    """The gates of one model that decide together, in the model's order; made by
+    :func:`link_gates`.
 
-    Each gate keeps its parameters, under its layer's name; what they share is this object, which
-    every one of them refers to. It is copied and pickled with them. A gate that has been taken out
-    of the model stays counted until :func:`link_gates` is called again.
+    Each gate keeps its parameters, under its layer's name, and refers to this shared object, which
+    is copied and pickled with them. A gate that is removed from the model still counts until
+    :func:`link_gates` is called again.
 
     Attributes:
         gates: the gates.
@@ -45,7 +46,7 @@ class GateScope:
     def begins(self, position: int) -> bool:
         """Whether the gate at ``position`` begins a training forward of the model.
 
-        The gate that asks a second time does, so no gate need know which one comes first.
+        The gate that asks a second time does, so no gate needs to know which one comes first.
         """
         first = not self._begun or position in self._served
         if first:
@@ -62,16 +63,16 @@ class GateScope:
     ) -> tuple[Tensor, ...]:
         """``make(*sample())``, once for a training forward of the model.
 
-        A forward that is repeated inside a backward (activation checkpointing) gets what it had.
-        ``x`` is the input of the gate at ``position``.
+        A forward that is repeated inside a backward (activation checkpointing) gets the same
+        values. ``x`` is the input of the gate at ``position``.
         """
         replay = self._replays[position]
         if recomputing() and (again := replay.recall(x)) is not None:
             first, differentiable, noise, drawn = again
             if first:
-                sample()  # the generator moves on as it did
+                sample()  # the generator advances as before
             # The gate that made it must do the same again, operator by operator. Where the forward
-            # had no gradients every gate makes it, for a graph of its own.
+            # had no gradients every gate makes it, for its own graph.
             return make(*noise) if first or not differentiable else drawn
         first = self.begins(position)
         if first:
@@ -87,7 +88,7 @@ class GateScope:
         return self._drawn
 
     def __getstate__(self) -> dict:
-        # What was drawn belongs to a graph, and a copy begins with a forward of its own.
+        # What was drawn belongs to a graph, and a copy begins with a new forward.
         return {**self.__dict__, "_noise": (), "_drawn": (), "_begun": False, "plan": None}
 
 
@@ -107,7 +108,7 @@ class ScopedGate(Gate if TYPE_CHECKING else object):  # type: ignore[misc]
         self._position = position
 
     def _joined(self) -> GateScope:
-        """The gate's scope; one of its own where it decides alone."""
+        """The gate's scope; a separate one if it decides alone."""
         if self._scope is None and self.scope == "layer":
             self.join(GateScope([self]), 0)
         if self._scope is None:

@@ -17,12 +17,12 @@ class Selection(NamedTuple):
     Attributes:
         index: int32 ``[B, H]``. Row ``b`` starts with ``count[b]`` head numbers, ascending;
             the rest is -1.
-        count: int32 ``[B]``, ``0 <= count <= H``. Zero heads is legal: the layer's output is then
-            its output bias.
-        weight: floating ``[B, H]``, multiplies a head's output before the output projection; 0
-            where a head was not chosen. Differentiable.
-        relevance: floating ``[B, H]``, what the heads were ranked by, or None.
-        budget: floating ``[B]``, the fraction of heads that was asked for, or None.
+        count: int32 ``[B]``, ``0 <= count <= H``. Zero heads are allowed: the layer's output is
+            then its output bias.
+        weight: floating ``[B, H]``, multiplies a head's output before the output projection; 0 for
+            heads that were not chosen. Differentiable.
+        relevance: floating ``[B, H]``, by which the heads were ranked, or None.
+        budget: floating ``[B]``, the requested fraction of heads, or None.
     """
 
     index: Tensor  # type: ignore[assignment]  # tuples have methods of these names

@@ -19,10 +19,11 @@ class SharedHeadsGate(Gate):
     """Some heads run for every input; any other gate chooses among the rest.
 
     The shared and routed heads of MoH (Jin et al. 2024, arXiv 2410.11842), for every gate of this
-    package and your own: the gate inside is bound to a layer of ``H - s`` heads and never sees the
+    package and your own: the inner gate is bound to a layer of ``H - s`` heads and never sees the
     shared ones. Its targets are shares of the *routed* heads: for a share t of all H heads give it
-    ``(t H - s) / (H - s)``. Ours: a shared head has weight 1, where MoH weighs both kinds by a
-    second router; and :func:`headwise.start_gates` shares the most important heads of each layer.
+    ``(t H - s) / (H - s)``. Ours: a shared head has weight 1, whereas MoH weights both kinds by a
+    second router; and :func:`headwise.start_gates` makes the most important heads of each layer the
+    shared ones.
 
     ::
 
@@ -52,7 +53,7 @@ class SharedHeadsGate(Gate):
         dtype=None,
     ) -> None:
         inner = inner_gate(gate, "the heads that are not shared")
-        # The gate inside may be one that the table does not know.
+        # The inner gate may be one that the table does not know.
         options = {"gate": {"type": "FixedGate"}, "shared": shared}
         found = sorted(checked("SharedHeadsGate", options)["shared"])
         if num_heads is not None and found and found[-1] >= num_heads:
@@ -67,17 +68,17 @@ class SharedHeadsGate(Gate):
 
     @property
     def execution(self) -> str:
-        """That of the gate inside."""
+        """The inner gate's execution."""
         return self._options["gate"].get("execution", "all")
 
     def _build(self, device, dtype) -> None:
-        heads = self.__dict__.pop("shared")  # the option, whose place the buffer takes
+        heads = self.__dict__.pop("shared")  # the option, which the buffer replaces
         self.register_buffer("shared", torch.tensor(heads, dtype=torch.int64, device=device))
         inner = gate_from_config(self._options["gate"])
         self.gate = inner.bind(self.embed_dim, self.num_heads - len(heads), device, dtype)
 
     def start_from(self, relevance: Tensor, budget: float) -> None:
-        """The most relevant heads become the shared ones; the gate inside starts with the rest."""
+        """The most relevant heads become the shared ones; the inner gate starts with the rest."""
         if relevance.shape != (self.num_heads,):
             raise ValueError(
                 f"relevance must have shape [{self.num_heads}], got {list(relevance.shape)}"

@@ -29,17 +29,17 @@ class HeadMove(NamedTuple):
 
 
 class SleepGate(ScopedGate, ScheduledGate):
-    r"""Puts the heads that matter least to sleep in training, and wakes them when they matter.
+    r"""Puts the least important heads to sleep in training, and wakes them when they matter.
 
     Ours, in the manner of dynamic sparse training (Evci et al., arXiv 1911.11134). Every training
     step scores every head by :math:`\sum_b |\partial L / \partial w_{bh}|`, the importance of
-    Michel et al. (arXiv 1905.10650) for the head as it is, asleep or awake, in a running average.
-    Every ``every`` steps the heads of largest score are awake, as many as the schedule allows,
-    where the score of a head that is awake counts :math:`1 + margin` times: a sleeping head takes
-    the place of another one only where it has clearly recovered. A head that sleeps has weight 0.
-    With ``scope="model"`` layers compete, so heads move from one layer to another.
+    Michel et al. (arXiv 1905.10650) for the head in its state, asleep or awake, in a running
+    average. Every ``every`` steps the heads with the largest scores become awake, up to the number
+    of the schedule. The score of an awake head counts :math:`1 + margin` times: a sleeping head
+    replaces another one only if it has clearly recovered. A sleeping head has weight 0. With
+    ``scope="model"`` layers compete, so heads move from one layer to another.
 
-    What moved, when and with which score is in :attr:`moves` (of a model:
+    The moves, with step and score, are in :attr:`moves` (for a model:
     :func:`headwise.gates.head_moves`). The list is copied and pickled with the gate, and
     :func:`headwise.save` and :func:`headwise.load` keep it.
 
@@ -59,7 +59,7 @@ class SleepGate(ScopedGate, ScheduledGate):
 
     def _prepare(self) -> None:
         super()._prepare()
-        #: What moved in this layer, oldest first.
+        #: The moves in this layer, oldest first.
         self.moves: list[HeadMove] = []
         self._weight: Tensor | None = None
 
@@ -71,7 +71,7 @@ class SleepGate(ScopedGate, ScheduledGate):
         self.register_buffer("steps", torch.zeros((), device=device, dtype=torch.int64))
 
     def reset_parameters(self) -> None:
-        """Every head awake, no scores, nothing moved."""
+        """Every head awake, no scores, no moves."""
         if self.num_heads is not None:
             self.progress.zero_()
             self.awake.fill_(1.0)
@@ -84,8 +84,8 @@ class SleepGate(ScopedGate, ScheduledGate):
 
     @torch.no_grad()
     def _advance(self) -> None:
-        """Once a training forward of the model: takes in the gradients of the last one, and where
-        it is time lets heads move."""
+        """Once per training forward of the model: adds the gradients of the last one, and moves
+        heads if it is time."""
         members: list[Any] = self._joined().gates
         for gate in members:
             if gate._weight is not None and gate._weight.grad is not None:
@@ -134,8 +134,8 @@ class SleepGate(ScopedGate, ScheduledGate):
             used = self._replay.recall(x)
             if used is not None:
                 awake, everyone, differentiable, step = used
-                # Without a graph in the first forward this one's gradient is read, as long as no
-                # later forward has taken its place.
+                # If the first forward had no graph, this one's gradient is read, unless a later
+                # forward has replaced it.
                 read = not differentiable and step == int(self.steps)
         elif self.training:
             if x.size(0) > 0 and scope.begins(self._position):
@@ -150,7 +150,7 @@ class SleepGate(ScopedGate, ScheduledGate):
         relevance = _ops.static_relevance(self.score, x)  # [B, H]
         if not self.training:
             return Selection(index, count, weight, relevance)
-        # A leaf: after the backward its gradient says what each head is worth to each sequence.
+        # A leaf: after the backward its gradient is the value of each head for each sequence.
         weight = weight.clone().requires_grad_(everyone and torch.is_grad_enabled())
         if everyone:
             if read:
@@ -170,7 +170,7 @@ def _sleeping(model: nn.Module) -> dict[str, SleepGate]:
 
 
 def head_moves(model: nn.Module) -> list[dict[str, Any]]:
-    """What the :class:`SleepGate` gates of a model moved, oldest first; JSON can hold it.
+    """The moves of the :class:`SleepGate` gates of a model, oldest first, as JSON values.
 
     Returns:
         ``{"layer", "step", "progress", "head", "event", "score"}`` for each head that fell asleep
@@ -185,7 +185,7 @@ def head_moves(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def restore_moves(model: nn.Module, moves: Any, where: str) -> None:
-    """Gives the gates of a model what :func:`head_moves` returned, in place of their own.
+    """Sets the moves of a model's gates to what :func:`head_moves` returned.
 
     Raises:
         ValueError: ``moves`` is not that, or is of other gates; the text begins with ``where``.

@@ -1,4 +1,4 @@
-"""Gates that begin where a static ranking ends."""
+"""Starting gates from a static ranking."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ def start_gates(
     """Starts the gates of a model from an importance ranking of its heads.
 
     With the gates at ``initial_keep=keep`` (or ``warmup=0``) and ``static_until=0``, training
-    spends none of its steps on coming down from all heads. Relevance starts at ``sharpness *
-    (rank - (1 - keep))`` with ``rank`` in [0, 1] over the heads of all layers; a layer's budget at
-    the share of its heads among the ``keep`` most important. Ours.
+    spends no steps on annealing down from all heads. Relevance starts at ``sharpness * (rank - (1 -
+    keep))`` with ``rank`` in [0, 1] over the heads of all layers; a layer's budget at the share of
+    its heads among the ``keep`` most important. Ours.
 
     Args:
         model: has gates that are trained.
-        importance: for every such gate, by the name of its attention layer, a score a head ``[H]``.
+        importance: for every such gate, by the name of its attention layer, one score per head
+            ``[H]``.
         keep: share of the heads of the model to start with, in (0, 1].
         sharpness: range of the relevance over the ranking.
 

@@ -19,23 +19,22 @@ _ops = torch.ops.headwise
 class SubsetGate(ScopedGate, ScheduledGate):
     r"""Differentiable subset pruning: K heads of the model, the same for every input.
 
-    Li, Cotterell and Sachan (TACL 2021, arXiv 2108.04657). One score :math:`w` a head. Training
+    Li, Cotterell and Sachan (TACL 2021, arXiv 2108.04657). One score :math:`w` per head. Training
     with ``estimator="gumbel"`` draws in every forward :math:`r = w + g`, :math:`g` Gumbel noise,
-    and relaxes the choice of the K largest: :math:`p_1 = \mathrm{softmax}(r/\tau)`,
-    :math:`r \leftarrow r + \ln\max(1 - p_{j-1}, \epsilon)`, :math:`p_j = \mathrm{softmax}(r/\tau)`;
-    a head's weight is :math:`\sum_j p_j`, and the weights sum to K. :math:`\ln\tau` falls linearly.
-    With ``"straight_through"`` training runs the K heads of largest :math:`w`, without noise, and
-    the gradient of the weights is passed to :math:`w` as it is. Evaluation runs the K heads of
-    largest :math:`w` with weight 1 (ties: the earlier layer, the lower head). Exactly K heads run
-    in evaluation, and in training from ``hard_from`` on; before that the relaxed weights sum to K
-    and every head runs.
-    :math:`\epsilon` is the smallest normal float64, as in the authors' code.
+    and relaxes the choice of the K largest: :math:`p_1 = \mathrm{softmax}(r/\tau)`, :math:`r
+    \leftarrow r + \ln\max(1 - p_{j-1}, \epsilon)`, :math:`p_j = \mathrm{softmax}(r/\tau)`; a head's
+    weight is :math:`\sum_j p_j`, and the weights sum to K. :math:`\ln\tau` falls linearly. With
+    ``"straight_through"`` training runs the K heads of largest :math:`w`, without noise, and the
+    gradient of the weights is passed to :math:`w` as it is. Evaluation runs the K heads of largest
+    :math:`w` with weight 1 (ties: the earlier layer, the lower head). Exactly K heads run in
+    evaluation, and in training from ``hard_from`` on; before that the relaxed weights sum to K and
+    every head runs. :math:`\epsilon` is the smallest normal float64, as in the authors' code.
 
     Ours: computed in float64; from ``hard_from`` on training runs the hard choice too; at low
-    temperatures and many heads the gradient of :math:`\ln(1-p)` is scaled down as far as it must be
-    for the product over K steps to stay finite (the published recursion gives NaN below a
-    temperature of about 0.1; see ``src/ops/gates/subset.cpp``). The authors clip the gradient of
-    :math:`w` at norm 1; that is the training loop's to do.
+    temperatures and many heads the gradient of :math:`\ln(1-p)` is scaled down just enough for the
+    product over K steps to stay finite (the published recursion gives NaN below a temperature of
+    about 0.1; see ``src/ops/gates/subset.cpp``). The authors clip the gradient of :math:`w` at norm
+    1; here the training loop has to do that.
 
     Which one should you use? Joint training is ``hw.convert(model, hw.SubsetGate(k=18))`` and a
     training loop; pipelined training freezes everything but the gates for the first part, then
@@ -57,7 +56,7 @@ class SubsetGate(ScopedGate, ScheduledGate):
         super()._build(device, dtype)
         self.scores = Parameter(torch.empty(self.num_heads, device=device, dtype=dtype))
         if self.scope == "layer":
-            self._joined()  # says at once where k does not fit
+            self._joined()  # raises at once if k does not fit
 
     def reset_parameters(self) -> None:
         """Small random scores."""

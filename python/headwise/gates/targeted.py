@@ -12,7 +12,7 @@ from headwise.gates.scheduled import ScheduledGate
 
 
 class TargetedGate(ScheduledGate):
-    """A gate with a share of heads to aim at, a schedule and a penalty.
+    """A gate with a target share of heads, a schedule and a penalty.
 
     Its options are ``keep``, ``initial_keep``, ``warmup``, ``target_scope``, ``strength``,
     ``static_until`` and ``hard_from``, and its own.
@@ -27,7 +27,7 @@ class TargetedGate(ScheduledGate):
         self._regulariser = None
 
     def penalty(self) -> Tensor:
-        """This layer's regulariser, with a target of its own whatever ``target_scope`` says."""
+        """This layer's regulariser, with its own target whatever ``target_scope`` is."""
         if self.num_heads is None or self.expected_heads is None:
             return super().penalty()
         return penalty_of([self])
@@ -55,7 +55,7 @@ class TargetedGate(ScheduledGate):
 
 
 def trained(gates: Sequence[Gate]) -> list[TargetedGate]:
-    """The gates with a share to aim at that have run in training."""
+    """The gates with a target share that have run in training."""
     return [g for g in gates if isinstance(g, TargetedGate) and g.expected_heads is not None]
 
 

@@ -26,13 +26,13 @@ class HeadInputs(NamedTuple):
 
 
 class ThresholdGate(Gate):
-    r"""Hybrid dynamic pruning: a head runs where the integer parts of its scores are large enough.
+    r"""Hybrid dynamic pruning: a head runs if the integer parts of its scores are large enough.
 
     Jaradat et al. (2024, arXiv 2407.12893): queries and keys are split into integer and fraction,
     :math:`Q = I_Q + F_Q`, :math:`K = I_K + F_K`. Scores :math:`I_Q I_K^T` are cheap; the absolute
     sums of their blocks decide which blocks are pruned, row by row, and a head whose importance is
-    not above the threshold is dropped early; what is left is computed from three of the four
-    products, without :math:`F_Q F_K^T`. Nothing is trained.
+    not above the threshold is dropped early; the rest is computed from three of the four products,
+    without :math:`F_Q F_K^T`. Nothing is trained.
 
     *Reconstruction* (the paper does not give these in full): the integer part is taken towards
     zero; a row's threshold is :math:`\rho \max + (1-\rho)\,\mathrm{mean}` for :math:`\rho \ge 0`
@@ -40,9 +40,9 @@ class ThresholdGate(Gate):
     blocks. *Ours*: that sum grows with the square of the length, so by default it is divided by the
     number of scores a query may see; ``resolution``; ``min_heads``.
 
-    Queries and keys of every head are computed to decide, so what a dropped head saves is its
-    values, attention and output. Pruned blocks and missing products save nothing in this software:
-    they show what the method's own hardware would compute, with plain operators.
+    Deciding needs the queries and keys of every head, so a dropped head saves its values, attention
+    and output. Pruned blocks and missing products save nothing in this software: they show what the
+    method's own hardware would compute, with plain operators.
 
     {options}
 
@@ -50,7 +50,7 @@ class ThresholdGate(Gate):
 
     Raises:
         ValueError: an argument out of its range.
-        RuntimeError: called by itself and not as the gate of a layer.
+        RuntimeError: called outside a layer.
     """
 
     reads_heads = True
@@ -74,7 +74,7 @@ class ThresholdGate(Gate):
         key_padding_mask: Tensor | None = None,
         heads: HeadInputs | None = None,
     ) -> Selection:
-        """Chooses heads by ``heads``, which the layer gives. ``relevance`` is the importance."""
+        """Chooses heads by ``heads``, which the layer passes. ``relevance`` is the importance."""
         self._check_bound(x)
         if heads is None:
             raise RuntimeError(

@@ -1,4 +1,4 @@
-"""What an attention layer is called with: checked, and brought to one form."""
+"""Checks an attention layer's arguments and brings them into one form."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MaybeTensor = TypeVar("MaybeTensor", Tensor, "Tensor | None")
 
 
 class CalledLayer(Protocol):
-    """The sizes of the layer that is called, as of ``torch.nn.MultiheadAttention``."""
+    """The sizes of the called layer, as in ``torch.nn.MultiheadAttention``."""
 
     batch_first: bool
     embed_dim: int
@@ -55,7 +55,7 @@ def _unsqueeze(tensor: Tensor | None) -> Tensor | None:
 
 
 def same_tensor(first: Tensor, second: Tensor) -> bool:
-    """Whether both are the same numbers in the same memory, be they one Python object or two."""
+    """Whether both are the same numbers in the same memory, as one Python object or two."""
     if first is second:
         return True
     if torch.compiler.is_compiling() or first.is_nested or second.is_nested:
@@ -78,7 +78,7 @@ def canonical_inputs(
     attn_mask: Tensor | None,
     is_causal: bool,
 ) -> AttentionInputs:
-    """Checks a forward's arguments and brings them to one form."""
+    """Checks a forward's arguments and brings them into one form."""
     if query.dim() not in (2, 3) or key.dim() != query.dim() or value.dim() != query.dim():
         raise ValueError(
             "query, key and value must all have 3 dimensions, or 2 for an unbatched input, got "
@@ -87,7 +87,7 @@ def canonical_inputs(
     query_is_key = same_tensor(query, key)
     self_attention = query_is_key and same_tensor(key, value)
     if self_attention and torch.is_grad_enabled():
-        # Views of one tensor, as hooks hand them on, have gradients of their own.
+        # Views of one tensor, which hooks may pass on, have separate gradients.
         apart = any(tensor.requires_grad for tensor in (query, key, value))
         self_attention = query is key is value or not apart
     if query.dim() == 2:
@@ -148,9 +148,7 @@ def check_sizes(embed_dim: int, num_heads: int, head_dim: int | None, dropout: f
     if embed_dim <= 0:
         raise ValueError(f"embed_dim must be positive, got {embed_dim}")
     if num_heads < 0 or (num_heads == 0 and head_dim is None):
-        raise ValueError(
-            f"num_heads must be positive (or 0 where head_dim is given), got {num_heads}"
-        )
+        raise ValueError(f"num_heads must be positive (or 0 if head_dim is given), got {num_heads}")
     if head_dim is not None and head_dim <= 0:
         raise ValueError(f"head_dim must be positive, got {head_dim}")
     if head_dim is None and embed_dim % num_heads != 0:

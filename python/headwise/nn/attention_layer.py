@@ -1,4 +1,4 @@
-"""What the rest of headwise asks of a layer whose heads can be chosen."""
+"""The interface of layers whose heads can be chosen."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def of_this_thread() -> Callable[[], bool]:
 
 
 def only_in_this_thread(call: Callable) -> Callable:
-    """``call`` for the thread that asks now: what it changes in a model is that thread's business.
+    """``call`` for the current thread only: its changes to a model must not affect other threads.
 
     Raises (when called by another thread):
         RuntimeError: the other thread would get results of a model that is being changed.
@@ -53,11 +53,11 @@ def only_in_this_thread(call: Callable) -> Callable:
 
 
 class AttentionProbe(NamedTuple):
-    """What a recorder set as ``AttentionLayer._probe`` is handed in each forward.
+    """What a recorder set as ``AttentionLayer._probe`` receives in each forward.
 
     ``context`` is part of the graph that gives the output, before the gate's weight. A layer with
-    fewer key/value heads than query heads repeats them, and one whose scores have a scale of their
-    own hands queries multiplied so that ``q k^T / sqrt(d)`` are the scores.
+    fewer key/value heads than query heads repeats them, and one with its own scale of scores passes
+    queries multiplied so that ``q k^T / sqrt(d)`` are the scores.
     """
 
     q: Tensor  # [B, H, L, d]
@@ -68,7 +68,7 @@ class AttentionProbe(NamedTuple):
     key_padding_mask: Tensor | None  # [B, S]
     attn_mask: Tensor | None  # [L, S] or broadcastable to [B, H, L, S]
     is_causal: bool
-    query_padding_mask: Tensor | None  # [B, L]; None where nothing says which queries are padding
+    query_padding_mask: Tensor | None  # [B, L]; None if unknown
     self_attention: bool  # keys are those of the queries' own sequence
 
 
@@ -77,11 +77,11 @@ class AttentionLayer(_Module, metaclass=abc.ABCMeta):
 
     Such a module calls ``_init_choosing`` at the end of its ``__init__``, asks its ``gate`` in each
     forward, tells every one of ``_observers`` what was chosen (``observer(layer, selection, x,
-    padding)``), and hands ``_probe``, where there is one, what every head computed.
+    padding)``), and passes ``_probe``, if there is one, what every head computed.
 
     Attributes:
         embed_dim: width of the layer's input, D.
-        num_heads: query heads, H: what scores, plans and gates are about.
+        num_heads: query heads, H: the heads of scores, plans and gates.
         head_dim: width of a head, d.
         gate: None: every head runs for every input.
     """
@@ -107,7 +107,8 @@ class AttentionLayer(_Module, metaclass=abc.ABCMeta):
     @property
     @abc.abstractmethod
     def output_projection(self) -> nn.Module:
-        """What heads' outputs ``[.., H d]`` go through; its weight tells device and dtype."""
+        """The projection of the heads' outputs ``[.., H d]``; its weight has the layer's device and
+        dtype."""
 
     @property
     def head_groups(self) -> list[int]:
@@ -117,15 +118,15 @@ class AttentionLayer(_Module, metaclass=abc.ABCMeta):
 
     @abc.abstractmethod
     def describe(self) -> dict[str, Any]:
-        """The sizes and options that ``headwise.json`` keeps of the layer, its gate apart."""
+        """The layer's sizes and options for ``headwise.json``, without its gate."""
 
     @abc.abstractmethod
     def fitted(self, described: Mapping[str, Any], name: str = "") -> AttentionLayer:
-        """A layer without a gate of the sizes that another layer's :meth:`describe` gave; the layer
-        itself where it has them. ``name`` is for the error.
+        """A layer without a gate with the sizes of another layer's :meth:`describe`; the layer
+        itself if it has them. ``name`` is for the error.
 
         Raises:
-            ValueError: what cannot differ between a model and its pruned form does.
+            ValueError: they differ in something that pruning does not change.
         """
 
     def _check_same(self, described: Mapping[str, Any], keys: Sequence[str], name: str) -> None:
@@ -150,7 +151,7 @@ class AttentionLayer(_Module, metaclass=abc.ABCMeta):
         return gate.bind(self.embed_dim, self.num_heads, **like)
 
     def set_gate(self, gate: Gate | None) -> None:
-        """Puts ``gate`` in the layer (bound to its sizes where it is not yet), or takes it out."""
+        """Sets the layer's gate (and binds it if it is unbound), or removes it."""
         if gate is not None and not isinstance(gate, Gate):
             raise TypeError(f"gate must be a headwise.Gate or None, got {type(gate).__name__}")
         if gate is not None and gate.num_heads is None:

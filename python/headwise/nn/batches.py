@@ -17,7 +17,7 @@ def call_model(model: nn.Module, batch: Any) -> Any:
 
 
 def run_model(model: nn.Module, batch: Any) -> Any:
-    """The default ``forward_fn``: what :func:`call_model` gives, or the ``logits`` of it."""
+    """The default ``forward_fn``: the result of :func:`call_model`, or its ``logits``."""
     output = call_model(model, batch)
     return getattr(output, "logits", output)
 
@@ -26,7 +26,7 @@ def batch_size(batch: Any) -> int:
     """The first dimension of the first tensor in a batch.
 
     Raises:
-        TypeError: there is no tensor in it.
+        TypeError: it has no tensor.
     """
     if isinstance(batch, Tensor):
         return len(batch)

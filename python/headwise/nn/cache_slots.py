@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def slots_of(index: Tensor, count: Tensor) -> Tensor | None:
-    """int64 ``[B, K]``: the groups that each sequence keeps, ascending, -1 where it keeps fewer
-    than the K of the one that keeps most; None where some sequence keeps all.
+    """int64 ``[B, K]``: the groups that each sequence keeps, ascending, padded with -1 to the
+    largest number K; None if some sequence keeps all.
 
-    The width is a number that the host must know: this waits for the device.
+    The host must know the width: this waits for the device.
 
     Args:
         index: int32 ``[B, G]`` of a selection of groups.
@@ -29,7 +29,7 @@ def _place(slots: Tensor, like: Tensor) -> Tensor:
 
 
 def take(groups: Tensor, slots: Tensor) -> Tensor:
-    """``[B, G, ...]`` -> ``[B, K, ...]``; a slot that is -1 gets what must not be read."""
+    """``[B, G, ...]`` -> ``[B, K, ...]``; a slot of -1 gets values that must not be read."""
     return groups.gather(1, _place(slots, groups))
 
 

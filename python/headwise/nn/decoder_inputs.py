@@ -1,4 +1,4 @@
-"""What a decoder's attention layer is built and called with: checked, and brought to one form."""
+"""Checks the arguments of a decoder's attention layer and brings them into one form."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from headwise.nn.attention_layer import AttentionLayer
 
 
 class Masks(NamedTuple):
-    """Who may attend to whom, as the operators take it."""
+    """Which query may attend to which key, as the operators take it."""
 
     key_padding_mask: Tensor | None  # [B, S]
     attn_mask: Tensor | None  # broadcastable to [B, H, L, S]
@@ -33,14 +33,15 @@ def align(
     window: int | None,
     device: torch.device,
 ) -> Masks:
-    """The masks of a call on ``length`` queries that stand at the last of ``keys`` keys.
+    """The masks of a call on ``length`` queries at the positions of the last of ``keys`` keys.
 
-    The operators' causal flag aligns the first query with the first key; where that is not what is
-    meant, a mask says it.
+    The operators' causal flag aligns the first query with the first key; other alignments need a
+    mask.
     """
     if key_padding_mask is not None and key_padding_mask.size(1) != keys:
         raise ValueError(
-            f"key_padding_mask must have {keys} columns, one a key, got {key_padding_mask.size(1)}"
+            f"key_padding_mask must have {keys} columns, one per key, "
+            f"got {key_padding_mask.size(1)}"
         )
     narrow = window is not None and window < keys
     if not is_causal or (length == 1 and not narrow):
@@ -72,7 +73,8 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def hide(padding: Tensor | None, seen: Tensor | int | None, x: Tensor) -> Tensor | None:
-    """What the gate must not see, [B, L]: padding, and what ``headwise.gates_see`` leaves out."""
+    """Tokens hidden from the gate, [B, L]: padding, and those that ``headwise.gates_see``
+    excludes."""
     if seen is None:
         return padding
     if padding is None:
@@ -90,7 +92,7 @@ def hide(padding: Tensor | None, seen: Tensor | int | None, x: Tensor) -> Tensor
 
 
 def is_own(linear: nn.Module) -> bool:
-    """Whether calling the module does nothing but multiply by its weight and add its bias."""
+    """Whether calling the module only multiplies by its weight and adds its bias."""
     return (
         type(linear) is nn.Linear
         and "forward" not in linear.__dict__

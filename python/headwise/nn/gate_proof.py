@@ -1,4 +1,4 @@
-"""Proofs of layers of headwise: with a gate, with a cache, with a choice that is kept."""
+"""Checks of headwise's layers: with a gate, with a cache, with a kept selection."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from headwise.nn.proof import (
 
 _ops = torch.ops.headwise
 
-#: Tokens of the prompt, and of prompt and step together, that a layer with a cache is tried on.
+#: Tokens of the prompt, and of prompt and step together, for trying a layer with a cache.
 _PROMPT, _WHOLE = 4, 5
 
 
 def layer_outputs(layer: nn.Module, draw: Draw) -> list[Tensor]:
-    """A trial of a layer of headwise, called as itself wherever it stands."""
+    """A trial of a headwise layer, called directly wherever it is in the model."""
     if not isinstance(layer, GroupedQueryAttention):
         widths = layer.embed_dim, layer.kdim, layer.vdim
         return multihead_outputs(layer, draw, widths, layer.batch_first, maps=False)
@@ -60,11 +60,11 @@ def _caller(layer: GroupedQueryAttention, draw: Draw) -> Callable[..., Tensor]:
 
 
 def check_gates(model: nn.Module) -> None:
-    """Runs each kind of gated layer on a few made-up tokens: it must compute what all of its heads
-    do, multiplied by the gate's weights; with a cache what it does without; and choose as its gate
-    and ``keep_selection`` say.
+    """Runs each kind of gated layer on a few made-up tokens: the output must equal that of all
+    heads, multiplied by the gate's weights; it must be the same with and without a cache; and the
+    choice must follow the gate and ``keep_selection``.
 
-    Gates that decide together with those of other layers are left out.
+    Gates that decide together with those of other layers are skipped.
 
     Raises:
         ValueError: a layer computes something else.
@@ -96,7 +96,7 @@ def _chosen_heads(layer: nn.Module, draw: Draw) -> list[Tensor]:
 
 
 def _every_head(layer: Any, draw: Draw) -> list[Tensor]:
-    layer._probe = lambda *_: None  # whoever looks at all heads makes the layer compute them
+    layer._probe = lambda *_: None  # a probe makes the layer compute all heads
     return _chosen_heads(layer, draw)
 
 
@@ -133,7 +133,7 @@ def _check_groups(layer: AttentionLayer, name: str, seen: list[Selection]) -> No
 
 
 def _check_kept(name: str, prompt: Selection, step: Selection) -> None:
-    """What was chosen by the prompt must be what a later step runs."""
+    """A later step must run what the prompt chose."""
     for what in ("weight", "count", "index"):
         before, after = (getattr(chosen, what).double().flatten() for chosen in (prompt, step))
         apart = (before - after).abs()
@@ -153,7 +153,7 @@ def _check_cache(
     chosen: tuple[Selection, Selection],
     written: list[Tensor],
 ) -> None:
-    """Prompt and step must compute what all tokens at once do with the same selections."""
+    """Prompt and step must give the same as all tokens at once with the same selections."""
 
     def whole(own: Any, draw: Draw) -> list[Tensor]:
         call, made = _caller(own, draw), []
@@ -173,7 +173,7 @@ def _check_cache(
 
 
 class _Given(nn.Module):
-    """Stands in for a gate: chooses what it was given."""
+    """Replaces a gate: chooses what it was given."""
 
     projects = False
     execution = "selected"

@@ -47,13 +47,13 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
 
     .. math:: y = W_O\,[w_1 A_1(x), \dots, w_H A_H(x)] + b_O
 
-    where :math:`w_h` is 0 for a head that was not chosen: in evaluation its query projection, its
+    where :math:`w_h` is 0 for a head that was not chosen: in evaluation, its query projection, its
     attention and its share of the output projection are not computed. Keys and values that a later
     step may need always are. :class:`headwise.GroupGate` chooses whole groups.
 
-    The gate sees what this call brings: the prompt, then each step's token. **In training on whole
-    sequences it therefore sees, through its pooling, tokens that a causal model must not know
-    yet**; :func:`headwise.gates_see` limits what it sees to the prompt or the first tokens.
+    The gate sees the tokens of the call: the prompt, then each step's token. **In training on whole
+    sequences it therefore sees, through its pooling, tokens that a causal model must not see yet**;
+    :func:`headwise.gates_see` limits what it sees to the prompt or the first tokens.
 
     Args:
         embed_dim: width of the model, D.
@@ -62,26 +62,26 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
         head_dim: width of a head, d; default ``embed_dim / num_heads``.
         dropout: dropout probability on the attention probabilities.
         bias: whether the query, key and value projections have a bias.
-        output_bias: whether the output projection has one; default: as ``bias``.
+        output_bias: whether the output projection has a bias; default: as ``bias``.
         scale: of the scores; default ``head_dim ** -0.5``.
         qk_norm_eps: epsilon of an RMS norm over each head of the queries and the keys, before they
             are rotated (Qwen3); None: no norm.
-        sliding_window: a query sees the last ``sliding_window`` keys, its own among them, where the
-            call is causal; None: all.
-        key_value_heads: the key/value head of each query head, ascending, where groups are of
-            different sizes (a pruned layer); default: groups of ``H / Hkv``.
+        sliding_window: in causal calls, a query sees the last ``sliding_window`` keys, including
+            its own; None: all.
+        key_value_heads: the key/value head of each query head, ascending, if groups differ in size
+            (a pruned layer); default: groups of ``H / Hkv``.
         keep_selection: with a cache, choose once, when it is empty (the prompt), and keep that
             choice for all later steps. Keys and values that no chosen head reads are then not
-            computed, and the cache holds no more key/value heads than the sequence of the batch
-            that reads most.
+            computed, and the cache holds only the key/value heads of the sequence in the batch that
+            reads the most.
         gate: a gate; an unbound one is bound to this layer's sizes.
         device: of the parameters.
         dtype: of the parameters.
 
     Parameters ``q_proj.weight [H d, D]``, ``k_proj.weight`` and ``v_proj.weight [Hkv d, D]``,
     ``o_proj.weight [D, H d]``, their ``bias``, and with ``qk_norm_eps`` ``q_norm.weight`` and
-    ``k_norm.weight [d]``. A projection that somebody replaced (an adapter, a quantized one) or
-    hooked is called as it is, for all heads.
+    ``k_norm.weight [d]``. A projection that was replaced (by an adapter or a quantized one) or has
+    hooks is called as it is, for all heads.
 
     Raises:
         ValueError: sizes that are not positive, ``num_key_value_heads`` that does not divide
@@ -127,7 +127,7 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
         device=None,
         dtype=None,
     ) -> None:
-        nn.Module.__init__(self)  # a subclass may stand in for somebody else's module, and be one
+        nn.Module.__init__(self)  # a subclass may also derive from the module that it replaces
         groups = num_heads if num_key_value_heads is None else num_key_value_heads
         check_group_sizes(embed_dim, num_heads, groups, head_dim, dropout, key_value_heads)
         if sliding_window is not None and sliding_window <= 0:
@@ -144,7 +144,7 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
         heads = None if key_value_heads is None else [int(group) for group in key_value_heads]
         if groups == 0 or (num_heads % groups == 0 and heads == even_groups(num_heads, groups)):
             heads = None
-        #: The key/value head of each query head; None where groups are of one size.
+        #: The key/value head of each query head; None if groups are of one size.
         self.key_value_heads: list[int] | None = heads
         self._set_place(device)
 
@@ -198,7 +198,7 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
 
     def _alike(self, sizes: Mapping[str, Any], **factory: Any) -> GroupedQueryAttention:
         """:meth:`_resized`, with biases in the projections that have one here: converted attention
-        may have some in its queries and values alone (Whisper)."""
+        may have biases only in its queries and values (Whisper)."""
         made = self._resized(sizes, **factory)
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             if getattr(self, name).bias is None:
@@ -216,8 +216,9 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
         return fitted.train(self.training)
 
     def pruned(self, entry: LayerPlan) -> GroupedQueryAttention:
-        """See :meth:`AttentionLayer.pruned`. Key/value heads that no kept head reads go too; where
-        the groups that are left differ in size, ``key_value_heads`` says who reads which."""
+        """See :meth:`AttentionLayer.pruned`. Key/value heads that no kept head reads are removed
+        too; if the remaining groups differ in size, ``key_value_heads`` maps query heads to
+        them."""
         groups = self.head_groups
         kept = sorted({groups[head] for head in entry.heads})
         sizes = {
@@ -249,8 +250,8 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
         return smaller.train(self.training)
 
     def trial_cache(self) -> Callable[[Tensor], LayerCache]:
-        """An empty cache of the kind that this layer's model hands it: of a call with ``x``
-        ``[B, L, D]``."""
+        """An empty cache of the kind that this layer's model passes: for a call with ``x`` ``[B, L,
+        D]``."""
         cache = KeyValueCache()
         return lambda x: cache
 
@@ -308,10 +309,11 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
                 cross-attention none.
             attn_mask: broadcastable to ``[B, H, L, S]``; boolean (True = may not attend) or
                 floating (added to the scores).
-            is_causal: a query sees the keys up to its own, the last query standing at the last key
-                (and with ``sliding_window`` only the last ones); False where ``attn_mask`` says it.
-            cache: takes this call's keys and values and gives those of all tokens; in
-                cross-attention those of ``memory``, which are computed in the first call only.
+            is_causal: a query sees the keys up to its own, with the last query aligned to the last
+                key (and with ``sliding_window`` only the last ones); False if ``attn_mask`` does
+                this.
+            cache: stores this call's keys and values and returns those of all tokens; in
+                cross-attention those of ``memory``, computed in the first call only.
             memory: ``[B, S, D]``: cross-attention, keys and values are those of this sequence, and
                 ``is_causal`` must be False.
             need_weights: also return the attention weights, before dropout; zeros for heads that
@@ -390,7 +392,7 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
     def _select(
         self, x: Tensor, padding: Tensor | None, cache: LayerCache | None
     ) -> Selection | None:
-        """The gate's choice, or what the cache kept of it; the observers see it."""
+        """The gate's choice, or the one that the cache kept; observers are called."""
         if self.gate is None:
             return None
         padding = hide(padding, self._seen, x)
@@ -442,7 +444,7 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
             if mask is not None and mask.dim() == 4:
                 own = part(mask)
                 own = own[:, heads] if own.size(1) > 1 else own
-            y, maps_of_plan = GroupedQueryAttention.forward(  # whatever it stands in for
+            y, maps_of_plan = GroupedQueryAttention.forward(  # not the subclass's forward
                 bank.packed(self, plan),
                 x[every],
                 None if rope is None else (part(rope[0]), part(rope[1])),
@@ -467,7 +469,7 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
         return output, weights
 
     def _groups(self, chosen: Selection | None, cache: LayerCache | None) -> Selection | None:
-        """The key/value heads that anyone reads, now or later; None: all."""
+        """The key/value heads that are read now or later; None: all."""
         if chosen is None or self.key_value_heads is not None:
             return None
         if cache is not None and not self.keep_selection:
@@ -480,7 +482,7 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
         return chosen._replace(index=index, count=count)
 
     def _slots(self, selection: Selection) -> Tensor | None:
-        """The key/value heads that a cache need hold for this selection, [B, K]; None: all."""
+        """The key/value heads that a cache must hold for this selection, [B, K]; None: all."""
         if self.training or self.key_value_heads is not None or torch.compiler.is_compiling():
             return None
         groups = self._groups(selection, None)
@@ -523,7 +525,7 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
         return self.dropout if self.training else 0.0
 
     def _for_each_head(self, shared: Tensor) -> Tensor:
-        """[B, Hkv, S, d] -> [B, H, S, d]: every query head's own."""
+        """[B, Hkv, S, d] -> [B, H, S, d]: one per query head."""
         if self._place is not None:
             return shared.index_select(1, self._place)
         if self.num_heads == self.num_key_value_heads:
@@ -620,7 +622,7 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
         padding: Tensor | None,
         self_attention: bool,
     ) -> None:
-        """Hands the probe what every head computed."""
+        """Passes the probe what every head computed."""
         k, v = self._for_each_head(k), self._for_each_head(v)
         q = q * (self.scale * math.sqrt(self.head_dim))  # what the default scale makes the scores
         probe = AttentionProbe(q, k, v, context, weight, *masks, padding, self_attention)

@@ -30,7 +30,7 @@ Probe = Callable[[str, AttentionLayer, AttentionProbe], None]
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """``model`` in evaluation mode; its modules' modes are afterwards as before."""
+    """``model`` in evaluation mode; afterwards its modules' modes are restored."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield model.eval()
@@ -40,7 +40,7 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
 
 
 class Instrumented:
-    """The attention layers of a model while :func:`instrument` is in force.
+    """The attention layers of a model inside :func:`instrument`.
 
     Attributes:
         model: the model.
@@ -55,14 +55,14 @@ class Instrumented:
     def observe(self, fn: Observer) -> None:
         """Calls ``fn(name, layer, selection, x, padding)`` whenever a gate, or an override, chose.
 
-        ``x`` ``[B, L, D]`` is what the gate was given, ``padding`` ``[B, L]`` which of its tokens
-        are padding (None: not known). Layers without a gate choose nothing. The chosen heads run as
-        fast as otherwise. Calls by other threads are not told of.
+        ``x`` ``[B, L, D]`` is the gate's input, ``padding`` ``[B, L]`` marks its padding tokens
+        (None: unknown). Layers without a gate choose nothing. Observing does not slow down the
+        chosen heads. Calls by other threads are not observed.
         """
         is_own = of_this_thread()
         for name, layer in self.layers.items():
 
-            @torch._dynamo.disable  # asks for the thread, which no graph can
+            @torch._dynamo.disable  # checks the thread, which a graph cannot
             def told(layer, selection, x, padding, name=name) -> None:
                 if is_own():
                     fn(name, layer, selection, x, padding)
@@ -73,12 +73,12 @@ class Instrumented:
     def override(self, fn: Override) -> None:
         """Lets ``fn(name, x, choose)`` select the heads of every call of every layer.
 
-        ``choose()`` gives what the layer would select itself: by its gate, or all heads if it has
-        none. A gate that is not asked is not run. Heads attend as with the layer's own gate. Of
-        several overrides, a later one is asked first.
+        ``choose()`` returns what the layer would select itself: by its gate, or all heads if it has
+        none. Without that call the gate is not run. Heads attend as with the layer's own gate. Of
+        several overrides, the last one is asked first.
 
         Raises:
-            ValueError: a layer has a bank of plans, each with a projection of its own.
+            ValueError: a layer has a bank of plans, each with its own projection.
             RuntimeError: (when called) another thread runs the model meanwhile.
         """
         fn = only_in_this_thread(fn)
@@ -90,7 +90,7 @@ class Instrumented:
                 )
         for name, layer in self.layers.items():
             own = layer.gate
-            place: Any = layer  # its gate is no Gate meanwhile
+            place: Any = layer  # its gate is not a Gate meanwhile
             place.gate = _Overridden(name, fn, own, layer.num_heads)
             self._undo.callback(setattr, layer, "gate", own)
 
@@ -127,7 +127,7 @@ def instrument(model: nn.Module, *, evaluate: bool = True) -> Iterator[Instrumen
             opened.observe(lambda name, layer, selection, x, padding: print(selection.count))
             model(**batch)
 
-    Afterwards the model is as it was, whatever happened. A block may stand within another one.
+    Afterwards the model is restored, whatever happened. Blocks may be nested.
 
     Args:
         model: a converted model.
@@ -148,7 +148,7 @@ def _remove(observers: list, told: Callable) -> None:
 
 
 class _Overridden(nn.Module):
-    """Takes the place of a layer's gate; what it does not decide is the gate's."""
+    """Replaces a layer's gate, and delegates to it what it does not decide."""
 
     def __init__(self, name: str, fn: Override, gate: nn.Module | None, num_heads: int) -> None:
         super().__init__()
@@ -185,11 +185,11 @@ class _Overridden(nn.Module):
 
 
 def scaled_heads(opened: Instrumented) -> dict[str, Tensor]:
-    """A factor for every head's output, for as long as ``opened`` lasts.
+    """A factor for every head's output, while ``opened`` is active.
 
     Returns layer name -> float ``[H]``, ones at first, to be written in place or replaced by other
-    tensors ``[H]``, differentiable ones too. A head whose factor is 0 does not run. If a layer has
-    a gate, the factors multiply the weights that it gives: a head that it did not choose stays off.
+    tensors ``[H]``, differentiable ones too. A head with factor 0 does not run. If a layer has a
+    gate, the factors multiply the weights that it gives: a head that it did not choose stays off.
     """
     scales = {
         name: torch.ones(layer.num_heads, device=layer.output_projection.weight.device)

@@ -1,4 +1,4 @@
-"""Running a model on batches, and what a search needs to go on where it was interrupted."""
+"""Running a model on batches, and what a search needs to resume after an interruption."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from headwise.nn.instrumenting import evaluating
 
 __all__ = ["example_losses"]
 
-#: ``(model, batch) -> loss``, of each example ``[B]``, or where a function says so their mean.
+#: ``(model, batch) -> loss``, of each example ``[B]``; some functions also accept their mean.
 LossFunction = Callable[[nn.Module, Any], Tensor]
 #: ``(model, batch) -> output``.
 ForwardFunction = Callable[[nn.Module, Any], Any]
@@ -26,14 +26,14 @@ def example_losses(model: nn.Module, batches: Iterable[Any], loss_fn: LossFuncti
     """float64 ``[N]``: the loss of every example, on the CPU.
 
     Raises:
-        ValueError: no batches, or a loss that is not a finite vector of one loss an example.
+        ValueError: no batches, or a loss that is not a finite vector with one loss per example.
     """
     found = []
     for batch in batches:
         loss = loss_fn(model, batch)
         if not isinstance(loss, Tensor) or loss.dim() != 1:
             raise ValueError(
-                "loss_fn must return one loss an example [B], got "
+                "loss_fn must return one loss per example [B], got "
                 + (f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss))
             )
         found.append(loss.double().cpu())
@@ -46,7 +46,7 @@ def example_losses(model: nn.Module, batches: Iterable[Any], loss_fn: LossFuncti
 
 
 def contents_of(model: nn.Module, batches: Sequence[Any]) -> dict[str, str]:
-    """What of a search's key a model and data are: their fingerprints."""
+    """The fingerprints of model and data in a search's key."""
     return {"model": fingerprint(model), "data": fingerprint(batches)}
 
 
@@ -54,13 +54,13 @@ def contents_of(model: nn.Module, batches: Sequence[Any]) -> dict[str, str]:
 def check_journal_loss(
     journal: Store, model: nn.Module, batches: Sequence[Any], loss_fn: LossFunction
 ) -> None:
-    """Refuses to go on from a journal that another loss was written to.
+    """Raises an error for a journal of another loss.
 
-    The mean loss of the first batch goes into the journal; one that is there must be the same up to
-    rounding.
+    The mean loss of the first batch is written to the journal; an existing one must be the same up
+    to rounding.
 
     Raises:
-        ValueError: it is not.
+        ValueError: it differs.
     """
     if journal.path is None:
         return

@@ -11,21 +11,20 @@ from headwise.gates.selection import Selection
 
 
 class LayerCache(Protocol):
-    """What :class:`headwise.GroupedQueryAttention` asks of the cache that its model hands it.
+    """The interface of a cache for :class:`headwise.GroupedQueryAttention`.
 
     Attributes:
-        selection: what the layer keeps of the prompt's selection (``keep_selection``); None while
-            the sequence has none.
-        slots: int64 ``[B, K]``: the key/value heads that the layer keeps here for each sequence,
-            where they are not all; it writes and reads this, and hands K instead of Hkv heads.
+        selection: the prompt's selection (``keep_selection``); None if there is none yet.
+        slots: int64 ``[B, K]``: the key/value heads stored for each sequence, if not all; the layer
+            writes and reads this, and passes K instead of Hkv heads.
     """
 
     selection: Selection | None
     slots: Tensor | None
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Takes the new keys and values ``[B, Hkv, L, d]``; returns all there are,
-        ``[B, Hkv, S, d]``, the new ones last (or where the mask of the same call says)."""
+        """Appends the new keys and values ``[B, Hkv, L, d]``; returns all of them, ``[B, Hkv, S,
+        d]``, the new ones last (or where the mask of the same call says)."""
         ...
 
     def held(self) -> tuple[Tensor, Tensor] | None:
@@ -35,7 +34,7 @@ class LayerCache(Protocol):
 
 
 class KeyValueCache:
-    """One layer's keys and values, which grow with every call.
+    """One layer's keys and values, appended with every call.
 
     ::
 
@@ -68,8 +67,8 @@ class KeyValueCache:
         return None if self.k is None or self.v is None else (self.k, self.v)
 
     def select_rows(self, rows: Tensor) -> None:
-        """Goes on with the sequences ``rows``, int64 ``[B']``: some of them, in another order, or
-        some of them twice. What is kept of their selection goes with them."""
+        """Selects the sequences ``rows``, int64 ``[B']``: some of them, in another order, or
+        repeated. Their kept selection moves with them."""
 
         def select(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.index_select(0, rows.to(tensor.device))
@@ -81,7 +80,7 @@ class KeyValueCache:
             )
 
     def crop(self, length: int) -> None:
-        """Forgets all tokens but the first ``length``; with 0 the sequences too.
+        """Drops all tokens after the first ``length``; with 0 the sequences too.
 
         Raises:
             ValueError: ``length`` is negative.

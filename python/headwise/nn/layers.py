@@ -16,8 +16,8 @@ def attention_layers(model: nn.Module) -> dict[str, AttentionLayer]:
     :class:`headwise.MultiheadAttention` and :class:`headwise.GroupedQueryAttention`.
 
     The order is that in which the modules were defined, which for the supported architectures is
-    the order in which they run. A layer that stands in a model twice (tied) comes once, under its
-    first name. The name of a model that is itself a layer is ``""``.
+    the order in which they run. A layer that occurs twice in a model (tied) is listed once, under
+    its first name. The name of a model that is itself a layer is ``""``.
 
     Raises:
         TypeError: ``model`` is not a ``torch.nn.Module``.
@@ -30,7 +30,7 @@ def attention_layers(model: nn.Module) -> dict[str, AttentionLayer]:
 
 
 def head_groups(model: nn.Module) -> dict[str, list[int]]:
-    """For each layer of :func:`attention_layers` and each of its heads the number of its group.
+    """For each layer of :func:`attention_layers`, the group number of each of its heads.
 
     The query heads of a group share a key/value head (:class:`headwise.GroupedQueryAttention`); in
     other layers each head is a group.
@@ -42,7 +42,7 @@ def head_groups(model: nn.Module) -> dict[str, list[int]]:
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
-    """Puts ``new`` wherever ``old`` stands in ``model``; returns the model, or its successor."""
+    """Replaces ``old`` by ``new`` everywhere in ``model``; returns the model, or ``new``."""
     if old is model:
         return new
     for parent in list(model.modules()):
@@ -53,7 +53,7 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Modul
 
 
 def carry_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Moves the hooks that were registered on ``old`` to ``new``; their handles know them there."""
+    """Moves the hooks that were registered on ``old`` to ``new``; their handles stay valid."""
     for attribute, hooks in vars(old).items():
         if "hooks" in attribute and isinstance(hooks, MutableMapping):
             hooks.update(vars(new).get(attribute, {}))

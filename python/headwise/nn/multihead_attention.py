@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 __all__ = ["AttentionProbe", "MultiheadAttention"]
 
 _ops = torch.ops.headwise
-# Torch's own, also where somebody puts this module in its place in torch.nn.
+# Torch's own class, even if someone replaces it in torch.nn by this module.
 _TorchMultiheadAttention = nn.MultiheadAttention
 
 
 class MultiheadAttention(AttentionLayer, nn.MultiheadAttention):
-    r"""``torch.nn.MultiheadAttention`` in which every input chooses its heads.
+    r"""``torch.nn.MultiheadAttention`` with heads chosen by every input.
 
     The arguments, their defaults, the parameters and the keys of ``state_dict`` are those of
     :class:`torch.nn.MultiheadAttention` ("Attention Is All You Need", arXiv 1706.03762); without a
@@ -47,16 +47,16 @@ class MultiheadAttention(AttentionLayer, nn.MultiheadAttention):
         num_heads: heads of the layer, H.
         dropout: dropout probability on the attention probabilities.
         bias: whether the input and output projections have a bias.
-        add_bias_kv: one more, learned, row of keys and values.
-        add_zero_attn: one more row of zeros in keys and values.
+        add_bias_kv: add a learned row of keys and values.
+        add_zero_attn: add a row of zeros to keys and values.
         kdim: features of the keys; default ``embed_dim``.
         vdim: features of the values; default ``embed_dim``.
         batch_first: inputs and output are ``[B, L, D]`` instead of ``[L, B, D]``.
         device: of the parameters.
         dtype: of the parameters.
         gate: a gate; an unbound one (``hw.BudgetGate(keep=0.5)``) is bound to this layer's sizes.
-        head_dim: width of a head, where it is not ``embed_dim / num_heads`` (a pruned layer).
-            ``num_heads`` may then be 0: the output is the output bias.
+        head_dim: width of a head, if not ``embed_dim / num_heads`` (a pruned layer). ``num_heads``
+            may then be 0: the output is the output bias.
 
     Raises:
         ValueError: sizes that are not positive, a head count that does not divide ``embed_dim``
@@ -64,9 +64,8 @@ class MultiheadAttention(AttentionLayer, nn.MultiheadAttention):
 
     Note:
         The attention weights that ``need_weights=True`` (torch's default) returns are zeros for
-        heads that did not run. They cost a dense ``[B, H, L, S]`` computation of their own;
-        pass ``need_weights=False`` where they are not needed. They are the probabilities before
-        dropout.
+        heads that did not run. They cost an extra dense ``[B, H, L, S]`` computation; pass
+        ``need_weights=False`` if you do not need them. They are the probabilities before dropout.
 
     Example:
         >>> mha = MultiheadAttention(768, 12, gate=BudgetGate(keep=0.5), batch_first=True)
@@ -194,9 +193,9 @@ class MultiheadAttention(AttentionLayer, nn.MultiheadAttention):
         """Whether torch's own module computes the same thing."""
         return self.gate is None and self._probe is None
 
-    # torch.nn.TransformerEncoderLayer reads this attribute, and where it is True it may hand this
-    # layer's weights to one fused kernel without calling this module. A layer that a gate or a
-    # recorder stands in must be called, so here it says False.
+    # torch.nn.TransformerEncoderLayer reads this attribute, and if it is True it may pass this
+    # layer's weights to one fused kernel without calling this module. A layer with a gate or a
+    # recorder must be called, so it is False here.
     @property
     def _qkv_same_embed_dim(self) -> bool:
         return self._same_embed_dim and self._is_plain and self._has_standard_width
@@ -277,18 +276,18 @@ class MultiheadAttention(AttentionLayer, nn.MultiheadAttention):
                 (added to the scores).
             need_weights: also return the attention weights.
             attn_mask: ``[L, S]`` or ``[B * H, L, S]``; boolean (True = may not attend) or floating.
-            average_attn_weights: return one map, averaged over the H heads, not one a head.
+            average_attn_weights: average the weights over the H heads.
             is_causal: a hint that ``attn_mask`` is the causal mask.
 
         Returns:
             The output, shaped as ``query``, and the weights: ``[B, L, S']`` averaged, ``[B, H, L,
-            S']`` a head, without B where the input is unbatched, or None.
+            S']`` per head, without B if the input is unbatched, or None.
 
         Raises:
             ValueError: a shape that does not fit, or (on a CPU) a gate whose relevance is not
                 finite.
             TypeError: an input that is not floating, a mask that is neither boolean nor floating.
-                Or an ``out_proj`` that something was wrapped around: its weight is read.
+                Or a wrapped ``out_proj``: its weight is read.
             RuntimeError: ``is_causal`` without ``attn_mask``.
         """
         if self._is_plain and self._has_standard_width:
@@ -329,7 +328,7 @@ class MultiheadAttention(AttentionLayer, nn.MultiheadAttention):
         return output if self.batch_first else output.transpose(0, 1), weights
 
     def _head_inputs(self, inputs: AttentionInputs) -> tuple[HeadInputs | None, Tensor | None]:
-        """What a gate that chooses by queries and keys is given, and values ``[B, H, S', d]``."""
+        """The inputs of a gate that chooses by queries and keys, and values ``[B, H, S', d]``."""
         if self.gate is None or not self.gate.reads_heads:
             return None, None
         if not self.gate.attends:  # values are projected later, for the chosen heads only
@@ -348,10 +347,10 @@ class MultiheadAttention(AttentionLayer, nn.MultiheadAttention):
         return heads, v
 
     def _select(self, inputs: AttentionInputs, heads: HeadInputs | None) -> Selection | None:
-        """The gate's choice; the observers see it."""
+        """The gate's choice; observers are called."""
         if self.gate is None:
             return None
-        # The mask is about keys: it says which queries are padding only where they are the same.
+        # The mask is about keys: it applies to queries only if they are the same sequence.
         padding = inputs.key_padding_mask if inputs.query_is_key else None
         selection = self.gate(inputs.query, padding, *(() if heads is None else (heads,)))
         if self._observers and not recomputing():

@@ -1,5 +1,5 @@
-"""Cheap proofs that a change of a model left what it computes: a layer of each kind, before and
-after, on a few made-up tokens; and changes of a model that happen whole or not at all.
+"""Cheap checks that a change of a model did not change its outputs: a layer of each kind, before
+and after, on a few made-up tokens; and changes that are undone if they fail.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-#: What two ways of computing the same may differ by, of the largest output.
+#: Relative tolerance between two ways of computing the same, of the largest output.
 TOLERANCE = {
     torch.float64: 1e-9,
     torch.float32: 2e-4,
@@ -29,7 +29,7 @@ _HELD = (dict, OrderedDict, list, set)
 
 @contextlib.contextmanager
 def unchanged_on_error(model: nn.Module) -> Iterator[None]:
-    """What the block does to the modules of ``model`` is undone if it raises.
+    """Undoes what the block did to the modules of ``model`` if it raises.
 
     That is their attributes, children, parameters, buffers and hooks, not the numbers in tensors.
     """
@@ -89,10 +89,9 @@ class Draw:
 def bare(
     module: nn.Module, dtype: torch.dtype | None = None, _made: dict[int, Any] | None = None
 ) -> nn.Module:
-    """A copy in evaluation mode without hooks and recorders, to be called and thrown away.
+    """A temporary copy in evaluation mode without hooks and recorders.
 
-    Its parameters are the very ones of ``module``; with ``dtype`` they are copies in it. Buffers
-    are copies.
+    It shares the parameters of ``module``; with ``dtype`` they are copies. Buffers are copies.
     """
     made = {} if _made is None else _made
     if id(module) in made:
@@ -125,10 +124,10 @@ def bare(
 
 
 class Place(NamedTuple):
-    """What a module computes in, and where.
+    """The dtype and device of a module.
 
-    ``mixed``: its parameters have several dtypes, or one that nothing is known of, so that copies
-    in float64 are compared.
+    ``mixed``: its parameters have several dtypes, or an unknown one, so that copies in float64 are
+    compared.
     """
 
     dtype: torch.dtype
@@ -156,7 +155,7 @@ def place_of(module: nn.Module) -> Place | None:
 
 
 def outputs(module: nn.Module, trial: Trial, draw: Draw) -> list[Tensor]:
-    """What ``trial`` makes of a :func:`bare` module."""
+    """The outputs of ``trial`` on a :func:`bare` module."""
     with torch.no_grad(), torch.autocast(draw.device.type, enabled=False):
         return [output for output in trial(module, draw) if output is not None]
 
@@ -170,11 +169,11 @@ def disagreement(
         expected: of the module before the change.
         actual: of the module after it.
         exact: the outputs before the change, in float64; asked only if the others differ by more
-            than :data:`TOLERANCE`. What is no further from these than a few times what ``expected``
-            is has been rounded otherwise.
+            than :data:`TOLERANCE`. An output within a few times the error of ``expected`` differs
+            only by rounding.
     """
     if not all(bool(output.isfinite().all()) for output in expected):
-        return None  # weights that are not numbers prove nothing
+        return None  # NaN weights prove nothing
     worst = _largest_difference(expected, actual)
     if worst is None:
         shapes = [[list(o.shape) for o in side] for side in (expected, actual)]
@@ -216,8 +215,8 @@ def _largest_difference(
 def multihead_outputs(
     mha: nn.Module, draw: Draw, widths: tuple[int, int, int], batch_first: bool, maps: bool = True
 ) -> list[Tensor]:
-    """A trial of ``torch.nn.MultiheadAttention`` and what stands in for it: with padding, with a
-    mask, with queries of another sequence; with or without attention maps."""
+    """A trial of ``torch.nn.MultiheadAttention`` and its replacements: with padding, with a mask,
+    with queries of another sequence; with or without attention weights."""
 
     def sequence(length: int, width: int) -> Tensor:
         tokens = draw(2, length, width)
@@ -235,12 +234,12 @@ def multihead_outputs(
 
 
 def called(module: nn.Module, name: str) -> str:
-    """What an error calls the module ``name`` of a model."""
+    """The module ``name`` of a model, as errors call it."""
     return f"'{name}' ({type(module).__name__})" if name else type(module).__name__
 
 
 def refusal(name: str, reason: str) -> ValueError:
-    """What a change raises that would not leave what a module computes."""
+    """The error of a change that would change a module's outputs."""
     return ValueError(
         f"{name} would not compute what it did: {reason}; model is as it was "
         f"(verify=False changes it all the same)"
@@ -248,7 +247,7 @@ def refusal(name: str, reason: str) -> ValueError:
 
 
 class Proof:
-    """What a module computes on made-up tokens, to be compared with what comes in its place."""
+    """A module's outputs on made-up tokens, to be compared with its replacement's."""
 
     def __init__(self, module: nn.Module, name: str, trial: Trial, place: Place):
         self._name = called(module, name)
@@ -258,10 +257,10 @@ class Proof:
 
     @staticmethod
     def of(module: nn.Module, name: str, trial: Trial | None) -> Proof | None:
-        """None: it cannot be tried, for want of a trial or because it is nowhere, or in pieces.
+        """None: it cannot be tried, because it has no trial or no single device.
 
         Raises:
-            ValueError: it cannot be called as its class can.
+            ValueError: it cannot be called like its class.
         """
         place = place_of(module)
         if trial is None or place is None:
@@ -276,10 +275,10 @@ class Proof:
             ) from error
 
     def check(self, after: nn.Module, trial: Trial | None = None) -> None:
-        """Compares ``after``, which is called by ``trial`` (default: as the first module was).
+        """Compares ``after``, called by ``trial`` (default: like the first module).
 
         Raises:
-            ValueError: it computes something else, or cannot be called.
+            ValueError: its outputs differ, or it cannot be called.
         """
         try:
             actual = outputs(self._place.bare(after), trial or self._trial, self._place.draw())
@@ -299,7 +298,7 @@ class Proof:
 
 
 def kind_of(module: nn.Module) -> Hashable:
-    """Equal for modules that differ in the values of their tensors at most: one proof does for
+    """Equal for modules that differ at most in the values of their tensors: one check covers
     all."""
     config = vars(module).get("config")
     return (

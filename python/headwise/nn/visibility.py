@@ -18,10 +18,10 @@ __all__ = ["gates_see"]
 def gates_see(model: nn.Module, tokens: Tensor | int) -> Iterator[None]:
     """The gates of a decoder see only these tokens inside the ``with`` block.
 
-    A gate that pools a whole sequence lets every position know, through which heads run, something
-    of the tokens that come after it. In training a causal language model on whole sequences that is
-    a leak of what is to be predicted; a model that generates has no such tokens. Two ways are free
-    of it: let the gates see only the prompt, and count the loss of the answer alone,
+    A gate that pools a whole sequence leaks information about later tokens to every position,
+    through the choice of heads. In training a causal language model on whole sequences, that leaks
+    what is to be predicted; in generation there are no later tokens. Two ways avoid it: let the
+    gates see only the prompt, and compute the loss on the answer alone,
 
     ::
 
@@ -29,7 +29,7 @@ def gates_see(model: nn.Module, tokens: Tensor | int) -> Iterator[None]:
         with hw.gates_see(model, labels == -100):       # [B, L]: True = may be seen
             loss = model(input_ids, labels=labels).loss + hw.penalty(model)
 
-    or let them see the first n tokens, and leave those out of the loss: ``hw.gates_see(model, n)``.
+    or let them see the first n tokens, and exclude those from the loss: ``hw.gates_see(model, n)``.
     Both fit ``convert(..., keep_selection=True)``, which in generation chooses by the prompt alone.
     Padding is never seen. A sequence of which nothing may be seen is chosen for as one of nothing
     but padding.

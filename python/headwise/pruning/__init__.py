@@ -1,4 +1,4 @@
-"""Scores of heads, plans of what stays, and pruning models by them."""
+"""Head scores, plans, and pruning models by plans."""
 
 from headwise.pruning.alpha import AlphaSearch, select_alpha
 from headwise.pruning.apply import mask, plan_from_gates, plan_from_use, prune, unmask

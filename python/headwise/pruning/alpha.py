@@ -27,7 +27,7 @@ class AlphaSearch:
         alpha: the best one.
         scores: its scores.
         plan: its plan.
-        values: every alpha that was tried -> the mean loss of the model that its plan leaves.
+        values: every alpha that was tried -> the mean loss of the model pruned by its plan.
     """
 
     alpha: float
@@ -49,28 +49,28 @@ def select_alpha(
     min_heads_per_layer: int = 0,
     progress: bool | None = None,
 ) -> AlphaSearch:
-    """The alpha of :func:`headwise.pruning.hies` whose plan does best, as the paper tunes it.
+    """The alpha of :func:`headwise.pruning.hies` with the best plan, as the paper tunes it.
 
     arXiv 2510.13832. The plan whose pruned model has the lowest mean loss. Alphas that give the
-    same plan are evaluated once. Of equally good ones the largest is taken: the nearest to
-    importance alone.
+    same plan are evaluated once. Of equally good ones the largest wins: the nearest to importance
+    alone.
 
     Args:
-        model: a converted or convertible model; it is left as it was.
-        batches: whatever ``loss_fn`` takes: data that the scores and the final test do not see.
+        model: a converted or convertible model; it is restored.
+        batches: input of ``loss_fn``: data that the scores and the final test do not see.
         loss_fn: ``(model, batch) -> [B]``, one loss per example, the smaller the better; the error
             (0 or 1) measures accuracy.
         importance: per-example importance.
         entropy: normalised attention entropy.
         keep: the fraction of heads that plans keep.
         alphas: what to try, each in [0, 1].
-        scope: over what :func:`headwise.pruning.hies` scales.
+        scope: the heads over which :func:`headwise.pruning.hies` scales.
         min_heads_per_layer: heads that every layer keeps.
         progress: a progress bar on stderr; None: after two seconds, on a terminal.
 
     Raises:
-        ValueError: no alphas, no batches, a loss that is not finite or not one per example, or what
-            :func:`headwise.pruning.hies` and :func:`headwise.plan` raise.
+        ValueError: no alphas, no batches, a loss that is not finite or not one per example, or an
+            error of :func:`headwise.pruning.hies` or :func:`headwise.plan`.
     """
     if not alphas:
         raise ValueError("alphas must not be empty")

@@ -30,7 +30,7 @@ __all__ = ["mask", "plan_from_gates", "plan_from_use", "prune", "unmask"]
 
 NOT_CONVERTED = "model ({}) has no headwise.MultiheadAttention: call headwise.convert first"
 
-#: Metric of the plans of :func:`plan_from_use`, which stand for gates that choose for each input.
+#: Metric of the plans of :func:`plan_from_use`, made from gates that choose for each input.
 USE = "use"
 
 
@@ -47,27 +47,27 @@ def prune(
 
     A kept head's rows of the query, key and value projections and its columns of the output
     projection stay (with their biases), the columns multiplied by the head's scale; the rest is
-    gone. The result computes what ``mask(model, plan)`` computes, with physically smaller layers:
-    ``num_heads`` is what is left, down to 0, where a layer's output is its output bias;
+    removed. The result computes the same as ``mask(model, plan)``, with physically smaller layers:
+    ``num_heads`` is the number of remaining heads, down to 0 (the output is then the output bias);
     ``head_dim`` stays. Layers may keep different numbers of heads, and layers that the plan does
-    not name are left as they are. Parameters of pruned layers are new: build the optimizer after.
+    not name are unchanged. Parameters of pruned layers are new: create the optimizer afterwards.
 
     A :class:`~headwise.pruning.StructurePlan` also removes neurons, whole blocks and hidden
     dimensions. A removed block leaves a layer without heads, or neurons, and without biases,
-    and in a post-norm layer no layer norm after it; dimensions go from everything that reads or
-    writes the residual stream.
+    and in a post-norm layer no layer norm after it; dimensions are removed from everything that
+    reads or writes the residual stream.
 
     Args:
         model: a converted model. The gates of the layers that are pruned must choose the same heads
             for every input (:class:`~headwise.FixedGate`, a trained static
-            :class:`~headwise.HardConcreteGate`), or the plan must be of what they were seen to
-            choose (:func:`plan_from_use`); the plan replaces them, as in :func:`mask`.
+            :class:`~headwise.HardConcreteGate`), or the plan must come from their observed choices
+            (:func:`plan_from_use`); the plan replaces them, as in :func:`mask`.
         plan: which heads of which layer stay, by the names of :func:`headwise.attention_layers`.
-            None: what the model's gates choose (:func:`plan_from_gates`), so that trained static
-            gates are compacted in one call.
-        repair: calibration batches, by which what is left makes up for what was pruned, without
-            training: see :func:`headwise.repair`. None: weights stay as they are.
-        forward_fn: how ``repair`` runs the model on a batch: see :func:`headwise.repair`.
+            None: the choice of the model's gates (:func:`plan_from_gates`), so that trained static
+                gates are compacted in one call.
+        repair: calibration batches, with which the remaining weights are adjusted to compensate for
+            the pruned ones, without training: see :func:`headwise.repair`. None: no repair.
+        forward_fn: runs the model on a batch for ``repair``: see :func:`headwise.repair`.
         inplace: change ``model`` itself instead of a copy.
         verify: run one layer of each kind that a :class:`~headwise.HeadPlan` prunes, masked and
             pruned, on a few made-up tokens; of a :class:`~headwise.pruning.StructurePlan` all
@@ -77,10 +77,10 @@ def prune(
         The smaller model: a copy, or ``model`` (its successor, if it is itself a layer).
 
     Raises:
-        ValueError: the plan names a layer that is not there or has another number of heads, or a
-            layer it prunes has a gate that chooses for each input; or what is left does not
-            compute what the masked model does (``verify``). ``model`` is then unchanged.
-        TypeError: something was wrapped around a projection. ``model`` is then unchanged.
+        ValueError: the plan names a layer that does not exist or has another number of heads, or a
+            layer it prunes has a gate that chooses for each input; or the pruned model does not
+            compute the same as the masked one (``verify``). ``model`` is then unchanged.
+        TypeError: a projection is wrapped. ``model`` is then unchanged.
     """
     if repair is not None:
         dense = copy.deepcopy(model) if inplace else model
@@ -98,7 +98,7 @@ def prune(
         if layer.gate.static_weight() is None:
             raise ValueError(
                 f"layer '{name}' has a {type(layer.gate).__name__}, which chooses among the heads "
-                "it was trained with: take it out first (layer.set_gate(None)), or prune by a plan "
+                "it was trained with: remove it first (layer.set_gate(None)), or prune by a plan "
                 "of its choices (headwise.pruning.plan_from_use)"
             )
     if not inplace:
@@ -123,7 +123,7 @@ def prune(
 
 
 def _as_gate(entry: LayerPlan) -> FixedGate:
-    """The gate that does what ``entry`` says."""
+    """The gate for ``entry``."""
     scale = [0.0] * entry.num_heads
     for head, value in zip(entry.heads, entry.scale, strict=True):
         scale[head] = value
@@ -131,18 +131,18 @@ def _as_gate(entry: LayerPlan) -> FixedGate:
 
 
 def mask(model: nn.Module, plan: HeadPlan | StructurePlan) -> nn.Module:
-    """Puts ``plan`` on ``model`` as gates, in place: what it drops is not computed, but stays.
+    """Masks ``model`` by ``plan`` with gates, in place: dropped heads are not computed, but kept.
 
-    Every layer that the plan names gets a :class:`~headwise.FixedGate` with the plan's scales, in
-    place of the gate it has. Of a :class:`~headwise.pruning.StructurePlan`, what is not a head is
-    masked by hooks, and computed; heads get a gate that belongs to the plan. It takes the place of
-    an earlier structure plan; :func:`unmask` takes it off.
+    Every layer that the plan names gets a :class:`~headwise.FixedGate` with the plan's scales,
+    which replaces its gate. With a :class:`~headwise.pruning.StructurePlan`, heads get a gate that
+    belongs to the plan; everything else is computed and masked by hooks. It replaces an earlier
+    structure plan; :func:`unmask` removes it.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: the plan names a layer that is not there or has another number of heads.
+        ValueError: the plan names a layer that does not exist or has another number of heads.
             ``model`` is then unchanged.
     """
     if isinstance(plan, StructurePlan):
@@ -159,11 +159,11 @@ def mask(model: nn.Module, plan: HeadPlan | StructurePlan) -> nn.Module:
 
 
 def plan_from_gates(model: nn.Module) -> HeadPlan:
-    """The plan that the static gates of ``model`` amount to in evaluation.
+    """The plan that is equivalent to the static gates of ``model`` in evaluation.
 
-    A head's scale is the weight that its gate gives it (of a trained hard-concrete gate, its value
-    in (0, 1]); heads of weight 0 are dropped. Layers without a gate are not in the plan.
-    ``prune(model)`` applies it.
+    A head's scale is its weight from the gate (of a trained hard-concrete gate, its value in (0,
+    1]); heads of weight 0 are dropped. Layers without a gate are not in the plan. ``prune(model)``
+    applies it.
 
     Raises:
         ValueError: no layer has a gate, or one has a gate whose choice depends on the input (see
@@ -197,24 +197,24 @@ def plan_from_use(
     keep: float | None = None,
     progress: bool | None = None,
 ) -> HeadPlan:
-    """The heads that the gates of ``model`` ran most often over some data: a way to a smaller,
-    static model from one whose gates choose for each input.
+    """The heads that the gates of ``model`` ran most often on some data: a smaller, static model
+    from one with gates that choose for each input.
 
-    No plan computes what such gates compute. This one keeps, in one ranking over all layers, the
-    heads with the largest share of inputs that ran them; a head's scale is the mean weight that it
-    had when it ran. Measure what that costs, or train on after. ``prune(model, plan)`` applies it,
-    and takes the gates out.
+    No plan computes the same as such gates. This one keeps, in one ranking over all layers, the
+    heads with the largest share of inputs that ran them; a head's scale is its mean weight when it
+    ran. Measure what that costs, or fine-tune afterwards. ``prune(model, plan)`` applies it and
+    removes the gates.
 
     Args:
-        model: a converted model with gates; runs in evaluation mode and is afterwards as it was.
-        batches: what ``forward_fn`` takes.
+        model: a converted model with gates; runs in evaluation mode and is restored.
+        batches: input of ``forward_fn``.
         forward_fn: ``(model, batch)`` runs the model; its result is not used.
         keep: the share of the gated layers' heads that stays, in (0, 1]; default: the mean share
             that ran.
         progress: a progress bar on stderr; None: after two seconds, on a terminal.
 
     Returns:
-        A plan of metric ``"use"`` of the layers with a gate.
+        A plan with metric ``"use"`` for the layers with a gate.
 
     Raises:
         ValueError: no layer has a gate, ``batches`` are empty, or ``keep`` is out of range.
@@ -265,10 +265,10 @@ def _watching(layer: AttentionLayer, seen: list[tuple[Tensor, Tensor]]) -> Itera
 
 
 def unmask(model: nn.Module) -> nn.Module:
-    """Takes the :class:`~headwise.pruning.StructurePlan` that :func:`mask` put on ``model`` off.
+    """Removes the :class:`~headwise.pruning.StructurePlan` that :func:`mask` put on ``model``.
 
     Returns:
-        ``model``, changed in place. Gates that stood where the plan's gates came are not put back.
+        ``model``, changed in place. Gates that the plan's gates replaced are not restored.
     """
     return detach(model)
 
@@ -278,7 +278,7 @@ def _prune_structure(
 ) -> nn.Module:
     found = structure(model)
     check_plan(found, plan)
-    replaced = _names(plan.heads)  # layers whose gates the plan stands for
+    replaced = _names(plan.heads)  # layers whose gates the plan replaces
     cut = replaced | {block.name for block in plan.blocks}
     for name, layer in found.attention.items():
         if layer.gate is None or isinstance(layer.gate, StructureGate):
@@ -287,7 +287,7 @@ def _prune_structure(
             continue
         if name in cut or plan.hidden is not None:
             raise ValueError(
-                f"layer '{name}' has a {type(layer.gate).__name__}: take it out first "
+                f"layer '{name}' has a {type(layer.gate).__name__}: remove it first "
                 f"(layer.set_gate(None))"
             )
     if not inplace:
@@ -312,7 +312,7 @@ def _check(model: nn.Module, plan: HeadPlan) -> None:
     for entry in plan.layers:
         if entry.name not in layers:
             raise ValueError(
-                f"plan names layer '{entry.name}', which model has not; "
+                f"plan names layer '{entry.name}', which model does not have; "
                 f"it has {', '.join(map(repr, layers))}"
             )
         if entry.num_heads != layers[entry.name].num_heads:

@@ -1,4 +1,5 @@
-"""Banks: several plans for a model, each with its repair, and a router that picks by the input."""
+"""Banks: several plans for a model, each with its repair, and a router that picks one by the
+input."""
 
 from __future__ import annotations
 
@@ -25,24 +26,24 @@ from headwise.pruning.scores import HeadScores
 
 __all__ = ["Bank", "PlanChoice", "fit_bank", "following", "plan_choices", "refit_router"]
 
-#: Starts of k-means; the tightest clusters are taken.
+#: Starts of k-means; the tightest clusters win.
 _STARTS = 4
 _ITERATIONS = 100
-#: How many of its inputs stand for a cluster.
+#: How many typical inputs represent a cluster.
 _TYPICAL = 5
 
 
 @dataclass(frozen=True)
 class Bank:
-    """What :func:`fit_bank` made.
+    """The result of :func:`fit_bank`.
 
     Attributes:
         model: the model with a :class:`~headwise.gates.BankGate` in every attention layer.
         plans: the plan of each cluster.
-        clusters: int64 ``[N]``: the cluster that each calibration input was counted to.
+        clusters: int64 ``[N]``: the cluster of each calibration input.
         routed: share of the calibration inputs that the router sends to their own cluster.
-        typical: of each cluster the numbers of its calibration inputs that are nearest to its
-            centroid, nearest first: what they have in common is what the cluster is about.
+        typical: for each cluster, the numbers of the calibration inputs nearest to its centroid,
+            nearest first: they show what the cluster has in common.
     """
 
     model: nn.Module
@@ -54,14 +55,14 @@ class Bank:
 
 @dataclass(frozen=True)
 class PlanChoice:
-    """The plan that one input follows, and how clear that was.
+    """The plan of one input, and how clear the choice was.
 
     Attributes:
         plan: its number.
-        name: what it is called.
+        name: its name.
         score: of the plan, by the router.
-        next_plan: the plan that came second; None: the bank has one plan.
-        margin: by how much the second plan's score is lower; 0 where there is none.
+        next_plan: the second-best plan; None: the bank has one plan.
+        margin: by how much the second plan's score is lower; 0 if there is none.
         heads: of each layer, by name, the heads that run.
     """
 
@@ -90,15 +91,15 @@ def fit_bank(
     seed: int = 0,
     progress: bool | None = None,
 ) -> Bank:
-    """Several plans for a model, of one size, and a router that picks one for each input.
+    """Several plans of one size for a model, and a router that picks one for each input.
 
     1. The inputs' features are read where the router will read them: the input of attention layer
        number ``at`` of the dense model, whose layers before it are pruned alike for all inputs.
-    2. Unless ``clusters`` says which input belongs together (tasks, domains), k-means does.
-    3. Each cluster gets the plan that its own inputs' scores say, at the same total of heads, and
-       its own repair (:func:`headwise.repair` with the cluster as its members).
-    4. The router is the nearest centroid, or a linear softmax fitted to the clusters; it reads what
-       the pruned layers before it write.
+    2. Unless ``clusters`` (tasks, domains) says which inputs belong together, k-means does.
+    3. Each cluster gets the plan by its own inputs' scores, with the same total of heads, and its
+       own repair (:func:`headwise.repair` with the cluster as its members).
+    4. The router is the nearest centroid, or a linear softmax fitted to the clusters; it reads the
+       output of the pruned layers before it.
 
     With ``plans=1`` the model computes what ``prune(model, plan, repair=batches)`` gives.
 
@@ -108,9 +109,9 @@ def fit_bank(
         score_fn: ``(model, batches) -> scores``, for example ``lambda model, batches:
             hw.score_heads(model, batches, loss_fn)["michel"]``.
         keep: the share of the heads that each plan keeps, in (0, 1].
-        plans: how many; with ``clusters`` their number is what counts.
+        plans: number of plans; ignored with ``clusters``.
         clusters: int ``[N]``: the cluster of each input, counted from 0, in the batches' order.
-        names: what to call the plans.
+        names: names of the plans.
         at: the attention layer that decides; 0 reads the embeddings.
         features: what the router reads: some of ``"mean"``, ``"first"``, ``"max"`` over tokens.
         router: ``"centroid"`` or ``"softmax"``.
@@ -137,7 +138,7 @@ def fit_bank(
     for name, layer in layers.items():
         if layer.gate is not None:
             raise ValueError(
-                f"layer '{name}' has a {type(layer.gate).__name__}: take it out first "
+                f"layer '{name}' has a {type(layer.gate).__name__}: remove it first "
                 f"(layer.set_gate(None))"
             )
     if not 0 <= at < len(layers):
@@ -152,7 +153,7 @@ def fit_bank(
 
     whole = plan(score_fn(dense, batches), keep=keep)
     common = prune(dense, whole, repair=batches if repaired else None, forward_fn=forward_fn)
-    # What the router will read comes from layers that are pruned.
+    # The router will read the output of pruned layers.
     seen = _inputs_of(common, list(layers)[at], batches, forward_fn, features)
     weight, bias = _router(seen, where, count, router)
     routed = (seen @ weight.T + bias).argmax(1) == where
@@ -189,10 +190,10 @@ def refit_router(
     router: str = "softmax",
     forward_fn: Callable[[nn.Module, Any], Any] | None = None,
 ) -> float:
-    """Fits the router of a bank anew, in place, after the layers before it were trained.
+    """Fits the router of a bank again, in place, after the layers before it were trained.
 
-    Training moves what these layers write, and the router would send inputs to other plans than
-    before. (With ``at=0`` and frozen embeddings nothing moves.)
+    Training changes the output of these layers, and the router would send inputs to other plans
+    than before. (With ``at=0`` and frozen embeddings nothing changes.)
 
     Args:
         model: a model with a bank.
@@ -273,7 +274,8 @@ def plan_choices(
 
 @contextlib.contextmanager
 def following(model: nn.Module, plans: Tensor) -> Iterator[None]:
-    """Makes the inputs of the next batches follow ``plans``, int ``[B]`` or longer, not the router.
+    """Makes the inputs of the next batches follow ``plans``, int ``[B]`` or longer, instead of the
+    router.
 
     For controls: another input's plan, the plan of the true domain.
     """
@@ -305,7 +307,8 @@ def _deciding(gates: dict[str, BankGate]) -> BankGate:
 
 @torch.no_grad()
 def _check_calls(dense: nn.Module, batch: Any, forward_fn: Callable) -> None:
-    """Refuses layers that run several times: one plan cannot follow a decision and precede it."""
+    """Raises an error for layers that run several times: one plan cannot both follow a decision and
+    precede it."""
     calls: dict[str, int] = {}
     handles = []
     for name, layer in attention_layers(dense).items():
@@ -356,7 +359,7 @@ def _inputs_of(
 
 
 class _Reader(BankGate, configured=False):
-    """Stands in the deciding layer, reads its input, and ends the forward."""
+    """Replaces the deciding layer, reads its input, and ends the forward."""
 
     def __init__(self, features: Sequence[str], found: list | None = None, **binding: Any) -> None:
         super().__init__([[]], features=features, **binding)
@@ -417,7 +420,7 @@ def k_means(x: Tensor, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
                 members = x[where == cluster]
                 if len(members):
                     centroids[cluster] = members.mean(0)
-                else:  # one that lost its members begins anew at the farthest input
+                else:  # an empty cluster restarts at the farthest input
                     centroids[cluster] = x[distance.amin(1).argmax()]
         total = torch.cdist(x, centroids).amin(1).square().sum().item()
         if best is None or total < best[0]:
@@ -483,8 +486,8 @@ def _members(batches: list[Any], mine: Tensor) -> list[Any]:
 
 
 def _plan_after(dense: nn.Module, whole: HeadPlan, scores: HeadScores, at: int) -> HeadPlan:
-    """The plan of ``whole`` in the first ``at`` layers, and by ``scores`` in the others, with as
-    many heads in all."""
+    """The plan of ``whole`` in the first ``at`` layers, and by ``scores`` in the others, with the
+    same total of heads."""
     fixed = {entry.name: entry for entry in whole.layers[:at]}
     rest = {name: own for name, own in scores.values.items() if name not in fixed}
     left = whole.heads_kept - sum(len(entry.heads) for entry in fixed.values())
@@ -511,7 +514,7 @@ def _repaired(
     for name in names[:at]:  # one repair for all inputs
         ours[name].load_state_dict(theirs[name].state_dict())
     if batches is not None:
-        # As many others as members, spread over the data: they steady the fit at twice its cost.
+        # As many others as members, spread over the data: they stabilise the fit at twice its cost.
         others = (~members).nonzero()[:, 0]
         step = max(1, len(others) // int(members.sum()))
         rows = members.clone()

@@ -23,14 +23,14 @@ Factors = Tensor | Mapping[Any, Any]
 
 
 class HeadMask:
-    """A head mask on a model, made by :func:`head_mask`: a context manager that takes it off."""
+    """A head mask on a model, made by :func:`head_mask`: a context manager that removes it."""
 
     def __init__(self, layers: Iterable[AttentionLayer], undo: contextlib.ExitStack) -> None:
         self._placed = [(layer, layer.gate) for layer in layers]
         self._undo = undo
 
     def remove(self) -> None:
-        """Takes the mask off; a second call does nothing.
+        """Removes the mask; a second call does nothing.
 
         Raises:
             RuntimeError: another mask, or a gate, was put on the model after this one.
@@ -59,11 +59,11 @@ def head_mask(model: nn.Module, mask: Factors) -> HeadMask:
         with hw.head_mask(model, mask):
             output = model(**batch)
 
-    The mask is on the model at once; the end of the ``with`` block, or ``remove()`` of what is
-    returned, takes it off. It changes neither modes nor weights. A head whose factor is 0 does not
-    run, unless ``mask`` requires a gradient: the gradient with respect to a factor, zeros included,
-    is that of Michel et al. 2019 (arXiv 1905.10650, eq. 2). If a layer has a gate, the factors
-    multiply the weights that it gives. Masks may be nested: their factors multiply.
+    The mask is on the model at once; the end of the ``with`` block, or ``remove()`` of the result,
+    removes it. It changes neither modes nor weights. A head whose factor is 0 does not run, unless
+    ``mask`` requires a gradient: the gradient with respect to a factor, zeros included, is that of
+    Michel et al. 2019 (arXiv 1905.10650, eq. 2). If a layer has a gate, the factors multiply its
+    weights. Masks may be nested: their factors multiply.
 
     To keep a mask, also in files and in other threads: ``hw.mask(model, plan_from_mask(model,
     mask))``.
@@ -72,17 +72,17 @@ def head_mask(model: nn.Module, mask: Factors) -> HeadMask:
         model: a converted model.
         mask: floats, integers or booleans ``[layers, heads]`` or ``[heads]`` (the same for every
             layer), in the order of :func:`headwise.attention_layers`; or a mapping from layers, by
-            position or name, to factors ``[heads]`` (tensors or sequences): the layers it does not
-            name run all their heads.
+            position or name, to factors ``[heads]`` (tensors or sequences): other layers run all
+            their heads.
 
     Returns:
-        What takes the mask off.
+        A context manager that removes the mask.
 
     Raises:
         TypeError: ``model`` is not a module, or ``mask`` neither a tensor nor a mapping.
         ValueError: ``model`` has not been converted, a factor is not finite, the mask has another
-            shape than the model, or names a layer that is not there or twice; or a layer has a bank
-            of plans, whose heads nothing else can choose.
+            shape than the model, or names a layer that does not exist or twice; or a layer has a
+            bank of plans, which alone can choose its heads.
         RuntimeError: (when the model runs) another thread runs it while the mask is on.
     """
     factors = _factors(model, mask)
@@ -95,7 +95,7 @@ def head_mask(model: nn.Module, mask: Factors) -> HeadMask:
 
 
 def plan_from_mask(model: nn.Module, mask: Factors) -> HeadPlan:
-    """The plan that does what ``mask`` does: heads of factor 0 are dropped, the others scaled.
+    """The plan that is equivalent to ``mask``: heads of factor 0 are dropped, the others scaled.
 
     ``hw.mask(model, plan)`` keeps it on the model as gates, ``hw.prune(model, plan)`` removes the
     heads from the weights.
@@ -123,12 +123,13 @@ def prune_heads(
 ) -> nn.Module:
     """Removes heads by number, as the method ``prune_heads`` of models of transformers 4 did.
 
-    Heads are numbered as they are in ``model``: after pruning, those left are numbered anew.
+    Heads are numbered as in ``model``: after pruning, the remaining ones are renumbered.
 
     Args:
         model: a converted model.
         heads: layers, by position (in the order of :func:`headwise.attention_layers`) or by name
-            -> the heads to remove. All heads of a layer may go: its output is then its output bias.
+            -> the heads to remove. All heads of a layer may be removed: its output is then its
+            output bias.
         options: of :func:`headwise.prune`, which does the work: ``repair``, ``inplace``, ...
 
     Returns:
@@ -136,8 +137,8 @@ def prune_heads(
 
     Raises:
         TypeError: ``heads`` is not a mapping from layers to whole numbers.
-        ValueError: a layer or head that is not there, or a layer named twice; and what
-            :func:`headwise.prune` refuses.
+        ValueError: a layer or head that does not exist, or a layer named twice; and errors of
+            :func:`headwise.prune`.
     """
     if not isinstance(heads, Mapping):
         raise TypeError(f"heads must map layers to heads, got {type(heads).__name__}")

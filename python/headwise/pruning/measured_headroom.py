@@ -1,4 +1,4 @@
-"""Headroom: how much a choice by the input could win over the best static plan."""
+"""Headroom: how much a choice by the input could gain over the best static plan."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["Headroom", "HeadroomRow", "headroom"]
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-#: Of a 95% interval, how many standard errors it reaches to each side.
+#: Half the width of a 95% interval, in standard errors.
 _Z = 1.96
 
 
@@ -44,19 +44,19 @@ class Gain:
 
 @dataclass(frozen=True)
 class HeadroomRow:
-    """What one budget leaves, without training. Values are means of ``value_fn``.
+    """The results at one budget, without training. Values are means of ``value_fn``.
 
     Attributes:
         keep: the share of the heads.
         static: one plan for all inputs, repaired.
         routed: a plan for each cluster, each repaired, picked by the router.
-        ceiling: the same, picked by the cluster that an input belongs to: what no router can beat
-            with these plans.
+        ceiling: the same, picked by the input's true cluster: an upper bound for any router of
+            these plans.
         swapped: picked by another input's cluster.
         lost: how much the static plan loses to the dense model.
-        won: how much routing wins over the static plan.
-        winnable: how much the ceiling wins over the static plan.
-        own: how much an input's own plan wins over another input's.
+        won: how much routing gains over the static plan.
+        winnable: how much the ceiling gains over the static plan.
+        own: how much an input's own plan gains over another input's.
     """
 
     keep: float
@@ -72,7 +72,7 @@ class HeadroomRow:
 
 @dataclass(frozen=True)
 class Headroom(Shown):
-    """What :func:`headroom` found.
+    """The result of :func:`headroom`.
 
     Attributes:
         dense: the mean value of the dense model.
@@ -88,7 +88,7 @@ class Headroom(Shown):
 
     @property
     def worth_trying(self) -> list[float]:
-        """The budgets at which choosing by the input wins for sure: the interval of ``won`` or of
+        """The budgets at which choosing by the input clearly wins: the interval of ``won`` or of
         ``winnable`` is above 0, and so is that of ``own``."""
         return [
             row.keep
@@ -97,7 +97,7 @@ class Headroom(Shown):
         ]
 
     def sentences(self) -> list[str]:
-        """What was found, for people; values are shown as percentages."""
+        """The findings as sentences; values are shown as percentages."""
         found = []
         for row in self.rows:
             found.append(
@@ -133,10 +133,10 @@ class Headroom(Shown):
         ]
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """What choosing by the input wins over the static plan, with 95% intervals, by budget.
+        """The gain of choosing by the input over the static plan, with 95% intervals, by budget.
 
         Args:
-            ax: where; None: on new axes.
+            ax: matplotlib axes; None: new ones.
         """
         ax = new_axes(ax, (5.5, 3.6))
         keep = [row.keep for row in self.rows]
@@ -155,7 +155,7 @@ class Headroom(Shown):
         return ax
 
     def _repr_html_(self) -> str:
-        """What a notebook shows."""
+        """The representation in a notebook."""
         return f"<p>{self.sentences()[-1]}</p>{super()._repr_html_()}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -178,25 +178,25 @@ def headroom(
     progress: bool | None = None,
     **bank: Any,
 ) -> Headroom:
-    """How much the best static plan loses, and how much of it plans by the input win back.
+    """How much the best static plan loses, and how much of that plans by the input win back.
 
-    Nothing is trained, so this says before any training whether a dynamic gate is worth it: at each
-    budget one repaired plan (:func:`headwise.repair`) is held against a bank of repaired plans
-    (:func:`headwise.pruning.fit_bank`), picked by the router, by the true cluster, and by another
-    input's cluster. Values of the same inputs are compared, so intervals are paired.
+    Nothing is trained, so this tells before any training whether a dynamic gate is worth it: at
+    each budget one repaired plan (:func:`headwise.repair`) is compared with a bank of repaired
+    plans (:func:`headwise.pruning.fit_bank`), picked by the router, by the true cluster, and by
+    another input's cluster. Values of the same inputs are compared, so intervals are paired.
 
     Args:
         model: the dense model, converted or convertible, unchanged.
         batches: calibration data, as :func:`headwise.pruning.fit_bank` takes them.
-        held_out: other data, on which values are taken.
+        held_out: other data, on which values are computed.
         score_fn: as in :func:`headwise.pruning.fit_bank`.
-        value_fn: ``(model, batch) -> [B]``: what counts, larger is better: 1 where the answer is
-            right, or minus the loss.
+        value_fn: ``(model, batch) -> [B]``: the quality, larger is better: 1 for a right answer, or
+            minus the loss.
         budgets: shares of the heads, in (0, 1].
-        plans: how many plans a bank has; with ``clusters`` their number is what counts.
-        clusters: of each calibration input its domain or task; None: k-means.
-        held_out_clusters: of each held-out input the same; None: its nearest cluster, so that the
-            ceiling is what the router does.
+        plans: number of plans of a bank; ignored with ``clusters``.
+        clusters: the domain or task of each calibration input; None: k-means.
+        held_out_clusters: the same for each held-out input; None: its nearest cluster, so that the
+            ceiling equals the router.
         forward_fn: as in :func:`headwise.repair`.
         seed: of k-means and of the swap.
         progress: a progress bar on stderr; None: after two seconds, on a terminal.

@@ -42,21 +42,20 @@ def pruning_path(
     """Plans that remove the least important heads step by step, the last one keeping ``keep``.
 
     Michel et al. 2019 (arXiv 1905.10650), section 4: every step removes the lowest ``step`` of the
-    model's heads in one ranking over all layers. ``exact`` scores the heads that are left anew
-    after every step, as the authors' code does with that option; without it one ranking serves all
-    steps. Every plan keeps a subset of the heads of the plan before it.
+    model's heads in one ranking over all layers. ``exact`` scores the remaining heads again after
+    every step, as the authors' code does with that option; without it one ranking serves all steps.
+    Every plan keeps a subset of the heads of the plan before it.
 
     Args:
         model: a converted or convertible model without gates; it is left as it was.
-        batches: whatever ``loss_fn`` takes; read once and kept.
+        batches: input of ``loss_fn``; read once and kept.
         loss_fn: as in :func:`headwise.score_heads`.
         keep: the fraction of the heads that the last plan keeps, in (0, 1].
         step: the fraction of all heads that one step removes, in (0, 1]; at least one head.
-        exact: score anew after every step.
-        metric: what to score by: one of :func:`headwise.score_heads`.
-        min_heads_per_layer: heads that every layer keeps (all, where it has fewer).
-        journal: file that keeps the steps that are finished: a run that is interrupted goes on from
-            there.
+        exact: score again after every step.
+        metric: one of :func:`headwise.score_heads`.
+        min_heads_per_layer: heads that every layer keeps (all, if it has fewer).
+        journal: checkpoint file; an interrupted run resumes from it.
         progress: a progress bar on stderr; None: after two seconds, on a terminal.
         **scoring: further options of :func:`headwise.score_heads`.
 
@@ -68,7 +67,7 @@ def pruning_path(
             other data, another loss or other options, or what :func:`headwise.score_heads` and
             :func:`headwise.plan` raise.
     """
-    _C.pruning_counts(1, keep, step)  # says what is out of range
+    _C.pruning_counts(1, keep, step)  # raises if out of range
     if metric not in METRICS:
         raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
     model = converted(model)
@@ -77,7 +76,7 @@ def pruning_path(
             raise ValueError(
                 f"model must have no gates, got a {type(layer.gate).__name__} in layer '{name}': "
                 "prune by a plan of what gates choose (headwise.pruning.plan_from_use, or of "
-                "static ones headwise.plan_from_gates), or take them out (layer.set_gate(None))"
+                "static ones headwise.plan_from_gates), or remove them (layer.set_gate(None))"
             )
     batches = list(batches)
     settings: dict[str, Any] = {

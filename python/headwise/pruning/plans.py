@@ -21,7 +21,7 @@ for _type in (HeadPlan, LayerPlan):
 
 
 def scales(plan: HeadPlan) -> dict[str, list[float]]:
-    """Layer name -> what multiplies each head ``[H]``; 0: dropped."""
+    """Layer name -> the scale of each head ``[H]``; 0: dropped."""
     found = {entry.name: [0.0] * entry.num_heads for entry in plan.layers}
     for entry in plan.layers:
         for head, scale in zip(entry.heads, entry.scale, strict=True):
@@ -38,7 +38,7 @@ def _records(plan: HeadPlan) -> list[dict[str, Any]]:
 
 
 def plan_grid(plan: HeadPlan) -> Grid:
-    """How a plan is drawn: the scale of each head, 0 where it is dropped."""
+    """The plot of a plan: the scale of each head, 0 if dropped."""
     kept = sum(len(entry.heads) for entry in plan.layers)
     total = sum(entry.num_heads for entry in plan.layers)
     by = f", by {plan.metric}" if plan.metric else ""
@@ -63,26 +63,26 @@ def plan(
     ``round(keep * heads)`` heads stay, but at least one: of the whole model (``scope="global"``,
     one ranking as in Michel et al. 2019, arXiv 1905.10650; layers then keep different numbers) or
     of each layer (``scope="layer"``). Ties keep the lower layer, then the lower head. The largest
-    scores are the most important; of the metric ``"entropy"`` the smallest, since attention that is
-    spread over all tokens says little.
+    scores are the most important, except for the metric ``"entropy"``: the smallest are, because
+    attention that is spread over all tokens carries little information.
 
     Args:
         scores: of :func:`headwise.score_heads`, or your own (:class:`headwise.HeadScores`).
         keep: the fraction that stays, in (0, 1].
-        min_heads_per_layer: heads that every layer keeps (all, where it has fewer).
+        min_heads_per_layer: heads that every layer keeps (all, if it has fewer).
         scope: ``"global"`` or ``"layer"``.
         groups: the group of each head, layer by layer (:func:`headwise.nn.head_groups`): heads that
-            share keys and values then stay or go together, ranked by the mean of their scores.
-            ``keep`` is a share of the groups, and a layer keeps as many as have
+            share keys and values are then kept or dropped together, ranked by the mean of their
+            scores. ``keep`` is a share of the groups, and every layer keeps enough groups for
             ``min_heads_per_layer`` heads.
 
     Returns:
         A plan with all scales 1, for :func:`headwise.prune` and :func:`headwise.mask`.
 
     Raises:
-        TypeError: ``scores`` is something else, or ``keep`` is no number.
+        TypeError: ``scores`` is something else, or ``keep`` is not a number.
         ValueError: a score is not finite, ``keep`` is outside (0, 1], or it leaves fewer heads than
-            ``min_heads_per_layer`` asks for, or ``groups`` do not fit the scores.
+            ``min_heads_per_layer`` requires, or ``groups`` do not fit the scores.
 
     Example:
         >>> scores = HeadScores("mine", {"layer.0": [0.1, 0.9], "layer.1": [0.5, 0.2]})

@@ -1,4 +1,5 @@
-"""Repair: what is left of a pruned model makes up for what went, without training."""
+"""Repair: adjusts the remaining weights of a pruned model to compensate for the pruned ones,
+without training."""
 
 from __future__ import annotations
 
@@ -27,10 +28,10 @@ __all__ = ["RIDGES", "LayerRepair", "repair"]
 #: Ridges that are tried, as shares of the mean variance of an input.
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
-#: Every how manieth sequence is held out, for the choice of the ridge.
+#: One in this many sequences is held out, to choose the ridge.
 HELD_OUT = 4
 
-#: Ridges that hold the members' solution nearer to everyone's.
+#: Ridges that hold the members' solution near that of all inputs.
 _NEAR = (10.0, 100.0)
 
 _Moments = tuple[_C.OutputMoments, _C.OutputMoments]
@@ -40,13 +41,13 @@ _Moments = tuple[_C.OutputMoments, _C.OutputMoments]
 class LayerRepair:
     """What :func:`repair` did to one output projection.
 
-    Errors are mean squared distances to what the dense layer writes, as shares of its variance, on
+    Errors are mean squared distances to the dense layer's output, as shares of its variance, on
     held-out tokens: 0 is the dense layer, 1 a constant.
 
     Attributes:
         name: of the attention layer or the feed-forward network.
-        tokens: how many it was fitted to.
-        ridge: the one that was chosen; None: none was better than the weights as they were.
+        tokens: number of tokens of the fit.
+        ridge: the chosen one; None: none was better than the original weights.
         error_before: of the pruned layer.
         error_after: of the repaired layer.
     """
@@ -72,23 +73,23 @@ def repair(
     progress: bool | None = None,
     verify: bool = True,
 ) -> list[LayerRepair]:
-    """Gives the output projections of a pruned ``model`` the weights that make up for what went.
+    """Adjusts the output projections of a pruned ``model`` to compensate for the pruned heads.
 
     Layer by layer in the order in which they run, the output projection and its bias become the
-    ridge least squares solution that reproduces, from what the heads (or neurons) that are left
-    compute, what the layer of ``dense`` writes:
+    ridge least squares solution that reproduces the output of the layer of ``dense`` from the
+    remaining heads (or neurons):
 
     .. math:: \\min_{W, b} \\; E\\,|y - W x - b|^2 + \\lambda\\, s\\, |W - W_0|^2
 
     with y the output of the dense layer, x the input of the pruned layer's projection, whose
-    earlier layers are already repaired, W_0 the weights that pruning left and s the mean variance
-    of an element of x. So a layer also makes up for what the layers before could not. Least squares
-    after structured pruning: OSSCAR (arXiv 2403.12983), ZipLM (2302.04089), SlimGPT (2412.18110);
-    here only moments are kept (float64, in C++: ``OutputMoments``), never the tokens.
+    earlier layers are already repaired, W_0 the pruned weights and s the mean variance of an
+    element of x. So a layer also compensates for the remaining error of earlier layers. Least
+    squares after structured pruning: OSSCAR (arXiv 2403.12983), ZipLM (2302.04089), SlimGPT
+    (2412.18110); only moments are kept (float64, in C++: ``OutputMoments``), never the tokens.
 
-    Every fourth sequence is held out: it chooses each layer's ridge, and a layer for which no ridge
-    comes nearer to the dense layer keeps its weights. Padding does not count; of the last layer
-    only the tokens do that the model's output depends on, such as a classifier's first.
+    Every fourth sequence is held out to choose each layer's ridge; if no ridge brings a layer
+    nearer to the dense layer, it keeps its weights. Padding does not count; in the last layer only
+    the tokens count that the model's output depends on, such as a classifier's first.
 
     Attention of all kinds is repaired (grouped key/value heads, cross-attention, layers under a
     gate, a dynamic one too), and the feed-forward networks that :func:`headwise.pruning.structure`
@@ -96,40 +97,40 @@ def repair(
 
     Args:
         model: the pruned model, changed in place: of :func:`headwise.prune`,
-            :func:`headwise.pruning.kwon_prune`, or with a mask or gates. Modules have the names
-            that they have in ``dense``, and layers its width.
-        batches: calibration data, no labels needed: 512 texts are enough for MiniLM. A batch is
-            what ``forward_fn`` takes. All are kept in memory.
+            :func:`headwise.pruning.kwon_prune`, or with a mask or gates. Modules must have the same
+            names as in ``dense``, and layers the same width.
+        batches: calibration data, no labels needed: 512 texts are enough for MiniLM. Each is an
+            input of ``forward_fn``. All are kept in memory.
         dense: the model before pruning, unchanged; it need not be converted.
         forward_fn: ``(model, batch) -> output``; default: the model called with the batch, a
             mapping's items as keyword arguments, a tuple's as positional ones.
-        ridges: the values of lambda that are tried.
-        bias: give output projections that have no bias one (decoders).
+        ridges: the values of lambda to try.
+        bias: add a bias to output projections without one (decoders).
         all_networks: repair the second linear layers of feed-forward networks that lost no neurons
-            too: they make up for what attention could not. Slower.
+            too: they compensate for what attention could not. Slower.
         layers: names of the attention layers and networks to repair; None: all.
         members: bool ``[N]``: the inputs that the model is for; None: all. A layer is first fitted
-            to all inputs, then once more to these: now the ridge holds it near the first solution,
-            W_0 above. Few members are then enough, and many make it their own.
+            to all inputs, then again to these, with the ridge around the first solution (W_0
+            above). So few members are enough, and many dominate the fit.
         progress: a progress bar on stderr; None: after two seconds, on a terminal.
         verify: check that no projection is further from the dense layer than it was over all
-            tokens, and that each repaired layer, run on the last batch, writes what its new weights
-            say.
+            tokens, and that each repaired layer, run on the last batch, gives the output of its new
+            weights say.
 
     Returns:
-        What was done to each layer, in order.
+        The repair of each layer, in order.
 
     Raises:
-        ValueError: no batches, ``members`` that are not bool ``[N]`` or are none, a mask on blocks
+        ValueError: no batches, ``members`` that are not bool ``[N]`` or are empty, a mask on blocks
             or hidden dimensions, a layer of ``model`` that ``dense`` does not have or of another
             width, activations that are NaN or infinite, or a layer for which ``verify`` fails.
-        TypeError: an output projection that something was wrapped around.
+        TypeError: an output projection is wrapped.
 
-    After any error ``model`` is as it was.
+    After any error ``model`` is restored.
 
     Warns:
-        UserWarning: fewer tokens than a layer's projection has inputs: the ridge then holds it
-            near the weights as they were.
+        UserWarning: fewer tokens than a layer's projection has inputs: the ridge then holds it near
+            the original weights.
     """
     batches = list(batches)
     if not batches:
@@ -174,8 +175,8 @@ def repair(
 
 @contextlib.contextmanager
 def _numbers_kept() -> Iterator[Callable[[nn.Module], tuple[Tensor, Tensor | None]]]:
-    """Gives back, after an error, the numbers of the linear layers that its function was told of;
-    the function returns copies of weight and bias."""
+    """Restores, after an error, the linear layers that were passed to its function, which returns
+    copies of weight and bias."""
     kept: list[tuple[Tensor, Tensor]] = []
 
     def keep(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -199,7 +200,7 @@ def _check(
     moments: tuple[_C.OutputMoments, _C.OutputMoments],
     before: tuple[Tensor, Tensor | None],
 ) -> None:
-    """What :func:`repair` says under ``verify``."""
+    """The checks of :func:`repair` under ``verify``."""
     fit, held_out = moments
     if held_out is not fit:
         fit.merge(held_out)
@@ -261,8 +262,8 @@ def _names(student: Replay, teacher: Replay, all_networks: bool) -> list[str]:
 
 
 def catch_up(name: str, *replays: Replay) -> None:
-    """Finishes the blocks before that of ``name``, so that they need not run again: where all
-    replays have it in the same block."""
+    """Finishes the blocks before that of ``name``, so that they need not run again, if all replays
+    have it in the same block."""
     blocks = {replay.block_of(name) for replay in replays}
     block = blocks.pop()
     if block is None or blocks:
@@ -275,8 +276,8 @@ def catch_up(name: str, *replays: Replay) -> None:
 def output_moments(
     student: Replay, teacher: Replay, name: str, members: Tensor | None = None
 ) -> tuple[_Moments, _Moments | None]:
-    """Of what the site of ``student`` reads and of what that of ``teacher`` writes: of the
-    sequences to fit, and of those that are held out; then the same of the inputs that are not in
+    """Of the inputs of the site of ``student`` and the outputs of that of ``teacher``: for the
+    sequences to fit, and for the held-out ones; then the same for the inputs that are not in
     ``members``."""
     weight = student.sites[name].linear.weight
 
@@ -350,7 +351,7 @@ def _set(
         )
     start = linear.bias
     if start is not None and linear.weight.requires_grad and not start.requires_grad:
-        start = None  # conversion gave it to a model without biases: it stays zero
+        start = None  # added by the conversion of a model without biases: it stays zero
     if start is None and add_bias:
         start = linear.weight.new_zeros(linear.weight.size(0))
     found = _C.repair_projection(fit, held_out, linear.weight, start, list(ridges))

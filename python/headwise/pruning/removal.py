@@ -1,4 +1,4 @@
-"""Which heads to remove, if the others are going to be repaired."""
+"""Which heads to remove, if the others will be repaired."""
 
 from __future__ import annotations
 
@@ -29,15 +29,16 @@ def repair_scores(
     groups: bool = False,
     progress: bool | None = None,
 ) -> HeadScores:
-    """How badly the other heads of a layer make up for each head: scores for :func:`headwise.plan`.
+    """How badly the other heads of a layer compensate for each head: scores for
+    :func:`headwise.plan`.
 
-    In each layer heads are removed one by one, always the one whose loss the others, repaired, make
-    up for best: the exact increase of the least squares error, as ZipLM (arXiv 2302.04089) removes
-    structures and OSSCAR (2403.12983) columns. A head's score is the increase of the error when it
-    goes, as a share of the variance of what the layer writes, and no less than those of the heads
-    that went before it; so that one ranking over all layers removes them in this order, and layers
-    lose heads where that costs least. No labels are needed. Inputs of all layers are the dense
-    model's.
+    In each layer heads are removed one by one, always the one for which the others, repaired,
+    compensate best: the exact increase of the least squares error, as ZipLM (arXiv 2302.04089)
+    removes structures and OSSCAR (2403.12983) columns. A head's score is the increase of the error
+    when it is removed, as a share of the variance of the layer's output, and at least the score of
+    the heads removed before it; so one ranking over all layers removes them in this order, and
+    layers lose heads where that costs least. No labels are needed. Inputs of all layers are the
+    dense model's.
 
     Args:
         model: a converted or convertible model, unchanged.
@@ -92,7 +93,8 @@ def _scores(
     scores = torch.zeros(layer.num_heads, dtype=torch.float64)
     before = largest = 0.0
     for unit, error in zip(order.units, order.error, strict=True):
-        # Never less than those that went before: a ranking must not keep a head without them.
+        # Never less than the earlier ones: a ranking must not keep a head that was removed before
+        # them.
         largest = max(largest, (error - before) / variance)
         before = error
         scores[unit * each : (unit + 1) * each] = largest

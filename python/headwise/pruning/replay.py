@@ -1,4 +1,5 @@
-"""Running two models layer by layer, and seeing what their output projections read and write."""
+"""Running two models layer by layer, and recording the inputs and outputs of their output
+projections."""
 
 from __future__ import annotations
 
@@ -43,7 +44,7 @@ class Site:
 
 @dataclass
 class Seen:
-    """What one call of a site read and wrote, for the tokens that count.
+    """The inputs and outputs of one call of a site, for the tokens that count.
 
     ``inputs`` [B, L, E], ``outputs`` [B, L, D], ``valid`` bool [B, L]: False for padding.
     """
@@ -54,15 +55,15 @@ class Seen:
 
 
 class _Stop(BaseException):
-    """Ends a forward where nothing more is needed; no handler in a model's own code catches it."""
+    """Ends a forward early; no handler in a model's own code catches it."""
 
 
 class Replay:
     """Runs one model on each of some batches, up to one of its sites at a time.
 
-    Where the model is a chain of blocks, each the only reader of the one before (checked on the
-    first batch, by the identity of the tensors), :meth:`finish` keeps what a block wrote, and later
-    runs begin there. Else every run begins at the model's input. Both give the same values.
+    If the model is a chain of blocks, each the only reader of the one before (checked on the first
+    batch, by the identity of the tensors), :meth:`finish` keeps a block's output, and later runs
+    begin there. Otherwise every run begins at the model's input. Both give the same values.
     """
 
     def __init__(self, model: nn.Module, batches: Sequence[Any], forward_fn: Forward) -> None:
@@ -73,14 +74,14 @@ class Replay:
         self._state: list[Any] = []  # output of the last finished block on each batch
         sites = _sites(model)
         calls, self.blocks = self._explore(sites)
-        #: The sites in the order in which they first run, and how often each does.
+        #: The sites in the order of their first run, and how often each runs.
         self.sites = {name: sites[name] for name in calls}
         self.calls = calls
         #: How many blocks need not run again.
         self.finished = 0
 
     def block_of(self, name: str) -> int | None:
-        """The block that a site is in; None: the model is no chain of blocks."""
+        """The block of a site; None: the model is not a chain of blocks."""
         module = self.sites[name].module
         for i, block in enumerate(self.blocks):
             if any(module is inner for inner in block.modules()):
@@ -89,7 +90,7 @@ class Replay:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Evaluation mode, and recorders that see what is padding."""
+        """Evaluation mode, with recorders of padding."""
         probes = [(layer, layer._probe) for layer in self._layers.values()]
         # A nested tensor has no rows of padding to leave out.
         nested = [
@@ -113,7 +114,7 @@ class Replay:
                     block.__dict__.pop("forward", None)
 
     def run(self, name: str, i: int) -> list[Seen]:
-        """What the site ``name`` read and wrote on batch ``i``, call by call."""
+        """The inputs and outputs of the site ``name`` on batch ``i``, call by call."""
         site, seen = self.sites[name], []
 
         def record(inputs: Tensor, outputs: Tensor) -> None:
@@ -129,7 +130,7 @@ class Replay:
         return seen
 
     def finish(self, block: int) -> None:
-        """Keeps what ``block`` writes for each batch; the next runs begin after it."""
+        """Keeps the output of ``block`` for each batch; the next runs begin after it."""
         state = []
 
         def keep(module: nn.Module, args: tuple, output: Any) -> None:
@@ -147,7 +148,7 @@ class Replay:
 
     def read_tokens(self, i: int) -> Tensor | None:
         """bool [B, L]: the tokens of the last block's output that the model's output depends on (a
-        classifier's first). None: all, or the model is no chain of blocks."""
+        classifier's first). None: all, or the model is not a chain of blocks."""
         if not self.blocks:
             return None
         leaves: list[Tensor] = []
@@ -163,7 +164,7 @@ class Replay:
                 output = _first_tensor(self._go(i))
                 if output is None or not output.requires_grad:
                     return None
-                # Not the sum: of normalised outputs (a softmax) it depends on nothing.
+                # Not the sum: for normalised outputs (a softmax) it is constant.
                 weights = torch.linspace(1.0, 2.0, output.numel(), device=output.device)
                 total = (output * weights.sin().view_as(output).to(output.dtype)).sum()
                 (gradient,) = torch.autograd.grad(total, leaves)
@@ -204,7 +205,7 @@ class Replay:
             return
 
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            # What attention sees is [B, L, D] whatever its layout; here it is as it comes.
+            # Attention sees [B, L, D] whatever the layout; here it is in the model's layout.
             order = (1, 0, 2) if self._sequence_first and output.dim() == 3 else None
             record(*(x if order is None else x.permute(order) for x in (args[0], output)))
 
@@ -215,9 +216,9 @@ class Replay:
             handle.remove()
 
     def _explore(self, sites: dict[str, Site]) -> tuple[dict[str, int], list[nn.Module]]:
-        """How often each site runs, in order of the first time; and the blocks of the chain."""
+        """How often each site runs, in the order of first runs; and the blocks of the chain."""
         calls: dict[str, int] = {}
-        passed: dict[nn.Module, list[tuple[Any, Any]]] = {}  # block -> what went in and out
+        passed: dict[nn.Module, list[tuple[Any, Any]]] = {}  # block -> its input and output
         chains = [
             list(module)
             for module in self.model.modules()
@@ -263,7 +264,7 @@ class Replay:
 
 
 class _Returning:
-    """Stands in the place of a finished block's forward."""
+    """Replaces a finished block's forward."""
 
     def __init__(self, state: Any) -> None:
         self.state = state
@@ -286,7 +287,7 @@ def _is_chain(
     if not all(site in inner for site in sites):
         return False
     for block in chain:
-        # A hook would see a finished block's output again; a forward of its own would be lost.
+        # A hook would see a finished block's output again; a replaced forward would be lost.
         own = block._forward_hooks or "forward" in block.__dict__
         if len(passed.get(block, ())) != 1 or own:
             return False
@@ -301,7 +302,7 @@ def _tensor(output: Any) -> Any:
 
 
 def _first_tensor(output: Any) -> Tensor | None:
-    """The first floating tensor of an output: the logits where there are some."""
+    """The first floating tensor of an output: the logits if there are any."""
     if isinstance(output, Tensor):
         return output if output.is_floating_point() else None
     logits = getattr(output, "logits", None)

@@ -1,8 +1,9 @@
-"""Importance: a score a head over a data set, for deciding which heads stay.
+"""Importance: one score per head over a data set, to decide which heads stay.
 
-Which one should you use? ``michel`` asks how much the loss would feel a head and is the usual
-choice; ``hies`` adds how focused a head's attention is, and is worth trying where more than a tenth
-of the heads go; ``entropy`` and ``confidence`` need no loss to make sense but say little alone.
+Which one should you use? ``michel`` measures how sensitive the loss is to a head and is the usual
+choice; ``hies`` adds how focused a head's attention is, and is worth trying if more than a tenth of
+the heads are pruned; ``entropy`` and ``confidence`` (of the attention) need no loss but say little
+alone.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ METRICS = ("michel", "entropy", "confidence", "hies")
 
 @dataclass(frozen=True)
 class HeadScores(Shown):
-    """A score a head, layer by layer.
+    """One score per head, layer by layer.
 
     Attributes:
         metric: what the scores measure.
@@ -54,14 +55,14 @@ class HeadScores(Shown):
         for name, scores in values.items():
             if scores.dim() != 1:
                 raise ValueError(
-                    f"values of layer '{name}' must be one score a head, got shape "
+                    f"values of layer '{name}' must be one score per head, got shape "
                     f"{tuple(scores.shape)}"
                 )
         object.__setattr__(self, "values", values)
 
     @property
     def core(self) -> _C.HeadScores:
-        """The same scores as the C++ core holds them."""
+        """The same scores as an object of the C++ core."""
         return _C.HeadScores(
             self.metric, list(self.values), [scores.tolist() for scores in self.values.values()]
         )
@@ -92,7 +93,7 @@ class HeadScores(Shown):
         return HeadScores.from_core(_C.HeadScores.from_json(text))
 
     def save(self, path: str | Path) -> None:
-        """Writes JSON, whole or not at all."""
+        """Writes JSON atomically."""
         from headwise.io.files import write_atomic
 
         write_atomic(path, self.to_json() + "\n")
@@ -135,27 +136,27 @@ def score_heads(
 ) -> dict[str, HeadScores]:
     """Scores every head of ``model`` by all ``metrics``, in one pass over ``batches``.
 
-    - ``michel`` (Michel et al. 2019, eq. 2): I_h = E |<context_h, dL/dcontext_h>|, how much the
-      loss would feel head h; each layer divided by its L2 norm (``normalize``).
+    - ``michel`` (Michel et al. 2019, eq. 2): I_h = E |<context_h, dL/dcontext_h>|, how sensitive
+      the loss is to head h; each layer divided by its L2 norm (``normalize``).
     - ``entropy``: mean over query rows of the row's entropy / ln(keys it can see), in [0, 1].
     - ``confidence`` (Voita et al. 2019): mean of each row's largest attention probability.
     - ``hies`` (arXiv 2510.13832): per-example importance and entropy together; see :func:`hies`.
 
-    The model runs in eval mode; its modes, gradients and parameters are afterwards as before. A
-    model that has not been converted is scored through a converted copy, under the names that
-    :func:`headwise.convert` would give. Padding, where a layer is told of it, is left out.
+    The model runs in eval mode; its modes, gradients and parameters are restored. A model that has
+    not been converted is scored through a converted copy, with the names that
+    :func:`headwise.convert` would give. Padding that a layer knows about is left out.
 
     Args:
         model: a converted or convertible model.
-        batches: whatever ``loss_fn`` takes.
-        loss_fn: ``(model, batch) -> loss``: one loss an example ``[B]``, or their mean. A mean is
+        batches: input of ``loss_fn``.
+        loss_fn: ``(model, batch) -> loss``: one loss per example ``[B]``, or their mean. A mean is
             multiplied by the batch size, so that scores do not depend on how data is batched.
         metrics: of "michel", "entropy", "confidence", "hies".
-        absolute: where ``michel`` takes the absolute value: "per_token", "per_example" or
-            "per_batch" (which depends on the batch size; for comparison only).
-        normalize: divide each layer's ``michel`` by its L2 norm. ``hies`` scales for itself.
+        absolute: the level at which ``michel`` takes the absolute value: "per_token", "per_example"
+            or "per_batch" (which depends on the batch size; for comparison only).
+        normalize: divide each layer's ``michel`` by its L2 norm. ``hies`` does its own scaling.
         alpha: the share of importance in ``hies``.
-        scope: over what ``hies`` scales: "layer" or "global".
+        scope: the heads over which ``hies`` scales: "layer" or "global".
         progress: a progress bar on stderr; None: after two seconds, on a terminal.
 
     Returns:

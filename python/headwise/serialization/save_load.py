@@ -458,7 +458,7 @@ def _load_tensors(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> N
         what = (
             f"lacks {quoted(missing[0])}"
             if missing
-            else f"has {quoted(unknown[0])}, which model has not"
+            else f"has {quoted(unknown[0])}, which model does not have"
         )
         raise ValueError(
             f"'{path}' does not fit model ({type(model).__name__}): it {what} "

@@ -169,7 +169,7 @@ def test_bad_input_is_named(data):
             ablate(model, [], squared)
         with pytest.raises(ValueError, match="must return a finite loss, got NaN or infinity"):
             ablate(model, [data], lambda m, b: squared(m, b) / 0)
-        with pytest.raises(ValueError, match=r"one loss an example \[B\], got shape \(\)"):
+        with pytest.raises(ValueError, match=r"one loss per example \[B\], got shape \(\)"):
             ablate(model, [data], lambda m, b: squared(m, b).mean())
         with pytest.raises(ValueError, match="is zero for every head: the loss does not depend"):
             ablate(model, [data], lambda m, b: b[1].square())

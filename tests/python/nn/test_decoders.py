@@ -252,7 +252,9 @@ def test_layer_refuses_what_does_not_fit():
         layer(x[..., 1:])
     with pytest.raises(ValueError, match="cos of position_embeddings must have shape"):
         layer(x, tables(4, 6))
-    with pytest.raises(ValueError, match="key_padding_mask must have 5 columns, one a key, got 4"):
+    with pytest.raises(
+        ValueError, match="key_padding_mask must have 5 columns, one per key, got 4"
+    ):
         layer(x, key_padding_mask=torch.zeros(2, 4, dtype=torch.bool))
     with pytest.raises(TypeError, match="attn_mask must be boolean or floating, got torch.int64"):
         layer(x, attn_mask=torch.zeros(5, 5, dtype=torch.long))
@@ -604,7 +606,7 @@ def test_a_group_gate_chooses_whole_groups():
     assert again.config() == layer.gate.config()
     layer.set_gate(hw.GroupGate(hw.FixedGate([1])))
     assert layer.gate.static_weight().tolist() == [0, 0, 1, 1]
-    with pytest.raises(ValueError, match="GroupGate must stand in a layer itself"):
+    with pytest.raises(ValueError, match="GroupGate must be a layer's gate itself"):
         hw.SharedHeadsGate(hw.GroupGate(hw.RandomGate())).bind(EMBED, HEADS)
 
 

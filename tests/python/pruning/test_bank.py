@@ -327,7 +327,7 @@ def test_banks_say_what_is_wrong():
         fitted(dense, batches, router="nearest")
     with pytest.raises(ValueError, match="features must be some of mean, first, max, got 'last'"):
         fitted(dense, batches, features=["last"])
-    with pytest.raises(ValueError, match="has a FixedGate: take it out first"):
+    with pytest.raises(ValueError, match="has a FixedGate: remove it first"):
         fitted(hw.convert(copy.deepcopy(dense), gate=hw.FixedGate()), batches)
     same = [{key: value[:1].expand(3, -1) for key, value in batches[0].items()}]
     with pytest.raises(ValueError, match="at least 2 inputs that differ where the router reads"):
@@ -343,7 +343,7 @@ def test_banks_say_what_is_wrong():
         hw.gates.BankGate([[2, 1]])
     with pytest.raises(ValueError, match=r"plans must be of heads in 0\.\.3, got 4"):
         hw.gates.BankGate([[4]]).bind(EMBED, HEADS)
-    with pytest.raises(ValueError, match=r"names must be as many as plans \(1\), got 2"):
+    with pytest.raises(ValueError, match=r"names must have one entry per plan \(1\), got 2"):
         hw.gates.BankGate([[0]], names=["a", "b"])
     bank = fitted(dense, batches, clusters=kinds)
     last = list(hw.attention_layers(bank.model).values())[-1]

@@ -329,7 +329,10 @@ def test_missing_pieces(folder, tmp_path):
         (lambda d: d["architecture"].update({"class": "os"}), "must be a model class of transf"),
         (lambda d: d["architecture"].pop("config"), "lacks the key 'config'"),
         (lambda d: d.update(aliases={"a": "b"}), "name 'b', which is missing"),
-        (lambda d: d["layers"][0].update(gate=None), "has 'bert.*gate.scale', which model has not"),
+        (
+            lambda d: d["layers"][0].update(gate=None),
+            "has 'bert.*gate.scale', which model does not have",
+        ),
     ],
 )
 def test_descriptions_that_do_not_fit(folder, change, message):

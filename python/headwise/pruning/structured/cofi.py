@@ -24,7 +24,7 @@ from headwise.pruning.structured.plan import BlockPlan, FfnPlan, HiddenPlan, Str
 __all__ = ["CoFi"]
 
 _ops = torch.ops.headwise
-#: Logits of the masks are held within +-this, so that none is ever certain: ln(100).
+#: Logits of the masks are clamped to +-this, so that no mask is ever certain: ln(100).
 _CLAMP = 4.605
 _GROUPS = ("heads", "attention", "neurons", "ffn", "hidden")
 
@@ -54,12 +54,12 @@ class CoFi(nn.Module):
         attention_blocks: mask whole attention layers.
         neurons: mask neurons of the feed-forward networks.
         ffn_blocks: mask whole feed-forward networks.
-        hidden: mask dimensions of the residual stream; None: where the model has one that
-            :func:`headwise.pruning.structure` finds.
-        teacher: a model of the same architecture for :meth:`layer_loss`; it is never changed, and
-            not part of this module.
+        hidden: mask dimensions of the residual stream; None: if :func:`headwise.pruning.structure`
+            finds one.
+        teacher: a model of the same architecture for :meth:`layer_loss`; it is not changed, and not
+            a submodule of this module.
         teacher_layers: positions of the teacher's layers that :meth:`layer_loss` compares; None:
-            four, evenly spaced, the last one among them (of 12: 2, 5, 8 and 11, as the authors').
+            four, evenly spaced, including the last one (of 12: 2, 5, 8 and 11, like the authors).
         warmup: progress, in [0, 1], at which t has reached 1 - ``keep``.
         init_log_alpha: mean of the logits at the start, std 0.01; held within +-4.605. A short
             training does better at 2 than at the authors' 10.
@@ -71,7 +71,7 @@ class CoFi(nn.Module):
 
     Raises:
         ValueError: a share that the masks cannot reach (the text names the nearest), no masks at
-            all, a model with gates, one that lacks what ``hidden=True`` needs, or
+            all, a model with gates, one without the residual stream that ``hidden=True`` needs, or
             ``teacher_layers`` that the teacher does not have.
 
     Example:
@@ -132,7 +132,7 @@ class CoFi(nn.Module):
         with_stream = self.log_alpha["hidden"] is not None
         self.model = attach(model, found, self._masks, hidden=with_stream)
         self._outputs: tuple[LayerOutputs, LayerOutputs] | None = None
-        # In a list: a teacher is nobody's submodule.
+        # In a list, so that the teacher is not a submodule.
         self._teacher = [] if teacher is None else [teacher.eval()]
         if teacher is not None:
             self._prepare_teacher(teacher, found, teacher_layers)
@@ -187,7 +187,7 @@ class CoFi(nn.Module):
 
     @torch.no_grad()
     def reset_masks(self, init_log_alpha: float = 10.0, init_neurons: float = 0.0) -> None:
-        """Starts all masks anew."""
+        """Resets all masks."""
         self._init = {group: float(init_log_alpha) for group in _GROUPS}
         self._init["neurons"] = float(init_neurons)
         for group, parameters in self.logits.items():
@@ -201,10 +201,9 @@ class CoFi(nn.Module):
         """Starts the masks of heads and neurons from a ranking, such as :func:`fisher_scores`.
 
         The logits of each kind become their starting point (``init_log_alpha``, ``init_neurons``)
-        + ``sharpness (rank - 1/2)`` with rank in [0, 1] over all layers, within +-4.605: what
-        matters least closes first. Ours; masks that
-        all start alike are all half open on the way to the target, and a short training does not
-        tell them apart.
+        + ``sharpness (rank - 1/2)`` with rank in [0, 1] over all layers, within +-4.605: the least
+        important closes first. Ours; masks that all start alike are all half open on the way to the
+        target, and a short training does not tell them apart.
 
         Args:
             importance: attention layer or feed-forward network -> scores of its heads ``[H]`` or
@@ -212,7 +211,7 @@ class CoFi(nn.Module):
             sharpness: range of the logits.
 
         Raises:
-            ValueError: no or not as many scores for a layer, or scores that are not finite.
+            ValueError: missing scores, a wrong number of scores, or scores that are not finite.
         """
         if not 0.0 <= sharpness < float("inf"):
             raise ValueError(f"sharpness must be finite and not negative, got {sharpness}")
@@ -253,7 +252,7 @@ class CoFi(nn.Module):
     ) -> list[dict[str, Any]]:
         """Groups for an optimiser: the model's weights, the masks, the multipliers.
 
-        ``multiplier_lr`` is by default that of the masks.
+        ``multiplier_lr`` defaults to that of the masks.
         """
         own = [p for p in self.model.parameters() if p.requires_grad]
         if hasattr(self, "transform"):
@@ -299,7 +298,7 @@ class CoFi(nn.Module):
     @torch.no_grad()
     def _constant_values(self) -> dict[str, list[Tensor]]:
         def keep(logits: Tensor, group: str) -> Tensor:
-            if group in ("attention", "ffn"):  # each block for itself, as training left it
+            if group in ("attention", "ffn"):  # each block separately, as trained
                 return _ops.hard_concrete_keep(logits[:, None], *self._constants)[:, 0]
             shift = self.shift[0] + (self.shift[1] if group == self._finest else 0.0)
             return _ops.hard_concrete_keep(logits, *self._constants, float(shift))
@@ -341,7 +340,7 @@ class CoFi(nn.Module):
         return self._size_of(self._each(self._open)) / self._size
 
     def penalty(self) -> Tensor:
-        """What holds the expected share to ``keep``: add it to the loss."""
+        """The term that holds the expected share at ``keep``; add it to the loss."""
         return _ops.sparsity_penalty(
             self._size_of(self._each(self._open)),
             self._size,
@@ -362,7 +361,7 @@ class CoFi(nn.Module):
         self.progress.fill_(progress)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model under sampled masks, in training; else under those of :meth:`plan`.
+        """The model under sampled masks in training, and under those of :meth:`plan` otherwise.
 
         Raises:
             ValueError: the logits of the masks are not finite.
@@ -429,7 +428,7 @@ class CoFi(nn.Module):
     # --- the result ---
 
     def kept(self) -> float:
-        """Share of the weights that stays, by the masks of evaluation."""
+        """Share of the weights that stays with the masks of evaluation."""
         return self._kept_of(self._constant_values())
 
     def _kept_of(self, values: dict[str, list[Tensor]]) -> float:
@@ -437,13 +436,13 @@ class CoFi(nn.Module):
         return float(self._size_of(kept)) / self._size
 
     def plan(self, tolerance: float = 0.005) -> StructurePlan:
-        """What stays, with the values of the masks as scales.
+        """The plan, with the values of the masks as scales.
 
         If the masks of evaluation miss ``keep`` by more than ``tolerance``, heads, neurons and
         hidden dimensions are counted as if all their logits were larger by one number (``shift``)
-        that brings the plan nearest to it, then those of neurons by another. Blocks stay as
-        training left them; if no shift reaches ``keep``, a warning names what was reached. The
-        shift is ours; ``tolerance=1`` leaves it out.
+        that brings the plan nearest to it, then those of neurons by another. Block masks stay as
+        trained; if no shift reaches ``keep``, a warning names the nearest share. The shift is ours;
+        ``tolerance=1`` skips it.
         """
         if abs(self.kept() - self.keep) > tolerance:
             self.shift.zero_()
@@ -484,7 +483,7 @@ class CoFi(nn.Module):
         )
 
     def _find_shift(self, position: int) -> None:
-        """Sets one number of ``shift`` such that the share kept is nearest to ``keep``."""
+        """Sets one number of ``shift`` so that the share kept is nearest to ``keep``."""
 
         def shifted(value: float) -> float:
             self.shift[position] = value
@@ -495,7 +494,8 @@ class CoFi(nn.Module):
         self.shift[position] = found
 
     def compact(self, tolerance: float = 0.005) -> nn.Module:
-        """A physically smaller copy of the model: what evaluation computes, without masks.
+        """A physically smaller copy of the model, which computes the same as evaluation, without
+        masks.
 
         ``tolerance`` is that of :meth:`plan`.
         """

@@ -1,4 +1,4 @@
-"""Taking what a structure plan drops out of the weights of a model, for good."""
+"""Removing what a structure plan drops from the weights of a model."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from headwise.pruning.structured.narrow import (
 )
 from headwise.pruning.structured.plan import FfnPlan, HiddenPlan, StructurePlan
 
-#: Linear layers that alone read the last hidden state of these models; of every other model the
-#: output is made as wide as it was.
+#: Linear layers that are the only readers of the last hidden state of these models; every other
+#: model's output keeps its width.
 _BERT = "transformers.models.bert.modeling_bert."
 READERS = {
     f"{_BERT}BertForSequenceClassification": "bert.pooler.dense",
@@ -40,8 +40,8 @@ READERS = {
 
 
 def set_parameters(module: nn.Module, values: Mapping[str, Tensor], old: nn.Module) -> None:
-    """Gives ``module`` new parameters, trained or frozen as those of ``old``; what is missing in
-    ``values`` it does without."""
+    """Gives ``module`` new parameters, trained or frozen like those of ``old``; those missing in
+    ``values`` become None."""
     for name, parameter in list(old.named_parameters()):
         owner = module.get_submodule(name.rpartition(".")[0])
         leaf = name.rpartition(".")[2]
@@ -55,7 +55,7 @@ def set_parameters(module: nn.Module, values: Mapping[str, Tensor], old: nn.Modu
 def resized_linear(old: nn.Linear, in_features: int, out_features: int, bias: bool) -> nn.Linear:
     """A linear layer of these sizes, zero included, with the hooks of ``old``.
 
-    Its values are NaN, so that one which nobody sets is noticed.
+    Its values are NaN, so that a value that is never set is noticed.
     """
     new = nn.Linear(1, 1, bias=False, device="meta")
     new.in_features, new.out_features = in_features, out_features
@@ -75,7 +75,7 @@ def resized_attention(
 ) -> MultiheadAttention:
     """A layer of these sizes whose parameters have no values yet (device "meta").
 
-    ``removed``: what stands where a block is gone, without heads and biases: it adds 0.
+    ``removed``: a placeholder for a removed block, without heads and biases: it adds 0.
     """
     shared = old._same_embed_dim
     new = MultiheadAttention(
@@ -96,7 +96,7 @@ def resized_attention(
 
 
 def check_plan(found: Structure, plan: StructurePlan) -> None:
-    """Raises ValueError: the plan names what is not there, or is for other sizes."""
+    """Raises ValueError: the plan names parts that do not exist, or is for other sizes."""
     kinds = [
         ("layer", "heads", found.heads, {p.name: p.num_heads for p in plan.heads.layers}),
         ("network", "neurons", found.neurons, {p.name: p.num_neurons for p in plan.ffn}),
@@ -105,7 +105,7 @@ def check_plan(found: Structure, plan: StructurePlan) -> None:
         for name, count in planned.items():
             if name not in has:
                 raise ValueError(
-                    f"plan names {kind} '{name}', which model has not; "
+                    f"plan names {kind} '{name}', which model does not have; "
                     f"it has {', '.join(map(repr, has)) or 'none'}"
                 )
             if count != has[name]:
@@ -115,7 +115,7 @@ def check_plan(found: Structure, plan: StructurePlan) -> None:
     for block in plan.blocks:
         if block.name not in found.attention and block.name not in found.ffn:
             raise ValueError(
-                f"plan names block '{block.name}', which model has not; it has "
+                f"plan names block '{block.name}', which model does not have; it has "
                 f"{', '.join(map(repr, (*found.attention, *found.ffn)))}"
             )
     if plan.hidden is not None:
@@ -215,7 +215,7 @@ def _compact_ffn(model: nn.Module, ffn: FeedForward, entry: FfnPlan, scale: floa
 
 
 def leave_fast_paths(model: nn.Module) -> nn.Module:
-    """Tells torch's encoders to run the layers that their fused kernel cannot."""
+    """Makes torch's encoders run the layers that their fused kernel cannot."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder):
             if any(not _is_whole(layer) for layer in module.layers):
@@ -252,7 +252,7 @@ def _compact_hidden(model: nn.Module, plan: HiddenPlan) -> nn.Module:
     for layer in stream.layers:
         for key, parameter in found.attention[layer.attention].named_parameters():
             name = join(layer.attention, key)
-            if key in ("out_proj.weight", "out_proj.bias"):  # what is added to the stream is scaled
+            if key in ("out_proj.weight", "out_proj.bias"):  # the output to the stream is scaled
                 values[name] = kept(parameter, 0, True)
             elif key == "in_proj_weight":
                 values[name] = kept(parameter, 1)
@@ -288,7 +288,7 @@ def _compact_hidden(model: nn.Module, plan: HiddenPlan) -> nn.Module:
 
 
 def stream_edges(model: nn.Module, stream: Stream) -> list[tuple[str, int]]:
-    """Parameters outside the layers that become narrower, and in which of their dimensions."""
+    """Parameters outside the layers that become narrower, with the dimension."""
     if stream.kind == "encoder":
         return []
     edges = []
@@ -321,7 +321,7 @@ def narrow(model: nn.Module, stream: Stream, kept: int) -> nn.Module:
     """Gives every module of the stream the sizes it has with ``kept`` dimensions, in place.
 
     Parameters get new shapes; their values, and the dimensions in the modules of
-    :mod:`headwise.pruning.structured.narrow`, are for the caller to set.
+    :mod:`headwise.pruning.structured.narrow`, must be set by the caller.
     """
     found = structure(model)
     edges = stream_edges(model, stream)
@@ -366,7 +366,7 @@ def narrow(model: nn.Module, stream: Stream, kept: int) -> nn.Module:
 
 
 def _narrow_ends(model: nn.Module, stream: Stream, kept: int) -> dict[str, nn.Module]:
-    """The norms that also change the width of what goes through them."""
+    """The norms that also change the width."""
     if stream.kind == "encoder":
         return {}
     ends: dict[str, nn.Module] = {}

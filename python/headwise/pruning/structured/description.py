@@ -1,4 +1,5 @@
-"""What of a model can be pruned: its heads, neurons, blocks and hidden dimensions, by name."""
+"""The parts of a model that can be pruned: heads, neurons, blocks and hidden dimensions, by
+name."""
 
 from __future__ import annotations
 
@@ -51,7 +52,7 @@ class TransformerLayer:
 
 @dataclass(frozen=True)
 class Stream:
-    """The residual stream of a model: who writes to it and who reads it.
+    """The residual stream of a model: its writers and readers.
 
     Attributes:
         size: its width, D.
@@ -74,14 +75,14 @@ class Stream:
 
 @dataclass(frozen=True)
 class Structure:
-    """What of a model can be pruned.
+    """The parts of a model that can be pruned.
 
     Attributes:
         attention: its attention layers, by name.
         ffn: its feed-forward networks, by name.
         layers: its transformer layers, in the order in which they run.
-        stream: its residual stream, where it has exactly one that is understood.
-        no_stream: else why hidden dimensions cannot be pruned.
+        stream: its residual stream, if it has exactly one of a known kind. no_stream: otherwise why
+            hidden dimensions cannot be pruned.
     """
 
     attention: dict[str, AttentionLayer]
@@ -103,7 +104,7 @@ class Structure:
 
     @property
     def hidden_size(self) -> int | None:
-        """Width of the residual stream, where its dimensions can be pruned."""
+        """Width of the residual stream, if its dimensions can be pruned."""
         return None if self.stream is None else self.stream.size
 
     def macs(self, tokens: float) -> float:
@@ -121,7 +122,7 @@ class Structure:
 
     @property
     def size(self) -> int:
-        """Weights of all heads and neurons, without biases: what CoFi calls the model's size."""
+        """Weights of all heads and neurons, without biases: the model's size in CoFi's sense."""
         heads = sum(
             4 * layer.num_heads * layer.head_dim * layer.embed_dim - 2 * _shared(layer)
             for layer in self.attention.values()
@@ -138,18 +139,18 @@ class Structure:
 
 
 def _shared(layer: AttentionLayer) -> int:
-    """Weights that a key projection is smaller by than one a query head would be."""
+    """How many weights fewer a shared key projection has than one for every query head."""
     return (layer.num_heads - len(set(layer.head_groups))) * layer.head_dim * layer.embed_dim
 
 
 def join(*parts: str) -> str:
-    """The qualified name of what lies below a module; the model's own name is empty."""
+    """The qualified name of a module's part; the model's own name is empty."""
     return ".".join(part for part in parts if part)
 
 
 @dataclass(frozen=True)
 class _LayerNames:
-    """Where a class of transformer layer keeps its parts."""
+    """The names of a transformer layer class's parts."""
 
     attention: str | None
     first: str
@@ -170,7 +171,7 @@ _LAYERS = {
     "torch.nn.modules.transformer.TransformerEncoderLayer": _LayerNames(
         "self_attn", "linear1", "linear2", ("norm1", "norm2"), lambda module: module.norm_first
     ),
-    # Its attention to another stream makes it no layer of one stream; its neurons can go.
+    # It attends to another stream, so it is not a layer of one stream; its neurons can be pruned.
     "torch.nn.modules.transformer.TransformerDecoderLayer": _LayerNames(
         None, "linear1", "linear2", None
     ),
@@ -178,7 +179,7 @@ _LAYERS = {
     "transformers.models.distilbert.modeling_distilbert.TransformerBlock": _LayerNames(
         "attention.mha", "ffn.lin1", "ffn.lin2", ("sa_layer_norm", "output_layer_norm")
     ),
-    # What normalises and scales a block differs among them; their neurons can go.
+    # Their norms and scales differ; their neurons can be pruned.
     **{
         f"{module}.{prefix}Layer": _LayerNames(None, "mlp.fc1", "mlp.fc2", None)
         for prefix, module in _VIT.items()
@@ -188,13 +189,13 @@ _BERT_MODELS = {f"{module}.{prefix}Model" for prefix, module in _BERT.items()}
 
 
 def structure(model: nn.Module) -> Structure:
-    """Finds what of ``model`` can be pruned.
+    """Finds the parts of ``model`` that can be pruned.
 
     Heads and attention blocks: of every :class:`headwise.MultiheadAttention`. Neurons and
     feed-forward blocks: of ``torch.nn.TransformerEncoderLayer`` and ``TransformerDecoderLayer``,
-    and of the encoders of transformers that :func:`headwise.convert` knows, where they have two
-    linear layers. Hidden dimensions: where the model has exactly one residual stream, a
-    ``torch.nn.TransformerEncoder`` or a ``BertModel``, ``RobertaModel`` and the like.
+    and of the encoders of transformers that :func:`headwise.convert` knows, if they have two linear
+    layers. Hidden dimensions: if the model has exactly one residual stream, a
+    ``torch.nn.TransformerEncoder`` or a ``BertModel``, ``RobertaModel`` or similar.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -217,7 +218,7 @@ def structure(model: nn.Module) -> Structure:
         except AttributeError:
             continue  # another kind of feed-forward network, such as SwiGLU
         if not (isinstance(first, nn.Linear) and isinstance(second, nn.Linear)):
-            continue  # somebody replaced them
+            continue  # they were replaced
         found = FeedForward(join(name, names.first), first, second, join(name, names.second))
         ffn[found.name] = found
         if (

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class LayerOutputs:
-    """A context in which the outputs of some modules are kept, in their order.
+    """A context that keeps the outputs of some modules, in their order.
 
     Attributes:
         values: ``[B, L, D]`` of each module, of the last forward.
@@ -52,7 +52,7 @@ def layer_distillation(
         alive: bool ``[S]``: layers that may be matched.
 
     Returns:
-        A scalar; 0 where no layer is alive.
+        A scalar; 0 if no layer is alive.
     """
     mapped = [transform(x) for x in student]
     errors = torch.stack(

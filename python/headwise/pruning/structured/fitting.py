@@ -20,7 +20,7 @@ _KEYS = {"ffn", "hidden", "skipped_norms"}
 
 
 def describe_structure(model: nn.Module) -> dict[str, Any] | None:
-    """What of the sizes of ``model`` its attention layers do not say; None: nothing."""
+    """The sizes of ``model`` beyond those of its attention layers; None: none."""
     found = structure(model)
     if not found.ffn:
         return None
@@ -40,7 +40,7 @@ def describe_structure(model: nn.Module) -> dict[str, Any] | None:
 
 
 def _original_size(model: nn.Module) -> int | None:
-    """The width that the residual stream had before its dimensions were pruned, where it shows."""
+    """The width of the residual stream before its dimensions were pruned, if known."""
     for module in model.modules():
         if isinstance(module, NarrowTransformerEncoder):
             return module.size
@@ -81,7 +81,7 @@ def check_document(document: Any, where: str) -> None:
 
 
 def fit_structure(model: nn.Module, document: dict[str, Any]) -> nn.Module:
-    """Gives a converted model the sizes of ``document``, in place; values are for the caller.
+    """Gives a converted model the sizes of ``document``, in place; the caller sets the values.
 
     Raises:
         ValueError: ``model`` does not have what the document names.

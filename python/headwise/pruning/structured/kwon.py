@@ -28,12 +28,12 @@ __all__ = ["KwonResult", "fisher_scores", "kwon_prune"]
 
 
 class KwonResult(NamedTuple):
-    """What :func:`kwon_prune` found.
+    """The result of :func:`kwon_prune`.
 
     Attributes:
-        plan: what stays, with scales; its metadata says how it was found.
+        plan: the plan, with scales; its metadata records how it was found.
         model: the smaller model.
-        report: seconds of each step, shares of MACs (and time) that are left, how far tuning came.
+        report: seconds of each step, remaining shares of MACs (and time), results of tuning.
     """
 
     plan: StructurePlan
@@ -50,12 +50,12 @@ def fisher_scores(
 ) -> dict[str, Tensor]:
     """The Fisher information of every head's and neuron's mask: sum over batches of (dL/dm)^2.
 
-    What :func:`kwon_prune` searches with (Kwon et al. 2022, section 3.2).
+    The objective of :func:`kwon_prune` (Kwon et al. 2022, section 3.2).
 
     Args:
         model: a converted or convertible model, unchanged. No gates.
-        batches: what ``loss_fn`` takes.
-        loss_fn: ``(model, batch) -> loss``, one loss an example or their mean.
+        batches: input of ``loss_fn``.
+        loss_fn: ``(model, batch) -> loss``, one loss per example or their mean.
         progress: a progress bar on stderr; None: after two seconds, on a terminal.
 
     Returns:
@@ -102,32 +102,33 @@ def kwon_prune(
 
     1. The Fisher information of every mask, sum over batches of (dL/dm)^2, weights frozen.
     2. A search for the masks that keep the most of it under the limit.
-    3. Per layer a rearrangement of as many units, by the layer's block of the Fisher matrix.
-    4. Scales of what stays, by least squares against the masks of the milder limit
-       sqrt(limit). They are folded into the weights. A quarter of the batches is held out of it:
-       a block keeps scales 1 where tuning brings it no nearer to what it should write on them,
-       and the loss on them says how far all scales go: the whole way, half, a quarter, or not.
+    3. Per layer, a rearrangement of the same number of units, by the layer's block of the Fisher
+       matrix.
+    4. Scales of the remaining units, by least squares against the masks of the milder limit
+       sqrt(limit). They are folded into the weights. A quarter of the batches is held out of it: a
+       block keeps scales 1 if tuning brings it no nearer to its target output on them, and the loss
+       on them decides how far all scales go: all the way, half, a quarter, or not at all.
 
     The authors use 2,048 training examples in batches of 32.
 
     Args:
         model: a converted or convertible model, unchanged. No gates.
-        batches: what ``loss_fn`` takes; all are kept in memory, and used more than once.
-        loss_fn: ``(model, batch) -> loss``, one loss an example or their mean.
+        batches: input of ``loss_fn``; all are kept in memory, and used more than once.
+        loss_fn: ``(model, batch) -> loss``, one loss per example or their mean.
         macs: the limit as a share of the MACs of heads and neurons, in (0, 1]; or
         latency: the limit as a share of their measured time, in (0, 1].
-        heads: whether heads may go.
-        ffn: whether neurons may go.
+        heads: whether heads may be pruned.
+        ffn: whether neurons may be pruned.
         rearrange: do step 3.
         tune: do step 4.
         tuning_batches: how many batches step 4 uses; it holds their hidden states.
-        damp: weight of the ridge that holds scales to 1, as a share of the mean squared size of
-            what a unit writes; None: for each block the best of a few, on held-out batches.
+        damp: weight of the ridge that holds scales at 1, as a share of the mean square of a unit's
+            output; None: for each block the best of a few, on held-out batches.
         max_scale: solutions of step 4 with a larger scale are not used.
         variant: step 4 as above, or "paper": as in the authors' code, which holds nothing out,
-            weighs all dimensions alike, regularises the normal equations with damp 1, fits an
-            intercept beside the heads' scales, leaves the heads of the first layer alone and
-            stops at the first solution that fails. ``damp`` is then not used.
+            weights all dimensions alike, regularises the normal equations with damp 1, fits an
+            intercept next to the heads' scales, leaves the heads of the first layer alone and stops
+            at the first solution that fails. ``damp`` is then not used.
         tokens: length of a sequence, for counting MACs; default: the mean over ``batches``.
         latency_table: measured times; default: :func:`measure_latency` at the mean length.
         progress: a progress bar on stderr; None: after two seconds, on a terminal.
@@ -230,7 +231,7 @@ def _check_limit(macs: float | None, latency: float | None) -> float:
 
 
 def _own_copy(model: nn.Module) -> nn.Module:
-    """A converted copy; refuses gates and masks."""
+    """A converted copy; raises an error for gates and masks."""
     refuse_gates(model)
     model = copy.deepcopy(model)
     return model if attention_layers(model) else convert(model)
@@ -251,7 +252,7 @@ Kept = tuple[dict[str, list[int]], dict[str, list[int]]]  # heads and neurons, b
 
 
 class _Search:
-    """The masks of one model while they are looked for."""
+    """The masks of one model during the search."""
 
     def __init__(self, model: nn.Module, heads: bool, ffn: bool) -> None:
         self.model, self.masks = model, StructureMasks()
@@ -287,7 +288,7 @@ class _Search:
             name: torch.ones(count, requires_grad=True)
             for name, count in {**self.heads, **self.neurons}.items()
         }
-        # Gates on all heads, pruned or not: they see what is padding.
+        # Gates on all heads, pruned or not: they see the padding.
         self.masks.heads = {
             name: leaves.get(name, torch.ones(count))
             for name, count in self.found.heads.items()
@@ -327,7 +328,7 @@ class _Search:
         tokens: float,
         table: LatencyTable | None,
     ) -> Kept:
-        """The units that a limit of ``share`` leaves."""
+        """The units that remain under a limit of ``share``."""
         head_scores = [fisher.scores(name) for name in self.heads]
         neuron_scores = [fisher.scores(name) for name in self.neurons]
         attention = next(iter(self.found.attention.values()))
@@ -374,7 +375,7 @@ class _Search:
         )
 
     def seconds(self, plan: StructurePlan | None, table: LatencyTable) -> float:
-        """What the table's fits say of all layers, or of those that ``plan`` leaves."""
+        """The time of all layers, or of those that ``plan`` leaves, by the table's fits."""
         heads, neurons = dict(self.found.heads), dict(self.found.neurons)
         if plan is not None:
             heads |= {entry.name: len(entry.heads) for entry in plan.heads.layers}
@@ -391,7 +392,7 @@ class _Search:
         return heads, neurons
 
     def put(self, masks: StructureMasks, kept: Kept) -> None:
-        """Sets ``masks`` to 1 for what is kept and 0 for the rest."""
+        """Sets ``masks`` to 1 for kept units and 0 for the rest."""
         masks.heads = {n: torch.ones(count) for n, count in self.found.heads.items() if count}
         masks.neurons = {}
         for values, kind, counts in (
@@ -420,7 +421,7 @@ class _Search:
 def _mean_loss(loss: Any) -> Tensor:
     if not isinstance(loss, Tensor) or loss.dim() > 1 or not loss.is_floating_point():
         raise ValueError(
-            "loss_fn must return a floating tensor, one loss an example [B] or their mean, got "
+            "loss_fn must return a floating tensor, one loss per example [B] or their mean, got "
             + (f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss))
         )
     if not torch.isfinite(loss).all():

@@ -1,4 +1,4 @@
-"""How long an attention layer takes by its heads, and a feed-forward network by its neurons."""
+"""The time of an attention layer by its heads, and of a feed-forward network by its neurons."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _FORMAT, _VERSION = "headwise.latency", 1
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """Measured seconds of one layer's blocks, by the units they have.
+    """Measured seconds of one layer's blocks, by their number of units.
 
     Attributes:
         batch_size: sequences of a call.
@@ -56,7 +56,7 @@ class LatencyTable:
 
     @property
     def head_fit(self) -> LatencyFit:
-        """Constant, then linear: what the search counts with."""
+        """The fit for the search: constant, then linear."""
         return _C.fit_latency(list(self.heads), list(self.head_seconds))
 
     @property
@@ -64,7 +64,7 @@ class LatencyTable:
         return _C.fit_latency(list(self.neurons), list(self.neuron_seconds))
 
     def check(self, found: Structure) -> None:
-        """Refuses a model whose blocks are not those that were measured.
+        """Raises an error for a model whose blocks differ from the measured ones.
 
         Raises:
             ValueError: it has more units in a layer, or layers of another width.
@@ -106,11 +106,11 @@ class LatencyTable:
                 if not isinstance(values[key], (list, tuple)):
                     raise ValueError(f"'{key}' of {what} must be a list, got {values[key]!r}")
                 values[key] = tuple(values[key])
-            _C.fit_latency(list(values[units]), list(values[seconds]))  # says what is wrong
+            _C.fit_latency(list(values[units]), list(values[seconds]))  # raises if wrong
         return LatencyTable(**values)
 
     def save(self, path: str | Path) -> None:
-        """Writes JSON, whole or not at all."""
+        """Writes JSON atomically."""
         write_json(path, self.to_dict())
 
     @staticmethod
@@ -129,15 +129,15 @@ def measure_latency(
 ) -> LatencyTable:
     """Times the blocks of ``model`` on this machine, with fewer and fewer units.
 
-    The blocks are built anew, with the sizes of the model's first layer and random weights, on the
-    device of the model, and take turns, so that all see the same noise; medians are kept.
+    New blocks are built, with the sizes of the model's first layer and random weights, on the
+    model's device. They alternate, so that all see the same noise; medians are kept.
 
     Args:
         model: a converted model with feed-forward networks that
             :func:`headwise.pruning.structure` finds.
         batch_size: sequences of a call.
         length: tokens of a sequence.
-        budget_s: seconds to spend, about.
+        budget_s: approximate seconds to spend.
         progress: a progress bar on stderr; None: after two seconds, on a terminal.
 
     Raises:

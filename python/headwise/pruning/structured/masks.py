@@ -1,7 +1,7 @@
-"""Masks on the structure of a model: gates and hooks, which compaction makes superfluous.
+"""Masks on the structure of a model: gates and hooks, which compaction removes.
 
 One :class:`StructureMasks` holds the values that every gate and hook of a model reads, so they can
-be constants (a plan), leaves that gradients are taken of, or samples drawn anew for each forward.
+be constants (a plan), leaves with gradients, or samples drawn again in each forward.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from headwise.pruning.structured.plan import StructurePlan
 
 
 class StructureMasks:
-    """The values of a model's masks; what is missing is 1.
+    """The values of a model's masks; missing ones are 1.
 
     Attributes:
         heads: attention layer -> ``[H]``, multiplies its heads' outputs.
         neurons: feed-forward network -> ``[F]``, multiplies its activations.
         blocks: either's name -> ``[]``, multiplies the whole output, bias included.
         hidden: ``[D]`` or None: multiplies what is written to the residual stream. Layer norms are
-            over the dimensions where it is not 0.
+            over its nonzero dimensions.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class StructureMasks:
         self.hidden: Tensor | None = None
 
     def __deepcopy__(self, memo: dict) -> StructureMasks:
-        # Samples belong to a graph, which cannot be copied; their values can.
+        # Samples belong to a graph and cannot be copied; their values can.
         copied = StructureMasks()
         memo[id(self)] = copied
         for kind in ("heads", "neurons", "blocks"):
@@ -48,7 +48,7 @@ class StructureMasks:
 
     @staticmethod
     def from_plan(plan: StructurePlan) -> StructureMasks:
-        """The masks, float32, that a plan says."""
+        """The masks of a plan, float32."""
         masks = StructureMasks()
         for layer in plan.heads.layers:
             masks.heads[layer.name] = spread(layer.heads, layer.scale, layer.num_heads)
@@ -71,7 +71,7 @@ def spread(units: list[int], scale: list[float], size: int) -> Tensor:
 class StructureGate(Gate):
     """Gives an attention layer the head mask of its :class:`StructureMasks`.
 
-    Heads whose mask is 0 do not run, in training either: no gradient would reach them.
+    Heads with mask 0 do not run, not even in training: no gradient would reach them.
     """
 
     def __init__(self, masks: StructureMasks, name: str, embed_dim: int, num_heads: int) -> None:
@@ -145,11 +145,11 @@ class MaskedLayerNorm(nn.LayerNorm):
     """A layer norm over the dimensions of the stream that are not masked out.
 
     Attributes:
-        masks: where it reads the mask of the stream, and that of ``block``.
+        masks: the masks of the stream and of ``block``.
         scaled: multiplies its output by the mask of the stream.
         reads_stream: whether its input is masked already; else it is multiplied by the mask.
-        block: attention layer or network whose output it normalises: where that block's mask is 0,
-            the norm is skipped. "": it is on the input of a block, or on embeddings.
+        block: attention layer or network whose output it normalises: if that block's mask is 0, the
+            norm is skipped. "": it is on the input of a block, or on embeddings.
     """
 
     masks: StructureMasks
@@ -232,7 +232,7 @@ def attach(model: nn.Module, found: Structure, masks: StructureMasks, hidden: bo
     for name in dict.fromkeys((*on_stream, *skippable)):
         norm = model.get_submodule(name)
         if not isinstance(norm, nn.LayerNorm):
-            continue  # it went with its block, which writes nothing
+            continue  # removed with its block, which writes nothing
         masked = MaskedLayerNorm.around(
             norm,
             masks,
@@ -247,7 +247,7 @@ def attach(model: nn.Module, found: Structure, masks: StructureMasks, hidden: bo
 def norms_after(model: nn.Module, found: Structure) -> dict[str, str]:
     """Attention layer or network -> the layer norm on its sum with the stream (post-norm layers).
 
-    A removed block takes this norm with it, as in the released code of CoFi.
+    This norm is removed with its block, as in the released code of CoFi.
     """
     pairs = [
         (block, norm)
@@ -261,7 +261,7 @@ def norms_after(model: nn.Module, found: Structure) -> dict[str, str]:
 
 
 def detach(model: nn.Module) -> nn.Module:
-    """Takes every mask off ``model``, in place; returns it."""
+    """Removes every mask from ``model``, in place; returns it."""
     for module in list(model.modules()):
         if isinstance(module, MaskedLayerNorm):
             replace_module(model, module, module.original())
@@ -281,7 +281,7 @@ def detach(model: nn.Module) -> nn.Module:
 
 
 def masks_of(model: nn.Module) -> StructureMasks | None:
-    """The masks that are on ``model``, if there are any."""
+    """The masks on ``model``, if there are any."""
     for module in model.modules():
         if isinstance(module, (MaskedLayerNorm, StructureGate)):
             return module.masks
@@ -303,6 +303,6 @@ def refuse_gates(model: nn.Module) -> None:
     for name, layer in attention_layers(model).items():
         if layer.gate is not None:
             raise ValueError(
-                f"layer '{name}' has a {type(layer.gate).__name__}: take it out first "
+                f"layer '{name}' has a {type(layer.gate).__name__}: remove it first "
                 f"(layer.set_gate(None))"
             )

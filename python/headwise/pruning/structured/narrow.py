@@ -1,6 +1,6 @@
-"""What stands at the ends of a residual stream that lost dimensions, where its neighbours did not.
+"""Adapters between a pruned residual stream and full-width neighbours.
 
-Each holds the dimensions that stayed as a buffer, so that they are saved with the weights.
+Each has the remaining dimensions as a buffer, so that they are saved with the weights.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def _dimensions(kept: int, device) -> Tensor:
 
 
 def widen(x: Tensor, dimensions: Tensor, size: int) -> Tensor:
-    """``[..., D']`` -> ``[..., D]``: zeros in the dimensions that went."""
+    """``[..., D']`` -> ``[..., D]``: zeros in the pruned dimensions."""
     return x.new_zeros(*x.shape[:-1], size).index_copy(-1, dimensions, x)
 
 
@@ -26,8 +26,9 @@ class NarrowTransformerEncoder(nn.TransformerEncoder):
     """A ``torch.nn.TransformerEncoder`` of D' dimensions between neighbours of D.
 
     Attributes:
-        dimensions: int64 ``[D']``: those of the input that it reads and of the output it writes.
-        scale: ``[D']``: multiplies what it reads.
+        dimensions: int64 ``[D']``: the dimensions of the input that it reads and of the output that
+            it writes.
+        scale: ``[D']``: multiplies its input.
         size: D.
     """
 
@@ -68,10 +69,10 @@ class _NarrowLayerNorm(nn.LayerNorm):
 
 
 class SelectingLayerNorm(_NarrowLayerNorm):
-    """``[..., D]`` -> ``[..., D']``: after embeddings that stay wide because they are tied.
+    """``[..., D]`` -> ``[..., D']``: after tied embeddings, which stay wide.
 
     Attributes:
-        scale: ``[D']``: multiplies what it reads.
+        scale: ``[D']``: multiplies its input.
     """
 
     scale: Tensor
@@ -85,14 +86,14 @@ class SelectingLayerNorm(_NarrowLayerNorm):
 
 
 class WideningLayerNorm(_NarrowLayerNorm):
-    """``[..., D']`` -> ``[..., D]``: the last norm of a model whose output somebody else reads."""
+    """``[..., D']`` -> ``[..., D]``: the last norm of a model with a full-width output."""
 
     def forward(self, x: Tensor) -> Tensor:
         return widen(super().forward(x), self.dimensions, self.size)
 
 
 class SkippedLayerNorm(nn.Identity):
-    """Takes the place of the norm after a block that was removed.
+    """Replaces the norm after a removed block.
 
     Attributes:
         eps: of the norm that it replaces; torch's encoder layers read it.
@@ -106,7 +107,7 @@ class SkippedLayerNorm(nn.Identity):
 
 
 class Widening(nn.Module):
-    """``[..., D']`` -> ``[..., D]``: a :class:`WideningLayerNorm` whose norm is skipped."""
+    """``[..., D']`` -> ``[..., D]``: a :class:`WideningLayerNorm` without the norm."""
 
     dimensions: Tensor
 
@@ -121,5 +122,5 @@ class Widening(nn.Module):
         return widen(x, self.dimensions, self.size)
 
 
-#: Modules by which a model shows that its hidden dimensions were pruned.
+#: Modules that show that a model's hidden dimensions were pruned.
 NARROW = (NarrowTransformerEncoder, SelectingLayerNorm, WideningLayerNorm, Widening)

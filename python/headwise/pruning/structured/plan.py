@@ -15,7 +15,7 @@ for _type in (BlockPlan, FfnPlan, HiddenPlan, StructurePlan):
 
 
 def _records(plan: StructurePlan) -> list[dict[str, Any]]:
-    """What stays of each part that the plan names."""
+    """What the plan keeps of each part."""
     found = [("heads", own.name, len(own.heads), own.num_heads) for own in plan.heads.layers]
     found += [("neurons", own.name, len(own.neurons), own.num_neurons) for own in plan.ffn]
     found += [("block", own.name, int(own.scale != 0.0), 1) for own in plan.blocks]

@@ -1,5 +1,5 @@
-"""Proof of a structure plan: a model under it as a mask, and the model without what it drops,
-compute the same on a few made-up tokens."""
+"""Check of a structure plan: the masked and the pruned model compute the same on a few made-up
+tokens."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from headwise.pruning.structured.plan import StructurePlan
 
 
 class PlanProof:
-    """What a model computes under ``plan`` as a mask, part by part.
+    """The outputs of a model masked by ``plan``, part by part.
 
-    With hidden dimensions that is its residual stream from end to end, with what reads it. Without
-    them its transformer layers, and the attention layers and feed-forward networks outside these.
+    With hidden dimensions, these are its residual stream from end to end and its readers. Without
+    them, its transformer layers, and the attention layers and feed-forward networks outside these.
 
     Args:
-        model: without masks; left as it is.
+        model: without masks; not changed.
         plan: fits ``model``.
     """
 
@@ -46,16 +46,16 @@ class PlanProof:
         self._proof = Proof.of(model, "", masked)
 
     def check(self, model: nn.Module) -> None:
-        """Compares ``model``, from which the plan was taken out.
+        """Compares ``model``, pruned by the plan.
 
         Raises:
-            ValueError: it computes something else.
+            ValueError: its outputs differ.
         """
         if self._proof is not None:
             self._proof.check(model, self._after)
 
 
-#: Runs a part of a model on made-up tokens; the masks are those on the model.
+#: Runs a part of a model on made-up tokens, with the masks on the model.
 _Part = Callable[[nn.Module, Draw, StructureMasks | None], list[Tensor]]
 
 

@@ -1,4 +1,5 @@
-"""Scales of what stays, that make up for what went: mask tuning of Kwon et al. 2022, 3.4."""
+"""Rescales the remaining heads and neurons to compensate for the pruned ones: mask tuning of Kwon
+et al. 2022, 3.4."""
 
 from __future__ import annotations
 
@@ -17,9 +18,9 @@ from headwise.nn.instrumenting import instrument
 from headwise.pruning.structured.description import Structure, TransformerLayer
 from headwise.pruning.structured.masks import StructureMasks
 
-#: Batches that the sensitivity of the stream's dimensions is measured on.
+#: Batches for measuring the sensitivity of the stream's dimensions.
 SENSITIVITY_BATCHES = 8
-#: Ridges that are tried, as shares of the mean squared size of what a unit writes.
+#: Ridges to try, as shares of the mean square of a unit's output.
 DAMPS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
@@ -28,15 +29,13 @@ Values = tuple[dict[str, Tensor], dict[str, Tensor]]  # masks of heads and of ne
 
 @dataclass
 class Tuned:
-    """What tuning did.
+    """The result of tuning.
 
     Attributes:
-        blocks: of each block that was looked at its name, the ridge that was chosen (None: no
-            scales were better than 1), and what share of the untuned error on held-out batches is
-            left.
-        loss: mean loss on the held-out batches, untuned and as the scales are now; None: nothing
-            could be tuned.
-        step: how far scales went from 1 to the solutions; 0: no step lowered that loss for sure.
+        blocks: for each block its name, the chosen ridge (None: no scales were better than 1), and
+            what share of the untuned error on held-out batches is left.
+        loss: mean loss on the held-out batches, untuned and tuned; None: nothing could be tuned.
+        step: how far scales moved from 1 to the solutions; 0: no step clearly lowered that loss.
         skipped: why nothing could be tuned, or "".
     """
 
@@ -47,14 +46,14 @@ class Tuned:
 
 
 class _FirstLayer(Exception):
-    """Raised when a forward has come to the first layer: what comes after is not needed."""
+    """Raised when a forward reaches the first layer, to skip the rest."""
 
 
 @dataclass
 class _Calls:
-    """How each batch calls the layers, and where it stands: teacher and student apart.
+    """How each batch calls the layers, and the state of teacher and student.
 
-    ``read``: of each batch the tokens of the last layer's output that the loss depends on.
+    ``read``: for each batch, the tokens of the last layer's output that the loss depends on.
     """
 
     args: list[tuple] = field(default_factory=list)
@@ -65,7 +64,7 @@ class _Calls:
 
 
 class _Capture:
-    """What one run of a layer computed on the way."""
+    """Intermediate results of one run of a layer."""
 
     def __init__(self) -> None:
         # Tensors, once the layer has run.
@@ -91,33 +90,32 @@ def tune(
     max_scale: float = 10.0,
     released: bool = False,
 ) -> Tuned:
-    """Scales what stays, layer by layer, so that the residual stream comes near the teacher's.
+    """Scales the remaining units, layer by layer, to bring the residual stream near the teacher's.
 
     Least squares over one scale for each head, then for each neuron of a layer, ridge towards 1
-    (``_C.ScaleSolver``); the layers before are already tuned. Tokens that are padding do not count,
-    and of the last layer only those that the loss depends on do: a classifier's first token.
-    Dimensions of the stream count by how much the loss feels them (root mean square of its gradient
-    by them): in plain least squares the few of large values decide.
+    (``_C.ScaleSolver``); the layers before are already tuned. Padding does not count, and in the
+    last layer only the tokens that the loss depends on count: a classifier's first. Dimensions of
+    the stream are weighted by the sensitivity of the loss (root mean square of its gradient): in
+    plain least squares the few dimensions of large values would decide.
 
-    Every fourth batch is held out. It chooses the ridge of each block, and where no ridge brings
-    what the block writes nearer to the teacher's, the block keeps scales 1. What is nearer to the
-    teacher need not be better at the task: in the end the model's loss on what is held out says
-    whether all scales go to the solutions, half or a quarter of the way, or stay 1, where no step
-    lowers it by more than chance (paired, one-sided, 95%).
+    Every fourth batch is held out. It chooses the ridge of each block; if no ridge brings the
+    block's output nearer to the teacher's, the block keeps scales 1. Nearer to the teacher need not
+    be better at the task: in the end the model's loss on the held-out batches decides whether all
+    scales go to the solutions, half or a quarter of the way, or stay 1 if no step lowers it by more
+    than chance (paired, one-sided, 95%).
 
     Args:
         model: in evaluation mode, with gates and hooks that read ``masks``.
-        masks: 1 where a unit stays, 0 where it does not; changed.
+        masks: 1 for kept units, 0 for others; changed in place.
         batches: calibration data.
         loss_fn: ``(model, batch) -> loss``.
         teacher: masks of a larger model, of the same weights.
         units: names of the attention layers and networks that get scales.
         damp: the ridge; None: the best of :data:`DAMPS`, block by block.
         max_scale: solutions with a larger scale are not used.
-        released: as the authors' code does it: all batches and dimensions count alike, and the
-            ridge is that of ``_C.ScaleSolver.solve_released``, with an intercept for heads; the
-            heads of the first layer keep scales 1; a solution that fails or has too large a scale
-            ends it.
+        released: as in the authors' code: all batches and dimensions count alike, and the ridge is
+            that of ``_C.ScaleSolver.solve_released``, with an intercept for heads; the heads of the
+            first layer keep scales 1; a solution that fails or has too large a scale ends it.
     """
     if not found.layers:
         return Tuned(skipped="the model has no transformer layers that headwise knows")
@@ -189,7 +187,7 @@ def _between(one: Values, other: Values, step: float) -> Values:
 
 
 def _losses(model: nn.Module, batches: Sequence[Any], chosen: list[int], loss_fn) -> Tensor:
-    """float64 [N]: of each example, or where ``loss_fn`` gives means, of each batch."""
+    """float64 [N]: of each example, or of each batch if ``loss_fn`` gives means."""
     losses = [loss_fn(model, batches[i]).double().reshape(-1) for i in chosen]
     return torch.cat(losses).cpu()
 
@@ -197,7 +195,7 @@ def _losses(model: nn.Module, batches: Sequence[Any], chosen: list[int], loss_fn
 def _sensitivity(
     model: nn.Module, found: Structure, batches: Sequence[Any], loss_fn
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """How much the loss feels each dimension of the stream: root mean square gradients [D].
+    """The sensitivity of the loss to each dimension of the stream: root mean square gradients [D].
 
     Of each layer, by name, after attention and after the feed-forward network; their mean square is
     1.
@@ -220,7 +218,7 @@ def _sensitivity(
     handles.append(found.layers[0].module.register_forward_pre_hook(start, with_kwargs=True))
     for layer in found.layers:
         points = [(name, i) for i, name in enumerate(layer.norms)]
-        if layer.norm_first:  # a norm reads the stream as the block before left it
+        if layer.norm_first:  # a norm reads the stream after the previous block
             points = [(layer.norms[1], 0)]
 
             def after(module, args, output, name=layer.name) -> None:
@@ -255,7 +253,8 @@ def _root(sums: dict[tuple[str, int], Tensor], name: str, i: int) -> Tensor:
 def _read_tokens(
     model: nn.Module, last: nn.Module, batches: Sequence[Any], loss_fn
 ) -> list[Tensor]:
-    """Of each batch, bool [B, L]: where the loss has a gradient by the last layer's output."""
+    """For each batch, bool [B, L]: tokens of the last layer's output that the loss has a gradient
+    for."""
     read = []
     for batch in batches:
         outputs: list[Tensor] = []
@@ -354,8 +353,8 @@ class _Runner:
 
             return hook
 
-        # After attention the stream is what the norm of attention sees, or, where norms come first,
-        # that of the feed-forward network.
+        # After attention, the stream is the input of the norm of attention or, with norms first, of
+        # the feed-forward network's norm.
         points = ["after_attention", "after_ffn"]
         if self.layer.norm_first:
             points = ["", "after_attention"]
@@ -385,7 +384,8 @@ class _Runner:
             return context, teacher.after_attention - own.after_attention
 
         weight = self.attention.out_proj.weight[:, columns]
-        # Of the last layer's heads the authors count every token, of its neurons those it reads.
+        # For the last layer's heads the authors count every token, for its neurons those that are
+        # read.
         read = self.last and damps is not None
         solvers = self._equations(expected, weight, size, rows, self.sensitivity[0], read)
         return self._set(self.masks.heads, name, kept, solvers, damps, max_scale)
@@ -412,10 +412,10 @@ class _Runner:
         sensitivity: Tensor,
         read: bool,
     ) -> tuple[_C.ScaleSolver, _C.ScaleSolver]:
-        """Those of the batches to fit, and those of the batches that are held out.
+        """Those of the batches to fit, and those of the held-out batches.
 
-        Dimensions of the stream count by ``sensitivity`` [D]; with ``read``, of the tokens only
-        those that the loss depends on do.
+        Dimensions of the stream are weighted by ``sensitivity`` [D]; with ``read``, only the tokens
+        that the loss depends on count.
         """
         factor = sensitivity.to(weight).expand(weight.size(0))  # [D]
         weight = factor[:, None] * weight
@@ -442,9 +442,9 @@ class _Runner:
         damps: Sequence[float] | None,
         max_scale: float,
     ) -> list[dict[str, Any]] | None:
-        """Puts the best solution into the mask, where one is better than none.
+        """Writes the best solution to the mask, if one is better than none.
 
-        Without ``damps`` that of the released code, whatever it is worth; None if there is none.
+        Without ``damps``, that of the released code, even if it is worse; None if there is none.
         """
         if len(kept) == 0:
             return []

@@ -465,7 +465,7 @@ def test_refusals():
         hw.pruning.CoFi(encoder(), 0.0)
     with pytest.raises(ValueError, match="hidden dimensions of model cannot be pruned: "):
         hw.pruning.CoFi(nn.MultiheadAttention(EMBED, HEADS), 0.9, hidden=True)
-    with pytest.raises(ValueError, match="has a RandomGate: take it out first"):
+    with pytest.raises(ValueError, match="has a RandomGate: remove it first"):
         hw.pruning.CoFi(hw.convert(bert("BertModel"), hw.RandomGate()), 0.9)
     masked = hw.convert(bert("BertModel"))
     hw.mask(masked, random_plan(masked))

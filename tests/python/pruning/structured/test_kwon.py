@@ -674,7 +674,7 @@ def test_models_and_data_that_cannot_be_used():
     ):
         hw.pruning.kwon_prune(classifier(), [], loss_fn, macs=0.5)
     gated = hw.convert(classifier(), hw.RandomGate())
-    with pytest.raises(ValueError, match="has a RandomGate: take it out first"):
+    with pytest.raises(ValueError, match="has a RandomGate: remove it first"):
         hw.pruning.kwon_prune(gated, task(1), loss_fn, macs=0.5)
     with pytest.raises(ValueError, match="has no known feed-forward networks to prune"):
         alone = nn.MultiheadAttention(EMBED, HEADS, batch_first=True)

@@ -301,7 +301,7 @@ def test_refusals_leave_the_model_alone():
     for plan, text in (
         (
             [hw.pruning.FfnPlan("x", 4, [1])],
-            "plan names network 'x', which model has not; it has 'encoder",
+            "plan names network 'x', which model does not have; it has 'encoder",
         ),
         (
             [hw.pruning.FfnPlan(name, 4, [1])],
@@ -311,7 +311,7 @@ def test_refusals_leave_the_model_alone():
         for apply in (hw.mask, hw.prune):
             with pytest.raises(ValueError, match=text):
                 apply(model, hw.pruning.StructurePlan(hw.HeadPlan([]), plan))
-    with pytest.raises(ValueError, match="plan names block 'x', which model has not"):
+    with pytest.raises(ValueError, match="plan names block 'x', which model does not have"):
         hw.prune(
             model, hw.pruning.StructurePlan(hw.HeadPlan([]), blocks=[hw.pruning.BlockPlan("x")])
         )
@@ -320,7 +320,7 @@ def test_refusals_leave_the_model_alone():
             model, hw.pruning.StructurePlan(hw.HeadPlan([]), hidden=hw.pruning.HiddenPlan(9, [0]))
         )
     gated = hw.convert(bert("BertModel"), hw.RandomGate())
-    with pytest.raises(ValueError, match="has a RandomGate: take it out first"):
+    with pytest.raises(ValueError, match="has a RandomGate: remove it first"):
         hw.prune(gated, random_plan(gated))
     assert hw.pruning.structure(model).neurons == {n: 32 for n in hw.pruning.structure(model).ffn}
 
