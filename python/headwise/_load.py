@@ -1,8 +1,8 @@
 """Loads the C++ core, after checking that it was compiled for the torch that is running.
 
-An extension holds on to the binary interface of one minor version of torch. With another one, the
-dynamic loader would report an undefined symbol, which tells nobody what to do; so the version is
-compared first, with what CMake wrote into ``_build_info.py``.
+An extension depends on the binary interface of one minor version of torch. With another one, the
+dynamic loader would report an undefined symbol, which does not tell what to do; so the version is
+compared first, with that in ``_build_info.py``, written by CMake.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def minor_version(version: str) -> tuple[str, ...]:
 
 
 def check_torch(compiled: str, running: str) -> None:
-    """Refuse to go on when the two versions of torch differ in their first two numbers.
+    """Raise an error if the two versions of torch differ in their first two numbers.
 
     Raises:
         ImportError: naming both versions and what to do.

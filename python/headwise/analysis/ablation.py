@@ -1,8 +1,8 @@
-"""Ablation: what a model loses without a head, or in a layer that has only one.
+"""Ablation: what a model loses without one head, or with only one head in a layer.
 
 Which one should you use? ``ablate_heads`` measures what :func:`headwise.score_heads` estimates from
-a gradient, at the price of one evaluation a head, and says which differences are more than chance.
-``keep_one_head`` asks whether a layer needs more than one head at all.
+a gradient, at the cost of one evaluation per head, and tests which differences are more than
+chance. ``keep_one_head`` tests whether a layer needs more than one head at all.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Ablation:
     """What heads are worth, measured.
 
     Attributes:
-        scores: the larger, the more a head is worth; see the function that made it.
+        scores: the larger, the more a head is worth; see the function that returned it.
         low: layer name -> float64 ``[H]``, lower end of the score's bootstrap interval.
         high: layer name -> float64 ``[H]``, its upper end.
         p_value: layer name -> float64 ``[H]``, two-sided, of the score being 0.
@@ -68,31 +68,30 @@ def ablate_heads(
     journal: str | os.PathLike | None = None,
     progress: bool | None = None,
 ) -> Ablation:
-    """What the model loses when one head alone is taken out, for every head.
+    """What the model loses when one head is removed, for every head.
 
     Michel et al. 2019 (arXiv 1905.10650), section 3.2. The score of a head is the mean over the
     examples of loss without it minus loss with it: below 0, the model is better off without. Its
     interval and p-value are by paired bootstrap over the examples, as in the paper (there 1,000
     resamples and p < 0.01, on one side: half of ours).
 
-    Costs one evaluation of the data for every head. With a journal, a run that is interrupted goes
-    on where it was.
+    Costs one evaluation of the data per head. With a journal, an interrupted run resumes.
 
     Args:
-        model: a converted or convertible model, run in evaluation mode and left as it was. Heads
-            that its gates do not choose have score 0.
+        model: a converted or convertible model, run in evaluation mode and restored. Heads that its
+            gates do not choose have score 0.
         batches: input of ``loss_fn``; read once and kept.
-        loss_fn: ``(model, batch) -> [B]``, one loss an example, the smaller the better; the error
+        loss_fn: ``(model, batch) -> [B]``, one loss per example, the smaller the better; the error
             (0 or 1) measures accuracy.
         resamples: of the bootstrap.
         confidence_level: of the intervals.
         seed: of the bootstrap.
-        journal: file that keeps what is finished.
+        journal: checkpoint file.
         progress: a progress bar on stderr; None: after two seconds, on a terminal.
 
     Raises:
-        ValueError: no batches, a loss that is not finite or not one an example, or one that no head
-            changes; a journal of another model, of other data or of another search.
+        ValueError: no batches, a loss that is not finite or not one per example, or one that no
+            head changes; a journal of another model, of other data or of another search.
     """
 
     def all_but(heads: int, head: int) -> Tensor:
@@ -119,10 +118,10 @@ def keep_one_head(
 ) -> Ablation:
     """What the model loses when a layer has one head only, for every head of every layer.
 
-    Michel et al. 2019, section 3.3 ("all heads but one"); the other layers stay whole. The score of
-    a head is the mean loss of the whole model minus the mean loss with only this head in its layer,
-    so the best head of a layer has the largest score; near 0, it could replace the whole layer.
-    Arguments, interval, p-value and errors as in :func:`ablate_heads`.
+    Michel et al. 2019, section 3.3 ("all heads but one"); the other layers are complete. The score
+    of a head is the mean loss of the whole model minus the mean loss with only this head in its
+    layer, so the best head of a layer has the largest score; near 0, it could replace the whole
+    layer. Arguments, interval, p-value and errors as in :func:`ablate_heads`.
     """
 
     def only(heads: int, head: int) -> Tensor:
@@ -177,7 +176,7 @@ def _ablate(
 
 
 class LossesByIntervention:
-    """Losses of every example, under interventions that have names; finished ones are kept."""
+    """Losses of every example, under named interventions; finished ones are saved."""
 
     def __init__(
         self,
@@ -193,7 +192,7 @@ class LossesByIntervention:
         self._measure = lambda: example_losses(model, batches, loss_fn)
 
     def full(self) -> Tensor:
-        """``[N]``, without an intervention; a journal must have found the same."""
+        """``[N]``, without an intervention; a journal must have the same."""
         losses, kept = self._measure(), self._journal.get("full")
         if kept is None:
             self._journal.add("full", losses.tolist())
@@ -207,7 +206,7 @@ class LossesByIntervention:
         return before
 
     def __call__(self, name: str) -> Tensor:
-        """``[N]``, under the intervention that is now in force."""
+        """``[N]``, under the current intervention."""
         kept = self._journal.get(name)
         if kept is not None:
             return torch.tensor(kept, dtype=torch.float64)

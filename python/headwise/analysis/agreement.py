@@ -53,7 +53,7 @@ class Agreement(Shown):
         )
 
     def table(self) -> str:
-        """A row and a column a score: ``0.71 [0.55, 0.82]``."""
+        """One row and one column per score: ``0.71 [0.55, 0.82]``."""
         cells = [
             [
                 f"{v:.2f} [{low:.2f}, {high:.2f}]" if i != j else "1"
@@ -82,12 +82,12 @@ def score_agreement(
     """Rank correlation of every two scores over the heads of all layers, with intervals.
 
     Spearman's rho, or Kendall's tau-b, which counts pairs of heads and is smaller for the same
-    agreement. The intervals are percentiles over resampled heads. Scores are taken as they are:
-    where a small one means important (``entropy``), agreement with the others is negative.
+    agreement. The intervals are percentiles over resampled heads. Scores are used as they are: if a
+    small one means important (``entropy``), agreement with the others is negative.
 
     Args:
-        scores: label -> scores, at least two: what :func:`headwise.score_heads` returns, or the
-            same metric under labels of several seeds or tasks.
+        scores: label -> scores, at least two: the result of :func:`headwise.score_heads`, or one
+            metric for several seeds or tasks as labels.
         method: "spearman" or "kendall".
         resamples: of the bootstrap.
         confidence_level: of the intervals.

@@ -1,4 +1,4 @@
-"""Whether two models differ in a metric that is no mean over examples: F1, correlation, BLEU."""
+"""Whether two models differ in a metric that is not a mean over examples: F1, correlation, BLEU."""
 
 from __future__ import annotations
 
@@ -48,15 +48,14 @@ def metric_difference(
     """The difference of any metric between two models, with a paired bootstrap over examples.
 
     The examples are drawn with replacement, the same ones for both models, and the metric is
-    computed anew on every draw (Koehn, EMNLP 2004, who does so for BLEU). A mean over examples
-    (accuracy, a loss) needs no draws of its own: :func:`headwise.analysis.ablate_heads` and
-    ``headwise compare`` resample its examples directly.
+    computed again on every draw (Koehn, EMNLP 2004, for BLEU). A mean over examples (accuracy, a
+    loss) needs no such draws: :func:`headwise.analysis.ablate_heads` and ``headwise compare``
+    resample its examples directly.
 
     Args:
         metric: ``(outputs [n, ...], targets [n, ...]) -> a number``, the larger the better.
-        first: ``[N, ...]``, what the first model says of each example.
-        second: ``[N, ...]``, what the second says of the same examples.
-        targets: ``[N, ...]``, what is right.
+        first: ``[N, ...]``, outputs of the first model for each example. second: ``[N, ...]``,
+            outputs of the second for the same examples. targets: ``[N, ...]``, the right answers.
         resamples: R, of the bootstrap; the metric is computed 2 R + 2 times.
         confidence_level: of the interval, in (0, 1), by percentiles.
         seed: of the draws.

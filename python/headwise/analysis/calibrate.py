@@ -34,27 +34,27 @@ def calibrate_threshold(
 ) -> float:
     """Sets the one threshold of the model's :class:`ThresholdGate` gates for a share of heads.
 
-    What a layer's heads score depends on the heads that ran before it, so the threshold is found by
-    halving, with the model run on ``batches`` for each trial.
+    The scores of a layer's heads depend on the heads that ran before it, so the threshold is found
+    by bisection, running the model on ``batches`` for each trial.
 
     Args:
         model: put in evaluation mode while it runs.
-        batches: calibration data; gone through once for each trial.
+        batches: calibration data; read once per trial.
         keep: mean share of the heads that should run, in (0, 1].
-        forward_fn: ``(model, batch)`` runs the model; what it returns is not used.
+        forward_fn: ``(model, batch)`` runs the model; its result is not used.
         passes: trials.
         tolerance: how far the share may be from ``keep``; 1 accepts any.
         progress: a progress bar on stderr; None: after two seconds, on a terminal.
 
     Returns:
-        The threshold, which the gates now have: of those tried the one whose share is nearest.
+        The threshold, also set in the gates: of those tried, the one with the nearest share.
 
     Raises:
         ValueError: ``keep`` outside (0, 1], no batches, a model without such a gate, or a share
-            that cannot be reached (the text names the nearest): where gates have ``min_heads``, or
-            where queries and keys are so small that their integer parts are zero and all heads
-            score the same (raise the gates' ``resolution``). The gates then keep the thresholds
-            that they had, as they do where a batch fails.
+            that cannot be reached (the text names the nearest), because gates have ``min_heads``,
+            or because queries and keys are so small that their integer parts are zero and all heads
+            score the same (raise the gates' ``resolution``). The gates then keep their thresholds,
+            also if a batch fails.
     """
     if not 0.0 < keep <= 1.0:
         raise ValueError(f"keep must be in (0, 1], got {keep}")

@@ -37,14 +37,14 @@ class CausalHeads:
     """The part that each head has in a model's loss, as degrees that sum to 1.
 
     Attributes:
-        facilitating: layer name -> float64 ``[H]``: its gate stays open though pushed shut. As the
-            next two, the mean over the fits.
-        interfering: layer name -> float64 ``[H]``: its gate stays shut though pushed open.
-        irrelevant: layer name -> float64 ``[H]``: its gate goes where it is pushed.
+        facilitating: layer name -> float64 ``[H]``: its gate stays open though pushed closed. As
+            the next two, the mean over the fits.
+        interfering: layer name -> float64 ``[H]``: its gate stays closed though pushed open.
+        irrelevant: layer name -> float64 ``[H]``: its gate follows the push.
         scores: facilitating - interfering, in [-1, 1].
         strength: weight of the regulariser.
-        by_fit: layer name -> float64 ``[S, 3, H]``, the three degrees in each of the S fits. Of
-            heads that can stand in for each other, different fits keep different ones.
+        by_fit: layer name -> float64 ``[S, 3, H]``, the three degrees in each of the S fits. If
+            heads can replace each other, different fits keep different ones.
     """
 
     facilitating: Mapping[str, Tensor]
@@ -79,14 +79,15 @@ def causal_heads(
     journal: str | os.PathLike | None = None,
     progress: bool | None = None,
 ) -> CausalHeads:
-    """Fits a gate in (0, 1) to every head of the frozen model, once pushed open, once pushed shut.
+    """Fits a gate in (0, 1) to every head of the frozen model, once pushed open, once pushed
+    closed.
 
     Causal head gating (arXiv 2505.13737), in the stages of its released code: from gates drawn
     uniformly, the loss alone is minimised; from there loss - strength * sum clip(logit of gate),
     once with +strength and once with -strength. A gate that stays open both times belongs to a head
-    that facilitates the task, one that stays shut to a head that interferes with it, and one that
-    goes where it is pushed to a head that is irrelevant. Of heads that can stand in for each other,
-    the first stage, and so chance, decides which one is needed: hence several ``fits``.
+    that facilitates the task, one that stays closed to a head that interferes with it, and one that
+    follows the push to a head that is irrelevant. If heads can replace each other, the first stage,
+    and so chance, decides which one is needed: this is why there are several ``fits``.
 
     If ``strength`` is large against what one head changes in the loss, every head is irrelevant; if
     it is small, steps decide. Ours: by default it follows the loss and the data, so that another
@@ -94,20 +95,20 @@ def causal_heads(
     loss in nats, at ``learning_rate=1``.
 
     Args:
-        model: a converted or convertible model, run in evaluation mode and left as it was. Gates of
-            its own stay in force.
-        batches: input of ``loss_fn``; read once, kept, and gone through in turn.
-        loss_fn: ``(model, batch) -> loss``, one an example ``[B]`` or their mean.
+        model: a converted or convertible model, run in evaluation mode and restored. Its own gates
+            stay active.
+        batches: input of ``loss_fn``; read once, kept, and used in turn.
+        loss_fn: ``(model, batch) -> loss``, one per example ``[B]`` or their mean.
         strength: weight of the regulariser, above 0; None: half of the mean, over heads, of how
             much the loss of all ``batches`` changes with the logit of a gate that is half open
-            (:attr:`CausalHeads.strength` says how much that came to). The regulariser then moves
-            the gate of a head that the loss holds with less than half the average force.
+            (:attr:`CausalHeads.strength` has the value). The regulariser then moves the gate of a
+            head that the loss holds with less than half the average force.
         steps: of Adam, in each of the three stages.
-        fits: how many times to fit, from gates drawn anew.
+        fits: how many times to fit, from new random gates.
         seed: of the draw.
         learning_rate: of Adam.
         limit: logits stay within [-limit, limit]: gates within 1.8% of 0 and 1 for 4.
-        journal: file that keeps how far it came: a run that is interrupted goes on from there.
+        journal: checkpoint file; an interrupted run resumes from it.
         progress: a progress bar on stderr; None: after two seconds, on a terminal.
 
     Raises:
@@ -209,7 +210,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 class _Fit:
-    """Adam (Kingma and Ba 2015) on the logits of all gates, with a state that JSON can hold."""
+    """Adam (Kingma and Ba 2015) on the logits of all gates, with a JSON state."""
 
     def __init__(self, logits: Tensor, learning_rate: float, limit: float) -> None:
         self.logits = logits.requires_grad_()  # float64 [T]

@@ -1,7 +1,7 @@
 """A head budget that follows the confidence of the prediction: stop early, or widen and run again.
 
-Contextual adaptation as a policy over any gate: every input first runs few of the heads that its
-gates rank highest; where the prediction is not sure enough, it runs again with more of them.
+Contextual adaptation as a policy over any gate: every input first runs a few of the heads that its
+gates rank highest; if the prediction is not confident enough, it runs again with more of them.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ for _made in (StagedPrediction, FittedPolicy):
 
 
 class ConfidencePolicy:
-    """Runs a model on a small head budget, and on wider ones where it is not sure.
+    """Runs a model on a small head budget, and on wider ones if it is not confident.
 
     Stage s multiplies the number of heads that each gate gives an input by ``factors[s]`` (rounded,
-    half up; at least one head where the gate gave any, at most all). Which heads those are follows
-    the gate's own relevance; for a gate that has none (:class:`FixedGate`, or no gate, which is all
-    heads) it follows ``ranking``. Heads that the gate chose keep their weight; added ones have
-    weight 1. A later stage runs the model anew: what an input costs is the sum of its stages.
+    half up; at least one head if the gate gave any, at most all). The heads are chosen by the
+    gate's own relevance; for a gate without relevance (:class:`FixedGate`, or no gate, which means
+    all heads) by ``ranking``. Heads that the gate chose keep their weight; added ones have weight
+    1. A later stage runs the model again: the cost of an input is the sum of its stages.
 
     Args:
         model: a converted classifier; it is not changed.
-        factors: of the budget, ascending; 1 is what the gates choose.
+        factors: of the budget, ascending; 1 is the gates' own choice.
         threshold: an input whose confidence reaches it stops.
         measure: of confidence: "probability" (the largest), "margin" (to the second), or "entropy"
             (1 - entropy / ln C).
         ranking: importance of heads, for layers whose gates have no relevance.
         forward_fn: ``(model, batch) -> logits [B, C]``; default: ``model(**batch)`` for mappings,
-            ``model(*batch)`` for tuples and lists, else ``model(batch)``; of what that gives, its
-            ``logits`` where it has them.
+            ``model(*batch)`` for tuples and lists, else ``model(batch)``; its ``logits`` if the
+            result has them.
         take: ``(batch, rows) -> batch`` with only those rows (int64); default: of every tensor in a
             mapping, tuple or list, or of the tensor. Rows are on the CPU.
 
@@ -98,7 +98,7 @@ class ConfidencePolicy:
 
     @property
     def factors(self) -> list[float]:
-        """Of the budget of each stage, ascending."""
+        """The factor of the budget of each stage, ascending."""
         return self._stages.factors
 
     @property
@@ -116,7 +116,7 @@ class ConfidencePolicy:
         self._stages.threshold = threshold
 
     def predict(self, batch: Any) -> _C.StagedPrediction:
-        """Logits of every input, each at the budget that it took to be sure.
+        """Logits of every input, each at the budget at which it was confident enough.
 
         Raises:
             ValueError: logits that are not ``[B, C]`` or not finite.
@@ -125,10 +125,10 @@ class ConfidencePolicy:
             return self._stages.predict(runs_of(batch))
 
     def fit(self, batches: Iterable[Any], heads: float) -> float:
-        """Sets the threshold to the largest with which inputs run ``heads`` heads on average.
+        """Sets the threshold to the largest at which inputs run ``heads`` heads on average.
 
-        Heads of all layers and stages are counted, on data that stands for what will come. Returns
-        the threshold: infinity where every input may run every stage.
+        Heads of all layers and stages are counted, on data that represents future inputs. Returns
+        the threshold: infinity if every input may run every stage.
 
         Raises:
             ValueError: no batches, or fewer heads than the first stage alone runs.
@@ -144,16 +144,16 @@ class ConfidencePolicy:
         loss: float = 0.01,
         certainty: float | None = None,
     ) -> _C.FittedPolicy:
-        """Sets the threshold to the least that loses at most ``loss`` of the accuracy.
+        """Sets the threshold to the smallest that loses at most ``loss`` of the accuracy.
 
-        Against the widest stage, on ``batches``. Take data that neither the model nor the ranking
-        was fitted on: a model is surer of what it was trained on, and a threshold from there lets
-        too many inputs go on.
+        Relative to the widest stage, on ``batches``. Use data that neither the model nor the
+        ranking was fitted on: a model is more confident on its training data, and a threshold from
+        there lets too many inputs continue.
 
         Args:
-            batches: what the model is run on.
-            labels_fn: ``batch -> int64 [B]``, its labels; None: what the widest stage predicts, so
-                that ``loss`` is the share of predictions that may change.
+            batches: inputs of the model.
+            labels_fn: ``batch -> int64 [B]``, its labels; None: the predictions of the widest
+                stage, so that ``loss`` is the share of predictions that may change.
             loss: the share of inputs, in [0, 1], that may be lost.
             certainty: in (0, 1): the probability, over the draw of ``batches``, with which at most
                 the share ``loss`` of all inputs is lost (right at the widest stage, wrong where
@@ -162,10 +162,10 @@ class ConfidencePolicy:
                 of thresholds, each tested with an exact binomial. Needs at least
                 ln(1 - certainty) / ln(1 - loss) examples, 299 for 0.95 and 0.01: with fewer, every
                 input runs every stage. None: the accuracy lost on ``batches`` is at most ``loss``,
-                which bounds nothing beyond them.
+                without a bound for other data.
 
         Returns:
-            The threshold and what it means. Where ``pays`` is False, the widest stage alone is
+            The threshold and its consequences. If ``pays`` is False, the widest stage alone is
             cheaper: fewer or narrower stages, or another gate, are needed.
 
         Raises:
@@ -180,10 +180,11 @@ class ConfidencePolicy:
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[Callable[[Any], Callable]]:
-        """Opens the model; yields a function: batch -> what runs the model on rows of it.
+        """Opens the model; yields a function from a batch to a function that runs the model on its
+        rows.
 
-        The latter takes rows int64 ``[N]`` (None: all) and the factor of a stage, and gives logits
-        ``[N, C]`` and how many heads ran ``[N]``.
+        The latter takes rows int64 ``[N]`` (None: all) and the factor of a stage, and returns
+        logits ``[N, C]`` and how many heads ran ``[N]``.
         """
         factor = 1.0
         counts: list[Tensor] = []  # [N] of each call of a layer

@@ -1,8 +1,8 @@
-"""Which heads stand in for which: joint ablation, and how alike heads' outputs are.
+"""Which heads can replace each other: joint ablation, and the similarity of heads' outputs.
 
-Which one should you use? ``head_similarity`` needs no loss and gives all pairs in one pass: heads
-that say the same. ``head_interactions`` costs an evaluation a pair and says what that means for the
-task: heads of which either can go but not both.
+Which one should you use? ``head_similarity`` needs no loss and compares all pairs in one pass:
+heads with the same outputs. ``head_interactions`` costs one evaluation per pair and measures the
+consequence for the task: pairs of which either head can be removed, but not both.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class HeadInteractions:
     Attributes:
         pairs: ((layer, head), (layer, head)) of each pair.
         effect: float64 ``[P]``, joint ablation minus the sum of the single ones: above 0, either
-            head stands in for the other; below 0, what one does is of use only with the other.
+            head can replace the other; below 0, one is useful only with the other.
         standard_error: float64 ``[P]``, of the effect, over the examples.
-        single: (layer, head) -> what the loss rises by without that head alone.
+        single: (layer, head) -> the increase of the loss without that head alone.
     """
 
     pairs: list[tuple[Head, Head]]
@@ -49,7 +49,7 @@ class HeadInteractions:
     single: dict[Head, float]
 
     def substitutes(self, errors: float = 2.0) -> list[tuple[Head, Head, float]]:
-        """Pairs whose effect is above 0 by more than so many standard errors, largest first."""
+        """Pairs with an effect above 0 by more than ``errors`` standard errors, largest first."""
         found = [
             (*pair, effect)
             for pair, effect, error in zip(
@@ -74,22 +74,22 @@ def head_interactions(
     """Second-order effects: what two heads together are worth beyond what each is worth alone.
 
     For every pair, [L(without both) - L] - [L(without one) - L] - [L(without the other) - L], its
-    mean over the examples and the standard error of that mean. Costs one evaluation of the data a
-    pair, and one a head that stands in a pair.
+    mean over the examples and the standard error of that mean. Costs one evaluation of the data per
+    pair, and one per head in a pair.
 
     Args:
-        model: a converted or convertible model, run in evaluation mode and left as it was.
+        model: a converted or convertible model, run in evaluation mode and restored.
         batches: input of ``loss_fn``; read once and kept.
-        loss_fn: ``(model, batch) -> [B]``, one loss an example, the smaller the better.
-        pairs: how many pairs to draw at random (all, where there are fewer), or the pairs.
+        loss_fn: ``(model, batch) -> [B]``, one loss per example, the smaller the better.
+        pairs: how many pairs to draw at random (all, if there are fewer), or the pairs.
         within_layer: draw pairs of one layer only.
         seed: of the draw.
-        journal: file that keeps what is finished: a run that is interrupted goes on from there.
+        journal: checkpoint file; an interrupted run resumes from it.
         progress: a progress bar on stderr; None: after two seconds, on a terminal.
 
     Raises:
         ValueError: no pairs, a pair of heads that the model does not have, no batches, a loss that
-            is not finite or not one an example, or one that no head changes.
+            is not finite or not one per example, or one that no head changes.
     """
     model = converted(model)
     batches = list(batches)
@@ -164,13 +164,13 @@ def _pairs(
 
 @dataclass(frozen=True)
 class HeadSimilarity:
-    """How alike heads' outputs are.
+    """The similarity of heads' outputs.
 
     Attributes:
         heads: (layer, head) of each row.
         matrix: float64 ``[T, T]``, linear CKA: 1 for outputs that are equal up to rotation and
             scale, 0 for unrelated ones.
-        tokens: how many tokens it was measured on.
+        tokens: number of tokens of the measurement.
     """
 
     heads: list[Head]
@@ -197,13 +197,13 @@ def head_similarity(
     """Linear centred kernel alignment between the outputs of all heads, over tokens.
 
     Kornblith et al. 2019 (arXiv 1905.00414), on each head's output before the output projection and
-    before a gate's weight. Padding is left out. The estimate is biased upwards where tokens are not
-    many times the width of a head.
+    before a gate's weight. Padding is left out. The estimate is biased upwards unless there are
+    many times more tokens than the width of a head.
 
     Args:
-        model: a converted or convertible model, run in evaluation mode and left as it was.
-        batches: whatever ``forward_fn`` takes.
-        forward_fn: ``(model, batch)`` runs the model; what it returns is not used.
+        model: a converted or convertible model, run in evaluation mode and restored.
+        batches: input of ``forward_fn``.
+        forward_fn: ``(model, batch)`` runs the model; its result is not used.
         max_tokens: how many tokens to draw, uniformly from all of them.
         seed: of the draw.
         progress: a progress bar on stderr; None: after two seconds, on a terminal.

@@ -72,7 +72,7 @@ def lrp_scores(
 
     Args:
         model: a converted or convertible model, run in evaluation mode and restored.
-        batches: whatever ``forward_fn`` takes.
+        batches: input of ``forward_fn``.
         forward_fn: ``(model, batch) -> logits``: ``[B, ..., C]``, of which the largest of the last
             dimension is explained, or ``[B]``, explained as it is. Not probabilities: a softmax
             does not conserve relevance.
@@ -83,11 +83,11 @@ def lrp_scores(
             heads.
     """
     model = converted(model)
-    calls: list[tuple[str, Tensor]] = []  # [B, H, L, d], of the batch under way
+    calls: list[tuple[str, Tensor]] = []  # [B, H, L, d], of the current batch
 
     def see(name: str, layer: AttentionLayer, probe: AttentionProbe) -> None:
         context = probe.context
-        if not context.requires_grad:  # nothing before it takes part: the gradient starts here
+        if not context.requires_grad:  # the gradient starts here
             context.requires_grad_()
         calls.append((name, context))
 
@@ -144,7 +144,7 @@ def _explained(output: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _leaf_parameters(model: nn.Module) -> Iterator[list[Parameter]]:
-    """The parameters of ``model``, all of them differentiable for as long as the context lasts."""
+    """The parameters of ``model``, all of them differentiable inside the context."""
     parameters = [p for p in model.parameters() if p.is_floating_point()]
     before = [p.requires_grad for p in parameters]
     try:
@@ -191,7 +191,7 @@ class _Rules(TorchFunctionMode):
                 else value
             )
 
-        seen: dict[int, Tensor] = {}  # one tensor given twice stays one input
+        seen: dict[int, Tensor] = {}  # one tensor passed twice is one input
 
         def replaced(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             def once(value: Any) -> Any:

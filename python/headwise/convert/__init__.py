@@ -1,4 +1,4 @@
-"""Swapping a model's attention for one that chooses its heads."""
+"""Replacing a model's attention by layers that choose their heads."""
 
 from headwise.convert.adapters import qkv
 from headwise.convert.conversion import convert

@@ -1,4 +1,4 @@
-"""Attention of somebody's own class, described instead of programmed."""
+"""Attention of a custom class, described instead of programmed."""
 
 from __future__ import annotations
 
@@ -45,17 +45,17 @@ def qkv(
         hw.convert(model, adapters={MyAttention: qkv(query="q", key="k", value="v", output="o",
                                                      num_heads="heads")})
 
-    What is described is proved: before anything is swapped, a module of the class and its successor
+    The description is checked: before anything is replaced, a module of the class and its successor
     run on made-up tokens and must agree (``convert(..., verify=True)``).
 
     Args:
         output: name of the output projection, a ``torch.nn.Linear``.
-        num_heads: query heads. A number, or the name of the module's attribute that has it; so with
-            the other sizes.
+        num_heads: query heads. A number, or the name of the module's attribute; the other sizes
+            likewise.
         query: name of the projection to queries.
         key: of the projection to keys.
         value: of the projection to values.
-        packed: name of one projection to all three, in the place of the three names.
+        packed: name of one projection to all three, instead of the three names.
         per_head: the rows of ``packed`` are queries, keys and values of the first head, then of the
             second; default: all queries, then all keys, then all values.
         num_key_value_heads: default: ``num_heads``.
@@ -65,9 +65,9 @@ def qkv(
         dropout: of the attention probabilities: a number, or the name of an attribute that is one
             or is a ``torch.nn.Dropout``.
         output_dropout: name of a ``torch.nn.Dropout`` after the output projection.
-        causal: no query sees what comes after it.
-        mask: name of the argument of ``forward`` that is a mask; None: it has none. Of shape ``[B
-            or 1, H or 1, L or 1, L]``.
+        causal: no query sees later keys.
+        mask: name of the mask argument of ``forward``; None: it has none. Of shape ``[B or 1, H or
+            1, L or 1, L]``.
         additive: ``mask`` is floating and added to the scores; False: it is boolean, True = may
             attend.
         pair: ``forward`` returns a pair, of which only the first is a tensor (maps are None);
@@ -101,9 +101,9 @@ def qkv(
 
 
 class AdaptedAttention(ProjectedStandIn):
-    """Stands where attention that :func:`qkv` describes stood, and is called as it was."""
+    """Replaces attention that :func:`qkv` describes, with the same call."""
 
-    #: What it was told of the original.
+    #: The description of the original.
     TOLD = ("places", "is_causal", "mask", "additive", "pair", "arguments", "defaults")
 
     is_causal: bool
@@ -124,7 +124,7 @@ class AdaptedAttention(ProjectedStandIn):
     def forward(  # type: ignore[override]  # as the original is called
         self, *arguments: Any, **named: Any
     ) -> Tensor | tuple[Tensor, None]:
-        """As the original's, for the arguments that :func:`qkv` knows.
+        """Like the original's, for the arguments that :func:`qkv` knows.
 
         Raises:
             TypeError: another argument is given that is neither None nor the original's default, or
@@ -160,7 +160,7 @@ class AdaptedAttention(ProjectedStandIn):
 
 
 class Adapter(Projected):
-    """What :func:`qkv` returns."""
+    """The result of :func:`qkv`."""
 
     name = "an adapter"
     attributes = ()
@@ -184,7 +184,7 @@ class Adapter(Projected):
             named = [self._sizes["dropout"], self._output_dropout]
             for name, child in module.named_children():
                 if isinstance(child, nn.Dropout) and child.p > 0 and name not in named:
-                    return f"it holds the Dropout '{name}', of which the adapter says nothing"
+                    return f"it holds the Dropout '{name}', which the adapter does not mention"
         except (AttributeError, TypeError) as error:
             return f"the adapter does not fit ({error})"
         known = inspect.signature(type(module).forward).parameters
@@ -242,10 +242,10 @@ class Adapter(Projected):
 
 
 def check_adapters(adapters: Any) -> Mapping[type, Architecture]:
-    """``adapters`` of :func:`headwise.convert`, or nothing.
+    """``adapters`` of :func:`headwise.convert`, or none.
 
     Raises:
-        TypeError: they are not a mapping of classes of modules to what :func:`qkv` returns.
+        TypeError: they are not a mapping from classes of modules to results of :func:`qkv`.
     """
     if adapters is None:
         return {}

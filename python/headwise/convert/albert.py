@@ -1,9 +1,9 @@
 """ALBERT of transformers version 5: one layer (or a few) that the model runs many times.
 
-``AlbertAttention`` holds query, key, value, the output projection and what follows it. It gives way
-to a module of the same forward around one :class:`headwise.MultiheadAttention`, which the model
-calls once for each of its layers: the weights are shared, and so is the gate, but each call chooses
-heads of its own.
+``AlbertAttention`` holds query, key, value, the output projection and what follows it. It is
+replaced by a module with the same forward around one :class:`headwise.MultiheadAttention`, which
+the model calls once for each of its layers: the weights and the gate are shared, but each call
+makes its own choice.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from headwise.nn.multihead_attention import MultiheadAttention
 
 
 class SelectedAlbertAttention(EncoderStandIn, AlbertAttention):
-    """Stands where ``AlbertAttention`` stood.
+    """Replaces ``AlbertAttention``.
 
-    It is an ``AlbertAttention`` so that transformers finds it when it collects attention maps
+    It is an ``AlbertAttention`` so that transformers finds it when it collects attention weights
     (``output_attentions=True``).
     """
 

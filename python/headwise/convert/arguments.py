@@ -1,15 +1,16 @@
-"""What a module that stands in for another is called with: understood, or refused by name."""
+"""The arguments of a module that replaces another: each is either understood or raises an error by
+name."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-#: Arguments that models of transformers hand down to their attention and that change nothing in it:
-#: name -> why.
+#: Arguments that models of transformers pass to their attention and that change nothing in it: name
+#: -> why.
 WITHOUT_EFFECT = {
-    "position_ids": "the model has made position embeddings and a mask of them",
-    "cache_position": "the cache counts its tokens itself, or is handed this",
+    "position_ids": "the model has made position embeddings and a mask from them",
+    "cache_position": "the cache counts its tokens itself, or gets this",
     "use_cache": "the model has decided whether there is a cache",
     "num_items_in_batch": "the loss is divided by it",
     "output_hidden_states": "the model collects them",
@@ -22,7 +23,8 @@ _READ = ("output_attentions", "is_causal")
 
 
 def check_arguments(module: object, options: Mapping[str, Any]) -> None:
-    """Refuses arguments that might change what the original computes, and that ``module`` ignores.
+    """Raises an error for arguments that might change what the original computes, and that
+    ``module`` ignores.
 
     Raises:
         TypeError: an argument that is not None and neither read nor known to change nothing.
@@ -50,7 +52,7 @@ def one_cache(module: object, cache: Any, past_key_values: Any) -> Any:
 
 
 def handed_on(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What a cache is told of the call: older ones are told where its tokens go."""
+    """Information about the call for a cache: older ones need the positions of its tokens."""
     position = options.get("cache_position")
     return {} if position is None else {"cache_position": position}
 

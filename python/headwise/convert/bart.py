@@ -1,7 +1,7 @@
-"""BART of transformers version 5, and the models whose attention is the same code by another name
-(mBART, Marian, Pegasus, M2M100, Blenderbot, PLBart), or the same without a bias of the keys
+"""BART of transformers version 5, and the models whose attention is the same code under another
+name (mBART, Marian, Pegasus, M2M100, Blenderbot, PLBart), or the same without a bias of the keys
 (Whisper): self-attention of the encoder, masked self-attention of the decoder and cross-attention,
-each a layer of its own.
+as separate layers.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from headwise.convert.projections import Places
 from headwise.convert.registry import family
 from headwise.convert.stand_ins import stand_ins
 
-#: What the classes of a model begin with -> the module that has them.
+#: Prefix of a model's classes -> their module.
 FAMILY = family(__name__)
 
 PLACES = Places(output="out_proj")
 
 
 class SelectedBartAttention(SelectedDecoderAttention):
-    """Stands where ``BartAttention`` stood."""
+    """Replaces ``BartAttention``."""
 
     places = PLACES
     rotates = False

@@ -19,13 +19,13 @@ from headwise.convert.stand_ins import named, stand_ins
 from headwise.convert.transformers_attention import EncoderStandIn
 from headwise.nn.multihead_attention import MultiheadAttention
 
-#: What the classes of a model begin with -> the module that has them. tests/python/test_convert.py
-#: compares the attention of each with BERT's, statement by statement.
+#: Prefix of a model's classes -> their module. tests/python/test_convert.py compares the attention
+#: of each with BERT's, statement by statement.
 FAMILY = family(__name__)
 
 
 class SelectedSelfAttention(EncoderStandIn):
-    """Stands where ``BertSelfAttention`` stood; its output is already projected."""
+    """Replaces ``BertSelfAttention``; its output is already projected."""
 
     PROJECTIONS = ("self.query", "self.key", "self.value", "output.dense")
 
@@ -43,7 +43,7 @@ class SelectedSelfAttention(EncoderStandIn):
         past_key_values: Any = None,
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """As :meth:`EncoderStandIn.forward`; there is no cache."""
+        """Like :meth:`EncoderStandIn.forward`; there is no cache."""
         if one_cache(self, cache, past_key_values) is not None:
             raise ValueError("cache must be None: a converted model is an encoder")
         return super().forward(hidden_states, attention_mask, **options)

@@ -1,4 +1,4 @@
-"""Why a piece of attention cannot be converted: what it holds, and what hangs on it."""
+"""Why a module of attention cannot be converted: its contents, hooks and wrappers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from headwise.convert.registry import class_path, overridden
 
-#: What can be registered on a module, by the attribute that keeps it.
+#: Kinds of hooks on a module, by the attribute that holds them.
 HOOKS = {
     "_forward_pre_hooks": "forward pre-hook",
     "_forward_hooks": "forward hook",
@@ -21,20 +21,20 @@ HOOKS = {
     "_load_state_dict_post_hooks": "load_state_dict post-hook",
 }
 
-#: Those that concern what is computed.
+#: Those that affect what is computed.
 CALLED = tuple(HOOKS)[:4]
 
 
 def replaced_text(name: str, part: nn.Module) -> str:
-    """Why attention whose projection is not a plain linear layer is refused."""
+    """The refusal of attention whose projection is not a plain linear layer."""
     return (
-        f"its {name} was replaced by a {class_path(type(part))} (merge or remove what stands "
+        f"its {name} was replaced by a {class_path(type(part))} (merge or remove what is "
         f"around the linear layer)"
     )
 
 
 def class_fault(name: str, part: nn.Module, expected: type) -> str | None:
-    """Why a part of attention may compute something other than that of its class."""
+    """Why a part of attention may compute something else than its class."""
     kind = type(part)
     if not issubclass(kind, expected):
         return f"its {name} is a {kind.__name__}, not a {expected.__name__}"
@@ -45,14 +45,14 @@ def class_fault(name: str, part: nn.Module, expected: type) -> str | None:
 
 
 def projection_fault(name: str, linear: nn.Module, kind: type[nn.Module] = nn.Linear) -> str | None:
-    """Why a projection cannot be converted: it does something besides what its weight says."""
+    """Why a projection cannot be converted: it does more than multiply by its weight."""
     if type(linear) is not kind:
         return replaced_text(name, linear)
     return forward_fault(name, linear) or parameters_fault(name, linear, ("weight", "bias"))
 
 
 def forward_fault(name: str, module: nn.Module) -> str | None:
-    """Why a module that computes something other than its class cannot be replaced."""
+    """Why a module that computes something else than its class cannot be replaced."""
     if "forward" in vars(module):
         where = f" of its {name}" if name else ""
         return f"the forward{where} was replaced on the instance (convert first, then wrap it)"
@@ -60,7 +60,7 @@ def forward_fault(name: str, module: nn.Module) -> str | None:
 
 
 def parameters_fault(name: str, module: nn.Module, expected: Iterable[str]) -> str | None:
-    """Why parameters cannot be read: they are computed, or there are others."""
+    """Why parameters cannot be read: they are computed, or there are additional ones."""
     expected = set(expected)
     own = {key for key, value in module._parameters.items() if value is not None}
     where = f" of its {name}" if name else ""
@@ -80,7 +80,7 @@ def parameters_fault(name: str, module: nn.Module, expected: Iterable[str]) -> s
 def hooks_fault(
     name: str, module: nn.Module, kinds: Iterable[str] = HOOKS, why: str = "would not be called"
 ) -> str | None:
-    """Why what was registered on a module cannot be carried over."""
+    """Why a module's hooks cannot be carried over."""
     for attribute in kinds:
         for hook in getattr(module, attribute).values():
             if not _is_of_transformers(hook):
@@ -111,7 +111,7 @@ def copied_fault(name: str, parameter: nn.Parameter) -> str | None:
 def children_fault(
     name: str, module: nn.Module, expected: Iterable[str], parameters: Iterable[str] = ()
 ) -> str | None:
-    """Why a module that holds more than its class does cannot be replaced."""
+    """Why a module that holds more than its class cannot be replaced."""
     where = f" in its {name}" if name else ""
     more = [key for key, child in module._modules.items() if child is not None]
     more = [key for key in more if key not in set(expected)]
@@ -126,7 +126,7 @@ _PLAIN |= {"headwise", "headwise_causal"}
 
 
 def implementation_fault(config: Any) -> str | None:
-    """Why a model whose attention is computed by something of somebody's own is refused."""
+    """The refusal of a model with a custom attention implementation."""
     name = getattr(config, "_attn_implementation", None)
     if name is None or name in _PLAIN:
         return None
@@ -142,7 +142,7 @@ def first(faults: Iterable[str | None]) -> str | None:
 
 
 def _is_of_transformers(hook: Callable) -> bool:
-    # It collects attention maps and hidden states, which are where they were.
+    # It collects attention weights and hidden states, whose places did not change.
     return (getattr(hook, "__module__", None) or "").startswith("transformers.")
 
 

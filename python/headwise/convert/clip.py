@@ -1,5 +1,5 @@
 """CLIP and SigLIP of transformers version 5, both towers, and the models whose attention is the
-same code under another name: encoders that hold query, key, value and output in four linear layers.
+same code under another name: encoders with query, key, value and output in four linear layers.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from headwise.convert.decoder import SelectedDecoderAttention, TransformersProje
 from headwise.convert.registry import family
 from headwise.convert.stand_ins import stand_ins
 
-#: What the classes of a model begin with -> the module that has them.
+#: Prefix of a model's classes -> their module.
 FAMILY = family(__name__)
 
 
 class SelectedEncoderAttention(SelectedDecoderAttention):
-    """Stands where ``CLIPAttention`` stood."""
+    """Replaces ``CLIPAttention``."""
 
     places = PLACES
     rotates = False
@@ -26,8 +26,7 @@ class SelectedEncoderAttention(SelectedDecoderAttention):
     def forward(  # type: ignore[override]  # as transformers calls it
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """As :meth:`SelectedDecoderAttention.attend`; the model says whether it is causal (the
-        text tower of CLIP)."""
+        """As :meth:`SelectedDecoderAttention.attend`; causal in the text tower of CLIP."""
         return self.attend(hidden_states, attention_mask, None, options)
 
 

@@ -1,4 +1,4 @@
-"""``headwise.convert``: a model's attention, swapped in place."""
+"""``headwise.convert``: replaces a model's attention in place."""
 
 from __future__ import annotations
 
@@ -37,48 +37,49 @@ def convert(
     verify: bool = True,
     adapters: Mapping[type, Architecture] | None = None,
 ) -> nn.Module:
-    """Swaps the attention of ``model`` in place for layers that choose their heads.
+    """Replaces the attention of ``model`` in place by layers that choose their heads.
 
-    Weights are kept: with ``gate=None`` the converted model computes what it computed before, and
-    ``verify`` proves it. Hooks on a swapped module and modules that are tied stay as they were;
-    what cannot stay (a hook on a projection that is merged with others) is refused. Build the
-    optimizer after converting: some architectures keep query, key and value as one parameter. The
-    logger ``headwise.convert`` tells what was converted (INFO) and what ``strict=False`` left alone
+    Weights are kept: with ``gate=None`` the converted model computes the same as before, and
+    ``verify`` checks it. Hooks on a replaced module and tied modules are kept; what cannot be kept
+    (a hook on a projection that is merged with others) raises an error. Create the optimizer after
+    converting: some architectures store query, key and value as one parameter. The logger
+    ``headwise.convert`` reports what was converted (INFO) and what ``strict=False`` left alone
     (WARNING).
 
     Args:
         model: any module with ``torch.nn.MultiheadAttention`` in it (alone or inside
             ``torch.nn.TransformerEncoder``, ``TransformerDecoder``, ``Transformer``), or an
             encoder or decoder of transformers that ``docs/convert.md`` lists. Layers that are
-            already converted keep their weights and, where ``gate`` is None, their gate.
+            already converted keep their weights and, if ``gate`` is None, their gate.
         gate: a prototype, of which every layer gets its own copy
             (``convert(model, hw.BudgetGate(keep=0.5))``); or a function of the layer's name and
             the layer, which returns the layer's gate or None; or None: no gates.
-        strict: refuse a model of which only a part can be converted. With False, that part is
-            converted.
+        strict: raise an error if only a part of the model can be converted. With False, that part
+            is converted.
         keep_selection: for the layers of decoders
             (:class:`headwise.GroupedQueryAttention`): True: generation chooses once, by the prompt,
-            and keeps that choice; False: at every step; None: as the layers say (at first False).
+            and keeps that choice; False: at every step; None: unchanged (initially False).
         verify: run the original and the converted attention of each kind (class, sizes, options) on
             a few made-up tokens, in the model's dtype, without a gate: with padding, and with a
             cache if there is one. Then run each kind of gated layer and compare it with all of its
-            heads, weighted by the gate. Layers on the meta device cannot be run, and are not.
-        adapters: classes of attention of your own, each with what :func:`headwise.convert.qkv` says
-            of it.
+            heads, weighted by the gate. Layers on the meta device cannot be run and are not
+            checked.
+        adapters: your own classes of attention, each with the description by
+            :func:`headwise.convert.qkv` of it.
 
     Returns:
         ``model``, or its successor if it is itself a ``torch.nn.MultiheadAttention``.
 
     Raises:
         TypeError: ``model`` is not a module, ``gate`` is neither a gate nor a function, or
-            ``adapters`` is no mapping of classes to adapters.
+            ``adapters`` is not a mapping from classes to adapters.
         ValueError: there is no attention in ``model`` that can be converted, or (``strict``) some
-            that cannot; the text lists each and why. Or a converted layer does not compute what it
-            did (``verify``). Or ``keep_selection`` is given and ``model`` is no decoder.
+            that cannot; the text lists each and why. Or a converted layer does not compute the same
+            as before (``verify``). Or ``keep_selection`` is given and ``model`` is not a decoder.
         RuntimeError: ``model`` is of a version of transformers before 5.6.
 
-    After any error, those of ``gate`` included, ``model`` is as it was. A version of transformers
-    newer than those that headwise was tested with gives one warning.
+    After any error, including those of ``gate``, ``model`` is restored. A version of transformers
+    newer than the tested ones gives one warning.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -117,7 +118,7 @@ def convert(
 class _Swapped(NamedTuple):
     model: nn.Module
     tried: int  # kinds of attention that were verified
-    untried: list[str]  # names of modules that could not be run, and kinds nobody can try
+    untried: list[str]  # names of modules that could not be run, and kinds without a trial
 
 
 def _swap(model: nn.Module, candidates: list[Candidate], verify: bool) -> _Swapped:
@@ -187,5 +188,5 @@ def _set_gates(model: nn.Module, gate: Gate | GateFactory) -> None:
 
 
 def converted(model: nn.Module) -> nn.Module:
-    """``model``, or a converted copy where it has no headwise attention yet."""
+    """``model``, or a converted copy if it has no headwise attention yet."""
     return model if attention_layers(model) else convert(copy.deepcopy(model))

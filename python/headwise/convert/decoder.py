@@ -1,9 +1,8 @@
-"""What conversions of transformers models (version 5) to :class:`headwise.GroupedQueryAttention`
-share: caches, masks, the successor.
+"""The common parts of conversions of transformers models (version 5) to
+:class:`headwise.GroupedQueryAttention`: caches, masks, the successor.
 
-A converted model names "headwise_causal" as its attention implementation. Where a mask is the
-causal one, or that of padding, and nothing else, its layers are then handed no L x S mask but the
-padding alone.
+A converted model names "headwise_causal" as its attention implementation. If a mask is just the
+causal one, or that of padding, its layers then get no L x S mask but the padding alone.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from headwise.convert.transformers_attention import (
 from headwise.nn.grouped_query_attention import GroupedQueryAttention
 from headwise.nn.proof import Draw, Trial
 
-#: The attention implementation that converted models name in their configuration.
+#: The attention implementation in the configuration of converted models.
 IMPLEMENTATION = "headwise_causal"
 
 
@@ -81,8 +80,8 @@ AttentionMaskInterface.register(IMPLEMENTATION, _mask)
 
 
 class Told:
-    """What the self-attention of a block tells the cross-attention after it: which of the queries
-    are padding, which the model tells only the first."""
+    """Passed from a block's self-attention to its cross-attention: the padding of the queries,
+    which the model passes only to the former."""
 
     def __init__(self) -> None:
         self.padding: Tensor | None = None  # [B, L]
@@ -96,13 +95,13 @@ class Told:
 
 
 class SelectedDecoderAttention(ProjectedStandIn):
-    """Stands in for attention of transformers.
+    """Replaces attention of transformers.
 
     Attributes:
-        told: what a block's self- and cross-attention share; None: there is no cross-attention.
+        told: shared by a block's self- and cross-attention; None: there is no cross-attention.
     """
 
-    #: Whether the original rotates queries and keys, and so must be given the angles.
+    #: Whether the original rotates queries and keys, and so needs the angles.
     rotates = True
     told: Told | None = None
 
@@ -135,7 +134,8 @@ class SelectedDecoderAttention(ProjectedStandIn):
         past_key_values: Any = None,
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states [B, L, D] -> output [B, L, D] and, if asked for, maps [B, H, L, S].
+        """hidden_states [B, L, D] -> output [B, L, D] and, if asked for, attention weights [B, H,
+        L, S].
 
         ``attention_mask`` is None (causal), [B, S] (nonzero = token; causal), or [B, 1 or H, L or
         1, S]: boolean (True = may attend) or floating (added to the scores). ``past_key_values`` is
@@ -163,31 +163,31 @@ class SelectedDecoderAttention(ProjectedStandIn):
             x: ``[B, L, D]``.
             mask: as :func:`headwise.convert.masks.split` takes it.
             past: a cache of transformers, or None.
-            options: what else the original was called with.
+            options: the original's other arguments.
             rope: the rotary embedding's cosines and sines.
             memory: ``[B, S, D]``, the other sequence of cross-attention.
             bias: of the number of keys and the position of the first query: what is added to the
                 scores, ``[1 or B, H, L, S]``.
 
         Returns:
-            The output ``[B, L, D]`` and, if asked for, maps ``[B, H, L, S]``.
+            The output ``[B, L, D]`` and, if asked for, attention weights ``[B, H, L, S]``.
         """
         check_arguments(self, options)
         cross, length = memory is not None, x.size(1)
         causal = options.get("is_causal")
         if cross or causal is None or (mask is not None and mask.dim() == 4):
-            causal = self.is_causal and not cross  # a mask of four dimensions says who sees whom
+            causal = self.is_causal and not cross  # a mask of four dimensions is complete
         first, layer_cache, keys = None, None, length
         position: int | Tensor = 0
         if past is not None:
-            # Without a mask, more than one token are the first ones.
+            # Without a mask, several tokens are the first ones.
             only_own = not cross and mask is None and length > 1
             past = past if cross else getattr(past, "self_attention_cache", past)
             whole = mask is not None and mask.dim() == 4
             if not cross and (whole or bias is not None):
                 position = query_offset(past, self.layer_idx)
                 if isinstance(position, Tensor):
-                    position = position.clone()  # the cache counts on in place
+                    position = position.clone()  # the cache counts in place
                 held, offset = past.get_mask_sizes(length, self.layer_idx)
                 keys, first = length if only_own else held, position - offset
             layer_cache = self._layer_cache(past, x, only_own, handed_on(options), cross)
@@ -199,7 +199,7 @@ class SelectedDecoderAttention(ProjectedStandIn):
                 self.told.padding = call.query_padding_mask
         if bias is not None:
             call = call.with_bias(bias(keys if memory is None else memory.size(1), position))
-        if options.get("output_attentions") is None:  # not all models hand this down
+        if options.get("output_attentions") is None:  # not all models pass this
             options["output_attentions"] = collects_maps(self.config)
         return GroupedQueryAttention.forward(
             self,
@@ -219,7 +219,7 @@ class TransformersProjected(Projected):
     """Attention of transformers that becomes a :class:`SelectedDecoderAttention`.
 
     Attributes:
-        stand_in: class of the original -> class of what stands in for it
+        stand_in: class of the original -> class of its replacement
             (:func:`headwise.convert.stand_ins.stand_ins`).
     """
 
@@ -239,11 +239,11 @@ class TransformersProjected(Projected):
         return functools.partial(decoder_outputs, width=width, rope=rope, cache_word=word)
 
     def caches(self, module: nn.Module) -> bool:
-        """Whether ``module`` is causal attention that is handed a cache."""
+        """Whether ``module`` is causal attention that gets a cache."""
         return module.is_causal
 
     def rotates(self, module: nn.Module) -> bool:
-        """Whether ``module`` is handed the angles of a rotary embedding."""
+        """Whether ``module`` gets the angles of a rotary embedding."""
         return False
 
     def finish(self, model: nn.Module, converted: list[nn.Module]) -> None:
@@ -253,7 +253,7 @@ class TransformersProjected(Projected):
 
 
 def _link(model: nn.Module) -> None:
-    """Lets the self-attention of each decoder block tell the cross-attention what is padding."""
+    """Lets the self-attention of each decoder block pass its padding to the cross-attention."""
     before: SelectedDecoderAttention | None = None
     for module in model.modules():
         if not isinstance(module, SelectedDecoderAttention):
@@ -265,7 +265,7 @@ def _link(model: nn.Module) -> None:
 
 
 def cache_word(original: nn.Module) -> str:
-    """What the original calls the argument that is its cache; transformers has renamed it."""
+    """The name of the original's cache argument; transformers has renamed it."""
     known = inspect.signature(original.forward).parameters
     return next((word for word in ("cache", "layer_past") if word in known), "past_key_values")
 
@@ -273,8 +273,8 @@ def cache_word(original: nn.Module) -> str:
 def decoder_outputs(
     own: nn.Module, draw: Draw, width: int, rope: int | None, cache_word: str
 ) -> list[Tensor]:
-    """A trial of causal attention and what stands in for it: with padding, without a mask, and with
-    a cache, three tokens and then one."""
+    """A trial of causal attention and its replacement: with padding, without a mask, and with a
+    cache, three tokens and then one."""
     use_plain_implementation(own)
     tokens, length = draw(2, 5, width), 5
     angles = None if rope is None else draw.rope(length, rope)
@@ -291,7 +291,7 @@ def decoder_outputs(
     first = draw.added(unseen[None, None, :3, :3].expand(2, -1, -1, -1))
     cache = DynamicCache()
     made = [call(0, length, padded), call(0, 3, first, cache), call(3, 4, None, cache)]
-    if own.config._attn_implementation != "eager":  # which is always given a mask
+    if own.config._attn_implementation != "eager":  # which always gets a mask
         made.append(call(0, length, None))
     return made
 
@@ -320,5 +320,5 @@ def cross_outputs(own: nn.Module, draw: Draw, width: int, cache_word: str) -> li
 
 
 def mask_word(own: nn.Module) -> str:
-    """What attention calls the argument that is its mask."""
+    """The name of the attention's mask argument."""
     return "mask" if "mask" in inspect.signature(own.forward).parameters else "attention_mask"

@@ -1,4 +1,4 @@
-"""What a model has in the way of attention, and what can be done with each piece."""
+"""Finding a model's attention modules, and whether each can be converted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from headwise.convert.registry import (
 )
 from headwise.nn.attention_layer import AttentionLayer
 
-# Names that projections go by: to queries, to keys, to both at once, and others of attention.
+# Usual names of projections: to queries, to keys, to both at once, and others of attention.
 _QUERY = frozenset("q q_proj query q_lin to_q wq query_proj q_a_proj q_attn".split())
 _KEY = frozenset("k k_proj key k_lin to_k wk key_proj".split())
 _FUSED = frozenset(
@@ -28,7 +28,7 @@ _PROJECTIONS = _QUERY | _KEY | _FUSED | frozenset("v value v_proj v_lin to_v wv 
 
 @dataclass
 class Candidate:
-    """A module that can be converted, and by what."""
+    """A module that can be converted, and its architecture."""
 
     name: str
     module: nn.Module
@@ -46,7 +46,7 @@ class Refused:
 
 @dataclass
 class Found:
-    """The attention of a model; every module once, however often it stands there."""
+    """The attention of a model; every module once, however often it occurs."""
 
     supported: list[Candidate] = field(default_factory=list)
     converted: list[AttentionLayer] = field(default_factory=list)
@@ -76,7 +76,7 @@ def _owners(model: nn.Module) -> dict[int, int]:
 
 
 def find_attention(model: nn.Module, adapters: Mapping[type, Architecture] | None = None) -> Found:
-    """Walks ``model`` from the outside in; what stands inside a module that was found is its."""
+    """Walks ``model`` from the outside in, and not into modules that were found."""
     found = Found()
     seen: set[int] = set()
     owners = _owners(model)
@@ -111,7 +111,7 @@ def find_attention(model: nn.Module, adapters: Mapping[type, Architecture] | Non
 
 
 def _overrides(module: nn.Module) -> bool:
-    """Whether it is of a known class but for what it overrides (as our own stand-ins do)."""
+    """Whether it is of a known class except for what it overrides (as our own replacements do)."""
     ours = any(isinstance(part, AttentionLayer) for part in module.modules())
     base = known_base(type(module))
     return not ours and base is not None and overridden(type(module), base) is not None
@@ -129,7 +129,7 @@ def _why_unknown(module: nn.Module) -> str:
 
 
 def refusals_text(model: nn.Module, found: Found) -> str:
-    """The error message: one line, then each kind of refusal with the modules it fell on."""
+    """The error message: one line, then each reason with its modules."""
     groups: dict[tuple[str, str], list[str]] = {}
     for refused in found.refused:
         groups.setdefault((refused.kind, refused.reason), []).append(refused.name or "(the model)")

@@ -10,9 +10,9 @@ from headwise.nn.multihead_attention import MultiheadAttention
 
 
 class SelectedDistilBertSelfAttention(EncoderStandIn, DistilBertSelfAttention):  # type: ignore[misc]
-    """Stands where ``DistilBertSelfAttention`` stood.
+    """Replaces ``DistilBertSelfAttention``.
 
-    It is one so that transformers finds it when it collects attention maps
+    It derives from it so that transformers finds it when it collects attention weights
     (``output_attentions=True``).
     """
 

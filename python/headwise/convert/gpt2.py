@@ -1,5 +1,5 @@
-"""GPT-2 of transformers version 5: one fused projection ``c_attn`` with its matrix the other way
-round, learned positions, as many key/value heads as query heads.
+"""GPT-2 of transformers version 5: one fused projection ``c_attn`` with a transposed matrix,
+learned positions, as many key/value heads as query heads.
 
 The converted layer has copies of the parameters, in the layout of ``torch.nn.Linear``.
 """
@@ -43,9 +43,9 @@ _PROJECTIONS = ("c_attn", "c_proj")
 
 
 class SelectedGPT2Attention(SelectedDecoderAttention, GPT2Attention):
-    """Stands where ``GPT2Attention`` stood.
+    """Replaces ``GPT2Attention``.
 
-    It is a ``GPT2Attention`` so that transformers finds it when it collects attention maps
+    It is a ``GPT2Attention`` so that transformers finds it when it collects attention weights
     (``output_attentions=True``).
     """
 
@@ -61,8 +61,8 @@ class SelectedGPT2Attention(SelectedDecoderAttention, GPT2Attention):
         return self.o_proj
 
     def original_state(self, name: str, state: dict[str, Tensor]) -> None:
-        """As :meth:`SelectedDecoderAttention.original_state`: ``Conv1D`` has its matrix the other
-        way round."""
+        """As :meth:`SelectedDecoderAttention.original_state`: ``Conv1D`` has a transposed
+        matrix."""
         for kind in ("weight", "bias"):
             q, k, v, o = (state.pop(f"{name}.{p}_proj.{kind}").t() for p in "qkvo")
             state[f"{name}.c_attn.{kind}"] = torch.cat([q, k, v], dim=-1).contiguous()

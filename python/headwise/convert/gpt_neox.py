@@ -1,5 +1,5 @@
 """GPT-NeoX of transformers version 5 (Pythia): one projection whose rows are queries, keys and
-values of each head in turn, a rotary embedding of a part of each head.
+values of each head in turn, and a rotary embedding of a part of each head.
 
 The converted layer has copies of the projection's parameters.
 """
@@ -19,7 +19,7 @@ PLACES = Places(output="dense", packed="query_key_value", per_head=True)
 
 
 class SelectedGPTNeoXAttention(SelectedDecoderAttention):
-    """Stands where ``GPTNeoXAttention`` stood."""
+    """Replaces ``GPTNeoXAttention``."""
 
     places = PLACES
 

@@ -1,4 +1,4 @@
-"""Attention that transformers writes as two modules: an inner one with query, key and value, and
+"""Attention that transformers splits into two modules: an inner one with query, key and value, and
 ``output`` with the projection ``dense``."""
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What a layer keeps of the prompt's selection, in the very layer of transformers' cache that holds
-its keys and values: whatever happens to those happens to it.
+"""The prompt's selection, stored in the layer of transformers' cache that has the keys and values,
+so that it follows them.
 
-The first time a layer keeps something in a cache, the layer of the cache becomes one of a subclass
-of its class, which reorders, selects, repeats and drops the selection with the keys.
+The first time a layer stores a selection in a cache, the cache's layer changes to a subclass of its
+class, which reorders, selects, repeats and drops the selection with the keys.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from headwise.gates.selection import Selection
 
 
 class Kept(NamedTuple):
-    """What a layer keeps; see :class:`headwise.nn.key_value_cache.LayerCache`."""
+    """What a layer stores; see :class:`headwise.nn.key_value_cache.LayerCache`."""
 
     selection: Selection
     slots: Tensor | None
@@ -31,7 +31,7 @@ class Kept(NamedTuple):
         return Kept(self.selection.moved(function), slots)
 
 
-#: How what is kept follows its layer: method -> what it does to a tensor [B, ...].
+#: How the selection follows its layer: method -> its effect on a tensor [B, ...].
 _MOVES: dict[str, Callable[[Tensor, Any], Tensor]] = {
     "reorder_cache": lambda tensor, rows: tensor.index_select(0, rows.to(tensor.device)),
     "batch_select_indices": lambda tensor, rows: tensor[rows],
@@ -41,7 +41,7 @@ _MOVES: dict[str, Callable[[Tensor, Any], Tensor]] = {
 
 @functools.cache
 def _keeping(kind: Any) -> Any:
-    """The class of layers of a cache that becomes of ``kind`` when it first keeps something."""
+    """The subclass of ``kind``, for cache layers that store a selection."""
 
     def moving(method: str) -> Callable[[Any, Any], None]:
         def move(self: Any, argument: Any) -> None:
@@ -62,7 +62,7 @@ def _keeping(kind: Any) -> Any:
         __reduce_ex__=lambda self, protocol: (_remake, (kind,), dict(vars(self))),
         __module__=__name__,
         _headwise_keeps=True,
-        _layer_type=None,  # else the class would take the place of kind among transformers' own
+        _layer_type=None,  # else the class would replace kind among transformers' own
     )
     return type(kind)(kind.__name__, (kind,), body)
 
@@ -77,18 +77,18 @@ def _remake(kind: Any) -> Any:
 
 
 class LayerCacheOf:
-    """One layer of a cache of transformers, as :class:`GroupedQueryAttention` asks for it, during
-    one call.
+    """One layer of a cache of transformers, with the interface for :class:`GroupedQueryAttention`,
+    during one call.
 
     Args:
-        cache: of transformers.
-        layer: which layer of it.
-        groups: the key/value heads that the layer has.
+        cache: a cache of transformers.
+        layer: the number of its layer.
+        groups: the layer's key/value heads.
         batch: sequences of this call.
         length: tokens of this call.
-        only_own: they see nothing before them.
+        only_own: they see no earlier tokens.
         device: of this call.
-        options: what the model's call hands on to the cache.
+        options: what the model's call passes to the cache.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class LayerCacheOf:
         k, v = self._cache.update(k, v, self._layer, self._options)
         if self._new is not None:
             self._keep(self._new)
-        if self._only_own and k.size(2) > self._length:  # a static cache gives its empty rows too
+        if self._only_own and k.size(2) > self._length:  # a static cache returns empty rows too
             k, v = k[:, :, : self._length], v[:, :, : self._length]
         return k, v
 
@@ -126,7 +126,7 @@ class LayerCacheOf:
 
     @property
     def _held(self) -> Any:
-        """The layer of the cache; None: it comes into being when it is first updated."""
+        """The layer of the cache; None: it is created when first updated."""
         layers = self._cache.layers
         return layers[self._layer] if self._layer < len(layers) else None
 
@@ -157,7 +157,7 @@ class LayerCacheOf:
         if isinstance(seen, Tensor) and self._length == 1 and torch.compiler.is_compiling():
             # A step of a compiled model: the graph cannot wait for the number.
             return None if kept is None else kept.selection
-        if seen == 0:  # a cache that was emptied serves another sequence
+        if seen == 0:  # an emptied cache is reused for another sequence
             return None
         if kept is None:
             raise ValueError(
@@ -186,7 +186,8 @@ class LayerCacheOf:
         self._new = self._new._replace(slots=self._as_wide_as_held(slots))
 
     def _as_wide_as_held(self, slots: Tensor | None) -> Tensor | None:
-        """An emptied cache may still have room for the key/value heads of the sequence before."""
+        """An emptied cache may still be allocated for the key/value heads of the previous
+        sequence."""
         held = self._held
         room = getattr(held, "keys", None) if getattr(held, "is_initialized", False) else None
         if room is None or room.dim() != 4 or torch.compiler.is_compiling():

@@ -1,11 +1,11 @@
 """Llama of transformers version 5, and the decoders whose attention is the same code under another
 name: with a sliding window (Mistral, Mixtral, Qwen2), with norms of queries and keys (Qwen3,
 Gemma 3), with another scale (Granite, Gemma 2 without its soft cap), with layers that do not rotate
-(SmolLM3), or as it stands (Arcee, Gemma, Jais2, Qwen2-MoE and others). EuroBERT is an encoder of
-that code.
+(SmolLM3), or unchanged (Arcee, Gemma, Jais2, Qwen2-MoE and others). EuroBERT is an encoder of that
+code.
 
-``LlamaAttention`` gives way to a :class:`headwise.GroupedQueryAttention` that is called as it was
-and keeps the projections under their names.
+``LlamaAttention`` is replaced by a :class:`headwise.GroupedQueryAttention` with the same call and
+the same names of projections.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from headwise.convert.decoder import SelectedDecoderAttention, TransformersProje
 from headwise.convert.registry import family
 from headwise.convert.stand_ins import stand_ins
 
-#: What the classes of a model begin with -> the module that has them. tests/python/test_decoders.py
-#: compares the attention of each with Llama's, statement by statement.
+#: Prefix of a model's classes -> their module. tests/python/test_decoders.py compares the attention
+#: of each with Llama's, statement by statement.
 FAMILY = family(__name__)
 
 selected, __getattr__ = stand_ins(__name__, SelectedDecoderAttention)

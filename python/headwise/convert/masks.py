@@ -1,4 +1,4 @@
-"""Masks as models hand them to their attention, brought to the form that the layers take."""
+"""Converts masks from the models' form to the layers'."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def split(
 
     Args:
         mask: ``[B or 1, S]``, nonzero = token; or ``[B or 1, H or 1, L or 1, S]``, boolean (True =
-            may attend) or floating (added to the scores), which says all that there is to say.
+            may attend) or floating (added to the scores), which is complete.
         x: the queries' sequence.
-        causal: whether no query sees what comes after it, where ``mask`` is not of four dimensions.
-        first: the column of ``mask`` that stands for the first query; None: the last L do.
+        causal: whether no query sees later keys, if ``mask`` does not have four dimensions.
+        first: the column of ``mask`` of the first query; None: the queries are the last L columns.
         cross: the keys are those of another sequence: nothing in the mask is about the queries.
 
     Raises:
@@ -61,7 +61,7 @@ def split(
     if mask.dtype == torch.bool:
         mask = unseen = ~mask  # True = may not attend
     else:
-        # transformers writes 'may not attend' as the lowest finite number.
+        # transformers encodes 'may not attend' as the lowest finite number.
         unseen = mask < torch.finfo(mask.dtype).min / 2
         mask = mask.masked_fill(unseen, float("-inf"))
     if cross:

@@ -18,7 +18,7 @@ PLACES = Places(output="Wo", packed="Wqkv")
 
 
 class SelectedModernBertAttention(SelectedDecoderAttention):
-    """Stands where ``ModernBertAttention`` stood."""
+    """Replaces ``ModernBertAttention``."""
 
     places = PLACES
 

@@ -1,5 +1,5 @@
 """MPNet of transformers version 5: a relative position bias that the encoder makes for all layers,
-and attention that is handed the mask to add to its scores."""
+and attention that gets the mask to add to its scores."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PLACES = Places("q", "k", "v", "o")
 
 
 class SelectedMPNetSelfAttention(SelectedBiasedAttention):
-    """Stands where ``MPNetSelfAttention`` stood."""
+    """Replaces ``MPNetSelfAttention``."""
 
     places = PLACES
     is_causal = False
@@ -31,7 +31,7 @@ class SelectedMPNetSelfAttention(SelectedBiasedAttention):
         output_attentions: bool = False,
         **options: Any,
     ) -> tuple[Tensor, ...]:
-        """As :meth:`SelectedDecoderAttention.attend`; the maps only if they are asked for."""
+        """As :meth:`SelectedDecoderAttention.attend`; attention weights only if asked for."""
         options["output_attentions"] = bool(output_attentions)
         bias = None if position_bias is None else lambda *_: self.own_bias(position_bias)
         output, maps = self.attend(hidden_states, attention_mask, None, options, bias=bias)

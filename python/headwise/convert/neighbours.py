@@ -14,7 +14,7 @@ from headwise.convert.stand_ins import stand_ins
 
 
 class SelectedNeighbourAttention(SelectedDecoderAttention):
-    """Stands where ``GlmAttention`` stood."""
+    """Replaces ``GlmAttention``."""
 
     def _rotate(
         self, q: Tensor, k: Tensor, position_embeddings: tuple[Tensor, Tensor]

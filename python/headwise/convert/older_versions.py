@@ -1,7 +1,7 @@
 """What older versions of transformers do differently.
 
-The other files of this folder read as for the newest version. What another one does differently is
-found out here, by what it has and not by its number; ``older_vit.py`` is the other layout of vision
+The other files of this folder are written for the newest version. Differences of others are
+detected here, by features and not by version number; ``older_vit.py`` is the other layout of vision
 transformers.
 """
 
@@ -22,8 +22,8 @@ def query_offset(cache: Any, layer: int) -> int | Tensor:
 
 
 def collects_maps(config: Any) -> bool:
-    """Whether a model that does not hand this down was asked for attention maps in the call that is
-    under way."""
+    """Whether a model that does not pass this on was asked for attention weights in the call that
+    is under way."""
     collector = getattr(output_capturing, "_active_collector", None)
     if collector is None or torch.compiler.is_compiling():
         return getattr(config, "output_attentions", False)

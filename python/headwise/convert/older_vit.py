@@ -1,6 +1,6 @@
-"""Vision transformers as older versions of transformers write them: before 5.9 all of
-``vit.py``, before 5.18 DINOv2 too. ``ViTAttention`` holds ``attention`` (query, key,
-value) and ``output``, sees no mask, and gives no attention maps; those are the inner module's.
+"""Vision transformers in the layout of older versions of transformers: before 5.9 all of
+``vit.py``, before 5.18 DINOv2 too. ``ViTAttention`` holds ``attention`` (query, key, value) and
+``output``, sees no mask, and returns no attention weights; the inner module does.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ _FAMILY = family("headwise.convert.vit")
 
 
 class SelectedSelfAttention(EncoderStandIn):
-    """Stands where ``ViTSelfAttention`` stood; its output is already projected."""
+    """Replaces ``ViTSelfAttention``; its output is already projected."""
 
     PROJECTIONS = ("attention.query", "attention.key", "attention.value", "output.dense")
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """As :meth:`EncoderStandIn.forward`; the layers are not told whether maps are wanted."""
+        """As :meth:`EncoderStandIn.forward`; the layers do not know whether attention weights are
+        requested."""
         if options.get("output_attentions") is None:
             options["output_attentions"] = collects_maps(self.config)
         return super().forward(hidden_states, attention_mask, **options)

@@ -1,4 +1,4 @@
-"""OPT of transformers version 5: BART's attention in a decoder alone."""
+"""OPT of transformers version 5: BART's attention in a decoder only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from headwise.convert.stand_ins import stand_ins
 
 
 class SelectedCausalAttention(SelectedDecoderAttention):
-    """Stands where ``OPTAttention`` stood."""
+    """Replaces ``OPTAttention``."""
 
     places = PLACES
     rotates = False

@@ -1,4 +1,4 @@
-"""Parameters made of others, and modules made in the mode of others."""
+"""Parameters computed from others, and new modules in the mode of others."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 def remade(
     sources: Sequence[nn.Parameter], function: Callable[[Sequence[Tensor]], Tensor]
 ) -> nn.Parameter:
-    """A parameter computed from others, with what they had: gradients, whether they are trained,
-    and the mark that transformers puts on what it has initialised."""
+    """A parameter computed from others, with their gradients, their ``requires_grad``, and the mark
+    that transformers sets on initialised parameters."""
     first = sources[0]
     with torch.no_grad():
         made = nn.Parameter(function([p.detach() for p in sources]), first.requires_grad)
@@ -26,8 +26,8 @@ def remade(
 
 
 def in_the_mode_of(old: nn.Module, *new: nn.Module) -> None:
-    """Gives new modules, not what they hold, the mode of ``old``, and transformers' mark that its
-    weights need no initialisation."""
+    """Gives new modules, but not their children, the mode of ``old``, and transformers' mark that
+    their weights need no initialisation."""
     for module in new:
         module.training = old.training
         if getattr(old, _INITIALISED, False):

@@ -16,7 +16,7 @@ PLACES = Places(packed="qkv_proj")
 
 
 class SelectedPhi3Attention(SelectedDecoderAttention):
-    """Stands where ``Phi3Attention`` stood."""
+    """Replaces ``Phi3Attention``."""
 
     places = PLACES
 

@@ -1,5 +1,5 @@
-"""Attention that keeps its projections in linear layers, and what stands in for it: the common part
-of the conversions to :class:`headwise.GroupedQueryAttention`.
+"""Attention with its projections in linear layers, and its replacement: the common part of the
+conversions to :class:`headwise.GroupedQueryAttention`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Places(NamedTuple):
     """The names of a module's projections.
 
     Attributes:
-        query: the projection to queries; of no use where ``packed`` is given. So with the next two.
+        query: the projection to queries; unused if ``packed`` is given, like the next two.
         key: to keys.
         value: to values.
         output: the output projection.
@@ -76,9 +76,9 @@ class Places(NamedTuple):
 
 
 class ProjectedStandIn(GroupedQueryAttention):
-    """Stands in for attention that keeps its projections at :attr:`places`.
+    """Replaces attention with its projections at :attr:`places`.
 
-    It has the original's attributes, and its separate projections by the names that they had.
+    It has the original's attributes, and separate projections keep their names.
     """
 
     places = Places()
@@ -99,8 +99,8 @@ class ProjectedStandIn(GroupedQueryAttention):
         return type(self)(self, sizes, **factory)
 
     def original_state(self, name: str, state: dict[str, Tensor]) -> None:
-        """Gives the tensors of this module, which stands at ``name``, the names and layout that
-        the original has in a state dict."""
+        """Gives the tensors of this module, at ``name``, the names and layout of the original's
+        state dict."""
         places = self.places
         for kind in ("weight", "bias"):
             own = [f"{name}.{projection}.{kind}" for projection in _OWN]
@@ -116,19 +116,19 @@ class ProjectedStandIn(GroupedQueryAttention):
 
 
 def replaced_fault(linears: Mapping[str, nn.Module]) -> str | None:
-    """Why one of some projections cannot be taken over."""
+    """Why one of some projections cannot be reused."""
     return first(projection_fault(name, linear) for name, linear in linears.items())
 
 
 class Projected(Architecture):
     """Attention that becomes a :class:`ProjectedStandIn`.
 
-    Separate projections are taken over as they are; those of a packed one are copies of its rows.
+    Separate projections are reused; those of a packed one are copies of its rows.
     """
 
-    #: Where the module has its projections.
+    #: The places of the module's projections.
     places = Places()
-    #: What else it may hold.
+    #: Other children that it may have.
     children: tuple[str, ...] = ()
     #: Its own parameters and buffers.
     parameters: tuple[str, ...] = ()
@@ -146,14 +146,14 @@ class Projected(Architecture):
         }
 
     def successor(self, module: nn.Module, sizes: Mapping[str, Any]) -> ProjectedStandIn:
-        """What stands where ``module`` stood, on the meta device, with empty projections."""
+        """The replacement of ``module``, on the meta device, with empty projections."""
         raise NotImplementedError
 
     def linears(self, module: nn.Module) -> dict[str, nn.Module]:
         return {name: module.get_submodule(name) for name in self.places.names}
 
     def held(self, module: nn.Module) -> tuple[str, ...]:
-        """The children of ``module`` that are no projections."""
+        """The children of ``module`` that are not projections."""
         return self.children
 
     def refusal(self, module: nn.Module) -> str | None:
@@ -208,7 +208,7 @@ class Projected(Architecture):
         return list(module.get_submodule(self.places.packed).parameters())
 
     def convert(self, module: nn.Module) -> tuple[nn.Module, GroupedQueryAttention]:
-        # What is no nn.Linear was refused.
+        # Anything but nn.Linear was refused.
         *inputs, output = cast("Iterable[nn.Linear]", self.linears(module).values())
         sizes = {
             **self.sizes(module),

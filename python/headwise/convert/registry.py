@@ -1,4 +1,4 @@
-"""The architectures that :func:`headwise.convert` knows, one file each.
+"""The architectures that :func:`headwise.convert` knows, one file per architecture.
 
 An architecture is found by the class of the module that holds the attention. A subclass counts as
 that class if all that runs is the known code: it may add methods, but overrides none. An
@@ -121,10 +121,10 @@ _FILES = {
     ),
 }
 
-_HEADS_TOGETHER = "it normalises queries and keys over all heads at once: no head can go by itself"
-_DISENTANGLED = "its scores have terms of their own for relative positions (disentangled attention)"
-_WINDOWS = "it attends within windows, each a row of its batch: a gate would see no whole image"
-_GATED = "it multiplies what its heads compute by gates of its own"
+_HEADS_TOGETHER = "it normalises queries and keys over all heads at once: no head can go alone"
+_DISENTANGLED = "its scores have separate terms for relative positions (disentangled attention)"
+_WINDOWS = "it attends within windows, each a row of its batch: a gate would not see a whole image"
+_GATED = "it multiplies the outputs of its heads by its own gates"
 
 # Class of attention that is known and not converted -> why.
 REFUSED = {
@@ -146,16 +146,16 @@ _REGISTERED: dict[str, Architecture] = {}
 class Architecture(abc.ABC):
     """How one class of attention module becomes a layer whose heads can be chosen."""
 
-    #: What the support matrix calls it.
+    #: Its name in the support matrix.
     name: str
 
     def of(self, module: nn.Module) -> Architecture:
-        """This architecture, or the one that converts ``module`` as another version writes it."""
+        """This architecture, or the one for the layout of ``module`` in another version."""
         return self
 
     def is_converted(self, module: Any) -> bool:
-        """Whether ``module``, of the class this architecture stands for, was converted before (of
-        use where :meth:`convert` changes a module in place)."""
+        """Whether ``module``, of this architecture's class, was converted before (useful if
+        :meth:`convert` changes a module in place)."""
         return False
 
     @abc.abstractmethod
@@ -164,16 +164,16 @@ class Architecture(abc.ABC):
 
     @abc.abstractmethod
     def convert(self, module: Any) -> tuple[nn.Module, AttentionLayer]:
-        """``module``'s successor, and the ungated layer in it. Parameters are kept, not copied,
-        where their layout allows. The successor may be ``module`` itself, changed in place."""
+        """``module``'s successor, and the ungated layer in it. Parameters are kept, not copied, if
+        their layout allows. The successor may be ``module`` itself, changed in place."""
 
     def trial(self, module: Any) -> Trial | None:
-        """Calls ``module``, and its successor alike, on made-up tokens: their outputs must agree.
-        None: :func:`headwise.convert` cannot try it out, and says so in its log."""
+        """Calls ``module`` or its successor on made-up tokens: their outputs must agree. None:
+        :func:`headwise.convert` cannot try it out, and logs this."""
         return None
 
     def copied_parameters(self, module: Any) -> list[nn.Parameter]:
-        """The parameters of ``module`` that are copied, and so must belong to it alone."""
+        """The parameters of ``module`` that are copied, and so must not be shared."""
         return []
 
     def finish(self, model: nn.Module, converted: list[nn.Module]) -> None:  # noqa: B027
@@ -182,7 +182,7 @@ class Architecture(abc.ABC):
 
 
 def family(file: str) -> dict[str, str]:
-    """The classes ``PREFIXAttention`` that a file converts: prefix -> the module that has them."""
+    """The classes ``PREFIXAttention`` that a file converts: prefix -> their module."""
     found = {}
     for path, own in _FILES.items():
         module, _, name = path.rpartition(".")
@@ -197,7 +197,7 @@ def class_path(kind: type) -> str:
 
 
 def register_architecture(path: str, architecture: Architecture) -> None:
-    """Teaches :func:`headwise.convert` the attention modules of class ``path``.
+    """Registers attention modules of class ``path`` for :func:`headwise.convert`.
 
     Args:
         path: qualified name of the module's class, ``package.module.Class``.
@@ -215,8 +215,8 @@ def register_architecture(path: str, architecture: Architecture) -> None:
     _REGISTERED[path] = architecture
 
 
-#: What a subclass may have of its own and still compute what its base does: ``convert`` looks at
-#: the numbers and modules that ``__init__`` made.
+#: What a subclass may override and still compute the same as its base: ``convert`` looks at the
+#: numbers and modules that ``__init__`` made.
 _OF_NO_CONSEQUENCE = {
     *("__init__", "__module__", "__qualname__", "__doc__", "__repr__", "extra_repr"),
     *("__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__"),
@@ -227,7 +227,7 @@ _OF_NO_CONSEQUENCE = {
 
 
 def overridden(kind: type, base: type) -> str | None:
-    """What a subclass has in the place of something that ``base`` has; None: it only adds."""
+    """What a subclass overrides of ``base``; None: it only adds."""
     for part in kind.__mro__:
         if part in base.__mro__:
             continue
@@ -246,8 +246,8 @@ def known_base(kind: type) -> type | None:
 def find_architecture(
     module: nn.Module, adapters: Mapping[type, Architecture] | None = None
 ) -> Architecture | None:
-    """The architecture that stands for the class of ``module``, or for a base class of which it
-    overrides nothing; what ``adapters`` say of exactly its class comes first."""
+    """The architecture for the class of ``module``, or for a base class of which it overrides
+    nothing; an entry of ``adapters`` for exactly its class comes first."""
     if adapters and type(module) in adapters:
         return adapters[type(module)]
     base = known_base(type(module))
@@ -260,7 +260,7 @@ def find_architecture(
 
 
 def prefix_in(known: Mapping[str, str], kind: type, suffix: str) -> str:
-    """What the name of a class of a :func:`family` begins with; ``kind`` is one or a subclass.
+    """The prefix of the name of a class of a :func:`family`; ``kind`` is one or a subclass.
 
     Raises:
         AttributeError: it is neither.

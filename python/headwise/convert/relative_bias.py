@@ -1,5 +1,5 @@
 """Attention with a learned relative position bias for each head, made in one place of a model and
-handed to all of its layers.
+passed to all of its layers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class SelectedBiasedAttention(SelectedDecoderAttention):
-    """The bias is that of the model's heads, of which this layer may have lost some.
+    """The bias has all of the model's heads, some of which this layer may have lost.
 
     Attributes:
         bias_heads: int64 ``[H]``: the heads of the bias that are the layer's own.

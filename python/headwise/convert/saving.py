@@ -1,5 +1,5 @@
-"""``save_pretrained`` of a converted model of transformers: what the original class reads, or a
-refusal. Without this, ``from_pretrained`` would answer with random attention.
+"""``save_pretrained`` of a converted model of transformers: writes what the original class reads,
+or raises an error. Otherwise ``from_pretrained`` would return random attention.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from torch import Tensor, nn
 from headwise.io.safetensors_files import save_safetensors
 from headwise.nn.layers import attention_layers
 
-#: The implementation of attention that a checkpoint names: there is none, so nothing but a Trainer
-#: that resumes reads it.
+#: The attention implementation in a checkpoint: it does not exist, so only a resuming Trainer reads
+#: the checkpoint.
 UNREADABLE = "headwise_gates"
 
 
 class SavePretrained:
-    """In the place of the method of a model of transformers.
+    """Replaces the method of a model of transformers.
 
     A model without gates is written with the names and the layout of its original class. One that
     was pruned is written if its class can be built at its size: with the same number of heads in
-    every layer, where the class takes the width of a head from the configuration (``head_dim``).
+    every layer, if the class takes the width of a head from the configuration (``head_dim``).
 
     Attributes:
-        model: whose method it is.
-        checkpoints: a Trainer with a gate callback is at work: what the original class could not
-            read is written for the Trainer to resume from, with a configuration that
+        model: the model.
+        checkpoints: a Trainer with a gate callback is running: a model that the original class
+            cannot read is written for the Trainer to resume from, with a configuration that
             ``from_pretrained`` refuses.
     """
 
@@ -46,7 +46,7 @@ class SavePretrained:
         """As ``PreTrainedModel.save_pretrained``.
 
         Raises:
-            ValueError: the original class could not read what would be written.
+            ValueError: the original class could not read the result.
         """
         model: Any = self.model
         method = type(model).save_pretrained
@@ -96,13 +96,13 @@ def _give_original_names(model: nn.Module, state: dict[str, Tensor]) -> str | No
             if hasattr(module, "original_state"):
                 module.original_state(name, state)
     except KeyError as error:
-        return f"{error} is missing (an adapter may stand around it)"
+        return f"{error} is missing (an adapter may be around it)"
     return None
 
 
 def _sizes(model: nn.Module, state: dict[str, Tensor]) -> dict[str, int] | str:
-    """What a pruned model's configuration must say for the original class to read ``state``;
-    nothing if it was not pruned. Or, as text, why the class cannot read it."""
+    """The configuration values of a pruned model with which the original class reads ``state``;
+    empty if it was not pruned. Or, as text, why the class cannot read it."""
     reason = _misfit(model, state, {})
     if reason is None:
         return {}
@@ -149,7 +149,7 @@ def _misfit(model: nn.Module, state: dict[str, Tensor], sizes: dict[str, int]) -
     config._attn_implementation = "eager"
     try:
         with _configured(config, sizes), torch.device("meta"):
-            # A configuration that comes from a file is validated when it is read.
+            # A configuration from a file is validated when it is read.
             config = type(config).from_dict(config.to_dict())
             config._attn_implementation = "eager"
             expected = type(model)(config).state_dict()

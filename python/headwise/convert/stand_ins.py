@@ -1,7 +1,7 @@
-"""The classes of what stands in for modules of transformers.
+"""The classes of replacements of transformers modules.
 
-Each is also of the class that it stands in for, so that transformers finds it when it collects
-attention maps (``output_attentions=True``).
+Each also derives from the class that it replaces, so that transformers finds it when it collects
+attention weights (``output_attentions=True``).
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ def named(path: str) -> type:
 def stand_ins(
     file: str, base: type[nn.Module], suffix: str = "Attention", classes_of: str | None = None
 ) -> tuple[Callable[[type], type], Callable[[str], type]]:
-    """The stand-ins of one file of this folder, made when first asked for.
+    """The replacement classes of one file of this folder, created on demand.
 
     Args:
-        file: the file's module; there they are found by name, as pickles do.
-        base: what they are besides the original's class.
-        suffix: what the names of the originals end with, after the prefix of their model.
-        classes_of: the file whose family of models it is; default ``file``.
+        file: the file's module, where pickles find them by name.
+        base: their other base class.
+        suffix: the end of the originals' names, after the prefix of their model.
+        classes_of: the file with the family of models; default ``file``.
 
     Returns:
         ``selected(class of the original) -> class``, also for its subclasses, and the

@@ -17,14 +17,14 @@ from headwise.convert.registry import family
 from headwise.convert.relative_bias import SelectedBiasedAttention
 from headwise.convert.stand_ins import stand_ins
 
-#: What the classes of a model begin with -> the module that has them.
+#: Prefix of a model's classes -> their module.
 FAMILY = family(__name__)
 
 PLACES = Places("q", "k", "v", "o")
 
 
 class SelectedT5Attention(SelectedBiasedAttention):
-    """Stands where ``T5Attention`` stood."""
+    """Replaces ``T5Attention``."""
 
     places = PLACES
 

@@ -1,8 +1,8 @@
-"""``torch.nn.MultiheadAttention``, wherever it stands.
+"""``torch.nn.MultiheadAttention``, alone or in other modules.
 
 ``torch.nn.TransformerEncoderLayer``, ``TransformerDecoderLayer``, ``Transformer`` and
-``TransformerEncoder`` hold nothing else, so they need no files of their own: the converted layer
-tells their fused kernels that it must be called (``MultiheadAttention._qkv_same_embed_dim``).
+``TransformerEncoder`` contain nothing else, so they need no files: the converted layer tells their
+fused kernels that it must be called (``MultiheadAttention._qkv_same_embed_dim``).
 """
 
 from __future__ import annotations

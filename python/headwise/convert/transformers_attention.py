@@ -1,7 +1,8 @@
-"""What conversions of transformers models (version 5) share: masks, attention maps, parameters.
+"""The common parts of conversions of transformers models (version 5): masks, attention weights,
+parameters.
 
-A converted model names "headwise" as its attention implementation, which makes transformers hand
-its layers the padding mask as the tokenizer made it.
+A converted model names "headwise" as its attention implementation, which makes transformers pass
+its layers the tokenizer's padding mask.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from headwise.nn.layers import carry_hooks
 from headwise.nn.multihead_attention import MultiheadAttention
 from headwise.nn.proof import Draw, Trial
 
-#: The attention implementation that converted models name in their configuration.
+#: The attention implementation in the configuration of converted models.
 IMPLEMENTATION = "headwise"
 
 
@@ -48,11 +49,11 @@ def _padding_mask(
     mask_function=bidirectional_mask_function,
     **options: Any,
 ) -> Tensor | None:
-    """The mask of a bidirectional model as the tokenizer made it, bool [B, S], True = token; any
-    other mask as transformers makes it, bool [B, 1, L, S], True = may be seen.
+    """The tokenizer's mask for a bidirectional model, bool [B, S], True = token; any other mask in
+    transformers' form, bool [B, 1, L, S], True = may be seen.
 
     The masks that transformers builds for its own implementations are [B, 1, L, S], in which
-    padding can no longer be told from any other mask; a gate has to know what is padding.
+    padding is no longer distinguishable; a gate needs the padding.
     """
     if mask_function is not bidirectional_mask_function:
         return sdpa_mask(
@@ -74,13 +75,13 @@ def unconverted_attention(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """For attention that was not converted but shares the configuration of a model that was: what
-    transformers computes with its implementation "sdpa"."""
+    """For attention that was not converted but shares the configuration of a converted model:
+    transformers' implementation "sdpa"."""
     if attention_mask is not None and attention_mask.dim() == 2:  # [B, S], nonzero = token
         length, keys = query.size(2), key.size(2)
         padding = attention_mask[:, None, None, :].bool()
         attention_mask = padding.expand(-1, -1, length, -1)
-        if getattr(module, "is_causal", False):  # the last query stands at the last key
+        if getattr(module, "is_causal", False):  # the last query is aligned with the last key
             before = torch.ones(length, keys, dtype=torch.bool, device=query.device)
             attention_mask = attention_mask & before.tril(keys - length)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
@@ -96,7 +97,8 @@ def attend(
     attention_mask: Tensor | None,
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
-    """Self-attention with the masks of transformers -> [B, L, D] and, if asked for, the maps."""
+    """Self-attention with the masks of transformers -> [B, L, D] and, if asked for, the attention
+    weights."""
     check_arguments(stand_in, options)
     if options.get("is_causal"):
         raise ValueError(
@@ -104,7 +106,7 @@ def attend(
             f"{type(stand_in).__name__} is an encoder's"
         )
     layer = mha = stand_in.mha
-    while not isinstance(layer, MultiheadAttention):  # an adapter stands around it
+    while not isinstance(layer, MultiheadAttention):  # it is wrapped by an adapter
         layer = layer.base_layer
     if layer is mha:  # without a gate, torch's own code runs, which does not check this
         check_read("out_proj", layer.out_proj)
@@ -131,7 +133,7 @@ def split_masks(
     if mask.dim() == 2:  # [B, L]
         padding = mask == 0
         if mha.gate is None:
-            # torch's own module gives NaN for a sequence that is nothing but padding.
+            # torch's own module gives NaN for a sequence that is all padding.
             padding = padding & ~padding.all(dim=1, keepdim=True)
         return padding, None
     if mask.dim() != 4:
@@ -143,7 +145,7 @@ def split_masks(
         mask = ~mask  # True = may not attend
         unseen = mask
     else:
-        # transformers writes 'may not attend' as the lowest finite number.
+        # transformers encodes 'may not attend' as the lowest finite number.
         lowest = torch.finfo(mask.dtype).min / 2
         unseen = mask < lowest
         mask = mask.masked_fill(unseen, float("-inf"))
@@ -160,9 +162,9 @@ def split_masks(
 def name_implementation(
     model: nn.Module, configs: list, implementation: str = IMPLEMENTATION
 ) -> None:
-    """Makes ``model`` hand its converted layers, which have these configurations, their masks."""
-    # The configuration decides what mask the layers get. It may be shared with another model that
-    # was not converted, so the converted one gets its own.
+    """Makes ``model`` pass masks to its converted layers, which have these configurations."""
+    # The configuration decides which mask the layers get. It may be shared with a model that was
+    # not converted, so the converted one gets a copy.
     copies: dict[int, Any] = {}
     for config in configs:
         if id(config) not in copies:
@@ -175,15 +177,15 @@ def name_implementation(
 
 
 class EncoderStandIn(nn.Module):
-    """Stands in for an encoder's attention, around one :class:`headwise.MultiheadAttention`.
+    """Replaces an encoder's attention, around one :class:`headwise.MultiheadAttention`.
 
     Attributes:
         mha: the layer, or an adapter around it.
-        config: the model's.
+        config: the model's configuration.
         without_bias: which of the original's projections have no bias; here they have zeros.
     """
 
-    #: Query, key, value and output of the original, by their names in what was converted.
+    #: Names of the original's query, key, value and output.
     PROJECTIONS: tuple[str, str, str, str]
 
     def __init__(self, original: nn.Module, mha: MultiheadAttention):
@@ -196,7 +198,8 @@ class EncoderStandIn(nn.Module):
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states [B, L, D] -> output [B, L, D] and, if asked for, maps [B, H, L, L].
+        """hidden_states [B, L, D] -> output [B, L, D] and, if asked for, attention weights [B, H,
+        L, L].
 
         ``attention_mask`` is None, [B, L] (nonzero = token), or [B or 1, H or 1, L or 1, L]:
         boolean (True = may attend) or floating (added to the scores).
@@ -204,8 +207,8 @@ class EncoderStandIn(nn.Module):
         return attend(self, hidden_states, attention_mask, options)
 
     def original_state(self, name: str, state: dict[str, Tensor]) -> None:
-        """Gives the tensors of this module, which stands at ``name``, the names and layout that
-        the original has in a state dict."""
+        """Gives the tensors of this module, at ``name``, the names and layout of the original's
+        state dict."""
         own = f"{name}.mha."
         parts = {
             kind: (*state.pop(f"{own}in_proj_{kind}").chunk(3), state.pop(f"{own}out_proj.{kind}"))
@@ -217,7 +220,7 @@ class EncoderStandIn(nn.Module):
                     state[f"{self._place(name)}{projection}.{kind}"] = tensor.contiguous()
 
     def _place(self, name: str) -> str:
-        """What the names of the original's projections begin with."""
+        """The prefix of the original's projections."""
         return f"{name}."
 
 
@@ -226,24 +229,24 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
 
 
 class SeparateProjections(Architecture):
-    """Attention that keeps query, key, value and output in four linear layers.
+    """Attention with query, key, value and output in four linear layers.
 
-    ``module`` is what the registry found; in most models it holds the four itself and is replaced.
+    ``module`` is the one in the registry; in most models it holds the four itself and is replaced.
     """
 
-    #: What ``module`` and the modules in it hold, by their names in it.
+    #: The children of ``module`` and of the modules in it, by name.
     children: Mapping[str, tuple[str, ...]]
 
     def projections(self, module: Any) -> dict[str, nn.Linear]:
-        """Query, key, value and output of ``module``, in this order, by the names they go by."""
+        """Query, key, value and output of ``module``, in this order, by name."""
         raise NotImplementedError
 
     def attention(self, module: nn.Module) -> nn.Module:
-        """What gives way to :meth:`successor`, and has the hooks."""
+        """The module that :meth:`successor` replaces, which has the hooks."""
         return module
 
     def successor(self, old: Any, mha: MultiheadAttention) -> Any:
-        """What stands where ``old`` stood."""
+        """The replacement of ``old``."""
         raise NotImplementedError
 
     def shape(self, module: Any) -> tuple[int, int, float]:
@@ -309,7 +312,7 @@ class SeparateProjections(Architecture):
             head_dim=head_dim,
         )
 
-        def zeros(size: int) -> nn.Parameter:  # that no training changes: there is no such bias
+        def zeros(size: int) -> nn.Parameter:  # not trained: there is no such bias
             return nn.Parameter(dense.weight.new_zeros(size), requires_grad=False)
 
         mha.in_proj_weight = remade([p.get_parameter("weight") for p in inputs], _joined)  # [3E, D]
@@ -331,7 +334,7 @@ class SeparateProjections(Architecture):
         return self.put(module, successor), mha
 
     def put(self, module: nn.Module, successor: nn.Module) -> nn.Module:
-        """What stands where ``module`` stood, after ``successor`` was made."""
+        """The replacement of ``module``, after ``successor`` was made."""
         return successor
 
     def finish(self, model: nn.Module, converted: list[nn.Module]) -> None:
@@ -339,7 +342,7 @@ class SeparateProjections(Architecture):
 
 
 def use_plain_implementation(module: nn.Module) -> None:
-    """Lets a module that is thrown away afterwards compute attention anywhere, in any dtype."""
+    """Lets a temporary module compute attention on any device, in any dtype."""
     for part in module.modules():
         config = vars(part).get("config")
         if config is not None and config._attn_implementation not in ("eager", "sdpa"):

@@ -13,13 +13,13 @@ from headwise.convert.stand_ins import stand_ins
 from headwise.convert.transformers_attention import EncoderStandIn, SeparateProjections
 from headwise.nn.multihead_attention import MultiheadAttention
 
-#: What the classes of a model begin with -> the module that has them. tests/python/test_convert.py
-#: compares the attention of each with ViT's, statement by statement.
+#: Prefix of a model's classes -> their module. tests/python/test_convert.py compares the attention
+#: of each with ViT's, statement by statement.
 FAMILY = family(__name__)
 
 
 class SelectedAttention(EncoderStandIn):
-    """Stands where ``ViTAttention`` stood."""
+    """Replaces ``ViTAttention``."""
 
     PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 

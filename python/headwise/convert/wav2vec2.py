@@ -1,5 +1,5 @@
-"""Wav2Vec2 of transformers version 5, and the speech encoders whose attention is the same code by
-another name: HuBERT, SEW, UniSpeech, UniSpeech-SAT, data2vec's audio model.
+"""Wav2Vec2 of transformers version 5, and the speech encoders whose attention is the same code
+under another name: HuBERT, SEW, UniSpeech, UniSpeech-SAT, data2vec's audio model.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from headwise.convert.decoder import SelectedDecoderAttention, TransformersProje
 from headwise.convert.registry import family
 from headwise.convert.stand_ins import stand_ins
 
-#: What the classes of a model begin with -> the module that has them.
+#: Prefix of a model's classes -> their module.
 FAMILY = family(__name__)
 
 
 class SelectedSpeechAttention(SelectedDecoderAttention):
-    """Stands where ``Wav2Vec2Attention`` stood."""
+    """Replaces ``Wav2Vec2Attention``."""
 
     places = PLACES
     rotates = False

@@ -1,4 +1,4 @@
-"""Batches of which it is known what their tokens are: words, separators, syntax, alignments."""
+"""Batches with annotated tokens: words, separators, syntax, alignments."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Sentence:
 
 @dataclass(frozen=True)
 class AlignedPair:
-    """Two texts split into words, and which words of one are words of the other.
+    """Two texts split into words, and which words correspond.
 
     Attributes:
         first: words of the first text.
@@ -53,19 +53,18 @@ class AnnotatedBatch:
     Attributes:
         inputs: what the model takes.
         valid: bool ``[B, L]``, tokens that are not padding.
-        special: bool ``[B, L]``, tokens that stand for no part of the input (separators, a class
-            token); None: there are none.
-        ids: int64 ``[B, L]``, the kind of each token, for same-token and rare-token roles; or None.
+        special: bool ``[B, L]``, tokens that are not part of the input (separators, a class token);
+            None: there are none.
+        ids: int64 ``[B, L]``, the id of each token, for same-token and rare-token roles; or None.
         words: int64 ``[B, L]``, the word that each token is part of, ascending, -1 for none;
             None: every token that is not special is a word.
-        dependencies: of each sequence; words as in ``words``.
-        alignment: for each sequence pairs of tokens, one on either side; with ``target``, pairs of
-            a token here and one of the target.
+        dependencies: for each sequence; words as in ``words``.
+        alignment: for each sequence, pairs of tokens, one on each side; with ``target``, pairs of a
+            token of this batch and one of the target.
         side: int64 ``[B, L]``: 1 or 2 for tokens of the two sides of an alignment, else 0.
-        rows: int64 ``[B]``, the inputs' numbers in the data set, where batches do not keep its
-            order.
-        target: the decoder's tokens, of an encoder-decoder (``inputs`` are those of this batch, and
-            give the model both); the fields above are then about the encoder's.
+        rows: int64 ``[B]``, the inputs' numbers in the data set, if batches do not keep its order.
+        target: the decoder's tokens, for an encoder-decoder (``inputs`` of this batch give the
+            model both); the fields above are then about the encoder's.
     """
 
     inputs: Any
@@ -95,7 +94,7 @@ class AnnotatedBatch:
             value = getattr(self, name)
             if value is not None and len(value) != len(self.valid):
                 raise ValueError(
-                    f"{name} must be one a sequence, {len(self.valid)}, got {len(value)}"
+                    f"{name} must have one entry per sequence, {len(self.valid)}, got {len(value)}"
                 )
         if self.target is None and (self.alignment is None) != (self.side is None):
             raise ValueError("alignment and side must be given together")
@@ -127,7 +126,7 @@ class AnnotatedBatch:
         return (self.content.long().cumsum(1) - 1).masked_fill(~self.content, -1)
 
 
-#: What becomes a row of a batch.
+#: The source of a row of a batch.
 Input = str | Sentence | AlignedPair
 
 
@@ -141,7 +140,7 @@ def annotate_texts(
     """Texts, sentences split into words, and aligned pairs, as annotated batches, shortest first.
 
     Raises:
-        ValueError: no texts, or no room for any of them.
+        ValueError: no texts, or ``max_length`` has no room for them.
     """
     if not texts:
         raise ValueError("texts must not be empty")
@@ -188,10 +187,10 @@ def annotate_texts(
 
 
 class _Encoded(NamedTuple):
-    """One input; a list each of a number a token."""
+    """One input; each list has one number per token."""
 
     ids: list[int]
-    words: list[int]  # -1: of no word; those of a second text count on from the first's
+    words: list[int]  # -1: no word; numbers of a second text continue those of the first
     side: list[int]  # 1 or 2 in a pair, else 0
 
 
@@ -236,14 +235,15 @@ def _aligned_tokens(text: Input, encoded: _Encoded) -> list[tuple[int, int]]:
 
 
 def read_alignments(path: str | Path, limit: int | None = None) -> list[AlignedPair]:
-    """Aligned pairs of texts: a line each, ``a b c ||| x y z ||| 0-0 2-1``.
+    """Aligned pairs of texts, one per line: ``a b c ||| x y z ||| 0-0 2-1``.
 
-    Words are apart by spaces or tabs (a no-break space is part of a word). The alignment is in the
-    form of the shared tasks on word alignment (Pharaoh): words of the first and of the second text,
-    from 0.
+    Words are separated by spaces or tabs (a no-break space is part of a word). The alignment is in
+    the format of the shared tasks on word alignment (Pharaoh): words of the first and of the second
+    text, from 0.
 
     Raises:
-        ValueError: the file is not UTF-8 or not of that form (by line), or has no pair.
+        ValueError: the file is not UTF-8 or not in that format (the text names the line), or has no
+            pair.
         OSError: it cannot be read.
     """
     where, lines = _lines(path)
@@ -290,10 +290,10 @@ def _words(text: str) -> list[str]:
 
 
 def _lines(path: str | Path) -> tuple[str, Iterator[tuple[int, str]]]:
-    """What errors call the file, and its lines by number, from 1.
+    """The file's name for errors, and its lines by number, from 1.
 
-    Lines end in a line feed alone, or one after a carriage return: U+2028, U+0085 and form feeds,
-    at which ``str.splitlines`` splits too, may stand in a word.
+    Lines end in LF or CRLF only: U+2028, U+0085 and form feeds, at which ``str.splitlines`` splits
+    too, may be part of a word.
     """
     where = printable(str(path), 300)
     try:

@@ -47,7 +47,7 @@ from headwise.nn.layers import attention_layers
 
 _ops = torch.ops.headwise
 
-#: What unfinished work of this kind is called.
+#: The name of this kind of unfinished work.
 WORK = "explanation-of-data"
 
 
@@ -78,38 +78,38 @@ def explain_data(
 ) -> dict[str, Any]:
     """What the heads of a text classifier do over a data set, and for which inputs they run.
 
-    Roles of heads (:func:`headwise.head_roles`), how often each runs and for whom, whether heads
-    with a role are used differently, how stable the selection is when texts change a little, and
-    whether the gates' order of heads is that in which they matter.
+    Roles of heads (:func:`headwise.head_roles`), how often each runs and for which inputs, whether
+    heads with a role are used differently, how stable the selection is when texts change a little,
+    and whether the gates' ranking matches the heads' measured effect.
 
     Args:
         model: a converted or convertible text classifier of transformers.
         texts: the data set.
         tokenizer: its tokenizer.
-        labels: the class of each text; accuracy is then told.
+        labels: the class of each text, to compute the accuracy.
         classes: names of the classes; default: those of the model's configuration.
         sentences: sentences with dependencies, for syntactic roles (:func:`read_conllu`,
-            :func:`parse_with_spacy`); default: roles are told from ``texts``, without syntax.
-        alignments: aligned pairs of texts, for alignment roles (:func:`read_alignments`); roles
-            are then told from these.
-        grid: (rows, columns) of texts that are images with a token a patch, in reading order: asks
-            about 2-D offsets.
+            :func:`parse_with_spacy`); default: roles are measured on ``texts``, without syntax.
+        alignments: aligned pairs of texts, for alignment roles (:func:`read_alignments`); roles are
+            then measured on these.
+        grid: (rows, columns) of texts that are images with one token per patch, in reading order:
+            asks about 2-D offsets.
         others: other models by name (other seeds, other tasks) with the same heads, whose
             selections are compared on the same texts.
         thresholds: when a head has a role.
         offsets: token offsets to ask about, up to this far.
-        batch_size: texts a run.
-        max_length: tokens at which texts are cut, at most as many as the model takes.
+        batch_size: texts per batch.
+        max_length: tokens at which texts are truncated, at most the model's maximum.
         faithfulness_texts: texts on which heads are removed.
-        joint_ablation: pairs of heads to ablate jointly, to find those that stand in for each
-            other; each takes a forward over ``joint_ablation_texts``. 0: do not ask.
+        joint_ablation: pairs of heads to ablate jointly, to find those that can replace each other;
+            each takes a forward over ``joint_ablation_texts``. 0: none.
         joint_ablation_texts: texts on which pairs are ablated.
         permutations: of the tests.
         resamples: of the bootstrap.
-        seed: of everything that is drawn.
-        folder: finished parts are kept here, and the same call goes on from them; those of another
+        seed: of all random choices.
+        folder: finished parts are saved here, and the same call resumes from them; those of another
             model (its weights, gates and their settings), data or options are removed.
-        key: what, besides the arguments, decides the parts; JSON can hold it.
+        key: what the parts depend on besides the arguments, as JSON values.
         progress: progress bars on stderr; None: after two seconds, on a terminal.
 
     Returns:
@@ -125,7 +125,7 @@ def explain_data(
     check_texts("texts", texts)
     check_one_label(getattr(model, "config", None))
     if labels is not None and len(labels) != len(texts):
-        raise ValueError(f"labels must be one a text, {len(texts)}, got {len(labels)}")
+        raise ValueError(f"labels must have one entry per text ({len(texts)}), got {len(labels)}")
     for name, value in (("batch_size", batch_size), ("max_length", max_length)):
         if value <= 0:
             raise ValueError(f"{name} must be positive, got {value}")
@@ -200,7 +200,7 @@ def explain_data(
 
 
 class _Study:
-    """The measurements of one call, with what they share."""
+    """The measurements of one call and their shared state."""
 
     def __init__(
         self,
@@ -226,7 +226,7 @@ class _Study:
         return annotate_texts(texts, self.tokenizer, **self.encoding)
 
     def open(self) -> None:
-        """Goes on from what is kept in the folder of this model, data and settings."""
+        """Resumes from the parts of this model, data and settings in the folder."""
         self.store = self._store(WORK, self.model, only=True)
 
     def _store(self, work: str, model: nn.Module, only: bool = False) -> Store:
@@ -283,8 +283,8 @@ class _Study:
         changed: Sequence[str],
         use: Use,
     ) -> Use:
-        """As :meth:`use` of the changed texts, where ``use`` is that of ``texts``: what the
-        tokenizer sees no change in (capitals, often) is not run again."""
+        """:meth:`use` of the changed texts, given ``use`` of ``texts``: texts that tokenize the
+        same (often with capitals) are not run again."""
         rows = list(range(len(texts)))
         if not any(map(_draws, _gates_of(self.model))):
             before, after = self._ids(texts), self._ids(changed)
@@ -304,7 +304,8 @@ class _Study:
         return self.tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
 
     def unknown_share(self, texts: Sequence[str]) -> float | None:
-        """Share of the texts' tokens that the tokenizer does not know; None where it knows all."""
+        """Share of the texts' tokens that are unknown to the tokenizer; None if it has no unknown
+        token."""
         unknown = self.tokenizer.unk_token_id
         if unknown is None:
             return None
@@ -410,7 +411,7 @@ def _compared(
 ) -> dict[str, Any]:
     overlap = _ops.selection_overlap(first.chosen, second.chosen)[:, None]  # [N, 1]
     mean, low, high = _ops.share_interval(overlap, torch.ones_like(overlap), resamples, seed)
-    # What two different texts have in common, to hold the overlap against.
+    # The overlap of two different texts, for comparison.
     shifted = _ops.selection_overlap(first.chosen, second.chosen.roll(1, 0))
     return {
         "kind": kind,

@@ -1,4 +1,4 @@
-"""Two inputs side by side: which heads run for only one of them, and by which words."""
+"""Two inputs side by side: which heads run for only one of them, and because of which words."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def differences(
         words: tokens to name for and against each head.
 
     Returns:
-        A dictionary for each head, those first whose margins lie furthest apart: ``layer`` (its
-        name), ``site``, ``head``, ``ran_for`` (0: the first, 1: the second), ``margins`` (of both;
-        None where the gate has none), ``spoke_for`` (the tokens with the largest shares above 0 in
-        the input that ran it, as (token, share)) and ``spoke_against`` (those with the lowest
-        shares below 0 in the input that did not).
+        A dictionary for each head, sorted by the distance of the margins: ``layer`` (its name),
+        ``site``, ``head``, ``ran_for`` (0: the first, 1: the second), ``margins`` (of both; None if
+        the gate has none), ``spoke_for`` (the tokens with the largest positive shares in the input
+        that ran it, as (token, share)) and ``spoke_against`` (the tokens with the lowest negative
+        shares in the other).
 
     Raises:
         ValueError: the inputs are not of one model.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Explanation(Shown):
-    """What :func:`headwise.explain` found about each input of a batch.
+    """The result of :func:`headwise.explain` for each input of a batch.
 
     Attributes:
         document: the content, of format ``headwise.explanation`` (docs/interpretability.md).
@@ -33,10 +33,10 @@ class Explanation(Shown):
         return self.document["inputs"]
 
     def head(self, site: int, head: int, input: int = 0) -> dict[str, Any]:
-        """What is known of one head: of the ``site``-th call of a layer in the forward.
+        """The entry of one head in the ``site``-th call of a layer in the forward.
 
         Raises:
-            IndexError: there is no such input, site or head.
+            IndexError: the input, site or head does not exist.
         """
         return self.inputs[input]["layers"][site]["heads"][head]
 
@@ -75,14 +75,14 @@ class Explanation(Shown):
         return Grid(title, rows, columns, values, numbers=measured)
 
     def plot(self, ax: Axes | None = None, input: int = 0) -> Axes:
-        """Draws one input's heads: the effect of each or, if none was measured, which ran.
+        """Plots one input's heads: their effects or, if none was measured, which ran.
 
         Args:
             ax: where; None: on new axes.
-            input: which one.
+            input: its number.
 
         Raises:
-            IndexError: there is no such input.
+            IndexError: the input does not exist.
         """
         return draw(self._grid(input), ax)
 
@@ -92,16 +92,16 @@ class Explanation(Shown):
         return f"<p>{sentences}</p>{super()._repr_html_() if self.inputs else ''}"
 
     def differences(self, first: int = 0, second: int = 1) -> list[dict[str, Any]]:
-        """Which heads ran for only one of two inputs, and by which words.
+        """Which heads ran for only one of two inputs, and because of which words.
 
         Returns:
-            A dictionary for each head, those first whose margins lie furthest apart: ``layer``,
-            ``site``, ``head``, ``ran_for`` (0: ``first``, 1: ``second``), ``margins``, and the
-            tokens with the largest shares, as (token, share): ``spoke_for`` in the input that ran
-            it, ``spoke_against`` in the other.
+            A dictionary for each head, sorted by the distance of the margins: ``layer``, ``site``,
+            ``head``, ``ran_for`` (0: ``first``, 1: ``second``), ``margins``, and the tokens with
+            the largest shares, as (token, share): ``spoke_for`` in the input that ran it,
+            ``spoke_against`` in the other.
 
         Raises:
-            IndexError: there is no such input.
+            IndexError: the input does not exist.
         """
         return differences(self.inputs[first], self.inputs[second])
 
@@ -112,7 +112,7 @@ class Explanation(Shown):
         return json.dumps(self.document, indent=indent, ensure_ascii=False, allow_nan=False)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the JSON to ``path``, whole or not at all.
+        """Writes the JSON to ``path`` atomically.
 
         Raises:
             OSError: it cannot be written.
@@ -124,8 +124,8 @@ class Explanation(Shown):
 
 
 class Roles(Shown, dict[str, Any]):
-    """What :func:`headwise.head_roles` found: a document of format ``headwise.roles``
-    (docs/interpretability.md) that shows itself."""
+    """The result of :func:`headwise.head_roles`: a document of format ``headwise.roles``
+    (docs/interpretability.md) with a table and a plot."""
 
     def _records(self) -> list[dict[str, Any]]:
         return [

@@ -1,4 +1,4 @@
-"""Is the stated order of heads the order in which they matter? Heads are removed and it is seen."""
+"""Does the gates' ranking match the heads' measured effect? Measured by removing heads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ops = torch.ops.headwise
 
 
 class _Margins:
-    """Records each call's weights and how far each head's relevance lies above the cut."""
+    """Records each call's weights and how far each head's relevance is above the cut."""
 
     def __init__(self) -> None:
         self.sites: list[tuple[str, int]] = []  # (layer, heads)
@@ -40,7 +40,7 @@ class _Margins:
         relevance = relevance.float().cpu()
         chosen = _ops.selection_mask(selection.index, selection.count, torch.float32).bool().cpu()
         margin = _ops.selection_margin(relevance, chosen)  # [B, H]
-        # Where no head is left out there is no cut: the distance from the least relevant.
+        # If all heads run there is no cut: the distance from the least relevant.
         lowest = relevance.amin(1, keepdim=True) if heads else relevance
         self.margins.append(torch.where(margin.isfinite(), margin, relevance - lowest))
 
@@ -59,31 +59,31 @@ def measure_faithfulness(
 ) -> dict[str, Any] | None:
     """Removes the heads that ran, least relevant first, and in random orders for comparison.
 
-    At each of ``points`` equal steps that share of an input's heads is switched off, everything
-    else held, and the log-probability of the class that the whole model predicted is read. If
-    relevance says what matters, the stated order keeps it higher than random orders do: the area
-    between the two curves, its mean over inputs with an interval by bootstrap, is the measure.
-    (Deletion curves as in Samek et al. 2017, arXiv 1509.06321.)
+    At each of ``points`` equal steps that share of an input's heads is switched off, with
+    everything else held fixed, and the log-probability of the class that the whole model predicted
+    is measured. If relevance reflects importance, the stated order keeps it higher than random
+    orders. The measure is the area between the two curves, averaged over inputs, with a bootstrap
+    interval. (Deletion curves as in Samek et al. 2017, arXiv 1509.06321.)
 
     Args:
         model: a converted model in evaluation mode.
         batches: what ``forward_fn`` takes.
-        points: steps from all of the heads that ran to none.
+        points: number of steps from all heads that ran to none.
         orders: random orders, averaged.
         resamples: of the bootstrap.
         seed: of the random orders and of the bootstrap.
         store: keeps the curves of finished batches.
-        done: is told, batch by batch, how many forwards it took (:func:`forwards_of`).
+        done: called with the number of forwards after each batch (:func:`forwards_of`).
 
     Returns:
-        A part of the document ``headwise.use``; None for a model whose gates give no relevance.
+        A part of the document ``headwise.use``; None if the model's gates give no relevance.
     """
     store = Store(None, "faithfulness", {}) if store is None else store
     found = []
     for number_, inputs in enumerate(batches):
 
         def compute(inputs=inputs, number_=number_) -> dict[str, Tensor]:
-            # Each batch draws its own orders, so that one that was kept changes no other.
+            # Each batch draws its own orders, so that a stored one does not change the others.
             generator = torch.Generator().manual_seed(seed + 7919 * number_)
             return _batch_curves(model, inputs, forward_fn, points, orders, generator)
 
@@ -116,7 +116,7 @@ def measure_faithfulness(
 
 
 def forwards_of(points: int = 8, orders: int = 3) -> int:
-    """Forwards that :func:`measure_faithfulness` makes of every input."""
+    """Forwards per input of :func:`measure_faithfulness`."""
     return 2 + (points - 1) * (1 + orders)
 
 
@@ -128,8 +128,8 @@ def _batch_curves(
     orders: int,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
-    """``stated`` and ``random`` (its mean over orders) ``[B, points + 1]``; empty where gates give
-    no relevance."""
+    """``stated`` and ``random`` (its mean over orders) ``[B, points + 1]``; empty if gates give no
+    relevance."""
     recorder = _Margins()
     with recording(model, recorder):
         logits = forward_fn(model, inputs).float().cpu()
@@ -140,7 +140,7 @@ def _batch_curves(
     if bool(margin.isnan().all()):
         return {"stated": nothing, "random": nothing.clone()}
     predicted = logits.argmax(1, keepdim=True)  # [B, 1]
-    # Heads without relevance are removed in their random place among the others.
+    # Heads without relevance are removed at random places among the others.
     margin = torch.where(margin.isnan(), torch.randn(margin.shape, generator=generator), margin)
     with holding(model) as held:
 
@@ -169,9 +169,10 @@ def _batch_curves(
 
 
 def _removed(weights: Tensor, order: Tensor, points: int) -> Iterator[Tensor]:
-    """The weights ``[B, M]`` as heads go, lowest ``order`` first, between all and none of them."""
+    """The weights ``[B, M]`` as heads are removed, lowest ``order`` first, from all to none of
+    them."""
     on = weights != 0
-    # Heads that do not run come last: there is nothing of them to remove.
+    # Heads that do not run come last: they cannot be removed.
     order = order.masked_fill(~on, float("inf"))
     place = order.argsort(dim=1, stable=True).argsort(dim=1)  # [B, M]
     running = on.sum(1, keepdim=True)  # [B, 1]

@@ -1,4 +1,4 @@
-"""Head use during training, for TensorBoard or anything that takes scalars."""
+"""Head use during training, for TensorBoard or any scalar logger."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = ["HeadLog", "log_heads"]
 
 _ops = torch.ops.headwise
 
-#: Pixels a head in the picture of all heads.
+#: Pixels per head in the picture of all heads.
 _CELL = 8
 
 
 class HeadLog:
     """Writes the head use of a model while it trains; made by :func:`log_heads`.
 
-    A context manager, too: at the end of the block it is removed.
+    Also a context manager, which removes it at the end of the block.
     """
 
     def __init__(
@@ -38,12 +38,12 @@ class HeadLog:
         self._recording: tuple[int, AbstractContextManager[Trace], Trace] | None = None
         self._handles = [
             model.register_forward_pre_hook(self._before),
-            # Also after an exception: what was attached must come off.
+            # Also after an exception: hooks must be removed.
             model.register_forward_hook(self._after, always_call=True),
         ]
 
     def remove(self) -> None:
-        """Stops writing, and takes the hooks off the model."""
+        """Stops writing, and removes the hooks from the model."""
         self._stop()
         for handle in self._handles:
             handle.remove()
@@ -59,7 +59,7 @@ class HeadLog:
         return _silent()
 
     def __reduce__(self) -> tuple:
-        # A copy of the model, or a file of it, does not write into somebody's log.
+        # A copy of the model, or a file of it, does not write to this log.
         return _silent, ()
 
     def _stop(self) -> tuple[int, Trace] | None:
@@ -96,7 +96,7 @@ def _silent() -> HeadLog:
 
 
 def write_heads(writer: Any, found: Trace, step: int, tag: str = "heads") -> None:
-    """Writes what a trace holds: the scalars, and the picture where ``writer`` takes any."""
+    """Writes a trace: the scalars, and the picture if ``writer`` accepts pictures."""
     use = found.summary()
     if use is not None:
         writer.add_scalar(f"{tag}/mean", use.mean_heads, step)
@@ -142,23 +142,24 @@ def log_heads(
         hw.log_heads(SummaryWriter("runs/a"), model)
 
     Every ``every``-th forward in training mode is recorded as by :func:`headwise.trace` and
-    written; the others spend nothing on it, and evaluation is not recorded. Written are the
+    written; the others cost nothing, and evaluation is not recorded. The output consists of the
     scalars ``heads/mean`` (heads that ran for an input, over all layers), ``heads/fraction`` (of
-    the heads there are), ``heads/std_fraction`` (over inputs), ``heads/jaccard_distance`` (0: the
-    same heads for all inputs), ``heads/fraction/LAYER`` and, where the gate has one,
-    ``heads/budget/LAYER``, and the picture ``heads/use``: how often each head ran, a row a layer,
-    white always and black never.
+    all heads), ``heads/std_fraction`` (over inputs), ``heads/jaccard_distance`` (0: the same heads
+    for all inputs), ``heads/fraction/LAYER`` and, if the gate has one, ``heads/budget/LAYER``, and
+    the picture ``heads/use``: how often each head ran, one row per layer, white for always and
+    black for never.
 
-    Copies and pickles of the model do not log. Of a model under ``torch.compile``, give what
-    ``torch.compile`` returned.
+    Copies and pickles of the model do not log. For a compiled model, pass what ``torch.compile``
+    returned.
 
     Args:
         writer: a ``torch.utils.tensorboard.SummaryWriter``, or anything with its
             ``add_scalar(tag, value, step)`` and, for the picture, ``add_image(tag, image, step)``.
         model: a converted model, or one with :class:`headwise.MultiheadAttention`.
-        step: gives the number of the training step; default: forwards in training mode are counted.
+        step: returns the number of the training step; default: a count of forwards in training
+            mode.
         every: writes at steps that are multiples of this.
-        tag: what the names start with.
+        tag: prefix of the names.
 
     Returns:
         The log; ``log.remove()`` ends it.

@@ -1,4 +1,4 @@
-"""Small changes to texts that leave their meaning, for asking how stable selections are."""
+"""Small changes to texts that keep their meaning, to measure how stable selections are."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Callable
 
 
 def drop_words(text: str, generator: random.Random, share: float = 0.1) -> str:
-    """Each word left out with probability ``share``; at least one word stays."""
+    """Drops each word with probability ``share``; at least one word stays."""
     words = text.split()
     kept = [word for word in words if generator.random() >= share]
     return " ".join(kept or words[:1])
 
 
 def change_case(text: str, generator: random.Random, share: float = 0.5) -> str:
-    """Each word in capitals with probability ``share``."""
+    """Puts each word in capitals with probability ``share``."""
     return " ".join(word.upper() if generator.random() < share else word for word in text.split())
 
 
 def misspell(text: str, generator: random.Random, share: float = 0.1) -> str:
-    """Two neighbouring letters exchanged in each word of at least four letters, with probability
+    """Swaps two neighbouring letters in each word of at least four letters, with probability
     ``share``."""
     return " ".join(_exchange(word, generator, share) for word in text.split())
 

@@ -55,36 +55,35 @@ def explain(
     For each head of each layer: whether it ran, with what weight, relevance and rank; the exact
     share of every token in its relevance; its margin to being chosen or dropped and the smallest
     budget at which it would run; what it looks at; and the measured *effect* of running it on the
-    log-probability of the predicted class, everything else held as the gates chose. For each
-    budget that a network predicts, integrated gradients over the tokens. docs/interpretability.md
-    has the schema and says what each number means.
+    log-probability of the predicted class, with everything else held fixed. For each budget that a
+    network predicts, integrated gradients over the tokens. docs/interpretability.md has the schema
+    and explains each number.
 
-    What runs, in evaluation mode, is a copy of the model that shares its parameters: other threads
-    may use the model meanwhile, but not change its parameters. One that has not been converted is
+    A copy of the model that shares its parameters runs in evaluation mode: other threads may use
+    the model meanwhile, but not change its parameters. A model that has not been converted is
     explained through a converted copy: all its heads run, and the effect of each is measured.
 
     Args:
         model: a converted or convertible model.
-        inputs: what ``forward_fn`` takes: a mapping of tensors (keyword arguments), a tuple or list
-            (positional ones) or a tensor, each with one row an input; or, with ``tokenizer``, a
+        inputs: input of ``forward_fn``: a mapping of tensors (keyword arguments), a tuple or list
+            (positional ones) or a tensor, each with one row per input; or, with ``tokenizer``, a
             text or a list of texts.
         tokenizer: a tokenizer of transformers, for ``inputs`` that are texts and for the names of
             tokens.
-        forward_fn: ``(model, inputs) -> class scores [B, C]`` of the model that it is given;
-            default: the model's output, or its ``logits``.
+        forward_fn: ``(model, inputs) -> class scores [B, C]`` of the given model; default: the
+            model's output, or its ``logits``.
         take: ``(inputs, rows) -> inputs`` of the rows int64 ``[N]``, which may repeat; default:
             rows of the first dimension of every tensor.
-        tokens: the tokens of each input, padding left out; default: the tokenizer's.
+        tokens: the tokens of each input, without padding; default: the tokenizer's.
         labels: names of the classes; default: those of the model's configuration.
-        roles: the document of :func:`headwise.head_roles` for this model: each head's roles are
-            then told too.
-        effects: measure the effects: one row of the model for each head and input. Default: where
-            the model gives class scores of which one is right.
+        roles: the document of :func:`headwise.head_roles` for this model, to add each head's roles.
+        effects: measure the effects: one row of the model for each head and input. Default: if the
+            model gives scores of classes of which one is right.
         maps: attention maps of ``"all"`` heads, of ``"none"``, or of these (site, head) pairs.
         pairs: strongest token pairs to list for each head.
         steps: nodes of the quadrature of integrated gradients.
-        batch_size: heads that one run switches over, each on a copy of the input.
-        max_length: tokens at which texts are cut; default: what the model takes.
+        batch_size: heads that one forward toggles, each on a copy of the input.
+        max_length: tokens at which texts are truncated; default: the model's maximum.
         progress: a progress bar on stderr; None: after two seconds, on a terminal.
 
     Returns:
@@ -147,14 +146,14 @@ def explain(
         has_classes = isinstance(logits, Tensor) and logits.dim() == 2 and logits.size(1) >= 2
         if effects:
             check_one_label(getattr(model, "config", None))
-        # Of several labels a text there is no one prediction.
+        # With several labels per text there is no single prediction.
         has_classes = has_classes and gives_one_label(getattr(model, "config", None))
         if has_classes and logits.size(0) == core.num_inputs:
             core.set_prediction(logits.float(), list(labels or labels_of(model, logits.size(1))))
             banked = any(
                 layer.gate is not None and layer.gate.projects
                 for layer in attention_layers(model).values()
-            )  # no other heads can run than those of its plans
+            )  # only the heads of its plans can run
             if effects or (effects is None and not banked):
                 _measure(
                     core, model, sites, inputs, forward_fn, take or take_rows, batch_size, progress
@@ -181,7 +180,7 @@ def explain(
 
 
 def _add_roles(document: dict[str, Any], roles: Mapping[str, Any]) -> None:
-    """Puts the roles that were found over a data set beside the heads of each input."""
+    """Adds the roles that were found over a data set to the heads of each input."""
     if not isinstance(roles, Mapping):
         raise ValueError(f"roles must be a document, got {type(roles).__name__}")
     if roles.get("format") == "headwise.use":
@@ -211,7 +210,7 @@ def _measure(
     batch_size: int,
     progress: bool | None,
 ) -> None:
-    """Runs the model with each head of each input switched over."""
+    """Runs the model with each head of each input toggled."""
     total = core.num_inputs * core.num_heads
     with (
         holding(model) as held,
@@ -231,7 +230,7 @@ def _measure(
 
 
 def labels_of(model: nn.Module, classes: int) -> list[str]:
-    """Names of the classes as the model's configuration has them; empty where it has not."""
+    """Names of the classes from the model's configuration; empty if it has none."""
     names = getattr(getattr(model, "config", None), "id2label", None) or {}
     labels = [names.get(position) for position in range(classes)]
     return [] if any(label is None for label in labels) else [str(label) for label in labels]

@@ -1,4 +1,5 @@
-"""The questions that tell a head's role: of whom does it look at whom, and how often?"""
+"""Yes/no probes that determine a head's role: how often is a query's strongest key the one that the
+role predicts?"""
 
 from __future__ import annotations
 
@@ -17,12 +18,12 @@ BASELINE_REACH = 10
 
 @dataclass(frozen=True)
 class Question:
-    """What a head may do.
+    """A possible role of a head.
 
     Attributes:
         role: "offset", "first", "separator", "same token", "rare token", "syntactic",
             "alignment" or "grid offset".
-        detail: which of the kind: "-1", "nsubj: dependent to head", "2 to 1"; may be empty.
+        detail: the variant: "-1", "nsubj: dependent to head", "2 to 1"; may be empty.
     """
 
     role: str
@@ -31,13 +32,13 @@ class Question:
 
 @dataclass
 class Trials:
-    """The trials of one batch that share a grouping of keys and what is looked for.
+    """The trials of one batch with the same grouping of keys and the same target.
 
     Attributes:
-        looks: "all" keys, "content" (special tokens excluded), or "1" or "2": the keys of that side
-            of an alignment alone.
-        group: int64 ``[B, L]``: keys of one group are as good as each other.
-        others_only: looking at itself is no hit.
+        looks: "all" keys, "content" (special tokens excluded), or "1" or "2": only the keys of that
+            side of an alignment.
+        group: int64 ``[B, L]``: keys of one group are equivalent.
+        others_only: looking at itself is not a hit.
         rows: (sequence, question, query, key) tuples.
     """
 
@@ -64,7 +65,7 @@ class Questionnaire:
         offsets: token offsets to ask about, up to this far to either side, and 0.
         grid: (rows, columns) of an image whose content tokens are its patches in reading order:
             asks about 2-D offsets of up to one patch, too.
-        frequency: how often each kind of token occurs; default: in ``batches``.
+        frequency: how often each token id occurs; default: in ``batches``.
         least_trials: relations with fewer trials are not asked about.
     """
 
@@ -115,7 +116,7 @@ class Questionnaire:
         return self._number[Question(role, detail)]
 
     def trials(self, batch: AnnotatedBatch) -> list[Trials]:
-        """What to ask of ``batch``."""
+        """The trials of ``batch``."""
         position = torch.arange(batch.valid.size(1)).expand_as(batch.valid)  # [B, L]
         return [
             trials
@@ -147,7 +148,7 @@ class Questionnaire:
             patches = row.nonzero().flatten()  # [rows * columns]
             if len(patches) != rows * columns:
                 raise ValueError(
-                    f"grid must have as many places as there are content tokens, {len(patches)}, "
+                    f"grid must have one place per content token ({len(patches)}), "
                     f"got {rows} x {columns}"
                 )
             y, x = torch.arange(rows * columns) // columns, torch.arange(rows * columns) % columns
@@ -181,7 +182,7 @@ class Questionnaire:
     def _same(self, batch: AnnotatedBatch) -> Trials | None:
         if batch.ids is None or not self._has_ids:
             return None
-        # Kinds that only special tokens or padding have belong to nobody's group.
+        # Ids that only special tokens or padding have belong to no group.
         group = batch.ids.masked_fill(~batch.content, -1)
         trials = Trials("content", group, others_only=True)
         for b, row in enumerate(group):
@@ -198,7 +199,7 @@ class Questionnaire:
         count = self._frequency[known].double().masked_fill(~batch.content, float("inf"))
         least = count.amin(1, keepdim=True)  # [B, 1]
         rarest = (count == least) & batch.content
-        # Where every token is as rare as any other, nobody can look at the rarest.
+        # If every token is equally rare, there is no rarest.
         telling = batch.content.sum(1, keepdim=True) > rarest.sum(1, keepdim=True)
         where = (batch.content & telling).nonzero()
         trials = Trials("content", rarest.long())
@@ -246,7 +247,7 @@ class Questionnaire:
 
 
 class CrossQuestions:
-    """What is asked of cross-attention: does a token of the target look at the one it is aligned
+    """The question for cross-attention: does a token of the target look at the one it is aligned
     with?"""
 
     grid = None
@@ -256,7 +257,7 @@ class CrossQuestions:
         self.questions = [Question("alignment", "target to source")] if asked else []
 
     def trials(self, batch: AnnotatedBatch) -> list[Trials]:
-        """What to ask of ``batch``."""
+        """The trials of ``batch``."""
         if batch.alignment is None or batch.target is None:
             return []
         position = torch.arange(batch.valid.size(1)).expand_as(batch.valid)  # [B, S]
@@ -273,7 +274,7 @@ class CrossQuestions:
 
 
 def excluded_keys(batch: AnnotatedBatch, looks: str) -> Tensor | None:
-    """bool ``[B, L]``: keys that are not looked for, where ``looks`` is as in :class:`Trials`."""
+    """bool ``[B, L]``: keys to ignore, with ``looks`` as in :class:`Trials`."""
     if looks == "all":
         return None
     if looks == "content":
@@ -283,8 +284,8 @@ def excluded_keys(batch: AnnotatedBatch, looks: str) -> Tensor | None:
 
 
 def fixed_offset_peaks(queries: AnnotatedBatch, keys: AnnotatedBatch | None = None) -> Tensor:
-    """Where heads would look that always look a fixed number of words away: int32 ``[B, 2 R, L]``,
-    -1 where there is no word. ``keys``: where they look; default: at the queries themselves."""
+    """The keys of heads that always look a fixed number of words away: int32 ``[B, 2 R, L]``, -1 if
+    there is no word. ``keys``: the sequence they look at; default: the queries' own."""
     word_of = queries.word_of
     words = word_of if keys is None else keys.word_of
     offsets = torch.tensor([o for o in range(-BASELINE_REACH, BASELINE_REACH + 1) if o])

@@ -1,4 +1,4 @@
-"""Looking into a model's attention layers while it runs, and holding their selections."""
+"""Observing a model's attention layers while it runs, and holding their selections fixed."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Receiver = Callable[[str, AttentionLayer, Selection | None, Tensor | None, Atten
 
 
 def own_copy(model: nn.Module) -> nn.Module:
-    """A copy of the tree of modules with the same parameters and buffers, not copies of them.
+    """A copy of the module tree that shares the parameters and buffers.
 
-    Whoever explains attaches recorders and gates that hold what was decided, and switches to
-    evaluation mode: to a copy, so that another thread that runs the model meanwhile sees nothing of
-    it. A model that cannot be copied is returned itself.
+    Explaining attaches recorders and gates with fixed selections, and switches to evaluation mode.
+    This is done on a copy, so that other threads that run the model are not affected. A model that
+    cannot be copied is returned itself.
     """
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     try:
@@ -37,8 +37,8 @@ def own_copy(model: nn.Module) -> nn.Module:
 def recording(model: nn.Module, receive: Receiver) -> Iterator[None]:
     """Calls ``receive`` in every call of every attention layer, in the order of the calls.
 
-    Every head is computed then (the gates' weights still multiply them), so that what an inactive
-    head would look at can be told.
+    Every head is computed (the gates' weights still multiply them), to see what an inactive head
+    would look at.
     """
     chosen: dict[str, tuple[Selection, Tensor]] = {}
 
@@ -56,7 +56,7 @@ def recording(model: nn.Module, receive: Receiver) -> Iterator[None]:
 
 
 class Held:
-    """Weights of one layer's heads that were decided beforehand, call by call: 0 = does not run."""
+    """Fixed weights of one layer's heads, call by call: 0 = does not run."""
 
     def __init__(self) -> None:
         self.weights: list[Tensor] = []  # [N, H] for each call in a forward
@@ -69,8 +69,8 @@ class Held:
     def selection(self, x: Tensor) -> Selection:
         if self._next >= len(self.weights):
             raise ValueError(
-                "model must call its layers as often in every forward: a layer was called more "
-                f"than {len(self.weights)} times"
+                "model must call its layers equally often in every forward: a layer was called "
+                f"more than {len(self.weights)} times"
             )
         weight = self.weights[self._next].to(device=x.device, dtype=x.dtype)  # [N, H]
         self._next += 1
@@ -84,7 +84,7 @@ class Held:
 
 @contextlib.contextmanager
 def holding(model: nn.Module) -> Iterator[dict[str, Held]]:
-    """Every layer runs the heads that its :class:`Held` says, and no gate is asked."""
+    """Every layer runs the heads of its :class:`Held`, and no gate runs."""
     with instrument(model, evaluate=False) as opened:
         held = {name: Held() for name in opened.layers}
         opened.override(lambda name, x, choose: held[name].selection(x))

@@ -1,4 +1,4 @@
-"""Asking every head the questions that tell its role, batch by batch."""
+"""Answering the role questions for every head, batch by batch."""
 
 from __future__ import annotations
 
@@ -27,8 +27,7 @@ from headwise.nn.intervention import ForwardFunction
 
 _ops = torch.ops.headwise
 
-#: The kinds of attention of an encoder-decoder: which tokens ask, and which are looked at. A model
-#: of one sequence has the one kind "self".
+#: The kinds of attention of an encoder-decoder. A model of one sequence has only "self".
 KINDS = ("encoder", "decoder", "cross")
 
 Questions = Mapping[str, "Questionnaire | CrossQuestions"]
@@ -125,7 +124,7 @@ class _Answers:
             excluded = None if excluded is None else excluded.to(q.device)
             peaks[looks] = _ops.attention_peaks(q, k, *masks, excluded)[0].cpu()  # [B, H, L]
         self.hits.append(self._answer(peaks, layer.num_heads))
-        # Rows of padding look somewhere too, but nobody asked them.
+        # Rows of padding do not count.
         padding = ~self.queries.valid.to(q.device)
         entropy, _ = _ops.attention_statistics(q, k, masks[0], padding, masks[1], masks[2])
         self.entropy.append(entropy.float().cpu())
@@ -160,7 +159,7 @@ class _Counter:
     """Receives the layers of one batch and answers its questions.
 
     Args:
-        decoders: names of the modules that hold a decoder's layers (:func:`_decoders`).
+        decoders: names of a decoder's layers (:func:`_decoders`).
     """
 
     def __init__(self, questions: Questions, batch: AnnotatedBatch, decoders: set[str]):
@@ -202,8 +201,8 @@ def _parent(name: str) -> str:
 
 
 def _decoders(model: nn.Module, forward_fn: ForwardFunction, inputs: Any) -> set[str]:
-    """Names of the modules beside whose self-attention stands cross-attention: a decoder's layers,
-    whose self-attention is over the target."""
+    """Names of the modules with both self- and cross-attention: a decoder's layers, whose
+    self-attention is over the target."""
     found = set()
 
     def receive(name, layer, selection, x, probe) -> None:
@@ -237,8 +236,8 @@ def count_roles(
 
     Args:
         questions: of :func:`questions_for`.
-        store: keeps the answers of finished batches; of this model, these batches and questions.
-        done: is told, batch by batch, how many inputs are through.
+        store: keeps the answers of finished batches, for this model, these batches and questions.
+        done: called with the number of finished inputs after each batch.
 
     Returns:
         The answers of each kind of attention that the model has.
@@ -270,7 +269,7 @@ def count_roles(
 
             found.append(store.tensors(f"{prefix}/{fingerprint(batch)}", compute))
             done(len(batch.valid))
-        if not sites:  # everything had been computed before
+        if not sites:  # everything was in the store
             count(batches[0])
     return [
         RoleCounts(

@@ -61,5 +61,5 @@ def role_use(
 
 
 def _kinds_of(found: Sequence[dict[str, Any]]) -> set[str]:
-    """The kinds of role a head has; "none" where it has none."""
+    """The kinds of role of a head; "none" if it has none."""
     return {role["role"] for role in found} or {"none"}

@@ -32,17 +32,17 @@ class RoleThresholds:
     """When a head has a role. Shares are of a head's trials, in [0, 1].
 
     Attributes:
-        offset: least share of tokens whose strongest key (special tokens left out) is the one at
-            the offset. Voita et al. (2019) ask for 0.9.
-        first: least share whose strongest key of all is the first token. As for offsets, Voita
-            et al. ask for 0.9 of heads that attend by position.
+        offset: least share of tokens whose strongest key (without special tokens) is the one at the
+            offset. Voita et al. (2019) require 0.9.
+        first: least share whose strongest key of all is the first token. As for offsets, Voita et
+            al. require 0.9 of heads that attend by position.
         separator: ... is a separator.
         same_token: ... of tokens that occur again, that look at another occurrence.
         rare_token: ... that look at the rarest token of the input.
         syntactic: least share of a relation's words that look at the word it joins them to.
         alignment: least share of aligned tokens that look at their counterpart.
         grid_offset: least share of patches that look at the neighbour.
-        margin: how far same-token, rare-token, syntactic and alignment shares must lie above the
+        margin: how far same-token, rare-token, syntactic and alignment shares must be above the
             best fixed offset (Voita et al.: 10 points), and first and separator shares above the
             mean of the other heads.
         broad: least mean entropy of attention, over the largest possible.
@@ -76,9 +76,9 @@ class RoleThresholds:
 
 #: Roles that must beat the best fixed offset.
 AGAINST_OFFSETS = ("same token", "rare token", "syntactic", "alignment")
-#: Roles that must beat what the other heads do. A head with nothing to look for looks at a token
-#: that says nothing (Clark et al. 2019, section 3.2), and in some models most heads do so most of
-#: the time: that is the model's habit, and a role is what sets a head apart.
+#: Roles that must beat the other heads. A head with nothing to look for looks at a token without
+#: information (Clark et al. 2019, section 3.2), and in some models most heads do so most of the
+#: time: that is the model's habit, and a role must set a head apart.
 AGAINST_HEADS = ("first", "separator")
 
 
@@ -97,20 +97,20 @@ def head_roles(
 ) -> Roles:
     """Finds what each head looks at, over a data set.
 
-    Every role is a question with yes or no answers: does this token's strongest key stand at that
-    place? (Voita et al. 2019, arXiv 1905.09418; Clark et al. 2019, arXiv 1906.04341.) The inputs
-    are split in two halves at random. A head gets a role where its share of yes passes the
-    threshold in the first half, in which heads and offsets are chosen, *and* in the second; the
-    share that is reported, its interval (bootstrap over inputs) and its baseline are the second's.
-    The baseline is the fixed offset, in words, that fits the first half best; of the first token
-    and separators, which heads fall back on, it is the mean of the other heads. A head may have
-    several roles, or none. All heads are looked at, whether or not a gate would run them.
+    Every role is a yes/no question about each token: is its strongest key the one that the role
+    predicts? (Voita et al. 2019, arXiv 1905.09418; Clark et al. 2019, arXiv 1906.04341.) The inputs
+    are split in two halves at random. A head gets a role if its share of yes passes the threshold
+    in the first half, in which heads and offsets are chosen, *and* in the second; the reported
+    share, its interval (bootstrap over inputs) and its baseline are the second's. The baseline is
+    the fixed offset, in words, that fits the first half best; for the first token and separators,
+    which heads fall back on, it is the mean of the other heads. A head may have several roles, or
+    none. All heads are examined, whether or not a gate would run them.
 
-    Of an encoder-decoder, whose batches have a ``target``, the encoder's self-attention is asked
+    In an encoder-decoder, whose batches have a ``target``, the encoder's self-attention is asked
     about the tokens of the batch, the decoder's about those of the target, and cross-attention
     whether a target token looks at the token that it is aligned with.
 
-    No attention map is kept: memory is O(B L) a batch.
+    No attention weights are kept: memory is O(B L) per batch.
 
     Args:
         model: a converted or convertible model.
@@ -118,11 +118,11 @@ def head_roles(
         thresholds: when a head has a role.
         offsets: token offsets to ask about, up to this far.
         grid: (rows, columns) of images: asks about 2-D offsets too.
-        forward_fn: ``(model, inputs)`` runs the model that it is given; its result is not used.
+        forward_fn: ``(model, inputs)`` runs the given model; its result is not used.
         seed: of the halves and of the bootstrap.
         resamples: of the bootstrap.
-        folder: keeps finished batches here; the same call goes on from them. What is there of
-            another model, other batches or other questions is removed; ``forward_fn`` must be the
+        folder: finished batches are saved here, and the same call resumes from them. Those of
+            another model, other batches or other questions are removed; ``forward_fn`` must be the
             same.
         progress: a progress bar on stderr; None: after two seconds, on a terminal.
 
@@ -164,7 +164,7 @@ def score_roles(
     seed: int = 0,
     resamples: int = 1000,
 ) -> Roles:
-    """The roles that the counts speak for, as a document."""
+    """The roles that the counts support, as a document."""
     generator = torch.Generator().manual_seed(seed)
     inputs = len(counts[0].trials)
     order = torch.randperm(inputs, generator=generator)
@@ -229,7 +229,7 @@ class _Half:
         self.habit = (self.share.sum(0) - self.share) / others  # [M, F]: mean of the other heads
 
     def against(self, question: Question, column: int, offset: int | Tensor) -> Tensor:
-        """``[M]``: what a head must beat to have the role."""
+        """``[M]``: the share that a head must beat to have the role."""
         if question.role in AGAINST_HEADS:
             return self.habit[:, column]
         return self.baseline[offset, column].expand(len(self.share))
@@ -299,7 +299,7 @@ def _add_entropy_roles(
     resamples: int,
     seed: int,
 ) -> None:
-    """Broad and narrow heads: the mean entropy plays the part of the share."""
+    """Broad and narrow heads: the mean entropy is used as the share."""
     chosen = counts.entropy[choosing].double().mean(0)  # [M]
     entropy = counts.entropy[scoring].double()  # [N, M]
     mean, low, high = _ops.share_interval(entropy, torch.ones_like(entropy), resamples, seed)
@@ -322,7 +322,7 @@ def _add_entropy_roles(
 
 
 def _question_table(counts: RoleCounts, first: _Half, second: _Half) -> list[dict[str, Any]]:
-    """For each question the head that answers it best: chosen in the first half."""
+    """For each question, the head with the best answers: chosen in the first half."""
     rows = []
     sites = [(site.place, head) for site in counts.sites for head in range(site.heads)]
     for column, question in enumerate(counts.questions):

@@ -1,4 +1,4 @@
-"""Heads that stand in for each other, by joint ablation: either can go, but not both."""
+"""Heads that can replace each other, by joint ablation: either can be removed, but not both."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from headwise.nn.layers import attention_layers
 
 _ops = torch.ops.headwise
 
-#: False discovery rate at which a pair counts as standing in for each other.
+#: False discovery rate at which a pair counts as able to replace each other.
 LEVEL = 0.05
 
 
@@ -30,14 +30,13 @@ def joint_ablation(
     seed: int = 0,
     progress: bool | None = None,
 ) -> dict[str, Any] | None:
-    """Which heads of a layer stand in for each other for the model's own predictions.
+    """Which heads of a layer can replace each other for the model's own predictions.
 
-    The ``pairs`` pairs of one layer whose outputs are most alike
-    (:func:`headwise.analysis.head_similarity`) are ablated one by one and together
+    The ``pairs`` pairs of one layer with the most similar outputs
+    (:func:`headwise.analysis.head_similarity`) are ablated separately and together
     (:func:`headwise.analysis.head_interactions`); the loss is the negative log-probability of the
-    class that the whole model predicts. A pair stands in for each other where taking out both
-    costs more than the sum of what each costs, one-sided normal test of the mean over inputs,
-    corrected for the number of pairs.
+    class that the whole model predicts. A pair counts if removing both costs more than the sum of
+    removing each: one-sided normal test of the mean over inputs, corrected for the number of pairs.
 
     Args:
         model: a converted model in evaluation mode.
@@ -49,7 +48,7 @@ def joint_ablation(
         progress: progress bars on stderr; None: after two seconds, on a terminal.
 
     Returns:
-        A part of the document ``headwise.use``; None where no layer has two heads.
+        A part of the document ``headwise.use``; None if no layer has two heads.
     """
     layers = attention_layers(model)
     if not any(layer.num_heads > 1 for layer in layers.values()):

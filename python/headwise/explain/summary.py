@@ -6,12 +6,13 @@ from typing import Any
 
 
 def name_of(layer: dict[str, Any], head: dict[str, Any]) -> str:
-    """How people name a head: its place in the forward and its number, both from 0."""
+    """A readable name of a head: its place in the forward and its number, both from 0."""
     return f"layer {layer['site']} head {head['head']}"
 
 
 def summarise(entry: dict[str, Any]) -> str:
-    """One input of a ``headwise.explanation`` as text: what ran, how close it was, what it does."""
+    """One input of a ``headwise.explanation`` as text: which heads ran, how close it was, and their
+    effect."""
     pairs = [(layer, head) for layer in entry["layers"] for head in layer["heads"]]
     sentences = [f"{entry['heads_on']} of {entry['heads']} heads ran."]
     ways = {layer["gate"].get("how") for layer in entry["layers"]}
@@ -67,5 +68,5 @@ def summarise(entry: dict[str, Any]) -> str:
 
 
 def _told(value: float) -> str:
-    """Three decimals, and of what they would make nothing of two digits."""
+    """Three decimals; two significant digits for smaller numbers."""
     return f"{value:.1e}" if 0 < abs(value) < 5e-4 else f"{value:.3f}"

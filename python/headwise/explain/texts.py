@@ -1,4 +1,4 @@
-"""Texts on their way into a model: what is refused, what is cut, what the tokenizer knows."""
+"""Preparing texts for a model: checks, truncation, unknown tokens."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from headwise.io.printable import quoted
 
 
 def check_texts(name: str, texts: Sequence[str]) -> None:
-    """Refuses what no tokenizer takes.
+    """Raises an error for texts that no tokenizer accepts.
 
     Raises:
-        TypeError: something that is no string.
+        TypeError: something that is not a string.
         ValueError: an empty text, or one that UTF-8 cannot hold.
     """
     for position, text in enumerate(texts):
@@ -32,21 +32,21 @@ def check_texts(name: str, texts: Sequence[str]) -> None:
 
 
 def gives_one_label(config: Any) -> bool:
-    """Whether a classifier of this configuration (or None) gives each text one class."""
+    """Whether a classifier with this configuration (or None) gives each text one class."""
     kind = getattr(config, "problem_type", None)
     known = kind in ("multi_label_classification", "regression")
     return not known and getattr(config, "num_labels", None) != 1
 
 
 def check_one_label(config: Any) -> None:
-    """Refuses a classifier that gives a text several labels or a number: log-probabilities and the
-    cross entropy of one class say nothing of it.
+    """Raises an error for a classifier that gives a text several labels or a number:
+    log-probabilities and the cross entropy of one class do not describe it.
 
     Args:
         config: a model's configuration, or None.
 
     Raises:
-        ValueError: it is one.
+        ValueError: it is such a classifier.
     """
     if not gives_one_label(config):
         kind, count = getattr(config, "problem_type", None), getattr(config, "num_labels", None)
@@ -57,10 +57,10 @@ def check_one_label(config: Any) -> None:
 
 
 def check_length(tokenizer: Any, max_length: int | None, *, pair: bool = False) -> None:
-    """Refuses a length at which nothing of a text, or of one of a pair, would be left.
+    """Raises an error for a length at which nothing of a text, or of one of a pair, would be left.
 
     Raises:
-        ValueError: it is that short.
+        ValueError: it is too short.
     """
     special = tokenizer.num_special_tokens_to_add(pair=pair)
     if max_length is not None and max_length <= special + pair:
@@ -70,12 +70,12 @@ def check_length(tokenizer: Any, max_length: int | None, *, pair: bool = False) 
         )
 
 
-#: Models (``config.model_type``) that number positions from the padding token's number on.
+#: Models (``config.model_type``) whose positions start after the padding token's id.
 _AFTER_PADDING = ("camembert", "data2vec-text", "roberta", "xlm-roberta")
 
 
 def positions(config: Any) -> int | None:
-    """The tokens that a model of this configuration takes; None where it does not say."""
+    """The maximum number of tokens of a model with this configuration; None if unknown."""
     known = getattr(config, "max_position_embeddings", None)
     if known is not None and getattr(config, "model_type", None) in _AFTER_PADDING:
         return known - config.pad_token_id - 1
@@ -83,9 +83,9 @@ def positions(config: Any) -> int | None:
 
 
 def longest(config: Any, tokenizer: Any, max_length: int | None) -> int | None:
-    """``max_length`` or, where that is less, the tokens that the model and its tokenizer take."""
+    """``max_length``, limited by the maximum of the model and its tokenizer."""
     known = [max_length, positions(config)]
-    known.append(getattr(tokenizer, "model_max_length", None))  # 1e30 where it is not known
+    known.append(getattr(tokenizer, "model_max_length", None))  # 1e30 if unknown
     limit = min((value for value in known if value is not None), default=None)
     return None if limit is None or limit > 1e9 else int(limit)
 
@@ -96,7 +96,7 @@ def encode_texts(
     """Texts as a padded batch on the model's device.
 
     Raises:
-        ValueError: no tokenizer, a text that is empty or no text (half a surrogate pair), or no
+        ValueError: no tokenizer, a text that is empty or invalid (half a surrogate pair), or no
             room for any of it.
     """
     if tokenizer is None:
@@ -126,11 +126,12 @@ def tokens_cut(inputs: Mapping[str, Tensor], texts: Sequence[str], tokenizer: An
 
 
 def tokens_unknown(inputs: Any, tokenizer: Any) -> list[int] | None:
-    """How many tokens of each input the tokenizer does not know; None where that cannot be told."""
+    """How many tokens of each input are unknown to the tokenizer; None if it has no unknown
+    token."""
     unknown = getattr(tokenizer, "unk_token_id", None)
     if unknown is None or not isinstance(inputs, Mapping) or "input_ids" not in inputs:
         return None
-    # A tokenizer that pads with the unknown token is not rare among those made by hand.
+    # Hand-made tokenizers often pad with the unknown token.
     found = inputs["input_ids"] == unknown  # [B, L]
     if "attention_mask" in inputs:
         found = found & inputs["attention_mask"].bool()
@@ -138,7 +139,7 @@ def tokens_unknown(inputs: Any, tokenizer: Any) -> list[int] | None:
 
 
 def names_of_tokens(inputs: Any, tokenizer: Any) -> list[list[str]] | None:
-    """The tokens of each input, without padding; None where there are none."""
+    """The tokens of each input, without padding; None if there are none."""
     if tokenizer is None or not isinstance(inputs, Mapping) or "input_ids" not in inputs:
         return None
     mask = inputs.get("attention_mask")

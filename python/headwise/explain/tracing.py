@@ -1,4 +1,4 @@
-"""What the gates of a model selected and why, recorded while somebody listens."""
+"""What the gates of a model selected and why, recorded while a trace is active."""
 
 from __future__ import annotations
 
@@ -48,16 +48,16 @@ class Trace(Shown):
         }
 
     def summary(self, layer: str | None = None) -> TraceSummary | None:
-        """How the heads of ``layer``, or of the whole model, were spread over the inputs.
+        """How the heads of ``layer``, or of the whole model, were distributed over the inputs.
 
         Returns:
-            ``sequences`` (inputs seen), ``mean_heads``, ``mean_fraction`` (of the heads there are),
-            ``std_fraction`` (standard deviation over inputs of the fraction: 0 where every input
-            got the same budget) and ``mean_jaccard_distance`` (mean over pairs of inputs of
-            1 - |A and B| / |A or B| for the sets A, B of heads that ran: 0 where every input ran
-            the same heads; None with fewer than two inputs). For the whole model an input's set is
-            that of all layers together; None where nothing was recorded, or where layers saw
-            different numbers of inputs.
+            ``sequences`` (inputs seen), ``mean_heads``, ``mean_fraction`` (of all heads),
+            ``std_fraction`` (standard deviation over inputs of the fraction: 0 if every input got
+            the same budget) and ``mean_jaccard_distance`` (mean over pairs of inputs of 1 - |A and
+            B| / |A or B| for the sets A, B of heads that ran: 0 if every input ran the same heads;
+            None with fewer than two inputs). For the whole model an input's set is that of all
+            layers together; None if nothing was recorded, or if layers saw different numbers of
+            inputs.
 
         Raises:
             IndexError: nothing was recorded for ``layer``.
@@ -65,7 +65,7 @@ class Trace(Shown):
         return self._core.summary() if layer is None else self._core.summary(layer)
 
     def _use(self) -> dict[str, tuple[list[float], list[float | None]]]:
-        """Layer name -> each head's share of inputs that ran it, and its mean weight then."""
+        """Layer name -> each head's share of inputs that ran it, and its mean weight for those."""
         found = {}
         for name, calls in self.history.items():
             ran = torch.cat([
@@ -94,11 +94,11 @@ class Trace(Shown):
         return self._core.to_json(-1 if indent is None else indent)
 
     def to_dict(self) -> dict[str, Any]:
-        """What :meth:`to_json` writes, as Python objects."""
+        """The content of :meth:`to_json` as Python objects."""
         return json.loads(self.to_json())
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes :meth:`to_json` to ``path``, whole or not at all.
+        """Writes :meth:`to_json` to ``path`` atomically.
 
         Raises:
             OSError: it cannot be written.
@@ -106,7 +106,7 @@ class Trace(Shown):
         write_atomic(path, self.to_json(indent=1) + "\n")
 
     def clear(self) -> None:
-        """Forgets what was recorded."""
+        """Deletes the records."""
         self._core.clear()
 
     def __repr__(self) -> str:
@@ -123,9 +123,9 @@ def trace(model: nn.Module) -> Iterator[Trace]:
             model(**batch)
         t.selections["encoder.layer.0.attention.self.mha"].index
 
-    Nothing is recorded outside the block, and a layer that nobody listens to spends nothing on it.
-    Traces may be nested; each gets everything. Recording keeps small copies on the device and waits
-    for nothing; reading a summary or JSON brings them to the host.
+    Nothing is recorded outside the block, and tracing costs nothing when no trace is active. Traces
+    may be nested; each records everything. Recording keeps small copies on the device without
+    waiting for it; reading a summary or JSON brings them to the host.
 
     Raises:
         ValueError: ``model`` has no :class:`headwise.MultiheadAttention`.
@@ -138,7 +138,7 @@ def trace(model: nn.Module) -> Iterator[Trace]:
             )
         result = Trace()
 
-        # Recording is plain C++ on whatever tensors are there, nothing to compile.
+        # Recording is plain C++ and cannot be compiled.
         @torch._dynamo.disable
         def record(name: str, layer: AttentionLayer, selection: Selection, x, padding) -> None:
             result._core.record(name, layer.num_heads, *selection)

@@ -1,4 +1,5 @@
-"""How a model's heads are used over a data set: how often, for whom, and together with whom."""
+"""How a model's heads are used over a data set: how often, for which inputs, and together with
+which heads."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from headwise.nn.layers import attention_layers
 
 _ops = torch.ops.headwise
 
-#: Phi coefficient below which two heads of a layer count as standing in for each other.
+#: Phi coefficient below which two heads of a layer count as alternatives.
 STAND_IN = -0.3
 #: Groups of equal size by length that `by_length` reports.
 LENGTH_GROUPS = 4
@@ -23,7 +24,7 @@ LENGTH_GROUPS = 4
 
 @dataclass(frozen=True)
 class Use:
-    """Which heads ran for each input of a data set, and what the model said.
+    """Which heads ran for each input of a data set, and what the model predicted.
 
     Attributes:
         sites: (name of the layer, number of its call, number of heads) of each site.
@@ -88,7 +89,8 @@ def chosen_heads(
 
 
 def token_entropy(ids: Tensor, content: Tensor) -> Tensor:
-    """Bits, of each input's own distribution of tokens: float64 ``[B]``. Repetition lowers it."""
+    """The entropy of each input's own distribution of tokens, in bits: float64 ``[B]``. Repetition
+    lowers it."""
     values = []
     for row, keep in zip(ids, content, strict=True):
         counts = row[keep].unique(return_counts=True)[1].double()
@@ -196,7 +198,7 @@ def _by_length(use: Use, count: Tensor) -> list[dict[str, Any]]:
 
 
 def _more_heads(count: Tensor, values: Tensor, permutations: int, seed: int) -> Tensor | None:
-    """How running more heads than half of the inputs do goes with a property of the input."""
+    """The correlation of running more heads than the median input with a property of the input."""
     more = (count > count.median())[:, None]  # [N, 1]
     if not more.any():
         return None
@@ -208,7 +210,7 @@ def _names(sites: Sequence[tuple[str, int, int]]) -> list[list[int]]:
 
 
 def _together(sites: Sequence[tuple[str, int, int]], phi: Tensor, limit: int = 20) -> list[dict]:
-    """The pairs of heads most often chosen together, or apart, for their frequency."""
+    """The pairs of heads most often chosen together, or separately, given their frequencies."""
     names = _names(sites)
     upper = phi.triu(1)
     order = upper.abs().flatten().argsort(descending=True)[:limit].tolist()
@@ -221,7 +223,7 @@ def _together(sites: Sequence[tuple[str, int, int]], phi: Tensor, limit: int = 2
 
 
 def _stand_in(sites: Sequence[tuple[str, int, int]], phi: Tensor) -> list[dict[str, Any]]:
-    """Groups of heads of a layer of which one is chosen when another is not."""
+    """Groups of heads of a layer, one of which tends to be chosen when another is not."""
     names = _names(sites)
     linked = (phi <= STAND_IN).triu(1).nonzero().tolist()
     pairs = [(tuple(names[a]), tuple(names[b])) for a, b in linked if names[a][0] == names[b][0]]
@@ -245,7 +247,7 @@ def linked_groups(pairs: Sequence[tuple[tuple[int, int], tuple[int, int]]]) -> l
 
 
 def number(value: Tensor | float | None) -> float | None:
-    """Four significant digits, None where it is not finite."""
+    """Four significant digits; None if not finite."""
     if value is None:
         return None
     value = float(value)

@@ -1,4 +1,4 @@
-"""Files: safetensors, writing whole or not at all, unfinished work, and what may be shown."""
+"""Files: safetensors, atomic writing, checkpoints of unfinished work, and printable text."""
 
 from headwise.io.safetensors_files import (
     load_safetensors,

@@ -1,7 +1,7 @@
-"""How results show themselves: in a notebook, as a matplotlib figure, as a pandas table.
+"""Displaying results: in a notebook, as a matplotlib figure, as a pandas table.
 
-A result says once what it holds (:class:`Shown`): rows of a table and, if it has a value per head
-or a matrix, a :class:`Grid`. Everything that is shown is made from these two.
+A result describes its contents once (:class:`Shown`): rows of a table and, if it has a value per
+head or a matrix, a :class:`Grid`. Everything displayed is made from these two.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Grid", "Shown", "layer_labels", "shown"]
 
-#: Of values above 0 and below 0, red, green, blue; the background is that of the notebook.
+#: Colours (red, green, blue) of values above and below 0; the background is the notebook's.
 _ABOVE, _BELOW = (31, 102, 193), (180, 67, 15)
 #: Rows of a table that a notebook shows.
 _MOST = 60
@@ -37,10 +37,10 @@ class Grid:
         title: one line.
         rows: names of the rows.
         columns: names of the columns.
-        values: ``[rows][columns]``; None, or a row that ends early: nothing is there.
+        values: ``[rows][columns]``; None, or a row that ends early: no value.
         row_title: what the rows are.
         column_title: what the columns are.
-        digits: decimals of the numbers that are written; None: as short as fits.
+        digits: decimals of the numbers; None: as short as possible.
         numbers: write the numbers into the cells; False: a mark where they are not 0.
     """
 
@@ -55,7 +55,7 @@ class Grid:
 
     @staticmethod
     def of_heads(title: str, values: Mapping[str, Iterable[float | None]], **options: Any) -> Grid:
-        """Of layer name -> a value per head; names lose what all have in common."""
+        """From layer name -> one value per head; names lose their common parts."""
         cells = [list(row) for row in values.values()]
         most = max(map(len, cells), default=0)
         names = layer_labels(list(values))
@@ -83,7 +83,7 @@ class Shown:
         raise NotImplementedError
 
     def _grid(self) -> Grid | None:
-        """What is drawn; None: the table alone."""
+        """The grid to draw; None: only the table."""
         return None
 
     def to_frame(self) -> pandas.DataFrame:
@@ -102,10 +102,10 @@ class Shown:
         """Draws the result with matplotlib.
 
         Args:
-            ax: where; None: on new axes, as ``matplotlib.pyplot.subplots`` makes them.
+            ax: matplotlib axes; None: new ones from ``matplotlib.pyplot.subplots``.
 
         Returns:
-            The axes, for titles and labels of your own.
+            The axes, for your own titles and labels.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -128,7 +128,7 @@ def shown(
     grid: Callable[[Any], Grid | None],
     html: Callable[[Any], str] = Shown._repr_html_,
 ) -> None:
-    """Gives a class of the C++ core what :class:`Shown` gives classes of Python."""
+    """Gives a class of the C++ core the methods of :class:`Shown`."""
     methods = {"to_frame": Shown.to_frame, "plot": Shown.plot, "_repr_html_": html}
     for name, method in {**methods, "_records": records, "_grid": grid}.items():
         setattr(kind, name, method)  # mypy knows these types from their stubs
@@ -185,7 +185,7 @@ def draw(grid: Grid, ax: Axes | None) -> Axes:
         for row in grid.values
     ]
     signed = any(value < 0 for row in cells for value in row)
-    ax.set_facecolor("#e4e4e4")  # where there is no number
+    ax.set_facecolor("#e4e4e4")  # cells without a number
     image = ax.imshow(cells, cmap=colours, vmin=-limit, vmax=limit, aspect="auto")
     if grid.numbers:
         ax.figure.colorbar(image, ax=ax).ax.set_ylim(-limit if signed else 0.0, limit)

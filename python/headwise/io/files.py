@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Atomic writing of files."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ __all__ = ["write_atomic", "write_json"]
 
 
 def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
-    """Replaces the file at ``path`` by ``content`` (text as UTF-8), whole or not at all.
+    """Replaces the file at ``path`` by ``content`` (text as UTF-8) atomically.
 
-    It is written beside ``path``, made durable and renamed into place. A device such as
+    It is written next to ``path``, synced to disk and renamed into place. A device such as
     ``/dev/stdout`` is written directly.
 
     Raises:
-        OSError: it cannot be written (a full disk); what was at ``path`` is still there, and
-            nothing else is left behind.
+        OSError: it cannot be written (a full disk); the file at ``path`` is unchanged, and nothing
+            else is left behind.
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
     _C.write_atomic(os.fspath(path), data)

@@ -15,14 +15,14 @@ __all__ = ["fingerprint", "model_fingerprint"]
 
 
 def fingerprint(value: Any) -> str:
-    """32 hex digits (BLAKE2b, 128 bits) of what ``value`` holds.
+    """32 hex digits (BLAKE2b, 128 bits) of the contents of ``value``.
 
     Tensors and arrays count by dtype, shape and bytes, plain values by type and value, containers
     by their items, modules as in :func:`model_fingerprint`, and other objects by class and
-    attributes or, where they have none, by what pickle keeps of them.
+    attributes or, if they have none, by their pickled state.
 
     Raises:
-        ValueError: something of which that cannot be told.
+        ValueError: something whose contents are not accessible.
     """
     digest = hashlib.blake2b(digest_size=16)
     try:
@@ -43,7 +43,7 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 def _take_in(digest: Any, value: Any) -> None:
-    """Takes in ``value``: what it is and how long, then what it holds, so that no two collide."""
+    """Hashes ``value``: its kind and length, then its contents, so that no two collide."""
 
     def put(kind: str, about: Any = "") -> None:
         text = f"{kind} {about}".encode("utf-8", "surrogatepass")
@@ -97,7 +97,7 @@ def _bytes(tensor: Tensor) -> bytes:
 
 
 def _content(value: Any) -> Any:
-    """What an object holds: its attributes, or what pickle would keep of it."""
+    """An object's contents: its attributes, or its pickled state."""
     held = dict(getattr(value, "__dict__", {}))
     slots = [slot for kind in type(value).__mro__ for slot in getattr(kind, "__slots__", ())]
     held |= {slot: getattr(value, slot) for slot in slots if hasattr(value, slot)}

@@ -1,4 +1,4 @@
-"""Text of unknown origin (file names, labels, cells) on its way to a terminal or into an error."""
+"""Making text of unknown origin (file names, labels, cells) safe for a terminal or an error."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ __all__ = ["printable", "quoted"]
 def printable(text: str, most: int = 1000) -> str:
     """``text`` without control characters (escaped instead) and at most ``most`` letters long.
 
-    Control characters could rewrite what a terminal shows; characters that print nothing (the
-    marks that reverse the direction of writing, half surrogate pairs) are escaped too.
+    Control characters could rewrite a terminal's output; other unprintable characters (marks that
+    change the writing direction, half surrogate pairs) are escaped too.
     """
     shown = "".join(
         letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii")
@@ -22,7 +22,7 @@ def printable(text: str, most: int = 1000) -> str:
 
 def quoted(value: Any, most: int = 60) -> str:
     """``repr(value)`` for an error message, at most ``most`` letters long."""
-    # The repr of a long string or list need not be built to be cut.
+    # Avoids building the repr of a long string or list only to cut it.
     if isinstance(value, str | bytes):
         whole = len(value) <= most
         return repr(value) if whole else repr(value[:most]) + "…"

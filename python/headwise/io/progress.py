@@ -1,4 +1,4 @@
-"""Progress bars on stderr, for whatever takes longer than a moment."""
+"""Progress bars on stderr, for long work."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ if TYPE_CHECKING:
 
 __all__ = ["Stages", "progress_bar", "with_progress"]
 
-#: Seconds before a bar appears that nobody asked for.
+#: Seconds before a bar appears by default.
 PATIENCE = 2.0
 
 Item = TypeVar("Item")
 
 
 def progress_bar(total: int | None, what: str, unit: str, show: bool | None) -> tqdm[Any]:
-    """A bar that its owner updates and closes.
+    """A bar that the caller updates and closes.
 
     Args:
-        total: of the units; None: not known.
-        what: is under way.
-        unit: one of what is counted.
+        total: number of units; None: unknown.
+        what: name of the work.
+        unit: name of one unit.
         show: True: at once; None: after two seconds, in a terminal or a notebook; False: never.
     """
     from tqdm import tqdm
@@ -49,7 +49,7 @@ def with_progress(
 
 
 class Stages:
-    """One bar for a report of several stages, with the time that is left for all of them.
+    """One bar for a report of several stages, with the time left for all of them.
 
     Args:
         total: texts that all stages run through the model, however often.

@@ -17,18 +17,18 @@ def save_safetensors(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes ``tensors`` to ``path``, whole or not at all.
+    """Writes ``tensors`` to ``path`` atomically.
 
     Args:
         path: the file; one that exists is replaced once the new one is complete.
         tensors: any shapes; float64, float32, float16, bfloat16, float8, bool, signed and unsigned
             integers, complex64. Views are written contiguous, other devices are copied.
-        metadata: texts to keep with them.
+        metadata: texts to store with them.
 
     Raises:
         TypeError: a dtype or layout that the format does not have.
         ValueError: a meta tensor, or a name that is ``"__metadata__"`` or holds a NUL character.
-        OSError: it cannot be written (a full disk); what was at ``path`` is still there.
+        OSError: it cannot be written (a full disk); the file at ``path`` is unchanged.
     """
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):

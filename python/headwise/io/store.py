@@ -1,4 +1,4 @@
-"""Unfinished work: what is finished is kept in a file, and the same call goes on from there."""
+"""Unfinished work: finished steps are saved in a file, and the same call resumes from there."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ _FORMAT, _VERSION = "headwise.unfinished", 1
 class Store:
     """Finished steps of some work by name, in a file of JSON lines.
 
-    The first line says which work it is and what decides its steps; each further line is one
-    finished step with a check sum. A line that is no finished step of this work (cut short by an
-    interruption or a full disk, or written by somebody else) is not read, so that everything that
-    was finished survives and nothing else is taken for it.
+    The first line identifies the work and its key; each further line is one finished step with a
+    checksum. A line that is not a finished step of this work (cut short by an interruption or a
+    full disk, or written by something else) is ignored, so every finished step survives and nothing
+    else is mistaken for one.
 
     Args:
-        path: the file; None: nothing is kept. One that is there is gone on from.
-        work: what is done, in words.
-        key: everything that decides the steps; JSON can hold it. Of models and data, put their
-            :func:`headwise.io.fingerprint.fingerprint` in.
+        path: the file; None: nothing is saved. An existing file is resumed.
+        work: name of the work.
+        key: everything that the steps depend on, as JSON values. For models and data, use their
+            :func:`headwise.io.fingerprint.fingerprint`.
 
     Raises:
         ValueError: the file is something else, or is of other work or another key (named).
@@ -66,7 +66,7 @@ class Store:
                 name, value, check = json.loads(text)
                 if isinstance(name, str) and check == _check_sum(name, value):
                     self._steps[name] = value
-        # What comes next must not be joined to a line that was cut short.
+        # The next line must not be appended to a line that was cut short.
         self._begin = b"" if data.endswith(b"\n") else b"\n"
 
     _begin = b""
@@ -79,7 +79,7 @@ class Store:
         another key has another file.
 
         Args:
-            folder: is made where it does not exist; None: nothing is kept.
+            folder: created if it does not exist; None: nothing is saved.
             name: of the work.
             key: as above.
             only: files of the same work and another key are removed.
@@ -99,15 +99,15 @@ class Store:
         return self._path
 
     def get(self, name: str) -> Any:
-        """What was kept of a step, or None."""
+        """The saved result of a step, or None."""
         return self._steps.get(name)
 
     def add(self, name: str, value: Any) -> None:
-        """Keeps a finished step (a later result of the same step replaces the earlier).
+        """Saves a finished step (a later result of the same step replaces the earlier).
 
         Raises:
             ValueError: a number that is not finite.
-            OSError: the file cannot be written; what was finished before is still in it.
+            OSError: the file cannot be written; earlier steps are still in it.
         """
         if self._path is not None:
             text = json.dumps([name, value], allow_nan=False)
@@ -116,7 +116,7 @@ class Store:
         self._steps[name] = value
 
     def tensors(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The tensors of a step, computed and kept where they are not there yet."""
+        """The tensors of a step, computed and saved if they are not there yet."""
         kept = self.get(name)
         if kept is not None:
             with contextlib.suppress(ValueError, TypeError, AttributeError):
@@ -207,8 +207,8 @@ def file_in(
 
 
 def short_name(name: str, most: int = 80) -> str:
-    """``name`` as part of a file's name: at most ``most`` bytes, and without a slash. One that is
-    shortened ends in a part of its fingerprint, so that two stay two."""
+    """``name`` as part of a file's name: at most ``most`` bytes, and without a slash. A shortened
+    one ends in a part of its fingerprint, so that names stay different."""
     safe = name.replace("/", "_").replace("\0", "_")
     if safe == name and len(name.encode("utf-8", "replace")) <= most:
         return name
@@ -218,9 +218,9 @@ def short_name(name: str, most: int = 80) -> str:
 
 @contextlib.contextmanager
 def locked(folder: str | os.PathLike | None) -> Iterator[None]:
-    """Keeps a folder for one run at a time; it is made where it does not exist. None: does nothing.
+    """Locks a folder for one run at a time; creates it if it does not exist. None: does nothing.
 
-    The lock is the operating system's: it ends with the process that holds it, however that ends.
+    The lock is the operating system's: it ends with its process, however that ends.
 
     Raises:
         RuntimeError: another run uses the folder.

@@ -1,4 +1,4 @@
-"""A model card: the README.md that the Hub shows beside a model."""
+"""A model card: the README.md that the Hub shows for a model."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def model_card(
     metrics: Mapping[str, float] | None = None,
     base_model: str | None = None,
 ) -> str:
-    """The text of a model card: heads per layer, gates, method and plan, and what was measured.
+    """The text of a model card: heads per layer, gates, method and plan, and metrics.
 
     Args:
         model: a converted model, pruned or not.
-        plan: what it was pruned by; its metric is the method.
+        plan: the plan that it was pruned by; its metric is the method.
         metrics: name -> number, as measured: ``{"accuracy": 0.82}``.
-        base_model: the model that it came from; default: what its configuration names.
+        base_model: the model that it came from; default: the name in its configuration.
 
     Raises:
         ValueError: ``model`` has no converted layer, or a metric is not a number.
@@ -78,15 +78,15 @@ def model_card(
 
 def write_card(dir: str | os.PathLike, model: nn.Module, **about: Any) -> None:
     """Writes :func:`model_card` as ``README.md`` to a folder that :func:`headwise.save` or
-    ``save_pretrained`` wrote. If it was ``save_pretrained``, the card says how that is read.
+    ``save_pretrained`` wrote. In the latter case, the card shows how to load it.
 
     Args:
         dir: the folder.
-        model: what is in it.
+        model: the model in it.
         about: options of :func:`model_card`.
 
     Raises:
-        FileNotFoundError: there is no such folder.
+        FileNotFoundError: the folder does not exist.
         ValueError: see :func:`model_card`.
         OSError: it cannot be written.
     """
@@ -105,5 +105,5 @@ def write_card(dir: str | os.PathLike, model: nn.Module, **about: Any) -> None:
 
 
 def _text(value: str) -> str:
-    """A name in a line of Markdown: no cell, code or tag ends in it."""
+    """A name in a line of Markdown: it cannot end a cell, code or a tag."""
     return printable(value, 200).replace("|", "¦").replace("`", "'").replace("<", "‹")

@@ -12,20 +12,21 @@ from headwise.nn.layers import attention_layers
 
 
 def materialise(model: nn.Module, fresh: Callable[[], nn.Module | None]) -> bool:
-    """Puts what of ``model`` is on the meta device on the CPU, in place; returns whether any was.
+    """Moves the tensors of ``model`` on the meta device to the CPU, in place; returns whether there
+    were any.
 
-    What is in its state becomes zeros, for the caller to fill; tied parameters stay tied. A buffer
-    that is not in its state gets the values that it has in a fresh model.
+    Tensors in its state become zeros, which the caller fills; tied parameters stay tied. A buffer
+    that is not in its state gets the values of a fresh model.
 
     Args:
-        fresh: makes a model of the same architecture on a device, or None where nobody can.
+        fresh: makes a model of the same architecture on a device, or None if that is not possible.
 
     Raises:
-        ValueError: a buffer has values that nobody knows.
+        ValueError: a buffer has unknown values.
     """
     for layer in attention_layers(model).values():
         if layer.output_projection.weight.is_meta:
-            layer.set_gate(None)  # the file says which it gets
+            layer.set_gate(None)  # it gets the file's gate
             if isinstance(layer, GroupedQueryAttention):
                 layer._set_place("cpu")
     held = [

@@ -1,7 +1,7 @@
-"""``headwise.save`` and ``headwise.load``: a model as a folder that describes itself.
+"""``headwise.save`` and ``headwise.load``: a model as a self-describing folder.
 
-The folder holds ``headwise.json`` (the attention layers with their sizes and gates, the heads that
-moved while it trained, and for a model of transformers its class and configuration) and
+The folder holds ``headwise.json`` (the attention layers with their sizes and gates, the moves of
+sleeping heads in training, and for a model of transformers its class and configuration) and
 ``model.safetensors`` (every tensor). C++ reads the same folder (``headwise/model.h``).
 """
 
@@ -43,12 +43,12 @@ WEIGHTS = "model.safetensors"
 LONGEST_DESCRIPTION = 64 << 20  # bytes, as in C++
 
 _DOCUMENT_KEYS = {"format", "version", "headwise_version", "architecture", "layers", "aliases"}
-_OPTIONAL_KEYS = {"structure", "moves"}  # where neurons or dimensions went, or heads moved
+_OPTIONAL_KEYS = {"structure", "moves"}  # of removed neurons or dimensions, or moved heads
 # The kinds of layer, by the "class" of their entries; an entry without one is of the first kind.
 _KINDS: dict[str, type[AttentionLayer]] = {
     kind.__name__: kind for kind in (MultiheadAttention, GroupedQueryAttention)
 }
-# What every entry has besides what its kind describes.
+# The keys of every entry besides those of its kind.
 _ENTRY_TYPES = {"name": str, "gate": (dict, type(None))}
 
 
@@ -86,7 +86,7 @@ def _describe_architecture(model: nn.Module) -> dict[str, Any]:
 
 
 def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The state of ``model`` with each tied tensor once, and where the others point."""
+    """The state of ``model`` with each tied tensor once, and the aliases of the others."""
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first: dict[tuple, str] = {}
@@ -109,15 +109,15 @@ def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
 
 
 def _is_sharded(tensor: Tensor) -> bool:
-    distributed = sys.modules.get("torch.distributed.tensor")  # nobody has one who did not load it
+    distributed = sys.modules.get("torch.distributed.tensor")  # DTensors exist only if it is loaded
     return distributed is not None and isinstance(tensor, distributed.DTensor)
 
 
 @contextlib.contextmanager
 def _written_whole(target: Path) -> Iterator[Path]:
-    """A folder beside ``target`` that takes its place when the block ends well, and goes if not.
+    """A temporary folder that replaces ``target`` if the block succeeds, and is removed otherwise.
 
-    What ``target`` holds besides is kept.
+    Other files in ``target`` are kept.
     """
     if target.exists() and not (target.is_dir() and _may_replace(target)):
         raise ValueError(
@@ -141,10 +141,10 @@ def _may_replace(folder: Path) -> bool:
 def save(model: nn.Module, dir: str | os.PathLike, *, tokenizer: Any = None) -> None:
     """Writes ``model`` to the folder ``dir``: ``headwise.json`` and ``model.safetensors``.
 
-    Everything is written beside ``dir`` and put in its place in one step, so whoever reads ``dir``
-    finds the model of before or this one, also after a crash and with several writers (the last
-    one's model stays). Other files in a folder that :func:`save` wrote before are kept, and a
-    symbolic link stays one. (A file system that cannot exchange two folders has none for a moment.)
+    Everything is written next to ``dir`` and moved into place in one step, so a reader of ``dir``
+    finds the old model or the new one, also after a crash and with several writers (the last one
+    wins). Other files in a folder that :func:`save` wrote before are kept, and a symbolic link
+    stays one. (On a file system that cannot exchange two folders, there is none for a moment.)
 
     The parameters of a sharded model (FSDP2's ``DTensor``) are gathered: every process calls
     :func:`save`, the first one writes.
@@ -152,10 +152,10 @@ def save(model: nn.Module, dir: str | os.PathLike, *, tokenizer: Any = None) -> 
     Args:
         model: a module with :class:`headwise.MultiheadAttention` layers, pruned or not (not
             under a :class:`headwise.pruning.StructurePlan` as a mask). A model of transformers is
-            described by its class and configuration, and :func:`load` needs nothing else; of any
-            other module the weights are kept, and :func:`load` needs ``model=``.
+            described by its class and configuration, and :func:`load` needs nothing else; for any
+            other module, :func:`load` needs ``model=``.
         dir: the folder.
-        tokenizer: a tokenizer of transformers to keep in the folder too.
+        tokenizer: a tokenizer of transformers to save in the folder too.
 
     Raises:
         ValueError: ``model`` has no converted layer, or ``dir`` is something else.
@@ -183,12 +183,12 @@ def save(model: nn.Module, dir: str | os.PathLike, *, tokenizer: Any = None) -> 
                 if tokenizer is not None:
                     tokenizer.save_pretrained(folder)
     finally:
-        if sharded:  # the others' folder is there when they return, too
+        if sharded:  # when the others return, their folder exists too
             torch.distributed.barrier()
 
 
 def description(model: nn.Module) -> str:
-    """The text of ``headwise.json`` beside weights of ``model`` that something else wrote."""
+    """The text of ``headwise.json`` for weights of ``model`` that something else wrote."""
     return _described(model, _unique_tensors(model)[1])
 
 
@@ -215,11 +215,11 @@ def load(dir: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
     Args:
         dir: the folder.
         model: a module of the architecture that was saved, converted or not; it is changed in place
-            and returned. Needed unless the saved model was one of transformers. Layers that were
-            pruned are made smaller to fit. What is on the meta device comes to the CPU.
+            and returned. Needed unless the saved model was one of transformers. Layers are made
+            smaller to fit pruned ones. Tensors on the meta device move to the CPU.
 
     Returns:
-        The model; one of transformers that was built here is in evaluation mode.
+        The model; if it was built here, it is in evaluation mode.
 
     Raises:
         FileNotFoundError: ``dir`` or one of its two files does not exist.
@@ -299,7 +299,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
         _check_keys(layer, set(types) | (set(layer) & {"class"}), where)
         for key, accepted in types.items():
             fits = isinstance(layer[key], accepted)
-            if isinstance(layer[key], bool):  # which Python takes for a number
+            if isinstance(layer[key], bool):  # an int to Python
                 fits = accepted is bool
             if not fits:
                 raise ValueError(f"'{key}' of {where} has the wrong type: {quoted(layer[key])}")
@@ -321,15 +321,15 @@ def _check_keys(document: Mapping[str, Any], expected: set[str], where: str) -> 
 
 
 class _TooLarge(ValueError):
-    """A configuration asks for more than the weights beside it explain."""
+    """A configuration is too large for the weights next to it."""
 
 
-#: How much larger than its weights a model may be before it is narrowed to them.
+#: How much larger than its weights a model may be before it is pruned to their size.
 _MOST_PRUNED = 1000
 
 
 def _check_sizes(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> None:
-    """The whole numbers of a configuration, before transformers takes them for sizes."""
+    """Checks the integers of a configuration, before transformers uses them as sizes."""
     elements = sum(tensor.numel() for tensor in tensors.values())
     for key, value in config.items():
         if isinstance(value, Mapping):
@@ -339,7 +339,7 @@ def _check_sizes(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where
         elif isinstance(value, int) and not isinstance(value, bool):
             most = 2**40
             if key.endswith(("layers", "n_layer", "num_labels", "groups")):
-                most = max(elements, 64)  # each takes time to build, or a line of a table
+                most = max(elements, 64)  # each takes time to build, or a row of a table
             if key.endswith(("layers", "n_layer")):
                 most = max(len(tensors), 64)
             if abs(value) > most:
@@ -360,7 +360,7 @@ def _check_total(size: int, tensors: Mapping[str, Tensor], where: str) -> None:
 def _check_room(
     model: nn.Module, entry: dict[str, Any], tensors: Mapping[str, Tensor], folder: Path
 ) -> None:
-    """A layer must not be larger than its tensors: its sizes are allocated."""
+    """Checks that a layer is not larger than its tensors, because its sizes are allocated."""
     own = [tensor for name, tensor in tensors.items() if name.startswith(entry["name"])]
     if not own:
         raise ValueError(
@@ -414,7 +414,7 @@ def _build(architecture: dict[str, Any], folder: Path, tensors: Mapping[str, Ten
     except _TooLarge:
         raise
     except Exception as error:
-        # Whatever its own code says to a configuration that is not of its making.
+        # Any error that its code raises for a foreign configuration.
         reason = printable(str(error), 200)
         raise ValueError(f"{where} builds no {name}: {type(error).__name__}: {reason}") from error
 
@@ -422,7 +422,7 @@ def _build(architecture: dict[str, Any], folder: Path, tensors: Mapping[str, Ten
 def _fresh(
     architecture: dict[str, Any], folder: Path, model: nn.Module, tensors: dict[str, Tensor]
 ) -> nn.Module | None:
-    """A model of the class of ``model``, which was saved, on a device."""
+    """A model of the class of the saved ``model``, on a device."""
     if architecture.get("class") != type(model).__name__:
         return None
     made = _build(architecture, folder, tensors)
@@ -470,7 +470,7 @@ def _load_tensors(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> N
                 f"'{name}' has shape {list(tensor.shape)} in '{path}' and "
                 f"{list(state[name].shape)} in model"
             )
-    # The dtype is that of the file, so that what was saved in half precision stays so.
+    # The file's dtype is kept, so that a model saved in half precision stays so.
     for name, value in (*model.named_parameters(), *model.named_buffers()):
         if name in tensors and value.dtype != tensors[name].dtype:
             value.data = value.data.to(tensors[name].dtype)

@@ -25,11 +25,11 @@ class GateCallback(TrainerCallback):
 
     The penalty of the gates belongs in the loss (``compute_loss``). The Trainer resumes from a
     checkpoint of a gated model, and :func:`headwise.load` reads one; ``from_pretrained``, which
-    knows no gates, refuses it (it names an implementation of attention that there is not). Keep the
-    result with :func:`headwise.save`.
+    does not know gates, refuses it (it names an attention implementation that does not exist). Save
+    the result with :func:`headwise.save`.
 
     Raises:
-        ValueError: when training begins: the model has no gates.
+        ValueError: at the start of training, if the model has no gates.
     """
 
     def on_train_begin(
@@ -57,7 +57,7 @@ class GateCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # What an early stop has not annealed stays as it was trained.
+        # After an early stop, gates stay as they were trained.
         if state.global_step >= state.max_steps:
             anneal(kwargs["model"], 1.0)
         _allow_checkpoints(kwargs["model"], False)

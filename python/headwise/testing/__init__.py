@@ -1,7 +1,7 @@
-"""Checks for gates and architectures of your own: what the library's own tests assert of each.
+"""Checks for your own gates and architectures: what the library's tests assert of each of its own.
 
-They raise AssertionError with one sentence that says what does not hold, so they work in any test
-runner, and need none.
+They raise AssertionError with one sentence that names the failed check, so they work with or
+without a test runner.
 """
 
 from headwise.testing.architecture import check_architecture

@@ -1,4 +1,4 @@
-"""What every converted architecture must do."""
+"""The requirements on every converted architecture."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from headwise.pruning import HeadPlan, LayerPlan, mask, prune
 from headwise.serialization import load, save
 from headwise.testing.comparing import equal, holds
 
-#: A head whose absence changes the output by less than this is not under control.
+#: A head must change the output by at least this when dropped.
 LEAST_CHANGE = 1e-4
 
 
@@ -31,7 +31,7 @@ def check_architecture(
     prompt: Tensor | None = None,
     tolerance: float = 1e-5,
 ) -> None:
-    """Asserts of a model's conversion what the library's tests assert of those it knows.
+    """Checks a model's conversion in the same way as the library's tests check its own.
 
     - the converted model's outputs equal the original's, with and without gradients, without a
       gate and with one that runs every head;
@@ -39,23 +39,22 @@ def check_architecture(
     - dropping any one head changes the output: no mask is ignored, no head is missed;
     - removing heads from the weights (:func:`headwise.prune`) equals masking them
       (:func:`headwise.mask`);
-    - a deep copy, and a model that was saved and loaded, compute the same;
+    - a deep copy, and a saved and loaded model, compute the same;
     - with ``prompt``: both models generate the same tokens, with a cache.
 
     Args:
-        model: one that was not converted, small (two layers, a width of 24) and with random
-            weights that are not small: with weights near zero no head matters. It is not changed.
-        batch: what ``forward_fn`` takes; put padding in it, of different lengths.
-        forward_fn: ``(model, batch) -> output``, without the rows that are padding, for what a
-            model computes there need not be equal. Default: ``model(**batch)`` for mappings,
-            ``model(*batch)`` for tuples and lists, else ``model(batch)``; of what that gives, its
-            ``logits`` if it has them.
-        prompt: int64 ``[B, L]`` for ``model.generate``, of decoders of transformers.
+        model: not converted, small (two layers, a width of 24), with random weights that are not
+            small: with weights near zero no head matters. It is not changed.
+        batch: input of ``forward_fn``; include padding of different lengths.
+        forward_fn: ``(model, batch) -> output``, without the rows of padding, because outputs may
+            differ there. Default: ``model(**batch)`` for mappings, ``model(*batch)`` for tuples and
+            lists, else ``model(batch)``; its ``logits`` if the result has them.
+        prompt: int64 ``[B, L]`` for ``model.generate``, for decoders of transformers.
         tolerance: relative and absolute, of outputs; that of gradients is ten times larger.
 
     Raises:
-        AssertionError: one of these does not hold; the sentence says which.
-        ValueError: :func:`headwise.convert` refuses the model.
+        AssertionError: one of these checks fails; the sentence names it.
+        ValueError: :func:`headwise.convert` does not support the model.
     """
     model = copy.deepcopy(model).eval()
     converted = convert(copy.deepcopy(model))
@@ -77,7 +76,7 @@ def check_architecture(
 
 
 def _check_gradients(model: nn.Module, batch: Any, forward_fn: Callable, tolerance: float) -> None:
-    """Of the parameters that conversion keeps as they are."""
+    """Compares the gradients of the parameters that conversion keeps."""
     own = copy.deepcopy(model)
     names = {id(parameter): name for name, parameter in own.named_parameters()}
     gated = convert(own, FixedGate())

@@ -1,4 +1,4 @@
-"""Comparisons whose failure is one sentence."""
+"""Comparisons that fail with one sentence."""
 
 from __future__ import annotations
 

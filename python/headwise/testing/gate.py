@@ -1,4 +1,4 @@
-"""What every gate must do."""
+"""The requirements on every gate."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from headwise.nn.multihead_attention import MultiheadAttention
 from headwise.serialization import load, save
 from headwise.testing.comparing import equal, holds, raises
 
-_D, _H = 16, 6  # width and heads of the layers that gates are tried in
+_D, _H = 16, 6  # width and heads of the layers for the checks
 _LENGTHS = torch.tensor([5, 2, 1, 4])
 
 
@@ -26,7 +26,7 @@ def check_selection(selection: Selection, batch: int, num_heads: int) -> None:
     """Asserts that a selection is valid.
 
     Args:
-        selection: what a gate returned.
+        selection: the result of a gate.
         batch: sequences, B.
         num_heads: heads of the layer, H.
 
@@ -62,7 +62,7 @@ def check_selection(selection: Selection, batch: int, num_heads: int) -> None:
 
 
 def check_gate(gate: Gate | Callable[[], Gate], *, compiles: bool = True) -> None:
-    """Asserts of a gate what the library's tests assert of its own.
+    """Checks a gate in the same way as the library's tests check its own.
 
     The gate is bound to layers of 6 heads and width 16, given random parameters, and tried on
     random inputs:
@@ -70,10 +70,10 @@ def check_gate(gate: Gate | Callable[[], Gate], *, compiles: bool = True) -> Non
     - its selections are valid (:func:`check_selection`) in training and evaluation, at any
       progress, in four floating dtypes, with padding, and for batches without sequences;
     - ``config()`` goes through JSON and builds the same gate; a second gate with the first one's
-      ``state_dict()`` chooses the same, as do a deep copy and a layer that was saved and loaded;
+      ``state_dict()`` chooses the same, as do a deep copy and a saved and loaded layer;
     - the penalty is a finite scalar and :func:`headwise.anneal` refuses progress outside [0, 1];
     - evaluation changes no state, and activation checkpointing no gradient and no state;
-    - the layer computes what all of its heads do, multiplied by the gate's weights;
+    - the layer's output equals that of all heads, multiplied by the gate's weights;
     - the layer compiles once for all batch sizes.
 
     Args:
@@ -81,9 +81,9 @@ def check_gate(gate: Gate | Callable[[], Gate], *, compiles: bool = True) -> Non
         compiles: compile the layer; it takes a few seconds. False for a gate that needs the host.
 
     Raises:
-        AssertionError: one of these does not hold; the sentence says which.
+        AssertionError: one of these checks fails; the sentence names it.
         TypeError: ``gate`` is not a gate.
-        ValueError: it is bound, or its layer computes something else.
+        ValueError: it is bound, or its layer's output is wrong.
     """
     prototype = gate if isinstance(gate, Gate) else gate()
     if not isinstance(prototype, Gate):
@@ -143,7 +143,7 @@ def _choices(layer: MultiheadAttention, x: Tensor, padding: Tensor | None = None
     except (ValueError, RuntimeError):
         if not seen:
             raise
-        # The layer refuses the selection: check_selection says why.
+        # The layer refuses the selection: check_selection raises the reason.
     finally:
         layer._observers.remove(observe)
     return seen[0]

@@ -158,7 +158,7 @@ def test_a_wrong_description_is_refused():
         ({"causal": True, "mask": None}, "would not compute what it did"),
         ({"pair": False}, "its forward returns a tuple: pair=True says so"),
         ({"mask": "masked"}, "its forward takes no 'masked'"),
-        ({"dropout": 0.0}, "it holds the Dropout 'inner', of which the adapter says nothing"),
+        ({"dropout": 0.0}, "it holds the Dropout 'inner', which the adapter does not mention"),
         ({"output": "p"}, "the adapter does not fit"),
     ):
         with pytest.raises(ValueError, match=text):

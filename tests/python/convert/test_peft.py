@@ -91,7 +91,7 @@ def test_adapters_before_a_conversion_are_refused_until_they_are_merged(name, ta
     expected = row.run(model, inputs)
     with pytest.raises(ValueError, match=f"its {projection} was replaced by a peft") as error:
         hw.convert(model)
-    assert "merge or remove what stands around the linear layer" in str(error.value)
+    assert "merge or remove what is around the linear layer" in str(error.value)
     close(row.run(model, inputs), expected, 0.0)
     close(row.run(hw.convert(model.merge_and_unload()), inputs), expected)
 

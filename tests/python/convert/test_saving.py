@@ -128,7 +128,7 @@ def test_adapters_around_layers_are_refused(tmp_path):
     model = hw.convert(ROWS["BertModel"].build())
     attention = model.encoder.layer[0].attention.self
     attention.mha = torch.nn.Sequential(attention.mha)
-    with pytest.raises(ValueError, match="is missing .an adapter may stand around it."):
+    with pytest.raises(ValueError, match="is missing .an adapter may be around it."):
         model.save_pretrained(tmp_path)
 
 

@@ -291,7 +291,7 @@ def test_texts_that_are_images(gated):
     )
     details = {q["detail"] for q in result["roles"]["questions"] if q["role"] == "grid offset"}
     assert {"+0,+1", "-1,+0", "+1,+1"} <= details
-    with pytest.raises(ValueError, match="grid must have as many places as there are content tok"):
+    with pytest.raises(ValueError, match="grid must have one place per content tok"):
         hw.explain_data(model, texts, tokenizer, grid=(2, 2))
 
 
@@ -498,7 +498,7 @@ def test_texts_of_one_class_and_models_of_one_name(gated, tiny_model, tmp_path, 
         ),
         (["--threshold", "magic=1"], "headwise explain: --threshold must name one of offset, "),
         (["--alignments", "no.txt"], "headwise explain: there is no file no.txt"),
-        (["--grid", "2", "2"], "headwise explain: grid must have as many places as there are "),
+        (["--grid", "2", "2"], "headwise explain: grid must have one place per "),
         (["--spacy", "no_such_pipeline"], "headwise explain: spaCy and its pipeline "),
     ],
 )

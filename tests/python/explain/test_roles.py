@@ -265,7 +265,7 @@ def test_two_dimensional_offsets_of_images():
     )
     document = hw.head_roles(Image(), [batch, batch], grid=(rows, columns), resamples=10)
     assert "grid offset -1,+0" in roles_of(document)[0]
-    with pytest.raises(ValueError, match="grid must have as many places .* 12, got 5 x 5"):
+    with pytest.raises(ValueError, match=r"grid must have one place .* \(12\), got 5 x 5"):
         hw.head_roles(Image(), [batch], grid=(5, 5))
 
 
@@ -509,7 +509,7 @@ def test_refusals():
         AnnotatedBatch(inputs=None, valid=valid.long())
     with pytest.raises(ValueError, match=r"ids must have the shape of valid, \[2, 3\], got \[2\]"):
         AnnotatedBatch(inputs=None, valid=valid, ids=torch.zeros(2))
-    with pytest.raises(ValueError, match="dependencies must be one a sequence, 2, got 1"):
+    with pytest.raises(ValueError, match="dependencies must have one entry per sequence, 2, got 1"):
         AnnotatedBatch(inputs=None, valid=valid, dependencies=[()])
     with pytest.raises(ValueError, match="at least two inputs"):
         hw.head_roles(Planted([everywhere]), [])

@@ -143,7 +143,9 @@ def test_refusals_leave_the_model_alone():
     with pytest.raises(ValueError, match="has a RandomGate, which chooses among the heads"):
         hw.prune(model, plan, inplace=True)
     other = hw.convert(ARCHITECTURES["TransformerEncoder"].build())
-    with pytest.raises(ValueError, match="plan names layer 'encoder.layer.0.*', which model has"):
+    with pytest.raises(
+        ValueError, match="plan names layer 'encoder.layer.0.*', which model does not have"
+    ):
         hw.prune(other, plan)
     wide = hw.convert(bert("BertModel", num_attention_heads=6))
     with pytest.raises(ValueError, match="plan has 4 heads for layer '.*', which has 6 in model"):
