@@ -50,9 +50,8 @@ def main() -> None:
 
 
 def measure_trace(options: argparse.Namespace, sequences: int = 16) -> dict:
-    """Forwards with nobody listening against forwards in ``hw.trace``, turn about, in CPU time of
-    one thread; and what a layer does where nobody listens: it looks whether its list of listeners
-    is empty."""
+    """Forwards without a trace and in ``hw.trace``, alternating, in CPU time of one thread; and the
+    overhead of a layer without a trace: it checks whether its list of observers is empty."""
     torch.set_num_threads(1)
     with options.data.open(encoding="utf-8", newline="") as file:
         texts = [row[options.text_column] for row in csv.DictReader(file)][:sequences]

@@ -10,11 +10,10 @@ heads, beside the full dense layer, beside computing all heads and multiplying b
 FlexAttention with a mask of heads (gpu_layer.py); then attention alone, decoding, and the gate
 (gpu_cases.py). Nothing is timed that has not passed its check.
 
-Every row is a line of gpu_<device>.jsonl as soon as it is measured, and what stands there is not
-measured again: a run that was cut short goes on where it ended. Cases run in a process of their
-own, which is replaced when one of them kills it: what a faulty kernel costs is its own case. The
-last lines compare with the goals; gpu_<device>.json holds everything. Exit status 1: a check
-failed, or a case died.
+Every row is a line of gpu_<device>.jsonl as soon as it is measured, and existing rows are not
+measured again: an interrupted run resumes where it ended. Cases run in a separate process, which is
+replaced if one of them kills it: a faulty kernel costs only its own case. The last lines compare
+with the goals; gpu_<device>.json holds everything. Exit status 1: a check failed, or a case died.
 
 A rehearsal runs every line of this on small shapes: the kernels on the emulated device of the tests
 where tests/cpp is built, a wall clock in place of events, nothing in place of graphs. It finds a

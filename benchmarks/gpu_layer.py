@@ -1,7 +1,7 @@
 """What gpu_check times of a layer: k of H heads chosen by the input, beside dense layers.
 
 A case checks one (shape, k) against the oracle in float64, then times its variants one after
-another. Every number is handed to `emit` as soon as it stands.
+another. Every number is passed to `emit` as soon as it is measured.
 """
 
 import math
@@ -198,7 +198,8 @@ def case(emit, what, shape, k, dtype, timer):
 
 
 def flex_case(emit, shape, dtype, timer):
-    """FlexAttention with a mask of heads; a comparison only, so a failure is said, not raised."""
+    """FlexAttention with a mask of heads; a comparison only, so a failure is reported, not
+    raised."""
     k = shape[3] // 2
     layer = Layer(shape, dtype, timer.machine.device)
     layer.flex, reason = gpu_cases.flex_layer(layer, k)

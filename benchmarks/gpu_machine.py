@@ -1,6 +1,6 @@
 """Where gpu_check runs: a CUDA device, or the host, to rehearse.
 
-Everything that it asks of CUDA stands here, so that a rehearsal runs all the rest of it.
+Everything that needs CUDA is here, so that a rehearsal runs all the rest.
 """
 
 import math

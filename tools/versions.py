@@ -9,7 +9,7 @@ files that name transformers, numpy or hypothesis run. An end whose packages are
 that runs this is not run again; nor does anything run after UNTIL (seconds since 1970).
 
 This is a report and no check: the exit status is 0 whatever the tests say, so that a package's
-release of last night stops nobody's work.
+release of last night does not stop any work.
 """
 
 from __future__ import annotations

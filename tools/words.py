@@ -16,7 +16,22 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "tools" / "words.txt"
-FOLDERS = ("README.md", "CONTRIBUTING.md", "docs")
+FOLDERS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs",
+    "python/headwise",
+    "tests/python",
+    "tools",
+    "benchmarks",
+    "examples/python",
+)
+#: Phrases in these are data.
+EXEMPT = (
+    "examples/python/prune.py",
+    "examples/python/train_gate.py",
+    "tests/python/tools/test_words.py",
+)
 SUFFIXES = {".md", ".py", ".pyi", ".h", ".cpp", ".cu", ".cuh"}
 #: A comment or a string, of Python or C++, from left to right.
 PROSE = {
@@ -62,7 +77,12 @@ def found(text: str, suffix: str) -> Iterator[tuple[int, str, str]]:
 def files() -> list[Path]:
     paths = [ROOT / name for name in FOLDERS]
     inside = [path for folder in paths for path in sorted(folder.rglob("*"))]
-    return [path for path in paths + inside if path.is_file() and path.suffix in SUFFIXES]
+    exempt = {ROOT / name for name in EXEMPT}
+    return [
+        path
+        for path in paths + inside
+        if path.is_file() and path.suffix in SUFFIXES and path not in exempt
+    ]
 
 
 def main(arguments: list[str]) -> int:

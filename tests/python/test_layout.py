@@ -58,7 +58,7 @@ def test_the_top_level_holds_packages():
 @pytest.mark.parametrize("name", ORDER)
 def test_packages_import_only_what_stands_before_them(name):
     allowed = set(ORDER[: ORDER.index(name) + 1])
-    if name == "apps":  # programs use the library as anybody does: import headwise as hw
+    if name == "apps":  # programs use the library like any user: import headwise as hw
         allowed.add("")
     wrong = {
         f"{module} imports {other}"

@@ -235,7 +235,7 @@ class Adapter(Projected):
             for output in outputs:
                 if pair != isinstance(output, tuple):
                     given = "a tuple" if isinstance(output, tuple) else "no tuple"
-                    raise TypeError(f"its forward returns {given}: pair={not pair} says so")
+                    raise TypeError(f"its forward returns {given}: use pair={not pair}")
             return [output[0] if pair else output for output in outputs]
 
         return run

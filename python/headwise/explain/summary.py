@@ -59,10 +59,10 @@ def summarise(entry: dict[str, Any]) -> str:
             )
         turning = sum(bool(head["changes_prediction"]) for _, head in measured)
         sentences.append(
-            "No single head changes the prediction when it is switched over."
+            "No single head changes the prediction when it is toggled."
             if turning == 0
             else f"{turning} {'head changes' if turning == 1 else 'heads change'} the prediction "
-            "when switched over alone."
+            "when toggled alone."
         )
     return " ".join(sentences)
 

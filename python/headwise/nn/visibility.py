@@ -31,8 +31,8 @@ def gates_see(model: nn.Module, tokens: Tensor | int) -> Iterator[None]:
 
     or let them see the first n tokens, and exclude those from the loss: ``hw.gates_see(model, n)``.
     Both fit ``convert(..., keep_selection=True)``, which in generation chooses by the prompt alone.
-    Padding is never seen. A sequence of which nothing may be seen is chosen for as one of nothing
-    but padding.
+    Padding is never seen. A sequence without visible tokens is treated like one that is all
+    padding.
 
     Args:
         model: a converted model; layers other than :class:`headwise.GroupedQueryAttention`, and

@@ -160,8 +160,8 @@ def test_the_default_strength_follows_the_loss(problem, tmp_path):
 
 @pytest.mark.parametrize("factor", [0.03, 0.1, 0.5, 1.0, 2.0, 4.0])
 def test_strength_is_the_force_above_which_a_head_helps(factor):
-    # One example a head, y = a x: the loss is a^2 (1 - g)^2 / 4, and holds a half-open gate with
-    # a^2 / 16. Pushed shut with less, the gate stays more than half open.
+    # One example per head, y = a x: the loss is a^2 (1 - g)^2 / 4, and holds a half-open gate with
+    # a^2 / 16. Pushed closed with less, the gate stays more than half open.
     weights = [2.0, 1.0, 0.5, 0.25]
     x = torch.eye(4, dtype=torch.float64)
     batch = (x, torch.tensor(weights, dtype=torch.float64))

@@ -156,7 +156,7 @@ def test_a_wrong_description_is_refused():
         ({"num_heads": "layers"}, "the adapter does not fit .*no attribute 'layers'"),
         ({"scale": 0.3}, "would not compute what it did"),
         ({"causal": True, "mask": None}, "would not compute what it did"),
-        ({"pair": False}, "its forward returns a tuple: pair=True says so"),
+        ({"pair": False}, "its forward returns a tuple: use pair=True"),
         ({"mask": "masked"}, "its forward takes no 'masked'"),
         ({"dropout": 0.0}, "it holds the Dropout 'inner', which the adapter does not mention"),
         ({"output": "p"}, "the adapter does not fit"),

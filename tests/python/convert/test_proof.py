@@ -80,7 +80,7 @@ def test_a_failed_conversion_changes_nothing(model, failure):
         hw.convert(model, failure(layers))
     same(before, snapshot(model))
     assert not hw.attention_layers(model)
-    hw.convert(model)  # and nothing stands in the way of the next
+    hw.convert(model)  # and the next one works
 
 
 def test_a_failed_change_of_gates_changes_nothing():

@@ -1,4 +1,4 @@
-"""What stands in for attention of transformers or torch: every argument works or is refused."""
+"""Replacements of attention of transformers or torch: every argument works or is refused."""
 
 import copy
 import inspect
@@ -35,7 +35,7 @@ DECODERS = [name for name in STAND_INS if name.endswith("CausalLM") or name.star
 
 
 def pair(name):
-    """The first attention of a model, and what stands there after a conversion."""
+    """The first attention of a model, and its replacement after a conversion."""
     torch.manual_seed(0)
     model = ARCHITECTURES[name].build()
     model.set_attn_implementation("sdpa")

@@ -10,7 +10,7 @@ from torch import nn
 
 transformers = pytest.importorskip("transformers")
 
-# Where the attention is whose class is somebody's own.
+# The places of attention with a custom class.
 PLACES = {
     "BertModel": ("encoder.layer.0.attention.self", "encoder.layer.0.attention"),
     "RobertaForSequenceClassification": ("roberta.encoder.layer.1.attention.self",),

@@ -2,8 +2,8 @@
 
 - ```python blocks of one page run in order in one namespace, in an empty folder. A ```text block
   that follows one directly is what it prints; `...` in it stands for anything.
-- ```cpp blocks stand word for word in a file of examples/ or tests/, where they are compiled and
-  run.
+- ```cpp blocks are copied word for word from a file of examples/ or tests/, where they are
+  compiled and run.
 - `headwise ...` lines of ```console blocks are commands that the command line accepts.
 - Links between pages lead somewhere.
 """
@@ -26,7 +26,7 @@ LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(?:#[^)]*)?\)")
 
 
 def blocks(page: Path) -> list[tuple[str, str, int, bool]]:
-    """(language, text, line, whether only white space stands between it and the last block)."""
+    """(language, text, line, whether only white space is between it and the last block)."""
     source, found, end = page.read_text(encoding="utf-8"), [], 0
     for match in FENCE.finditer(source):
         follows = bool(found) and not source[end : match.start()].strip()
@@ -79,7 +79,7 @@ def test_cpp_examples_are_compiled_somewhere(page):
     for language, text, line, _ in blocks(page):
         if language == "cpp":
             assert any(plain(text) in source for source in sources), (
-                f"{name(page)}:{line} stands in no .cpp file of examples/ or tests/"
+                f"{name(page)}:{line} is in no .cpp file of examples/ or tests/"
             )
 
 

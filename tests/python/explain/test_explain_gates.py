@@ -106,7 +106,7 @@ def test_the_prediction_and_the_effects_are_those_of_the_model_as_it_runs(explai
         assert entry["prediction"]["log_probability"] == pytest.approx(
             scores[b, predicted].item(), abs=1e-5
         )
-    # One head of the second layer switched over, by the layer's own gate.
+    # One head of the second layer toggled, by the layer's own gate.
     layer = list(hw.attention_layers(model).values())[1]
     gate = layer.gate
 

@@ -198,7 +198,7 @@ def test_thresholds_decide():
 
 
 def test_syntactic_heads_beat_the_best_fixed_offset():
-    """A head that looks from a verb to its object, which stands one to three words later."""
+    """A head that looks from a verb to its object, one to three words later."""
     generator = torch.Generator().manual_seed(0)
     batches, target = [], {}
     for number in range(4):

@@ -190,7 +190,7 @@ def test_who_wants_gradients_gets_them():
     x = torch.randn(B, L, D, requires_grad=True)
     args = arguments(x)
     args = (*args[:12], 0.0, 1.0, *args[14:])  # no budget is held
-    found = ops.evaluate_budget_gate(*args)  # nobody
+    found = ops.evaluate_budget_gate(*args)  # nothing requires a gradient
     assert not any(t.requires_grad for t in found)
     bias = args[9].requires_grad_()
     found = ops.evaluate_budget_gate(*args)

@@ -1,4 +1,4 @@
-"""Progress bars: at once if asked for, after two seconds if somebody watches, else never."""
+"""Progress bars: at once if asked for, after two seconds on a terminal, else never."""
 
 import sys
 

@@ -417,7 +417,7 @@ def test_masks_of_four_dimensions():
     lowest = torch.finfo(torch.float32).min
     for mask in (may, torch.zeros(may.shape).masked_fill(~may, lowest)):
         close(model(ids, attention_mask=mask).logits, original(ids, attention_mask=mask).logits)
-    # The implementation may be named anew; masks then come as that one has them.
+    # The implementation may be changed afterwards; masks then come in its form.
     inputs = prompts()
     valid = inputs["attention_mask"].bool()
     expected = original(**inputs).logits[valid]
@@ -446,7 +446,7 @@ def test_copies_files_and_modes(tmp_path):
 
 
 def test_replaced_projections_are_called():
-    """Adapters and hooks on a projection are not gone around."""
+    """Adapters and hooks on a projection are not bypassed."""
     model = hw.convert(build(), hw.FixedGate([0, 1, 3]))
     inputs = prompts()
     with torch.no_grad():
@@ -557,7 +557,7 @@ def test_kept_keys_of_groups_that_were_not_chosen_are_neither_computed_nor_store
         assert all_heads.keys[:, 0].abs().sum() > 0
         close(own.values[:, 0], all_heads.values[:, 1])
     assert torch.equal(generate(model), generate(every))
-    # Without a cache nobody reads them later.
+    # Without a cache they are not read later.
     layer = next(iter(layers_of(every)))
     k = layer.k_proj
     k.weight.data[:6] = float("nan")  # of the group that was not chosen

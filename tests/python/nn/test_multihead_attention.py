@@ -230,7 +230,7 @@ def test_script_without_a_gate(layer, monkeypatch):
 
 
 class Adapted(nn.Module):
-    """As an adapter does it: the layer it stands around, and a bit more."""
+    """Like an adapter: the wrapped layer, and a bit more."""
 
     def __init__(self, base_layer):
         super().__init__()

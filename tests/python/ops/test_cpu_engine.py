@@ -152,7 +152,7 @@ for dtype in (torch.float32, torch.bfloat16):
 
 
 def test_a_processor_without_bfloat16():
-    """The general kernels serve where brgemm cannot, and backends() says so."""
+    """The general kernels are used where brgemm cannot, and backends() reports it."""
     names = [backend.name for backend in hw.backends() if backend.device == "cpu"]
     assert names == ["cpu_packed", "cpu_kernels"]
     environment = {

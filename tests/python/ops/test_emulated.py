@@ -58,7 +58,8 @@ def emulated(monkeypatch):
 @pytest.mark.parametrize("kind", cases.MASKS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_self_attention(dtype, kind):
-    """Two tiles of rows in the last sequence's products, one head nobody chose, odd sizes."""
+    """Two tiles of rows in the last sequence's products, one head that no sequence chose, odd
+    sizes."""
     layer_case(dtype, 2, 69, 24, 3, 16, kind, [2, 3])
 
 

@@ -185,7 +185,7 @@ def test_what_was_not_chosen_is_not_read(run, dtype, length):
     y = run.selected_projection(x, weight, None, num_heads, index, count)
     assert torch.isfinite(y).all() and not y[~chosen].any()
     upstream = torch.randn_like(y)
-    upstream[~chosen] = torch.nan  # nobody reads the gradient of what was not made
+    upstream[~chosen] = torch.nan  # the gradient of what was not computed is not read
     for gradient in torch.autograd.grad(y, [x, weight], upstream):
         assert torch.isfinite(gradient).all()
     assert not gradient[unused].any()

@@ -1,4 +1,4 @@
-"""headwise.save and headwise.load: what was saved comes back; what does not fit says so."""
+"""headwise.save and headwise.load: what was saved comes back; what does not fit raises an error."""
 
 import copy
 import json

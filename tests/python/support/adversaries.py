@@ -86,7 +86,7 @@ def peak_memory() -> float:
 
 
 def strange(rng: random.Random, depth: int = 0):
-    """A value of JSON that nobody expects."""
+    """An unexpected JSON value."""
     simple = [
         None, True, False, 0, 1, -1, 2, 3, 7, 2**31, 2**53, 2**63, -(2**63) - 1, 10**30, 10**400,
         0.5, 4.0, -0.0, 1e-300, 1e300, math.inf, -math.inf, math.nan,

@@ -34,7 +34,7 @@ def padding_mask(lengths: list[int]) -> Tensor:
 
 
 class Wrapped(nn.Module):
-    """Plain attention inside a module of somebody's own, twice."""
+    """Plain attention inside a custom module, twice."""
 
     def __init__(self, **kwargs):
         super().__init__()

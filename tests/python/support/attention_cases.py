@@ -82,7 +82,7 @@ def check(operator, reference, leaves, dtype, *arguments, **options):
     got = torch.autograd.grad(y, leaves, upstream, allow_unused=True)
     want = torch.autograd.grad(expected, leaves, upstream.double(), allow_unused=True)
     # The gradient of the key bias is a sum that cancels (softmax does not see a shift): errors are
-    # held against the other gradients, too.
+    # compared with the other gradients, too.
     scale = 0.1 * max(map(largest, want), default=0.0)
     for leaf, a, b in zip(leaves, got, want, strict=True):
         assert a is not None and a.dtype == leaf.dtype
@@ -309,7 +309,7 @@ def test_heads_never_chosen_get_exactly_no_gradient():
 
 
 def test_what_was_not_chosen_is_not_read():
-    """NaN in the weights of a head that nobody chose reaches nothing."""
+    """NaN in the weights of a head that no sequence chose has no effect."""
     rand = Random(6, torch.float32)
     x, (wi, bi, wo, bo) = rand(2, 9, 8), layer_weights(rand, 4, 2, 8)
     with torch.no_grad():

@@ -190,7 +190,8 @@ DECODING = ["none", "ragged", "scattered", "padding bias", "per head", "causal",
     ids=str,
 )
 def test_decoding_splits_the_keys(dtype, d, dv, kind):
-    """One query against 300 keys; query heads share key/value heads; some of these nobody chose."""
+    """One query against 300 keys; query heads share key/value heads; some of these were not
+    chosen."""
     rand = cases.Random(2, dtype)
     batch, num_heads, kv_heads, keys = 2, 12, 2, 300
     q, k = rand(batch, num_heads, 1, d), rand(batch, kv_heads, keys, d)

@@ -1,7 +1,7 @@
-"""The oracle: compute every head, multiply each by its weight (0 where not chosen), project.
+"""The oracle: compute every head, multiply each by its weight (0 if not chosen), project.
 
-Everything that executes a selection, on any device, is held against these few lines. Dropout has a
-mask of its own (``keep``), since the operators draw theirs from a counter.
+Everything that executes a selection, on any device, is compared with these few lines. Dropout has
+its own mask (``keep``), because the operators draw theirs from a counter.
 """
 
 import math

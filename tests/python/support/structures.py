@@ -10,7 +10,7 @@ import headwise as hw
 
 def random_plan(model, seed=0, *, hidden=None, heads=True, neurons=True, blocks=True):
     """Drops about half of everything, with odd scales: a network that keeps no neuron but its bias,
-    a block that is scaled and one that is gone."""
+    a block that is scaled and one that is removed."""
     generator = random.Random(seed)
     found = hw.pruning.structure(model)
     if hidden is None:

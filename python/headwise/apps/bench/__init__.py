@@ -1,5 +1,5 @@
-"""``headwise bench``: what choosing heads costs, against the layers that physically have fewer.
+"""``headwise bench``: the cost of choosing heads, relative to layers that physically have fewer.
 
-Every benchmark checks what it times against the oracle (compute every head, weigh, project) first,
-and lets its contenders take turns, so that a busy machine slows them alike.
+Every benchmark first checks its contenders against the oracle (compute every head, weight,
+project), and alternates between them, so that a busy machine slows them alike.
 """

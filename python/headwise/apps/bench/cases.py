@@ -25,8 +25,8 @@ class Goal:
         return {"name": self.name, "limit": self.limit, "met": value <= self.limit}
 
 
-#: By what is timed. "gate" is for sequences of 128 tokens and more; "entropy memory" is linear in
-#: the length: twice the length takes twice the memory, four times with an attention map.
+#: By what is measured. "gate" is for sequences of 128 tokens and more; "entropy memory" is linear
+#: in the length: twice the length takes twice the memory, four times with all attention weights.
 GOALS = {name: Goal(**goal) for name, goal in _TABLE["goals"].items()}
 
 
@@ -36,7 +36,7 @@ def layer_goal(shape: Shape, heads: int, training: bool) -> Goal:
         return GOALS["train"]
     if heads == shape.heads:
         return GOALS["dense"]
-    # There is little to compute beside gate and call.
+    # There is little to compute besides gate and call.
     least = _TABLE["small"]
     small = shape.batch <= least["batch"] or shape.length <= least["length"]
     return GOALS["small" if small else "layer"]

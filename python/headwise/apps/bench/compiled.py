@@ -1,4 +1,4 @@
-"""What torch.compile makes of the dense layer, and FlexAttention with a mask of heads."""
+"""The dense layer under torch.compile, and FlexAttention with a mask of heads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COMPILED, FLEX = "torch.compile", "FlexAttention"
 def compiled_forms(
     layer: Layer, mask: Tensor
 ) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]:
-    """The forms that work here, and for the others why not.
+    """The forms that work here, and the reasons for the others.
 
     Args:
         mask: [B, H], weights of the chosen heads, 0 elsewhere.
@@ -48,7 +48,7 @@ def _compiled(layer: Layer, _: Tensor) -> tuple[Callable[[], Tensor], None]:
 def _flex(layer: Layer, mask: Tensor) -> tuple[Callable[[], Tensor], Tensor]:
     """Projects all heads; only the attention of those that were not chosen is skipped.
 
-    The mask of blocks is made in every call: every call chooses anew.
+    The mask of blocks is made in every call, because every call makes a new choice.
     """
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 

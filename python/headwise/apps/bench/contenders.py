@@ -23,7 +23,7 @@ TOLERANCE = {
 
 
 class CheckFailed(RuntimeError):
-    """What was to be timed does not compute what it should."""
+    """A contender does not compute the right result."""
 
 
 @dataclass(frozen=True)
@@ -90,13 +90,13 @@ def dense(x: Tensor, w: Weights, mask: Tensor | None = None) -> Tensor:
 
 def random_gate(share: float) -> hw.BudgetGate:
     """A gate that runs this share of the heads; :func:`randomise` makes its choice random."""
-    # A target below 1 keeps the gate at work even where every head runs.
+    # A target below 1 keeps the gate working even if every head runs.
     return hw.BudgetGate(keep=min(share, 0.99), budget=share, execution="selected")
 
 
 @torch.no_grad()
 def randomise(gate: Any, generator: torch.Generator) -> None:
-    """Gives a ``BudgetGate`` random relevance, so that every sequence chooses heads of its own."""
+    """Gives a ``BudgetGate`` random relevance, so that every sequence chooses its own heads."""
     weight = gate.relevance.weight  # [H, D]
     weight.copy_(torch.randn(weight.shape, generator=generator))
     gate.anneal(1.0)
@@ -106,7 +106,7 @@ class Layer:
     """A layer of random weights and an input; its forms share both.
 
     Args:
-        training: gradients are wanted, of the input too, as in the middle of a network.
+        training: compute gradients, of the input too, as in the middle of a network.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class Layer:
         return values.to(self.device, self.dtype)
 
     def module(self, heads: int) -> hw.MultiheadAttention:
-        """headwise's layer; every sequence chooses ``heads`` heads of its own."""
+        """headwise's layer; every sequence chooses its own ``heads`` heads."""
         shape = self.shape
         module = hw.MultiheadAttention(
             shape.width,
@@ -176,7 +176,7 @@ class Layer:
         self.x.sum()
 
     def leaves(self, *modules: nn.Module) -> list[Tensor]:
-        """What gets gradients."""
+        """The tensors that get gradients."""
         return [
             self.x,
             *self.weights.tensors(),
@@ -205,13 +205,13 @@ class Layer:
         return hw.Selection(index, count, weight)
 
     def check(self, output: Tensor, mask: Tensor) -> float:
-        """Holds ``output`` [B, L, D] against the oracle in float64; returns the error.
+        """Compares ``output`` [B, L, D] with the oracle in float64; returns the error.
 
         Args:
             mask: [B, H], the weights of the heads that were chosen, 0 elsewhere.
 
         Raises:
-            CheckFailed: it is not the oracle's output.
+            CheckFailed: it differs from the oracle's output.
         """
         with torch.no_grad():
             want = dense(self.x.double(), self.weights.to(torch.float64), mask.double())
@@ -233,7 +233,7 @@ def compare(got: Tensor, want: Tensor, dtype: torch.dtype) -> float:
 
 
 def observed(module: hw.MultiheadAttention, run: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-    """What ``run`` returns, and the mask [B, H] of the weights that the gate chose in it."""
+    """The result of ``run``, and the mask [B, H] of the weights that the gate chose in it."""
     seen: list[Tensor] = []
 
     def observe(name: str, layer, selection: hw.Selection, x, padding) -> None:

@@ -38,7 +38,7 @@ def _heads(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) ->
 def oracle(q: Tensor, k: Tensor) -> Tensor:
     """Mean over rows of the row's entropy over the log of the number of keys: float64 [B, H].
 
-    Head by head: the whole map may not fit.
+    Head by head, because all attention weights may not fit.
     """
     found = q.new_zeros(q.shape[:2], dtype=torch.float64)
     for b in range(q.size(0)):
@@ -74,7 +74,7 @@ def _case(settings: Settings, shape: Shape, dtype: torch.dtype, threads: int) ->
 
 
 def memory_runs(shape: Shape, dtype: torch.dtype, seed: int) -> dict[str, Callable[[], object]]:
-    """The calls whose memory is measured (in a process of their own)."""
+    """The calls whose memory is measured (in a separate process)."""
     q, k, v = _heads(shape, dtype, torch.device("cpu"), seed)
     return {
         OURS: lambda: torch.ops.headwise.attention_entropy(q, k),
@@ -97,7 +97,7 @@ def _memory(settings: Settings) -> dict:
                 seed=settings.seed,
             )[OURS]["call_bytes"]
         )
-    # Below a page or two the system's record says nothing.
+    # Below a page or two the system's record is meaningless.
     ratio = max(found[1], 1 << 20) / max(found[0], 1 << 20)
     map_bytes = longest.batch * longest.heads * longest.length**2 * 4
     return {

@@ -1,4 +1,4 @@
-"""Gates alone, over the dense layer that they steer."""
+"""Gates alone, relative to the dense layer that they control."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from headwise.apps.bench.contenders import CheckFailed, Layer, Shape, dense
 from headwise.apps.bench.settings import Settings
 
 DENSE = "dense"
-#: Gates that choose by what they see.
+#: Gates that depend on the input.
 GATES = ("BudgetGate", "HardConcreteGate")
 LEAST_LENGTH = 128
 
@@ -22,7 +22,7 @@ def run(settings: Settings) -> Iterator[dict]:
     """Every shape of at least 128 tokens, dtype, number of threads and gate: one result each."""
     for shape in settings.shapes:
         if shape.length < LEAST_LENGTH and len(settings.shapes) > 1:
-            continue  # the goal is about lengths of which a layer costs something
+            continue  # the goal is for lengths at which a layer has a relevant cost
         for dtype in settings.dtypes:
             for threads in settings.threads:
                 torch.set_num_threads(threads)
@@ -75,7 +75,7 @@ def _case(settings: Settings, shape: Shape, dtype, threads: int) -> Iterator[dic
 
 
 def check(selection: hw.Selection, shape: Shape) -> None:
-    """The selection is one: chosen heads ascending, then -1; weights elsewhere are 0."""
+    """Checks the selection: chosen heads ascending, then -1; weights elsewhere are 0."""
     index: Tensor = selection.index.long()  # [B, H]
     position = torch.arange(shape.heads, device=index.device)
     chosen = position < selection.count[:, None]  # [B, H]

@@ -30,7 +30,7 @@ def run(settings: Settings, training: bool) -> Iterator[dict]:
     """Every shape, dtype, number of threads and number of heads: one result each.
 
     Then, for each group of results that differ in the number of heads only, the line through time
-    against heads, and (where asked for) memory and the break-even batch and length.
+    against heads, and (if requested) memory and the break-even batch and length.
     """
     what = "train" if training else "layer"
     for shape in settings.shapes:
@@ -93,7 +93,7 @@ def _forms(
     """The contenders, the error of ours, why others are missing, and the modules with parameters.
 
     The yardstick of k < H heads is ``F.linear`` and ``scaled_dot_product_attention``:
-    ``nn.MultiheadAttention``'s fast path wants heads that fill the width of the model, so it cannot
+    ``nn.MultiheadAttention``'s fast path needs heads that fill the width of the model, so it cannot
     run a layer that physically has fewer.
     """
     x, w, module = layer.x, layer.weights, layer.module(heads)
@@ -149,8 +149,8 @@ def _step(
 def _mixed_case(settings: Settings, shape: Shape, dtype: torch.dtype) -> dict:
     """Head counts that differ within the batch, uniform in 1..H.
 
-    The gate runs, and drawn heads take the place of its choice. The dense layer with the same total
-    of heads may need part of a head: its time is interpolated between the whole numbers around.
+    The gate runs, and drawn heads replace its choice. The dense layer with the same total of heads
+    may need part of a head: its time is interpolated between the neighbouring integers.
     """
     layer = Layer(shape, dtype, settings.device, settings.seed)
     counts = layer.drawn_counts()  # [B]
@@ -192,7 +192,7 @@ def _mixed_case(settings: Settings, shape: Shape, dtype: torch.dtype) -> dict:
 
 
 def _line(what: str, found: Sequence[dict]) -> dict:
-    """Milliseconds against heads: what is left at none is the cost of gate and call."""
+    """Milliseconds against heads: the intercept is the cost of gate and call."""
     heads = [result["heads"] for result in found]
     ms = [result["ms"][OURS]["median"] for result in found]
     return {"of": what, "heads": heads, "ms": ms, **line(heads, ms)}
@@ -201,7 +201,7 @@ def _line(what: str, found: Sequence[dict]) -> dict:
 def memory_runs(
     shape: Shape, dtype: torch.dtype, heads: int, training: bool, seed: int
 ) -> dict[str, Callable[[], object]]:
-    """The calls whose memory is measured (in a process of their own)."""
+    """The calls whose memory is measured (in a separate process)."""
     layer = Layer(shape, dtype, torch.device("cpu"), seed, training)
     module = layer.module(heads)
     kept, x = layer.k_heads(heads), layer.x
@@ -246,7 +246,7 @@ def _memory(
     }
 
 
-#: Where the break-even is looked for: half of the heads, this width, these batches and lengths.
+#: Cases of the break-even search: half of the heads, this width, these batches and lengths.
 BREAK_EVEN_WIDTH, BREAK_EVEN_HEADS = 768, 12  # of BERT
 BREAK_EVEN_BATCHES, BREAK_EVEN_LENGTHS = (1, 2, 4, 8), (4, 8, 16, 32, 64, 128)
 

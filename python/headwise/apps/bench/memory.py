@@ -1,9 +1,9 @@
-"""Peak memory of a call, measured in a process of its own.
+"""Peak memory of a call, measured in a separate process.
 
-The process is told to give freed memory back to the system at once, runs the call once to warm up,
-resets the system's record of its peak, and runs the call again: what the record then shows above
-the resting size is what the call needed at most, scratch memory inside libraries included. Linux
-only (``/proc/self/clear_refs``).
+The process returns freed memory to the system at once, runs the call once to warm up, resets the
+system's record of its peak, and runs the call again: the difference between the record and the
+resting size is the peak of the call, scratch memory inside libraries included. Linux only
+(``/proc/self/clear_refs``).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 
-#: The C library and MKL keep freed memory for later; then a peak could hide in what they keep.
+#: The C library and MKL keep freed memory for later, which could hide a peak.
 GIVE_BACK = {
     "MALLOC_MMAP_THRESHOLD_": "65536",
     "MALLOC_TRIM_THRESHOLD_": "0",
@@ -34,9 +34,9 @@ def peaks(what: str, names: Sequence[str], **arguments) -> dict[str, dict[str, i
     """For each contender, ``call_bytes``: peak above the resting size, outputs included.
 
     Args:
-        what: ``"layer"`` or ``"entropy"``; says which of this package's contenders are meant.
+        what: ``"layer"`` or ``"entropy"``: which contenders of this package.
         names: contenders.
-        arguments: of the contenders, as JSON can hold them.
+        arguments: of the contenders, as JSON values.
 
     Raises:
         RuntimeError: the process that measures failed.

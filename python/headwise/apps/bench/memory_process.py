@@ -14,7 +14,8 @@ from headwise.apps.bench.memory import call_bytes
 
 
 def main(task: dict) -> dict[str, dict[str, int]]:
-    """For each contender of ``task`` its ``call_bytes``; ``peaks`` says what a task holds."""
+    """For each contender of ``task`` its ``call_bytes``; see ``peaks`` for the content of a
+    task."""
     builders: dict[str, Callable[..., dict]] = {
         "layer": layer.memory_runs,
         "entropy": entropy.memory_runs,

@@ -1,4 +1,5 @@
-"""A whole model with a gate in every layer, over the pruned model of as many heads."""
+"""A whole model with a gate in every layer, relative to the pruned model with the same number of
+heads."""
 
 from __future__ import annotations
 
@@ -33,9 +34,9 @@ BATCHES = 8
 
 def dynamic_model(model: nn.Module, share: float) -> nn.Module:
     """``model`` (of :func:`headwise.convert`) with gates: every text runs the given share of the
-    heads of each layer; which ones, it chooses.
+    heads of each layer, of its own choice.
 
-    The gates' relevance is random: what is measured is the cost of texts that differ.
+    The gates' relevance is random: this measures the cost of texts that differ.
     """
     model = hw.convert(model, random_gate(share))
     generator = torch.Generator().manual_seed(11)
@@ -55,9 +56,9 @@ def static_model(model: nn.Module, share: float) -> nn.Module:
 
 
 def run(settings: Settings) -> Iterator[dict]:
-    """Texts as they come, padded to the longest of their batch; half of the heads of every layer.
+    """Texts in their order, padded to the longest of their batch; half of the heads of every layer.
 
-    The dense model is the one of transformers; the pruned one has only the heads that are left.
+    The dense model is transformers'; the pruned one has only the remaining heads.
     """
     folder = model_folder(settings.model)
     batches, lengths = _batches(settings, folder)
@@ -132,10 +133,10 @@ def _batches(settings: Settings, folder) -> tuple[list[dict[str, Tensor]], dict[
 
 @torch.no_grad()
 def _check(model: nn.Module, batch: dict[str, Tensor], dtype: torch.dtype) -> float:
-    """The model against itself with every head computed and weighed.
+    """Compares the model with itself with every head computed and weighted.
 
-    Rounding differs between the two, so where two heads are nearly as relevant a deeper layer may
-    choose another one: the texts that are compared are those for which all choices agree.
+    Rounding differs between the two, so if two heads are almost equally relevant, a deeper layer
+    may choose another one: only texts for which all choices agree are compared.
     """
     got, chosen = _traced(model, batch)
     with instrument(model, evaluate=False) as opened:

@@ -11,7 +11,7 @@ FORMAT, VERSION = "headwise.bench", 1
 
 
 def document(settings: Settings, results: Sequence[dict], environment: dict) -> dict:
-    """What ``--json`` writes."""
+    """The document of ``--json``."""
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -53,7 +53,7 @@ def judged(result: dict) -> float:
 
 
 def load() -> list[float] | None:
-    """The machine's load averages, where the system has them: others may be at work."""
+    """The machine's load averages, if available, to show other work."""
     try:
         return [round(value, 2) for value in os.getloadavg()]
     except (AttributeError, OSError):
@@ -81,7 +81,7 @@ def line(result: dict) -> str:
     start = f"{what:<7} {shape:>14} {result['dtype']:>8} {result['threads']:>3} "
     if what == "line":
         return (
-            f"{start}{'':>6} {result['intercept']:.2f} ms + {result['slope']:.2f} ms a head, "
+            f"{start}{'':>6} {result['intercept']:.2f} ms + {result['slope']:.2f} ms per head, "
             f"R^2 {result['r_squared']:.4f} ({result['of']})"
         )
     if what == "break-even":
@@ -135,7 +135,7 @@ def _goal(result: dict) -> str:
 
 
 def closing(goals: Sequence[dict]) -> list[str]:
-    """The goals, one a line."""
+    """The goals, one per line."""
     if not goals:
         return []
     width = max(len(goal["name"]) for goal in goals)

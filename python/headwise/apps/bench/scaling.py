@@ -15,7 +15,7 @@ OURS, K_HEADS, DENSE = "headwise", "k heads", "dense"
 def run(settings: Settings) -> Iterator[dict]:
     """Every shape and dtype, half of the heads, every number of threads: one result each.
 
-    One thread is always among them, and two where nothing but one was asked for.
+    One thread is always included, and two if only one was requested.
     """
     threads = sorted({1, *settings.threads})
     if threads == [1]:
@@ -37,7 +37,7 @@ def _case(
         K_HEADS: lambda: dense(x, kept),
         DENSE: lambda: dense(x, layer.weights),
     }
-    # All numbers of threads take turns in one measurement: their times saw the same machine.
+    # All numbers of threads alternate in one measurement, so that they see the same machine.
     runs = {_name(form, n): call for form, call in forms.items() for n in threads}
     number = {_name(form, n): n for form in forms for n in threads}
 

@@ -33,8 +33,8 @@ class Settings:
         data: file of texts; None: the film reviews.
         text: its column of texts.
         label: its column of labels.
-        max_length: texts are cut to this many tokens.
-        batch_size: texts a batch.
+        max_length: texts are truncated to this many tokens.
+        batch_size: texts per batch.
     """
 
     device: torch.device

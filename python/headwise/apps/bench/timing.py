@@ -1,4 +1,4 @@
-"""Times of contenders that take turns."""
+"""Alternating timing of contenders."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-#: ``process`` counts the processor time of all threads: for machines that others use too.
+#: ``process`` counts the processor time of all threads: for shared machines.
 CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
 WARM_UP = 2  #: rounds that are not timed
 LEAST_ROUNDS = 3  #: that are timed, however long they take
@@ -22,7 +22,7 @@ class Timer:
     Attributes:
         rounds: timed rounds, after two that are not.
         clock: a key of :data:`CLOCKS`.
-        most_seconds: no further round after so long; three are run in any case. None: no limit.
+        most_seconds: no further round after this time; at least three are run. None: no limit.
     """
 
     rounds: int
@@ -35,10 +35,10 @@ class Timer:
         runs: Mapping[str, Callable[[], object]],
         before: Callable[[str], object] | None = None,
     ) -> Times:
-        """Every contender once a round, in turn.
+        """Every contender once per round, alternating.
 
         Args:
-            before: called with the name of each contender before it, and not timed.
+            before: called with the name of each contender before its call, not timed.
         """
         now, cuda = CLOCKS[self.clock], self.device.type == "cuda"
         seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -83,11 +83,11 @@ class Times:
     def ratio(self, name: str, parts: Mapping[str, float]) -> dict[str, float]:
         """Median and quartiles, over the rounds, of ``name``'s time over a weighted sum of others.
 
-        The times of one round are divided: they saw the same noise.
+        The times of one round are divided, because they have the same noise.
         """
         rounds = range(len(self.seconds[name]))
         whole = [sum(share * self.seconds[own][i] for own, share in parts.items()) for i in rounds]
-        # A clock may stand still during a call that is short.
+        # A clock may not advance during a short call.
         floor = 1e-9
         return quartiles([max(self.seconds[name][i], floor) / max(whole[i], floor) for i in rounds])
 

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         options = build_parser().parse_args(arguments)
-    except SystemExit as stop:  # argparse has said what is wrong, and the usage
+    except SystemExit as stop:  # argparse has printed the error and the usage
         return stop.code if isinstance(stop.code, int) else 2
     try:
         options.run(options)
@@ -55,11 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(options, str(error), 2)
     except KeyboardInterrupt:
         return _fail(options, "interrupted", 1)
-    except BrokenPipeError:  # somebody closed the pipe that the table went into
+    except BrokenPipeError:  # the reader closed the pipe
         sys.stderr.close()
         return 1
     except OSError as error:
-        # Not a file name that somebody gave (those are checked before): a disk that is full, say.
+        # Not a file name from the user (those are checked before), but for example a full disk.
         about = f"{error.filename}: " if error.filename else ""
         return _fail(options, f"{about}{error.strerror or error}", 1)
     except Exception as error:

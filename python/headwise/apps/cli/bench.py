@@ -22,9 +22,9 @@ WHAT = ("layer", "train", "scaling", "gate", "entropy", "model")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 DESCRIPTION = """\
-Times layers and models whose inputs choose their heads against those that physically have as many
-heads, gate included, and says which goals are met. Every contender is checked against the oracle
-(compute every head, weigh, project) before it is timed; contenders take turns.
+Times layers and models whose inputs choose their heads, gate included, relative to those that
+physically have the same number of heads, and reports which goals are met. Every contender is
+checked against the oracle (compute every head, weight, project) first; contenders alternate.
 
   layer    one layer's forward: a quarter, half, three quarters and all of the heads, and budgets
            that differ within the batch; memory
@@ -119,7 +119,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
         default="wall",
         help="process: processor time of all threads, for machines that others use too",
     )
-    how.add_argument("--note", metavar="TEXT", help="stands in the results")
+    how.add_argument("--note", metavar="TEXT", help="stored in the results")
     add_common(parser, out=None, several_threads=True)
     return parser
 

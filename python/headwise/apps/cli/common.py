@@ -1,4 +1,4 @@
-"""What the subcommands share: options, devices, threads, and how they fail."""
+"""Common parts of the subcommands: options, devices, threads, and errors."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def use_threads(wanted: int | None) -> int:
             wanted = len(os.sched_getaffinity(0))
         except AttributeError:  # not on Linux
             wanted = os.cpu_count() or 1
-        # OMP_NUM_THREADS is somebody's decision too.
+        # The user may have set OMP_NUM_THREADS.
         wanted = min(wanted, torch.get_num_threads())
     torch.set_num_threads(wanted)
     return wanted
@@ -131,7 +131,7 @@ def use_device(name: str):
 
 
 def writable_file(path: Path | None) -> None:
-    """Refuses a file name whose folder does not exist, before any work is done."""
+    """Raises an error for a file name whose folder does not exist, before any work is done."""
     if path is None:
         return
     if path.is_dir():
@@ -143,10 +143,10 @@ def writable_file(path: Path | None) -> None:
 
 
 def need_packages(what: str, packages: Sequence[str], extra: str) -> None:
-    """Refuses, before any work is done, what a package is missing for.
+    """Raises an error, before any work is done, if a needed package is missing.
 
     Raises:
-        UsageError: one is.
+        UsageError: a package is missing.
     """
     for package in packages:
         if importlib.util.find_spec(package) is None:
@@ -154,7 +154,7 @@ def need_packages(what: str, packages: Sequence[str], extra: str) -> None:
 
 
 def writable_folder(path: Path) -> Path:
-    """Makes the folder, and a file in it to see that one can.
+    """Makes the folder, and a test file in it.
 
     Raises:
         UsageError: it cannot be made or written to.
@@ -170,7 +170,7 @@ def writable_folder(path: Path) -> Path:
 
 @contextlib.contextmanager
 def own_folder(path: Path | None) -> Iterator[None]:
-    """Keeps a folder for this run alone.
+    """Locks a folder for this run.
 
     Raises:
         UsageError: another run is using it.

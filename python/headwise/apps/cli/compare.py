@@ -23,7 +23,7 @@ DESCRIPTION = """\
 Fine-tunes a model on a task, then lets every method cut its attention heads to the same average
 number with the same training steps, and compares accuracy and measured time on the test texts.
 Prints a table and writes results.json, index.html and figures to --out. Every finished run is kept
-there at once: the same command, given again, goes on where an interrupted one stopped.
+there at once: the same command, given again, resumes where an interrupted one stopped.
 """
 
 
@@ -73,7 +73,9 @@ def add_parser(commands) -> argparse.ArgumentParser:
     how.add_argument(
         "--dense-steps", type=positive, metavar="N", help="steps of the dense model's fine-tuning"
     )
-    how.add_argument("--batch-size", type=positive, metavar="N", help="texts a step (default: 32)")
+    how.add_argument(
+        "--batch-size", type=positive, metavar="N", help="texts per step (default: 32)"
+    )
     how.add_argument("--max-length", type=positive, metavar="N", help="tokens (default: 48)")
     how.add_argument(
         "--precision",
@@ -171,7 +173,7 @@ def _run(options: argparse.Namespace, study) -> None:
     except KeyboardInterrupt:
         say(
             f"headwise compare: interrupted; finished runs are kept in {options.out}, and the "
-            "same command goes on from there",
+            "same command resumes from there",
             file=sys.stderr,
         )
         raise

@@ -21,10 +21,10 @@ from headwise.io.printable import printable, quoted
 
 DESCRIPTION = """\
 With --text: which heads of a trained text classifier run for each text, and why: relevance and its
-share by token, margins, what each head looks at, and the measured effect of switching it over.
+share by token, margins, what each head looks at, and the measured effect of toggling it.
 With --data: what each head does over a data set and for which texts it runs, how stable that is,
-and whether the order of heads is that in which they matter. With --out, what an interrupted run
-has finished is kept there, and the same command goes on from it.
+and whether the gates' ranking matches the heads' effect. With --out, finished parts of an
+interrupted run are saved there, and the same command resumes from them.
 Prints a summary; --json FILE and --out DIR (explanation.json, use.json) write everything
 (docs/interpretability.md has the schemas); --format html adds a page for people.
 """
@@ -76,7 +76,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
             help="attention maps to keep: all, none (default without --format) or some heads",
         ),
         one.add_argument(
-            "--pairs", type=positive, default=5, metavar="N", help="strongest token pairs a head"
+            "--pairs", type=positive, default=5, metavar="N", help="strongest token pairs per head"
         ),
         one.add_argument(
             "--steps", type=positive, default=32, metavar="N", help="nodes of integrated gradients"
@@ -84,7 +84,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
         one.add_argument(
             "--no-effects",
             action="store_true",
-            help="do not measure what switching heads over does",
+            help="do not measure the effect of toggling heads",
         ),
     ]
     parser.add_argument("--max-length", type=positive, default=128, metavar="N", help="tokens")
@@ -93,7 +93,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
         type=positive,
         default=32,
         metavar="N",
-        help="texts in a run, or heads switched over in a run",
+        help="texts per forward, or heads toggled per forward",
     )
     of_data = explain_data.add_options(parser)
     page_options.add_options(parser)
@@ -250,7 +250,7 @@ def _whole(value: int | None, width: int) -> str:
 
 
 def _share(head: dict[str, Any], tokens: list[str] | None) -> str:
-    """The token that has most to do with the head's relevance, and its share in it."""
+    """The token with the largest share in the head's relevance, and the share."""
     if not head["shares"] or tokens is None or len(tokens) != len(head["shares"]):
         return ""
     place = max(range(len(tokens)), key=lambda token: abs(head["shares"][token]))

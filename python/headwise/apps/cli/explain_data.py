@@ -25,7 +25,7 @@ def threshold(text: str) -> tuple[str, float]:
 
 
 def add_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
-    """The options that ``--data`` has of its own."""
+    """The options of ``--data``."""
     group = parser.add_argument_group("data set")
     syntax = group.add_mutually_exclusive_group()
     return [
@@ -57,14 +57,14 @@ def add_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
             nargs=2,
             type=positive,
             metavar=("ROWS", "COLUMNS"),
-            help="the texts are images, a token a patch in reading order: ask about 2-D offsets",
+            help="the texts are images, one token per patch in order: ask about 2-D offsets",
         ),
         group.add_argument(
             "--joint-ablation",
             type=positive,
             default=0,
             metavar="PAIRS",
-            help="test so many pairs of heads for standing in for each other (0.1 to 1 s each)",
+            help="test this many pairs of heads for replacing each other (0.1 to 1 s each)",
         ),
         group.add_argument(
             "--others",
@@ -161,7 +161,7 @@ def _run(options: argparse.Namespace) -> None:
 
             say(
                 f"headwise explain: interrupted; finished parts are kept in {options.out}, and "
-                "the same command goes on from there",
+                "the same command resumes from there",
                 file=sys.stderr,
             )
         raise
@@ -218,7 +218,7 @@ def _texts(options: argparse.Namespace) -> tuple[list[str], list[str] | None]:
 
 
 def render(result: dict[str, Any]) -> str:
-    """What stands in the document, as text."""
+    """The content of the document as text."""
     use, data = result["use"], result["data"]
     lines = [
         f"{data['texts']} texts"
@@ -275,7 +275,7 @@ def render(result: dict[str, Any]) -> str:
         lines += [
             "",
             f"joint ablation: {len(joint['pairs'])} pairs of heads, {len(joint['groups'])} groups "
-            "whose heads stand in for each other at 5% FDR",
+            "whose heads can replace each other at 5% FDR",
         ]
         for group in joint["groups"]:
             lines.append(f"  layer {group['site']} heads {', '.join(map(str, group['heads']))}")

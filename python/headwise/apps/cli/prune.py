@@ -1,4 +1,4 @@
-"""``headwise prune``: makes a model smaller for good, by a plan or by what is found on texts."""
+"""``headwise prune``: makes a model smaller, by a plan or by scores on texts."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
         "texts, for a model whose gates choose for every input; they are taken out",
     )
     parser.add_argument(
-        "--exact", action="store_true", help="score the heads that are left anew after every step"
+        "--exact", action="store_true", help="score the remaining heads again after every step"
     )
     parser.add_argument(
         "--step",
@@ -145,7 +145,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _found(options: argparse.Namespace, model, texts: LabelledTexts):
-    """The plan that --keep and --metric ask for."""
+    """The plan for --keep and --metric."""
     import headwise as hw
 
     if options.metric == USE:
@@ -163,7 +163,7 @@ def _found(options: argparse.Namespace, model, texts: LabelledTexts):
 
 
 def _check_gates(options: argparse.Namespace, model, plan) -> None:
-    """Refuses a way of finding heads that does not fit the model's gates, naming one that does."""
+    """Raises an error for a method that does not fit the model's gates, and names one that does."""
     import headwise as hw
 
     gates = [layer.gate for layer in hw.attention_layers(model).values() if layer.gate is not None]
@@ -208,7 +208,9 @@ def _check(options: argparse.Namespace) -> None:
     if options.method != "ranking" and options.exact:
         raise UsageError("--exact belongs to --method ranking")
     if options.exact and options.metric == USE:
-        raise UsageError("--exact scores heads anew, so it cannot go with --metric use")
+        raise UsageError(
+            "--exact scores heads again after every step, so it cannot be used with --metric use"
+        )
     if options.plan is not None and options.exact:
         raise UsageError("--exact is a way of finding heads, so it needs --keep, not --plan")
     if options.plan is not None and not options.plan.is_file():

@@ -12,9 +12,9 @@ from headwise.apps.tasks.errors import UsageError
 
 #: From one pass over the texts.
 ONE_PASS = ("michel", "entropy", "confidence", "hies")
-#: From searches of their own.
+#: From separate searches.
 SEARCHES = ("ablation", "all-but-one", "lrp", "causal")
-#: Of these --keep makes no plan: they say what heads do, not how much that matters.
+#: --keep makes no plan of these: they describe what heads do, not how much that matters.
 DESCRIPTIVE = ("entropy", "confidence")
 
 
@@ -98,7 +98,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _score(options: argparse.Namespace, model, texts: LabelledTexts) -> tuple[dict, dict]:
-    """metric -> scores, in the order asked for, and what more is known of each."""
+    """metric -> scores, in the requested order, and details of each."""
     import headwise as hw
 
     wanted = list(dict.fromkeys(options.metrics))
@@ -131,7 +131,7 @@ def _score(options: argparse.Namespace, model, texts: LabelledTexts) -> tuple[di
 
 
 def table(scores: dict[str, list[float]]) -> str:
-    """A row a layer, a column a head."""
+    """One row per layer, one column per head."""
     width = max(len(name) for name in scores)
     heads = max(len(values) for values in scores.values())
     lines = [" " * width + "".join(f"{head:>8}" for head in range(heads))]

@@ -1,4 +1,4 @@
-"""Labelled texts and a trained classifier: what ``score`` and ``prune`` measure heads on."""
+"""Labelled texts and a trained classifier, for ``score`` and ``prune``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from headwise.apps.tasks.errors import UsageError
 
 
 def add_texts(parser: argparse.ArgumentParser, required: bool) -> None:
-    """The options that say which texts, and how many."""
+    """The options for the texts and their number."""
     parser.add_argument(
         "--data",
         type=Path,
@@ -33,13 +33,13 @@ def add_texts(parser: argparse.ArgumentParser, required: bool) -> None:
         "--journal",
         type=Path,
         metavar="DIR",
-        help="keep the finished steps of long searches there; the same command goes on from them",
+        help="save the finished steps of long searches there; the same command resumes from them",
     )
 
 
 @dataclass(frozen=True)
 class LabelledTexts:
-    """What a search over the heads of a model takes.
+    """The input of a search over the heads of a model.
 
     Attributes:
         name: of the file.
@@ -99,7 +99,7 @@ def labelled_texts(options: argparse.Namespace, model, device) -> LabelledTexts:
 
 
 def journal(options: argparse.Namespace, search: str) -> Path | None:
-    """The file that keeps the steps of ``search``, where --journal was given."""
+    """The file for the steps of ``search``, if --journal was given."""
     from headwise.apps.cli.common import writable_folder
 
     if options.journal is None:

@@ -1,4 +1,4 @@
-"""Holding a dynamic model to an average number of heads, by one number for the whole model."""
+"""Calibrating a dynamic model to an average number of heads, by one number for the whole model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _threshold_parameter(gate: nn.Module) -> Tensor | None:
     """The parameter whose shift makes the gate choose more heads of every input, or fewer.
 
     BudgetGate: the bias of the budget's logit. HardConcreteGate and GumbelSigmoidGate: the logit of
-    every head. None where the number of heads is fixed.
+    every head. None if the number of heads is fixed.
     """
     if isinstance(gate, hw.BudgetGate):
         return gate.budget_out.bias if gate.fixed_budget is None else None
@@ -61,11 +61,11 @@ def calibrate(
         heads_used: measures the share of heads on held-out texts.
         target: the share wanted.
         reach: largest shift tried.
-        precision: how near is near enough.
-        most: measurements at most.
+        precision: accepted distance from the target.
+        most: maximum number of measurements.
 
     Returns:
-        The shift; 0 where the trained thresholds were near enough.
+        The shift; 0 if the trained thresholds were near enough.
     """
     threshold = Threshold(model)
     used = heads_used()

@@ -19,8 +19,8 @@ from headwise.io.files import write_atomic  # noqa: E402
 
 _INK, _MUTED, _GRID, _PAPER = "#1c2430", "#5b6573", "#dfe3e8", "#ffffff"
 
-# By what a method's name begins with, the longest that fits: mid tones in which neighbours of a
-# figure can be told apart; dynamic methods have the strongest.
+# By the longest matching prefix of a method's name: mid tones, distinguishable between neighbours
+# of a figure; dynamic methods have the strongest.
 _COLOURS = {
     "random": "#8d959f",
     "michel": "#c98a1b",
@@ -50,7 +50,7 @@ _DASHED = ("subset-pipelined", "michel-exact-finetuned")  # lines beside one of 
 
 def _colour(method: str, kind: str) -> str:
     known = [name for name in _COLOURS if method == name or method.startswith(f"{name}-")]
-    if not known:  # a method of the user's own
+    if not known:  # a user's method
         return "#2f7de1" if kind == "dynamic" else "#8d959f"
     return _COLOURS[max(known, key=len)]
 
@@ -148,8 +148,8 @@ def _intervals(entries: list[dict]) -> list[list[float]]:
 def _reach(
     values: Sequence[float], low: Sequence[float], high: Sequence[float]
 ) -> list[list[float]]:
-    """How far below and above each value its range reaches: not at all where it lies outside, as
-    the ratio of two medians may lie outside the quartiles of the ratios."""
+    """How far below and above each value its range reaches: 0 if the value is outside, because the
+    ratio of two medians may be outside the quartiles of the ratios."""
     return [
         [max(0.0, value - end) for value, end in zip(values, low, strict=True)],
         [max(0.0, end - value) for value, end in zip(values, high, strict=True)],
@@ -157,8 +157,8 @@ def _reach(
 
 
 def front_figure(result: dict) -> Figure:
-    """A panel for each task: test accuracy against measured time in the first shape, what no other
-    beats in both numbered and joined, the rest dim."""
+    """A panel for each task: test accuracy against measured time in the first shape; the Pareto
+    front is numbered and joined, the rest dim."""
     tasks = result["tasks"]
     figure = _figure(len(tasks), 5.2)
     panels = _axes(figure, len(tasks), "test accuracy (%)")
@@ -250,7 +250,7 @@ def latency_figure(result: dict) -> Figure:
 
 
 def headroom_figure(result: dict) -> Figure:
-    """A panel for each task: what one plan leaves, and what plans by the input win, untrained."""
+    """A panel for each task: the accuracy of one plan, and of plans by the input, untrained."""
     rooms = [room for room in result["headroom"] if room["rows"]]
     figure = _figure(max(1, len(rooms)))
     panels = _axes(figure, max(1, len(rooms)), "accuracy without training (%)")
@@ -337,7 +337,7 @@ def drawings(result: dict) -> list[Drawing]:
 
 
 def save_png(drawing: Drawing, result: dict, path: Path) -> None:
-    """The figure on white, whole or not at all."""
+    """Writes the figure on white, atomically."""
     figure = drawing.draw(result)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150, facecolor=_PAPER)

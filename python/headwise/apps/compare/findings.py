@@ -1,4 +1,4 @@
-"""What a study found: means over seeds, comparisons, and the sentences that say it."""
+"""The findings of a study: means over seeds, comparisons, and sentences."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def summarise(runs: Sequence[dict]) -> list[dict]:
     """One entry for each task, method and budget: the mean over seeds.
 
     ``accuracy_low`` and ``accuracy_high`` are a 95% interval: of the mean over seeds (Student's t)
-    where there are several, else of the one proportion (Wilson). ``missed``: the average share of
+    if there are several, else of the one proportion (Wilson). ``missed``: the average share of
     heads on the test (of a method that prunes more: of its own measure) is further than 2 points
     from the target.
     """
@@ -109,9 +109,9 @@ def _correct(runs: Sequence[dict], task: str, method: str, keep: float) -> Tenso
 
 
 def _best(entries: Sequence[dict], kind: str) -> dict | None:
-    """The best of a kind by validation accuracy: the test has no say in it.
+    """The best of a kind by validation accuracy, independent of the test.
 
-    Of methods whose budget is in heads; one that prunes more stands at another number of them.
+    Only methods with a budget in heads: one that prunes more has another number of them.
     """
     candidates = [
         entry for entry in entries if entry["kind"] == kind and not entry.get("whole_model")
@@ -173,7 +173,7 @@ def _verdict(difference: dict, first: str, second: str) -> str:
 
 
 def sentences(result: dict) -> list[str]:
-    """What was found and what missed, in plain words, the most important first."""
+    """The findings and missed budgets in plain words, the most important first."""
     summary, found = result["summary"], []
     entries = {(e["task"], e["method"], e["keep_target"]): e for e in summary}
     several = len({e["task"] for e in summary}) > 1
@@ -248,7 +248,7 @@ def _selection_sentences(summary: Sequence[dict]) -> list[str]:
 
 
 def _domain_sentences(summary: Sequence[dict]) -> list[str]:
-    """One for each dynamic method of a task with domains: how its heads are shared out."""
+    """One for each dynamic method of a task with domains: how its heads are distributed."""
     found = []
     for e in summary:
         if e["kind"] != "dynamic" or "domains" not in e:
@@ -264,14 +264,14 @@ def _domain_sentences(summary: Sequence[dict]) -> list[str]:
 
 
 def shape_text(shape: dict) -> str:
-    """How a latency's shape is called."""
+    """The name of a latency's shape."""
     length = "texts as they come" if shape["length"] is None else f"{shape['length']} tokens"
     return f"batch {shape['batch']}, {length}"
 
 
 def _time_sentences(summary: Sequence[dict]) -> list[str]:
     """One for each shape, of the models that were trained: which dynamic ones were faster than the
-    dense model, and what choosing by the text costs over removing as many heads."""
+    dense model, and what choosing by the text costs over removing the same number of heads."""
     dynamic = [e for e in summary if e["kind"] == "dynamic"]
     found = []
     for place, shape in enumerate(dynamic[0]["latency"] if dynamic else []):

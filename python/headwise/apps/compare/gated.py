@@ -1,8 +1,8 @@
 """Methods that train gates: static ones, which end as a plan, and dynamic ones.
 
-Gates begin at the budget, with the heads that matter most to the dense model. A gate that begins
-with every head open spends half of the steps on coming down, while the weights of a pruned model
-adapt to their heads from the first.
+Gates start at the budget, with the heads that matter most to the dense model. A gate that starts
+with every head open spends half of the steps on closing heads, while the weights of a pruned model
+adapt to their heads from the start.
 """
 
 from __future__ import annotations
@@ -39,11 +39,12 @@ def static(
     until: float = HARD_FROM,
     joint: bool = True,
 ) -> Run:
-    """Gates that see no input train to the budget; the best heads stay, and train on.
+    """Gates that do not see the input train to the budget; then the best heads stay and train
+    further.
 
     Args:
         prototype: share of heads -> gate.
-        score: gate -> what its heads are ranked by when the search ends.
+        score: gate -> the ranking of its heads at the end of the search.
         until: share of the steps in which gates are trained.
         joint: whether the model learns meanwhile.
     """
@@ -75,7 +76,7 @@ def static(
 
 
 def dynamic(prototype: Callable[[Workbench, float], hw.Gate]) -> Run:
-    """Gates that see the input train with the model, and are then held to the budget."""
+    """Gates that see the input train with the model, and are then calibrated to the budget."""
 
     def run(bench: Workbench, keep: float, steps: int) -> Outcome:
         model = _start(bench, hw.convert(bench.converted(), prototype(bench, keep)), keep)
@@ -100,7 +101,7 @@ def dynamic(prototype: Callable[[Workbench, float], hw.Gate]) -> Run:
 
 
 def requested(bench: Workbench, keep: float, steps: int) -> Outcome:
-    """One model is trained for all budgets, once; each run requests its own of it."""
+    """One model is trained once for all budgets; each run requests its own."""
     trained = bench.plans.get("requested")
     if trained is None:
         gate = hw.RequestedBudgetGate(
@@ -122,7 +123,7 @@ def threshold(bench: Workbench, keep: float, steps: int) -> Outcome:
         bench.validation.take(256).in_order(64),
         keep,
         forward_fn=bench.forward,
-        tolerance=1.0,  # the share that it came to is reported
+        tolerance=1.0,  # the resulting share is reported
     )
     return Outcome(model, 0, {"threshold": found})
 
@@ -188,7 +189,7 @@ def fixed_budget_gate(bench: Workbench, keep: float) -> hw.Gate:
 
 
 def full_budget_gate(bench: Workbench, keep: float) -> hw.Gate:
-    """BudgetFormer's ablation that is said to collapse: every text all heads."""
+    """BudgetFormer's ablation that collapses in the paper: every text all heads."""
     return hw.BudgetGate(keep=1.0)
 
 

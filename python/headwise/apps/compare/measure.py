@@ -1,4 +1,4 @@
-"""What a model costs: measured time against the dense model, and multiply-accumulates."""
+"""The cost of a model: measured time relative to the dense model, and multiply-accumulates."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from headwise.gates.optimizing import choosing_parameters
 
 @dataclass(frozen=True)
 class Shape:
-    """One way to call a model: texts a batch, tokens a text (None: as the texts come)."""
+    """One way to call a model: texts per batch, tokens per text (None: real lengths)."""
 
     batch: int
     length: int | None = None
 
     def within(self, most: int | None) -> Shape:
-        """The same for a model that takes at most so many tokens."""
+        """The same for a model with this maximum number of tokens."""
         if self.length is None or most is None:
             return self
         return Shape(self.batch, min(self.length, most))
@@ -42,8 +42,8 @@ def inputs_of(
 ) -> list[dict[str, Tensor]]:
     """``count`` different batches of the given shape, from real texts.
 
-    Real texts, because a gate chooses by what it reads. Where the shape asks for a length, texts
-    are strung together and cut to it; without one, a batch holds texts of neighbouring lengths.
+    Real texts, because a gate's choice depends on the text. If the shape has a length, texts are
+    concatenated and cut to it; otherwise a batch has texts of neighbouring lengths.
     """
     need = min(len(examples), shape.batch * count * 8)
     rows = sorted(range(need), key=lambda row: len(examples.ids[row]))
@@ -85,9 +85,9 @@ def interleaved_seconds(
     least: int = 5,
     most: int = 60,
 ) -> list[list[float]]:
-    """Seconds of each call, a list for each model; the models take turns.
+    """Seconds of each call, a list for each model; the models alternate.
 
-    Taking turns, each model sees the same noise of the machine: ratios are steadier than times.
+    By alternating, each model sees the same noise of the machine: ratios are steadier than times.
     Stops after ``budget_s`` seconds, but not before ``least`` rounds.
     """
     for model in models:
@@ -115,10 +115,10 @@ def latency(
     device: torch.device,
     budget_s: float = 1.5,
 ) -> list[dict]:
-    """Median milliseconds of ``model`` and of ``dense`` for each shape, measured in turns.
+    """Median milliseconds of ``model`` and of ``dense`` for each shape, measured alternately.
 
     ``ratio`` is the median over rounds of this model's time divided by the dense model's time in
-    the same round; ``ratio_low`` and ``ratio_high`` are its quartiles. Where ``model`` is ``dense``
+    the same round; ``ratio_low`` and ``ratio_high`` are its quartiles. If ``model`` is ``dense``
     itself, ``ratio`` is 1 by definition, and the quartiles are those of a second measurement of it
     over the first: the noise of the machine.
     """
@@ -170,7 +170,7 @@ def macs(config, use: HeadUse, lengths: Tensor, model: nn.Module | None = None) 
         config: of the dense transformers model.
         use: the heads that ran for each text.
         lengths: int [N], tokens of each text.
-        model: where given, its gates are counted, and its widths are used: fewer neurons or hidden
+        model: if given, its gates are counted, and its widths are used: fewer neurons or hidden
             dimensions cost less.
     """
     n = lengths.double()  # [N]
@@ -209,7 +209,7 @@ def _processor() -> str:
 
 
 def environment(device: torch.device, threads: int) -> dict:
-    """The machine and the versions that a result was made with."""
+    """The machine and the versions of a result."""
     import transformers
 
     found = {

@@ -1,4 +1,4 @@
-"""What a method of the comparison is, and what it returns."""
+"""A method of the comparison, and its result."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from headwise.apps.compare.workbench import Workbench
 
 @dataclass
 class Outcome:
-    """What a method made of the dense model."""
+    """The model that a method made from the dense model."""
 
     model: nn.Module
     train_steps: int
@@ -23,7 +23,7 @@ Run = Callable[[Workbench, float, int], Outcome]
 
 
 def then_trained(run: Run) -> Run:
-    """The same, and then all training steps: which heads run for which text is settled before."""
+    """The same, and then all training steps: which heads run for which text is fixed before."""
 
     def trained(bench: Workbench, keep: float, steps: int) -> Outcome:
         outcome = run(bench, keep, steps)
@@ -35,7 +35,7 @@ def then_trained(run: Run) -> Run:
 
 @dataclass(frozen=True)
 class Method:
-    """A method and how to speak of it.
+    """A method and its names.
 
     Attributes:
         name: as in ``--methods`` and ``results.json``.

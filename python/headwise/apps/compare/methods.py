@@ -86,7 +86,7 @@ METHODS: dict[str, Method] = {
             "heads asleep and awake",
             "static",
             True,
-            # The score says which heads stay where as many are awake as the plan keeps.
+            # The score decides which heads stay.
             gated.static(gated.sleep_gate, lambda gate: gate.score + 1e9 * gate.awake),
         ),
         _dynamic("budget-gate", "BudgetGate", gated.budget_gate),
@@ -99,14 +99,14 @@ METHODS: dict[str, Method] = {
         Method("threshold", "HDP threshold", "dynamic", False, gated.threshold),
         _dynamic("budget-fixed", "BudgetGate, fixed budget", gated.fixed_budget_gate),
         _dynamic("budget-unannealed", "BudgetGate, no annealing", gated.unannealed_gate),
-        _dynamic("budget-random", "random heads a text", gated.random_gate),
+        _dynamic("budget-random", "random heads per text", gated.random_gate),
         _dynamic("budget-full", "BudgetGate, full budget", gated.full_budget_gate, kind="dense"),
         Method("kwon", "Kwon 2022", "static", False, structured.kwon),
         Method("cofi", "CoFi", "static", True, structured.cofi),
     )
 }
 
-#: What "--methods NAME" stands for, where it is no method's own name.
+#: The methods of "--methods NAME", if NAME is not a method.
 FAMILIES: dict[str, tuple[str, ...]] = {
     **{
         family: (f"{family}-posthoc", f"{family}-finetuned")

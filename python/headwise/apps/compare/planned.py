@@ -10,8 +10,8 @@ import headwise as hw
 from headwise.apps.compare.method import Outcome, Run
 from headwise.apps.compare.workbench import Workbench
 
-#: Shares of importance that hies is tried with, from entropy alone to importance alone; validation
-#: texts choose.
+#: Shares of importance to try for hies, from entropy alone to importance alone; validation texts
+#: choose.
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
 #: Share of the heads that a step of michel-exact removes (Michel et al. 2019, section 4).
 _STEP = 0.1
@@ -31,7 +31,7 @@ def michel_plan(bench: Workbench, keep: float) -> hw.HeadPlan:
 
 
 def michel_exact_plan(bench: Workbench, keep: float) -> hw.HeadPlan:
-    """A tenth of the heads at a time; those that are left are scored anew after each."""
+    """A tenth of the heads at a time; the remaining ones are scored again after each."""
     if ("michel-exact", keep) not in bench.plans:
         path = hw.pruning.pruning_path(
             bench.converted().eval(),
@@ -50,7 +50,7 @@ def hies_plan(bench: Workbench, keep: float) -> hw.HeadPlan:
     """The plan of HIES (arXiv 2510.13832); its alpha is the best of a few on validation texts."""
     if ("hies", keep) in bench.plans:
         return bench.plans["hies", keep]
-    scores = bench.scores("per_example")  # importance as the paper has it
+    scores = bench.scores("per_example")  # importance as in the paper
     found = hw.pruning.select_alpha(
         bench.converted(),
         bench.validation.in_order(32),
@@ -75,7 +75,7 @@ def post_hoc(planner: Planner) -> Run:
 
 
 def dense_continued(bench: Workbench, keep: float, steps: int) -> Outcome:
-    """The dense model with the same further steps: what the steps alone are worth."""
+    """The dense model with the same further steps, to measure the effect of the steps alone."""
     model = bench.converted()
     bench.finetune(model, bench.batches(), steps)
     return Outcome(model, steps)

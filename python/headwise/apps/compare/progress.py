@@ -1,4 +1,4 @@
-"""What a person sees while a study runs: bars on a terminal, lines elsewhere."""
+"""The display of a running study: bars on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import time
 
 from tqdm import tqdm
 
-#: Seconds between two lines about the same training, where there is no terminal.
+#: Seconds between two lines about the same training, without a terminal.
 EVERY = 30.0
 
 
 class Progress:
-    """Hears of every stage, training step and finished run.
+    """Receives every stage, training step and finished run.
 
-    On a terminal the stage that is under way is one line that changes. Elsewhere (a log file, a
-    pipe) everything is a line of its own, without control characters.
+    On a terminal the current stage is one line that changes. Elsewhere (a log file, a pipe)
+    everything is a separate line, without control characters.
 
     Args:
-        show: whether to say anything at all.
+        show: whether to print anything.
     """
 
     def __init__(self, show: bool = True):
@@ -82,7 +82,7 @@ class Progress:
         self._line(record, f"{time.perf_counter() - self._since:.0f} s")
 
     def taken_over(self, name: str, record: dict) -> None:
-        """A run was found finished."""
+        """A run was finished before."""
         self._line(record, "finished before")
 
     def _line(self, record: dict, how: str) -> None:

@@ -1,4 +1,5 @@
-"""Methods without training: what is left makes up for what was pruned, by one plan or a bank."""
+"""Methods without training: the remaining heads compensate for the pruned ones, with one plan or a
+bank."""
 
 from __future__ import annotations
 
@@ -12,11 +13,11 @@ from headwise.apps.compare.planned import Planner
 from headwise.apps.compare.workbench import Workbench
 from headwise.apps.tasks.examples import Examples
 
-#: The layer whose input the router reads: the embeddings, which training leaves as they are, so
-#: that texts follow the same plans before and after it.
+#: The layer whose input the router reads: the embeddings, which are frozen, so that texts follow
+#: the same plans before and after training.
 _AT = 0
 
-#: Plans of a bank, where the task has no domains of its own.
+#: Plans of a bank, if the task has no domains.
 PLANS = 4
 
 Mapping = dict[str, Tensor]
@@ -45,7 +46,7 @@ def losses(model: nn.Module, batch: Mapping) -> Tensor:
 
 
 def removal(model: nn.Module, batches: list[Mapping]) -> hw.HeadScores:
-    """What the plans of a bank are made of."""
+    """The data for the plans of a bank."""
     return hw.pruning.repair_scores(model, batches, forward_fn=forward, progress=False)
 
 
@@ -55,14 +56,14 @@ def calibration(bench: Workbench) -> Examples:
 
 
 def domains_in_order(examples: Examples, batch_size: int = 32) -> Tensor | None:
-    """The domain of each text, in the order of :func:`mappings`; None where there is one."""
+    """The domain of each text, in the order of :func:`mappings`; None if there is only one."""
     if examples.domain_of is None:
         return None
     return torch.cat([examples.domain_of[b.rows] for b in examples.in_order(batch_size)])
 
 
 def removal_plan(bench: Workbench, keep: float) -> hw.HeadPlan:
-    """Heads go in the order in which the others, repaired, make up for them best."""
+    """Heads are removed in the order in which the others, repaired, compensate for them best."""
     if "repair" not in bench.plans:
         batches = mappings(calibration(bench), bench.device)
         bench.plans["repair"] = removal(bench.converted(), batches)
@@ -97,14 +98,14 @@ def bank(bench: Workbench, keep: float, steps: int) -> Outcome:
 
 
 def _grouping(domains: Tensor | None) -> dict:
-    """Domains are told apart by a linear classifier; clusters are what is nearest to a centroid."""
+    """Domains are separated by a linear classifier; clusters by the nearest centroid."""
     return {"clusters": domains, "router": "centroid" if domains is None else "softmax"}
 
 
 def measure_headroom(bench: Workbench) -> dict:
     """``hw.headroom`` of the task: what choosing by the text could win, before any training.
 
-    Where it cannot be measured (a layer that runs many times has no second plan), it says why.
+    If it cannot be measured (a layer that runs many times has no second plan), it gives the reason.
     """
     try:
         found = _headroom(bench)

@@ -1,4 +1,4 @@
-"""Writing a study down: results.json, index.html, the figures, and the table for the terminal."""
+"""Writing a study: results.json, index.html, the figures, and the table for the terminal."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def complete(result: dict) -> dict:
 
 
 def public(result: dict) -> dict:
-    """The content of results.json: without the single answers, which the run files keep."""
+    """The content of results.json: without the single answers, which are in the run files."""
     runs = [{k: v for k, v in run.items() if k != "correct"} for run in result["runs"]]
     order = ["environment", "runs", "verdicts", "findings", "summary", "comparisons"]
     order += ["headroom", "tasks", "model", "settings"]

@@ -35,7 +35,7 @@ class HeadUse:
         return self.chosen.double().mean(1)
 
     def summary(self) -> dict:
-        """The numbers that ``results.json`` holds about it."""
+        """The numbers about it in ``results.json``."""
         fractions = self.fractions()
         often = self.chosen.double().mean(0)  # [heads]
         return {
@@ -64,7 +64,7 @@ def predict_and_record(
     with instrument(model, evaluate=False) as opened:
         present = {name: layer.num_heads for name, layer in opened.layers.items()}
         chosen = torch.zeros(len(examples), sum(present.values()), dtype=torch.bool)
-        seen: dict[str, Tensor] = {}  # of the batch under way: [B, H]
+        seen: dict[str, Tensor] = {}  # of the current batch: [B, H]
 
         def observe(name: str, layer, selection: hw.Selection, x, padding) -> None:
             seen[name] = torch.ops.headwise.selection_mask(
@@ -82,7 +82,7 @@ def predict_and_record(
 
         opened.observe(observe)
         logits = predict(model, examples, after_batch=collect, **options)
-    if present != dense_layers:  # pruned: the heads that are gone were never chosen
+    if present != dense_layers:  # pruned: removed heads were never chosen
         parts, start = [], 0
         for name, heads in dense_layers.items():
             kept = present.get(name, 0)
@@ -97,7 +97,7 @@ def predict_and_record(
 @contextlib.contextmanager
 def swapped(model: nn.Module) -> Iterator[None]:
     """Every text runs the heads that its gates chose for another text of the batch, half a batch
-    away: as many heads, other ones. If accuracy stays, the choice does not matter."""
+    away: the same number of heads, but others. If accuracy stays, the choice does not matter."""
 
     def shift(gate: nn.Module, args: tuple, selection: hw.Selection) -> hw.Selection:
         rows = len(selection.count)

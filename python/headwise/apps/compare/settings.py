@@ -1,4 +1,4 @@
-"""What a study does: the sizes behind --quick, the default and --full."""
+"""The settings of a study: the sizes of --quick, the default and --full."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Settings:
         size: "quick", "default" or "full": what the rest came from.
         budgets: shares of the heads, in (0, 1].
         methods: names from :data:`headwise.apps.compare.methods.METHODS`.
-        seeds: one training of each method a seed; the split of the data is always that of the
+        seeds: one training of each method per seed; the split of the data is always that of the
             first.
         steps: training steps of every method that trains, after the dense model's.
         dense_steps: steps in which the pretrained model learns the task.
@@ -30,7 +30,7 @@ class Settings:
         max_length: tokens; longer texts are cut.
         training: of every method, after the dense model.
         dense_learning_rate: of the dense model's own fine-tuning.
-        shapes: what latency is measured on; the first is the one in the table.
+        shapes: for measuring latency; the first is the one in the table.
         latency_s: seconds of measuring a run and shape.
     """
 
@@ -91,7 +91,7 @@ def preset(size: str, seed: int) -> Settings:
 
 
 def check_budgets(budgets: tuple[float, ...]) -> tuple[float, ...]:
-    """Refuses budgets that are not shares of the heads."""
+    """Raises an error for budgets that are not shares of the heads."""
     for budget in budgets:
         if not 0 < budget <= 1:
             raise UsageError(f"every budget must be above 0 and at most 1, got {budget:g}")

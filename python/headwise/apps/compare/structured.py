@@ -1,7 +1,7 @@
 """Methods that prune more than heads: Kwon et al. 2022 and CoFi.
 
 Their budget is a share of the whole: of the multiply-accumulates, or of the weights, of heads and
-feed-forward networks. ``share_kept`` in their notes is what they came to.
+feed-forward networks. ``share_kept`` in their notes is the resulting share.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _fisher(bench: Workbench) -> dict[str, Tensor]:
 
 def cofi(bench: Workbench, keep: float, steps: int) -> Outcome:
     """Masks of all five grains, from a ranking of heads and neurons, train down to ``keep`` of the
-    weights; what stays trains on."""
+    weights; the rest trains further."""
     teacher = bench.converted().requires_grad_(False)
     masked = hw.pruning.CoFi(
         bench.converted(), keep, teacher=teacher, warmup=0.7, init_log_alpha=2.0, init_neurons=2.0

@@ -1,4 +1,4 @@
-"""The study: every task, seed, budget and method, one after the other, and what came of it."""
+"""The study: every task, seed, budget and method in order, and the results."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from headwise.io.fingerprint import fingerprint
 from headwise.io.store import Store, short_name
 
 DENSE = "dense"
-#: Of the content of a run's record: those of another version are made anew.
+#: Version of a run's record: runs of other versions are repeated.
 RECORD = 2
 
 
@@ -77,14 +77,13 @@ def runs_of(task: str, settings: Settings, seed: int) -> list[Run]:
 
 
 class Study:
-    """Does the runs that are not finished yet; every finished run is a file at once.
+    """Does the unfinished runs; every finished run is written to a file at once.
 
     Args:
         source: tasks and model.
         settings: what to do.
         out: folder of results; runs that an earlier study with the same settings finished there
-            are taken over.
-        device: where to train and measure.
+            are reused. device: where to train and measure.
         threads: recorded with the results.
         progress: hears of every step.
         keep_models: write each trained model to ``out/models``.
@@ -108,7 +107,7 @@ class Study:
         self.threads = threads
         self.progress = progress
         self.keep_models = keep_models
-        # Everything that can be wrong with what was asked for is found before any training.
+        # All invalid input is found before any training.
         self.folder = model_folder(source.model)
         self.tokenizer = load_tokenizer(self.folder)
         self.model_digest = folder_digest(self.folder)
@@ -128,7 +127,7 @@ class Study:
         return [load_task(name) for name in self.source.tasks]
 
     def _key(self, task: Task) -> dict:
-        """Everything that decides a result, but for the run's own method, budget and seed."""
+        """Everything that a result depends on, except the run's own method, budget and seed."""
         settings = self.settings.as_dict()
         for unrelated in ("size", "budgets", "methods", "seeds"):
             settings.pop(unrelated)
@@ -144,7 +143,7 @@ class Study:
         }
 
     def run(self) -> dict:
-        """Does what is missing and returns ``{"environment", "settings", "runs", ...}``."""
+        """Does the missing runs and returns ``{"environment", "settings", "runs", ...}``."""
         records: list[dict] = []
         work = [
             (task, seed, runs_of(task.name, self.settings, seed), self._key(task))
@@ -158,7 +157,7 @@ class Study:
             store = Store.in_folder(self.out / "runs", name, key)
             found = {run: store.get(run.name) for run in runs}
             bench: Any = None  # a Workbench, once it is needed
-            # Headroom is of the first seed, and of the budgets that are asked for.
+            # Headroom is for the first seed and the requested budgets.
             rooms = Store(None, "headroom", {})
             if seed == self.settings.seeds[0]:
                 own = {**key, "budgets": self.settings.budgets}
@@ -245,12 +244,12 @@ class Study:
         return bench
 
     def _dense(self, task: Task, seed: int, key: dict, train: Examples) -> nn.Module:
-        """The dense model, trained or as an interrupted study left it."""
+        """The dense model, trained or from an interrupted study."""
         torch.manual_seed(seed)
         model = load_classifier(self.folder, len(task.classes)).to(self.device)
         path = self.out / "runs" / f"{short_name(task.name)}-{seed}-dense.safetensors"
         checked = fingerprint(key)
-        with contextlib.suppress(Exception):  # whatever is wrong with it: train again
+        with contextlib.suppress(Exception):  # if anything is wrong with it: train again
             if _metadata(path).get("key") == checked:
                 model.load_state_dict(load_file(path))
                 return model.eval()
@@ -275,7 +274,7 @@ class Study:
         if run.method == DENSE:
             kind, title = "dense", "dense"
             outcome, took = Outcome(bench.converted(), self.settings.dense_steps), {}
-            timed = bench.dense  # what every other model's time is divided by
+            timed = bench.dense  # the denominator of every other model's time
         else:
             method = METHODS[run.method]
             kind, title = method.kind, method.title
@@ -342,7 +341,7 @@ class Study:
 
 
 def _by_domain(test: Examples, right: torch.Tensor, use: HeadUse) -> dict:
-    """Accuracy and head use of each domain, where the task has several."""
+    """Accuracy and head use of each domain, if the task has several."""
     if test.domain_of is None:
         return {}
     found = []
@@ -372,7 +371,7 @@ def _mac_ratios(bench: Workbench, model: nn.Module, use: HeadUse) -> dict:
 
 
 def _sample(rows, limit: int) -> list[int]:
-    """``limit`` rows, evenly spread: rows of one document stand together in some files."""
+    """``limit`` rows, evenly spread: rows of one document are adjacent in some files."""
     rows = list(rows)
     if limit >= len(rows):
         return rows

@@ -19,7 +19,7 @@ COLUMNS = (
 
 
 def cells(entry: dict, dense: dict) -> list[str]:
-    """One row, a text a column."""
+    """One row, one text per column."""
     dynamic = entry["kind"] == "dynamic"
     own = entry is dense
     return [
@@ -52,7 +52,7 @@ def domain_cells(entry: dict) -> list[str]:
 
 
 def domain_columns(entries: Sequence[dict]) -> list[str]:
-    """The heading of the table of domains; empty where the task has one domain."""
+    """The heading of the table of domains; empty if the task has one domain."""
     if "domains" not in entries[0]:
         return []
     return ["method", *(domain["name"] for domain in entries[0]["domains"])]
@@ -69,7 +69,7 @@ def grouped(summary: Sequence[dict], task: str) -> list[tuple[str, list[dict]]]:
 
 
 def _aligned(header: Sequence[str], rows: Sequence[list[str] | str]) -> list[str]:
-    """A table: rows that are texts are headings over the full width."""
+    """A table: rows that are strings are headings over the full width."""
     table = [header, *(row for row in rows if not isinstance(row, str))]
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
 

@@ -17,15 +17,15 @@ from headwise.gates.optimizing import choosing_parameters
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """What a fine-tuning takes besides the model and the data.
+    """The settings of a fine-tuning, besides the model and the data.
 
     Attributes:
-        batch_size: texts a step.
+        batch_size: texts per step.
         learning_rate: of the model's weights; linear warm-up, then linear decay to 0.
-        gate_learning_rate: of the gates' vectors (what a gate thinks of a head whatever the input);
-            the same schedule.
-        gate_matrix_learning_rate: of the gates' matrices (what it reads in the input): larger
-            makes selections differ more between inputs, and accuracy lower.
+        gate_learning_rate: of the gates' vectors (a gate's preference for a head, independent of
+            the input); the same schedule.
+        gate_matrix_learning_rate: of the gates' matrices (which read the input): a larger one makes
+            selections differ more between inputs, and accuracy lower.
         weight_decay: of matrices; biases, layer norms and gates have none.
         warmup: share of the steps.
         distillation: weight of the KL divergence from the teacher's predictions, in [0, 1]; the
@@ -36,7 +36,7 @@ class TrainingOptions:
         freeze_embeddings: the word and position embeddings stay as they were pretrained.
         dropout: whether the model's dropout is on. With a teacher and less than an epoch of steps
             it only adds noise.
-        precision: "float32", "bfloat16" (autocast), or "auto": bfloat16 where the processor has
+        precision: "float32", "bfloat16" (autocast), or "auto": bfloat16 if the processor has
             instructions for it.
     """
 
@@ -91,7 +91,7 @@ def _groups(model: nn.Module, options: TrainingOptions) -> list[dict]:
 
 
 def learning_rate_factor(progress: float, warmup: float) -> float:
-    """What a learning rate is multiplied by at ``progress`` in [0, 1]."""
+    """The factor of a learning rate at ``progress`` in [0, 1]."""
     if progress < warmup:
         return (progress + 1e-3) / (warmup + 1e-3)
     return (1 - progress) / (1 - warmup)
@@ -115,14 +115,14 @@ def loss_of(
 
 
 def freeze_embeddings(model: nn.Module) -> None:
-    """Word and position embeddings take no part in training."""
+    """Freezes word and position embeddings."""
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             module.weight.requires_grad_(False)
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Every dropout of the model, that of the attention probabilities included, is off for good."""
+    """Switches off every dropout of the model, including that of the attention probabilities."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -147,8 +147,8 @@ def finetune(
     Args:
         batches: an endless supply.
         teacher: [N, C], the dense model's logits for every training example, or None.
-        gate_span: the part of annealing that these steps cover; a method that trains in two
-            phases gives each its part.
+        gate_span: the part of annealing that these steps cover, for methods that train in two
+            phases.
         rate_span: the part of the learning rates' schedule that these steps cover.
         after_step: called when a step is done (progress bars).
 

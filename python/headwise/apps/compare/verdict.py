@@ -1,5 +1,5 @@
-"""The verdict of a study: one sentence in everyday words, three numbers, and the front of accuracy
-against measured time."""
+"""The verdict of a study: one sentence in everyday words, three numbers, and the Pareto front of
+accuracy and measured time."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def verdicts(result: dict) -> list[dict]:
 
     Choosing by the input is worth something at the budgets at which the whole 95% interval of the
     best dynamic method over the best static one is above 0, and nothing if at every budget the
-    interval ends below one point. What is recommended is the smallest model that loses nothing: the
-    interval of its difference to dense reaches above 0 and no point below it. Both methods were
-    chosen on validation texts.
+    interval ends below one point. The recommendation is the smallest model that loses nothing: the
+    interval of its difference to dense reaches above 0 and not one point below it. Both methods
+    were chosen on validation texts.
     """
     found = []
     for task in result["tasks"]:
@@ -82,7 +82,7 @@ def _verdict(comparisons: list[dict], entries: list[dict], dense: dict) -> dict:
 
 
 def _worth(both: list[dict]) -> str:
-    """What choosing by the input is worth if it wins nowhere for sure."""
+    """The value of choosing by the input if it wins at no budget for sure."""
     if not both:
         return ""
     most = max(both, key=lambda c: c["dynamic_minus_static"]["high"])["dynamic_minus_static"]

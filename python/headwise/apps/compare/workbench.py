@@ -1,4 +1,4 @@
-"""A task, a model that learned it, and what the methods need of both."""
+"""A task, a model trained on it, and the common data of the methods."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from headwise.nn.layers import attention_layers
 
 @dataclass
 class Workbench:
-    """What every method starts from.
+    """The starting point of every method.
 
     Attributes:
         dense: the transformers model, fine-tuned on the task; never changed.
         teacher: [N, C], its logits for the training examples that the steps will show; the rest
             is not a number.
-        plans: a place for plans that several methods share.
+        plans: plans that several methods share.
         seed: of this run's training; the data's split does not depend on it.
         step_done: called after every training step, of any method.
     """
@@ -57,7 +57,7 @@ class Workbench:
         }
 
     def _ask_teacher(self) -> Tensor:
-        # Every method sees the same batches, so only their texts are asked about.
+        # Every method sees the same batches, so only their texts are needed.
         batches = self.batches()
         shown = torch.cat([next(batches).rows for _ in range(self.settings.steps)]).unique()
         logits = predict(
@@ -80,7 +80,7 @@ class Workbench:
         return hw.convert(copy.deepcopy(self.dense))
 
     def batches(self, seed_offset: int = 0) -> Iterator[Batch]:
-        """Training batches without end: the same for every method of a seed."""
+        """Endless training batches: the same for every method of a seed."""
         return self.train.shuffled(
             self.settings.training.batch_size, seed=1000 * self.seed + 7 + seed_offset
         )
@@ -139,7 +139,7 @@ class Workbench:
 
 
 def dense_options(settings: Settings) -> TrainingOptions:
-    """How the dense model learns the task: no teacher, dropout as pretrained."""
+    """The training of the dense model: no teacher, dropout as pretrained."""
     return replace(
         settings.training,
         learning_rate=settings.dense_learning_rate,

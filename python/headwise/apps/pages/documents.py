@@ -22,12 +22,12 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class Documents:
-    """What a page shows; None where it was not given.
+    """The content of a page; None if not given.
 
     Attributes:
         explanation: one or more inputs (``hw.explain``).
         use: a data set (``hw.explain_data``).
-        roles: of heads (``hw.head_roles``); those of ``use`` where that is given.
+        roles: of heads (``hw.head_roles``); those of ``use`` if given.
         compared: ``results.json`` of ``headwise compare``.
     """
 
@@ -38,14 +38,14 @@ class Documents:
 
 
 def sort_documents(given: tuple[Any, ...]) -> Documents:
-    """Finds out what each document is.
+    """Sorts documents by format.
 
     Args:
         given: mappings, objects with ``to_dict()``, or paths of JSON files.
 
     Raises:
         ValueError: none, two of a kind, or one of an unknown format or version.
-        TypeError: something that is no document.
+        TypeError: something that is not a document.
         OSError: a file cannot be read.
     """
     found: dict[str, Any] = {}

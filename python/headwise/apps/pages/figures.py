@@ -18,7 +18,7 @@ from headwise.apps.pages.documents import Documents  # noqa: E402
 from headwise.io.files import write_atomic  # noqa: E402
 
 _ON, _OFF = "#1f66c1", "#b4430f"
-#: Beyond so many tokens only some are named.
+#: Beyond this many tokens only some are named.
 _NAMED = 45
 
 #: (key of a head, title), best first: the first that an input has is drawn.
@@ -26,14 +26,14 @@ _MEASURES = (("relevance", "relevance"), ("effect", "effect"), ("weight", "weigh
 
 
 def write_figures(folder: Path, documents: Documents) -> list[Path]:
-    """Draws everything that the documents hold; returns the files."""
+    """Draws everything in the documents; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, draw in _drawings(documents):
         figure = draw()
         buffer = io.BytesIO()
         with warnings.catch_warnings():
-            # A letter that the font lacks is drawn as a box; the page and the JSON have it.
+            # A letter that is not in the font is drawn as a box; the page and the JSON have it.
             warnings.filterwarnings("ignore", message="Glyph .* missing from")
             figure.savefig(buffer, format="png", dpi=150, facecolor="#ffffff")
         written.append(folder / f"{name}.png")
@@ -95,7 +95,7 @@ def _token(entry: dict[str, Any], place: int) -> str:
 
 
 def _grid(axes, layers: list[list[float | None]], low: float, high: float, colours: str):
-    """Layers from top to bottom; what is not known, and heads that a layer lacks, stay white."""
+    """Layers from top to bottom; unknown values and missing heads are white."""
     import numpy as np
 
     width = max(1, *(len(row) for row in layers))

@@ -1,4 +1,4 @@
-"""What the page adds to ``headwise explain``: ``--format``, ``--compared``, and the files."""
+"""The page's options of ``headwise explain``: ``--format``, ``--compared``, and the files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from headwise.apps.tasks.errors import UsageError
 
-#: What each format needs besides torch.
+#: The packages of each format besides torch.
 _NEEDS = {"html": ("plotly", "jinja2"), "png": ("matplotlib",), "json": ()}
 
 
@@ -33,11 +33,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refuses, before any work is done, what cannot be written; decides which maps are kept.
+    """Checks the options before any work is done; decides which attention maps are kept.
 
     Raises:
-        UsageError: no folder to write to, a missing package, or a file that is not what it should
-            be.
+        UsageError: no folder to write to, a missing package, or a file of the wrong kind.
     """
     if options.maps is None:
         options.maps = ["all" if {"html", "png"} & set(options.format) else "none"]
@@ -65,7 +64,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def write(options: argparse.Namespace, *documents: Any) -> None:
-    """Writes what ``--format`` asks for to ``--out``, and says so."""
+    """Writes the files of ``--format`` to ``--out``, and prints their names."""
     if not options.format:
         return
     from headwise.apps.cli.common import say

@@ -13,12 +13,13 @@ from headwise.apps.compare.verdict import front
 from headwise.apps.pages.documents import Documents
 from headwise.explain.summary import summarise
 
-#: What a browser would take for markup, or an old one for the end of a line, inside a script.
+#: Characters that a browser would treat as markup, or an old one as the end of a line, inside a
+#: script.
 _ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&'\u2028\u2029"}
 
 
 def script_json(value: Any) -> str:
-    """JSON that holds none of ``< > & '`` nor the line ends that JavaScript knows beside JSON's."""
+    """JSON without ``< > & '`` and without JavaScript's additional line ends."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.translate(_ESCAPES)
 
@@ -36,7 +37,7 @@ def pack_map(rows: list[list[float]]) -> str:
 
 
 def pack(documents: Documents, room: int) -> tuple[dict[str, Any], list[str]]:
-    """What the page's scripts read, in at most ``room`` bytes, and notes about what had to go.
+    """The data of the page's scripts, in at most ``room`` bytes, and notes about what was left out.
 
     Inputs are kept from the first; attention maps of the heads that matter most before others.
 

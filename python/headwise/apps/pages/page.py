@@ -1,4 +1,4 @@
-"""One HTML file that holds everything: the page of explanations, uses and comparisons."""
+"""One self-contained HTML file: the page of explanations, uses and comparisons."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from headwise.apps.pages.pack import pack, script_json
 from headwise.apps.pages.words import OVER_DATA, parts
 from headwise.io.files import write_atomic
 
-#: Bytes that a page may have: it is sent by mail and opened from disk.
+#: Maximum bytes of a page: it is sent by mail and opened from disk.
 LIMIT = 6_000_000
 
 _SCRIPTS = ("base.js", "contrast.js", "explained.js", "data_set.js", "compared.js")
@@ -24,13 +24,13 @@ _SCRIPTS = ("base.js", "contrast.js", "explained.js", "data_set.js", "compared.j
 def page(*documents: Any) -> str:
     """The page, as HTML.
 
-    It loads nothing from elsewhere, and its content security policy lets nothing be loaded and no
-    script run but its own: whatever the texts are, they stay texts.
+    It loads nothing from elsewhere, and its content security policy allows only its own scripts:
+    texts cannot become code.
 
     Args:
-        documents: each at most once: what :func:`headwise.explain`, :func:`headwise.explain_data`
-            and :func:`headwise.head_roles` return, the ``results.json`` of ``headwise compare``,
-            or the paths of such files.
+        documents: each at most once: the results of :func:`headwise.explain`,
+            :func:`headwise.explain_data` and :func:`headwise.head_roles`, the ``results.json`` of
+            ``headwise compare``, or the paths of such files.
 
     Raises:
         ImportError: plotly or jinja2 is not installed.
@@ -41,8 +41,8 @@ def page(*documents: Any) -> str:
 
 
 def write_page(path: str | os.PathLike, *documents: Any) -> None:
-    """Writes the page to ``path``, whole or not at all: one file of less than 6 MB that needs no
-    network. See docs/interpretability.md for what it shows.
+    """Writes the page to ``path`` atomically: one file of less than 6 MB that needs no network. See
+    docs/interpretability.md for its content.
 
     Args:
         path: an ``.html`` file.
@@ -60,7 +60,7 @@ def write_pngs(folder: str | os.PathLike, *documents: Any) -> list[Path]:
     """Writes the figures of the page as PNG files to ``folder``; returns their paths.
 
     Args:
-        folder: is made where it does not exist.
+        folder: created if it does not exist.
         documents: as for :func:`page`.
 
     Raises:
@@ -88,7 +88,7 @@ def _render(documents: Documents) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
     ).get_template("page.html.j2")
-    # All that is not data: the notes are a few hundred bytes.
+    # Everything except data: the notes are a few hundred bytes.
     room = LIMIT - sum(len(script.encode()) for script in scripts) - len(css.encode()) - 40_000
     title, subtitle, sections = _headings(documents)
     everything = parts(documents)
@@ -107,12 +107,12 @@ def _render(documents: Documents) -> str:
         verdicts=[] if documents.compared is None else verdicts(documents.compared),
         notes=notes,
         hashes=[_hash(script) for script in scripts],
-        # The package's own files, and JSON without a character that means anything to HTML.
+        # The package's own files, and JSON without characters that are special in HTML.
         css=Markup(css),
         scripts=[Markup(script) for script in scripts],
         data=Markup(script_json(shown)),
     )
-    # Half of a surrogate pair, which a JSON file can hold, is no character that can be written.
+    # Half of a surrogate pair, which a JSON file may have, cannot be written.
     return content.encode("utf-8", "replace").decode("utf-8")
 
 

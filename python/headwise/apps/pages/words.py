@@ -1,4 +1,4 @@
-"""What the documents say, in plain words."""
+"""The documents in plain words."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from typing import Any
 
 from headwise.apps.pages.documents import Documents
 
-#: Heading of what is told about a data set.
+#: Heading of the part about a data set.
 OVER_DATA = "Over the data set"
-#: Share of unknown tokens from which on it is told: a few stand in every data set.
+#: Share of unknown tokens from which it is reported: every data set has a few.
 TELL_UNKNOWN = 0.1
 
 
 def parts(documents: Documents) -> list[tuple[str, list[str]]]:
-    """(heading, sentences): what stands at the top of the page about a data set and, folded, about
-    a comparison."""
+    """(heading, sentences): the top of the page about a data set and, folded, about a
+    comparison."""
     over: list[str] = []
     if documents.use is not None:
         over += use_sentences(documents.use)
@@ -40,7 +40,7 @@ def sentences(documents: Documents) -> list[str]:
 
 
 def use_sentences(document: dict[str, Any]) -> list[str]:
-    """How many heads run, and for whom."""
+    """How many heads run, and for which texts."""
     use, data = document["use"], document["data"]
     share = use["heads_mean"] / use["heads"] if use["heads"] else 0.0
     spread = (

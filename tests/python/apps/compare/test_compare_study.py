@@ -192,7 +192,7 @@ def test_an_interrupted_study_goes_on(tiny_model, tiny_texts, tmp_path, monkeypa
         methods.METHODS, "budget-gate", dataclasses.replace(original, run=interrupted)
     )
     assert main(command) == 1
-    assert "the same command goes on from there" in capsys.readouterr().err
+    assert "the same command resumes from there" in capsys.readouterr().err
     assert not (out / "results.json").exists()
     monkeypatch.setitem(methods.METHODS, "budget-gate", original)
 

@@ -1,4 +1,4 @@
-"""Texts that nobody hoped for, from the command line and from Python, up to the page."""
+"""Hostile texts, from the command line and from Python, up to the page."""
 
 import csv
 import json

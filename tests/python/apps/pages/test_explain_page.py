@@ -1,4 +1,4 @@
-"""The page: what stands in it, that nothing in it comes from elsewhere, that texts stay texts."""
+"""The page: its content, that nothing in it comes from elsewhere, that texts stay texts."""
 
 import base64
 import copy
@@ -32,7 +32,7 @@ pytest.importorskip("plotly", reason="plotly is not installed")
 
 
 class Reader(HTMLParser):
-    """Elements with their attributes, and what stands in scripts."""
+    """Elements with their attributes, and the content of scripts."""
 
     def __init__(self, content):
         super().__init__()

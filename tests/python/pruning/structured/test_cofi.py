@@ -306,7 +306,7 @@ def test_five_grains_of_bert_are_compacted_and_saved(tmp_path):
         for group, logits in cofi.log_alpha.items():
             for parameter in logits:
                 parameter.normal_(2.0 if group in ("attention", "ffn") else 0.0, 3.0)
-        cofi.log_alpha["attention"][0][0] = -4.0  # one block of each kind is gone
+        cofi.log_alpha["attention"][0][0] = -4.0  # one block of each kind is removed
         cofi.log_alpha["ffn"][0][1] = -4.0
         cofi.log_alpha["attention"][0][1] = 4.0
         cofi.log_alpha["ffn"][0][0] = 4.0
