@@ -60,7 +60,7 @@ std::vector<Backend> backends() {
       {"aten", "cuda", device,
        (device ? std::string() : no_device + "; ") + kUnverified +
            ": LibTorch's matrix products and attention over the active heads, one head at a "
-           "time, for what the kernels do not take; waits for the device once a call"});
+           "time, for what the kernels do not take; waits for the device once per call"});
   list.push_back(packed());
   list.push_back({"cpu_kernels", "cpu", true,
                   "BLAS, or plain loops where there is none, over the active heads: float64, "

@@ -35,7 +35,7 @@ class Descriptor {
 /// file that someone truncates kills the process with SIGBUS, here it is an exception.
 class InputFile {
  public:
-  // O_NONBLOCK: opening a pipe that nobody writes must not wait.
+  // O_NONBLOCK: opening a pipe without a writer must not wait.
   explicit InputFile(std::string path)
       : path_(std::move(path)),
         descriptor_(::open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)) {

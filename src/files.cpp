@@ -79,7 +79,7 @@ void AtomicFile::commit() {
     if (closed != 0) throw FileError(errno, "write", path_);
     return;
   }
-  // Some file systems cannot be synchronised and say so with EINVAL.
+  // Some file systems cannot be synchronised and return EINVAL.
   if (::fsync(descriptor_) != 0 && errno != EINVAL) throw FileError(errno, "write", path_);
   if (std::rename(beside_.c_str(), path_.c_str()) != 0) throw FileError(errno, "write", path_);
   ::close(std::exchange(descriptor_, -1));

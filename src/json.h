@@ -1,4 +1,4 @@
-// JSON that came from outside: what is wrong with it is said by name.
+// Untrusted JSON: errors name what is wrong.
 #pragma once
 
 #include <c10/util/Exception.h>
@@ -24,8 +24,8 @@ using Json = nlohmann::ordered_json;  // objects keep the order of their keys, a
 constexpr size_t kMostKeys = 10'000;
 constexpr int kDeepest = 32;
 
-/// A value as it may stand in a message, spelled as in Python: at most about 60 characters, none of
-/// them a control character.
+/// A value for a message, spelled as in Python: at most about 60 characters, none of them a control
+/// character.
 template <typename AnyJson>
 std::string shown_json(const AnyJson& value) {
   constexpr size_t kMost = 60;
@@ -42,8 +42,8 @@ std::string shown_json(const AnyJson& value) {
   return value.dump();
 }
 
-/// Refuses what parse_json() refuses beside JSON that is not valid. A pass of its own: with a
-/// callback the library's parser goes through an object anew after each of its values.
+/// Refuses what parse_json() refuses besides invalid JSON. A separate pass: with a callback the
+/// library's parser walks an object again after each of its values.
 template <typename AnyJson>
 class JsonChecker : public nlohmann::json_sax<AnyJson> {
  public:

@@ -17,7 +17,7 @@ HEADWISE_API std::vector<int64_t> pruning_counts(int64_t total, double keep, dou
 
 /// The `count` heads of `before` that score best.
 /// @param scores of the heads that `before` keeps, in their order, for each of its layers
-/// @throws c10::ValueError if they are not as many, or what plan refuses
+/// @throws c10::ValueError if their number is wrong, and as plan
 HEADWISE_API HeadPlan narrowed(const HeadPlan& before, const HeadScores& scores, int64_t count,
                                int64_t min_heads_per_layer = 0);
 

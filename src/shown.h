@@ -8,8 +8,8 @@
 
 namespace headwise {
 
-/// `text` as it may stand in a message: one quoted line of printable ASCII, about `longest`
-/// characters at most. Everything else is escaped as in JSON, what is not UTF-8 as U+FFFD.
+/// `text` for a message: one quoted line of printable ASCII, about `longest` characters at most.
+/// Everything else is escaped as in JSON, what is not UTF-8 as U+FFFD.
 inline std::string shown(std::string_view text, size_t longest = 100, char quote = '"') {
   std::string line(1, quote);
   size_t at = 0;

@@ -97,7 +97,7 @@ Json numbers(const float* values, int64_t size) {
   return array;
 }
 
-/// One call: a list with an object a sequence.
+/// One call: a list with one object per sequence.
 Json to_json(const Selection& call, int64_t num_heads) {
   const auto as_float = [](const at::Tensor& tensor) {
     return tensor.defined() ? to_host(tensor.to(at::kFloat)) : at::Tensor();

@@ -17,14 +17,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "tools" / "words.txt"
 FOLDERS = (
-    "README.md",
-    "CONTRIBUTING.md",
-    "docs",
-    "python/headwise",
-    "tests/python",
-    "tools",
-    "benchmarks",
-    "examples/python",
+    *("README.md", "CONTRIBUTING.md", "docs"),
+    *("include", "src", "python/headwise", "python/bindings"),
+    *("benchmarks", "examples", "tests", "tools"),
 )
 #: Phrases in these are data.
 EXEMPT = (
@@ -32,11 +27,11 @@ EXEMPT = (
     "examples/python/train_gate.py",
     "tests/python/tools/test_words.py",
 )
-SUFFIXES = {".md", ".py", ".pyi", ".h", ".cpp", ".cu", ".cuh"}
+SUFFIXES = {".md", ".py", ".pyi", ".h", ".cpp", ".cu", ".cuh", ".js"}
 #: A comment or a string, of Python or C++, from left to right.
 PROSE = {
     True: re.compile(r'"""(.*?)"""|"((?:\\.|[^"\\\n])*)"|\'((?:\\.|[^\'\\\n])*)\'|#([^\n]*)', re.S),
-    False: re.compile(r'/\*(.*?)\*/|//+<?([^\n]*)|"((?:\\.|[^"\\\n])*)"', re.S),
+    False: re.compile(r'/\*(.*?)\*/|//+<?([^\n]*)|R"\w*\((.*?)\)\w*"|"((?:\\.|[^"\\\n])*)"', re.S),
 }
 
 

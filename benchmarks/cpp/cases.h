@@ -1,4 +1,4 @@
-// What is timed: headwise's layer, gates and entropy, and what they are held against.
+// The contenders: headwise's layer, gates and entropy, and what they are compared with.
 #pragma once
 
 #include <functional>

@@ -27,7 +27,7 @@ struct Options {
   bool process_clock = false;  ///< processor time of all threads instead of wall time
   uint64_t seed = 0;
   std::string json;  ///< file to write; empty: none
-  std::string note;  ///< stands in the results
+  std::string note;  ///< stored in the results
   bool help = false;
 };
 

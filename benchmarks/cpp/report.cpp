@@ -81,7 +81,7 @@ void print(const json& result) {
   std::printf("%-7s %14s %8s %3d ", what.c_str(), shape.text().c_str(),
               result["dtype"].get<std::string>().c_str(), result["threads"].get<int>());
   if (what == "line") {
-    std::printf("      %.2f ms + %.2f ms a head, R^2 %.4f (%s)\n",
+    std::printf("      %.2f ms + %.2f ms per head, R^2 %.4f (%s)\n",
                 result["intercept"].get<double>(), result["slope"].get<double>(),
                 result["r_squared"].get<double>(), result["of"].get<std::string>().c_str());
     std::fflush(stdout);

@@ -42,7 +42,7 @@ Quartiles Times::milliseconds(const std::string& name) const {
 }
 
 Quartiles Times::ratio(const std::string& name, const std::string& over) const {
-  constexpr double kFloor = 1e-9;  // a clock may stand still during a call that is short
+  constexpr double kFloor = 1e-9;  // a clock may not advance during a short call
   const auto &own = seconds.at(name), &other = seconds.at(over);
   std::vector<double> ratios(own.size());
   for (size_t i = 0; i < own.size(); ++i)

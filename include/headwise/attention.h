@@ -11,8 +11,9 @@
 
 namespace headwise {
 
-/// What an attention operator takes besides its tensors. Masks follow torch.nn.MultiheadAttention:
-/// boolean True means 'may not attend', a floating mask is added to the scores.
+/// Arguments of an attention operator besides its tensors. Masks follow
+/// torch.nn.MultiheadAttention: boolean True means 'may not attend', a floating mask is added to
+/// the scores.
 struct AttentionArguments {
   std::optional<at::Tensor> key_padding_mask;  ///< bool or floating [B, S]
   std::optional<at::Tensor> attn_mask;         ///< bool or floating, broadcastable to [B, H, L, S]
@@ -55,18 +56,18 @@ HEADWISE_API at::Tensor selected_multihead_attention(
 /// @param weight  [H d, D], rows of head 0 first, as torch.nn.Linear's
 /// @param bias    [H d] or none
 /// @param index, count  int32 or int64 [B, K] and [B]; K <= H = num_heads
-/// @throws c10::ValueError for a wrong shape, or a selection that is none (CPU; a CUDA device
-/// leaves out heads that do not exist); c10::IndexError (CPU) for a head out of range;
-/// c10::TypeError for another dtype.
+/// @throws c10::ValueError for a wrong shape, or an invalid selection (CPU; a CUDA device leaves
+/// out heads that do not exist); c10::IndexError (CPU) for a head out of range; c10::TypeError for
+/// another dtype.
 HEADWISE_API at::Tensor selected_projection(const at::Tensor& x, const at::Tensor& weight,
                                             const std::optional<at::Tensor>& bias,
                                             int64_t num_heads, const at::Tensor& index,
                                             const at::Tensor& count);
 
 /// The output projection over the chosen heads: bias + sum over them of head_weight[b, h] *
-/// heads[b, h] weight[:, h d .. h d + d]'. Heads that were not chosen are not read, whatever they
-/// hold, and get gradients of zero; nor are their columns of the weight. O(L Dout d) for a chosen
-/// head. A sequence without heads gives the bias.
+/// heads[b, h] weight[:, h d .. h d + d]'. Heads that were not chosen are not read and get zero
+/// gradients; nor are their columns of the weight. O(L Dout d) for a chosen head. A sequence
+/// without heads gives the bias.
 /// @param heads   [B, H, L, d] by any strides, as selected_attention returns it
 /// @param weight  [Dout, H d], as torch.nn.Linear's
 /// @param bias    [Dout] or none
@@ -80,7 +81,7 @@ HEADWISE_API at::Tensor selected_output_projection(
     const std::optional<at::Tensor>& head_weight = {});
 
 /// q [B, H, L, d], k [B, Hkv, S, d], v [B, Hkv, S, dv] (Hkv divides H) -> [B, H, L, dv]; zeros for
-/// heads that were not chosen. `weight` [B, H], where given, multiplies each head's output.
+/// heads that were not chosen. `weight` [B, H], if given, multiplies each head's output.
 HEADWISE_API at::Tensor selected_attention(const at::Tensor& q, const at::Tensor& k,
                                            const at::Tensor& v, const at::Tensor& index,
                                            const at::Tensor& count,

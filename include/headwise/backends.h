@@ -1,4 +1,4 @@
-// What can execute a selection here, and why the rest cannot.
+// Implementations that can execute a selection here, and why the others cannot.
 #pragma once
 
 #include <cstdint>
@@ -13,17 +13,17 @@ struct Backend {
   std::string name;
   std::string device;  ///< "cuda" or "cpu"
   bool available;      ///< can run on this machine, with this build
-  std::string reason;  ///< why it cannot, or what is known of it
+  std::string reason;  ///< why it cannot, or a remark
 };
 
 /// Every backend of the attention operators, for each device the fastest first: the order in which
 /// they are tried.
 HEADWISE_API std::vector<Backend> backends();
 
-/// What runs the attention of the chosen pairs on a CUDA device: headwise's kernels, or LibTorch's
-/// FlashAttention for what it takes (docs/backends.md).
+/// Implementation of the attention of the chosen pairs on a CUDA device: headwise's kernels, or
+/// LibTorch's FlashAttention where it applies (docs/backends.md).
 enum class CudaAttention : uint8_t { kernels, flash };
-/// What multiplies matrices on a CUDA device: warps, or on Hopper whole warpgroups.
+/// Implementation of matrix products on a CUDA device: warps, or on Hopper whole warpgroups.
 enum class CudaProducts : uint8_t { warps, warpgroups };
 struct CudaRoutes {
   CudaAttention attention = CudaAttention::kernels;

@@ -1,4 +1,4 @@
-// Finding the one number that meets a target: the threshold of gates that are not trained.
+// Finding the threshold of gates that are not trained.
 #pragma once
 
 #include <cstdint>
@@ -12,10 +12,10 @@ namespace headwise {
 /// Sets the one threshold of all ThresholdGate gates among `layers` for a share of heads, as
 /// headwise.calibrate_threshold does.
 /// @param forward_fn runs the model, in evaluation mode, on all calibration data
-/// @returns the threshold that the gates now have
+/// @returns the threshold, also set in the gates
 /// @throws c10::ValueError if keep or tolerance is out of range, nothing runs, the share cannot be
 ///         reached (the text names the nearest), or no layer has such a gate; the gates then keep
-///         their thresholds, as they do where forward_fn throws
+///         their thresholds, also if forward_fn throws
 HEADWISE_API double calibrate_threshold(const AttentionLayers& layers,
                                         const std::function<void()>& forward_fn, double keep,
                                         int64_t passes = 12, double tolerance = 0.1);

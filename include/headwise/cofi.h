@@ -10,22 +10,22 @@
 
 namespace headwise {
 
-/// Weights that are expected to stay (section 3.1), differentiable -> []:
-/// sum(hidden) (4 sum_l attention_l head_dim_l sum(heads_l) + 2 sum_l ffn_l sum(neurons_l)).
-/// Every argument holds probabilities that a mask is open; with masks of 1 and 0 it is the size.
-/// @param heads     [H_l], one an attention layer
+/// The expected number of remaining weights (section 3.1), differentiable -> []: sum(hidden) (4
+/// sum_l attention_l head_dim_l sum(heads_l) + 2 sum_l ffn_l sum(neurons_l)). Every argument holds
+/// probabilities that a mask is open; with masks of 1 and 0 it is the size.
+/// @param heads     [H_l], one per attention layer
 /// @param attention [layers]
-/// @param neurons   [F_l], one a feed-forward network
+/// @param neurons   [F_l], one per feed-forward network
 /// @param ffn       [networks]
 /// @param hidden    [D]
-/// @param head_dims width of a head, one an attention layer
+/// @param head_dims width of a head, one per attention layer
 HEADWISE_API at::Tensor structure_size(at::TensorList heads, const at::Tensor& attention,
                                        at::TensorList neurons, const at::Tensor& ffn,
                                        const at::Tensor& hidden, at::IntArrayRef head_dims);
 
 /// m_0 d + m_1 d^2 with d = 1 - size / full_size - t, where t grows linearly from 0 at progress 0
 /// to `target` at progress `warmup` -> []. An optimiser that descends on the loss ascends in the
-/// multipliers [2]: their gradient has the sign turned.
+/// multipliers [2]: their gradient has the opposite sign.
 HEADWISE_API at::Tensor sparsity_penalty(const at::Tensor& size, double full_size,
                                          const at::Tensor& progress, double target, double warmup,
                                          const at::Tensor& multipliers);
@@ -38,9 +38,8 @@ HEADWISE_API at::Tensor sparsity_penalty(const at::Tensor& size, double full_siz
 HEADWISE_API at::Tensor hard_concrete_keep(const at::Tensor& log_alpha, double beta, double gamma,
                                            double zeta, double shift = 0.0);
 
-/// Which layer of a student each layer of a teacher is compared with: the nearest that is alive,
-/// the order kept (a teacher's lower layer never gets a higher one), from the last layer down.
-/// Where no layer is alive, -1.
+/// The student's layer for each teacher's layer: the nearest remaining one, in order (a teacher's
+/// lower layer never gets a higher one), from the last layer down. -1 if no layer remains.
 /// @param distances [T, S] of the teacher's layers to the student's
 /// @param alive     bool [S]
 /// @return int64 [T]

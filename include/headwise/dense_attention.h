@@ -1,5 +1,5 @@
-// Attention over every head, in plain ATen calls: what a layer without a gate runs, what recorders
-// look into, and the attention probabilities that a caller asks for. Differentiable, any device.
+// Attention over every head, in plain ATen calls: for layers without a gate, for recorders, and for
+// requested attention probabilities. Differentiable, any device.
 #pragma once
 
 #include <ATen/core/Tensor.h>

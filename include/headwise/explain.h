@@ -19,7 +19,7 @@ namespace headwise {
 /// A head of a site: {number of the site, number of the head in its layer}.
 using SiteHead = std::pair<int64_t, int64_t>;
 
-/// What an explanation holds besides the grid of heads.
+/// The contents of an explanation besides the grid of heads.
 struct HEADWISE_API ExplainOptions {
   /// Strongest token pairs listed for each head.
   TORCH_ARG(int64_t, pairs) = 5;
@@ -29,15 +29,15 @@ struct HEADWISE_API ExplainOptions {
   TORCH_ARG(bool, all_maps) = false;
   /// Attention maps of these heads.
   TORCH_ARG(std::vector<SiteHead>, maps);
-  /// Measure what switching each head over does to the prediction (explain() alone).
+  /// Measure the effect of toggling each head on the prediction (explain() only).
   TORCH_ARG(bool, effects) = true;
-  /// Heads switched over in one run of the model, each on a copy of its input.
+  /// Heads toggled in one forward of the model, each on a copy of its input.
   TORCH_ARG(int64_t, batch_size) = 32;
 };
 
-/// Gathers what one forward of a model on a batch recorded and what interventions did to its
-/// output, and writes the explanation of every input. explain() drives it in C++ and
-/// headwise.explain in Python.
+/// Collects the records of one forward of a model on a batch and the effects of interventions, and
+/// writes the explanation of every input. explain() drives it in C++ and headwise.explain in
+/// Python.
 ///
 /// A *site* is one call of an attention layer: a layer that a forward runs several times (shared
 /// weights) has a site for each. Sites are numbered in the order of the calls.
@@ -56,12 +56,12 @@ class HEADWISE_API Explanation {
   void add_layer(const std::string& name, int64_t num_heads, const std::string& gate,
                  const NamedTensors& gate_tensors, const AttentionProbe& probe);
 
-  /// The forward's class scores [B, C], C >= 2, and what the classes are called.
-  /// @param labels empty, or one a class
+  /// The forward's class scores [B, C], C >= 2, and the names of the classes.
+  /// @param labels empty, or one per class
   /// @throws c10::ValueError for other shapes or scores that are not finite
   void set_prediction(const at::Tensor& logits, const std::vector<std::string>& labels = {});
 
-  /// The inputs' texts (empty: none) and tokens, padding left out (empty: none).
+  /// The inputs' texts (empty: none) and tokens, without padding (empty: none).
   /// @throws c10::ValueError for another number of inputs
   void set_inputs(const std::vector<std::string>& texts,
                   const std::vector<std::vector<std::string>>& tokens);
@@ -70,12 +70,12 @@ class HEADWISE_API Explanation {
   /// Heads of all sites together.
   int64_t num_heads() const;
 
-  /// Weights for runs in which one head each is switched over: head begin, begin + 1, ... end - 1
-  /// of all the heads, in the order of sites. A chosen head's weight becomes 0, a sleeping one's 1;
-  /// everything else stays as the gates chose. -> a tensor [end - begin, H] for each site
+  /// Weights for forwards in which one head each is toggled: head begin, begin + 1, ... end - 1 of
+  /// all heads, in the order of sites. The weight of a chosen head becomes 0, that of another one
+  /// 1; everything else stays as the gates chose. -> a tensor [end - begin, H] for each site
   std::vector<at::Tensor> switched(int64_t input, int64_t begin, int64_t end) const;
 
-  /// What those runs gave: logits [end - begin, C].
+  /// The results of those forwards: logits [end - begin, C].
   /// @throws c10::ValueError for another shape, scores that are not finite, or without a prediction
   void add_effects(int64_t input, int64_t begin, const at::Tensor& logits);
 
@@ -92,9 +92,9 @@ class HEADWISE_API Explanation {
 /// @param batch      number of inputs
 /// @param forward_fn runs the model on the inputs `rows` (int64 [N], numbers of inputs, which may
 ///                   repeat) and returns class scores [N, C], or an undefined tensor if the model
-///                   has none (then nothing is said of effects)
+///                   has none (then effects are not reported)
 /// @return JSON, format "headwise.explanation"
-/// @throws c10::ValueError if forward_fn calls no layer, or gives what Explanation refuses
+/// @throws c10::ValueError if forward_fn calls no layer, or its result is invalid for Explanation
 HEADWISE_API std::string explain(
     const std::vector<std::pair<std::string, MultiheadAttention>>& layers, int64_t batch,
     const std::function<at::Tensor(const at::Tensor& rows)>& forward_fn,

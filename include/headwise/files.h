@@ -1,4 +1,4 @@
-// What is thrown where the operating system refuses something about a file.
+// The exception for file errors of the operating system.
 #pragma once
 
 #include <string>
@@ -8,10 +8,10 @@
 
 namespace headwise {
 
-/// The operating system refused something about a file; OSError (by its errno) in Python.
+/// A file operation failed; OSError (by its errno) in Python.
 class HEADWISE_API FileError : public std::system_error {
  public:
-  /// @param action what was tried ("write"), @param path on what
+  /// @param action the attempted operation ("write"), @param path the file
   FileError(int error, const std::string& action, std::string path);
   const std::string& path() const noexcept { return path_; }
 

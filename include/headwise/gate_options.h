@@ -16,7 +16,7 @@
 
 namespace headwise {
 
-/// What the value of an option must be, besides its type.
+/// The rule for the value of an option, besides its type.
 struct OptionRule {
   enum class Kind {
     kNone,
@@ -72,12 +72,12 @@ constexpr OptionRule choice(const char* choices) { return {OptionRule::Kind::kCh
 #define HEADWISE_EXECUTION(OPTION, initial) \
   OPTION(std::string, execution, initial, choice("all, selected"), "in training, 'all' runs every head, so that gradients reach the weights of heads that were not chosen; 'selected' runs only the chosen ones, which is cheaper")
 
-// What gates that are trained towards a share of the heads have in common.
+// Common options of gates that are trained towards a share of the heads.
 #define HEADWISE_TARGET(OPTION) \
   OPTION(std::string, target_scope, "model", choice("model, layer"), "'model': one target for the mean over all layers (through penalty()); 'layer': one for each") \
-  OPTION(double, warmup, 0.3, unit, "progress at which the aimed share has come from initial_keep to keep") \
-  OPTION(double, initial_keep, 0.95, fraction, "the aimed share at the start of training") \
-  OPTION(double, static_until, 0.4, unit, "progress at which the part that sees the input sets in") \
+  OPTION(double, warmup, 0.3, unit, "progress at which the target share reaches keep, starting from initial_keep") \
+  OPTION(double, initial_keep, 0.95, fraction, "the target share at the start of training") \
+  OPTION(double, static_until, 0.4, unit, "progress from which the part that sees the input is trained") \
   OPTION(double, hard_from, 0.75, not_negative, "progress from which training runs the hard selection of evaluation, without noise; above 1: never")
 
 #define HEADWISE_FIXED_GATE(OPTION) \
@@ -98,7 +98,7 @@ constexpr OptionRule choice(const char* choices) { return {OptionRule::Kind::kCh
   OPTION(std::optional<int64_t>, hidden_dim, std::nullopt, at_least(1), "width of the budget's network; default max(8, embed_dim // 8)") \
   OPTION(int64_t, min_heads, 1, at_least(0), "no input runs fewer heads") \
   OPTION(std::string, rounding, "round", choice("round, ceil"), "'round' (half up) or 'ceil' (the paper's; runs half a head more on average than the penalty sees)") \
-  OPTION(double, strength, 20.0, not_negative, "factor of the squared distance from the aimed share") \
+  OPTION(double, strength, 20.0, not_negative, "factor of the squared distance from the target share") \
   OPTION(double, bounds_strength, 1.0, not_negative, "factor of the squared hinge that holds the budget inside its bounds") \
   OPTION(double, entropy_strength, 0.0, finite, "factor of the entropy of softmax(relevance), rewarded at the start and penalised at the end of annealing; 0 leaves exploration to noise and temperature") \
   OPTION(double, temperature, 0.5, positive, "of the relaxation, at the start") \
@@ -129,22 +129,22 @@ constexpr OptionRule choice(const char* choices) { return {OptionRule::Kind::kCh
   OPTION(double, keep, 0.5, fraction, "if k is not given: the share of the heads, rounded half up, at least one head") \
   OPTION(std::string, scope, "model", choice("model, layer"), "'model': one choice among the heads of all layers (see link_gates()); 'layer': one for each layer") \
   OPTION(std::string, estimator, "gumbel", choice("gumbel, straight_through"), "how the choice is relaxed in training") \
-  OPTION(double, temperature, 1000.0, positive, "of the relaxation, at the start; the authors' 1000 gives all heads nearly equal weights at first; for a short training from a ranking begin near 1") \
+  OPTION(double, temperature, 1000.0, positive, "of the relaxation, at the start; the authors' 1000 gives all heads nearly equal weights at first; for a short training from a ranking start near 1") \
   OPTION(double, final_temperature, 0.1, positive, "of the relaxation, from cooled_at on; the authors go to 1e-8") \
   OPTION(double, cooled_at, 0.68, unit, "progress at which final_temperature is reached") \
   OPTION(double, hard_from, 0.75, not_negative, "progress from which training runs the hard choice; above 1: never") \
   HEADWISE_EXECUTION(OPTION, "all")
 
 #define HEADWISE_REQUESTED_BUDGET_GATE(OPTION) \
-  OPTION(double, budget, 0.5, fraction, "what evaluation runs until another budget is requested") \
-  OPTION(double, min_budget, 0.1, fraction, "the least that training draws; below it evaluation runs what was not trained") \
-  OPTION(double, max_budget, 1.0, fraction, "the most that training draws") \
-  OPTION(std::string, scope, "model", choice("model, layer"), "'model': the budget is shared out among the layers (see link_gates()); 'layer': each layer runs that share of its own heads") \
-  OPTION(int64_t, min_heads, 0, at_least(0), "no layer runs fewer heads; above 0 a model may run more than it was asked for") \
+  OPTION(double, budget, 0.5, fraction, "the budget of evaluation until another one is requested") \
+  OPTION(double, min_budget, 0.1, fraction, "lower bound of the budgets drawn in training; smaller ones are untrained") \
+  OPTION(double, max_budget, 1.0, fraction, "upper bound of the budgets drawn in training") \
+  OPTION(std::string, scope, "model", choice("model, layer"), "'model': the budget is divided among the layers (see link_gates()); 'layer': each layer runs that share of its own heads") \
+  OPTION(int64_t, min_heads, 0, at_least(0), "no layer runs fewer heads; above 0 a model may run more than requested") \
   OPTION(double, temperature, 0.5, positive, "of the relaxation, at the start") \
   OPTION(double, final_temperature, 0.1, positive, "of the relaxation, when the hard selection begins") \
   OPTION(double, noise_scale, 0.5, not_negative, "of the Gumbel noise at the start; falls linearly to 0 at hard_from") \
-  OPTION(double, static_until, 0.4, unit, "progress at which the part that sees the input sets in") \
+  OPTION(double, static_until, 0.4, unit, "progress from which the part that sees the input is trained") \
   OPTION(double, hard_from, 0.75, not_negative, "progress from which training runs the hard selection; above 1: never") \
   HEADWISE_EXECUTION(OPTION, "all")
 
@@ -158,14 +158,14 @@ constexpr OptionRule choice(const char* choices) { return {OptionRule::Kind::kCh
   HEADWISE_EXECUTION(OPTION, "all")
 
 #define HEADWISE_SLEEP_GATE(OPTION) \
-  OPTION(double, keep, 0.5, fraction, "share of the heads that is awake in the end; at least one head") \
+  OPTION(double, keep, 0.5, fraction, "share of the heads that are awake at the end; at least one head") \
   OPTION(std::string, scope, "model", choice("model, layer"), "'model': heads of all layers compete (see link_gates()); 'layer': those of each layer") \
   OPTION(int64_t, every, 10, at_least(1), "training steps from one decision to the next") \
   OPTION(double, margin, 0.2, not_negative, "how much better a sleeping head must score than one that is awake to replace it") \
   OPTION(double, decay, 0.9, decay, "of the running average of scores") \
-  OPTION(double, asleep_by, 0.3, unit, "progress at which all that are to sleep do; until then their number grows linearly") \
+  OPTION(double, asleep_by, 0.3, unit, "progress at which the final number of heads sleep; until then it grows linearly") \
   OPTION(double, settled_from, 0.75, not_negative, "progress from which no head moves; above 1: never") \
-  OPTION(int64_t, probe_every, 4, at_least(1), "with execution='selected': steps from one in which every head runs, so that sleeping ones are scored, to the next") \
+  OPTION(int64_t, probe_every, 4, at_least(1), "with execution='selected': every head runs once in this many steps, so that sleeping ones are scored") \
   HEADWISE_EXECUTION(OPTION, "all")
 
 #define HEADWISE_THRESHOLD_GATE(OPTION) \
@@ -179,7 +179,7 @@ constexpr OptionRule choice(const char* choices) { return {OptionRule::Kind::kCh
   HEADWISE_EXECUTION(OPTION, "selected")
 
 #define HEADWISE_SHARED_HEADS_GATE(OPTION) \
-  OPTION(GateOptionsBox, gate, {}, none, "what chooses among the other heads, unbound") \
+  OPTION(GateOptionsBox, gate, {}, none, "the gate that chooses among the other heads, unbound") \
   OPTION(std::vector<int64_t>, shared, std::vector<int64_t>(1, 0), heads, "which heads run for every input, or how many: the first ones until start_gates() chooses")
 // clang-format on
 
@@ -204,7 +204,7 @@ HEADWISE_GATE_OPTIONS(ThresholdGate, HEADWISE_THRESHOLD_GATE)
 
 struct AnyGateOptions;
 
-/// A gate's options inside another's; empty until they are given.
+/// A gate's options inside another's; empty until set.
 class GateOptionsBox {
  public:
   GateOptionsBox() = default;
@@ -222,7 +222,7 @@ class GateOptionsBox {
 /// Example: SharedHeadsGateOptions().gate(BudgetGateOptions()).shared({0, 1})
 HEADWISE_GATE_OPTIONS(SharedHeadsGate, HEADWISE_SHARED_HEADS_GATE)
 
-/// Any gate's options: what MultiheadAttentionOptions::gate takes.
+/// Any gate's options, for MultiheadAttentionOptions::gate.
 using GateOptions =
     std::variant<FixedGateOptions, RandomGateOptions, BudgetGateOptions, HardConcreteGateOptions,
                  SubsetGateOptions, RequestedBudgetGateOptions, GumbelSigmoidGateOptions,

@@ -22,7 +22,7 @@
 
 namespace headwise {
 
-/// What gates that decide together (scope "model") have in common; made by link_gates.
+/// State shared by gates that decide together (scope "model"); made by link_gates.
 struct GateScope;
 class Replay;
 
@@ -37,7 +37,7 @@ struct HeadInputs {
   int64_t added_keys = 0;  ///< how many of the keys masks do not cover
 };
 
-/// What every gate has in common.
+/// The interface of every gate.
 class HEADWISE_API GateImpl : public torch::nn::Module {
  public:
   /// @param x                [B, L, D]
@@ -52,10 +52,10 @@ class HEADWISE_API GateImpl : public torch::nn::Module {
 
   /// Puts the parameters and buffers back to their initial state.
   virtual void reset_parameters() {}
-  /// reset_parameters(), and forgets every forward: as if newly made.
+  /// reset_parameters(), and clears the state of every forward, like a new gate.
   virtual void reset();
 
-  /// Whether start_from means something to it: start_gates passes over the others.
+  /// Whether start_from applies to it: start_gates skips the others.
   virtual bool starts() const { return false; }
   /// Starts the gate from a static choice instead of from all heads.
   /// @param relevance floating [H], positive for heads that the static choice keeps
@@ -73,7 +73,7 @@ class HEADWISE_API GateImpl : public torch::nn::Module {
 
   /// Gates of scope "model" with equal keys decide together; empty: this one decides alone.
   virtual std::string scope_key() const { return {}; }
-  /// Gives the scope what it has to know of this gate.
+  /// Gives the scope the information about this gate.
   virtual void contribute(GateScope& scope) const;
   /// Takes its place among the gates of `scope`, to which each has contributed.
   virtual void join(const std::shared_ptr<GateScope>& scope, int64_t position);
@@ -87,16 +87,16 @@ class HEADWISE_API GateImpl : public torch::nn::Module {
  protected:
   // Checks the sizes. run_all: in training every head runs, chosen or not.
   GateImpl(std::string name, int64_t embed_dim, int64_t num_heads, bool run_all);
-  // Of a gate with a table of options; checks them.
+  // For a gate with a table of options; checks them.
   GateImpl(const GateOptions& options, int64_t embed_dim, int64_t num_heads);
   void check_input(const at::Tensor& x) const;
   bool run_all() const { return run_all_; }
-  // Whether this forward is one to keep records and statistics of: in training, and not one that
-  // activation checkpointing repeats.
+  // Whether this forward updates records and statistics: in training, unless activation
+  // checkpointing repeats it.
   bool records() const;
   // Makes `copy`, a new gate of the same type and options, a deep copy of this one.
   void copy_to(GateImpl& copy, const std::optional<torch::Device>& device) const;
-  // What it has besides parameters, buffers and options: taken from a gate of the same type.
+  // Its state besides parameters, buffers and options, taken from a gate of the same type.
   virtual void take_state(const GateImpl& original);
   void print(std::ostream& stream, const GateOptions& options) const;
 
@@ -105,10 +105,10 @@ class HEADWISE_API GateImpl : public torch::nn::Module {
   bool run_all_;
 };
 
-/// Gives a gate clone(), as torch::nn::Cloneable gives it to LibTorch's modules: a copy with
-/// tensors of its own. In a clone of their model, gates that decide together do so among
-/// themselves; a clone of only some of them has to be linked again. Printed are its sizes and the
-/// options that are not their defaults.
+/// Gives a gate clone(), as torch::nn::Cloneable gives it to LibTorch's modules: a copy with its
+/// own tensors. In a clone of their model, gates that decide together do so among themselves; a
+/// clone of only some of them has to be linked again. Printed are its sizes and the options that
+/// are not their defaults.
 template <typename Derived, typename Base>
 class HEADWISE_API CloneableGate : public Base {
  public:
@@ -167,7 +167,7 @@ class HEADWISE_API ScheduledGateImpl : public GateImpl {
   void start_from(const at::Tensor& relevance, double budget) override;
 
   at::Tensor progress;
-  /// Running statistics of the pooled input, where the gate sees its input: [D], [D], [].
+  /// Running statistics of the pooled input, if the gate sees its input: [D], [D], [].
   at::Tensor feature_mean, feature_variance, feature_batches;
 
  protected:
@@ -192,10 +192,10 @@ class HEADWISE_API TargetedGateImpl : public ScheduledGateImpl {
   at::Tensor penalty() const override;
   void reset() override;
 
-  /// The part of the penalty that belongs to this layer alone; undefined where there is none.
+  /// The part of the penalty that belongs to this layer alone; undefined if there is none.
   at::Tensor regulariser;
 
-  /// What the target and its penalty are; gates of equal ones with scope "model" share one target.
+  /// The target and its penalty; gates with equal ones and scope "model" share one target.
   struct Target {
     std::string type, scope, form;
     double keep, initial_keep, warmup, strength;
@@ -216,8 +216,8 @@ class HEADWISE_API TargetedGateImpl : public ScheduledGateImpl {
   Target target_;
 };
 
-/// A head budget and a relevance a head, for every input. Parameters: base [H], relevance.weight
-/// [H, D], budget_hidden.*, budget_out.* (the last two where the budget is predicted).
+/// A head budget and a relevance per head, for every input. Parameters: base [H], relevance.weight
+/// [H, D], budget_hidden.*, budget_out.* (the last two if the budget is predicted).
 class HEADWISE_API BudgetGateImpl : public CloneableGate<BudgetGateImpl, TargetedGateImpl> {
  public:
   BudgetGateImpl(BudgetGateOptions options, int64_t embed_dim, int64_t num_heads,
@@ -258,7 +258,7 @@ class HEADWISE_API HardConcreteGateImpl
 TORCH_MODULE(HardConcreteGate);
 
 /// A gate that decides together with those of the other layers (scope "model", see link_gates) or
-/// for its own layer alone ("layer").
+/// for its own layer only ("layer").
 class HEADWISE_API ScopedGateImpl : public ScheduledGateImpl {
  public:
   std::string scope_key() const override { return key_; }
@@ -270,9 +270,9 @@ class HEADWISE_API ScopedGateImpl : public ScheduledGateImpl {
       : ScheduledGateImpl(options, embed_dim, num_heads, tensor_options) {}
   // For the end of a constructor. Gates of scope "model" with equal `options` decide together.
   void set_scope(const std::string& scope, const GateOptions& options);
-  // What it decides in; null where it is not linked.
+  // Its scope; null if it is not linked.
   GateScope* linked() const { return scope_.get(); }
-  // The same. @throws c10::Error where it is not linked
+  // The same. @throws c10::Error if it is not linked
   GateScope& scope() const;
   int64_t position() const { return position_; }
   void take_state(const GateImpl& original) override;
@@ -317,7 +317,7 @@ class HEADWISE_API RequestedBudgetGateImpl
   void reset() override;
   void contribute(GateScope& scope) const override;
 
-  /// What evaluation runs from now on.
+  /// Sets the budget of evaluation from now on.
   /// @param budget floating [] or [B], each in (0, 1]
   /// @throws c10::ValueError if it is not
   void request(const at::Tensor& budget);
@@ -334,7 +334,7 @@ class HEADWISE_API RequestedBudgetGateImpl
 };
 TORCH_MODULE(RequestedBudgetGate);
 
-/// A sigmoid a head with Gumbel noise, cut at one half. Parameters: logit [H], relevance.weight
+/// One sigmoid per head with Gumbel noise, cut at one half. Parameters: logit [H], relevance.weight
 /// [H, D].
 class HEADWISE_API GumbelSigmoidGateImpl
     : public CloneableGate<GumbelSigmoidGateImpl, TargetedGateImpl> {
@@ -363,7 +363,7 @@ struct HeadMove {
   double score;  ///< of the head, when it moved
 };
 
-/// Puts the heads that matter least to sleep in training, and wakes them when their scores recover.
+/// Puts the least important heads to sleep in training, and wakes them when their scores recover.
 /// Buffers: awake [H], score [H], steps [].
 class HEADWISE_API SleepGateImpl : public CloneableGate<SleepGateImpl, ScopedGateImpl> {
  public:
@@ -374,9 +374,9 @@ class HEADWISE_API SleepGateImpl : public CloneableGate<SleepGateImpl, ScopedGat
   void reset() override;
   void contribute(GateScope& scope) const override;
 
-  /// What moved in this layer, oldest first.
+  /// The moves in this layer, oldest first.
   std::vector<HeadMove> moves() const;
-  /// Replaces it, once the gate is linked; the moves' `position` does not matter.
+  /// Replaces them, once the gate is linked; the moves' `position` does not matter.
   void set_moves(const std::vector<HeadMove>& moves);
 
   SleepGateOptions options;
@@ -394,7 +394,7 @@ class HEADWISE_API ThresholdGateImpl : public CloneableGate<ThresholdGateImpl, G
  public:
   ThresholdGateImpl(ThresholdGateOptions options, int64_t embed_dim, int64_t num_heads,
                     const at::TensorOptions& tensor_options = {});
-  /// @throws c10::Error always: it has to see queries and keys
+  /// @throws c10::Error always: it needs queries and keys
   Selection forward(const at::Tensor& x, const at::Tensor& key_padding_mask = {}) override;
   bool reads_heads() const override { return true; }
   Selection forward_heads(const HeadInputs& heads) override;
@@ -415,7 +415,7 @@ class HEADWISE_API SharedHeadsGateImpl : public CloneableGate<SharedHeadsGateImp
                       const at::TensorOptions& tensor_options = {});
   Selection forward(const at::Tensor& x, const at::Tensor& key_padding_mask = {}) override;
   bool starts() const override { return true; }
-  /// The heads of largest relevance become the shared ones; the gate inside starts with the rest.
+  /// The heads of largest relevance become the shared ones; the inner gate starts with the rest.
   void start_from(const at::Tensor& relevance, double budget) override;
   void reset_parameters() override;
   void reset() override;
@@ -432,8 +432,8 @@ HEADWISE_API std::shared_ptr<GateImpl> make_gate(const GateOptions& options, int
                                                  const at::TensorOptions& tensor_options = {});
 
 /// The regulariser of every gate in `model` for its last training forward []: gates of target scope
-/// "model" share one penalty on the mean share of heads, own terms are averaged. Add it to the
-/// loss.
+/// "model" share one penalty on the mean share of heads; terms of single layers are averaged. Add
+/// it to the loss.
 HEADWISE_API at::Tensor penalty(const torch::nn::Module& model);
 
 /// Tells every gate of the model how far training has come, from 0 to 1.
@@ -441,11 +441,11 @@ HEADWISE_API void anneal(torch::nn::Module& model, double progress);
 
 /// Links the gates of scope "model" that have equal options, so that each set decides as one. Call
 /// it when the gates of a model are in place; load does. Linking again is allowed.
-/// @throws c10::ValueError if the options do not fit the number of heads there are
+/// @throws c10::ValueError if the options do not fit the number of heads
 HEADWISE_API void link_gates(torch::nn::Module& model);
 
-/// Every RequestedBudgetGate of the model runs this share of the heads from now on: [] for all
-/// sequences, or [B], one each.
+/// Makes every RequestedBudgetGate of the model run this share of the heads from now on: [] for all
+/// sequences, or [B], one per sequence.
 /// @throws c10::ValueError if a value is outside (0, 1], or the model has no such gate
 HEADWISE_API void request_budget(torch::nn::Module& model, const at::Tensor& budget);
 HEADWISE_API void request_budget(torch::nn::Module& model, double budget);
@@ -453,8 +453,8 @@ HEADWISE_API void request_budget(torch::nn::Module& model, double budget);
 /// Starts the gates of a model from an importance ranking of its heads: relevance at sharpness *
 /// (rank - (1 - keep)), rank in [0, 1] over the heads of all layers; a layer's budget at the share
 /// of its heads among the `keep` most important.
-/// @param importance for every gate that is trained, by the name of its attention layer, a score a
-///                   head [H]
+/// @param importance for every gate that is trained, by the name of its attention layer, one score
+/// per head [H]
 /// @throws c10::ValueError if keep is outside (0, 1], a gate has no score, or the wrong number
 HEADWISE_API void start_gates(torch::nn::Module& model,
                               const std::map<std::string, at::Tensor>& importance, double keep,

@@ -1,4 +1,4 @@
-// Importance: a score a head over a data set, gathered batch by batch.
+// Importance: one score per head, accumulated over a data set.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,7 +12,7 @@
 
 namespace headwise {
 
-/// A score a head, layer by layer; layers may have different numbers of heads.
+/// One score per head, layer by layer; layers may have different numbers of heads.
 struct HeadScores {
   std::string metric;                       ///< what the scores measure: "michel", "entropy", ...
   std::vector<std::string> layers;          ///< names, in the order of the model
@@ -25,16 +25,16 @@ struct HeadScores {
   HEADWISE_API static HeadScores from_json(const std::string& text);
 };
 
-/// Where the absolute value is taken in I_h = E |<context_h, dL/dcontext_h>| (Michel et al. 2019,
-/// eq. 2). It changes the result: see docs/importance.md.
+/// The level of the absolute value in I_h = E |<context_h, dL/dcontext_h>| (Michel et al. 2019, eq.
+/// 2). It changes the result: see docs/importance.md.
 enum class AbsoluteValue {
   per_token,    ///< sum over tokens of |s_t|, divided by the number of tokens (the authors' code)
   per_example,  ///< sum over examples of |sum_t s_t|, divided by the number of examples (eq. 2)
   per_batch,    ///< sum over batches of |sum s|, divided by examples; depends on the batch size
 };
 
-/// Gathers, in float64 and in one pass, what every metric needs. Not safe for concurrent calls; use
-/// one for each thread or process and merge() them.
+/// Accumulates, in float64 and in one pass, the sums of every metric. Not safe for concurrent
+/// calls; use one for each thread or process and merge() them.
 class HEADWISE_API HeadScoreAccumulator {
  public:
   HeadScoreAccumulator();
@@ -55,18 +55,18 @@ class HEADWISE_API HeadScoreAccumulator {
   void add_statistics(const std::string& layer, const at::Tensor& entropy,
                       const at::Tensor& confidence);
 
-  /// Adds what another accumulator gathered on other data.
+  /// Adds the sums of another accumulator on other data.
   void merge(const HeadScoreAccumulator& other);
 
   /// Michel et al. 2019. `normalize` divides each layer's scores by their L2 norm (plus 1e-20), as
   /// the paper does.
-  /// @throws c10::ValueError when nothing was gathered, or when every score is zero.
+  /// @throws c10::ValueError if nothing was accumulated, or every score is zero.
   HeadScores michel(AbsoluteValue absolute = AbsoluteValue::per_token, bool normalize = true) const;
 
   /// Mean normalised attention entropy, in [0, 1]: high means broad attention.
   HeadScores entropy() const;
 
-  /// Mean of the largest attention probability (Voita et al. 2019): high means sure.
+  /// Mean of the largest attention probability (Voita et al. 2019): high means focused.
   HeadScores confidence() const;
 
  private:
@@ -83,7 +83,7 @@ class HEADWISE_API HeadScoreAccumulator {
   std::map<std::string, Layer> layers_;
 };
 
-/// Over what HIES scales its two parts to [0, 1].
+/// The heads over which HIES scales its two parts to [0, 1].
 enum class Scope { layer, global };
 
 /// Head importance and entropy score (arXiv 2510.13832): alpha * importance + (1 - alpha) *

@@ -13,7 +13,7 @@
 
 namespace headwise {
 
-/// What a layer would select itself: by its gate, or all heads if it has none.
+/// The layer's own selection: by its gate, or all heads if it has none.
 using Choose = std::function<Selection()>;
 /// Selects the heads of one call of a layer.
 /// @param layer its position among the layers
@@ -21,12 +21,12 @@ using Choose = std::function<Selection()>;
 /// @param like dtype and device of a selection's weights
 using Override = std::function<Selection(size_t layer, int64_t inputs,
                                          const at::TensorOptions& like, const Choose& choose)>;
-/// Is handed what all heads of a layer compute in one call.
+/// Receives what all heads of a layer compute in one call.
 using Probe = std::function<void(size_t layer, const AttentionProbe& probe)>;
 
-/// Attention layers that are observed, overridden and probed for as long as this lives; afterwards
-/// they are as they were. The model is its owner's to run, and so is its mode.
-/// Example: Instrumented opened(attention_layers(*model)); opened.override_with(fn);
+/// Observes, overrides and probes attention layers during its lifetime; afterwards they are
+/// restored. The caller runs the model and sets its mode. Example: Instrumented
+/// opened(attention_layers(*model)); opened.override_with(fn);
 class HEADWISE_API Instrumented {
  public:
   explicit Instrumented(AttentionLayers layers);
@@ -36,14 +36,15 @@ class HEADWISE_API Instrumented {
 
   const AttentionLayers& layers() const { return layers_; }
 
-  /// Lets `fn` select the heads of every call of every layer. A gate that it does not ask does not
-  /// run; heads attend as with the layer's own gate. Of several, a later one is asked first.
+  /// Lets `fn` select the heads of every call of every layer. If it does not call `choose`, the
+  /// gate does not run; heads attend as with the layer's own gate. Of several, the last one is
+  /// asked first.
   void override_with(Override fn);
 
   /// Calls `fn` in every call of every layer. It replaces a probe that a layer has.
-  /// @param context also hand it what every head gives: all heads then run
+  /// @param context also pass it every head's output: all heads then run
   void probe_with(const Probe& fn, bool context = false);
-  /// Takes the probe out again.
+  /// Removes the probe.
   void stop_probing();
 
  private:

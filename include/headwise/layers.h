@@ -1,4 +1,4 @@
-// The attention layers of a model, for what looks at all of them.
+// Finding the attention layers of a model.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -23,7 +23,7 @@ using AttentionLayers = std::vector<std::pair<std::string, MultiheadAttention>>;
 HEADWISE_API AttentionLayers attention_layers(torch::nn::Module& model);
 
 /// Runs the model that layers belong to on one of its batches, numbered from 0, and returns the
-/// loss of every example [B]. The model is the caller's, and so is its mode: evaluation.
+/// loss of every example [B]. The caller owns the model and puts it in evaluation mode.
 using BatchLoss = std::function<at::Tensor(int64_t batch)>;
 
 }  // namespace headwise

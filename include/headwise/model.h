@@ -1,4 +1,4 @@
-// A model as a folder that describes itself: what headwise.save writes and headwise.load reads.
+// A model as a self-describing folder, as headwise.save writes and headwise.load reads it.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -13,8 +13,8 @@
 
 namespace headwise {
 
-/// The attention layers of a model, ready to run, and every tensor of it. The rest of the model is
-/// the caller's to compute: examples/cpp/bert.cpp does it for a BERT classifier.
+/// The attention layers of a model, ready to run, and every tensor of it. The caller computes the
+/// rest of the model: examples/cpp/bert.cpp does it for a BERT classifier.
 struct HEADWISE_API Model {
   /// By name, in the order of the model's definition; gates included, in evaluation mode.
   std::vector<std::pair<std::string, MultiheadAttention>> layers;
@@ -25,7 +25,7 @@ struct HEADWISE_API Model {
   /// the defaults of its configuration class).
   std::string architecture = R"({"library": "torch", "class": "unknown"})";
   /// JSON object, or empty: the widths of the feed-forward networks and of the residual stream, as
-  /// Python wrote them. They follow from `tensors` too; kept so that Python can read it again.
+  /// Python wrote them. They follow from `tensors` too; stored so that Python can read it again.
   std::string structure;
 
   /// @throws c10::IndexError if there is none of this name
@@ -36,10 +36,10 @@ struct HEADWISE_API Model {
 
 /// Reads the folder `dir` that headwise::save or headwise.save wrote.
 /// @throws FileError       if one of its two files cannot be read
-/// @throws c10::ValueError if a file is not what save writes: what and where in one sentence
+/// @throws c10::ValueError if a file is invalid: what and where in one sentence
 HEADWISE_API Model load(const std::string& dir, const at::Device& device = at::kCPU);
 
-/// Writes `model` to the folder `dir`, whole or not at all; a folder that save wrote is replaced.
+/// Writes `model` to the folder `dir` atomically; a folder that save wrote is replaced.
 /// @throws c10::ValueError if `dir` is something else, a layer has no name of its own, or
 ///                         `architecture` is not a JSON object
 /// @throws FileError       if it cannot be written

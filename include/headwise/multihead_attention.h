@@ -34,9 +34,9 @@ struct HEADWISE_API MultiheadAttentionOptions {
   TORCH_ARG(double, dropout) = 0.0;
   /// Whether the projections have a bias.
   TORCH_ARG(bool, bias) = true;
-  /// One more, learned, row of keys and values.
+  /// Adds a learned row of keys and values.
   TORCH_ARG(bool, add_bias_kv) = false;
-  /// One more row of zeros in keys and values.
+  /// Adds a row of zeros to keys and values.
   TORCH_ARG(bool, add_zero_attn) = false;
   /// Features of the keys; default embed_dim.
   TORCH_ARG(std::optional<int64_t>, kdim) = std::nullopt;
@@ -50,34 +50,33 @@ struct HEADWISE_API MultiheadAttentionOptions {
   TORCH_ARG(std::optional<at::ScalarType>, dtype) = std::nullopt;
   /// The gate; none: every head runs.
   TORCH_ARG(std::optional<GateOptions>, gate) = std::nullopt;
-  /// Width of a head where it is not embed_dim / num_heads (a pruned layer); num_heads may then be
-  /// 0.
+  /// Width of a head if not embed_dim / num_heads (a pruned layer); num_heads may then be 0.
   TORCH_ARG(std::optional<int64_t>, head_dim) = std::nullopt;
 };
 
-/// What a recorder set as MultiheadAttentionImpl::probe is handed in each forward.
+/// What a recorder set as MultiheadAttentionImpl::probe receives in each forward.
 struct AttentionProbe {
-  at::Tensor x;                                  ///< [B, L, D] the queries: what a gate sees
-  std::optional<at::Tensor> query_padding_mask;  ///< [B, L] what it is told of padding
+  at::Tensor x;                                  ///< [B, L, D] the queries: the gate's input
+  std::optional<at::Tensor> query_padding_mask;  ///< [B, L] their padding
   std::optional<Selection> selection;            ///< empty without a gate
   at::Tensor q, k;                               ///< [B, H, L, d], [B, H, S', d], every head
   AttentionArguments arguments;                  ///< masks over the first S' - added_keys keys
   int64_t added_keys = 0;
-  at::Tensor context;  ///< [B, H, L, d] what every head gives, part of the output's graph;
+  at::Tensor context;  ///< [B, H, L, d] every head's output, part of the graph;
                        ///< undefined unless MultiheadAttentionImpl::probe_context is set
 };
 
-/// torch.nn.MultiheadAttention in which every input chooses its heads; without a gate it equals it.
-/// Example: auto [y, w] = mha->forward(x, x, x, padding, /*need_weights=*/false);
-/// Parameters: in_proj_weight [3E, D] (or q_proj_weight [E, D], k_proj_weight [E, Dk],
-/// v_proj_weight [E, Dv]), in_proj_bias [3E], out_proj.weight [D, E], out_proj.bias [D], bias_k and
-/// bias_v [1, 1, E], gate.*; E = num_heads * head_dim.
+/// torch.nn.MultiheadAttention with heads chosen by every input; without a gate it is equal to it.
+/// Example: auto [y, w] = mha->forward(x, x, x, padding, /*need_weights=*/false); Parameters:
+/// in_proj_weight [3E, D] (or q_proj_weight [E, D], k_proj_weight [E, Dk], v_proj_weight [E, Dv]),
+/// in_proj_bias [3E], out_proj.weight [D, E], out_proj.bias [D], bias_k and bias_v [1, 1, E],
+/// gate.*; E = num_heads * head_dim.
 class HEADWISE_API MultiheadAttentionImpl : public torch::nn::Module {
  public:
   MultiheadAttentionImpl(int64_t embed_dim, int64_t num_heads)
       : MultiheadAttentionImpl(MultiheadAttentionOptions(embed_dim, num_heads)) {}
   /// @throws c10::ValueError for sizes that are not positive or a head count that does not divide
-  ///         embed_dim (where head_dim is not given).
+  ///         embed_dim (if head_dim is not given).
   explicit MultiheadAttentionImpl(MultiheadAttentionOptions options);
 
   /// @param query            [L, B, D], [B, L, D] with batch_first, or [L, D] unbatched
@@ -94,13 +93,13 @@ class HEADWISE_API MultiheadAttentionImpl : public torch::nn::Module {
       const at::Tensor& key_padding_mask = {}, bool need_weights = true,
       const at::Tensor& attn_mask = {}, bool average_attn_weights = true, bool is_causal = false);
 
-  /// Initialises the parameters anew, except out_proj.weight, as torch.nn.MultiheadAttention does.
+  /// Initialises the parameters again, except out_proj.weight, as torch.nn.MultiheadAttention does.
   void reset_parameters();
-  /// As if newly made: every parameter, those of out_proj and of the gate too.
+  /// Resets every parameter, including those of out_proj and of the gate.
   void reset();
   /// Its sizes, and the options that are not their defaults.
   void pretty_print(std::ostream& stream) const override;
-  /// A copy with tensors and a gate of its own; what is set to observe this one is not copied.
+  /// A copy with its own tensors and gate; observers are not copied.
   std::shared_ptr<torch::nn::Module> clone(
       const std::optional<torch::Device>& device = std::nullopt) const override;
 
@@ -114,15 +113,15 @@ class HEADWISE_API MultiheadAttentionImpl : public torch::nn::Module {
   at::Tensor bias_k, bias_v;
   torch::nn::Linear out_proj{nullptr};
   std::shared_ptr<GateImpl> gate;
-  /// Told what the gate chose in each forward, by the thread that runs it. The layer keeps nothing
-  /// of a call, so threads may evaluate one layer at the same time; what is set here must then be
-  /// safe to call from all of them, and be set before they start.
+  /// Called with the gate's choice in each forward, by the thread that runs it. The layer keeps no
+  /// state of a call, so threads may evaluate one layer at the same time; the function must then be
+  /// thread-safe, and be set before they start.
   std::function<void(const Selection&)> on_selection;
   /// Called in each forward, where it is set, in the same way; projecting every head for it costs
   /// time.
   std::function<void(const AttentionProbe&)> probe;
-  /// Whether probe is also handed what the heads give. Every head then runs, also those that the
-  /// gate did not choose, and the output is made of that.
+  /// Whether probe also receives the heads' outputs. Every head then runs, also those that the gate
+  /// did not choose, and the output is computed from them.
   bool probe_context = false;
 
  protected:

@@ -1,4 +1,4 @@
-// Which heads stay (a plan), and taking the others out of the weights.
+// Plans (which heads stay), and removing the other heads from the weights.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -54,7 +54,7 @@ class HEADWISE_API HeadPlan {
   std::string metadata_;
 };
 
-/// Among which heads a plan ranks.
+/// The heads among which a plan ranks.
 enum class PlanScope {
   kGlobal,  ///< all heads of the model: layers keep different numbers
   kLayer,   ///< each layer's own: every layer keeps the same fraction
@@ -63,15 +63,15 @@ enum class PlanScope {
 /// Keeps the most important fraction `keep` of the heads: round(keep * heads), but at least one, of
 /// the model or of each layer. Ties: the lower layer, then the lower head is kept. Scales are 1.
 /// The largest scores are the most important; of the metric "entropy" the smallest.
-/// @param min_heads_per_layer heads that every layer keeps (all, where it has fewer)
+/// @param min_heads_per_layer heads that every layer keeps (all, if it has fewer)
 /// @throws c10::ValueError if a score is not finite, keep is outside (0, 1], or min_heads_per_layer
-/// is negative or asks for more heads than keep leaves
+/// is negative or requires more heads than keep leaves
 HEADWISE_API HeadPlan plan(const HeadScores& scores, double keep = 0.5,
                            int64_t min_heads_per_layer = 0, PlanScope scope = PlanScope::kGlobal);
 
 /// The parameters of an attention layer with only `heads` left: their rows of the input projections
 /// and biases, their columns of the output projection, multiplied by `scale`. The output bias
-/// stays. What the result computes equals the layer with the other heads' outputs set to 0.
+/// stays. The result computes the same as the layer with the other heads' outputs set to 0.
 /// @param parameters by their names in torch.nn.MultiheadAttention: in_proj_weight [3E, D] or
 ///        q_/k_/v_proj_weight [E, ...], in_proj_bias [3E], bias_k and bias_v [1, 1, E],
 ///        out_proj.weight [D, E], out_proj.bias [D]; each may be missing. Device and dtype stay.
@@ -81,16 +81,16 @@ HEADWISE_API NamedTensors prune_projections(const NamedTensors& parameters, cons
 
 class MultiheadAttention;  // multihead_attention.h
 
-/// The plan that a layer's static gate (FixedGate, HardConcreteGate without input_dependent)
-/// amounts to in evaluation: a head's scale is the weight that the gate gives it; heads of weight 0
+/// The plan that is equivalent to a layer's static gate (FixedGate, HardConcreteGate without
+/// input_dependent) in evaluation: a head's scale is its weight from the gate; heads of weight 0
 /// are dropped. prune(layer, plan_from_gate(layer)) compacts a trained static gate.
 /// @throws c10::ValueError if the layer has no gate, or one whose choice depends on the input
 HEADWISE_API LayerPlan plan_from_gate(const MultiheadAttention& layer,
                                       const std::string& name = "");
 
-/// A layer with only the heads of `layer` that `plan` keeps, scaled as it says: physically smaller,
-/// and it computes what `layer` does under a FixedGate of these scales. Its num_heads is what is
-/// left, down to 0 (the output is then the output bias); head_dim stays. Its parameters are new.
+/// A layer with only the heads of `layer` that `plan` keeps, with its scales: physically smaller,
+/// and equal to `layer` under a FixedGate of these scales. Its num_heads is the number of remaining
+/// heads, down to 0 (the output is then the output bias); head_dim stays. Its parameters are new.
 /// @throws c10::ValueError if the plan is for another number of heads, or the layer has a gate that
 ///         chooses for each input
 HEADWISE_API MultiheadAttention prune(const MultiheadAttention& layer, const LayerPlan& plan);

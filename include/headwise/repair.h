@@ -1,7 +1,7 @@
-// Repair: an output projection that makes up for the heads or neurons that were pruned.
+// Repair: an output projection that compensates for pruned heads or neurons.
 //
-// What is left of a layer gets the weights that come nearest, in least squares, to what the whole
-// layer wrote: the reconstruction of OSSCAR (arXiv 2403.12983), ZipLM (2302.04089) and SlimGPT
+// The rest of a layer gets the weights that come nearest, in least squares, to the whole layer's
+// output: the reconstruction of OSSCAR (arXiv 2403.12983), ZipLM (2302.04089) and SlimGPT
 // (2412.18110), with a ridge. Only second moments of the data are kept, in float64.
 #pragma once
 
@@ -15,14 +15,14 @@
 
 namespace headwise {
 
-/// What turns the outputs of heads (or the activations of neurons) into a layer's output.
+/// The projection from the outputs of heads (or the activations of neurons) to a layer's output.
 struct OutputProjection {
   at::Tensor weight;               ///< [D, E]
   std::optional<at::Tensor> bias;  ///< [D]; none: the layer has none
 };
 
-/// First and second moments of what an output projection reads, x [E], and of what it should write,
-/// y [D], summed over tokens. Their size does not depend on the number of tokens.
+/// First and second moments of the inputs of an output projection, x [E], and of its target
+/// outputs, y [D], summed over tokens. Their size does not depend on the number of tokens.
 class HEADWISE_API OutputMoments {
  public:
   /// @throws c10::ValueError if a size is negative, or `outputs` is 0
@@ -65,7 +65,7 @@ class HEADWISE_API OutputMoments {
   double yy_ = 0.0;  // sum of |y|^2
 };
 
-/// What repair_projection found.
+/// The result of repair_projection.
 struct Repaired {
   OutputProjection projection;
   std::optional<double> ridge;  ///< none: no ridge was better than `start`, which is kept
@@ -75,23 +75,23 @@ struct Repaired {
 };
 
 /// The solution for the ridge that has the least error on held-out tokens, computed once more from
-/// the tokens of both. Where no ridge is better than `start`, that is what stays.
+/// the tokens of both. If no ridge is better than `start`, that is kept.
 /// @param ridges each at least 0; those at which the moments are singular are left out
 /// @throws c10::ValueError for no ridges, no tokens, or a shape that does not fit
 HEADWISE_API Repaired repair_projection(const OutputMoments& fit, const OutputMoments& held_out,
                                         const OutputProjection& start,
                                         const std::vector<double>& ridges);
 
-/// The order in which removal_order takes units, and what each removal costs.
+/// The order of removal_order, and the cost of each removal.
 struct RemovalOrder {
-  std::vector<int64_t> units;  ///< all of them, the first to go first
+  std::vector<int64_t> units;  ///< all of them, in the order of removal
   std::vector<double> error;   ///< mean squared error after each removal, the rest repaired
 };
 
-/// Greedy removal of a layer's units, each time of the one whose loss the others make up for best:
+/// Greedy removal of a layer's units, each time of the one for which the others compensate best:
 /// the exact increase of the least squares error (optimal brain surgeon with groups, as in ZipLM).
 /// @param moments of the whole layer: inputs are units * group columns
-/// @param weight [D, units * group], of the whole layer: what the ridge holds to
+/// @param weight [D, units * group], of the whole layer: the centre of the ridge
 /// @param group columns of a unit: the width of a head, 1 for neurons
 /// @throws c10::ValueError if `group` does not divide the inputs, and as OutputMoments::solve
 HEADWISE_API RemovalOrder removal_order(const OutputMoments& moments, const at::Tensor& weight,

@@ -17,18 +17,18 @@ namespace headwise {
 
 /// How heads are scored.
 struct HEADWISE_API ScoreOptions {
-  /// Where michel takes the absolute value.
+  /// The level at which michel takes the absolute value.
   TORCH_ARG(AbsoluteValue, absolute) = AbsoluteValue::per_token;
   /// Divide each layer's michel by its L2 norm.
   TORCH_ARG(bool, normalize) = true;
   /// The share of importance in hies, in [0, 1].
   TORCH_ARG(double, alpha) = 0.5;
-  /// Over what hies scales.
+  /// The heads over which hies scales.
   TORCH_ARG(Scope, scope) = Scope::global;
 };
 
 /// Scores every head by all metrics ("michel", "entropy", "confidence", "hies"), in one pass over
-/// the data. Whoever owns the model runs it: each layer's probe is handed to see(), and the loss of
+/// the data. The owner of the model runs it, and passes each layer's probe to see() and the loss of
 /// each batch to add(). score_heads does this here, headwise.score_heads in Python.
 class HEADWISE_API HeadScorer {
  public:
@@ -36,7 +36,7 @@ class HEADWISE_API HeadScorer {
   explicit HeadScorer(std::vector<std::string> metrics = {"michel"}, ScoreOptions options = {});
   /// Whether the loss is differentiated: gradients must be enabled, and probes have a context.
   bool needs_gradients() const { return gradients_; }
-  /// What a layer computed in the forward that is under way.
+  /// What a layer computed in the current forward.
   void see(const std::string& layer, const AttentionProbe& probe);
   /// Ends a batch.
   /// @param loss of the examples [B], or their mean [], which is multiplied by the batch size;
@@ -58,11 +58,11 @@ class HEADWISE_API HeadScorer {
   ScoreOptions options_;
   bool gradients_, statistics_;
   HeadScoreAccumulator sums_;
-  std::vector<Call> calls_;  // of the batch under way
+  std::vector<Call> calls_;  // of the current batch
   int64_t batches_ = 0;
 };
 
-/// Scores every head of a model's layers. Gates stay in force; gradients of parameters are left
+/// Scores every head of a model's layers. Gates stay active; gradients of parameters are left
 /// alone.
 /// @param batches how many there are: loss_fn(0) to loss_fn(batches - 1)
 /// @param loss_fn as HeadScorer::add takes it

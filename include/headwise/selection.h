@@ -14,9 +14,9 @@ namespace headwise {
 struct Selection {
   at::Tensor index;   ///< int32 [B, H]: row b starts with count[b] head numbers, ascending; rest -1
   at::Tensor count;   ///< int32 [B]: 0 <= count <= H
-  at::Tensor weight;  ///< float [B, H]: multiplies a head's output; 0 where not chosen
-  at::Tensor relevance;  ///< float [B, H]: what the gate scored the heads with; may be undefined
-  at::Tensor budget;     ///< float [B]: fraction of heads the gate asked for; may be undefined
+  at::Tensor weight;  ///< float [B, H]: multiplies a head's output; 0 if not chosen
+  at::Tensor relevance;  ///< float [B, H]: the gate's scores of the heads; may be undefined
+  at::Tensor budget;     ///< float [B]: requested fraction of heads; may be undefined
 };
 
 /// Hard top-k per row: the `count[b]` heads of largest `relevance[b]`, as the `index` of a
@@ -31,12 +31,12 @@ HEADWISE_API at::Tensor select_heads(const at::Tensor& relevance, const at::Tens
 HEADWISE_API at::Tensor selection_mask(const at::Tensor& index, const at::Tensor& count,
                                        at::ScalarType dtype);
 
-/// The key/value heads that the chosen query heads read, where num_heads / num_groups query heads
+/// The key/value heads that the chosen query heads read, if num_heads / num_groups query heads
 /// share one (grouped-query attention, Ainslie et al. 2023): the selection that projects them.
 /// @param index, count  int32 or int64 [B, K] and [B], of query heads, K <= num_heads
 /// @return {index int32 [B, num_groups], count int32 [B]}
-/// @throws c10::ValueError where num_groups does not divide num_heads; and, on a CPU, as the
-/// attention operators do where the selection is not one.
+/// @throws c10::ValueError if num_groups does not divide num_heads; and, on a CPU, like the
+/// attention operators if the selection is invalid.
 HEADWISE_API std::tuple<at::Tensor, at::Tensor> select_groups(const at::Tensor& index,
                                                               const at::Tensor& count,
                                                               int64_t num_heads,

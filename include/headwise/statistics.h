@@ -1,4 +1,4 @@
-// Statistics of heads: what is significant, which rankings agree, which heads stand in for which.
+// Statistics of heads: significance, agreement of rankings, and which heads can replace each other.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -50,10 +50,10 @@ HEADWISE_API at::Tensor linear_cka(at::TensorList outputs);
 
 /// Second-order effect of two ablations on N examples, joint minus the sum of the single ones:
 /// (both - full) - (first - full) - (second - full), its mean and the standard error of the mean.
-/// Above 0: without one of the two the other matters more, it stands in for it.
+/// Above 0: without one of the two the other matters more, so either can replace the other.
 /// @param full float64 [N]: losses of the whole model
 /// @param first, second, both float64 [P, N]: without one head, without the other, without either
-/// @returns effect, standard_error: float64 [P] each; the error is 0 where N = 1
+/// @returns effect, standard_error: float64 [P] each; the error is 0 if N = 1
 /// @throws c10::ValueError on N = 0 or different shapes
 HEADWISE_API std::tuple<at::Tensor, at::Tensor> second_order_effect(const at::Tensor& full,
                                                                     const at::Tensor& first,

@@ -1,5 +1,5 @@
-// What of a transformer stays (heads, neurons, blocks, hidden dimensions), and taking the rest out
-// of its weights.
+// Structured pruning plans (heads, neurons, blocks, hidden dimensions), and applying them to
+// weights.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -25,16 +25,16 @@ struct FfnPlan {
   bool operator==(const FfnPlan&) const = default;
 };
 
-/// What multiplies the whole output of an attention layer or a feed-forward network, its bias
-/// included. 0: the block is removed, and in a post-norm layer the layer norm after it, so that the
-/// stream passes unchanged. A block without neurons still adds its bias.
+/// The factor of the whole output of an attention layer or a feed-forward network, bias included.
+/// 0: the block is removed, and in a post-norm layer the layer norm after it, so that the stream
+/// passes unchanged. A block without neurons still adds its bias.
 struct BlockPlan {
   std::string name;  ///< of the attention layer, or of the first linear layer
   double scale = 1.0;
   bool operator==(const BlockPlan&) const = default;
 };
 
-/// The dimensions of the residual stream that stay. Layer norms are over these alone.
+/// The dimensions of the residual stream that stay. Layer norms are over these only.
 struct HiddenPlan {
   int64_t size = 0;                 ///< of the stream, before
   std::vector<int64_t> dimensions;  ///< those that stay, ascending; at least one
@@ -42,13 +42,14 @@ struct HiddenPlan {
   bool operator==(const HiddenPlan&) const = default;
 };
 
-/// A HeadPlan and what else of a transformer stays. What it does not name stays as it is.
+/// A HeadPlan and plans for other parts of a transformer. Parts that it does not name are
+/// unchanged.
 class HEADWISE_API StructurePlan {
  public:
   /// @param metadata a JSON object, as text
   /// @throws c10::ValueError if units are not ascending, different and in range, a scale is missing
-  ///         or not finite, a name occurs twice, no hidden dimension is left, or a block that is
-  ///         gone (scale 0) has heads or neurons left
+  ///         or not finite, a name occurs twice, no hidden dimension is left, or a removed block
+  /// (scale 0) has heads or neurons left
   explicit StructurePlan(HeadPlan heads, std::vector<FfnPlan> ffn = {},
                          std::vector<BlockPlan> blocks = {},
                          std::optional<HiddenPlan> hidden = std::nullopt,
@@ -59,7 +60,7 @@ class HEADWISE_API StructurePlan {
   const std::vector<BlockPlan>& blocks() const { return blocks_; }
   const std::optional<HiddenPlan>& hidden() const { return hidden_; }
   const std::string& metadata() const { return metadata_; }
-  double block_scale(const std::string& name) const;  ///< 1 where the plan does not name it
+  double block_scale(const std::string& name) const;  ///< 1 if the plan does not name it
   int64_t num_neurons() const;                        ///< of all networks named, before
   int64_t neurons_kept() const;
   bool operator==(const StructurePlan&) const = default;
@@ -90,7 +91,7 @@ HEADWISE_API NamedTensors prune_attention(const NamedTensors& parameters, const 
 
 /// The parameters of a feed-forward network with only the neurons of `plan` left: their rows and
 /// biases in the first linear layer, their columns in the second, multiplied by their scales. The
-/// output bias stays, multiplied by `block_scale`; with 0 it goes too.
+/// output bias stays, multiplied by `block_scale`; with 0 it is removed too.
 /// @param parameters linear1.weight [F, D], linear1.bias [F], linear2.weight [D, F],
 ///        linear2.bias [D]; biases may be missing
 /// @throws c10::ValueError on an unknown name or sizes that are not the plan's

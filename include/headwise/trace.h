@@ -12,11 +12,11 @@
 
 namespace headwise {
 
-/// How a layer, or a model, spread its heads over the inputs that a trace saw.
+/// How a layer, or a model, distributed its heads over the inputs of a trace.
 struct TraceSummary {
   int64_t sequences = 0;     ///< inputs seen
   double mean_heads = 0;     ///< mean number of heads that ran
-  double mean_fraction = 0;  ///< mean_heads / heads there are, in [0, 1]
+  double mean_fraction = 0;  ///< mean_heads / all heads, in [0, 1]
   double std_fraction = 0;   ///< standard deviation over inputs of the fraction; 0: the same budget
   /// Mean over pairs of inputs of 1 - |A and B| / |A or B|, where A and B are the sets of heads
   /// that ran (two empty sets: 0). 0: every input ran the same heads. Empty with fewer than two
@@ -24,8 +24,8 @@ struct TraceSummary {
   std::optional<double> mean_jaccard_distance;
 };
 
-/// The selections of a model's layers, call by call. Recording keeps detached copies on the device
-/// they are on and waits for nothing; reading brings them to the CPU.
+/// The selections of a model's layers, call by call. Recording keeps detached copies on their
+/// device without waiting for it; reading brings them to the CPU.
 class HEADWISE_API Trace {
  public:
   /// Appends what the gate of `layer` chose in one forward.

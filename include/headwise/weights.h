@@ -13,15 +13,15 @@ namespace headwise {
 using NamedTensors = std::map<std::string, at::Tensor>;
 using Metadata = std::map<std::string, std::string>;
 
-/// What a safetensors file holds.
+/// The contents of a safetensors file.
 struct SafetensorsFile {
   NamedTensors tensors;  ///< on the CPU, contiguous
   Metadata metadata;     ///< the header's "__metadata__"
 };
 
-/// Writes `tensors` to `path`, whole or not at all (see files.h). Every dtype that safetensors and
-/// torch share is kept: float64, float32, float16, bfloat16, the float8 types, bool, signed and
-/// unsigned integers, complex64. Tensors on other devices are copied; views become contiguous.
+/// Writes `tensors` to `path` atomically (see files.h). Every dtype that safetensors and torch
+/// share is kept: float64, float32, float16, bfloat16, the float8 types, bool, signed and unsigned
+/// integers, complex64. Tensors on other devices are copied; views become contiguous.
 /// @throws c10::TypeError  for a dtype or layout that the format has no name for
 /// @throws c10::ValueError for an undefined or meta tensor, or a name that is "__metadata__", not
 ///                         UTF-8 or holds a NUL

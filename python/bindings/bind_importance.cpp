@@ -34,8 +34,8 @@ void bind_importance(py::module_& m) {
       .def(py::init([](std::string metric, std::vector<std::string> layers,
                        std::vector<std::vector<double>> values) {
              TORCH_CHECK_VALUE(layers.size() == values.size(),
-                               "layers and values must be as many, got ", layers.size(), " and ",
-                               values.size());
+                               "layers and values must have the same length, got ", layers.size(),
+                               " and ", values.size());
              return HeadScores{std::move(metric), std::move(layers), std::move(values)};
            }),
            py::arg("metric"), py::arg("layers"), py::arg("values"))

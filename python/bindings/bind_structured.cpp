@@ -27,7 +27,7 @@ Args:
     heads: the heads that stay (HeadPlan).
     ffn: an FfnPlan for each feed-forward network with fewer neurons.
     blocks: a BlockPlan for each attention or feed-forward block whose whole output is scaled; with
-        scale 0 the block is gone, bias included.
+        scale 0 the block is removed, bias included.
     hidden: a HiddenPlan, or None: the residual stream keeps its width.
     metadata: anything that JSON can hold, kept with the plan.
 
@@ -66,7 +66,7 @@ void bind_parts(py::module_& m) {
            py::arg("name"), py::arg("scale") = 0.0)
       .def_readonly("name", &BlockPlan::name,
                     "Of the attention layer, or of the first linear layer.")
-      .def_readonly("scale", &BlockPlan::scale, "0: the block is gone, its bias included.")
+      .def_readonly("scale", &BlockPlan::scale, "0: the block is removed, its bias included.")
       .def("__eq__", &BlockPlan::operator==, py::is_operator())
       .def("__repr__", [](const BlockPlan& plan) {
         return py::str("BlockPlan(name={!r}, scale={})").format(plan.name, plan.scale);

@@ -1,5 +1,5 @@
 // The Python extension headwise._C. Loading it also loads libheadwise, which registers the
-// operators (torch.ops.headwise.*). Each bind_* function stands in the file of its subject.
+// operators (torch.ops.headwise.*). Each bind_* function is in the file of its subject.
 #include <torch/extension.h>
 
 #include "errors.h"

@@ -521,7 +521,7 @@ class BlockPlan:
     @property
     def scale(self) -> float:
         """
-        0: the block is gone, its bias included.
+        0: the block is removed, its bias included.
         """
 
 class HiddenPlan:
@@ -564,7 +564,7 @@ class StructurePlan(headwise.io.display.Shown):
         heads: the heads that stay (HeadPlan).
         ffn: an FfnPlan for each feed-forward network with fewer neurons.
         blocks: a BlockPlan for each attention or feed-forward block whose whole output is scaled; with
-            scale 0 the block is gone, bias included.
+            scale 0 the block is removed, bias included.
         hidden: a HiddenPlan, or None: the residual stream keeps its width.
         metadata: anything that JSON can hold, kept with the plan.
 

@@ -1,4 +1,4 @@
-// Heads that compete over all the layers of a model: where each stands among all of them.
+// Heads that compete over all the layers of a model: the rank of each among all of them.
 #pragma once
 
 #include <ATen/core/Tensor.h>

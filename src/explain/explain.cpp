@@ -1,4 +1,4 @@
-// explain(): records one forward and repeats it with each head switched over.
+// explain(): records one forward and repeats it with each head toggled.
 #include <ATen/ATen.h>
 
 #include <algorithm>

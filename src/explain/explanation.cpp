@@ -146,7 +146,7 @@ Json agreement_of(const std::vector<Json>& layers) {
           {"sites", std::move(sites)}};
 }
 
-/// Where the heads of a layer stand among all that they compete with.
+/// The ranks of a layer's heads among all that they compete with.
 void add_standing(Json& layer, const Contestant& one, const Standing& found, int64_t b) {
   layer["gate"]["ranked"] = found.among;
   for (int64_t place = 0; place < one.heads.numel(); ++place) {
@@ -283,7 +283,8 @@ void Explanation::set_prediction(const at::Tensor& logits, const std::vector<std
                     "logits must have shape [", num_inputs(), ", C] with C >= 2, got ",
                     logits.sizes());
   TORCH_CHECK_VALUE(labels.empty() || static_cast<int64_t>(labels.size()) == logits.size(1),
-                    "labels must be one a class, ", logits.size(1), ", got ", labels.size());
+                    "labels must have one entry per class (", logits.size(1), "), got ",
+                    labels.size());
   const auto scores = host(logits);
   TORCH_CHECK_VALUE(at::isfinite(scores).all().item<bool>(), "logits must be finite");
   state.log_probability = scores.log_softmax(1);
@@ -303,7 +304,7 @@ void Explanation::set_inputs(const std::vector<std::string>& texts,
                              const std::vector<std::vector<std::string>>& tokens) {
   const auto check = [&](const char* what, size_t given) {
     TORCH_CHECK_VALUE(given == 0 || static_cast<int64_t>(given) == num_inputs(), what,
-                      " must be one an input, ", num_inputs(), ", got ", given);
+                      " must have one entry per input (", num_inputs(), "), got ", given);
   };
   check("texts", texts.size());
   check("tokens", tokens.size());

@@ -187,7 +187,7 @@ void add_shared_reasons(const Json& config, const NamedTensors& tensors,
   inner.budget = r.budget;
   const auto weight = r.weight.index_select(1, routed);
   const auto relevance = r.relevance.index_select(1, routed);
-  // Of a gate that gives no relevance the weights stand in its place.
+  // If a gate gives no relevance, the weights replace it.
   if (!at::equal(weight, relevance)) inner.relevance = relevance;
   add_reasons(config["gate"], within(tensors, "gate."), probe, layer, routed, steps, inner);
   const auto kept = [&](const at::Tensor& part) { return spread(part, routed, num_heads); };

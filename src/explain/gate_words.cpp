@@ -38,7 +38,7 @@ std::string how_it_decides(const Json& config, double threshold, bool ranks) {
   if (type == "FixedGate") return "The same heads run for every input: they were fixed beforehand.";
   if (type == "RandomGate") {
     return config.value("per_input", true)
-               ? "Heads are drawn at random anew for every input: nothing in it has a part in that."
+               ? "Heads are drawn at random for every input, independently of its content."
                : "Heads were drawn at random once: the same ones run for every input.";
   }
   if (type == "BudgetGate") {

@@ -29,7 +29,7 @@ HEADWISE_HOST_DEVICE C gelu(C x) {
   return x * static_cast<C>(0.5) * (C(1) + std::erf(x * static_cast<C>(0.70710678118654752440)));
 }
 
-/// The budget of a logit: head_budget(). `start` is added at progress 0 and gone at `warmup`.
+/// The budget of a logit: head_budget(). `start` is added at progress 0 and falls to 0 at `warmup`.
 template <typename C>
 HEADWISE_HOST_DEVICE C budget_of_logit(C logit, C progress, double warmup, double start,
                                        double min_budget, double max_budget) {

@@ -18,8 +18,8 @@ HEADWISE_HOST_DEVICE uint32_t counter_bits(uint64_t seed, uint64_t counter) {
   return static_cast<uint32_t>((z ^ (z >> 31)) >> 32);
 }
 
-/// Where probability (b, h, i, j) stands in the stream; `keys` counts the given keys and the added
-/// rows, and the added rows come last whatever the padding.
+/// The position of probability (b, h, i, j) in the stream; `keys` counts the given keys and the
+/// added rows, and the added rows come last whatever the padding.
 HEADWISE_HOST_DEVICE uint64_t dropout_counter(int64_t b, int64_t h, int64_t i, int64_t j,
                                               int64_t num_heads, int64_t queries, int64_t keys) {
   return ((static_cast<uint64_t>(b) * num_heads + h) * queries + i) * keys + j;

@@ -204,7 +204,7 @@ LatencyFit fit_latency(const std::vector<int64_t>& units, const std::vector<doub
     for (size_t i = 0; i < units.size(); ++i) {
       error += std::pow(fit.seconds(units[i]) - seconds[i], 2);
     }
-    // A base below 0 would make time of nothing; of equal fits the one with the lower threshold.
+    // A base below 0 would be a negative time; of equal fits the one with the lower threshold.
     if (fit.base >= 0 && error < best_error * (1 - 1e-9)) best_error = error, best = fit;
   }
   return best;

@@ -61,7 +61,7 @@ GateResult fused(HEADWISE_BUDGET_GATE_PARAMETERS) {
 
 }  // namespace
 
-// What does not fit together is left to the operators, which say so.
+// Arguments that do not fit together are left to the operators, which raise the error.
 bool ops::takes_budget_gate(HEADWISE_BUDGET_GATE_PARAMETERS) {
   const auto type = x.scalar_type(), parameter_type = base.scalar_type();
   if (x.layout() != at::kStrided || x.dim() != 3 || base.dim() != 1 || !at::isFloatingType(type) ||

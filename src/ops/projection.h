@@ -1,5 +1,5 @@
 // The projections of the chosen heads in C++: their inputs as structs, calls through the
-// dispatcher, and the checks that all backends share. The schemas stand in src/ops/schemas.cpp.
+// dispatcher, and the checks that all backends share. The schemas are in src/ops/schemas.cpp.
 #pragma once
 
 #include "ops/attention_ops.h"

@@ -1,6 +1,6 @@
 // Uses headwise as a stranger would: its umbrella header, the target headwise::headwise, nothing
-// else. A layer that chooses its heads is run, pruned by a plan that went through JSON, and the
-// pruned layer must compute what the plan says.
+// else. A layer that chooses its heads is run, pruned by a plan after a JSON round trip, and the
+// pruned layer must match the plan.
 #include <cstdlib>
 #include <iostream>
 #include <string>

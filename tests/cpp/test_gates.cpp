@@ -1,4 +1,4 @@
-// Gates and their options. The numbers are held against Python's in
+// Gates and their options. The numbers are compared with Python's in
 // tests/python/cpp/test_cpp_parity.py.
 #include "headwise/gates.h"
 

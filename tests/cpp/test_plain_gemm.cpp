@@ -7,8 +7,8 @@ namespace test_plain_gemm {
 
 using headwise::kernels::Transpose;
 
-/// Where BLAS is missing, products run in plain loops: every transposition, rows further apart than
-/// they are long, and what stood in C added, scaled, or not read.
+/// Without BLAS, products run in plain loops: every transposition, rows further apart than they are
+/// long, and the old C added, scaled, or not read.
 template <typename T>
 void expect_products() {
   const auto options = at::TensorOptions().dtype(c10::CppTypeToScalarType<T>::value);

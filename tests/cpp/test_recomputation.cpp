@@ -95,7 +95,7 @@ std::vector<at::Tensor> result(const GateOptions& gate, bool checkpointed, int f
     found.push_back(layer->gate->expected_heads.detach());
   }
   for (const auto& index : model.last) found.push_back(index);
-  found.push_back(at::tensor(at::ArrayRef<int64_t>(model.told)));  // recomputation tells nobody
+  found.push_back(at::tensor(at::ArrayRef<int64_t>(model.told)));  // recomputation is not observed
   found.push_back(torch::rand({2}));
   return found;
 }

@@ -1,5 +1,5 @@
 // Gates that decide together, those that are asked for a budget, and those that sleep. The numbers
-// are held against Python's in tests/python/cpp/test_cpp_parity.py.
+// are compared with Python's in tests/python/cpp/test_cpp_parity.py.
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 

@@ -27,9 +27,9 @@ void packed_attention_forward(const AttentionShape<float>& shape, int64_t b, int
                               int64_t ldq, const T* packed, int64_t row, int64_t rows, T* context,
                               int64_t ldc, float* lse, void* scratch);
 
-/// Where to write a head's gradients, each as it stands (rows are tokens) and turned (rows are
-/// features, of an even length, padded with zeros): the products with weights want the one, those
-/// with inputs the other. The turned ones may be null: not wanted.
+/// Where to write a head's gradients, each as it is (rows are tokens) and transposed (rows are
+/// features, of an even length, padded with zeros): the products with weights need the former,
+/// those with inputs the latter. The transposed ones may be null: not needed.
 template <typename T>
 struct HeadGradients {
   T *q, *k, *v;                       ///< [L, d], [columns, d], [columns, dv]

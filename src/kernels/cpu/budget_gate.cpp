@@ -58,8 +58,8 @@ void add_rows(const double* const* x, const double* w, int64_t rows, int64_t n, 
     for (int64_t c = 0; c < n; ++c) sums[c] += x[i][c] * w[i];
 }
 
-/// R rows of weights by S rows of features. Each product is summed in the same order, whatever
-/// stands beside it.
+/// R rows of weights by S rows of features. Each product is summed in the same order, whatever its
+/// neighbours.
 template <int R, int S, typename P>
 HEADWISE_INLINE void dots(const P* w, int64_t n, const float* x, float* y, int64_t ldy) {
   Float16 sum[R][S] = {}, v;

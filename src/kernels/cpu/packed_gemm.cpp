@@ -40,10 +40,10 @@ bool try_product() {
   return true;
 }
 
-// Words that stand where floats or pairs of bfloat16 are read and written elsewhere.
+// Words that alias floats or pairs of bfloat16.
 typedef uint32_t __attribute__((may_alias)) Word;
 
-// Interleaves two vectors: what stands in their lower (upper) halves, in turn.
+// Interleaves the lower (upper) halves of two vectors.
 HEADWISE_INLINE void interleave(const Int16& a, const Int16& b, Int16& low, Int16& high) {
   low = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
   high =

@@ -39,7 +39,7 @@ struct Scratch {
   T* operator[](int64_t worker) const { return reinterpret_cast<T*>(data.get() + worker * bytes); }
 };
 
-/// The heads that some sequence chose, and where each stands among them.
+/// The heads that some sequence chose, and the place of each among them.
 struct UsedHeads {
   std::vector<int64_t> heads, place;
   UsedHeads(const std::vector<ActiveHead>& active, int64_t num_heads) : place(num_heads, -1) {

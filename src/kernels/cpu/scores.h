@@ -70,7 +70,7 @@ void drop(const AttentionShape<T>& shape, int64_t b, int64_t h, int64_t row, int
 template <typename T>
 int64_t visible_columns(const AttentionShape<T>& shape, int64_t row, int64_t rows,
                         int64_t columns) {
-  // Added rows stand after the given keys, so with any of them nothing can be left out at the end.
+  // Added rows come after the given keys, so with any of them nothing can be left out at the end.
   if (!shape.causal || shape.added) return columns;
   return std::min(columns, row + rows);
 }

@@ -42,8 +42,8 @@ HEADWISE_INLINE void load(const c10::Half* p, Float16& v) {
   Short16 half;
   std::memcpy(&half, p, sizeof half);
   const Int16 h = __builtin_convertvector(half, Int16);
-  // Exponent and mantissa in their places, 112 too low an exponent, which a product mends, numbers
-  // below the normal ones included. Infinities and NaN have the highest exponent of both types.
+  // Exponent and mantissa in their places, 112 too low an exponent, which a product corrects, for
+  // subnormal numbers too. Infinities and NaN have the highest exponent of both types.
   const Int16 magnitude = (h & 0x7fff) << 13;
   Float16 scaled;
   std::memcpy(&scaled, &magnitude, sizeof scaled);

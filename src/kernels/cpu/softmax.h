@@ -17,13 +17,13 @@ float row_exponential(float* x, int64_t n, float scale, float shift);
 double row_exponential(double* x, int64_t n, double scale, double shift);
 
 /// One block of n keys of the running softmax of some rows (lds apart): s = exp(s * scale - m) in
-/// place, m the row's maximum so far. `maximum` and `sum` go on from block to block; what was added
-/// up over earlier blocks is to be multiplied by `rescale`.
+/// place, m the row's maximum so far. `maximum` and `sum` continue from block to block; sums over
+/// earlier blocks must be multiplied by `rescale`.
 void softmax_block(float* s, int64_t lds, int64_t rows, int64_t n, float scale, float* maximum,
                    float* sum, float* rescale);
 
 /// dp = p * (dp - delta), the gradient of the scores of a row of softmax; 0 where p = 0: a masked
-/// key takes no gradient, whatever stands in its value.
+/// key gets no gradient, whatever its value.
 void row_gradient(const float* p, int64_t n, float delta, float* dp);
 void row_gradient(const double* p, int64_t n, double delta, double* dp);
 

@@ -54,7 +54,7 @@ struct PairAttentionArguments {
   // Backward.
   Units grad_context;            ///< of weight * context
   const void* delta;             ///< like lse: rows of grad_context . context
-  Units grad_q, grad_k, grad_v;  ///< written; of k and v, a unit a pair (no groups)
+  Units grad_q, grad_k, grad_v;  ///< written; for k and v, one unit per pair (no groups)
   void* grad_mask;               ///< [B, H, L, keys - added] accumulator type, or null
 };
 

@@ -1,4 +1,4 @@
-// Attention over chosen pairs in plain arithmetic: a warp a row. For float and double, and for
+// Attention over chosen pairs in plain arithmetic: one warp per row. For float and double, and for
 // heads wider than the tensor-core kernels take.
 #pragma once
 
@@ -296,7 +296,7 @@ struct DeltaKernel {
   }
 };
 
-/// A block a pair: the gradient of its weight, the sum of delta in a fixed order.
+/// One block per pair: the gradient of its weight, the sum of delta in a fixed order.
 template <typename C>
 struct WeightGradientKernel {
   static constexpr int kWarps = 4, kThreads = kWarps * kWarp;

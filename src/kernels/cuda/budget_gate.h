@@ -1,6 +1,6 @@
 // The budget gate of an evaluated layer in two launches: the mean of the tokens that are not
-// padding, then, a block a sequence, budget, relevance and the top k. The formulas are those of
-// kernels/budget_gate.h.
+// padding, then, with one block per sequence, budget, relevance and the top k. The formulas are
+// those of kernels/budget_gate.h.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +12,8 @@
 namespace headwise::kernels::cuda {
 
 constexpr int64_t kPoolRows = 128;     ///< tokens of a sequence that a block adds up
-constexpr int64_t kPoolColumns = 256;  ///< and columns: 8 a lane
-/// The features of a sequence stand in the shared memory of one block.
+constexpr int64_t kPoolColumns = 256;  ///< and columns: 8 per lane
+/// The features of a sequence are in the shared memory of one block.
 constexpr int64_t kWidestGate = 8192, kMostGateHeads = 2048;
 
 struct GateArguments {
@@ -29,7 +29,7 @@ struct GateArguments {
   const void *out_weight, *out_bias;        ///< [h], [1]
   const void* progress;                     ///< [] in accumulator type, or null: 1
   double fixed_budget, min_budget, max_budget;
-  double warmup, start_logit;  ///< logit(initial) - logit(keep) at progress 0, gone at warmup
+  double warmup, start_logit;  ///< logit(initial) - logit(keep) at progress 0, 0 at warmup
   int64_t min_heads;
   bool round_up;
   void* partial;  ///< scratch in accumulator type: pool_scratch()

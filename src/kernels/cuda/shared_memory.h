@@ -8,7 +8,7 @@ namespace headwise::kernels::cuda {
 /// Shared memory of a block on every device since compute capability 8.0 (8.6, 8.9 and 12.0 have
 /// the least), and on Hopper.
 constexpr int64_t kSharedOfAny = 99 * 1024, kSharedOfHopper = 227 * 1024;
-/// True if a kernel fits where it is launched: those that only Hopper runs say so (kHopper).
+/// True if a kernel fits where it is launched: those for Hopper only are marked (kHopper).
 template <typename Kernel>
 constexpr bool shared_fits() {
   if constexpr (requires { Kernel::kShared; })

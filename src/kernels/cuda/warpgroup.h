@@ -1,7 +1,7 @@
 // Tiles of matrix products by warpgroups of Hopper (wgmma, compute capability 9.0a): the right
-// factor is read from shared memory by the tensor cores themselves, the left one stands in
-// registers, where it can be scaled on its way. Two blocks a multiprocessor take turns, one waiting
-// for its products while the other one's run.
+// factor is read from shared memory by the tensor cores themselves, the left one is in registers,
+// where it can be scaled on its way. Two blocks per multiprocessor alternate, one waiting for its
+// products while the other one's run.
 #pragma once
 
 #include "kernels/cuda/tile.h"

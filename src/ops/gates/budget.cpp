@@ -1,5 +1,6 @@
-// The budget gate (BudgetFormer, arXiv 2604.22583): a head budget and a relevance a head for every
-// input. Where the paper is silent the choices are ours; each function says which.
+// The budget gate (BudgetFormer, arXiv 2604.22583): a head budget and a relevance per head for
+// every input. Where the paper does not specify something the choices are ours; each function says
+// which.
 #include "ops/gates/budget.h"
 
 #include <ATen/ATen.h>
@@ -16,7 +17,7 @@
 namespace headwise {
 namespace {
 
-// sigmoid(20) is 1 in float32: beyond this many temperatures a head is wholly open or shut.
+// sigmoid(20) is 1 in float32: beyond this many temperatures a head is fully open or closed.
 constexpr double kSaturation = 20.0;
 constexpr int64_t kCandidates = 64;
 constexpr int kRounds = 3;
@@ -168,7 +169,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> budget_select(
     scores = scores + noise->to(dtype) * (1 - explored) * noise_scale;
   }
   const auto count = budget_count(budget, num_heads, min_heads, rounding);  // [B]
-  // 0 * budget is NaN where the budget is: select_heads then says so.
+  // 0 * budget is NaN where the budget is: select_heads then raises the error.
   const auto index =
       select_heads(scores.detach() + 0 * budget.detach().unsqueeze(1), count);  // [B, H]
   const auto chosen = selection_mask(index, count, dtype);                      // [B, H]

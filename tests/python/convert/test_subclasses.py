@@ -1,4 +1,4 @@
-"""Attention of somebody's own class: known if all that runs is the known code."""
+"""Attention of a custom class: known if all that runs is the known code."""
 
 import logging
 

@@ -429,7 +429,7 @@ def test_refusals():
         hw.explain(model, "hello")
     with pytest.raises(ValueError, match="forward_fn called none"):
         hw.explain(model, inputs, forward_fn=lambda model, inputs: torch.zeros(3, 2))
-    with pytest.raises(ValueError, match="labels must be one a class, 3, got 2"):
+    with pytest.raises(ValueError, match="labels must have one entry per class .3., got 2"):
         hw.explain(model, inputs, labels=["a", "b"])
     with pytest.raises(ValueError, match="has no attention module that headwise can convert"):
         hw.explain(nn.Linear(2, 2), torch.zeros(1, 2))
