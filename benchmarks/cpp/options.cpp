@@ -12,9 +12,9 @@ namespace bench {
 
 const char* const kUsage = R"(usage: headwise_bench WHAT... [options]
 
-Times what choosing heads costs a C++ program, against layers that physically have as many heads,
-gate included. Every contender is checked against the oracle (compute every head, weigh, project)
-before it is timed; contenders take turns. `headwise bench` does the same from Python, and more.
+Times what choosing heads costs a C++ program, gate included, relative to layers that physically have
+the same number of heads. Every contender is checked against the oracle (compute every head, weight,
+project) before it is timed; contenders alternate. `headwise bench` does the same from Python, and more.
 
 WHAT: any of
   layer      one layer's forward
@@ -29,9 +29,9 @@ options:
   --threads N ...        default: 1
   --rounds N             default: 11
   --most-seconds S       rounds of one case end after so long, three in any case; default: no limit
-  --clock wall|process   process: processor time of all threads, for machines that others use too
+  --clock wall|process   process: processor time of all threads, for shared machines
   --seed N               default: 0
-  --note TEXT            stands in the results
+  --note TEXT            stored in the results
   --json FILE            write the results
 )";
 

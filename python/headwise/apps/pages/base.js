@@ -205,7 +205,7 @@ function plot(node, {traces, layout}) {
   });
 }
 
-/** A figure with its table folded beneath it. Returns a function that draws it anew. */
+/** A figure with its table folded beneath it. Returns a function that redraws it. */
 function figure(parent, title, note, draw, build) {
   const node = make("div", {
     class: "plot",
@@ -244,7 +244,7 @@ document.addEventListener("keydown", (event) => {
 });
 document.addEventListener("scroll", hideTip, true);
 
-/** Colours by strength in [-1, 1]: the sign chooses the hue. The number stands there too. */
+/** Colours by strength in [-1, 1]: the sign chooses the hue. The number is there too. */
 function shade(element, strength) {
   element.classList.add(strength < 0 ? "negative" : "positive");
   element.style.setProperty("--strength", `${Math.round(100 * Math.min(1, Math.abs(strength)))}%`);

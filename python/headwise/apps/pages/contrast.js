@@ -54,8 +54,8 @@ function startHeadline(parent, inputs) {
     }));
     odd.sort((a, b) => Math.abs(b.often - b.head.on) - Math.abs(a.often - a.head.on));
     note.textContent = !usual ?
-        "A row a layer; filled: ran." :
-        `A row a layer; filled: ran; ringed: not as usual for the ${usual.whom}. ` +
+        "One row per layer; filled: ran." :
+        `One row per layer; filled: ran; ringed: not as usual for the ${usual.whom}. ` +
             `${plural(always, "head")} of them ${always === 1 ? "runs" : "run"} whatever the ` +
             "input says.";
     reasons.replaceChildren(...odd.slice(0, 5).map(({layer, head, often}) => {
@@ -66,7 +66,7 @@ function startHeadline(parent, inputs) {
               `${percent(head.on ? often : 1 - often)} of the ${usual.whom}` +
               (words ? `: ${words} spoke ${head.on ? "for" : "against"} it` : ""));
     }));
-    if (usual && !odd.length) reasons.append(make("li", {}, "No head did what it seldom does."));
+    if (usual && !odd.length) reasons.append(make("li", {}, "No head did anything unusual."));
   };
 }
 

@@ -115,7 +115,7 @@ function startExplained(parent, inputs) {
             ["margin", measures.margin[1]],
             ["budget needed", measures.budget_needed[1]],
             ["effect", measures.effect[1]],
-            ["changes the prediction", "where it is switched over alone", "text"],
+            ["changes the prediction", "if it alone is toggled", "text"],
             ["entropy", measures.entropy[1]],
             ["roles", null, "text"],
           ],
@@ -287,8 +287,8 @@ function startExplained(parent, inputs) {
       [
         "prediction",
         own.changes_prediction === null ? missing :
-            own.changes_prediction      ? "changes when this head is switched over" :
-                                          "stays when this head is switched over"
+            own.changes_prediction      ? "changes when this head is toggled" :
+                                          "stays when this head is toggled"
       ],
       ["attention entropy", number(own.entropy)],
       [
