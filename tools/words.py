@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "tools" / "words.txt"
 FOLDERS = (
-    *("README.md", "CONTRIBUTING.md", "docs"),
+    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs"),
     *("include", "src", "python/headwise", "python/bindings"),
     *("benchmarks", "examples", "tests", "tools"),
 )
