@@ -54,8 +54,9 @@ def metric_difference(
 
     Args:
         metric: ``(outputs [n, ...], targets [n, ...]) -> a number``, the larger the better.
-        first: ``[N, ...]``, outputs of the first model for each example. second: ``[N, ...]``,
-            outputs of the second for the same examples. targets: ``[N, ...]``, the right answers.
+        first: ``[N, ...]``, outputs of the first model for each example.
+        second: ``[N, ...]``, outputs of the second for the same examples.
+        targets: ``[N, ...]``, the right answers.
         resamples: R, of the bootstrap; the metric is computed 2 R + 2 times.
         confidence_level: of the interval, in (0, 1), by percentiles.
         seed: of the draws.

@@ -39,7 +39,7 @@ class ConfidencePolicy:
     half up; at least one head if the gate gave any, at most all). The heads are chosen by the
     gate's own relevance; for a gate without relevance (:class:`FixedGate`, or no gate, which means
     all heads) by ``ranking``. Heads that the gate chose keep their weight; added ones have weight
-    1. A later stage runs the model again: the cost of an input is the sum of its stages.
+    one. A later stage runs the model again: the cost of an input is the sum of its stages.
 
     Args:
         model: a converted classifier; it is not changed.
@@ -156,13 +156,13 @@ class ConfidencePolicy:
                 stage, so that ``loss`` is the share of predictions that may change.
             loss: the share of inputs, in [0, 1], that may be lost.
             certainty: in (0, 1): the probability, over the draw of ``batches``, with which at most
-                the share ``loss`` of all inputs is lost (right at the widest stage, wrong where
-                the policy stops), and so at most that much accuracy. By learn then test
-                (Angelopoulos et al., arXiv 2110.01052; CALM, arXiv 2207.07061): a fixed sequence
-                of thresholds, each tested with an exact binomial. Needs at least
-                ln(1 - certainty) / ln(1 - loss) examples, 299 for 0.95 and 0.01: with fewer, every
-                input runs every stage. None: the accuracy lost on ``batches`` is at most ``loss``,
-                without a bound for other data.
+                the share ``loss`` of all inputs is lost (right at the widest stage, wrong at the
+                stage where the policy stops), and so at most that much accuracy. By learn then test
+                (Angelopoulos et al., arXiv 2110.01052; CALM, arXiv 2207.07061): a fixed sequence of
+                thresholds, each tested with an exact binomial. Needs at least ln(1 - certainty) /
+                ln(1 - loss) examples, 299 for 0.95 and 0.01: with fewer, every input runs every
+                stage. None: the accuracy lost on ``batches`` is at most ``loss``, without a bound
+                for other data.
 
         Returns:
             The threshold and its consequences. If ``pays`` is False, the widest stage alone is

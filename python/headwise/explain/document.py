@@ -78,7 +78,7 @@ class Explanation(Shown):
         """Plots one input's heads: their effects or, if none was measured, which ran.
 
         Args:
-            ax: where; None: on new axes.
+            ax: matplotlib axes; None: new ones.
             input: its number.
 
         Raises:

@@ -80,7 +80,7 @@ class GateScope:
             self._drawn = make(*self._noise)
 
         def used() -> tuple:
-            # Leaves that want gradients where the drawn tensors do: the graph is not kept.
+            # Leaves that require gradients if the drawn tensors do: the graph is not kept.
             leaves = (part.detach().requires_grad_(part.requires_grad) for part in self._drawn)
             return first, torch.is_grad_enabled(), self._noise, tuple(leaves)
 

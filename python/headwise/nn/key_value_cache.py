@@ -24,7 +24,7 @@ class LayerCache(Protocol):
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Appends the new keys and values ``[B, Hkv, L, d]``; returns all of them, ``[B, Hkv, S,
-        d]``, the new ones last (or where the mask of the same call says)."""
+        d]``, the new ones last (or at the places in the mask of the same call)."""
         ...
 
     def held(self) -> tuple[Tensor, Tensor] | None:

@@ -90,7 +90,7 @@ def add_labels_are(parser) -> argparse.Action:
     return parser.add_argument(
         "--labels-are",
         choices=("names", "numbers"),
-        help="of the model's classes; needed only where the data's labels could be both",
+        help="of the model's classes; needed only if the data's labels could be both",
     )
 
 

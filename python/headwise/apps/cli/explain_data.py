@@ -31,7 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     return [
         group.add_argument("--text-column", default="text", metavar="COLUMN", help="default: text"),
         group.add_argument(
-            "--label-column", metavar="COLUMN", help="default: label, where there is one"
+            "--label-column", metavar="COLUMN", help="default: label, if there is one"
         ),
         add_labels_are(group),
         group.add_argument(
@@ -196,7 +196,7 @@ def _thresholds(given: list[tuple[str, float]]):
 
 
 def _texts(options: argparse.Namespace) -> tuple[list[str], list[str] | None]:
-    """Texts, and their labels where the file has them; a sample of --limit by --seed."""
+    """Texts, and their labels if the file has them; a sample of --limit by --seed."""
     from headwise.apps.tasks.tasks import read_label, read_rows, read_text
 
     path = options.data

@@ -59,7 +59,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
     parser.add_argument(
         "--gates",
         action="store_true",
-        help="instead of --plan: the heads that the model's gates choose, where these are the same "
+        help="instead of --plan: the heads that the model's gates choose, if these are the same "
         "for every input",
     )
     parser.add_argument(

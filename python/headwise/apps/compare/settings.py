@@ -105,7 +105,7 @@ class Source:
     """Where tasks and model come from.
 
     Attributes:
-        tasks: names of bundled tasks; empty where ``data`` is given.
+        tasks: names of bundled tasks; empty if ``data`` is given.
         data: one's own file.
         text, label, group: its columns.
         model: folder of a transformers model; None: the bundled MiniLM.

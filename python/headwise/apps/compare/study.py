@@ -83,9 +83,10 @@ class Study:
         source: tasks and model.
         settings: what to do.
         out: folder of results; runs that an earlier study with the same settings finished there
-            are reused. device: where to train and measure.
+            are reused.
+        device: the device for training and measuring.
         threads: recorded with the results.
-        progress: hears of every step.
+        progress: receives every step.
         keep_models: write each trained model to ``out/models``.
     """
 

@@ -93,7 +93,7 @@ def class_numbers(
     if not fitting:
         what = "classes" if read_as in (None, "names") else "class numbers"
         known = next(iter(readings.values()))
-        # The label that the better reading lacks: a single wrong one, where the others fit.
+        # The label that the better reading lacks: a single wrong one, if the others fit.
         lacks = ([label for label in labels if label not in own] for own in readings.values())
         raise UsageError(
             f"label {quoted(min(lacks, key=len)[0])} is none of the model's {what}: "

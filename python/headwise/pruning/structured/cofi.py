@@ -268,7 +268,7 @@ class CoFi(nn.Module):
         ]
 
     def _each(self, make: Callable[[Tensor, str], Tensor]) -> dict[str, list[Tensor]]:
-        """For each group the values of each of its parameters; ones where it is not masked."""
+        """For each group the values of each of its parameters; ones if it is not masked."""
         device = self.progress.device
         return {
             group: [torch.ones(size, device=device) for size in self._sizes[group]]

@@ -81,8 +81,8 @@ class Structure:
         attention: its attention layers, by name.
         ffn: its feed-forward networks, by name.
         layers: its transformer layers, in the order in which they run.
-        stream: its residual stream, if it has exactly one of a known kind. no_stream: otherwise why
-            hidden dimensions cannot be pruned.
+        stream: its residual stream, if it has exactly one of a known kind.
+        no_stream: otherwise why hidden dimensions cannot be pruned.
     """
 
     attention: dict[str, AttentionLayer]

@@ -38,7 +38,7 @@ class LatencyTable:
         neurons: the same of a feed-forward network.
         neuron_seconds: the same of a feed-forward network.
         threads: threads that PyTorch used.
-        device: where it was measured.
+        device: the device of the measurement.
         embed_dim: width of the measured layers; None: not known.
         head_dim: width of their heads; None: not known.
     """
