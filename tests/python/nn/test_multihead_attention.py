@@ -407,7 +407,7 @@ def test_narrow_layer_equals_the_masked_one(gate):
     ("arguments", "message"),
     [
         ((0, 4), "embed_dim must be positive, got 0"),
-        ((24, 0), "num_heads must be positive (or 0 where head_dim is given), got 0"),
+        ((24, 0), "num_heads must be positive (or 0 if head_dim is given), got 0"),
         ((24, 5), "num_heads must divide embed_dim=24 (or head_dim be given), got 5"),
         ((24, 4, 1.5), "dropout must be between 0 and 1, got 1.5"),
     ],
