@@ -8,7 +8,7 @@ with the cache that the prompt filled. A bank picks its plan by the prompt and k
 Families: Python code (of torch), sums, lists of words, film reviews, news, tweets. One half of each
 family's texts calibrates and trains, the other is scored. All plans have the same number of query
 heads, and all but "michel" are repaired on the same tokens. With --steps, static and bank are then
-trained for as many steps on the same batches.
+trained for the same number of steps on the same batches.
 
 Rows are kept in a .jsonl file beside --json as soon as they are measured, and not measured again.
 """
