@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from headwise.convert.registry import class_path, overridden
+from headwise.nn.decoder_inputs import forward_replaced
 
 #: Kinds of hooks on a module, by the attribute that holds them.
 HOOKS = {
@@ -53,7 +54,7 @@ def projection_fault(name: str, linear: nn.Module, kind: type[nn.Module] = nn.Li
 
 def forward_fault(name: str, module: nn.Module) -> str | None:
     """Why a module that computes something else than its class cannot be replaced."""
-    if "forward" in vars(module):
+    if forward_replaced(module):
         where = f" of its {name}" if name else ""
         return f"the forward{where} was replaced on the instance (convert first, then wrap it)"
     return None

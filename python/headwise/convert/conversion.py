@@ -76,7 +76,7 @@ def convert(
         ValueError: there is no attention in ``model`` that can be converted, or (``strict``) some
             that cannot; the text lists each and why. Or a converted layer does not compute the same
             as before (``verify``). Or ``keep_selection`` is given and ``model`` is not a decoder.
-        RuntimeError: ``model`` is of a version of transformers before 5.6.
+        RuntimeError: ``model`` is of a version of transformers before 5.
 
     After any error, including those of ``gate``, ``model`` is restored. A version of transformers
     newer than the tested ones gives one warning.

@@ -14,23 +14,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    DynamicCache,
-    EncoderDecoderCache,
-)
+from transformers import AttentionInterface, DynamicCache, EncoderDecoderCache
 from transformers.masking_utils import (
     bidirectional_mask_function,
     causal_mask_function,
     prepare_padding_mask,
-    sdpa_mask,
 )
 
 from headwise.convert.arguments import check_arguments, handed_on, one_cache, wants_maps
 from headwise.convert.kept_selection import CrossCacheOf, LayerCacheOf
 from headwise.convert.masks import split
-from headwise.convert.older_versions import collects_maps, query_offset
+from headwise.convert.older_versions import (
+    collects_maps,
+    make_mask,
+    mask_sizes,
+    query_offset,
+    register_mask,
+)
 from headwise.convert.projections import Projected, ProjectedStandIn
 from headwise.convert.transformers_attention import (
     name_implementation,
@@ -63,11 +63,11 @@ def _mask(
         if q_offset + q_length == kv_length and attention_mask is not None:
             padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
             return padding[:, :kv_length]  # type: ignore[index]
-    return sdpa_mask(
+    return make_mask(
         batch_size=batch_size,
         q_length=q_length,
         kv_length=kv_length,
-        q_offset=q_offset,  # type: ignore[arg-type]
+        q_offset=q_offset,
         kv_offset=kv_offset,
         mask_function=mask_function,
         attention_mask=attention_mask,
@@ -76,7 +76,7 @@ def _mask(
 
 
 AttentionInterface.register(IMPLEMENTATION, unconverted_attention)
-AttentionMaskInterface.register(IMPLEMENTATION, _mask)
+register_mask(IMPLEMENTATION, _mask)
 
 
 class Told:
@@ -185,12 +185,14 @@ class SelectedDecoderAttention(ProjectedStandIn):
             past = past if cross else getattr(past, "self_attention_cache", past)
             whole = mask is not None and mask.dim() == 4
             if not cross and (whole or bias is not None):
-                position = query_offset(past, self.layer_idx)
+                position = query_offset(past, self.layer_idx, options)
                 if isinstance(position, Tensor):
                     position = position.clone()  # the cache counts in place
-                held, offset = past.get_mask_sizes(length, self.layer_idx)
+                held, offset = mask_sizes(past, length, self.layer_idx)
                 keys, first = length if only_own else held, position - offset
-            layer_cache = self._layer_cache(past, x, only_own, handed_on(options), cross)
+            layer_cache = self._layer_cache(
+                past, x, only_own, {} if cross else handed_on(options), cross
+            )
         call = split(mask, x, causal, first, cross)
         if self.told is not None:
             if cross:
@@ -200,7 +202,7 @@ class SelectedDecoderAttention(ProjectedStandIn):
         if bias is not None:
             call = call.with_bias(bias(keys if memory is None else memory.size(1), position))
         if options.get("output_attentions") is None:  # not all models pass this
-            options["output_attentions"] = collects_maps(self.config)
+            options["output_attentions"] = collects_maps(self)
         return GroupedQueryAttention.forward(
             self,
             x,
@@ -249,10 +251,10 @@ class TransformersProjected(Projected):
     def finish(self, model: nn.Module, converted: list[nn.Module]) -> None:
         configs = [module.config for module in converted if hasattr(module, "config")]
         name_implementation(model, configs, IMPLEMENTATION)
-        _link(model)
+        link(model)
 
 
-def _link(model: nn.Module) -> None:
+def link(model: nn.Module) -> None:
     """Lets the self-attention of each decoder block pass its padding to the cross-attention."""
     before: SelectedDecoderAttention | None = None
     for module in model.modules():

@@ -32,6 +32,7 @@ from headwise.convert.decoder import (
     cache_word,
     decoder_outputs,
 )
+from headwise.convert.older_versions import gpt2_scale
 from headwise.convert.parameters import in_the_mode_of, remade
 from headwise.convert.registry import Architecture
 from headwise.convert.transformers_attention import name_implementation
@@ -59,6 +60,12 @@ class SelectedGPT2Attention(SelectedDecoderAttention, GPT2Attention):
     def c_proj(self) -> nn.Module:  # type: ignore[override]
         """The output projection, by the name that GPT-2's initialisation of weights knows."""
         return self.o_proj
+
+    @property
+    def bias(self) -> Tensor:
+        """The causal mask that this class has before 5.3, and initialises: a place to write to."""
+        length = self.config.max_position_embeddings
+        return torch.empty(1, 1, length, length, dtype=torch.bool)
 
     def original_state(self, name: str, state: dict[str, Tensor]) -> None:
         """As :meth:`SelectedDecoderAttention.original_state`: ``Conv1D`` has a transposed
@@ -118,7 +125,7 @@ class GPT2(Architecture):
             "num_heads": module.num_heads,
             "dropout": module.attn_dropout.p,
             "bias": True,
-            "scale": module.scaling,
+            "scale": gpt2_scale(module),
         }
         successor = SelectedGPT2Attention(module, sizes, device="meta")
         places = [(module.c_attn, i) for i in range(3)] + [(module.c_proj, None)]

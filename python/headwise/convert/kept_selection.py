@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from headwise.convert.older_versions import counted
 from headwise.gates.selection import Selection
 
 
@@ -114,7 +115,7 @@ class LayerCacheOf:
         self._new: Kept | None = None  # chosen in this call
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = self._cache.update(k, v, self._layer, self._options)
+        k, v = self._cache.update(counted(self._held, k), v, self._layer, self._options)
         if self._new is not None:
             self._keep(self._new)
         if self._only_own and k.size(2) > self._length:  # a static cache returns empty rows too

@@ -35,7 +35,7 @@ class SelectedSelfAttention(EncoderStandIn):
         """As :meth:`EncoderStandIn.forward`; the layers do not know whether attention weights are
         requested."""
         if options.get("output_attentions") is None:
-            options["output_attentions"] = collects_maps(self.config)
+            options["output_attentions"] = collects_maps(self)
         return super().forward(hidden_states, attention_mask, **options)
 
     def _place(self, name: str) -> str:

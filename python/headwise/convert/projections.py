@@ -86,7 +86,7 @@ class ProjectedStandIn(GroupedQueryAttention):
     def __init__(self, original: nn.Module, sizes: Mapping[str, Any], **factory: Any):
         super().__init__(**sizes, **factory)
         for name, value in vars(original).items():  # config, layer_idx, is_causal, scaling, ...
-            if not name.startswith("_") and name not in self.__dict__:
+            if not name.startswith("_") and name not in (*self.__dict__, "forward"):
                 setattr(self, name, value)
 
     def __getattr__(self, name: str) -> Any:

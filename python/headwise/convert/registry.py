@@ -137,6 +137,7 @@ REFUSED = {
         ("olmo3", "Olmo3Attention", _HEADS_TOGETHER),
         ("qwen3_next", "Qwen3NextAttention", _GATED),
         ("swin", "SwinAttention", _WINDOWS),
+        ("swin", "SwinSelfAttention", _WINDOWS),  # of older versions
         ("wavlm", "WavLMAttention", "its position bias is gated by the layer's input"),
     )
 }

@@ -28,6 +28,10 @@ class SelectedBiasedAttention(SelectedDecoderAttention):
 
     def __init__(self, original: nn.Module, sizes: Mapping[str, Any], **factory: Any):
         super().__init__(original, sizes, **factory)
+        if getattr(
+            self, "has_relative_attention_bias", False
+        ):  # of all heads: others read them too
+            self.relative_attention_bias = original.relative_attention_bias
         device = None if factory.get("device") == "meta" else factory.get("device")
         self.register_buffer("bias_heads", torch.arange(self.num_heads, device=device))
 

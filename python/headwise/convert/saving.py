@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from headwise.io.safetensors_files import save_safetensors
 from headwise.nn.layers import attention_layers
 
-#: The attention implementation in a checkpoint: it does not exist, so only a resuming Trainer reads
-#: the checkpoint.
+#: The attention implementation in a checkpoint and, as versions before 5.4 ignore that, its file of
+#: weights: neither exists, so only a resuming Trainer reads the checkpoint.
 UNREADABLE = "headwise_gates"
 
 
@@ -174,5 +174,6 @@ def _write_checkpoint(model: nn.Module, state: dict[str, Tensor], folder: Path) 
         folder / "model.safetensors",
         {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.values()},
     )
-    config = {**json.loads(model.config.to_json_string()), "attn_implementation": UNREADABLE}
+    config = json.loads(model.config.to_json_string())
+    config.update(attn_implementation=UNREADABLE, transformers_weights=UNREADABLE)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

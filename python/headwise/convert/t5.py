@@ -5,15 +5,16 @@ position bias that the first layer makes for all.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from headwise.convert import older_t5
 from headwise.convert.arguments import one_cache
 from headwise.convert.decoder import TransformersProjected
+from headwise.convert.older_versions import relative_bias
 from headwise.convert.projections import Places
-from headwise.convert.registry import family
+from headwise.convert.registry import Architecture, family
 from headwise.convert.relative_bias import SelectedBiasedAttention
 from headwise.convert.stand_ins import stand_ins
 
@@ -27,11 +28,6 @@ class SelectedT5Attention(SelectedBiasedAttention):
     """Replaces ``T5Attention``."""
 
     places = PLACES
-
-    def __init__(self, original: nn.Module, sizes: Mapping[str, Any], **factory: Any):
-        super().__init__(original, sizes, **factory)
-        if self.has_relative_attention_bias:  # of all heads: other layers read them too
-            self.relative_attention_bias = original.relative_attention_bias
 
     def forward(  # type: ignore[override]  # as transformers calls it
         self,
@@ -51,9 +47,7 @@ class SelectedT5Attention(SelectedBiasedAttention):
         def bias(keys: int, position: int | Tensor) -> Tensor:
             whole = made[0]
             if whole is None:
-                whole = made[0] = self.compute_bias(
-                    hidden_states.size(1), keys, hidden_states.device, position
-                )
+                whole = made[0] = relative_bias(self, hidden_states.size(1), keys, position)
             return self.own_bias(whole)
 
         output, maps = self.attend(
@@ -76,6 +70,9 @@ class T5(TransformersProjected):
     places = PLACES
     children = ("relative_attention_bias",)
     attributes = ("config", "is_causal", "is_decoder", "layer_idx", "has_relative_attention_bias")
+
+    def of(self, module: nn.Module) -> Architecture:
+        return self if hasattr(module, "scaling") else older_t5.ARCHITECTURE
 
     def sizes(self, module: nn.Module) -> dict[str, Any]:
         return {

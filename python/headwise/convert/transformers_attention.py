@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
+from transformers.masking_utils import bidirectional_mask_function
 
 from headwise.convert.arguments import check_arguments, wants_maps
 from headwise.convert.checks import (
@@ -30,6 +30,7 @@ from headwise.convert.checks import (
     projection_fault,
 )
 from headwise.convert.masks import for_each_sequence
+from headwise.convert.older_versions import make_mask, register_mask
 from headwise.convert.parameters import in_the_mode_of, remade
 from headwise.convert.registry import Architecture
 from headwise.gates.linears import check_read
@@ -56,7 +57,7 @@ def _padding_mask(
     padding is no longer distinguishable; a gate needs the padding.
     """
     if mask_function is not bidirectional_mask_function:
-        return sdpa_mask(
+        return make_mask(
             batch_size=batch_size,
             q_length=q_length,
             kv_length=kv_length,
@@ -88,7 +89,7 @@ def unconverted_attention(
 
 
 AttentionInterface.register(IMPLEMENTATION, unconverted_attention)
-AttentionMaskInterface.register(IMPLEMENTATION, _padding_mask)
+register_mask(IMPLEMENTATION, _padding_mask)
 
 
 def attend(

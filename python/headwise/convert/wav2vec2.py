@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from headwise.convert.bart import PLACES
 from headwise.convert.decoder import SelectedDecoderAttention, TransformersProjected
+from headwise.convert.older_versions import outputs
 from headwise.convert.registry import family
 from headwise.convert.stand_ins import stand_ins
 
@@ -30,12 +31,14 @@ class SelectedSpeechAttention(SelectedDecoderAttention):
         attention_mask: Tensor | None = None,
         output_attentions: bool | None = None,
         **options: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """As :meth:`SelectedDecoderAttention.attend`; there is no other sequence."""
+    ) -> tuple[Tensor | None, ...]:
+        """As :meth:`SelectedDecoderAttention.attend`; there is no other sequence. In older versions
+        of transformers there is a third output, None."""
         options["output_attentions"] = output_attentions or None
         if key_value_states is not None:
             raise ValueError("key_value_states must be None: a converted model is an encoder")
-        return self.attend(hidden_states, attention_mask, None, options)
+        more = [None] * (outputs(type(self).__bases__[-1]) - 2)
+        return (*self.attend(hidden_states, attention_mask, None, options), *more)
 
 
 selected, __getattr__ = stand_ins(__name__, SelectedSpeechAttention)

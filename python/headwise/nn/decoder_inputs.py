@@ -91,11 +91,19 @@ def hide(padding: Tensor | None, seen: Tensor | int | None, x: Tensor) -> Tensor
     return padding | ~seen.to(x.device)
 
 
+def forward_replaced(module: nn.Module) -> bool:
+    """Whether the instance has a forward other than that of its class. (transformers before 5.2
+    leaves the module's own there, bound, when it has collected a model's outputs.)"""
+    own = vars(module).get("forward")
+    bound = getattr(own, "__self__", None) is module
+    return own is not None and not (bound and own.__func__ is type(module).forward)
+
+
 def is_own(linear: nn.Module) -> bool:
     """Whether calling the module only multiplies by its weight and adds its bias."""
     return (
         type(linear) is nn.Linear
-        and "forward" not in linear.__dict__
+        and not forward_replaced(linear)
         and not (linear._forward_hooks or linear._forward_pre_hooks)
         and not (linear._backward_hooks or linear._backward_pre_hooks)
     )

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from headwise.nn.decoder_inputs import forward_replaced
+
 #: Relative tolerance between two ways of computing the same, of the largest output.
 TOLERANCE = {
     torch.float64: 1e-9,
@@ -99,6 +101,8 @@ def bare(
     new = made[id(module)] = object.__new__(type(module))
     held = vars(new)
     held.update(vars(module))
+    if not forward_replaced(module):
+        held.pop("forward", None)
     for name, value in vars(module).items():
         if "hooks" in name and isinstance(value, dict):
             held[name] = OrderedDict()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from headwise.nn.attention_layer import AttentionLayer, AttentionProbe
+from headwise.nn.decoder_inputs import forward_replaced
 from headwise.nn.instrumenting import evaluating
 from headwise.nn.layers import attention_layers
 from headwise.pruning.structured.description import structure
@@ -288,7 +289,7 @@ def _is_chain(
         return False
     for block in chain:
         # A hook would see a finished block's output again; a replaced forward would be lost.
-        own = block._forward_hooks or "forward" in block.__dict__
+        own = block._forward_hooks or forward_replaced(block)
         if len(passed.get(block, ())) != 1 or own:
             return False
     return all(

@@ -390,6 +390,8 @@ def _build(architecture: dict[str, Any], folder: Path, tensors: Mapping[str, Ten
         )
     try:
         import transformers
+
+        from headwise.convert.older_versions import configuration
     except ImportError:
         raise ValueError(
             f"'{folder}' holds a {name} of transformers, which is not installed"
@@ -406,11 +408,11 @@ def _build(architecture: dict[str, Any], folder: Path, tensors: Mapping[str, Ten
     _check_sizes(architecture["config"], tensors, where)
     config_class: Any = kind.config_class
     try:
-        config = config_class.from_dict(architecture["config"])
+        config = configuration(config_class, architecture["config"])
         with torch.device("meta"):  # without memory, to compare its size
             size = sum(parameter.numel() for parameter in kind(config).parameters())
         _check_total(size, tensors, where)
-        return kind(config_class.from_dict(architecture["config"]))
+        return kind(configuration(config_class, architecture["config"]))
     except _TooLarge:
         raise
     except Exception as error:

@@ -1,6 +1,7 @@
 """Hooks, computed weights, gradients, modes, buffers: carried over, or refused by name."""
 
 import copy
+import functools
 
 import headwise as hw
 import pytest
@@ -291,8 +292,28 @@ def test_a_forward_of_the_instance_is_refused_by_name(name):
         model, *_, place = build(name)
         part = model.get_submodule(place)
         part = part.get_submodule(where) if where else part
-        part.forward = part.forward
+        part.forward = functools.partial(part.forward)
         unchanged(model, "the forward.* was replaced on the instance")
+
+
+@pytest.mark.parametrize("name", ["BertModel", "LlamaForCausalLM", "GPT2LMHeadModel"])
+def test_the_own_forward_on_the_instance_is_no_other(name):
+    """transformers before 5.2 leaves it there after it collected a model's outputs."""
+    model, inputs, run, _ = build(name)
+    for part in model.modules():
+        part.forward = part.forward
+    with torch.no_grad():
+        expected = run(model, inputs)
+        converted = hw.convert(model, hw.FixedGate())
+        torch.testing.assert_close(run(converted, inputs), expected, rtol=1e-5, atol=1e-5)
+        for layer in hw.attention_layers(converted).values():
+            layer.forward = layer.forward
+            layer.gate.scale[0] = 0.0
+        masked = run(converted, inputs)
+        assert (masked - expected).abs().max() > 1e-4
+        converted = hw.convert(converted, hw.FixedGate([1, 2, 3]))
+        small = hw.prune(converted)
+        torch.testing.assert_close(run(small, inputs), masked, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", [name for name in PLACES if name not in KEPT])
