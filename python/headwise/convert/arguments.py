@@ -13,6 +13,8 @@ WITHOUT_EFFECT = {
     "cache_position": "the cache counts its tokens itself, or gets this",
     "use_cache": "the model has decided whether there is a cache",
     "num_items_in_batch": "the loss is divided by it",
+    "shift_labels": "the loss is of them",
+    "ignore_index": "the loss leaves these labels out",
     "output_hidden_states": "the model collects them",
     "output_router_logits": "the model collects them",
     "return_dict": "the model packs its own output",

@@ -191,3 +191,16 @@ def test_layers_left_alone_in_a_converted_decoder_compute_what_they_did(name, pa
         inputs = {key: value[:1].flip(1) for key, value in inputs.items()}  # padded on the right
     tokens = [m.generate(**inputs, max_new_tokens=4, do_sample=False) for m in (original, model)]
     assert torch.equal(*tokens)
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel"])
+def test_what_only_the_loss_takes_passes_through(name):
+    """transformers hands it down to the attention with everything else."""
+    original = next(row for row in ARCHITECTURES.values() if row.name == name).build()
+    ids = torch.randint(3, 20, (BATCH, LENGTH))
+    labels = ids.roll(-1, dims=1)
+    options = {"labels": ids, "shift_labels": labels, "ignore_index": int(labels[0, 0])}
+    converted = hw.convert(copy.deepcopy(original))
+    expected = original(ids, **options).loss
+    torch.testing.assert_close(converted(ids, **options).loss, expected, rtol=1e-5, atol=1e-5)
+    assert expected != original(ids, labels=ids).loss
