@@ -29,7 +29,7 @@ import headwise as hw
 import torch
 from headwise.apps.tasks.corpora import load_task
 from headwise.io.files import write_json
-from headwise.pruning import fit_bank, following, repair_scores
+from headwise.pruning import fit_bank, following, plan_choices, repair_scores
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -218,20 +218,40 @@ def continuation_losses(model: nn.Module, ids: Tensor) -> Tensor:
     return token_losses(logits, ids[:, half:]).mean(1)
 
 
-def measured(model: nn.Module, prompts: Prompts, plans: list[int] | None = None) -> dict:
+@torch.no_grad()
+def plans_of(bank: nn.Module, rows: Tensor) -> Tensor:
+    """int64 [N]: the plan that each of rows [N, LENGTH] gets by its prompt."""
+    choices = []
+    for part in rows.split(BATCH):
+        prompt = {"input_ids": part[:, : LENGTH // 2]}
+        choices += plan_choices(bank, prompt, forward_fn=forward)
+    return torch.tensor([choice.plan for choice in choices])
+
+
+def bank_losses(bank: nn.Module, rows: Tensor, plans: Tensor) -> Tensor:
+    """[N]: continuation_losses of rows [N, LENGTH], each with its own of plans [N]. Sequences that
+    decode together follow one plan."""
+    found = torch.zeros(len(rows))
+    for plan in plans.unique():
+        for own in (plans == plan).nonzero().flatten().split(BATCH):
+            with following(bank, plans[own]):
+                found[own] = continuation_losses(bank, rows[own])
+    return found
+
+
+def measured(model: nn.Module, prompts: Prompts, bank: bool = False, shift: int = 0) -> dict:
     """Perplexity of the continuations by family; overall by the mean loss over families. With
-    ``plans`` each family follows that plan."""
+    ``shift`` each sequence of a bank follows the plan that many after its own."""
     model.eval()
     found = []
-    for number, rows in enumerate(prompts.test):
-        own = []
-        for part in rows.split(BATCH):
-            if plans is None:
-                own.append(continuation_losses(model, part))
-            else:
-                with following(model, torch.full((len(part),), plans[number])):
-                    own.append(continuation_losses(model, part))
-        found.append(torch.cat(own))
+    for rows in prompts.test:
+        if bank:
+            plans = (plans_of(model, rows) + shift) % len(FAMILIES)
+            found.append(bank_losses(model, rows, plans))
+        else:
+            found.append(
+                torch.cat([continuation_losses(model, part) for part in rows.split(BATCH)])
+            )
     means = torch.stack([own.mean() for own in found])
     spread = torch.stack([own.var() / len(own) for own in found]).sum().sqrt() / len(found)
     return {
@@ -307,19 +327,16 @@ def study(dense, tokenizer, seed: int, options: argparse.Namespace, rows: Rows) 
         for method, model, about in models(dense, prompts, seed, keep, left):
             about["seconds"] = round(time.time() - start)
             key = {"seed": seed, "method": method, "keep": keep}
+            bank = method.startswith("bank")
             if not rows.measured(**key, steps=0):
-                rows.add(**key, steps=0, **about, **measured(model, prompts))
-                if method.startswith("bank"):
-                    count = len(FAMILIES)
-                    swapped = [(n + 1) % count for n in range(count)]
-                    rows.add(
-                        **{**key, "method": f"{method}, another plan"}, steps=0,
-                        **measured(model, prompts, swapped),
-                    )  # fmt: skip
+                rows.add(**key, steps=0, **about, **measured(model, prompts, bank))
+                if bank:
+                    other = {**key, "method": f"{method}, another plan"}
+                    rows.add(**other, steps=0, **measured(model, prompts, bank, shift=1))
             if options.steps:
                 train(model, prompts, options)
                 about["seconds"] = round(time.time() - start)
-                rows.add(**key, steps=options.steps, **about, **measured(model, prompts))
+                rows.add(**key, steps=options.steps, **about, **measured(model, prompts, bank))
             start = time.time()
 
 
