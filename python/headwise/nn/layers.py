@@ -7,6 +7,7 @@ from collections.abc import MutableMapping
 from torch import nn
 
 from headwise.nn.attention_layer import AttentionLayer
+from headwise.nn.decoder_inputs import forward_replaced
 
 __all__ = ["attention_layers", "head_groups"]
 
@@ -52,8 +53,22 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Modul
     return model
 
 
+def check_replaceable(module: nn.Module) -> None:
+    """Raises ValueError if ``module`` has a forward that whatever replaces it would not run."""
+    if forward_replaced(module):
+        raise ValueError(
+            f"a {type(module).__name__} has another forward than its class (accelerate, for "
+            f"example, wraps it): restore it before the module is replaced by a smaller one"
+        )
+
+
 def carry_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Moves the hooks that were registered on ``old`` to ``new``; their handles stay valid."""
+    """Moves the hooks that were registered on ``old`` to ``new``; their handles stay valid.
+
+    Raises:
+        ValueError: as :func:`check_replaceable`.
+    """
+    check_replaceable(old)
     for attribute, hooks in vars(old).items():
         if "hooks" in attribute and isinstance(hooks, MutableMapping):
             hooks.update(vars(new).get(attribute, {}))

@@ -15,7 +15,12 @@ from headwise.io.progress import with_progress
 from headwise.nn.attention_layer import AttentionLayer
 from headwise.nn.gate_proof import layer_outputs
 from headwise.nn.instrumenting import evaluating
-from headwise.nn.layers import attention_layers, carry_hooks, replace_module
+from headwise.nn.layers import (
+    attention_layers,
+    carry_hooks,
+    check_replaceable,
+    replace_module,
+)
 from headwise.nn.proof import Proof, bare, kind_of, unchanged_on_error
 from headwise.pruning.plans import HeadPlan, LayerPlan, plan
 from headwise.pruning.reconstruction import repair as repair_model
@@ -108,6 +113,7 @@ def prune(
     with unchanged_on_error(model):
         for entry in plan.layers:
             layer = layers[entry.name]
+            check_replaceable(layer)
             smaller = layer.pruned(entry)
             kind = (kind_of(layer), len(entry.heads))
             if verify and kind not in proved:

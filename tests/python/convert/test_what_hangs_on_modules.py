@@ -401,3 +401,23 @@ def test_the_sizes_of_a_layer_are_those_of_its_weights():
     model, *_, place = build("LlamaForCausalLM")
     model.get_submodule(place).q_proj = nn.Linear(EMBED, EMBED + 1, bias=False)
     unchanged(model, "its projections are not as wide as whole heads of 6")
+
+
+@pytest.mark.parametrize("structured", [False, True])
+@pytest.mark.parametrize("name", ["BertModel", "LlamaForCausalLM"])
+def test_pruning_refuses_a_layer_with_another_forward(name, structured):
+    """accelerate wraps the forward of an instance; a smaller layer would run without it."""
+    dense = hw.convert(build(name)[0])
+    layers = hw.attention_layers(dense)
+    plan = hw.HeadPlan([hw.pruning.LayerPlan(n, v.num_heads, [0]) for n, v in layers.items()])
+    if structured:
+        plan = hw.pruning.StructurePlan(plan)
+    layer = next(iter(layers.values()))
+    plain = layer.forward
+    layer.forward = lambda *args, **kwargs: plain(*args, **kwargs)
+    before = {key: value.clone() for key, value in dense.state_dict().items()}
+    with pytest.raises(ValueError, match="another forward than its class"):
+        hw.prune(dense, plan, inplace=True)
+    assert all(torch.equal(value, before[key]) for key, value in dense.state_dict().items())
+    del layer.forward
+    hw.prune(dense, plan, inplace=True)
