@@ -61,7 +61,8 @@ class SelectedOlderT5Attention(SelectedBiasedAttention):
         return (output, whole, maps) if output_attentions else (output, whole)
 
     def _bias(self, x: Tensor, memory: Tensor | None, past: Any, options: dict[str, Any]) -> Tensor:
-        length, keys, position = x.size(1), x.size(1), 0
+        length, keys = x.size(1), x.size(1)
+        position: int | Tensor = 0
         if memory is not None:
             keys = memory.size(1)
         elif past is not None:

@@ -46,7 +46,8 @@ def make_mask(
     """transformers' own mask for its implementation "sdpa"."""
     if not _BY_POSITIONS:
         device = {} if device is None else {"device": device}
-        return sdpa_mask(q_length=q_length, q_offset=q_offset, **device, **options)
+        offset: Any = q_offset  # static caches count in a tensor
+        return sdpa_mask(q_length=q_length, q_offset=offset, **device, **options)
     positions = torch.arange(q_length, device=device) + q_offset
     return sdpa_mask(cache_position=positions, **options)
 
@@ -56,7 +57,8 @@ def register_mask(name: str, function: Callable[..., Tensor | None]) -> None:
     which is called as the newest version calls it."""
 
     def by_positions(cache_position: Tensor, kv_length: int, **options: Any) -> Tensor | None:
-        length, first = cache_position.size(0), cache_position[0]
+        length = cache_position.size(0)
+        first: int | Tensor = cache_position[0]
         if kv_length == length and options.get("kv_offset", 0) == 0:
             first = 0  # there is room for these alone
         elif not torch.compiler.is_compiling():
