@@ -83,8 +83,8 @@ class HEADWISE_API HeadScoreAccumulator {
   std::map<std::string, Layer> layers_;
 };
 
-/// The heads over which HIES scales its two parts to [0, 1].
-enum class Scope { layer, global };
+/// The heads that are ranked or scaled together: those of each layer, or all heads of the model.
+enum class Scope { layer, model };
 
 /// Head importance and entropy score (arXiv 2510.13832): alpha * importance + (1 - alpha) *
 /// (1 - entropy), both scaled by min-max over `scope` first.
@@ -92,6 +92,6 @@ enum class Scope { layer, global };
 /// @param alpha in [0, 1]
 /// @throws c10::ValueError when alpha is out of range or the layers of the two differ.
 HEADWISE_API HeadScores hies(const HeadScores& importance, const HeadScores& entropy,
-                             double alpha = 0.5, Scope scope = Scope::global);
+                             double alpha = 0.5, Scope scope = Scope::model);
 
 }  // namespace headwise

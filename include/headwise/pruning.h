@@ -54,20 +54,16 @@ class HEADWISE_API HeadPlan {
   std::string metadata_;
 };
 
-/// The heads among which a plan ranks.
-enum class PlanScope {
-  kGlobal,  ///< all heads of the model: layers keep different numbers
-  kLayer,   ///< each layer's own: every layer keeps the same fraction
-};
-
 /// Keeps the most important fraction `keep` of the heads: round(keep * heads), but at least one, of
 /// the model or of each layer. Ties: the lower layer, then the lower head is kept. Scales are 1.
 /// The largest scores are the most important; of the metric "entropy" the smallest.
 /// @param min_heads_per_layer heads that every layer keeps (all, if it has fewer)
+/// @param scope one ranking of the model's heads, so that layers keep different numbers, or one per
+///        layer, so that every layer keeps the same fraction
 /// @throws c10::ValueError if a score is not finite, keep is outside (0, 1], or min_heads_per_layer
 /// is negative or requires more heads than keep leaves
 HEADWISE_API HeadPlan plan(const HeadScores& scores, double keep = 0.5,
-                           int64_t min_heads_per_layer = 0, PlanScope scope = PlanScope::kGlobal);
+                           int64_t min_heads_per_layer = 0, Scope scope = Scope::model);
 
 /// The parameters of an attention layer with only `heads` left: their rows of the input projections
 /// and biases, their columns of the output projection, multiplied by `scale`. The output bias

@@ -24,7 +24,7 @@ struct HEADWISE_API ScoreOptions {
   /// The share of importance in hies, in [0, 1].
   TORCH_ARG(double, alpha) = 0.5;
   /// The heads over which hies scales.
-  TORCH_ARG(Scope, scope) = Scope::global;
+  TORCH_ARG(Scope, scope) = Scope::model;
 };
 
 /// Scores every head by all metrics ("michel", "entropy", "confidence", "hies"), in one pass over

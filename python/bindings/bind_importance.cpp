@@ -4,12 +4,12 @@
 
 #include "headwise/importance.h"
 #include "headwise/scoring.h"
+#include "scope.h"
 
 namespace py = pybind11;
 using headwise::AbsoluteValue;
 using headwise::HeadScorer;
 using headwise::HeadScores;
-using headwise::Scope;
 
 namespace {
 
@@ -19,12 +19,6 @@ AbsoluteValue absolute_value(const std::string& name) {
   if (name == "per_batch") return AbsoluteValue::per_batch;
   throw py::value_error("absolute must be 'per_token', 'per_example' or 'per_batch', got '" + name +
                         "'");
-}
-
-Scope scope_of(const std::string& name) {
-  if (name == "layer") return Scope::layer;
-  if (name == "global") return Scope::global;
-  throw py::value_error("scope must be 'layer' or 'global', got '" + name + "'");
 }
 
 }  // namespace
@@ -57,7 +51,7 @@ void bind_importance(py::module_& m) {
              return HeadScorer(std::move(metrics), options);
            }),
            py::arg("metrics"), py::arg("absolute") = "per_token", py::arg("normalize") = true,
-           py::arg("alpha") = 0.5, py::arg("scope") = "global")
+           py::arg("alpha") = 0.5, py::arg("scope") = "model")
       .def_property_readonly("needs_gradients", &HeadScorer::needs_gradients)
       .def(
           "see",
@@ -95,5 +89,5 @@ void bind_importance(py::module_& m) {
         return headwise::hies(importance, entropy, alpha, scope_of(scope));
       },
       py::arg("importance"), py::arg("entropy"), py::arg("alpha") = 0.5,
-      py::arg("scope") = "global");
+      py::arg("scope") = "model");
 }

@@ -7,6 +7,7 @@
 
 #include "headwise/pruning.h"
 #include "json_objects.h"
+#include "scope.h"
 
 namespace py = pybind11;
 using headwise::HeadPlan;
@@ -85,11 +86,7 @@ void bind_pruning(py::module_& m) {
       "plan",
       [](const headwise::HeadScores& scores, double keep, int64_t min_heads_per_layer,
          const std::string& scope) {
-        TORCH_CHECK_VALUE(scope == "global" || scope == "layer",
-                          "scope must be 'global' or 'layer', got '", scope, "'");
-        return headwise::plan(
-            scores, keep, min_heads_per_layer,
-            scope == "global" ? headwise::PlanScope::kGlobal : headwise::PlanScope::kLayer);
+        return headwise::plan(scores, keep, min_heads_per_layer, scope_of(scope));
       },
       py::arg("scores"), py::arg("keep"), py::arg("min_heads_per_layer"), py::arg("scope"));
   m.def("prune_projections", &headwise::prune_projections, py::arg("parameters"), py::arg("layer"));

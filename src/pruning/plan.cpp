@@ -167,11 +167,11 @@ void HeadPlan::save(const std::string& path) const { write_atomic(path, to_json(
 
 HeadPlan HeadPlan::load(const std::string& path) { return from_json(read_file(path, kMaxFile)); }
 
-HeadPlan plan(const HeadScores& scores, double keep, int64_t min_heads_per_layer, PlanScope scope) {
+HeadPlan plan(const HeadScores& scores, double keep, int64_t min_heads_per_layer, Scope scope) {
   TORCH_CHECK_VALUE(keep > 0.0 && keep <= 1.0, "keep must be in (0, 1], got ", keep);
   TORCH_CHECK_VALUE(min_heads_per_layer >= 0, "min_heads_per_layer must not be negative, got ",
                     min_heads_per_layer);
-  const bool global = scope == PlanScope::kGlobal;
+  const bool of_model = scope == Scope::model;
   const size_t layers = scores.layers.size();
   TORCH_CHECK_VALUE(scores.values.size() == layers, "scores must have values for each of their ",
                     layers, " layers, got ", scores.values.size());
@@ -184,7 +184,7 @@ HeadPlan plan(const HeadScores& scores, double keep, int64_t min_heads_per_layer
     const auto heads = static_cast<int64_t>(scores.values[i].size());
     result[i].num_heads = heads;
     reserved[i] = std::min(min_heads_per_layer, heads);
-    room[i] = global ? heads : kept_of(keep, heads);
+    room[i] = of_model ? heads : kept_of(keep, heads);
     TORCH_CHECK_VALUE(reserved[i] <= room[i], "min_heads_per_layer=", min_heads_per_layer,
                       " is more than keep=", keep, " leaves of layer ", shown(result[i].name),
                       ", which is ", room[i]);
@@ -192,7 +192,7 @@ HeadPlan plan(const HeadScores& scores, double keep, int64_t min_heads_per_layer
     least += reserved[i];
   }
   TORCH_CHECK_VALUE(total > 0, "scores must be of at least one head, got none");
-  int64_t budget = global ? kept_of(keep, total) : total;
+  int64_t budget = of_model ? kept_of(keep, total) : total;
   TORCH_CHECK_VALUE(least <= budget, "min_heads_per_layer=", min_heads_per_layer, " asks for ",
                     least, " heads, more than keep=", keep, " leaves, which is ", budget);
 
@@ -213,7 +213,7 @@ HeadPlan plan(const HeadScores& scores, double keep, int64_t min_heads_per_layer
   }
   const Json metadata = {{"keep", keep},
                          {"min_heads_per_layer", min_heads_per_layer},
-                         {"scope", global ? "global" : "layer"}};
+                         {"scope", of_model ? "model" : "layer"}};
   return HeadPlan(std::move(result), scores.metric, metadata.dump());
 }
 

@@ -76,8 +76,8 @@ TEST(Importance, HiesWeighsScaledParts) {
   const auto layer = headwise::hies(importance, entropy, 0.25, headwise::Scope::layer);
   EXPECT_NEAR(layer.values[0][0], 0.75, 1e-12);
   EXPECT_NEAR(layer.values[1][1], 1.0, 1e-12);
-  const auto global = headwise::hies(importance, entropy, 0.25, headwise::Scope::global);
-  EXPECT_NEAR(global.values[0][1], 0.25 * 0.5 + 0.75 * (1 - 0.2 / 0.7), 1e-12);
+  const auto model = headwise::hies(importance, entropy, 0.25, headwise::Scope::model);
+  EXPECT_NEAR(model.values[0][1], 0.25 * 0.5 + 0.75 * (1 - 0.2 / 0.7), 1e-12);
   EXPECT_THROW(headwise::hies(importance, entropy, 1.5), c10::ValueError);
   EXPECT_THROW(headwise::hies(importance, {"entropy", {"a"}, {{1, 2}}}), c10::ValueError);
 }

@@ -32,7 +32,7 @@ TEST(Plan, RanksGloballyAndByLayer) {
   const HeadPlan global = headwise::plan(scores, 0.5);
   EXPECT_EQ(global.layers()[0].heads, (Heads{1, 2, 3}));
   EXPECT_EQ(global.layers()[1].heads, (Heads{2}));
-  const HeadPlan layer = headwise::plan(scores, 0.5, 0, headwise::PlanScope::kLayer);
+  const HeadPlan layer = headwise::plan(scores, 0.5, 0, headwise::Scope::layer);
   EXPECT_EQ(layer.layers()[0].heads, (Heads{1, 2}));
   EXPECT_EQ(layer.layers()[1].heads, (Heads{0, 2}));
   const HeadPlan least = headwise::plan(scores, 0.5, 2);

@@ -45,7 +45,7 @@ def select_alpha(
     keep: float = 0.5,
     *,
     alphas: Sequence[float] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
-    scope: str = "global",
+    scope: str = "model",
     min_heads_per_layer: int = 0,
     progress: bool | None = None,
 ) -> AlphaSearch:

@@ -55,12 +55,12 @@ def plan(
     keep: float = 0.5,
     *,
     min_heads_per_layer: int = 0,
-    scope: str = "global",
+    scope: str = "model",
     groups: Mapping[str, Sequence[int]] | None = None,
 ) -> HeadPlan:
     """Keeps the most important heads.
 
-    ``round(keep * heads)`` heads stay, but at least one: of the whole model (``scope="global"``,
+    ``round(keep * heads)`` heads stay, but at least one: of the whole model (``scope="model"``,
     one ranking as in Michel et al. 2019, arXiv 1905.10650; layers then keep different numbers) or
     of each layer (``scope="layer"``). Ties keep the lower layer, then the lower head. The largest
     scores are the most important, except for the metric ``"entropy"``: the smallest are, because
@@ -70,7 +70,7 @@ def plan(
         scores: of :func:`headwise.score_heads`, or your own (:class:`headwise.HeadScores`).
         keep: the fraction that stays, in (0, 1].
         min_heads_per_layer: heads that every layer keeps (all, if it has fewer).
-        scope: ``"global"`` or ``"layer"``.
+        scope: ``"model"`` or ``"layer"``.
         groups: the group of each head, layer by layer (:func:`headwise.nn.head_groups`): heads that
             share keys and values are then kept or dropped together, ranked by the mean of their
             scores. ``keep`` is a share of the groups, and every layer keeps enough groups for

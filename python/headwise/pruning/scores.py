@@ -104,7 +104,7 @@ class HeadScores(Shown):
 
 
 def hies(
-    importance: HeadScores, entropy: HeadScores, alpha: float = 0.5, scope: str = "global"
+    importance: HeadScores, entropy: HeadScores, alpha: float = 0.5, scope: str = "model"
 ) -> HeadScores:
     """``alpha * importance + (1 - alpha) * (1 - entropy)``, both min-max scaled first.
 
@@ -114,7 +114,7 @@ def hies(
         importance: per-example importance (``score_heads(..., absolute="per_example")``).
         entropy: normalised attention entropy.
         alpha: in [0, 1]; the paper tunes it on held-out data.
-        scope: scale over each ``"layer"`` or over all layers (``"global"``).
+        scope: scale over each ``"layer"`` or over all layers (``"model"``).
 
     Raises:
         ValueError: alpha or scope out of range, or the two do not have the same layers.
@@ -131,7 +131,7 @@ def score_heads(
     absolute: str = "per_token",
     normalize: bool = True,
     alpha: float = 0.5,
-    scope: str = "global",
+    scope: str = "model",
     progress: bool | None = None,
 ) -> dict[str, HeadScores]:
     """Scores every head of ``model`` by all ``metrics``, in one pass over ``batches``.
@@ -156,7 +156,7 @@ def score_heads(
             or "per_batch" (which depends on the batch size; for comparison only).
         normalize: divide each layer's ``michel`` by its L2 norm. ``hies`` does its own scaling.
         alpha: the share of importance in ``hies``.
-        scope: the heads over which ``hies`` scales: "layer" or "global".
+        scope: the heads over which ``hies`` scales: "layer" or "model".
         progress: a progress bar on stderr; None: after two seconds, on a terminal.
 
     Returns:

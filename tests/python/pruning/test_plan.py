@@ -34,7 +34,7 @@ scores_of_layers = st.lists(
 
 @settings(deadline=None)
 @given(values=scores_of_layers, keep=st.floats(0.01, 1.0))
-def test_global_plan_is_the_ranking(values, keep):
+def test_a_plan_of_the_model_is_the_ranking(values, keep):
     total = sum(map(len, values.values()))
     plan = hw.plan(hw.HeadScores("m", values), keep)
     count = max(1, int(keep * total + 0.5))
@@ -92,8 +92,8 @@ def test_what_plan_refuses():
     nan = hw.HeadScores("m", {"a": [1.0, float("nan")]})
     with pytest.raises(ValueError, match='finite, got nan for head 1 of layer "a"'):
         hw.plan(nan)
-    with pytest.raises(ValueError, match="scope must be 'global' or 'layer', got 'model'"):
-        hw.plan(scores, scope="model")
+    with pytest.raises(ValueError, match="scope must be 'model' or 'layer', got 'net'"):
+        hw.plan(scores, scope="net")
     with pytest.raises(ValueError, match="min_heads_per_layer must not be negative, got -1"):
         hw.plan(scores, min_heads_per_layer=-1)
     with pytest.raises(ValueError, match="=2 asks for 4 heads, more than .* leaves, which is 2"):

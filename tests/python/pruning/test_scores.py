@@ -138,7 +138,7 @@ def test_entropy_and_confidence_follow_their_definition(model, data):
     torch.testing.assert_close(scores["confidence"].values[name], confidence.mean(0).detach())
 
 
-@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("scope", ["layer", "model"])
 def test_hies_combines_scaled_parts(scope):
     importance = hw.HeadScores("michel", {"a": [1.0, 3.0], "b": [2.0, 5.0]})
     entropy = hw.HeadScores("entropy", {"a": [0.2, 0.4], "b": [0.9, 0.7]})
