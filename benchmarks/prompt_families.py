@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import inspect
+import itertools
 import json
 import math
 import random
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=24, metavar="N", help="of each family")
     parser.add_argument("--test", type=int, default=32, metavar="N", help="of each family")
     parser.add_argument("--steps", type=int, default=0, metavar="N", help="trained after pruning")
+    parser.add_argument("--time", action="store_true", help="compare the models' times too")
     parser.add_argument("--threads", type=int, default=2, metavar="N")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
     options = parser.parse_args()
@@ -145,16 +147,19 @@ FAMILIES: dict[str, Callable[[], list[str]]] = {
 }
 
 
-def sequences(tokenizer, found: list[str], count: int, seed: int) -> Tensor:
-    """int64 [count, LENGTH] of texts one after the other, in a random order."""
+def sequences(tokenizer, found: list[str], least: int, most: int, seed: int) -> Tensor:
+    """int64 [least to most, LENGTH] of texts one after the other, in a random order."""
     found = list(found)
     random.Random(seed).shuffle(found)
     ids: list[int] = []
     for text in found:
         ids += tokenizer(text + "\n")["input_ids"]
-        if len(ids) >= count * LENGTH:
-            return torch.tensor(ids[: count * LENGTH]).view(count, LENGTH)
-    raise ValueError(f"texts have {len(ids)} tokens, fewer than {count * LENGTH}")
+        if len(ids) >= most * LENGTH:
+            break
+    count = min(most, len(ids) // LENGTH)
+    if count < least:
+        raise ValueError(f"texts have {len(ids)} tokens, fewer than {least * LENGTH}")
+    return torch.tensor(ids[: count * LENGTH]).view(count, LENGTH)
 
 
 class Prompts:
@@ -163,7 +168,8 @@ class Prompts:
     Attributes:
         calibration: batches of all families, mixed.
         family: int64 [N] of each calibration sequence.
-        training: int64 [M, LENGTH], other sequences than those of calibration.
+        training: int64 [LENGTH] each, other sequences than those of calibration, as many of each
+            family; a family with too few repeats them.
         test: of each family int64 [N, LENGTH].
     """
 
@@ -174,10 +180,11 @@ class Prompts:
             found = read()
             random.Random(7).shuffle(found)
             half = len(found) // 2
-            own = sequences(tokenizer, found[:half], options.calibration + more, seed)
+            least = options.calibration + min(more, 1)
+            own = sequences(tokenizer, found[:half], least, options.calibration + more, seed)
             drawn += [(row, number) for row in own[: options.calibration]]
-            training += list(own[options.calibration :])
-            self.test.append(sequences(tokenizer, found[half:], options.test, 1))
+            training += itertools.islice(itertools.cycle(own[options.calibration :]), more)
+            self.test.append(sequences(tokenizer, found[half:], options.test, options.test, 1))
         order = random.Random(seed)
         order.shuffle(drawn)
         order.shuffle(training)
@@ -265,15 +272,43 @@ def measured(model: nn.Module, prompts: Prompts, bank: bool = False, shift: int 
     }
 
 
+def times(
+    models: dict[str, nn.Module], prompts: Prompts, rounds: int = 9
+) -> dict[str, list[float]]:
+    """Of each model, the quartiles of its time over that of the first one in the same round: a
+    batch of each family is read and continued."""
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(rounds + 1):
+        for name, model in models.items():
+            start = time.perf_counter()
+            for family, rows in enumerate(prompts.test):
+                own = rows[:BATCH]
+                if name.startswith("bank"):
+                    bank_losses(model, own, torch.full((len(own),), family))
+                else:
+                    continuation_losses(model, own)
+            seconds[name].append(time.perf_counter() - start)
+    first = torch.tensor(next(iter(seconds.values()))[1:])  # the first round warms up
+    quartiles = torch.tensor([0.25, 0.5, 0.75])
+    return {
+        name: [round(q, 3) for q in (torch.tensor(own[1:]) / first).quantile(quartiles).tolist()]
+        for name, own in seconds.items()
+    }
+
+
 def train(model: nn.Module, prompts: Prompts, options: argparse.Namespace) -> None:
+    """On the training sequences. The embeddings, and with them the output layer, stay as they are:
+    the router of a bank reads them."""
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.0)
+    model.get_input_embeddings().requires_grad_(False)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, LEARNING_RATE, weight_decay=0.0)
     for step in range(options.steps):
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * (1 - step / options.steps)
         rows = torch.stack(prompts.training[step * BATCH : (step + 1) * BATCH])
         losses(model, {"input_ids": rows}).mean().backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     model.eval()
@@ -323,6 +358,7 @@ def study(dense, tokenizer, seed: int, options: argparse.Namespace, rows: Rows) 
             for method in options.methods
             if not rows.measured(seed=seed, method=method, keep=keep, steps=options.steps)
         ]
+        timed = {"dense": dense}
         start = time.time()
         for method, model, about in models(dense, prompts, seed, keep, left):
             about["seconds"] = round(time.time() - start)
@@ -337,7 +373,10 @@ def study(dense, tokenizer, seed: int, options: argparse.Namespace, rows: Rows) 
                 train(model, prompts, options)
                 about["seconds"] = round(time.time() - start)
                 rows.add(**key, steps=options.steps, **about, **measured(model, prompts, bank))
+            timed[method] = model
             start = time.time()
+        if options.time and len(timed) > 1:
+            rows.add(seed=seed, method="time", keep=keep, times=times(timed, prompts))
 
 
 if __name__ == "__main__":
