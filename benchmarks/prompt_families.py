@@ -236,14 +236,12 @@ def plans_of(bank: nn.Module, rows: Tensor) -> Tensor:
 
 
 def bank_losses(bank: nn.Module, rows: Tensor, plans: Tensor) -> Tensor:
-    """[N]: continuation_losses of rows [N, LENGTH], each with its own of plans [N]. Sequences that
-    decode together follow one plan."""
-    found = torch.zeros(len(rows))
-    for plan in plans.unique():
-        for own in (plans == plan).nonzero().flatten().split(BATCH):
-            with following(bank, plans[own]):
-                found[own] = continuation_losses(bank, rows[own])
-    return found
+    """[N]: continuation_losses of rows [N, LENGTH], each with its own of plans [N]."""
+    found = []
+    for own, follow in zip(rows.split(BATCH), plans.split(BATCH), strict=True):
+        with following(bank, follow):
+            found.append(continuation_losses(bank, own))
+    return torch.cat(found)
 
 
 def measured(model: nn.Module, prompts: Prompts, bank: bool = False, shift: int = 0) -> dict:

@@ -46,20 +46,23 @@ class BankSelection(Selection):
     Attributes:
         plan: int64 ``[B]``.
         whole: whether it is all of the plan's heads, with weight one.
+        mixed: whether the batch began with inputs of several plans; the layer sets it when a cache
+            keeps the selection. A batch that began with one plan stores that plan's keys and values.
     """
 
     plan: Tensor
     whole: bool = True
+    mixed: bool = False
 
     def moved(self, function: Callable[[Tensor], Tensor]) -> BankSelection:
         found = BankSelection(*super().moved(function))
-        found.plan, found.whole = function(self.plan), self.whole
+        found.plan, found.whole, found.mixed = function(self.plan), self.whole, self.mixed
         return found
 
     def _replace(self, **changes: Any) -> BankSelection:
         """With other weights, as :func:`headwise.nn.scaled_heads` gives heads."""
         changed = super()._replace(**changes)
-        changed.plan, changed.whole = self.plan, False
+        changed.plan, changed.whole, changed.mixed = self.plan, False, self.mixed
         return changed
 
 

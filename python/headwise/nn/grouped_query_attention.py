@@ -335,16 +335,18 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
             padding = key_padding_mask[:, -length:]
         selection = self._select(x, padding, cache)
         bank = self.gate if self.gate is not None and self.gate.projects else None
+        mixed = bank is not None and cache is not None and selection.mixed
         if (
             bank is not None
             and selection is not None
             and self._probe is None
+            and not mixed
             and bank.can_pack(self, selection)
         ):
             call = (position_embeddings, key_padding_mask, padding, attn_mask, is_causal, memory)
             return self._run_bank(bank, x, selection, call, cache, need_weights)
         every = (
-            bank is not None
+            (bank is not None and not mixed)
             or selection is None
             or self._probe is not None
             or (self.training and getattr(self.gate, "execution", "selected") == "all")
@@ -353,7 +355,7 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
 
         q = self._project(self.q_proj, x, self.num_heads, self.q_norm, chosen)  # [B, H, L, d]
         shared = self.num_key_value_heads
-        slots = cache.slots if self.keep_selection and cache is not None else None
+        slots = cache.slots if cache is not None and (self.keep_selection or mixed) else None
         held = None if memory is None or cache is None else cache.held()
         if held is not None:
             k, v = held if shared else self._no_heads(held[0])
@@ -379,13 +381,12 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
             weight = None if selection is None else selection.weight
             if self._probe is not None and not recomputing():
                 self._show(q, k, v, context, weight, masks, padding, memory is None)
-            if bank is not None:
-                output = bank.project(context, selection)
-            else:
-                output = self._merge(context, weight)
+            output = self._merge(context, weight) if bank is None else None
         else:
             context = self._attend_chosen(q, k, v, chosen, masks, slots)
-            output = self._merge_chosen(context, chosen)
+            output = self._merge_chosen(context, chosen) if bank is None else None
+        if bank is not None:
+            output = bank.project(context, selection)
         weights = self._weights(q, k, selection, masks) if need_weights else None
         return output, weights
 
@@ -407,7 +408,11 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
             selection = self.gate(x, padding)
             if keeping is not None:
                 keeping.selection = selection
-                keeping.slots = None if self.gate.projects else self._slots(selection)
+                together = False  # as a layer of the heads of one plan of a bank
+                if self.gate.projects:
+                    selection.mixed = len(self.gate.groups(selection)) > 1
+                    together = not selection.mixed
+                keeping.slots = None if together else self._slots(selection)
         if self._observers and not recomputing():
             for observer in tuple(self._observers):
                 observer(self, selection, x, padding)
@@ -424,12 +429,6 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """The sequences of each plan together, by a dense layer of the plan's heads."""
         groups = bank.groups(selection)
-        if cache is not None and len(groups) > 1:
-            raise ValueError(
-                "a batch that decodes with a cache must follow one plan of the bank, got plans "
-                f"{', '.join(str(plan) for plan, _ in groups)}: decode such sequences apart, or do "
-                "without a cache (use_cache=False)"
-            )
         rope, key_padding, padding, mask, is_causal, memory = call
         output: Any = None
         weights: Any = None
@@ -472,7 +471,7 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
         """The key/value heads that are read now or later; None: all."""
         if chosen is None or self.key_value_heads is not None:
             return None
-        if cache is not None and not self.keep_selection:
+        if cache is not None and not (self.keep_selection or self.gate.projects):
             return None  # a later step may choose others
         if self.num_heads == self.num_key_value_heads:
             return chosen

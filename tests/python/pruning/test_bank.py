@@ -276,9 +276,94 @@ def test_a_decoder_keeps_the_plan_that_the_prompt_chose():
         torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-4, atol=1e-5)
         followed.add(plan.item())
     assert followed == {0, 1}
-    x = torch.randn(16, 3, EMBED)
-    with torch.no_grad(), pytest.raises(ValueError, match="must follow one plan of the bank"):
-        layer(x, cache=hw.KeyValueCache())
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("grad", [False, True], ids=["", "grad"])
+@pytest.mark.parametrize("plans", [[[0, 2], [1, 2, 3]], [[0, 1], [3]], [[0], [], [1, 2, 3]]])
+def test_sequences_of_several_plans_decode_together(groups, grad, plans):
+    torch.manual_seed(0)
+    layer = hw.GroupedQueryAttention(EMBED, HEADS, groups).eval()
+    set_plans(layer, plans)
+    x, cache = torch.randn(6, 9, EMBED), hw.KeyValueCache()
+    padding = torch.zeros(6, 9, dtype=torch.bool)
+    padding[1, :3] = padding[4, :1] = True  # on the left
+    plan = torch.arange(6) % len(plans)
+    with torch.set_grad_enabled(grad), hw.pruning.following(layer, plan):
+        steps = [layer(x[:, :6], key_padding_mask=padding[:, :6], cache=cache)[0]]
+    with torch.set_grad_enabled(grad):  # later steps keep the plans
+        for i in range(6, 9):
+            step, weights = layer(
+                x[:, i : i + 1],
+                key_padding_mask=padding[:, : i + 1],
+                cache=cache,
+                need_weights=i == 8,
+            )
+            steps.append(step)
+    found = torch.cat(steps, 1)
+    for row in range(6):
+        with torch.no_grad(), hw.pruning.following(layer, plan[row : row + 1]):
+            alone, maps = layer(
+                x[row : row + 1], key_padding_mask=padding[row : row + 1], need_weights=True
+            )
+        valid = ~padding[row]
+        torch.testing.assert_close(found[row, valid], alone[0, valid], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(weights[row], maps[0, :, -1:], rtol=1e-4, atol=1e-5)
+    # One of them goes on alone as it began.
+    cache.select_rows(torch.tensor([1]))
+    with torch.no_grad():
+        step, _ = layer(
+            x[1:2, :1], cache=cache, key_padding_mask=torch.cat([padding[1:2], padding[:1, :1]], 1)
+        )
+        with hw.pruning.following(layer, plan[1:2]):
+            whole, _ = layer(
+                torch.cat([x[1:2], x[1:2, :1]], 1),
+                key_padding_mask=torch.cat([padding[1:2], padding[:1, :1]], 1),
+            )
+    torch.testing.assert_close(step, whole[:, -1:], rtol=1e-4, atol=1e-5)
+
+
+def test_a_mixed_batch_stores_the_heads_that_some_plan_reads():
+    torch.manual_seed(0)
+    layer = hw.GroupedQueryAttention(EMBED, HEADS, 4).eval()
+    set_plans(layer, [[0], [2, 3]])
+    x, cache = torch.randn(3, 5, EMBED), hw.KeyValueCache()
+    with torch.no_grad(), hw.pruning.following(layer, torch.tensor([0, 1, 0])):
+        layer(x, cache=cache)
+    assert cache.k.size(1) == 2  # as many as the plan that reads the most
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel"])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}])
+def test_prompts_of_several_plans_generate_as_they_do_alone(name, options):
+    torch.manual_seed(0)
+    dense = hw.convert(ARCHITECTURES[name].build()).eval()
+    prompts = torch.randint(1, 50, (12, 6))
+    kinds = torch.arange(12) % 2
+    prompts[kinds == 1, :] %= 9
+    bank = hw.pruning.fit_bank(
+        dense,
+        [{"input_ids": prompts, "use_cache": False}],
+        lambda model, own: hw.HeadScores(
+            "size", {n: torch.rand(m.num_heads) for n, m in hw.attention_layers(model).items()}
+        ),
+        0.5,
+        clusters=kinds,
+        at=0,
+        router="softmax",
+    ).model
+
+    def generated(ids):
+        return bank.generate(
+            ids, max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0, **options
+        )
+
+    assert len({choice.plan for choice in hw.pruning.plan_choices(
+        bank, {"input_ids": prompts[:4], "use_cache": False}
+    )}) == 2  # fmt: skip
+    together = generated(prompts[:4])
+    for row in range(4):
+        assert torch.equal(together[row : row + 1], generated(prompts[row : row + 1]))
 
 
 def test_beams_keep_the_plan_of_their_prompt():
