@@ -168,8 +168,8 @@ class Prompts:
     Attributes:
         calibration: batches of all families, mixed.
         family: int64 [N] of each calibration sequence.
-        training: int64 [LENGTH] each, other sequences than those of calibration, as many of each
-            family; a family with too few repeats them.
+        training: int64 [LENGTH] each, not those of calibration, the same number of each family; a
+            family with too few repeats them.
         test: of each family int64 [N, LENGTH].
     """
 

@@ -47,7 +47,7 @@ class BankSelection(Selection):
         plan: int64 ``[B]``.
         whole: whether it is all of the plan's heads, with weight one.
         mixed: whether the batch began with inputs of several plans; the layer sets it when a cache
-            keeps the selection. A batch that began with one plan stores that plan's keys and values.
+            keeps the selection. A batch that began with one plan caches that plan's heads alone.
     """
 
     plan: Tensor

@@ -335,7 +335,7 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
             padding = key_padding_mask[:, -length:]
         selection = self._select(x, padding, cache)
         bank = self.gate if self.gate is not None and self.gate.projects else None
-        mixed = bank is not None and cache is not None and selection.mixed
+        mixed = cache is not None and getattr(selection, "mixed", False)
         if (
             bank is not None
             and selection is not None
@@ -376,17 +376,19 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
             key_padding_mask, attn_mask, is_causal, length, k.size(2), self.sliding_window, x.device
         )
 
+        weight = None if selection is None else selection.weight
         if chosen is None:
             context = self._attend(q, k, v, masks)  # [B, H, L, d]
-            weight = None if selection is None else selection.weight
             if self._probe is not None and not recomputing():
                 self._show(q, k, v, context, weight, masks, padding, memory is None)
-            output = self._merge(context, weight) if bank is None else None
         else:
             context = self._attend_chosen(q, k, v, chosen, masks, slots)
-            output = self._merge_chosen(context, chosen) if bank is None else None
         if bank is not None:
             output = bank.project(context, selection)
+        elif chosen is None:
+            output = self._merge(context, weight)
+        else:
+            output = self._merge_chosen(context, chosen)
         weights = self._weights(q, k, selection, masks) if need_weights else None
         return output, weights
 
@@ -471,7 +473,8 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
         """The key/value heads that are read now or later; None: all."""
         if chosen is None or self.key_value_heads is not None:
             return None
-        if cache is not None and not (self.keep_selection or self.gate.projects):
+        kept = self.keep_selection or getattr(self.gate, "projects", False)
+        if cache is not None and not kept:
             return None  # a later step may choose others
         if self.num_heads == self.num_key_value_heads:
             return chosen
