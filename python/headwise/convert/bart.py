@@ -22,7 +22,7 @@ FAMILY = family(__name__)
 PLACES = Places(output="out_proj")
 
 
-class SelectedBartAttention(SelectedDecoderAttention):
+class BartStandIn(SelectedDecoderAttention):
     """Replaces ``BartAttention``."""
 
     places = PLACES
@@ -44,7 +44,7 @@ class SelectedBartAttention(SelectedDecoderAttention):
         return self.attend(hidden_states, attention_mask, past, options, memory=key_value_states)
 
 
-selected, __getattr__ = stand_ins(__name__, SelectedBartAttention)
+selected, __getattr__ = stand_ins(__name__, BartStandIn)
 
 
 class Bart(TransformersProjected):

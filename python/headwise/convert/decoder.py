@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -81,17 +82,28 @@ register_mask(IMPLEMENTATION, _mask)
 
 class Told:
     """Passed from a block's self-attention to its cross-attention: the padding of the queries,
-    which the model passes only to the former."""
+    which the model passes only to the former. It belongs to the thread that runs the block."""
 
     def __init__(self) -> None:
-        self.padding: Tensor | None = None  # [B, L]
+        self._traced: Tensor | None = None  # while a graph is recorded, which knows no threads
+        self._own = threading.local()
+
+    def give(self, padding: Tensor | None) -> None:  # [B, L]
+        if torch.compiler.is_compiling():
+            self._traced = padding
+        else:
+            self._own.padding = padding
 
     def take(self, x: Tensor) -> Tensor | None:
-        padding, self.padding = self.padding, None
+        if torch.compiler.is_compiling():
+            padding, self._traced = self._traced, None
+        else:
+            padding = getattr(self._own, "padding", None)
+            self._own.padding = None
         return padding if padding is not None and padding.shape == x.shape[:2] else None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"padding": None}
+    def __reduce__(self) -> tuple[type[Told], tuple[()]]:
+        return type(self), ()
 
 
 class SelectedDecoderAttention(ProjectedStandIn):
@@ -198,7 +210,7 @@ class SelectedDecoderAttention(ProjectedStandIn):
             if cross:
                 call = call._replace(query_padding_mask=self.told.take(x))
             else:
-                self.told.padding = call.query_padding_mask
+                self.told.give(call.query_padding_mask)
         if bias is not None:
             call = call.with_bias(bias(keys if memory is None else memory.size(1), position))
         if options.get("output_attentions") is None:  # not all models pass this

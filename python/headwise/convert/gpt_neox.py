@@ -18,7 +18,7 @@ from headwise.convert.stand_ins import stand_ins
 PLACES = Places(output="dense", packed="query_key_value", per_head=True)
 
 
-class SelectedGPTNeoXAttention(SelectedDecoderAttention):
+class GPTNeoXStandIn(SelectedDecoderAttention):
     """Replaces ``GPTNeoXAttention``."""
 
     places = PLACES
@@ -36,7 +36,7 @@ class SelectedGPTNeoXAttention(SelectedDecoderAttention):
         return super().forward(hidden_states, position_embeddings, attention_mask, past, **options)
 
 
-selected, __getattr__ = stand_ins(__name__, SelectedGPTNeoXAttention)
+selected, __getattr__ = stand_ins(__name__, GPTNeoXStandIn)
 
 
 class GPTNeoX(TransformersProjected):

@@ -17,7 +17,7 @@ from headwise.convert.stand_ins import stand_ins
 PLACES = Places(output="Wo", packed="Wqkv")
 
 
-class SelectedModernBertAttention(SelectedDecoderAttention):
+class ModernBertStandIn(SelectedDecoderAttention):
     """Replaces ``ModernBertAttention``."""
 
     places = PLACES
@@ -40,7 +40,7 @@ class SelectedModernBertAttention(SelectedDecoderAttention):
         return self.out_drop(output), maps
 
 
-selected, __getattr__ = stand_ins(__name__, SelectedModernBertAttention)
+selected, __getattr__ = stand_ins(__name__, ModernBertStandIn)
 
 
 class ModernBert(TransformersProjected):

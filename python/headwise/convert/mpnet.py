@@ -16,7 +16,7 @@ from headwise.nn.proof import Draw, Trial
 PLACES = Places("q", "k", "v", "o")
 
 
-class SelectedMPNetSelfAttention(SelectedBiasedAttention):
+class MPNetStandIn(SelectedBiasedAttention):
     """Replaces ``MPNetSelfAttention``."""
 
     places = PLACES
@@ -38,7 +38,7 @@ class SelectedMPNetSelfAttention(SelectedBiasedAttention):
         return (output,) if maps is None else (output, maps)
 
 
-selected, __getattr__ = stand_ins(__name__, SelectedMPNetSelfAttention)
+selected, __getattr__ = stand_ins(__name__, MPNetStandIn)
 
 
 class MPNet(TransformersProjected):

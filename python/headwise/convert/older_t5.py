@@ -22,7 +22,7 @@ from headwise.nn.proof import Draw, Trial
 PLACES = Places("q", "k", "v", "o")
 
 
-class SelectedOlderT5Attention(SelectedBiasedAttention):
+class OlderT5StandIn(SelectedBiasedAttention):
     """Replaces ``T5Attention``.
 
     Attributes:
@@ -74,9 +74,7 @@ class SelectedOlderT5Attention(SelectedBiasedAttention):
         return x.new_zeros(1, self.n_heads, length, keys)
 
 
-selected, __getattr__ = stand_ins(
-    __name__, SelectedOlderT5Attention, classes_of="headwise.convert.t5"
-)
+selected, __getattr__ = stand_ins(__name__, OlderT5StandIn, classes_of="headwise.convert.t5")
 
 
 class OlderT5(TransformersProjected):
@@ -102,7 +100,7 @@ class OlderT5(TransformersProjected):
     def finish(self, model: nn.Module, converted: list[nn.Module]) -> None:
         for block in model.modules():
             own = block._modules.get("SelfAttention")
-            if isinstance(own, SelectedOlderT5Attention):
+            if isinstance(own, OlderT5StandIn):
                 own.is_causal = own.is_decoder
         link(model)
 

@@ -15,13 +15,13 @@ from headwise.convert.stand_ins import stand_ins
 PLACES = Places(packed="qkv_proj")
 
 
-class SelectedPhi3Attention(SelectedDecoderAttention):
+class Phi3StandIn(SelectedDecoderAttention):
     """Replaces ``Phi3Attention``."""
 
     places = PLACES
 
 
-selected, __getattr__ = stand_ins(__name__, SelectedPhi3Attention)
+selected, __getattr__ = stand_ins(__name__, Phi3StandIn)
 
 
 class Phi3(TransformersProjected):

@@ -28,7 +28,7 @@ def stand_ins(
 
     Args:
         file: the file's module, where pickles find them by name.
-        base: their other base class.
+        base: their other base class, under a name that none of them has: pickles find them by it.
         suffix: the end of the originals' names, after the prefix of their model.
         classes_of: the file with the family of models; default ``file``.
 

@@ -24,7 +24,7 @@ FAMILY = family(__name__)
 PLACES = Places("q", "k", "v", "o")
 
 
-class SelectedT5Attention(SelectedBiasedAttention):
+class T5StandIn(SelectedBiasedAttention):
     """Replaces ``T5Attention``."""
 
     places = PLACES
@@ -61,7 +61,7 @@ class SelectedT5Attention(SelectedBiasedAttention):
         return output, made[0], maps
 
 
-selected, __getattr__ = stand_ins(__name__, SelectedT5Attention)
+selected, __getattr__ = stand_ins(__name__, T5StandIn)
 
 
 class T5(TransformersProjected):

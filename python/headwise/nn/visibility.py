@@ -32,7 +32,7 @@ def gates_see(model: nn.Module, tokens: Tensor | int) -> Iterator[None]:
     or let them see the first n tokens, and exclude those from the loss: ``hw.gates_see(model, n)``.
     Both fit ``convert(..., keep_selection=True)``, which in generation chooses by the prompt alone.
     Padding is never seen. A sequence without visible tokens is treated like one that is all
-    padding.
+    padding. The block is about every call of the model, also by another thread.
 
     Args:
         model: a converted model; layers other than :class:`headwise.GroupedQueryAttention`, and

@@ -1,6 +1,8 @@
 """Every family of models is converted, masked, pruned, saved, gated, traced and generates."""
 
 import copy
+import pickle
+import threading
 from pathlib import Path
 
 import headwise as hw
@@ -66,6 +68,24 @@ def test_outputs_and_gradients_equal_the_original(row):
             close(found[name], wanted[name], 2e-4 if OLDER else 1e-4)
         with torch.no_grad():
             close(row.run(model, inputs), expected, 1e-4)
+
+
+def pickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+def test_copies_and_pickles(row, copied):
+    model, inputs = hw.convert(row.build(), hw.FixedGate(heads=[0, 2])), row.inputs()
+    if copied is pickled and any(map(torch.nn.utils.parametrize.is_parametrized, model.modules())):
+        model = hw.attention_layers(model)  # torch pickles no model with computed weights
+        assert {type(own) for own in pickled(model).values()} == set(map(type, model.values()))
+        return
+    again = copied(model)
+    with torch.no_grad():
+        assert torch.equal(row.run(again, inputs), row.run(model, inputs))
+    for own, theirs in zip(again.modules(), model.modules(), strict=True):
+        assert type(own) is type(theirs)
 
 
 def test_every_head_is_under_control(row):
@@ -222,6 +242,28 @@ def test_padded_targets_count_nowhere(name):
     decoder = [padding for name, padding in seen.items() if "decoder" in name]
     assert len(decoder) == 4
     assert all(torch.equal(padding, row.padding(inputs)) for padding in decoder)
+
+
+@pytest.mark.parametrize("name", ["Bart", "T5", "Whisper"])
+def test_padding_of_another_threads_targets_counts_nowhere(name):
+    torch.manual_seed(2)
+    row = FAMILIES[name]
+    model, inputs = hw.convert(row.build(), FirstHalf()), row.inputs()
+    other = {**inputs, "decoder_attention_mask": torch.ones(3, 5, dtype=torch.long)}
+    with torch.no_grad():
+        expected = row.run(model, inputs)
+        masked = next(v for v in hw.attention_layers(model).values() if v.is_causal)
+        started = []
+
+        def between(*_):  # a block's masked self-attention and its cross-attention
+            if not started:
+                started.append(threading.Thread(target=lambda: model(**other)))
+                started[0].start()
+                started[0].join()
+
+        masked.register_forward_hook(between)
+        close(row.run(model, inputs), expected, 0.0)
+    assert started
 
 
 @pytest.mark.parametrize("name", ["Bart", "T5", "Whisper"])
