@@ -44,6 +44,7 @@ def split(
         cross: the keys are those of another sequence: nothing in the mask is about the queries.
 
     Raises:
+        TypeError: a mask of four dimensions that is neither boolean nor floating.
         ValueError: a mask of other dimensions.
     """
     length = x.size(1)
@@ -53,17 +54,7 @@ def split(
     if mask.dim() == 2:  # [B, S], nonzero = token
         padding = mask == 0
         return Call(padding, None if cross else padding[:, -length:], None, causal)
-    if mask.dim() != 4:
-        raise ValueError(
-            f"attention_mask must have 2 or 4 dimensions, got {mask.dim()} "
-            f"(shape {tuple(mask.shape)})"
-        )
-    if mask.dtype == torch.bool:
-        mask = unseen = ~mask  # True = may not attend
-    else:
-        # transformers encodes 'may not attend' as the lowest finite number.
-        unseen = mask < torch.finfo(mask.dtype).min / 2
-        mask = mask.masked_fill(unseen, float("-inf"))
+    mask, unseen = complete(mask)
     if cross:
         same = mask.size(1) == 1 and mask.size(2) == 1
         return Call(mask[:, 0, 0, :], None, None, False) if same else Call(None, None, mask, False)
@@ -77,6 +68,31 @@ def split(
     if mask.size(1) == 1 and mask.size(2) == 1:  # the same for every head and query
         return Call(mask[:, 0, 0, :], padding, None, False)
     return Call(None, padding, mask, False)
+
+
+def complete(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """A mask of four dimensions in torch's form (True = may not attend, or added to the scores),
+    and where nothing may be attended to.
+
+    Raises:
+        TypeError: it is neither boolean nor floating.
+        ValueError: it has other dimensions.
+    """
+    if mask.dim() != 4:
+        raise ValueError(
+            f"attention_mask must have 2 or 4 dimensions, got {mask.dim()} "
+            f"(shape {tuple(mask.shape)})"
+        )
+    if mask.dtype == torch.bool:
+        unseen = ~mask
+        return unseen, unseen
+    if not mask.is_floating_point():  # ones and zeros could be added or could mean tokens
+        raise TypeError(
+            f"attention_mask of 4 dimensions must be boolean or floating, got {mask.dtype}"
+        )
+    # transformers encodes 'may not attend' as the lowest finite number.
+    unseen = mask < torch.finfo(mask.dtype).min / 2
+    return mask.masked_fill(unseen, float("-inf")), unseen
 
 
 def for_each_sequence(mask: Tensor, x: Tensor) -> Tensor:

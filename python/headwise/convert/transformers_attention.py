@@ -29,7 +29,7 @@ from headwise.convert.checks import (
     implementation_fault,
     projection_fault,
 )
-from headwise.convert.masks import for_each_sequence
+from headwise.convert.masks import complete, for_each_sequence
 from headwise.convert.older_versions import make_mask, register_mask
 from headwise.convert.parameters import in_the_mode_of, remade
 from headwise.convert.registry import Architecture
@@ -137,19 +137,7 @@ def split_masks(
             # torch's own module gives NaN for a sequence that is all padding.
             padding = padding & ~padding.all(dim=1, keepdim=True)
         return padding, None
-    if mask.dim() != 4:
-        raise ValueError(
-            f"attention_mask must have 2 or 4 dimensions, got {mask.dim()} "
-            f"(shape {tuple(mask.shape)})"
-        )
-    if mask.dtype == torch.bool:
-        mask = ~mask  # True = may not attend
-        unseen = mask
-    else:
-        # transformers encodes 'may not attend' as the lowest finite number.
-        lowest = torch.finfo(mask.dtype).min / 2
-        unseen = mask < lowest
-        mask = mask.masked_fill(unseen, float("-inf"))
+    mask, unseen = complete(mask)
     if mask.size(1) == 1 and mask.size(2) == 1:  # the same for every head and query
         return mask[:, 0, 0, :], None
     padding = unseen.all(dim=2).all(dim=1)  # [B, L]: keys that no query sees

@@ -397,6 +397,19 @@ def test_decoders_take_one_mask_for_all_sequences(name, heads):
         close(hw.convert(copy.deepcopy(original), gate)(ids, attention_mask=mask).logits, expected)
 
 
+@pytest.mark.parametrize("name", ["BertModel", "LlamaForCausalLM"])
+@pytest.mark.parametrize("gate", [None, hw.FixedGate()])
+def test_masks_of_four_dimensions_are_not_integers(name, gate):
+    model = hw.convert(build(name)[0], gate)
+    mask = torch.ones(2, 1, 6, 6, dtype=torch.long).tril()
+    layer = next(iter(hw.attention_layers(model).values()))
+    stand_in = layer if name == "LlamaForCausalLM" else model.encoder.layer[0].attention.self
+    angles = {"position_embeddings": (torch.ones(2, 6, 6), torch.zeros(2, 6, 6))}
+    options = angles if name == "LlamaForCausalLM" else {}
+    with pytest.raises(TypeError, match="must be boolean or floating, got torch.int64"):
+        stand_in(torch.randn(2, 6, EMBED), attention_mask=mask, **options)
+
+
 def test_the_sizes_of_a_layer_are_those_of_its_weights():
     model, *_, place = build("LlamaForCausalLM")
     model.get_submodule(place).q_proj = nn.Linear(EMBED, EMBED + 1, bias=False)
