@@ -2,6 +2,7 @@
 #include <torch/library.h>
 
 #include "headwise/analysis.h"
+#include "ops/clamp.h"
 
 namespace headwise {
 
@@ -36,7 +37,7 @@ at::Tensor relevance_shares(const at::Tensor& context, const at::Tensor& gradien
 
 at::Tensor causal_penalty(const at::Tensor& logits, double strength, double limit) {
   TORCH_CHECK_VALUE(limit > 0, "limit must be positive, got ", limit);
-  return logits.clamp(-limit, limit).sum() * -strength;
+  return clamp_inclusive(logits, -limit, limit).sum() * -strength;
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> causal_roles(const at::Tensor& raised,

@@ -10,6 +10,7 @@
 #include <cmath>
 
 #include "headwise/selection.h"
+#include "ops/clamp.h"
 #include "ops/gates/schedule.h"
 #include "ops/gates/selection_ops.h"
 #include "recomputation.h"
@@ -151,7 +152,7 @@ std::tuple<at::Tensor, at::Tensor> head_budget(
   }
   logit = logit + out_bias.to(dtype) + warmup_logit(progress, initial_keep, keep, warmup, dtype);
   const auto asked = at::sigmoid(logit);
-  return {asked.clamp(min_budget, max_budget), asked};
+  return {clamp_inclusive(asked, min_budget, max_budget), asked};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> budget_select(

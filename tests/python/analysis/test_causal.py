@@ -27,6 +27,9 @@ def test_formulas():
     assert penalty.item() == pytest.approx(-0.1 * (-4 - 1 + 0.5 + 4))
     (gradient,) = torch.autograd.grad(penalty, logits)
     assert gradient.tolist() == pytest.approx([0, -0.1, -0.1, 0])
+    ends = torch.tensor([-4.0, 4.0], dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(torch.ops.headwise.causal_penalty(ends, 0.1, 4.0), ends)
+    assert gradient.tolist() == pytest.approx([-0.1, -0.1])  # a gate at an end can leave it
     raised = torch.tensor([0.9, 0.2, 1.0, 0.5])
     lowered = torch.tensor([0.8, 0.1, 0.0, 0.5])
     parts = torch.ops.headwise.causal_roles(raised, lowered)

@@ -209,6 +209,19 @@ def test_who_wants_gradients_gets_them():
     torch.testing.assert_close(gradient, torch.full((H,), float(B)))
 
 
+def test_a_budget_that_begins_at_its_bound_learns():
+    # torch.clamp has no gradient at its ends from some version on.
+    torch.manual_seed(0)
+    gate = hw.BudgetGate(keep=0.5, max_budget=0.5)
+    layer = hw.MultiheadAttention(16, 4, gate=gate, batch_first=True).train()
+    layer.gate.anneal(1.0)
+    x = torch.randn(3, 5, 16)
+    layer(x, x, x)[0].square().sum().backward()
+    assert layer.gate.budget_out.bias.grad.abs() > 0
+    with torch.no_grad():
+        assert layer.eval().gate(x).count.tolist() == [2, 2, 2]
+
+
 def module(budget: float | None) -> hw.BudgetGate:
     torch.manual_seed(5)
     gate = hw.BudgetGate(budget=budget, embed_dim=D, num_heads=H).eval()
