@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +17,8 @@ def materialise(model: nn.Module, fresh: Callable[[], nn.Module | None]) -> bool
     """Moves the tensors of ``model`` on the meta device to the CPU, in place; returns whether there
     were any.
 
-    Tensors in its state become zeros, which the caller fills; tied parameters stay tied. A buffer
-    that is not in its state gets the values of a fresh model.
+    Tensors in its state become zeros, which the caller fills; tied parameters stay tied, also those
+    that only their class ties. A buffer that is not in its state gets the values of a fresh model.
 
     Args:
         fresh: makes a model of the same architecture on a device, or None if that is not possible.
@@ -29,6 +31,7 @@ def materialise(model: nn.Module, fresh: Callable[[], nn.Module | None]) -> bool
             layer.set_gate(None)  # it gets the file's gate
             if isinstance(layer, GroupedQueryAttention):
                 layer._set_place("cpu")
+    _tie(model)
     held = [
         (f"{prefix}.{name}" if prefix else name, tensors, name)
         for prefix, module in model.named_modules()
@@ -63,3 +66,14 @@ def materialise(model: nn.Module, fresh: Callable[[], nn.Module | None]) -> bool
             replaced[id(old)] = new
         tensors[name] = replaced[id(old)]
     return True
+
+
+def _tie(model: nn.Module) -> None:
+    """Ties what the classes of transformers tie: on the meta device some versions do not."""
+    transformers: Any = sys.modules.get("transformers")
+    if transformers is None:
+        return
+    for part in model.modules():
+        if isinstance(part, transformers.PreTrainedModel):
+            if any(parameter.is_meta for parameter in part.parameters()):
+                part.tie_weights()
