@@ -20,7 +20,7 @@ from headwise.gates.model import link_gates
 from headwise.nn.attention_layer import AttentionLayer
 from headwise.nn.gate_proof import check_gates
 from headwise.nn.grouped_query_attention import GroupedQueryAttention
-from headwise.nn.layers import attention_layers, replace_module
+from headwise.nn.layers import attention_layers, check_references, replace_module
 from headwise.nn.proof import Proof, kind_of, unchanged_on_error
 
 _log = logging.getLogger("headwise.convert")
@@ -134,10 +134,13 @@ def _swap(model: nn.Module, candidates: list[Candidate], verify: bool) -> _Swapp
             tried += proof is not None
             if proof is None:
                 untried.append(candidate.name or type(module).__name__)
+        parts = set(module.modules())
         successor, _ = architecture.convert(module)
         if proof is not None:
             proof.check(successor)
-        if successor is not module:
+        if successor is module:  # only parts of it were replaced
+            check_references(model, parts - set(module.modules()))
+        else:
             model = replace_module(model, module, successor)
         by_architecture.setdefault(id(architecture), (architecture, []))[1].append(module)
     for architecture, modules in by_architecture.values():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping
+from types import MethodType
 
 from torch import nn
 
@@ -43,14 +44,40 @@ def head_groups(model: nn.Module) -> dict[str, list[int]]:
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
-    """Replaces ``old`` by ``new`` everywhere in ``model``; returns the model, or ``new``."""
+    """Replaces ``old`` by ``new`` everywhere in ``model``; returns the model, or ``new``.
+
+    Raises:
+        ValueError: a module of the model refers to ``old`` otherwise, and would go on calling it.
+    """
     if old is model:
         return new
+    check_references(model, (set(old.modules()) - set(new.modules())) | {old})
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is old:
                 parent._modules[name] = new
     return model
+
+
+_ITEMS_OF_MODULES = frozenset(vars(nn.Module()))
+
+
+def check_references(model: nn.Module, gone: set[nn.Module]) -> None:
+    """Raises ValueError if a module of ``model`` refers to one that is taken out of it."""
+    for where, parent in model.named_modules():
+        for name, value in () if parent in gone else vars(parent).items():
+            if name in _ITEMS_OF_MODULES:
+                continue
+            held = list(value.values()) if isinstance(value, dict) else value
+            for item in held if isinstance(held, list | tuple) else [held]:
+                called = item.__self__ if isinstance(item, MethodType) else item
+                if isinstance(called, nn.Module) and called in gone:
+                    place = f"{where}.{name}" if where else name
+                    raise ValueError(
+                        f"'{place}' refers to the {type(called).__name__} that is to be replaced, "
+                        f"and would go on calling it: remove the reference first (compile modules, "
+                        f"as by torch.compile, after converting and pruning)"
+                    )
 
 
 def check_replaceable(module: nn.Module) -> None:

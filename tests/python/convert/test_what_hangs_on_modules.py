@@ -410,6 +410,48 @@ def test_masks_of_four_dimensions_are_not_integers(name, gate):
         stand_in(torch.randn(2, 6, EMBED), attention_mask=mask, **options)
 
 
+REFERENCES = {
+    "itself": lambda attention: attention,
+    "in a list": lambda attention: [nn.Identity(), attention],
+    "in a dictionary": lambda attention: {"first": attention},
+    "its forward": lambda attention: attention.forward,
+    "part of it": lambda attention: next(m for m in attention.modules() if m is not attention),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        (n, k)
+        for n in PLACES
+        for k in REFERENCES
+        if k != "part of it" or n not in (*KEPT, "TransformerEncoder")
+    ],
+)
+def test_other_references_to_what_is_replaced_are_refused_by_name(name, kind):
+    """Whoever calls them would run the original, without the gate."""
+    model, *_, place = build(name)
+    place += ".self" if name == "BertModel" else ""  # the rest of it stays
+    block = model.get_submodule(place.rpartition(".")[0])
+    vars(block)["remembered"] = REFERENCES[kind](model.get_submodule(place))
+    unchanged(model, "remembered' refers to the .* that is to be replaced")
+    del vars(block)["remembered"]
+    dense = hw.convert(model)
+    layers = hw.attention_layers(dense)
+    plan = hw.HeadPlan([hw.pruning.LayerPlan(n, v.num_heads, [0]) for n, v in layers.items()])
+    vars(dense)["remembered"] = next(iter(layers.values())).forward
+    with pytest.raises(ValueError, match="'remembered' refers to the "):
+        hw.prune(dense, plan, inplace=True)
+
+
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "LlamaForCausalLM", "TransformerEncoder"])
+def test_attention_that_was_compiled_is_refused(name):
+    model, *_, place = build(name)
+    block, own = model.get_submodule(place.rpartition(".")[0]), place.rpartition(".")[2]
+    setattr(block, own, torch.compile(getattr(block, own)))
+    unchanged(model, "compile modules, as by torch.compile, after converting and pruning")
+
+
 def test_the_sizes_of_a_layer_are_those_of_its_weights():
     model, *_, place = build("LlamaForCausalLM")
     model.get_submodule(place).q_proj = nn.Linear(EMBED, EMBED + 1, bias=False)
