@@ -32,7 +32,7 @@ def compare(folder: Path) -> Path:
             rows.writerows((f"{subject} {words}", "good") for words in PRAISE)
             rows.writerows((f"{subject} {words}", "bad") for words in BLAME)
     command = ["compare", "--data", data, "--methods", "michel-finetuned", "budget-gate"]
-    command += ["--budgets", 0.5, "--dense-steps", 16, "--steps", 16, "--batch-size", 16]
+    command += ["--keep", 0.5, "--dense-steps", 16, "--steps", 16, "--batch-size", 16]
     status = main([str(part) for part in (*command, "--max-length", 16, "--out", folder)])
     if status != 0:
         sys.exit(status)

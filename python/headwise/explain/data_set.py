@@ -27,7 +27,7 @@ from headwise.explain.recording import own_copy
 from headwise.explain.role_counts import count_roles, questions_for, to_device
 from headwise.explain.role_use import role_use
 from headwise.explain.roles import RoleThresholds, score_roles
-from headwise.explain.stand_in import joint_ablation as measure_joint_ablation
+from headwise.explain.substitutes import joint_ablation as measure_joint_ablation
 from headwise.explain.texts import check_one_label, check_texts, longest
 from headwise.explain.use import (
     Use,

@@ -164,7 +164,7 @@ def describe_use(
         },
         "layers": layers,
         "together": _together(use.sites, phi),
-        "stand_in": _stand_in(use.sites, phi),
+        "substitutes": _substitutes(use.sites, phi),
     }
 
 
@@ -222,7 +222,7 @@ def _together(sites: Sequence[tuple[str, int, int]], phi: Tensor, limit: int = 2
     return rows
 
 
-def _stand_in(sites: Sequence[tuple[str, int, int]], phi: Tensor) -> list[dict[str, Any]]:
+def _substitutes(sites: Sequence[tuple[str, int, int]], phi: Tensor) -> list[dict[str, Any]]:
     """Groups of heads of a layer, one of which tends to be chosen when another is not."""
     names = _names(sites)
     linked = (phi <= STAND_IN).triu(1).nonzero().tolist()

@@ -22,8 +22,10 @@ ForwardFunction = Callable[[nn.Module, Any], Any]
 
 
 @torch.no_grad()
-def example_losses(model: nn.Module, batches: Iterable[Any], loss_fn: LossFunction) -> Tensor:
-    """float64 ``[N]``: the loss of every example, on the CPU.
+def example_losses(
+    model: nn.Module, batches: Iterable[Any], loss_fn: LossFunction, what: str = "loss"
+) -> Tensor:
+    """float64 ``[N]``: the loss (or another value, named ``what``) of every example, on the CPU.
 
     Raises:
         ValueError: no batches, or a loss that is not a finite vector with one loss per example.
@@ -33,7 +35,7 @@ def example_losses(model: nn.Module, batches: Iterable[Any], loss_fn: LossFuncti
         loss = loss_fn(model, batch)
         if not isinstance(loss, Tensor) or loss.dim() != 1:
             raise ValueError(
-                "loss_fn must return one loss per example [B], got "
+                f"{what}_fn must return one {what} per example [B], got "
                 + (f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss))
             )
         found.append(loss.double().cpu())
@@ -41,7 +43,7 @@ def example_losses(model: nn.Module, batches: Iterable[Any], loss_fn: LossFuncti
     if losses.numel() == 0:
         raise ValueError("batches must not be empty: there is nothing to measure heads on")
     if not torch.isfinite(losses).all():
-        raise ValueError("loss_fn must return a finite loss, got NaN or infinity")
+        raise ValueError(f"{what}_fn must return a finite {what}, got NaN or infinity")
     return losses
 
 

@@ -13,6 +13,7 @@ from headwise.convert.conversion import converted
 from headwise.io.display import Shown, new_axes
 from headwise.io.progress import with_progress
 from headwise.nn.instrumenting import evaluating
+from headwise.nn.intervention import example_losses
 from headwise.pruning.bank import Bank, fit_bank, following, plan_choices
 from headwise.pruning.scores import HeadScores
 
@@ -169,7 +170,7 @@ def headroom(
     score_fn: Callable[[nn.Module, list[Any]], HeadScores],
     value_fn: Callable[[nn.Module, Any], Tensor],
     *,
-    budgets: Sequence[float] = (0.5, 0.25, 0.125),
+    keep: Sequence[float] = (0.5, 0.25, 0.125),
     plans: int = 4,
     clusters: Sequence[int] | Tensor | None = None,
     held_out_clusters: Sequence[int] | Tensor | None = None,
@@ -180,8 +181,8 @@ def headroom(
 ) -> Headroom:
     """How much the best static plan loses, and how much of that plans by the input win back.
 
-    Nothing is trained, so this tells before any training whether a dynamic gate is worth it: at
-    each budget one repaired plan (:func:`headwise.repair`) is compared with a bank of repaired
+    Nothing is trained, so this tells before any training whether a dynamic gate is worth it: for
+    each ``keep`` one repaired plan (:func:`headwise.repair`) is compared with a bank of repaired
     plans (:func:`headwise.pruning.fit_bank`), picked by the router, by the true cluster, and by
     another input's cluster. Values of the same inputs are compared, so intervals are paired.
 
@@ -192,7 +193,7 @@ def headroom(
         score_fn: as in :func:`headwise.pruning.fit_bank`.
         value_fn: ``(model, batch) -> [B]``: the quality, larger is better: 1 for a right answer, or
             minus the loss.
-        budgets: shares of the heads, in (0, 1].
+        keep: shares of the heads, in (0, 1].
         plans: number of plans of a bank; ignored with ``clusters``.
         clusters: the domain or task of each calibration input; None: k-means.
         held_out_clusters: the same for each held-out input; None: its nearest cluster, so that the
@@ -213,9 +214,9 @@ def headroom(
     options = {"forward_fn": forward_fn, "seed": seed, "progress": False, **bank}
     base = _values(dense, held_out, value_fn)
     rows, count = [], plans
-    for keep in with_progress(list(budgets), "headroom", "budget", progress):
-        static = fit_bank(dense, batches, score_fn, keep, 1, **options)
-        several = fit_bank(dense, batches, score_fn, keep, plans, clusters=clusters, **options)
+    for share in with_progress(list(keep), "headroom", "share", progress):
+        static = fit_bank(dense, batches, score_fn, share, 1, **options)
+        several = fit_bank(dense, batches, score_fn, share, plans, clusters=clusters, **options)
         count = len(several.plans)
         one = _values(static.model, held_out, value_fn)
         routed = _values(several.model, held_out, value_fn)
@@ -228,7 +229,7 @@ def headroom(
         differ = other != true
         rows.append(
             HeadroomRow(
-                keep,
+                share,
                 one.double().mean().item(),
                 routed.double().mean().item(),
                 ceiling.double().mean().item(),
@@ -246,20 +247,8 @@ def _values(
     model: nn.Module, batches: list[Any], value_fn: Callable[[nn.Module, Any], Tensor]
 ) -> Tensor:
     """float64 [N]."""
-    found = []
-    with evaluating(model), torch.no_grad():
-        for batch in batches:
-            value = value_fn(model, batch)
-            if not isinstance(value, Tensor) or value.dim() != 1:
-                raise ValueError(
-                    "value_fn must return one number for each input [B], got "
-                    + (f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value))
-                )
-            found.append(value.double().cpu())
-    values = torch.cat(found)
-    if not bool(torch.isfinite(values).all()):
-        raise ValueError("value_fn must return finite values, got NaN or infinity")
-    return values
+    with evaluating(model):
+        return example_losses(model, batches, value_fn, "value")
 
 
 def _true_clusters(

@@ -42,8 +42,8 @@ def test_help_and_version_are_not_failures(capsys):
 
 @pytest.mark.parametrize("budget", ["0", "1.5", "-0.2", "nan", "half"])
 def test_a_budget_outside_its_range_is_refused(capsys, budget):
-    message = fails(capsys, 2, "compare", "--budgets", budget)
-    assert message.startswith("headwise compare: error: argument --budgets: ")
+    message = fails(capsys, 2, "compare", "--keep", budget)
+    assert message.startswith("headwise compare: error: argument --keep: ")
 
 
 def test_an_unknown_method_names_the_known_ones(capsys, tmp_path):

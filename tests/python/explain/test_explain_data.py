@@ -22,7 +22,7 @@ from headwise.explain import (
 from headwise.explain.faithfulness import measure_faithfulness
 from headwise.explain.noise import NOISES
 from headwise.explain.role_use import role_use
-from headwise.explain.stand_in import joint_ablation
+from headwise.explain.substitutes import joint_ablation
 from headwise.explain.use import Use, describe_use
 from support.explain_documents import CONLLU
 from support.explained import trained
@@ -124,7 +124,7 @@ def test_an_interrupted_run_goes_on(command, document, tmp_path, monkeypatch, ca
     assert json.loads((out / "use.json").read_text()) == document
     assert '["curves/' in kept.read_text()
     assert main([*command, "--out", str(out), "--batch-size", "32"]) == 0
-    # Parts that are whole are not computed again: one forward a stage says what the layers are.
+    # Complete parts are not computed again: one forward per stage finds the layers.
     assert len(calls) - before - first < 15 < first
 
 
@@ -174,7 +174,7 @@ def test_syntax_from_a_file(command, tmp_path):
     roles = json.loads(path.read_text())["roles"]
     details = {q["detail"] for q in roles["questions"] if q["role"] == "syntactic"}
     assert {"det: dependent to head", "nsubj: head to dependent"} <= details
-    # The roles that were found can be told with a text.
+    # The roles that were found can be shown with a text.
     folder = Path(command[2])
     model = load_trained(folder)
     result = hw.explain(model, "a good film", tokenizer=load_tokenizer(folder), roles=roles)
@@ -423,7 +423,7 @@ def test_statistics_of_planted_use():
     assert heads[0]["information"]["q"] < 0.05 < heads[2]["information"]["q"]
     assert heads[1]["length"]["correlation"] == 1.0 and heads[1]["length"]["q"] < 0.05
     assert heads[4]["length"] is None
-    assert described["stand_in"] == [{"site": 0, "heads": [2, 3], "phi_min": -1.0}]
+    assert described["substitutes"] == [{"site": 0, "heads": [2, 3], "phi_min": -1.0}]
     assert described["together"][0] == {"first": [0, 2], "second": [0, 3], "phi": -1.0}
     assert described["by_length"][0]["heads_mean"] < described["by_length"][-1]["heads_mean"]
     roles = {

@@ -7,9 +7,9 @@ from torch import nn
 
 
 class TwoTasks(nn.Module):
-    """An input's first feature says its task, and each task needs a head that the other does not.
+    """An input's first feature is its task, and each task needs a head that the other does not.
 
-    Sequences have one token, so attention hands on values: head h writes feature h of the input.
+    Sequences have one token, so attention passes values on: head h writes feature h of the input.
     """
 
     def __init__(self):
@@ -52,7 +52,7 @@ def score(model, batches):
 
 
 def value(model, x):
-    """1 where the sign of the answer is right."""
+    """1 if the sign of the answer is right."""
     wanted = torch.where(x[:, 0, 0] > 0, x[:, 0, 1], x[:, 0, 2])
     return ((model(x) > 0) == (wanted > 0)).double()
 
@@ -61,7 +61,7 @@ def test_choosing_wins_where_tasks_need_different_heads():
     calibration, kinds = data(8, 0)
     held_out, held_kinds = data(8, 1)
     found = hw.headroom(
-        TwoTasks(), calibration, held_out, score, value, budgets=(1 / 8,), clusters=kinds,
+        TwoTasks(), calibration, held_out, score, value, keep=(1 / 8,), clusters=kinds,
         held_out_clusters=held_kinds, at=0,
     )  # fmt: skip
     (row,) = found.rows
@@ -84,7 +84,7 @@ def test_choosing_wins_nothing_on_one_task():
     for x in (*calibration, *held_out):
         x[:, 0, 0] = x[:, 0, 0] + torch.arange(16) / 16  # clusters of the same task
     found = hw.headroom(
-        TwoTasks(), calibration, held_out, score, value, budgets=(0.5, 1 / 8), plans=2, at=0
+        TwoTasks(), calibration, held_out, score, value, keep=(0.5, 1 / 8), plans=2, at=0
     )
     assert [row.keep for row in found.rows] == [0.5, 1 / 8]
     assert all(row.static == row.routed == 1.0 for row in found.rows)
@@ -97,12 +97,12 @@ def test_headroom_says_what_is_wrong():
     model = TwoTasks()
     with pytest.raises(ValueError, match="held_out must not be empty"):
         hw.headroom(model, calibration, [], score, value)
-    with pytest.raises(ValueError, match=r"value_fn must return one number for each input \[B\]"):
+    with pytest.raises(ValueError, match=r"value_fn must return one value per example \[B\]"):
         hw.headroom(model, calibration, held_out, score, lambda m, x: m(x).mean())
-    with pytest.raises(ValueError, match="value_fn must return finite values"):
+    with pytest.raises(ValueError, match="value_fn must return a finite value"):
         hw.headroom(model, calibration, held_out, score, lambda m, x: m(x) / 0)
     with pytest.raises(ValueError, match=r"held_out_clusters must be numbers in 0\.\.1"):
         hw.headroom(
-            model, calibration, held_out, score, value, budgets=(0.5,), clusters=kinds, at=0,
+            model, calibration, held_out, score, value, keep=(0.5,), clusters=kinds, at=0,
             held_out_clusters=[5] * 16,
         )  # fmt: skip

@@ -159,7 +159,7 @@ def use(classes=("down", "up"), *, layers: int = 2, heads: int = 3) -> dict[str,
             "heads_and": {"length": 0.2, "entropy": 0.1, "confidence": None},
             "layers": [{**one, "heads": used} for one in shape],
             "together": [{"first": [0, 1], "second": [1, 1], "phi": -0.4}],
-            "stand_in": [{"site": 0, "heads": [1, 2], "phi_min": -0.5}],
+            "substitutes": [{"site": 0, "heads": [1, 2], "phi_min": -0.5}],
         },
         "role_use": [
             {"role": "offset", "heads": 2, "others": 4, "property": "frequency", "mean": 1.0,

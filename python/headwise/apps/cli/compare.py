@@ -65,7 +65,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
     )
     how = parser.add_argument_group("what is compared")
     how.add_argument(
-        "--budgets", nargs="+", type=share, metavar="SHARE", help="shares of the heads, in (0, 1]"
+        "--keep", nargs="+", type=share, metavar="SHARE", help="shares of the heads, in (0, 1]"
     )
     how.add_argument("--methods", nargs="+", metavar="NAME", help="see --list-methods; or all")
     how.add_argument("--seeds", nargs="+", type=seed, metavar="N", help="one training of each")
@@ -98,7 +98,7 @@ def settings_of(options: argparse.Namespace):
         QUICK_METHODS,
         resolve_methods,
     )
-    from headwise.apps.compare.settings import check_budgets, preset
+    from headwise.apps.compare.settings import check_keep, preset
 
     size = "quick" if options.quick else "full" if options.full else "default"
     settings = preset(size, options.seed)
@@ -106,8 +106,8 @@ def settings_of(options: argparse.Namespace):
     changes: dict = {
         "methods": resolve_methods(tuple(options.methods)) if options.methods else standard
     }
-    if options.budgets:
-        changes["budgets"] = check_budgets(tuple(options.budgets))
+    if options.keep:
+        changes["keep"] = check_keep(tuple(options.keep))
     if options.seeds:
         changes["seeds"] = tuple(dict.fromkeys(options.seeds))
     for name in ("steps", "dense_steps", "max_length"):

@@ -128,7 +128,7 @@ def _headroom(bench: Workbench) -> hw.pruning.Headroom:
         mappings(held_out, bench.device),
         removal,
         right,
-        budgets=[keep for keep in bench.settings.budgets if keep < 1.0] or [0.5],
+        keep=[share for share in bench.settings.keep if share < 1.0] or [0.5],
         plans=PLANS,
         held_out_clusters=domains_in_order(held_out),
         forward_fn=forward,

@@ -17,7 +17,7 @@ class Settings:
 
     Attributes:
         size: "quick", "default" or "full": what the rest came from.
-        budgets: shares of the heads, in (0, 1].
+        keep: shares of the heads, in (0, 1].
         methods: names from :data:`headwise.apps.compare.methods.METHODS`.
         seeds: one training of each method per seed; the split of the data is always that of the
             first.
@@ -35,7 +35,7 @@ class Settings:
     """
 
     size: str = "default"
-    budgets: tuple[float, ...] = (0.75, 0.5, 0.25)
+    keep: tuple[float, ...] = (0.75, 0.5, 0.25)
     methods: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0,)
     steps: int = 160
@@ -64,7 +64,7 @@ def preset(size: str, seed: int) -> Settings:
     if size == "quick":
         return replace(
             settings,
-            budgets=(0.5,),
+            keep=(0.5,),
             steps=80,
             dense_steps=200,
             test_limit=1200,
@@ -90,14 +90,14 @@ def preset(size: str, seed: int) -> Settings:
     )
 
 
-def check_budgets(budgets: tuple[float, ...]) -> tuple[float, ...]:
-    """Raises an error for budgets that are not shares of the heads."""
-    for budget in budgets:
-        if not 0 < budget <= 1:
-            raise UsageError(f"every budget must be above 0 and at most 1, got {budget:g}")
-    if not budgets:
-        raise UsageError("there must be at least one budget")
-    return tuple(dict.fromkeys(budgets))
+def check_keep(keep: tuple[float, ...]) -> tuple[float, ...]:
+    """``keep`` without repeats. Raises an error for values that are not shares of the heads."""
+    for share in keep:
+        if not 0 < share <= 1:
+            raise UsageError(f"every keep must be above 0 and at most 1, got {share:g}")
+    if not keep:
+        raise UsageError("keep must have at least one share of the heads")
+    return tuple(dict.fromkeys(keep))
 
 
 @dataclass(frozen=True)

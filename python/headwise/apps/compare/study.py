@@ -69,7 +69,7 @@ def runs_of(task: str, settings: Settings, seed: int) -> list[Run]:
     for name in settings.methods:
         if METHODS[name].kind == "dense":
             found.append(Run(task, name, 1.0, seed))
-    for keep in settings.budgets:
+    for keep in settings.keep:
         for name in settings.methods:
             if METHODS[name].kind != "dense":
                 found.append(Run(task, name, keep, seed))
@@ -130,7 +130,7 @@ class Study:
     def _key(self, task: Task) -> dict:
         """Everything that a result depends on, except the run's own method, budget and seed."""
         settings = self.settings.as_dict()
-        for unrelated in ("size", "budgets", "methods", "seeds"):
+        for unrelated in ("size", "keep", "methods", "seeds"):
             settings.pop(unrelated)
         return {
             "record": RECORD,
@@ -161,7 +161,7 @@ class Study:
             # Headroom is for the first seed and the requested budgets.
             rooms = Store(None, "headroom", {})
             if seed == self.settings.seeds[0]:
-                own = {**key, "budgets": self.settings.budgets}
+                own = {**key, "keep": self.settings.keep}
                 rooms = Store.in_folder(self.out / "runs", f"{name}-headroom", own)
             room = rooms.get("headroom") if rooms.path else {}
             if room is None or any(record is None for record in found.values()):

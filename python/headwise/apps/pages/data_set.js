@@ -303,11 +303,11 @@ function startUse(parent, found) {
           use.together.map(
               (pair) => [headName(...pair.first), headName(...pair.second), signed(pair.phi, 2)])));
   foldedTable(
-      parent, "Table: heads that stand in for each other",
+      parent, "Table: heads that can replace each other",
       () => table(
-          "Heads that stand in for each other",
+          "Heads that can replace each other",
           [["layer"], ["heads", null, "text"], ["lowest phi"]],
-          use.stand_in.map(
+          use.substitutes.map(
               (group) => [group.site, group.heads.join(", "), signed(group.phi_min, 2)])));
   if (found.joint_ablation) startJoint(parent, found.joint_ablation);
 

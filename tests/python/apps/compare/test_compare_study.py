@@ -30,7 +30,7 @@ def arguments(model: Path, texts: Path, out: Path) -> list[str]:
 
 @pytest.fixture(scope="module", autouse=True)
 def little_measuring():
-    """Times are not what these tests look at."""
+    """These tests do not check times."""
     original = settings.preset
 
     def preset(size: str, seed: int) -> settings.Settings:
@@ -46,7 +46,7 @@ def finished(tiny_model, tiny_texts, tmp_path_factory) -> Path:
     """The folder of a study with every method at two budgets."""
     out = tmp_path_factory.mktemp("study") / "out"
     command = arguments(tiny_model, tiny_texts, out)
-    command += ["--budgets", "0.5", "0.25", "--methods", *METHODS, "--keep-models"]
+    command += ["--keep", "0.5", "0.25", "--methods", *METHODS, "--keep-models"]
     assert main(command) == 0
     return out
 
@@ -174,7 +174,7 @@ def test_a_second_run_trains_nothing(finished, tiny_model, tiny_texts, monkeypat
     monkeypatch.setattr("headwise.apps.compare.workbench.finetune", refuse)
     before = json.loads((finished / "results.json").read_text())
     command = arguments(tiny_model, tiny_texts, finished)
-    command += ["--budgets", "0.5", "0.25", "--methods", *METHODS]
+    command += ["--keep", "0.5", "0.25", "--methods", *METHODS]
     assert main(command) == 0
     assert capsys.readouterr().err.count("finished before") == len(before["runs"])
     assert json.loads((finished / "results.json").read_text()) == before
