@@ -32,17 +32,8 @@ class GumbelSigmoidGate(TargetedGate):
     """
 
     logit: Tensor
-    strength: float | None
+    _STRENGTHS = {"adavit": 2.0}
     _READ = ("relevance",)
-
-    def _prepare(self) -> None:
-        super()._prepare()
-        if self.strength is None:
-            self.strength = 2.0 if self.penalty_form == "adavit" else 20.0
-
-    @property
-    def penalty_form(self) -> str:  # type: ignore[override]
-        return self._options["penalty"]
 
     def _build(self, device, dtype) -> None:
         super()._build(device, dtype)

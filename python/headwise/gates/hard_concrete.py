@@ -41,17 +41,8 @@ class HardConcreteGate(TargetedGate):
     """
 
     log_alpha: Tensor
-    strength: float | None
+    _STRENGTHS = {"l0": 0.1}
     _READ = ("relevance",)
-
-    def _prepare(self) -> None:
-        super()._prepare()
-        if self.strength is None:
-            self.strength = 0.1 if self.penalty_form == "l0" else 20.0
-
-    @property
-    def penalty_form(self) -> str:  # type: ignore[override]
-        return self._options["penalty"]
 
     def _build(self, device, dtype) -> None:
         super()._build(device, dtype)

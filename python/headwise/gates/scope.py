@@ -113,7 +113,7 @@ class ScopedGate(Gate if TYPE_CHECKING else object):  # type: ignore[misc]
             self.join(GateScope([self]), 0)
         if self._scope is None:
             raise RuntimeError(
-                f"{type(self).__name__} has scope 'model' and does not know the other layers' "
-                "gates: call headwise.link_gates(model)"
+                f"{type(self).__name__} has scope 'model' and is not linked with the other "
+                "layers' gates: call headwise.link_gates(model)"
             )
         return self._scope

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,12 +20,20 @@ class TargetedGate(ScheduledGate):
     """
 
     _RECORDED = ("expected_heads", "_regulariser")
-    penalty_form = "squared"
+    #: Default of ``strength`` by the form of the penalty, if it is not 20.
+    _STRENGTHS: ClassVar[Mapping[str, float]] = {}
+    strength: float | None
     #: The part of the penalty that belongs to this layer alone.
     _regulariser: Tensor | None
 
     def _prepare(self) -> None:
         self._regulariser = None
+        if self.strength is None:
+            self.strength = self._STRENGTHS.get(self.penalty_form, 20.0)
+
+    @property
+    def penalty_form(self) -> str:
+        return self._options.get("penalty", "squared")
 
     def penalty(self) -> Tensor:
         """This layer's regulariser, with its own target whatever ``target_scope`` is."""

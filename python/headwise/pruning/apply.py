@@ -183,8 +183,8 @@ def plan_from_gates(model: nn.Module) -> HeadPlan:
         if weight is None:
             raise ValueError(
                 f"layer '{name}' has a {type(layer.gate).__name__}, whose choice depends on the "
-                "input: no plan does what it does (headwise.pruning.plan_from_use keeps the heads "
-                "that it runs most often)"
+                "input: no plan is equivalent to it (headwise.pruning.plan_from_use keeps the "
+                "heads that it runs most often)"
             )
         weights = weight.double().tolist()
         heads = [head for head, value in enumerate(weights) if value != 0.0]

@@ -1,30 +1,13 @@
 """The attention operators against the oracle: outputs, gradients, masks, dropout, bad input."""
-# ruff: noqa: E501  (the table of bad input reads best one case a line)
+# ruff: noqa: E501  (the table of bad input reads best with one case per line)
 
 import math
 
 import headwise  # noqa: F401
 import pytest
 import torch
-from support.attention_cases import (  # noqa: F401  (collected here)
-    Random,
-    dropped,
-    layer_weights,
-    test_core_attention,
-    test_dropout_does_not_depend_on_padding_or_selection,
-    test_heads_never_chosen_get_exactly_no_gradient,
-    test_infinite_and_nan_inputs_reach_what_they_reach_in_torch,
-    test_long_keys_take_several_tiles,
-    test_long_layer_takes_several_tiles,
-    test_multihead_attention,
-    test_no_heads_give_the_output_bias,
-    test_non_contiguous_inputs,
-    test_random_shapes,
-    test_self_attention,
-    test_tiny_sizes,
-    test_weight_may_have_another_dtype,
-    test_what_was_not_chosen_is_not_read,
-)
+from support.attention_cases import *  # noqa: F403  (collected here)
+from support.attention_cases import Random, dropped, layer_weights
 
 ops = torch.ops.headwise
 

@@ -21,20 +21,7 @@ from support.attention_cases import (  # noqa: F401  (collected again, on the de
     test_what_was_not_chosen_is_not_read,
 )
 from support.attention_statistics import DTYPES, KINDS, SHAPES, masks, plain
-from support.kernel_cases import (  # noqa: F401
-    test_an_index_with_few_columns_and_one_that_is_out_of_range,
-    test_core_widths,
-    test_decoding_reads_an_index_as_it_is,
-    test_decoding_splits_the_keys,
-    test_dropout_draws_the_mask_of_the_cpu,
-    test_one_row_whose_heads_begin_at_odd_addresses,
-    test_several_tiles_of_rows,
-    test_the_core_by_the_attention_of_libtorch,
-    test_the_layer_by_the_attention_of_libtorch,
-    test_the_layer_by_warpgroup_products,
-    test_views_at_odd_addresses,
-    test_widths,
-)
+from support.kernel_cases import *  # noqa: F403  (collected again, on the device)
 from support.operator_calls import CASES as TRACED
 
 pytestmark = pytest.mark.skipif(
@@ -84,7 +71,7 @@ def alive():
 
 @pytest.fixture
 def compiled_kernels():
-    """Skips where the library has no CUDA kernels, only the paths through LibTorch."""
+    """Skips if the library has no CUDA kernels, only the paths through LibTorch."""
     for backend in hw.backends():
         if backend.name == "cuda_kernels" and not backend.available:
             pytest.skip(backend.reason)

@@ -25,22 +25,8 @@ from support.attention_cases import (  # noqa: F401  (collected again, on the em
 from support.attention_statistics import DTYPES as STATISTICS_DTYPES
 from support.attention_statistics import KINDS, masks, plain
 from support.emulator import EMULATED, LIBRARY
-from support.kernel_cases import (  # noqa: F401  (collected here)
-    DTYPES,
-    layer_case,
-    test_an_index_with_few_columns_and_one_that_is_out_of_range,
-    test_core_widths,
-    test_decoding_reads_an_index_as_it_is,
-    test_decoding_splits_the_keys,
-    test_dropout_draws_the_mask_of_the_cpu,
-    test_one_row_whose_heads_begin_at_odd_addresses,
-    test_several_tiles_of_rows,
-    test_the_core_by_the_attention_of_libtorch,
-    test_the_layer_by_the_attention_of_libtorch,
-    test_the_layer_by_warpgroup_products,
-    test_views_at_odd_addresses,
-    test_widths,
-)
+from support.kernel_cases import *  # noqa: F403  (collected here)
+from support.kernel_cases import DTYPES, layer_case
 
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="tests/cpp is not built")
 

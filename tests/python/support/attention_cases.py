@@ -384,3 +384,7 @@ def test_dropout_does_not_depend_on_padding_or_selection(dtype):
         *[t.double() if leaf(t) else t for t in arguments], **options, keep=keep
     )
     close(y, expected, FORWARD[dtype])
+
+
+#: The cases, for a module that imports them all.
+__all__ = [name for name in dir() if name.startswith("test_")]

@@ -71,7 +71,7 @@ class Shifted:
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_views_at_odd_addresses(dtype, way, monkeypatch, cuda_routes):
-    """Nothing is read 16 bytes at a time where its address does not allow it."""
+    """Nothing is read 16 bytes at a time if its address does not allow it."""
     cuda_routes(*way)
     # On a GPU inputs travel there first.
     inner = getattr(cases.ops, "operators", None)
@@ -109,7 +109,7 @@ def test_an_index_with_few_columns_and_one_that_is_out_of_range():
     good = cases.ops.selected_self_attention(x, *weights, 4, index, count, weight)
     expected = oracle.self_attention(x, *weights, 4, index, count, weight)
     torch.testing.assert_close(good, expected)
-    for place in (99, 0):  # a head that is not there, and one that is named twice
+    for place in (99, 0):  # a head that does not exist, and one that is named twice
         wrong = torch.tensor([[1, 3], [0, place]], dtype=torch.int64)
         clamped = cases.ops.selected_self_attention(x, *weights, 4, wrong, count.long() * 5, weight)
         torch.testing.assert_close(clamped, expected)
@@ -148,8 +148,8 @@ def test_dropout_draws_the_mask_of_the_cpu(dtype):
 @pytest.mark.parametrize(("d", "count"), [(32, [2, 0, 3]), (8, [1, 3, 3]), (72, [3, 3, 3])])
 @pytest.mark.parametrize("dtype", TENSOR_CORES, ids=str)
 def test_the_layer_by_the_attention_of_libtorch(dtype, d, count, kind, cuda_routes):
-    """Packed rows without room between sequences, whatever each of them chose; what LibTorch does
-    not take (ragged) goes through the kernels. On the host a stand-in takes its place."""
+    """Packed rows without gaps between sequences, whatever each of them chose; what LibTorch does
+    not support (ragged) goes through the kernels. On the host a substitute runs."""
     cuda_routes("flash")
     layer_case(dtype, 3, 37, 24, 3, d, kind, count, scale=0.3)
 
@@ -216,3 +216,7 @@ def test_decoding_reads_an_index_as_it_is():
     wrong = torch.tensor([[0, 0, 3, 3], [2, 2, 2, 0]])  # more places than the heads of a group
     y = cases.ops.selected_attention(q, k, v, wrong, torch.tensor([4, 3]))
     torch.testing.assert_close(y, expected)
+
+
+#: The cases, for a module that imports them all.
+__all__ = [name for name in dir() if name.startswith("test_")]

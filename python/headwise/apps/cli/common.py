@@ -54,6 +54,16 @@ def seed(text: str) -> int:
     return value
 
 
+def add_model(parser: argparse.ArgumentParser, what: str = "a fine-tuned text classifier") -> None:
+    parser.add_argument(
+        "--model",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help=f"{what}: from headwise.save, or of transformers",
+    )
+
+
 def add_common(
     parser: argparse.ArgumentParser, out: str | None, several_threads: bool = False
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from headwise.apps.cli import explain_data
 from headwise.apps.cli.common import (
     add_common,
+    add_model,
     positive,
     say,
     use_device,
@@ -47,13 +48,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--model",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="a fine-tuned text classifier: from headwise.save, or of transformers",
-    )
+    add_model(parser)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "--text",

@@ -6,7 +6,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from headwise.apps.cli.common import add_common, say, share, use_device, use_threads, writable_file
+from headwise.apps.cli.common import (
+    add_common,
+    add_model,
+    say,
+    share,
+    use_device,
+    use_threads,
+    writable_file,
+)
 from headwise.apps.cli.score import ONE_PASS
 from headwise.apps.cli.texts import LabelledTexts, add_texts, journal, labelled_texts
 from headwise.apps.tasks.errors import UsageError
@@ -24,13 +32,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
         "to --out (read it with headwise.load). With --method kwon neurons of the feed-forward "
         "networks go, too, and what stays is tuned.",
     )
-    parser.add_argument(
-        "--model",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="a text classifier: from headwise.save, or of transformers",
-    )
+    add_model(parser, "a text classifier")
     parser.add_argument(
         "--plan",
         type=Path,

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from headwise.apps.cli.common import add_common, say, share, use_device, use_threads, writable_file
+from headwise.apps.cli.common import (
+    add_common,
+    add_model,
+    say,
+    share,
+    use_device,
+    use_threads,
+    writable_file,
+)
 from headwise.apps.cli.texts import LabelledTexts, add_texts, journal, labelled_texts
 from headwise.apps.tasks.errors import UsageError
 
@@ -25,13 +32,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
         description="Scores every attention head of a trained text classifier on labelled texts, "
         "prints a table, and with --keep writes a plan for 'headwise prune'.",
     )
-    parser.add_argument(
-        "--model",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="a fine-tuned text classifier: from headwise.save, or of transformers",
-    )
+    add_model(parser)
     add_texts(parser, required=True)
     parser.add_argument(
         "--metrics",

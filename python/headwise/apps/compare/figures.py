@@ -110,9 +110,7 @@ def accuracy_figure(result: dict) -> Figure:
     for axes, task in zip(panels, tasks, strict=True):
         own = [e for e in result["summary"] if e["task"] == task["name"]]
         dense = next(e for e in own if e["method"] == "dense")
-        axes.axhline(
-            100 * dense["accuracy"], color=_INK, linewidth=1.2, dashes=(5, 3), label="dense"
-        )
+        _dense_line(axes, 100 * dense["accuracy"])
         low = min(100 * e["accuracy"] for e in own)
         floor = max(low - 1.5, 100 * dense["accuracy"] - 16)
         for method in dict.fromkeys(e["method"] for e in own if e["kind"] != "dense"):

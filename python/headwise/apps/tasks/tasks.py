@@ -61,10 +61,6 @@ class Task:
         return replace(self, labels=tuple(numbers[self.classes[label]] for label in self.labels))
 
 
-#: How labels may be read.
-READINGS = ("names", "numbers")
-
-
 def class_numbers(
     labels: Iterable[str], label2id: dict[str, int], read_as: str | None = None
 ) -> dict[str, int]:

@@ -4,7 +4,7 @@ name."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -90,7 +90,6 @@ class Structure:
     layers: tuple[TransformerLayer, ...] = ()
     stream: Stream | None = None
     no_stream: str = ""
-    widths: dict[str, int] = field(default_factory=dict)
 
     @property
     def heads(self) -> dict[str, int]:
