@@ -46,7 +46,10 @@ def load_core() -> ModuleType:
             "with `pip install ./python`."
         ) from None
     check_torch(build_info.torch_version, torch.__version__)
-    return importlib.import_module("headwise._C")
+    core = importlib.import_module("headwise._C")
+    # Not at the top: the package needs the core.
+    importlib.import_module("headwise.io.core_errors").report_in_one_sentence(core)
+    return core
 
 
 core = load_core()
