@@ -4,8 +4,8 @@
 
 Runs on a model that `headwise compare --keep-models` or `headwise.save` wrote, beside its texts.
 The report is the command `headwise explain --data`, run in a process of its own: its wall-clock and
-CPU time and its largest resident memory are told, and those of a report on fewer texts, which show
-what grows with them. Measure on a machine that does nothing else.
+CPU time and its peak resident memory are printed, and those of a report on fewer texts, which show
+what grows with them. Measure on an idle machine.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def measure_trace(options: argparse.Namespace, sequences: int = 16) -> dict:
 
 
 def compared(first: list[float], second: list[float]) -> dict[str, float]:
-    """By how much ``second`` takes longer: of the medians, with a 95% interval by bootstrap."""
+    """How much longer ``second`` takes: of the medians, with a 95% interval by bootstrap."""
     draw = random.Random(0)
     rows = range(len(first))
     ratios = []
@@ -106,7 +106,7 @@ def compared(first: list[float], second: list[float]) -> dict[str, float]:
 
 
 def measure_report(options: argparse.Namespace, texts: int) -> dict:
-    """``headwise explain --data`` on so many texts."""
+    """``headwise explain --data`` on this many texts."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             sys.executable, "-m", "headwise", "explain", "--model", options.model, "--data",

@@ -1,7 +1,7 @@
 """What gpu_check times beside the layer: attention alone, decoding, the gate with its work list.
 
-Each case checks itself against the oracle in float64 before it is timed, and hands every row to
-`emit` as soon as it stands.
+Each case checks itself against the oracle in float64 before it is timed, and passes every row to
+`emit` as soon as it is measured.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ def attention_core(emit, shape, dtype, timer, tolerance, route):
             emit({"variant": f"all heads, {backend}", "note": first_line(error)})
     sequences, rows = checked_part(timer.machine, batch, heads, length)
     few = ends(batch)[-sequences:]
-    # Of the rows before `rows`, so that the oracle fits: keys are all there are.
+    # Of the rows before `rows`, so that the oracle fits; over all keys.
     expected = oracle.attention(q[few, :, :rows].double(), k[few].double(), v[few].double())
     expected = expected * ops.selection_mask(index, count, torch.float64)[few, :, None, None]
     for way in ("kernels", "flash"):
@@ -69,7 +69,7 @@ def attention_core(emit, shape, dtype, timer, tolerance, route):
 
 
 def copy_bandwidth(timer, size=1 << 30):
-    """Bytes a second of a large copy, bytes read plus bytes written."""
+    """Bytes per second of a large copy, bytes read plus bytes written."""
     size = 1 << 16 if timer.machine.rehearsal else size
     a = torch.empty(size, dtype=torch.uint8, device=timer.machine.device).random_()
     b = torch.empty_like(a)
@@ -158,5 +158,5 @@ def flex_layer(layer, k):
         with torch.no_grad():
             run(k)
         return run, None
-    except Exception as error:  # noqa: BLE001  (a comparison only: said, not raised)
+    except Exception as error:  # noqa: BLE001  (a comparison only: reported, not raised)
         return None, first_line(error)

@@ -16,7 +16,7 @@ replaced if one of them kills it: a faulty kernel costs only its own case. The l
 with the goals; gpu_<device>.json holds everything. Exit status 1: a check failed, or a case died.
 
 A rehearsal runs every line of this on small shapes: the kernels on the emulated device of the tests
-where tests/cpp is built, a wall clock in place of events, nothing in place of graphs. It finds a
+where tests/cpp is built, a wall clock instead of events, nothing instead of graphs. It finds a
 wrong name or shape before a GPU's time is spent on it. Its rows go to a temporary folder.
 """
 
@@ -143,7 +143,7 @@ def environment(machine, operators):
 
 
 class Worker:
-    """A process that runs cases, and what it says."""
+    """A process that runs cases, and its output."""
 
     def __init__(self, options):
         command = [sys.executable, __file__, "--worker", "--rows", str(options.rows)]
@@ -218,7 +218,7 @@ def drive(options, names):
         reason = worker.run(name, min(CASE_SECONDS, left))
         if reason is None:
             continue
-        # Cut short by the clock: it has another chance, with more time.
+        # Cut short by the clock: it runs again, with more time.
         if not (reason.startswith("not done") and left < CASE_SECONDS):
             with options.rows.open("a") as file:
                 file.write(json.dumps({"case": name, "died": reason}) + "\n")

@@ -118,7 +118,7 @@ class Layer:
         return linear(self.attend(qkv, self.shape[3]), self.out_weight, self.out_bias)
 
     def masked(self, k):
-        """All heads, then a mask: what a gate costs where nothing is skipped."""
+        """All heads, then a mask: the cost of a gate if nothing is skipped."""
         qkv = linear(self.x, self.in_weight, self.in_bias)
         context = self.attend(qkv, self.shape[3], self.select(k)[2])
         return linear(context, self.out_weight, self.out_bias)
@@ -170,7 +170,7 @@ def measure(emit, layer, what, variant, k, timer):
         graph, row["no_graph"] = timer.machine.captured(run)
         if graph:
             routes["graph"] = graph
-    # What the weights and the input take is the same for all.
+    # The weights and the input take the same for all.
     row["peak_bytes"] = timer.machine.peak_bytes(run)
     for timed_by, call in routes.items():
         times = timer.times(call)
@@ -183,7 +183,7 @@ def case(emit, what, shape, k, dtype, timer):
     layer = Layer(shape, dtype, timer.machine.device)
     measure(emit, layer, what, "dense", k, timer)
     for way in ROUTES:
-        # The other dtypes need no check of their own where LibTorch does not take them.
+        # The other dtypes need no separate check if LibTorch does not support them.
         dtypes = (torch.float64, torch.float32, dtype) if way == "kernels" else (dtype,)
         passed = True
         for checked in dict.fromkeys(dtypes):

@@ -53,7 +53,7 @@ class Gpu:
             return None, first_line(error)
 
     def peak_bytes(self, run):
-        """What a call allocates at most."""
+        """The most memory that a call allocates."""
         self.synchronize()
         before = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -71,7 +71,7 @@ class Gpu:
 
 
 class Host:
-    """The host in its place: the same calls, and a wall clock that says nothing about a GPU."""
+    """The host instead: the same calls, and a wall clock that tells nothing about a GPU."""
 
     rehearsal = True
     device = torch.device("cpu")
@@ -107,8 +107,8 @@ class Timer:
         self.machine, self.repeats = machine, repeats
 
     def times(self, *runs):
-        """Several runs are taken in turn, so that what one leaves in the cache does not help it.
-        Short calls are timed many at a time: else most of it would be the way to the device."""
+        """Several runs alternate, so that none profits from what it left in the cache. Short calls
+        are timed many at a time: else most of the time would be the launch."""
         for run in runs:
             run()
             run()

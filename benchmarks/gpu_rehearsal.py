@@ -8,7 +8,7 @@ import torch
 
 
 class OfCpu:
-    """torch.ops.headwise, and what only a CUDA device has."""
+    """torch.ops.headwise, and the operators that only a CUDA device has."""
 
     def _work_list(self, *arguments):
         pass
@@ -34,7 +34,7 @@ class Emulated(OfCpu):
 
 
 def operators():
-    """(the operators, what they are)."""
+    """(the operators, their description)."""
     try:  # tests/python is on the path, as for the oracle
         emulated = importlib.import_module("support.emulator")
     except ImportError as error:

@@ -88,7 +88,7 @@ def goals(rows):
 
 
 def report(path):
-    """Prints the table, writes it with all rows beside `path`; 1 if anything is wrong."""
+    """Prints the table, writes it with all rows beside `path`; 1 if any case failed."""
     rows = read(path)
     found = goals(rows)
     checks = [row for row in rows if "check" in row]

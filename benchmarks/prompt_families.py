@@ -246,7 +246,7 @@ def bank_losses(bank: nn.Module, rows: Tensor, plans: Tensor) -> Tensor:
 
 def measured(model: nn.Module, prompts: Prompts, bank: bool = False, shift: int = 0) -> dict:
     """Perplexity of the continuations by family; overall by the mean loss over families. With
-    ``shift`` each sequence of a bank follows the plan that many after its own."""
+    ``shift`` each sequence of a bank follows the plan ``shift`` after its own."""
     model.eval()
     found = []
     for rows in prompts.test:
@@ -326,7 +326,7 @@ def greedy(model: nn.Module, batches: list[Batch]) -> hw.HeadScores:
 def models(
     dense: nn.Module, prompts: Prompts, seed: int, keep: float, methods: list[str]
 ) -> Iterator[tuple[str, nn.Module, dict]]:
-    """(method, model, what to tell of it)"""
+    """(method, model, facts to record)"""
     scores: dict[str, hw.HeadScores] = {}
     for method in methods:
         kind, _, repaired = method.partition("-")

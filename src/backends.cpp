@@ -13,7 +13,7 @@
 namespace headwise {
 namespace {
 
-// Said of every CUDA path until the GPU tests have passed on a device.
+// Reported for every CUDA path until the GPU tests have passed on a device.
 constexpr const char* kUnverified = "not yet run on a GPU";
 
 /// Asks the products themselves: which instructions they need is oneDNN's business.

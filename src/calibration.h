@@ -1,4 +1,4 @@
-// The search for a threshold, whoever runs the model.
+// The search for a threshold; the caller runs the model.
 #pragma once
 
 #include <cstdint>
@@ -8,27 +8,27 @@
 
 namespace headwise {
 
-/// An argument and what a function gave for it.
+/// An argument of a function, and its value there.
 struct Trial {
   double argument = 0;
   double value = 0;
 };
 
-/// Of the arguments that halving [low, high] tries `passes` times, and `start`, the one whose value
-/// is nearest to `target`; the earlier of equally near ones.
-/// @param value a function that does not grow
+/// Bisects [low, high] `passes` times. Of the arguments tried and `start`, the one whose value is
+/// nearest to `target`; the earliest if several are equally near.
+/// @param value a non-increasing function
 HEADWISE_API Trial nearest_by_halving(const std::function<double(double)>& value, double target,
                                       double low, double high, int64_t passes, Trial start);
 
-/// What gates did in a pass over calibration data.
+/// What gates selected in one pass over the calibration data.
 struct GateUse {
   int64_t heads_run = 0;
-  int64_t heads = 0;             ///< that there are, for all inputs together
+  int64_t heads = 0;             ///< of the gates, over all inputs
   double highest_relevance = 0;  ///< of any head
 };
 
 /// The threshold with which gates run a share `keep` of the heads, found by halving between 0 and
-/// the highest relevance. Whoever owns the model runs it: calibrate_threshold here and in Python.
+/// the highest relevance. Driven by calibrate_threshold, here and in Python.
 /// @param run       sets the gates' threshold and runs the model on all calibration data
 /// @param keep      in (0, 1]
 /// @param passes    trials

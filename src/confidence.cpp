@@ -88,7 +88,7 @@ StagedPrediction ConfidenceStages::run(const StageFunction& run, bool stop,
   const auto count = static_cast<int64_t>(factors_.size());
   StagedPrediction found;
   found.threshold = threshold_;
-  at::Tensor rows;  // of the stage under way; undefined: all
+  at::Tensor rows;  // of the current stage; undefined: all
   for (int64_t s = 0; s < count; ++s) {
     const auto [logits, heads] = run(rows, factors_[s]);
     check_logits(logits);

@@ -96,7 +96,7 @@ at::Tensor dense_attention_impl(const at::Tensor& q, const at::Tensor& k, const 
   if (q.sym_size(1) == 0) {
     return at::zeros_symint({q.sym_size(0), 0, q.sym_size(2), v.sym_size(3)}, q.options());
   }
-  // The causal flag is handed on where nothing else masks: the fused kernels then skip the future.
+  // Without any other mask the causal flag is passed on: the fused kernels then skip future keys.
   const bool only_causal = is_causal && !key_padding_mask && !attn_mask && added_keys == 0;
   const auto mask =
       merge_masks(q, k, key_padding_mask, attn_mask, is_causal && !only_causal, added_keys);

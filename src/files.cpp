@@ -62,7 +62,7 @@ AtomicFile::~AtomicFile() {
 void AtomicFile::write(const void* data, size_t size) {
   const char* bytes = static_cast<const char*>(data);
   while (size > 0) {
-    // Linux transfers at most 2^31 - 4096 bytes a call.
+    // Linux transfers at most 2^31 - 4096 bytes per call.
     const ssize_t written = ::write(descriptor_, bytes, std::min<size_t>(size, 1u << 30));
     if (written < 0) {
       if (errno == EINTR) continue;

@@ -11,8 +11,8 @@
 namespace headwise {
 namespace {
 
-/// Puts into the folder `to` what `from` has and it lacks: files as second names of the same data
-/// or, with `move`, as they are; folders likewise. What cannot be linked or moved stays.
+/// Adds to the folder `to` what only `from` has: files as hard links or, with `move`, by moving
+/// them; folders likewise. What cannot be linked or moved stays.
 void add_missing(const std::string& from, const std::string& to, bool move) noexcept {
   DIR* folder = ::opendir(from.c_str());
   if (folder == nullptr) return;
@@ -33,7 +33,7 @@ void add_missing(const std::string& from, const std::string& to, bool move) noex
   ::closedir(folder);
 }
 
-/// Swaps two folders in one step; false where the system or the file system cannot.
+/// Swaps two folders in one step; false if the system or the file system cannot.
 bool exchange(const std::string& one, const std::string& other) noexcept {
 #ifdef SYS_renameat2
   constexpr unsigned kExchange = 2;  // RENAME_EXCHANGE

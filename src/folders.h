@@ -29,7 +29,7 @@ inline bool is_regular_file(const std::string& path) {
   return ::stat(path.c_str(), &status) == 0 && S_ISREG(status.st_mode);
 }
 
-/// Whether `path` is a folder with nothing in it.
+/// Whether `path` is an empty folder.
 inline bool is_empty_folder(const std::string& path) {
   DIR* folder = ::opendir(path.c_str());
   if (folder == nullptr) return false;
@@ -50,7 +50,7 @@ inline void create_folders(const std::string& path) {
   }
 }
 
-/// Removes the folder and what is in it, as far as it can.
+/// Removes the folder and its contents, as far as possible.
 inline void remove_folder(const std::string& path) noexcept {
   const auto remove_one = [](const char* entry, const struct stat*, int, struct FTW*) {
     return std::remove(entry) == 0 ? 0 : -1;
@@ -58,7 +58,7 @@ inline void remove_folder(const std::string& path) noexcept {
   ::nftw(path.c_str(), remove_one, 16, FTW_DEPTH | FTW_PHYS);
 }
 
-/// A short name that no other thread or process takes for a file or folder under construction.
+/// A short name for a temporary file or folder that no other thread or process uses.
 inline std::string temporary_name() {
   static std::atomic<unsigned> sequence{0};
   char name[64];
@@ -67,13 +67,13 @@ inline std::string temporary_name() {
   return name;
 }
 
-/// The folder that `path` is in. By hand: see the head of this file.
+/// The folder that contains `path`. Without std::filesystem: see the top of this file.
 std::string folder_of(const std::string& path);
 
-/// A rename is durable once its folder is; a folder that cannot be opened is no failure.
+/// A rename is durable once its folder is; a folder that cannot be opened is not an error.
 void sync_folder(const std::string& path) noexcept;
 
-/// The place that `path` names through symbolic links, whether there is something or not.
+/// `path` with symbolic links resolved, whether or not it exists.
 std::string through_links(std::string path);
 
 }  // namespace headwise

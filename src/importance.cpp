@@ -32,7 +32,7 @@ void check_finite(const std::string& layer, const at::Tensor& values, const char
 }
 
 std::vector<double> scaled_to_unit(const std::vector<double>& values, double low, double high) {
-  std::vector<double> scaled(values.size(), 0.0);  // all alike: nothing tells them apart
+  std::vector<double> scaled(values.size(), 0.0);  // all equal: no ranking
   if (high > low) {
     std::transform(values.begin(), values.end(), scaled.begin(),
                    [&](double value) { return (value - low) / (high - low); });

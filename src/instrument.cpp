@@ -8,7 +8,7 @@ namespace headwise {
 
 namespace {
 
-/// Takes the place of a layer's gate; what it does not decide is the gate's.
+/// Replaces a layer's gate; it passes on what it does not decide itself.
 class OverriddenGate : public GateImpl {
  public:
   OverriddenGate(const MultiheadAttentionImpl& layer, size_t place, Override fn)

@@ -20,7 +20,8 @@ namespace headwise {
 
 using Json = nlohmann::ordered_json;  // objects keep the order of their keys, and search in it
 
-/// An object of more keys is refused where they are kept in order: looking for one is a search.
+/// Objects with more keys are refused if the order of keys is kept: each lookup is then a linear
+/// search.
 constexpr size_t kMostKeys = 10'000;
 constexpr int kDeepest = 32;
 
@@ -106,8 +107,8 @@ AnyJson parse_json(std::string_view text, std::string_view what, int max_depth =
     AnyJson::sax_parse(text, &checker);
     return AnyJson::parse(text);
   } catch (const nlohmann::json::exception& error) {
-    // Only the position and the reason: the library's own number means nothing to people, and what
-    // it read last may be bytes that no terminal should see.
+    // Only the position and the reason: the library's error number means nothing to users, and the
+    // text it quotes may contain control characters.
     std::string reason = error.what();
     if (const auto end = reason.find("] "); end != std::string::npos) reason.erase(0, end + 2);
     if (const auto end = reason.find("; last read"); end != std::string::npos) reason.resize(end);
@@ -116,7 +117,8 @@ AnyJson parse_json(std::string_view text, std::string_view what, int max_depth =
   }
 }
 
-/// Every key of `keys` and no other. @throws c10::ValueError naming the first that is not so.
+/// Requires every key of `keys` and no other. @throws c10::ValueError naming the first missing or
+/// unknown one.
 template <typename AnyJson>
 void check_keys(const AnyJson& object, std::initializer_list<const char*> keys,
                 std::string_view what) {
@@ -158,7 +160,7 @@ inline const Json& get_array(const Json& object, const char* key, std::string_vi
 
 inline int64_t as_integer(const Json& value, std::string_view what) {
   TORCH_CHECK_VALUE(value.is_number_integer(), what, " must be integers, got ", shown_json(value));
-  // What fits no signed 64-bit number is refused by whoever checks the range.
+  // A number that does not fit 64 bits is refused by the caller's range check.
   if (value.is_number_unsigned() && value.get<uint64_t>() > uint64_t{INT64_MAX}) return INT64_MAX;
   return value.get<int64_t>();
 }

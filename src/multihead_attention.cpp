@@ -37,7 +37,7 @@ void check_mask(const char* name, const at::Tensor& mask) {
                    name, " must be boolean or floating, got ", mask.scalar_type());
 }
 
-/// Whether both are the same numbers in the same memory, be they one tensor object or two.
+/// Whether both are the same values in the same memory, as one tensor object or two.
 bool same_memory(const at::Tensor& a, const at::Tensor& b) {
   return a.is_same(b) || (a.scalar_type() == b.scalar_type() && a.sizes() == b.sizes() &&
                           a.strides() == b.strides() && a.storage_offset() == b.storage_offset() &&
@@ -208,7 +208,7 @@ std::tuple<at::Tensor, at::Tensor> MultiheadAttentionImpl::forward(
   const bool query_is_key = same_memory(query, key);
   bool self_attention = query_is_key && same_memory(key, value);
   if (self_attention && at::GradMode::is_enabled()) {
-    // Views of one tensor, as hooks hand them on, have gradients of their own.
+    // Views of one tensor, as hooks pass them on, have separate gradients.
     const bool apart = query.requires_grad() || key.requires_grad() || value.requires_grad();
     self_attention = (query.is_same(key) && key.is_same(value)) || !apart;
   }
@@ -257,7 +257,7 @@ std::tuple<at::Tensor, at::Tensor> MultiheadAttentionImpl::forward(
   arguments.is_causal = is_causal;
   const int64_t added_keys = int64_t(bias_k.defined()) + int64_t(options.add_zero_attn());
   const auto out_bias = optional(out_proj->bias);
-  // Weights side by side are taken as they stand; views of their parts cost time in a short call.
+  // Stacked weights are passed whole: views of their parts cost time in a short call.
   const bool together = self_attention && same_embed_dim_ && added_keys == 0;
   const bool selects = gate && !gate->reads_heads();
   const auto weights =
@@ -267,7 +267,7 @@ std::tuple<at::Tensor, at::Tensor> MultiheadAttentionImpl::forward(
   HeadInputs heads;   // for gates that choose by them
   at::Tensor values;  // [B, H, S', d]
   if (gate && gate->reads_heads()) {
-    // Where the gate only chooses, values are projected later, for the chosen heads only.
+    // If the gate only chooses, values are projected later, for the chosen heads only.
     std::tie(heads.q, heads.k, values) = project_heads(
         query, key, gate->attends() ? value : value.narrow(1, 0, 0), weights, num_heads);
     heads.key_padding_mask = arguments.key_padding_mask;
@@ -277,10 +277,11 @@ std::tuple<at::Tensor, at::Tensor> MultiheadAttentionImpl::forward(
     heads.added_keys = added_keys;
     selection = gate->forward_heads(heads);
   } else if (gate) {
-    // The mask is about keys: it says which queries are padding only where they are the same.
+    // The mask is about keys: it tells which queries are padding only if queries and keys are the
+    // same.
     selection = gate->forward(query, query_is_key ? key_padding_mask : at::Tensor());
   }
-  at::Tensor context;  // [B, H, L, d], where a recorder wants it
+  at::Tensor context;  // [B, H, L, d], if a recorder wants it
   if (probe) {
     const auto [q, k, v] = project_heads(query, key, value, weights, num_heads);
     if (probe_context) {

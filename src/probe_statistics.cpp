@@ -11,7 +11,7 @@ namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-/// The masks as they cover all S' keys, the added ones always visible.
+/// The masks over all S' keys; the added ones are always visible.
 OptionalTensor with_added_keys(const OptionalTensor& mask, int64_t added) {
   if (!mask || added == 0 || mask->size(-1) == 1) return mask;
   return at::constant_pad_nd(*mask, {0, added});

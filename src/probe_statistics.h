@@ -1,4 +1,4 @@
-// What a probe says of how heads attend.
+// Attention statistics from a probe.
 #pragma once
 
 #include <ATen/core/Tensor.h>

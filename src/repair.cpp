@@ -31,8 +31,8 @@ at::Tensor tensor_of(const Matrix& matrix, const at::Tensor& like) {
 
 }  // namespace
 
-/// Moments as the equations need them: means over tokens, around the means of x and y where a bias
-/// takes those up.
+/// Moments as the equations need them: means over tokens, around the means of x and y if a bias
+/// absorbs those.
 class Reconstruction {
  public:
   Reconstruction(const OutputMoments& moments, bool bias) {
@@ -56,7 +56,7 @@ class Reconstruction {
     Matrix a = xx;
     a.diagonal().array() += ridge * size;
     factor.compute(a);
-    // A pivot of rounding's size is 0: the solution would be noise.
+    // A pivot of the size of rounding errors is 0: the solution would be noise.
     return factor.info() == Eigen::Success &&
            factor.matrixLLT().diagonal().minCoeff() >
                std::sqrt(std::numeric_limits<double>::epsilon() * size);
@@ -207,7 +207,7 @@ Repaired repair_projection(const OutputMoments& fit, const OutputMoments& held_o
     const auto found = solved(fit, start, ridge);
     if (!found) continue;
     const double error = held_out.error(*found);
-    if (error >= best.error_after * (1.0 - 1e-9)) continue;  // rounding betters nothing
+    if (error >= best.error_after * (1.0 - 1e-9)) continue;  // not by rounding alone
     best.error_after = error;
     best.ridge = ridge;
   }
@@ -262,7 +262,7 @@ RemovalOrder removal_order(const OutputMoments& moments, const at::Tensor& weigh
     const Matrix columns = inverse.middleCols(at, group);  // [E, d]
     w -= columns * correction;
     inverse -= columns * inverse.block(at, at, group, group).llt().solve(columns.transpose());
-    // Exactly 0, and a block that can be inverted: nothing of the unit takes part any more.
+    // Exactly 0, and a block that can be inverted: the unit no longer takes part.
     w.middleRows(at, group).setZero();
     inverse.middleRows(at, group).setZero();
     inverse.middleCols(at, group).setZero();

@@ -1,4 +1,4 @@
-// Steps of pruning a model by scores, which headwise.pruning takes.
+// Steps of pruning a model by scores, for headwise.pruning.
 #pragma once
 
 #include <cstdint>
@@ -10,8 +10,8 @@
 
 namespace headwise {
 
-/// How many heads of `total` are left after each step of a pruning path: round(step * total) go at
-/// a time, but at least one, and round(keep * total) stay in the end, but at least one.
+/// How many heads of `total` are left after each step of a pruning path: each removes round(step *
+/// total) heads, at least one, and round(keep * total), at least one, are left in the end.
 /// @throws c10::ValueError if keep or step is outside (0, 1]
 HEADWISE_API std::vector<int64_t> pruning_counts(int64_t total, double keep, double step);
 

@@ -1,4 +1,4 @@
-// Text of others on its way into a message.
+// Untrusted text in messages.
 #pragma once
 
 #include <cstdint>
@@ -43,7 +43,7 @@ inline std::string shown(std::string_view text, size_t longest = 100, char quote
   return line + (at < text.size() ? "..." : "") + quote;
 }
 
-/// A path of a file, of which more is worth showing.
+/// The path of a file, shown at greater length.
 inline std::string shown_path(const std::string& path) { return shown(path, 300, '\''); }
 
 }  // namespace headwise

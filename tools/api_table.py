@@ -31,7 +31,7 @@ thing in both languages, with the same defaults and numbers. Classes of options
 
 
 def python_names() -> dict[str, str]:
-    """Name -> the shortest way to it: ``hw.prune`` or ``hw.analysis.lrp``."""
+    """Name -> its shortest path: ``hw.prune`` or ``hw.analysis.lrp``."""
     found = {name: f"hw.{name}" for name in hw.__all__ if not ismodule(getattr(hw, name))}
     for module in pkgutil.iter_modules(hw.__path__):
         if not module.ispkg or module.name.startswith("_") or module.name in _APPLICATIONS:

@@ -116,7 +116,7 @@ def check_consumer(build: Path, way: str) -> Count:
 
 def check_wheel(build: Path) -> Count:
     """Builds the wheel as `pip install ./python` does, and imports it from elsewhere. Without
-    optimisation: what is tried is the packaging."""
+    optimisation, because only the packaging is tested."""
     wheels, site = build / "wheel", build / "wheel-site"
     for folder in (wheels, site):
         shutil.rmtree(folder, ignore_errors=True)

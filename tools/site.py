@@ -1,10 +1,10 @@
-"""A hook of MkDocs (mkdocs.yml) that adds to docs/ what is written elsewhere:
+"""A hook of MkDocs (mkdocs.yml) that adds pages from elsewhere to docs/:
 
 - README.md as the first page, CONTRIBUTING.md and CHANGELOG.md
 - the reference of Python: the ``__all__`` of each public package, for mkdocstrings
 - the reference of C++: a page per header of include/headwise, of its Doxygen comments
 
-Links between them are turned, and links to files that are no pages become plain names.
+Links between them are converted, and links to files that are not pages become plain names.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class Roles(griffe.Extension):
 
 
 def plain(text: str | None) -> str:
-    """Text that Markdown shows as it stands."""
+    """Text that Markdown shows unchanged."""
     return re.sub(r"([\\\[\]*_`])", r"\\\1", html.escape(text or "", quote=False))
 
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "python" / "headwise"
 STUB = PACKAGE / "_C.pyi"
 HEADER = "# Written by `make stubs` from the compiled extension: not to be edited.\n"
-#: pybind11 accepts whatever converts to a number; a caller passes a number.
+#: pybind11 accepts anything that converts to a number; callers pass a number.
 PLAINER = (
     (r"typing\.SupportsInt \| typing\.SupportsIndex", "int"),
     (r"typing\.SupportsFloat \| typing\.SupportsIndex", "float"),
@@ -34,7 +34,7 @@ PLAINER = (
 
 
 def generated() -> str:
-    """The stub as the extension at hand has it."""
+    """The stub of the installed extension."""
     import pybind11_stubgen
     import torch  # noqa: F401  the extension needs its libraries
 

@@ -6,10 +6,9 @@ The packages are those at both ends of the ranges in python/pyproject.toml and r
 but torch is that of the Python that runs this: BUILD was compiled for it. (`make test-newest` and
 `make test-oldest` take torch and the build's tools from those ends too, and compile.) Only the test
 files that name transformers, numpy or hypothesis run. An end whose packages are those of the Python
-that runs this is not run again; nor does anything run after UNTIL (seconds since 1970).
-
-This is a report and no check: the exit status is 0 whatever the tests say, so that a package's
-release of last night does not stop any work.
+that runs this is not run again, and nothing runs after UNTIL (seconds since 1970). This is a
+report, not a check: the exit status is 0 whatever the result, so that a new release of a package
+does not stop any work.
 """
 
 from __future__ import annotations
@@ -83,7 +82,7 @@ def test_files() -> list[str]:
 
 
 def test(python: Path, report: Path, seconds: float | None) -> str:
-    """What the tests say, in a few words and the names of those that failed."""
+    """A summary of the tests: the counts, and the names of those that failed."""
     command = pytest_command(python, report)
     environment = {**os.environ, **PYTEST_ENVIRONMENT}
     report.unlink(missing_ok=True)

@@ -21,7 +21,7 @@ FOLDERS = (
     *("include", "src", "python/headwise", "python/bindings"),
     *("benchmarks", "examples", "tests", "tools"),
 )
-#: Phrases in these are data.
+#: In these files, phrases are data.
 EXEMPT = (
     "examples/python/prune.py",
     "examples/python/train_gate.py",

@@ -242,7 +242,7 @@ void gate_cases(const Options& options, const Shape& shape, at::ScalarType type,
     auto gate =
         headwise::make_gate(kind, shape.width, shape.heads, at::TensorOptions().dtype(type));
     gate->eval();
-    // A selection is well formed, or selection_mask says what is wrong with it.
+    // selection_mask raises if a selection is not well formed.
     const auto selection = gate->forward(layer.x);
     const auto mask = headwise::selection_mask(selection.index, selection.count, type);
     if (!at::equal(selection.weight * mask, selection.weight))

@@ -15,7 +15,7 @@ const char* name_of(at::ScalarType type);
 nlohmann::json to_json(const Quartiles& quartiles);
 /// The table of cases that the benchmarks share.
 const nlohmann::json& table();
-/// Whether `value` meets the goal of the table that is called so.
+/// Whether `value` meets the goal of this name in the table.
 nlohmann::json judge(const std::string& goal, double value);
 
 /// The machine, in words.

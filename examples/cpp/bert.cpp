@@ -4,7 +4,7 @@
 //   headwise_example_bert FOLDER [INPUTS] [OUTPUTS]
 //
 // INPUTS (default FOLDER/batch.safetensors) holds input_ids and attention_mask, int64 [B, L], as
-// the tokenizer made them; OUTPUTS, where given, gets logits, float [B, labels].
+// the tokenizer made them; OUTPUTS, if given, gets logits, float [B, labels].
 #include <headwise/model.h>
 #include <torch/torch.h>
 

@@ -1,4 +1,4 @@
-// Which heads of a model of one's own matter, and how few it can do with: scores, a plan by them,
+// Which heads of a model of one's own matter, and how few are enough: scores, a plan by them,
 // and a budget that follows the confidence of the prediction.
 #include <headwise/headwise.h>
 #include <torch/torch.h>

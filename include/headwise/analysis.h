@@ -15,7 +15,7 @@ namespace headwise {
 
 /// `value` = f(x) as if f were multiplication by a constant: its derivative is value / x (0 where x
 /// is 0). Gradient times input then passes on all LRP relevance of an elementwise f with f(0) = 0.
-/// @param x, value floating, of one shape
+/// @param x, value floating, of the same shape
 HEADWISE_API at::Tensor held_slope(const at::Tensor& x, const at::Tensor& value);
 
 /// Layer norm with its standard deviation and its weight held constant (the LN rule of Ali et al.

@@ -74,7 +74,7 @@ HEADWISE_API LatencyFit fit_latency(const std::vector<int64_t>& units,
 /// important units, which cost no more than fewer would, and the rest of the limit is spent as in
 /// search_macs. The best sum of scores wins.
 /// @throws c10::ValueError as search_macs, or if the limit is below what one attention layer and
-///         one network take at their thresholds; the text says how much that is
+///         one network take at their thresholds; the text names it
 HEADWISE_API KeptUnits search_latency(const UnitScores& heads, const UnitScores& neurons,
                                       const LatencyFit& head_time, const LatencyFit& neuron_time,
                                       double limit);

@@ -40,7 +40,7 @@ struct HEADWISE_API Model {
 HEADWISE_API Model load(const std::string& dir, const at::Device& device = at::kCPU);
 
 /// Writes `model` to the folder `dir` atomically; a folder that save wrote is replaced.
-/// @throws c10::ValueError if `dir` is something else, a layer has no name of its own, or
+/// @throws c10::ValueError if `dir` is something else, layers share a name, or
 ///                         `architecture` is not a JSON object
 /// @throws FileError       if it cannot be written
 HEADWISE_API void save(const Model& model, const std::string& dir);

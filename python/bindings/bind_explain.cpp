@@ -1,4 +1,4 @@
-// headwise._C.Explanation: what headwise.explain fills.
+// headwise._C.Explanation: which headwise.explain fills.
 #include <pybind11/stl.h>
 #include <torch/extension.h>
 

@@ -39,7 +39,7 @@ void bind_importance(py::module_& m) {
       .def("to_json", &HeadScores::to_json)
       .def_static("from_json", &HeadScores::from_json, py::arg("text"));
 
-  // The driver sets layers' probes and runs the model.
+  // The caller sets layers' probes and runs the model.
   py::class_<HeadScorer>(m, "HeadScorer")
       .def(py::init([](std::vector<std::string> metrics, const std::string& absolute,
                        bool normalize, double alpha, const std::string& scope) {

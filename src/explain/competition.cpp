@@ -19,20 +19,20 @@ constexpr int64_t kBudgets = 1000;
 
 using Members = std::vector<const Contestant*>;  // layers, in order
 
-/// What the scope's gates rank heads by [B, R].
+/// The scores by which the scope's gates rank heads [B, R].
 at::Tensor ranked_by(const Contestant& one) {
   if (one.config.value("type", "") != "SleepGate") return one.relevance;
   return held_score(one.relevance, one.chosen.to(at::kDouble), one.config.value("margin", 0.2));
 }
 
-/// Of the members' heads side by side, the part [B, R] that is the `place`-th member's.
+/// The columns [B, R] of the `place`-th member, from the heads of all members side by side.
 at::Tensor part_of(const at::Tensor& whole, const Members& members, size_t place) {
   int64_t start = 0;
   for (size_t i = 0; i < place; ++i) start += members[i]->heads.numel();
   return whole.narrow(-1, start, members[place]->heads.numel());
 }
 
-/// SubsetGate and SleepGate: so many heads of the largest scores.
+/// SubsetGate and SleepGate: this many heads, those with the largest scores.
 std::vector<Standing> by_score(const Members& members) {
   std::vector<at::Tensor> scores, chosen;
   for (const auto* one : members) scores.push_back(ranked_by(*one)), chosen.push_back(one->chosen);
@@ -48,9 +48,9 @@ std::vector<Standing> by_score(const Members& members) {
   return found;
 }
 
-/// RequestedBudgetGate: another request shares other budgets out among the layers, and moves each
-/// head's relevance by its tilt. The first of a grid of budgets at which each head of `one` runs,
-/// whose layer is the `place`-th member.
+/// RequestedBudgetGate: a different request gives the layers different budgets, and shifts each
+/// head's relevance by its tilt. For each head of `one`, the `place`-th member: the first budget of
+/// a grid at which it runs.
 Standing by_request(const Members& members, size_t place, const Contestant& one) {
   Standing standing;
   const int64_t heads = one.heads.numel(), batch = one.relevance.size(0);

@@ -1,4 +1,4 @@
-// Heads that compete over all the layers of a model: the rank of each among all of them.
+// Heads that compete across the layers of a model: the rank of each among all of them.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,8 +11,8 @@
 
 namespace headwise {
 
-/// What a gate that decides by learned scores says of one call of its layer, for R heads: all of
-/// the layer's, or those that a SharedHeadsGate leaves to it.
+/// What a gate with learned scores decided in one call of its layer, for R heads: all of the
+/// layer's, or those that a SharedHeadsGate leaves to it.
 struct Contestant {
   std::string layer;
   Json config;                   ///< of the gate
@@ -21,14 +21,15 @@ struct Contestant {
   at::Tensor base, tilt, asked;  ///< [R], [R], [B]: of RequestedBudgetGate
 };
 
-/// Where the heads of one call stand; undefined tensors: nothing is known.
+/// The ranks of the heads of one call; undefined tensors: unknown.
 struct Standing {
   int64_t among = 0;        ///< heads that compete
   at::Tensor rank, margin;  ///< float64 [B, R], among all that compete
   at::Tensor budget_needed;
 };
 
-/// Whether the gate's heads compete in a way that one call does not tell by itself.
+/// Whether the gate's heads compete with heads of other calls, so that one call alone does not give
+/// their ranks.
 bool competes(const std::string& type);
 
 /// Gates of scope "model" with equal options compete with each other, others within their layer. A

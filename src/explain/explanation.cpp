@@ -21,7 +21,7 @@ constexpr int kMapDigits = 4;
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-/// Positions of row `b` that a mask does not call padding, int64 [n].
+/// Positions of row `b` that are not padding, int64 [n].
 at::Tensor visible(const OptionalTensor& mask, int64_t b, int64_t length) {
   if (!mask) return at::arange(length);
   return is_padding((*mask)[b]).logical_not().nonzero().flatten().to(at::kCPU);
@@ -76,7 +76,7 @@ Json whole_of(const at::Tensor& values, int64_t b, int64_t h) {
   return std::isfinite(value) ? Json(static_cast<int64_t>(value)) : Json(nullptr);
 }
 
-/// The shares of a head, null where the gate gives it none.
+/// The shares of a head, null if the gate gives it none.
 Json shares_of(const GateReasons& r, int64_t b, int64_t h, const at::Tensor& tokens) {
   if (!r.shares.defined() || !std::isfinite(r.constant[b][h].item<double>())) return nullptr;
   return numbers(r.shares[b][h].index_select(0, tokens));
@@ -111,8 +111,8 @@ Json budget_json(const GateReasons& r, int64_t b, const at::Tensor& tokens, int6
   return json;
 }
 
-/// Rank correlation of what a gate scored heads with and what running them does, for one site;
-/// null where one of the two is missing or the same for all heads.
+/// Rank correlation, at one site, between a gate's scores of the heads and the measured effects of
+/// running them; null if either is missing or the same for all heads.
 Json agreement_of(const Json& layer) {
   std::vector<double> relevance, effect;
   for (const Json& head : layer["heads"]) {
@@ -131,7 +131,7 @@ Json agreement_of(const Json& layer) {
   return number(value[0][1].item<double>(), kMapDigits);
 }
 
-/// That of every site, and its mean: relevance is comparable within a layer only.
+/// The correlation at every site, and the mean: relevance is comparable only within a layer.
 Json agreement_of(const std::vector<Json>& layers) {
   Json sites = Json::array();
   double sum = 0;
@@ -175,7 +175,7 @@ struct Explanation::State {
   at::Tensor log_probability;             // [B, C] float64 on the host
   at::Tensor predicted;                   // [B] int64
 
-  /// Site and head of a number among all heads.
+  /// The site and the head that a number among all heads refers to.
   SiteHead locate(int64_t head) const {
     int64_t site = 0;
     while (head >= sites[site].num_heads) head -= sites[site++].num_heads;
@@ -349,7 +349,7 @@ void Explanation::add_effects(int64_t input, int64_t begin, const at::Tensor& lo
     const auto [site, head] = state.locate(begin + row);
     Json& entry = state.layers[input][site]["heads"][head];
     const double change = log_probability[row][class_].item<double>() - before;
-    // With the head less without it, whichever of the two was the model's choice.
+    // With the head minus without it, whichever of the two the model chose.
     entry["effect"] = number(entry["on"].get<bool>() ? -change : change);
     entry["changes_prediction"] = predicted[row].item<int64_t>() != class_;
   }

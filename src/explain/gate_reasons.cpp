@@ -21,14 +21,14 @@ const at::Tensor* find(const NamedTensors& tensors, const char* name) {
   return found == tensors.end() ? nullptr : &found->second;
 }
 
-/// Where HardConcreteGate's evaluation weight begins: hard_concrete above 0, or with weight one
-/// P(open) above 1/2 (ops/gates/hard_concrete.cpp), solved for log_alpha.
+/// The log_alpha above which HardConcreteGate runs a head in evaluation: hard_concrete above 0 or,
+/// with weight one, P(open) above 1/2 (ops/gates/hard_concrete.cpp).
 double hard_concrete_threshold(const Json& config) {
   const double edge = std::log(-config.value("gamma", -0.1) / config.value("zeta", 1.1));
   return config.value("kept_weight", "gate") == "one" ? config.value("beta", 0.33) * edge : edge;
 }
 
-/// The relevance above which a gate runs a head, where it decides by one.
+/// The relevance above which a gate runs a head, if it decides by a threshold.
 std::optional<double> threshold_of(const Json& config, const NamedTensors& tensors) {
   const std::string type = config.value("type", "");
   if (type == "HardConcreteGate") return hard_concrete_threshold(config);
@@ -42,15 +42,15 @@ std::string rule_of(const std::string& type, const GateReasons& r) {
   if (type == "none" || type == "RandomGate") return type == "none" ? "none" : "random";
   if (!r.relevance.defined()) return "fixed";
   if (type == "SleepGate") return "awake";
-  // Any gate of which no chosen head is less relevant than one that was not chosen ranks them.
+  // A gate ranks its heads if no chosen head is less relevant than one that was not chosen.
   const at::Tensor margin = selection_margin(r.relevance, r.chosen);
   const at::Tensor misplaced = r.chosen.logical_and(margin.lt(0));
   return misplaced.any().item<bool>() ? "other" : "rank";
 }
 
-/// The relevance [B, H] above which each head runs where all above `threshold` do, and always the
-/// `least` most relevant: the others as they are, a head of the least runs above the least-th of
-/// the others. Minus infinity where it runs whatever its relevance.
+/// The relevance [B, H] above which each head runs, with the others unchanged, if all heads above
+/// `threshold` run and always the `least` most relevant ones: one of these runs above the least-th
+/// of the others. Minus infinity: it runs whatever its relevance.
 at::Tensor cut_of_each(const at::Tensor& relevance, double threshold, int64_t least) {
   const int64_t heads = relevance.size(1);
   const auto cut = at::full_like(relevance, threshold);
@@ -58,23 +58,24 @@ at::Tensor cut_of_each(const at::Tensor& relevance, double threshold, int64_t le
   if (least >= heads) return cut.fill_(-std::numeric_limits<double>::infinity());
   const auto sorted = std::get<0>(relevance.sort(1, /*descending=*/true));  // [B, H]
   const auto last_in = sorted.narrow(1, least - 1, 1), best_out = sorted.narrow(1, least, 1);
-  // Without a head of the least, the next one moves up among them.
+  // Without one of the `least` heads, the next one takes its place.
   return at::minimum(cut, at::where(relevance.ge(last_in), best_out, last_in));
 }
 
-/// What gates call the part of their relevance that does not depend on the input.
+/// Names that gates give to the part of their relevance that does not depend on the input.
 constexpr const char* kBases[] = {"base", "log_alpha", "logit", "scores", "score"};
 
-/// Whether the parts of a relevance make it up, to the rounding of the gate's own arithmetic, which
-/// pools in the dtype of `x`.
+/// Whether the parts add up to the relevance, within the rounding of the gate's own arithmetic,
+/// which pools in the dtype of `x`.
 bool make_up(const at::Tensor& sum, const at::Tensor& relevance, const at::Tensor& x) {
   const bool narrow = x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16;
   return sum.sizes() == relevance.sizes() &&
          at::allclose(sum, relevance, narrow ? 0.1 : 1e-2, narrow ? 0.1 : 1e-3);
 }
 
-/// The parts of the relevance, where the gate's parameters are those of input_relevance (or of
-/// static_relevance) and give what it gave: a gate of another formula is not explained by this one.
+/// The parts of the relevance, if the gate has the parameters of input_relevance (or of
+/// static_relevance) and these reproduce its relevance: a gate with another formula is not
+/// explained by this one.
 void add_shares(const NamedTensors& tensors, const AttentionProbe& probe, GateReasons& r) {
   const at::Tensor* base = nullptr;
   for (const char* name : kBases) base = base == nullptr ? find(tensors, name) : base;
@@ -88,7 +89,7 @@ void add_shares(const NamedTensors& tensors, const AttentionProbe& probe, GateRe
     const auto [shares, constant] =
         token_shares(probe.x, probe.query_padding_mask, *base, *weight, *mean, *variance);
     const auto parts = host(shares), rest = host(constant);
-    if (find(tensors, "tilt")) {  // RequestedBudgetGate adds a part that goes with the request
+    if (find(tensors, "tilt")) {  // RequestedBudgetGate adds a part that depends on the request
       r.shares = parts, r.constant = r.relevance - parts.sum(2);
       return;
     }
@@ -122,9 +123,8 @@ NamedTensors within(const NamedTensors& tensors, const std::string& prefix) {
   return found;
 }
 
-/// What a gate of a module of its own, not one that wraps another, has for reasons. `r` holds what
-/// it chose of its H heads, and its relevance and budget where it gives them; `heads` int64 [H] are
-/// their numbers in the layer.
+/// The reasons of a gate that does not wrap another. `r` holds its choice among its H heads, and
+/// its relevance and budget if it has them; `heads` int64 [H] are their numbers in the layer.
 void add_reasons(const Json& config, const NamedTensors& tensors, const AttentionProbe& probe,
                  const std::string& layer, const at::Tensor& heads, int64_t steps, GateReasons& r) {
   const std::string type = config.value("type", "unknown");
@@ -173,7 +173,7 @@ at::Tensor spread(const at::Tensor& part, const at::Tensor& columns, int64_t num
       .index_copy(1, columns, part);
 }
 
-/// Shared heads run whatever the gate inside says, which sees only the others.
+/// Shared heads always run; the gate inside sees only the others.
 void add_shared_reasons(const Json& config, const NamedTensors& tensors,
                         const AttentionProbe& probe, const std::string& layer, int64_t num_heads,
                         int64_t steps, GateReasons& r) {

@@ -1,4 +1,4 @@
-// What a gate's parameters say about one call of it: the reasons of an explanation.
+// Why a gate chose as it did in one call, from its parameters: the reasons in an explanation.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -13,8 +13,7 @@
 
 namespace headwise {
 
-/// Undefined tensors: the gate has nothing of the kind. NaN: it has nothing of the kind for that
-/// head.
+/// Undefined tensors: the gate has no such value. NaN: it has none for that head.
 struct GateReasons {
   std::string type;  ///< "none" without a gate
   std::string how;   ///< how it decides, in a sentence
@@ -22,7 +21,7 @@ struct GateReasons {
   /// largest when training last moved heads), "random" (the largest of numbers drawn at random),
   /// "fixed" (no relevance), "none" (no gate) or "other".
   std::string rule;
-  double threshold = 0;                               ///< where rule is "threshold"
+  double threshold = 0;                               ///< if rule is "threshold"
   int64_t among = 0;                                  ///< heads that relevance ranks
   at::Tensor chosen;                                  ///< bool [B, H]
   at::Tensor weight;                                  ///< [B, H]
@@ -31,7 +30,7 @@ struct GateReasons {
   at::Tensor budget, count;                           ///< [B]
   at::Tensor attribution, baseline, asked;            ///< [B, L], [B], [B]
   double min_budget = 0, max_budget = 1;
-  /// Where ranks, margins and needed budgets come of standings() over all calls.
+  /// Set if ranks, margins and needed budgets come from standings() over all calls.
   std::optional<Contestant> contestant;
 };  // everything float64 on the host, except `chosen`
 

@@ -1,4 +1,4 @@
-// Numbers on their way into JSON.
+// Numbers for JSON.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -12,8 +12,8 @@
 
 namespace headwise {
 
-/// `value` with `digits` significant digits (seven are what a float32 holds); null where it is not
-/// finite, which JSON has no number for.
+/// `value` with `digits` significant digits (a float32 holds seven); null if it is not finite,
+/// which JSON cannot express.
 inline Json number(double value, int digits = 7) {
   if (!std::isfinite(value)) return nullptr;
   char text[40];
@@ -33,7 +33,7 @@ inline at::Tensor host(const at::Tensor& tensor) {
   return tensor.detach().to(at::kCPU, at::kDouble).contiguous();
 }
 
-/// A list of the values of a tensor of float64 on the host, or a list of lists where it is [n, m].
+/// A list of the values of a tensor of float64 on the host, or a list of lists if it is [n, m].
 inline Json numbers(const at::Tensor& values, int digits = 7) {
   Json list = Json::array();
   if (values.dim() > 1) {

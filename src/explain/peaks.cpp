@@ -61,7 +61,7 @@ std::tuple<at::Tensor, at::Tensor> attention_peaks(const at::Tensor& q, const at
     arguments.attn_mask = mask_of_rows(attn_mask, is_causal, row, rows, k);
     arguments.scale = scale;
     auto p = attention_probabilities(q.detach().narrow(2, row, rows).to(type), wide_k, arguments);
-    // A key that is hidden has probability 0 and is not looked at, even where all others are.
+    // A hidden key has probability 0 and is never the peak, even if all others are hidden too.
     if (excluded) p = p.masked_fill(excluded->unsqueeze(1).unsqueeze(1), 0.0);
     const auto [largest, where] = p.max(-1);  // [B, H, rows]
     key.narrow(2, row, rows).copy_(where.masked_fill(largest.le(0), -1));

@@ -51,7 +51,7 @@ std::tuple<at::Tensor, at::Tensor> token_shares(const at::Tensor& x,
   const auto wide = x.detach().to(at::kDouble);  // the gate's own rounding is then the only error
   const auto share = pooling_shares(wide, key_padding_mask);  // [B, L]
   const auto none = at::zeros({}, wide.options().dtype(at::kFloat));
-  // Of standardised features [N, D] the relevance without its base: [N, H].
+  // The relevance, without its base, of standardised features [N, D]: [N, H].
   const auto moved = [&](const at::Tensor& features) {
     return input_relevance(standardize(features, mean, variance), at::zeros_like(base), weight,
                            none, false, 0.0);

@@ -1,5 +1,6 @@
-// Why a gate chose as it did: operators over what the gate saw; torch.ops.headwise has them by the
-// same names. Each is exact algebra on the gates' own operators (src/gates), never a second copy.
+// Why a gate chose as it did: operators on the gate's input; torch.ops.headwise has them by the
+// same names. Each is exact algebra on the gates' own operators (src/ops/gates), never a second
+// copy.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -25,9 +26,9 @@ std::tuple<at::Tensor, at::Tensor> token_shares(const at::Tensor& x,
 
 /// Integrated gradients (Sundararajan et al. 2017, arXiv 1703.01365) of the budget that head_budget
 /// asks for, before its bounds, along the straight line from the average input to this one, by
-/// Gauss-Legendre quadrature with `steps` nodes; the attribution of a feature is passed on to the
-/// tokens in whose mean it arose. The method's completeness says that the attributions sum to
-/// value - baseline up to the quadrature's error.
+/// Gauss-Legendre quadrature with `steps` nodes; the attribution of a feature is divided among the
+/// tokens that it is the mean of. By completeness the attributions sum to value - baseline, up to
+/// the error of the quadrature.
 /// -> {attribution [B, L], baseline [B]: the budget of the average input, value [B]}
 std::tuple<at::Tensor, at::Tensor, at::Tensor> budget_attribution(
     const at::Tensor& x, const std::optional<at::Tensor>& key_padding_mask, const at::Tensor& mean,
@@ -35,12 +36,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> budget_attribution(
     const at::Tensor& out_weight, const at::Tensor& out_bias, const at::Tensor& progress,
     double keep, double initial_keep, double warmup, int64_t steps);
 
-/// Place of each head by relevance, 1 the most relevant, of equal heads the lower one first, as
-/// select_heads ranks them. relevance [B, H] -> int64 [B, H]
+/// Rank of each head by relevance, 1 for the most relevant; ties go to the lower head, as in
+/// select_heads. relevance [B, H] -> int64 [B, H]
 at::Tensor relevance_rank(const at::Tensor& relevance);
 
-/// How far a head's relevance may fall before it is dropped (positive, for the chosen) or is short
-/// of being chosen (negative): its distance from the best head on the other side; infinite where
+/// How far the relevance of a chosen head is from being dropped (positive), or that of another head
+/// from being chosen (negative): its distance from the best head on the other side; infinite if
 /// there is none. relevance [B, H], chosen bool [B, H] -> [B, H]
 at::Tensor selection_margin(const at::Tensor& relevance, const at::Tensor& chosen);
 

@@ -98,7 +98,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> share_interval(const at::Tensor& 
   at::Tensor low = empty(columns), high = empty(columns);
   std::vector<double> sorted;
   for (int64_t m = 0; m < columns; ++m) {
-    sorted.clear();  // a resample that has no trial of this column says nothing about it
+    sorted.clear();  // a resample without a trial of this column has no share
     for (int64_t r = 0; r < resamples; ++r) {
       if (!std::isnan(shares(m, r))) sorted.push_back(shares(m, r));
     }

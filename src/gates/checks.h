@@ -1,4 +1,4 @@
-// What gates check of their options, and small helpers of their modules.
+// Checks of gates' options, and small helpers of their modules.
 #pragma once
 
 #include <ATen/core/Tensor.h>

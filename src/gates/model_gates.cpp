@@ -1,4 +1,4 @@
-// What is done with all the gates of a model.
+// Functions over all the gates of a model.
 #include <ATen/ATen.h>
 #include <torch/types.h>
 
@@ -134,7 +134,7 @@ void start_gates(torch::nn::Module& model, const std::map<std::string, at::Tenso
   std::vector<std::string> layers;
   std::vector<int64_t> heads;
   std::vector<at::Tensor> scores;
-  std::string outer;  // the gate that the ones inside it are started by
+  std::string outer;  // it starts the gates inside it
   for (const auto& item : model.named_modules("", /*include_self=*/false)) {
     auto* gate = dynamic_cast<GateImpl*>(item.value().get());
     if (gate == nullptr || !gate->starts() ||

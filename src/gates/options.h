@@ -1,4 +1,4 @@
-// Gates' options as JSON objects, and what their tables say.
+// Gates' options as JSON objects, and the rows of their tables.
 #pragma once
 
 #include <cstdint>
@@ -11,8 +11,8 @@
 
 namespace headwise {
 
-// More heads than a layer can have, and whole numbers that no option exceeds: sizes are allocated
-// by them, and they come from files.
+// Upper bounds of head numbers and of whole-number options: files contain them, and they determine
+// allocations.
 constexpr int64_t kMostHeads = 1 << 16;
 constexpr int64_t kLargest = (int64_t{1} << 31) - 1;
 // Gates inside gates.
@@ -30,7 +30,7 @@ struct OptionRow {
   std::string name;
   std::string type;  ///< as in Python: "float", "int | None", ...
   nlohmann::ordered_json initial;
-  std::string rule;  ///< "in (0, 1]"; empty if the type says it all
+  std::string rule;  ///< "in (0, 1]"; empty if the type is the only rule
   std::string doc;
 };
 

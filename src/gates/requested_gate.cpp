@@ -97,7 +97,7 @@ Selection RequestedBudgetGateImpl::forward(const at::Tensor& x,
                     "budget must be one for all sequences or one for each of the ", batch, ", got ",
                     budget.size(0));
   const auto own = given.narrow(1, shared.start(position()), num_heads());  // [B or 1, H]
-  // [B]: of this layer's heads, the share that is among the model's chosen.
+  // [B]: the share of this layer's heads that the choice among all layers includes.
   const auto share = (own.detach().sum(1) / static_cast<double>(std::max<int64_t>(num_heads(), 1)))
                          .expand({batch});
   const auto scores =
@@ -113,7 +113,7 @@ Selection RequestedBudgetGateImpl::forward(const at::Tensor& x,
       /*straight_through=*/false, /*soft_weight=*/false, options.min_heads(), "round");
   if (training) {
     if (records()) expected_heads = expected;
-    // The choice among layers answers for its own heads: zeros that carry the gradient.
+    // Zeros that carry the gradient of the choice among layers.
     weight = weight + (own - own.detach());
   }
   return {index, count, weight.to(x.scalar_type()), scores, budget.expand({batch})};

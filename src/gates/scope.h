@@ -1,4 +1,4 @@
-// What gates share that decide together.
+// State of gates that decide together.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -18,7 +18,7 @@
 namespace headwise {
 
 /// The gates of one model that decide as one, in the model's order. It holds their tensors, not the
-/// gates: a gate that has been taken out of the model stays counted until link_gates is called
+/// gates: a gate that has been removed from the model still counts until link_gates is called
 /// again.
 struct GateScope {
   /// What each gate scores its heads with [H]; one after the other they are the model's [N].
@@ -52,8 +52,9 @@ struct GateScope {
     return first;
   }
 
-  /// What is drawn once for a training forward of the model: make(sample()). A forward that is
-  /// repeated inside a backward (activation checkpointing) gets what it had; x is the gate's input.
+  /// Noise and results that are drawn once per training forward of the model: make(sample()). A
+  /// forward that is repeated inside a backward (activation checkpointing) gets the same again; x
+  /// is the gate's input.
   using Tensors = std::vector<at::Tensor>;
   Tensors draw(int64_t position, const at::Tensor& x, const std::function<Tensors()>& sample,
                const std::function<Tensors(const Tensors&)>& make) {
@@ -111,8 +112,8 @@ struct GateScope {
                  const std::function<Tensors(const Tensors&)>& make) const {
     const auto middle = used.tensors.begin() + static_cast<int64_t>(noise_.size());
     if (used.flag) sample();  // the generator moves on as it did
-    // The gate that made it must do the same again, operator by operator. Where the forward had no
-    // gradients every gate makes it, for a graph of its own.
+    // The gate that drew them must repeat the same operators. If the forward had no gradients,
+    // every gate repeats them, each for a graph of its own.
     if (used.flag || !used.differentiable) return make({used.tensors.begin(), middle});
     return {middle, used.tensors.end()};
   }

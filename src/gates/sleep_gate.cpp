@@ -64,8 +64,8 @@ void SleepGateImpl::set_moves(const std::vector<HeadMove>& moves) {
                    [](const HeadMove& a, const HeadMove& b) { return a.step < b.step; });
 }
 
-// Once a training forward of the model: takes in the gradients of the last one, and where it is
-// time lets heads move.
+// Once per training forward of the model: updates the scores with the last one's gradients and,
+// every few steps, lets heads move.
 void SleepGateImpl::advance() {
   torch::NoGradGuard no_grad;
   auto& scope = this->scope();
@@ -118,7 +118,7 @@ Selection SleepGateImpl::forward(const at::Tensor& x, const at::Tensor&) {
   auto& shared = scope();
   const bool training = is_training();
   if (records() && x.size(0) > 0 && shared.begins(position())) advance();
-  // A leaf: after the backward its gradient says what each head is worth to each sequence.
+  // A leaf: after the backward its gradient is the worth of each head to each sequence.
   Replay::Used used{{awake},
                     at::GradMode::is_enabled(),
                     run_all() || steps.item<int64_t>() % options.probe_every() == 0};

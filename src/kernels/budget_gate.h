@@ -1,7 +1,6 @@
 // The formulas of an evaluated budget gate, one number at a time, for the kernels of the host and
 // of the device. They are those of src/ops/gates/budget.cpp and src/ops/gates/selection_ops.cpp,
-// which also have gradients; tests hold one against the other. C: the type of the sums, float or
-// double.
+// which also have gradients; tests compare the two. C: the type of the sums, float or double.
 #pragma once
 
 #include <cmath>
@@ -18,7 +17,7 @@ HEADWISE_HOST_DEVICE C inverse_tokens(C tokens) {
   return tokens == C(0) ? C(1) : C(1) / tokens;
 }
 
-/// standardize() multiplies what is left over the mean by this.
+/// standardize() multiplies the difference from the mean by this.
 template <typename C>
 HEADWISE_HOST_DEVICE C inverse_spread(C variance) {
   return C(1) / std::sqrt(variance + static_cast<C>(1e-4));

@@ -17,7 +17,7 @@ HEADWISE_HOST_DEVICE bool outranks(T a, int64_t i, T b, int64_t j) {
   return a > b || (a == b && i < j);
 }
 
-/// Number of heads chosen before head h of a row: it is among the top k exactly if this is < k.
+/// Number of heads chosen before head h of a row: it is among the top k if and only if this is < k.
 /// Quadratic in the number of heads over a row, which for tens of heads beats any sort, and gives
 /// every head its answer independently of the others.
 template <typename Load>

@@ -1,5 +1,5 @@
-// What a row of softmax scores is reduced to, piece by piece, without keeping the row: enough for
-// its entropy and its largest probability. Shared by the host and the device.
+// A row of softmax scores, reduced piece by piece without storing it to what its entropy and
+// largest probability need. Shared by the host and the device.
 #pragma once
 
 #include <cmath>
@@ -37,7 +37,7 @@ struct SoftmaxRow {
             a.visible + b.visible};
   }
 
-  /// Entropy of the row over ln(number of keys it can see), in [0, 1]; 0 where it sees at most one.
+  /// Entropy of the row over ln(number of keys it can see), in [0, 1]; 0 if it sees at most one.
   HEADWISE_HOST_DEVICE T normalized_entropy() const {
     if (visible < 2) return T(0);
     const T entropy = (std::log(sum) - moment / sum) / std::log(static_cast<T>(visible));

@@ -127,7 +127,7 @@ void check_num_heads(int64_t num_heads, const c10::SymInt& width, const char* na
                     name, " (", width, "), got ", num_heads);
 }
 
-/// `t` must be what forward gave: of these sizes and dtype, on the device of `reference`.
+/// `t` must be a result of forward: of these sizes and dtype, on the device of `reference`.
 void check_given(const Tensor& t, const char* name, c10::SymIntArrayRef sizes, at::ScalarType type,
                  const Tensor& reference) {
   TORCH_CHECK_VALUE(t.sym_sizes() == sizes, name, " must have shape ", sizes, ", got shape ",

@@ -62,7 +62,7 @@ using OptionalTensor = std::optional<at::Tensor>;
     q, k, v, index, count, weight, { HEADWISE_MASK_ARGUMENTS } \
   }
 
-// What a backend registers, by the names that its functions have.
+// The functions that a backend registers, by name.
 #define HEADWISE_REGISTER_LAYER(m)                                    \
   m.impl("selected_self_attention", self);                            \
   m.impl("_selected_self_attention_forward", self_forward);           \

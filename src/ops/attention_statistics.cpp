@@ -1,5 +1,5 @@
-// What attention_statistics has in common on all devices: checks, shapes for tracing, the entropy
-// alone, and that there is no derivative.
+// The device-independent part of attention_statistics: checks, shapes for tracing, the entropy
+// alone, and the error of a backward.
 #include "ops/attention_statistics.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -79,7 +79,7 @@ at::Tensor entropy(HEADWISE_STATISTICS_PARAMETERS) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(headwise, CompositeImplicitAutograd, m) { m.impl("attention_entropy", entropy); }
-// Backward through a statistic says that it has no derivative, rather than giving zero.
+// Backward through a statistic raises instead of giving zero: it has no derivative.
 TORCH_LIBRARY_IMPL(headwise, Autograd, m) {
   m.impl("attention_statistics", torch::autograd::autogradNotImplementedFallback());
 }

@@ -1,6 +1,6 @@
-// What the backward operators are handed: the inputs again, and beside them what forward gave. They
-// can be called directly, so nothing is taken on trust: a buffer that is too small would be read
-// past its end.
+// Checks of the arguments of backward operators: the inputs again, and the results of forward. They
+// can be called directly, so nothing is trusted: a buffer that is too small would be read past its
+// end.
 #pragma once
 
 #include "ops/projection.h"

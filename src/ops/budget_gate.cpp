@@ -1,6 +1,6 @@
-// The budget gate of an evaluated layer as one operator, and the relevance that other gates have in
-// common with it: where no gradient is wanted, a kernel that reads the input once; elsewhere the
-// two dozen operators it consists of.
+// The budget gate of an evaluated layer as one operator, and the relevance that other gates share
+// with it: if no gradient is needed, a kernel that reads the input once; otherwise the two dozen
+// operators it consists of.
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 #include <torch/library.h>
@@ -40,7 +40,7 @@ bool wants_gradient(at::TensorList tensors) {
   return false;
 }
 
-/// The parameters, those of the network only where there is one.
+/// The parameters, those of the network only if there is one.
 std::vector<Tensor> parameters(HEADWISE_BUDGET_GATE_PARAMETERS) {
   std::vector<Tensor> all{base, relevance_weight};
   if (hidden_weight) all.insert(all.end(), {*hidden_weight, *hidden_bias, *out_weight, *out_bias});
@@ -105,7 +105,7 @@ bool ops::takes_budget_gate(HEADWISE_BUDGET_GATE_PARAMETERS) {
 at::Tensor evaluate_relevance(const Tensor& x, const std::optional<Tensor>& key_padding_mask,
                               const Tensor& mean, const Tensor& variance, const Tensor& base,
                               const Tensor& weight, const Tensor& progress) {
-  // A budget gate all of whose heads run: its relevance is what is wanted.
+  // A budget gate all of whose heads run, for its relevance.
   const std::optional<Tensor> none;
   const auto one = [&](auto&& use) {
     return use(x, key_padding_mask, mean, variance, base, weight, none, none, none, none, progress,

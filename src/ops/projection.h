@@ -25,7 +25,7 @@ namespace headwise::ops {
 #define HEADWISE_OUTPUT_INPUTS \
   ::headwise::ops::OutputInputs { heads, weight, bias, index, count, head_weight }
 
-// What a backend registers, by the names that its functions have.
+// The functions that a backend registers, by name.
 #define HEADWISE_REGISTER_PROJECTION(m)                         \
   m.impl("selected_projection", projection);                    \
   m.impl("_selected_projection_backward", projection_backward); \

@@ -104,12 +104,12 @@ TORCH_LIBRARY(headwise, m) {
       "Tensor? out_proj_bias) -> Tensor");
 
   // What the operators selected_* consist of: each backend registers those of the route
-  // "_selected", and what LibTorch itself can run has names of its own (src/ops/aten). `forward`
+  // "_selected", and the route through LibTorch itself has separate names (src/ops/aten). `forward`
   // also returns what backward needs (K columns of `index`, kv rows = S + added rows; only chosen
   // slots are written): q [B, K, L, d], k and v [B, K, S + added, d], context [B, K, L, d] before
   // the weight, lse [B, K, L] = log of the softmax denominator (+inf where a row sees no key), in
   // float64 for float64 and float32 otherwise. A backend may lay rows out in these buffers as it
-  // likes. `needs` says which gradients to compute, in the order of the results; the others come
+  // likes. `needs` selects the gradients to compute, in the order of the results; the others come
   // back with no elements. grad_attn_mask has the shape of attn_mask.
   const std::string masks =
       "Tensor? key_padding_mask, Tensor? attn_mask, bool is_causal, float dropout_p, "
@@ -142,7 +142,7 @@ TORCH_LIBRARY(headwise, m) {
         "Tensor grad_q_bias, Tensor grad_k_bias, Tensor grad_v_bias, "
         "Tensor grad_out_proj_weight, Tensor grad_out_proj_bias, Tensor grad_weight, "
         "Tensor grad_bias_k, Tensor grad_bias_v, Tensor grad_attn_mask)");
-    // context [B, H, L, dv] before the weight where there is one, else no elements; lse [B, H, L].
+    // context [B, H, L, dv] before the weight if there is one, else no elements; lse [B, H, L].
     def(route + "_attention_forward(" + core + ") -> (Tensor output, Tensor context, Tensor lse)");
     def(route + "_attention_backward(Tensor grad_output, " + core +
         ", "

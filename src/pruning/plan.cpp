@@ -52,7 +52,8 @@ struct Ranked {
 
 /// Most important first; ties by layer, then head.
 std::vector<Ranked> ranked(const HeadScores& scores) {
-  // Every score but this one says how much a head matters; attention that is spread says little.
+  // Of this metric alone, small values mean important heads: broad attention carries little
+  // information.
   const double sign = scores.metric == "entropy" ? -1.0 : 1.0;
   std::vector<Ranked> heads;
   for (size_t layer = 0; layer < scores.values.size(); ++layer) {

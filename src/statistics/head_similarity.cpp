@@ -27,7 +27,7 @@ at::Tensor linear_cka(at::TensorList outputs) {
         Eigen::Map<const RowMajor>(host.const_data_ptr<double>(), host.size(0), host.size(1));
     const double scale = x.norm();
     x.rowwise() -= x.colwise().mean().eval();
-    // What centring a constant leaves is rounding, not a representation.
+    // Centring a constant leaves rounding errors, not a representation.
     const bool constant = x.norm() <= 1e-12 * scale;
     norms.push_back(constant ? 0.0 : (x.transpose() * x).norm());
     centred.push_back(std::move(x));

@@ -1,4 +1,4 @@
-// What the bootstraps share: draws that are the same on every platform, and percentiles.
+// Shared by the bootstraps: draws that are the same on every platform, and percentiles.
 #pragma once
 
 #include <c10/util/Exception.h>
@@ -26,7 +26,7 @@ class Draw {
   std::mt19937_64 generator_;
 };
 
-/// More draws than this say nothing new, and would keep a caller waiting for days.
+/// More draws than this add nothing, and would take days.
 constexpr int64_t kMostDraws = 10'000'000;
 
 inline void check_draws(int64_t draws, const char* name) {

@@ -32,7 +32,7 @@ inline void check_units(const std::vector<int64_t>& units, const std::vector<dou
   }
 }
 
-/// `units` of `parameter` along `dim`, multiplied by `scale` where there is one.
+/// `units` of `parameter` along `dim`, multiplied by `scale` if there is one.
 inline at::Tensor take_units(const at::Tensor& parameter, int64_t dim,
                              const std::vector<int64_t>& units,
                              const std::vector<double>* scale = nullptr) {

@@ -5,7 +5,7 @@
 //
 // FOLDER/layer.json       {"embed_dim", "num_heads", ..., "gate": {...} or null, "call": {...}}
 // FOLDER/input.safetensors   "state.NAME" for every parameter and buffer; "query", "key", "value",
-//                         "cotangent", and "key_padding_mask", "attn_mask" where there are any
+//                         "cotangent", and "key_padding_mask", "attn_mask" if there are any
 // FOLDER/output.safetensors  "output", "weights", "penalty", "index", "count", "weight",
 //                         "grad.NAME" for every parameter and "grad_query"
 #include <torch/torch.h>

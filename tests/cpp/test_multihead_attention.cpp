@@ -101,9 +101,9 @@ TEST(MultiheadAttention, KnowsSelfAttentionByItsMemory) {
   };
   const auto expected = run(x, x, x);
   EXPECT_TRUE(at::allclose(run(x, x.view_as(x), x.slice(0)), expected));
-  // Other memory: nothing says that the padding of the keys is that of the queries.
+  // Other memory: the padding of the keys need not be that of the queries.
   EXPECT_FALSE(at::allclose(run(x, x.clone(), x.clone()), expected));
-  // The key is no part of the graph: it gets no gradient.
+  // The key is not part of the graph: it gets no gradient.
   auto leaf = x.clone().requires_grad_();
   const auto through = [&](const at::Tensor& q, const at::Tensor& k) {
     return torch::autograd::grad({run(q, k, k).square().sum()}, {leaf})[0];

@@ -68,7 +68,7 @@ struct Layers : torch::nn::Module {
   std::vector<MultiheadAttention> layers;
   std::vector<Run> runs;
   std::array<at::Tensor, 3> last;        // what each layer chose in its last forward
-  std::array<int64_t, 3> told{0, 0, 0};  // how often it told of a choice
+  std::array<int64_t, 3> told{0, 0, 0};  // choices that it reported
 };
 
 // Gradients, buffers and records after three steps.

@@ -1,4 +1,4 @@
-"""Fixtures that several test files share."""
+"""Shared fixtures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from support.compare_fixtures import write_model, write_texts  # noqa: E402
 
 @pytest.fixture(autouse=True)
 def nothing_compiled():
-    """What a test compiled does not count against the next one's limit of recompilations."""
+    """Resets the compiler, so that a test does not use up the next one's limit of
+    recompilations."""
     yield
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()

@@ -5,7 +5,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import adversaries
 
-#: Cases of each kind: what fits into a minute for all.
+#: Cases of each kind: as many as run in a minute in total.
 CASES = {
     "gate_configuration": 300,
     "plan": 1500,

@@ -90,7 +90,7 @@ void attention_row_sums(const AttentionShape<T>& shape, const HeadTensors<T>& he
       probabilities(shape, head, grad_context + row * ldg, ldg, lse, row, rows, column, width, p,
                     dp);
       for (int64_t i = 0; i < rows; ++i) {
-        T sum = 0;  // a masked key may hold what is no number
+        T sum = 0;  // a masked key may hold NaN
         for (int64_t j = i * kKeyBlock; j < i * kKeyBlock + width; ++j)
           if (p[j] != T(0)) sum += p[j] * dp[j];
         delta[row + i] += sum;

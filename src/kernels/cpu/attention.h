@@ -16,8 +16,8 @@ struct MaskView {
   int64_t batch = 0, head = 0, row = 0, column = 0;  ///< strides; 0 where broadcast
 };
 
-/// Where the gradient of an additive mask is added up, shaped as the mask: strides are 0 where it
-/// is broadcast. Null: not wanted.
+/// The accumulated gradient of an additive mask, in its shape: strides are 0 where it is broadcast.
+/// Null: not wanted.
 template <typename T>
 struct MaskGradient {
   T* data = nullptr;
@@ -66,16 +66,16 @@ template <typename T>
 void attention_forward(const AttentionShape<T>& shape, const HeadTensors<T>& head, int64_t row,
                        int64_t rows, T* context, int64_t ldc, T* lse, T* scratch);
 
-/// delta [L] of attention_backward() from the probabilities themselves. `context` that was stored
-/// in fewer bits gives it with an error of their precision, which the difference of two nearly
-/// equal numbers in a gradient of large scores does not forgive.
+/// delta [L] of attention_backward() from the probabilities themselves. Computed from a `context`
+/// stored in fewer bits it would have an error of that precision, which cancellation amplifies in
+/// the gradient of large scores.
 template <typename T>
 void attention_row_sums(const AttentionShape<T>& shape, const HeadTensors<T>& head,
                         const T* grad_context, int64_t ldg, const T* lse, T* delta, T* scratch);
 
-/// Adds nothing: writes dq [L, d], dk and dv [lengths[b] + added, .] of one head from the gradient
-/// of its context. delta [L]: rows' sum of grad_context * context. `mask_head` (may be null): of
-/// the gradient of the additive mask, this head's; it is added to.
+/// Overwrites (does not accumulate) dq [L, d], dk and dv [lengths[b] + added, .] of one head, from
+/// the gradient of its context. delta [L]: rows' sum of grad_context * context. `mask_head` (may be
+/// null): this head's part of the gradient of the additive mask; it is accumulated.
 template <typename T>
 void attention_backward(const AttentionShape<T>& shape, const HeadTensors<T>& head,
                         const T* grad_context, int64_t ldg, const T* delta, const T* lse, T* dq,

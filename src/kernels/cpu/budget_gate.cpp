@@ -188,7 +188,7 @@ class Evaluation {
     for (int64_t c = 0; c < D_; ++c) row[c] = (row[c] * inverse - g_.mean[c]) * spread_[c];
   }
 
-  /// What n sequences from b on are given, of features z [n, D].
+  /// Relevance, budgets and choices of n sequences from b on, with features z [n, D].
   void decide(int64_t b, int64_t n, const C* z, C* answers, int64_t ld) const {
     const C scale = C(1) / std::sqrt(static_cast<C>(D_));
     C* const relevance = g_.relevance + b * H_;

@@ -36,13 +36,12 @@ void gemm(Transpose trans_a, Transpose trans_b, int64_t m, int64_t n, int64_t k,
           const T* a, int64_t lda, const T* b, int64_t ldb, T beta, T* c, int64_t ldc) {
   if (m == 0 || n == 0) return;
   // BLAS is column-major: C' = op(B)' op(A)' is the same memory. Its leading dimensions must not be
-  // below the row length, even where a single row makes them irrelevant.
+  // below the row length, even if a single row makes them irrelevant.
   lda = std::max(lda, trans_a == Transpose::no ? k : m);
   ldb = std::max(ldb, trans_b == Transpose::no ? n : k);
   ldc = std::max(ldc, n);
   auto* f = blas(T());
-  // What MKL does with a factor that is not a number depends on the shape: some kernels take it
-  // for 1.
+  // What MKL does with a NaN factor depends on the shape: some kernels treat it as 1.
   if (f && k > 0 && std::isfinite(alpha) && fit({m, n, k, lda, ldb, ldc})) {
     const char ta = trans_a == Transpose::no ? 'n' : 't', tb = trans_b == Transpose::no ? 'n' : 't';
     const int im = m, in = n, ik = k, ia = lda, ib = ldb, ic = ldc;

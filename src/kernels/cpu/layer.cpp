@@ -175,7 +175,7 @@ void layer_backward(const Layer<T>& layer, const LayerWorkspace<const T>& w, con
     }
   });
 
-  // Weights: the sum over the sequences that chose the head, by one worker a head and matrix.
+  // Weights: the sum over the sequences that chose the head, by one worker per head and matrix.
   const auto positions = by_head(layer.active, shape.num_heads);
   parallel_tasks(shape.num_heads * 4, [&](int64_t task, int64_t) {
     const int64_t h = task / 4;

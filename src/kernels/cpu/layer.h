@@ -1,5 +1,5 @@
 // The multihead layer over the heads that were chosen: projections, attention, output projection,
-// forward and backward, over raw pointers. What is not chosen is never touched.
+// forward and backward, over raw pointers. Heads that were not chosen are never touched.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@ struct ActiveHead {
   int64_t slot = 0;  ///< its place in the workspaces
 };
 
-/// A row-major matrix a sequence: element (b, i, c) at data[b * batch + i * row + c].
+/// One row-major matrix per sequence: element (b, i, c) at data[b * batch + i * row + c].
 template <typename T>
 struct Rows {
   T* data = nullptr;
@@ -38,9 +38,9 @@ struct Layer {
   const Acc* out_bias = nullptr;     ///< [Dout] or null
   int64_t out_width = 0;             ///< Dout
   const Acc* head_weight = nullptr;  ///< [B, H]
-  /// Rounds projected rows to the narrower type that backward reads them in, where there is one.
-  /// Scores of the unrounded rows would differ from those that backward computes again by more than
-  /// an exponential forgives.
+  /// Rounds projected rows to the narrower type in which backward reads them, if there is one. From
+  /// unrounded rows forward would compute other scores than backward, and the exponential amplifies
+  /// the difference.
   void (*round)(Acc* rows, int64_t n) = nullptr;
   std::vector<ActiveHead> active;  ///< by sequence
   std::vector<int64_t> first;      ///< [B + 1] where each sequence begins in `active`
@@ -62,14 +62,14 @@ template <typename T>
 bool packed_layer_supported(const Layer<T, float>& layer);
 
 /// layer_forward for float and bfloat16 over packed weights; the fast path. Of the workspace only
-/// the context is needed: q, k, v and lse may be null where no backward follows.
+/// the context is needed: q, k, v and lse may be null if no backward follows.
 template <typename T>
 void layer_forward_packed(const Layer<T, float>& layer, const LayerWorkspace<T, float>& workspace,
                           T* output);
 
-/// Where to write gradients; null where not wanted. All contiguous; weights, biases, head_weight,
-/// mask and inputs must come zeroed. In the self form query, key and value are one pointer, and
-/// their gradients add up there.
+/// Where to write gradients; null if not wanted. All contiguous; weights, biases, head_weight, mask
+/// and inputs must come zeroed. In the self form query, key and value are one pointer, and their
+/// gradients add up there.
 template <typename T>
 struct LayerGradients {
   T *query = nullptr, *key = nullptr, *value = nullptr;

@@ -155,7 +155,7 @@ class Backward {
     }
   }
 
-  /// The weights' gradients: one worker a head and matrix, sequences in their order.
+  /// The weights' gradients: one worker per head and matrix, sequences in their order.
   void weights() {
     const auto positions = by_head(layer_.active, shape_.num_heads);
     const int64_t batch = shape_.batch;

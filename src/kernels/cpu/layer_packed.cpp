@@ -1,7 +1,7 @@
 // The layer's forward over packed weights. A task takes a head of some sequences: it packs the
 // head's weights where they stay in its cache, projects a sequence's rows and attends, and nothing
-// but the context is left. The output projection is a second round. Where heads are too few for the
-// workers, projection and attention are rounds of their own, divided up by rows.
+// but the context is left. The output projection is a second round. If there are too few heads for
+// the workers, projection and attention are separate rounds, divided by rows.
 #include <ATen/Parallel.h>
 #include <c10/util/BFloat16.h>
 
@@ -72,7 +72,7 @@ class Forward {
     return in.is_query ? L_ : shape_.lengths[a.b];
   }
 
-  /// Whether a head has so few rows that its weights are read as they stand.
+  /// Whether a head has so few rows that its weights are read unpacked.
   bool is_thin(int64_t h) const { return int64_t(positions_[h].size()) * longest_ <= kThinRows; }
 
   /// A head's weights as project() takes them: `packed`, or null where they are not packed.
@@ -82,7 +82,7 @@ class Forward {
     return packed;
   }
 
-  /// y [rows, d] = x W_h' of a head that is_thin(), over its weight [d, width] as it stands.
+  /// y [rows, d] = x W_h' of a head that is_thin(), over its unpacked weight [d, width].
   void multiply_thin(int64_t rows, const T* x, int64_t ldx, int64_t width, const T* weight,
                      float* y, int64_t ldy) const {
     const T* at[kThinRows];
@@ -90,7 +90,7 @@ class Forward {
     thin_gemm(rows, d_, {width}, at, weight, width, y, ldy);
   }
 
-  /// The same of any head.
+  /// The same for any head.
   void multiply(const Input& in, int64_t h, int64_t rows, const T* x, int64_t ldx, const T* packed,
                 float* y) const {
     const int64_t width = in.x.width;
@@ -129,14 +129,14 @@ class Forward {
     }
   }
 
-  /// Rows as they are stored for backward, where that is in fewer bits than they are summed in.
+  /// Rows as they are stored for backward, if that takes fewer bits than their sums.
   void round(T* rows, int64_t n) const {
     if constexpr (std::is_same_v<T, float>) {
       if (layer_.round) layer_.round(rows, n * d_);
     }
   }
 
-  /// What a worker attends with.
+  /// A worker's memory for attention.
   struct Attention {
     Scratch<T> keys;
     Scratch<std::byte> scratch;
@@ -155,20 +155,20 @@ class Forward {
                                with.scratch[worker]);
   }
 
-  /// One head of some sequences: where each one's q, k and v stand.
+  /// One head of some sequences: the q, k and v of each one.
   struct Group {
     const ActiveHead* heads[kRowBlock];
     T* rows[3][kRowBlock];
     int64_t size = 0;
   };
-  /// What a worker projects with.
+  /// A worker's memory for projections.
   struct Projection {
     Scratch<T> packed, gathered;
     Scratch<float> tile;  // [kRowBlock, 3 d]
   };
 
-  /// Whether query, key and value are one, so that one product gives q, k and v. They may begin at
-  /// one place and yet differ: the first tokens may attend to all.
+  /// Whether query, key and value are one input, so that one product gives q, k and v. They may
+  /// begin at the same address and still differ: the first tokens may attend to all.
   bool is_self() const {
     const auto& x = layer_.query;
     auto same = [&](const Rows<const T>& y) {
@@ -190,7 +190,7 @@ class Forward {
         multiply_thin(rows, x, ldx, width, in[i].weight + h * d_ * width, tile + i * d_, ld);
   }
 
-  /// Rows of a tile, with biases, to where one sequence's rows stand, from row `row` on.
+  /// Rows of a tile, with biases, to the rows of one sequence, from row `row` on.
   void scatter(const Group& group, int64_t m, int parts, int64_t row, int64_t rows,
                const float* tile) const {
     const auto in = inputs();
@@ -237,8 +237,8 @@ class Forward {
     }
   }
 
-  /// Packs a head's weights: in the self form side by side, [D, 3 d]. Null where they are read as
-  /// they stand.
+  /// Packs a head's weights: in the self form side by side, [D, 3 d]. Null if they are read
+  /// unpacked.
   std::array<const T*, 3> pack_weights(int64_t h, T* packed) const {
     const auto in = inputs();
     if (is_thin(h)) return {};
@@ -310,7 +310,7 @@ class Forward {
     });
   }
 
-  /// Two rounds, divided up by rows: for fewer heads than keep the workers busy.
+  /// Two rounds, divided by rows: for too few heads to keep the workers busy.
   void by_rows() const {
     std::unique_ptr<T[]> kept;
     T *q = w_.q, *k = w_.k, *v = w_.v;

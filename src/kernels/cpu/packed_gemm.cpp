@@ -50,8 +50,8 @@ HEADWISE_INLINE void interleave(const Int16& a, const Int16& b, Int16& low, Int1
       __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
 }
 
-/// y = x' of a block of 16 by 16 words: interleaving row i with row i + 8 turns the rows' numbers
-/// by one bit into the columns'; four times, and they have changed places.
+/// y = x' of a block of 16 by 16 words: interleaving row i with row i + 8 rotates one bit of the
+/// row number into the column number; after four times they have changed places.
 HEADWISE_INLINE void transpose_block(const Word* x, int64_t ldx, Word* y, int64_t ldy) {
   Int16 a[kLanes], b[kLanes];
   for (int i = 0; i < kLanes; ++i) std::memcpy(&a[i], x + i * ldx, sizeof a[i]);
@@ -203,7 +203,8 @@ HEADWISE_INLINE void thin_tile(const Terms& terms, const A* const* a, const B* b
 #pragma GCC unroll 4
       for (int j = 0; j < kColumns; ++j) {
         load(from + j * ldb + p, y);
-        // Runs are gaps to the processor's own prefetching: the next columns' is asked for here.
+        // The processor does not prefetch across gaps between runs: the next columns' run is
+        // prefetched here.
         if (terms.first) __builtin_prefetch(from + (j + kColumns) * ldb + p);
 #pragma GCC unroll 4
         for (int i = 0; i < kRows; ++i) sum[i][j] += x[i] * y;
@@ -240,7 +241,7 @@ HEADWISE_INLINE void thin_product(int64_t m, int64_t n, const Terms& terms, cons
 
 }  // namespace
 
-// Functions and not a template: clones are of functions.
+// Functions, because a template cannot be cloned.
 HEADWISE_CLONES
 void thin_gemm(int64_t m, int64_t n, const Terms& terms, const float* const* a, const float* b,
                int64_t ldb, float* c, int64_t ldc) {

@@ -14,7 +14,7 @@ namespace headwise::kernels {
 template <typename T>
 bool packed_gemm_supported();
 
-/// Packs B [k, n] for the right-hand side, into rows of length ld. float: as it stands. bfloat16:
+/// Packs B [k, n] for the right-hand side, into rows of length ld. float: unchanged. bfloat16:
 /// pairs of rows interleaved, [ceil(k / 2), ld, 2], the missing row zeros.
 /// `transposed`: `b` holds B' [n, k]. Room for packed_size(k, ld) elements.
 template <typename T>
@@ -61,7 +61,7 @@ void thin_gemm(int64_t m, int64_t n, const Terms& terms, const c10::BFloat16* co
 void thin_gemm(int64_t m, int64_t n, const Terms& terms, const float* const* a, const c10::Half* b,
                int64_t ldb, float* c, int64_t ldc);
 
-/// Leaves brgemm's state of this thread; after the last product of a task.
+/// Releases brgemm's state of this thread; call it after the last product of a task.
 template <typename T>
 void packed_gemm_done();
 

@@ -1,4 +1,4 @@
-// What the packed forward and backward of the layer share.
+// Shared by the packed forward and backward of the layer.
 #pragma once
 
 #include <algorithm>
@@ -52,7 +52,7 @@ struct UsedHeads {
 };
 
 /// Heads, or groups of them, in lists that may run at once: those of one list add to one part, or
-/// one copy, of the gradient of the mask. The list's number is that of the copy, where there are
+/// one copy, of the gradient of the mask. The list's number is that of the copy, if there are
 /// copies. Neither depends on the number of threads, so neither do the sums.
 template <typename T, typename B, typename H>
 std::vector<std::vector<int64_t>> by_mask_part(int64_t items, const MaskGradient<T>& mask,
@@ -82,7 +82,7 @@ inline std::vector<std::vector<int64_t>> by_head(const std::vector<ActiveHead>& 
   return by_place(active.size(), num_heads, [&](int64_t n) { return active[n].h; });
 }
 
-/// Right factors: floats are read where they lie, bfloat16 is packed first.
+/// Right factors: floats are read in place, bfloat16 is packed first.
 template <typename T>
 struct Factor {
   const T* data = nullptr;

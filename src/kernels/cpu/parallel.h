@@ -35,7 +35,7 @@ template <typename F>
 void run_workers(int64_t workers, const F& f) {
 #ifdef HEADWISE_OWN_THREADS
   // The thread sanitizer does not see how LibTorch's pool, which is not compiled with it, begins
-  // and ends work: with threads of their own it checks the tasks, and nothing but them.
+  // and ends work: with separate threads it checks the tasks alone.
   std::vector<std::thread> threads;
   std::vector<std::exception_ptr> failed(workers);
   for (int64_t worker = 0; worker < workers; ++worker)
@@ -72,8 +72,8 @@ void parallel_tasks(int64_t tasks, const F& f) {
   });
 }
 
-/// Items in lists that may run at once because items of one list alone share a place to add to:
-/// place(item) >= 0 names it.
+/// Items in lists that may run at once: only items of the same list add to the same place, which is
+/// place(item) >= 0.
 template <typename F>
 std::vector<std::vector<int64_t>> by_place(int64_t items, int64_t places, const F& place) {
   std::vector<std::vector<int64_t>> lists(places);

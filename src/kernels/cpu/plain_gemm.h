@@ -1,4 +1,5 @@
-// The product of kernels/cpu/gemm.h in plain loops: where there is no BLAS, or sizes are beyond it.
+// The product of kernels/cpu/gemm.h in plain loops, for builds without BLAS and sizes beyond its
+// limits.
 #pragma once
 
 #include <cstdint>

@@ -23,7 +23,7 @@ void fill_rows(const T* bias, int64_t rows, int64_t n, T* y, int64_t ldy) {
   }
 }
 
-/// Whether M_h is transposed where it is the right factor as it stands, [d, C].
+/// Whether the stored M_h has to be transposed to be a right factor [d, C].
 template <typename T>
 Transpose as_stored(const HeadWeight<T>& weight) {
   return weight.turned ? Transpose::yes : Transpose::no;

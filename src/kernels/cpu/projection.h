@@ -1,6 +1,6 @@
 // The products around attention, over the heads that were chosen: project, combine and outer, of
-// which both projections of a layer consist, forward and backward. Raw pointers; what is not chosen
-// is never touched.
+// which both projections of a layer consist, forward and backward. Raw pointers; heads that were
+// not chosen are never touched.
 #pragma once
 
 #include <cstdint>
@@ -31,7 +31,7 @@ struct HeadRows {
 };
 
 /// The rows of a weight that belong to head h, M_h [d, C]: rows h * d and following of [H d, C],
-/// or, where the weight is stored turned, columns of [C, H d].
+/// or, if the weight is stored transposed (`turned`), columns of [C, H d].
 template <typename T>
 struct HeadWeight {
   T* data = nullptr;
@@ -53,14 +53,14 @@ void combine_heads(const ChosenHeads& chosen, const HeadRows<const T>& x,
                    const HeadWeight<const T>& weight, const T* bias, const T* factor, T* y);
 
 /// weight_h [d, C] += sum over the sequences that chose h of factor[b, h] y[b, h]' x[b]: the
-/// gradient of a weight, by one worker a head in one order; null: not wanted. sums [H d], where
-/// wanted, adds up the rows of y: the gradient of a bias.
+/// gradient of a weight, by one worker per head in a fixed order; null: not wanted. sums [H d], if
+/// wanted, accumulates the rows of y: the gradient of a bias.
 template <typename T>
 void outer_heads(const ChosenHeads& chosen, const HeadRows<const T>& y, const Rows<const T>& x,
                  const T* factor, const HeadWeight<T>& weight, T* sums);
 
 /// The gradient of combine's heads from that of factor * heads, in place: grad[b, h] *= factor, and
-/// grad_factor[b, h], where wanted, = the sum of grad * heads before that.
+/// grad_factor[b, h], if wanted, = the sum of grad * heads before that.
 template <typename T, typename Acc>
 void weigh_gradient(const ChosenHeads& chosen, const HeadRows<const T>& heads, const Acc* factor,
                     const HeadRows<T>& grad, Acc* grad_factor);
@@ -82,9 +82,9 @@ void outer_heads_packed(const ChosenHeads& chosen, const HeadRows<const T>& y,
                         const Rows<const T>& x, const float* factor,
                         const HeadWeight<float>& weight, float* sums);
 
-/// Few rows, as when decoding, over a weight as it lies: of float16 in the first place, which the
-/// packed forms do not take. B L <= kThinRows; the weight of project_heads is not turned, that of
-/// combine_heads is.
+/// Few rows, as in decoding, over an unpacked weight; mainly for float16, which the packed forms do
+/// not support. B L <= kThinRows; the weight of project_heads is not turned, that of combine_heads
+/// is.
 template <typename T, typename W>
 void project_heads_thin(const ChosenHeads& chosen, const Rows<const T>& x,
                         const HeadWeight<const W>& weight, const float* bias, const HeadRows<T>& y);

@@ -1,5 +1,4 @@
-// project, combine and outer over packed weights, and over weights as they lie where there are few
-// rows.
+// project, combine and outer over packed weights, and over unpacked weights for few rows.
 #include <ATen/Parallel.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
@@ -41,9 +40,9 @@ void project_thin(const ChosenHeads& chosen, const Rows<const T>& x,
   }
 }
 
-/// Rows by heads' packed weights. Long sequences: a block of rows stays in L2 and meets one head
-/// after another. Short ones: a head's weight stays there and meets the sequences that chose it,
-/// some of them as one matrix.
+/// Rows times heads' packed weights. Long sequences: a block of rows stays in L2 and is multiplied
+/// by one head after another. Short ones: a head's weight stays there and is multiplied with the
+/// sequences that chose it, some of them as one matrix.
 template <typename T>
 class Project {
  public:
@@ -72,7 +71,7 @@ class Project {
     pack(weight_.columns, d_, weight_.of(h, d_), weight_.ld, !weight_.turned, packed);
   }
 
-  /// tile [rows, d] = x [rows, C] by a packed weight.
+  /// tile [rows, d] = x [rows, C] times a packed weight.
   void multiply(int64_t rows, const T* x, int64_t ldx, const T* packed, float* tile) const {
     for (int64_t k = 0; k < weight_.columns; k += kDepth)
       packed_gemm(rows, d_, std::min(kDepth, weight_.columns - k), x + k, ldx,
@@ -88,7 +87,7 @@ class Project {
     const std::unique_ptr<T[]> packed(new T[used.heads.size() * size_]);
     parallel_tasks(used.heads.size(),
                    [&](int64_t n, int64_t) { pack_head(used.heads[n], packed.get() + n * size_); });
-    // Few blocks of rows are divided up by heads too.
+    // Few blocks of rows are also divided by heads.
     const int64_t row_blocks = blocks(L_, kRowBlock), tasks = chosen_.batch * row_blocks;
     const int64_t splits = workers_ == 1 ? 1
                                          : std::clamp<int64_t>(kTasksPerWorker * workers_ / tasks,
@@ -169,8 +168,7 @@ class Project {
 };
 
 /// The sum over a sequence's heads. Their weights are packed in panels of kOutColumns columns; the
-/// panels of heads that follow one another among the used ones do so in memory, and are multiplied
-/// as one.
+/// panels of consecutive used heads are consecutive in memory, and are multiplied as one.
 template <typename T>
 class Combine {
  public:
@@ -220,7 +218,7 @@ class Combine {
   }
 
  private:
-  /// Neighbouring sequences of one choice.
+  /// Neighbouring sequences with the same choice.
   struct Group {
     int64_t begin, end;
   };
@@ -266,7 +264,7 @@ class Combine {
     for (size_t g = 0; g < groups.size(); ++g)
       for (int64_t row = 0; row < (groups[g].end - groups[g].begin) * L_; row += kOutRows)
         tasks.push_back({int64_t(g), row});
-    // Few blocks of rows are divided up by columns too.
+    // Few blocks of rows are also divided by columns.
     const int64_t count = tasks.size(), ld = chosen_.num_heads * d_ + 16, heads = heads_.size();
     const int64_t splits =
         workers_ == 1 ? 1 : std::min(tiles_, blocks(kTasksPerWorker * workers_, count));

@@ -9,8 +9,9 @@
 #include <cstring>
 #include <limits>
 
-// A function with this attribute is compiled for several instruction sets, and the loader picks:
-// before the thread sanitizer, whose calls are in the picking function too, is ready for any.
+// A function with this attribute is compiled for several instruction sets, and the loader picks
+// one. Not under the thread sanitizer: its calls in the picking function would run before it is
+// initialised.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
     !defined(__SANITIZE_THREAD__)
 #define HEADWISE_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))

@@ -9,7 +9,7 @@ namespace headwise::kernels::cuda {
 /// Asynchronous copies and bfloat16 in tensor cores begin here. A compute capability of 8.0 is 80.
 constexpr int kOldestDevice = 80;
 
-/// True if a device of this compute capability runs something of the list. Machine code (real) runs
+/// True if a device of this compute capability runs any code of the list. Machine code (real) runs
 /// on the devices of its major number from its minor number on, PTX (virtual) on every later one;
 /// with an a, only on the one it was made for, with an f, only on those of its major number.
 constexpr bool runs_on(std::string_view list, int capability) {

@@ -59,7 +59,7 @@ struct PairAttentionArguments {
 };
 
 int attention_forward(const PairAttentionArguments& a, Stream stream);
-/// delta and, where wanted, grad_weight [B, H]: sums over all rows and columns of grad_context .
+/// delta and, if wanted, grad_weight [B, H]: sums over all rows and columns of grad_context .
 /// context, grad_context being that of weight * context. With `weigh`, it is then multiplied by the
 /// weight.
 int attention_delta(const PairAttentionArguments& a, void* delta, void* grad_weight, bool weigh,
@@ -84,8 +84,8 @@ struct Pair {
   }
 };
 
-/// What block i works on: the chosen pairs one after another, `tiles` tiles each; h < 0 behind the
-/// last pair. Tiles come last first: under a causal mask the last rows have the most to do.
+/// What block i works on: the chosen pairs one after another, `tiles` tiles each; h < 0 after the
+/// last pair. Tiles are in descending order: under a causal mask the last rows have the most work.
 struct PairTile {
   Pair pair;
   int64_t tile;
@@ -98,11 +98,11 @@ HEADWISE_HOST_DEVICE PairTile pair_tile(const Chosen& chosen, int64_t block, int
           tiles - 1 - block % tiles};
 }
 
-/// What hides keys from a pair, read once.
+/// Which keys are hidden from a pair, read once.
 struct KeyView {
   int64_t masked;  ///< keys that masks cover: keys - added
   int64_t limit;   ///< those at and after it, the added excepted, are hidden
-  bool holes;      ///< key masks say something about the keys before it
+  bool holes;      ///< key masks change some of the keys before it
 };
 HEADWISE_HOST_DEVICE KeyView key_view(const PairAttentionArguments& a, const Pair& pair) {
   const int64_t masked = a.keys - a.added;
@@ -149,7 +149,7 @@ HEADWISE_HOST_DEVICE C masked_score(const PairAttentionArguments& a, const KeyVi
   return score;
 }
 
-/// Dropout as a kernel reads it: what probability (i, j) is multiplied by.
+/// Dropout as a kernel reads it: the factor of probability (i, j).
 template <typename C>
 struct Dropout {
   uint64_t seed, threshold;

@@ -7,8 +7,8 @@
 
 namespace headwise::kernels::cuda {
 
-constexpr int kRowsAtOnce = 4;             // warps a block
-constexpr int kOwn = kWidestHead / kWarp;  // columns a lane
+constexpr int kRowsAtOnce = 4;             // warps per block
+constexpr int kOwn = kWidestHead / kWarp;  // columns per lane
 constexpr int kDeltaRows = 64;
 
 template <typename C>
@@ -60,7 +60,7 @@ HEADWISE_DEVICE void store_row(const C (&sum)[kOwn], C factor, T* row, int64_t w
 
 constexpr int kPiece = 8;  // columns of a row that a lane reads
 
-/// Columns [column, column + 8) of a row of `width`; zeros beyond it, or where row is null.
+/// Columns [column, column + 8) of a row of `width`; zeros beyond it, or if row is null.
 template <typename T, typename C>
 HEADWISE_DEVICE void read_piece(C (&to)[kPiece], const T* row, int64_t column, int64_t width,
                                 bool vectors) {
@@ -112,7 +112,8 @@ HEADWISE_HOST_DEVICE int lanes_of(int64_t width) {
   return lanes;
 }
 
-/// A warp a query: lanes score 32 keys at a time, then each lane sums its columns of the values.
+/// One warp per query: lanes score 32 keys at a time, then each lane sums its columns of the
+/// values.
 template <typename T>
 struct PlainForward {
   using C = Accumulator<T>;
@@ -188,7 +189,7 @@ HEADWISE_DEVICE ScoreGradient<C> score_gradient(const PairAttentionArguments& a,
   return {weight * p * keep, weight * p * (grad_p - static_cast<const C*>(a.delta)[row])};
 }
 
-/// A warp a query: the gradients of q and of the attention mask.
+/// One warp per query: the gradients of q and of the attention mask.
 template <typename T>
 struct PlainBackwardQuery {
   using C = Accumulator<T>;
@@ -224,7 +225,7 @@ struct PlainBackwardQuery {
   }
 };
 
-/// A warp a key: the gradients of k and v.
+/// One warp per key: the gradients of k and v.
 template <typename T>
 struct PlainBackwardKey {
   using C = Accumulator<T>;
@@ -260,8 +261,8 @@ struct PlainBackwardKey {
   }
 };
 
-/// delta = grad_context . context of kDeltaRows rows a block; where wanted, grad_context becomes
-/// that of the context, not of weight * context.
+/// delta = grad_context . context of kDeltaRows rows per block; if wanted, grad_context becomes the
+/// gradient of the context instead of weight * context.
 template <typename T>
 struct DeltaKernel {
   using C = Accumulator<T>;

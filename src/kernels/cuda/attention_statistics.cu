@@ -21,7 +21,7 @@ HEADWISE_DEVICE C masked(const StatisticsArguments& a, const StatisticsTile& til
 }
 
 // Q and K pass through shared memory in pieces of kTileWidth columns, so that any head width fits;
-// scores live in registers, kTileKeys / kLanes a thread.
+// scores live in registers, kTileKeys / kLanes per thread.
 template <typename T>
 struct StatisticsKernel {
   using C = Accumulator<T>;

@@ -1,7 +1,7 @@
 // Attention over chosen pairs with tensor cores: tiles of 64 keys, running softmax in registers
 // (Milakov and Gimelshein, arXiv 1805.02867; tiling after Dao, arXiv 2307.08691). The backward is
-// two kernels, one that owns queries and one that owns keys: nothing is added up by atomics, so
-// results do not change from run to run.
+// two kernels, one that owns queries and one that owns keys: nothing is accumulated with atomics,
+// so results do not change from run to run.
 #pragma once
 
 #include "kernels/cuda/attention.h"
@@ -22,7 +22,7 @@ struct AttentionTile {
   static constexpr int kBackwardKeys = kD <= 64 ? 64 : 32;
   static constexpr int kForwardThreads = kD <= 64 ? 256 : 128;  // and of the forward
   static constexpr int kThreads = 128;
-  static constexpr int kOwnKeys = 64;                  // gradient of k and v: keys a block
+  static constexpr int kOwnKeys = 64;                  // gradient of k and v: keys per block
   static constexpr int kQueries = kD <= 64 ? 64 : 32;  // and queries at a time
 };
 
@@ -57,7 +57,7 @@ HEADWISE_DEVICE void multiply_rows(float (&c)[kN / 8][4], const uint32_t (&a)[kD
 template <typename T, int kN, int kD>
 HEADWISE_DEVICE void multiply_columns(float (&c)[kD / 8][4], const float (&p)[kN / 8][4],
                                       const T* b) {
-  warp_barrier();  // masks and dropout may have taken lanes apart
+  warp_barrier();  // lanes may have diverged in masks and dropout
 #pragma unroll
   for (int k = 0; k < kN / 16; ++k) {
     // The layout of two accumulators side by side is that of one left fragment.

@@ -1,4 +1,4 @@
-// The kernels behind gate.h.
+// The kernels behind budget_gate.h.
 #pragma once
 
 #include "kernels/cuda/budget_gate.h"

@@ -1,6 +1,6 @@
-// One query a sequence against a long cache of keys and values: the cache is split along its keys,
-// and the query heads of a sequence that share a key/value head read it together, four at a time.
-// What no chosen head needs is not read.
+// One query per sequence against a long cache of keys and values: the cache is split along its
+// keys, and the query heads of a sequence that share a key/value head read it together, four at a
+// time. What no chosen head needs is not read.
 #pragma once
 
 #include "kernels/cuda/attention.h"
@@ -55,7 +55,7 @@ HEADWISE_HOST_DEVICE DecodeTile decode_tile(const PairAttentionArguments& a,
   return {pairs / kv_heads, pairs % kv_heads, units % passes, block % shape.splits};
 }
 
-/// What a split leaves behind for a head: maximum, sum and weighted sum of the values.
+/// The result of a split for a head: maximum, sum and weighted sum of the values.
 HEADWISE_HOST_DEVICE int64_t decode_row(const PairAttentionArguments& a, const DecodeShape& shape,
                                         int64_t b, int64_t h, int64_t split) {
   return ((b * a.chosen.num_heads + h) * shape.splits + split) * (a.value_width + 2);

@@ -12,7 +12,7 @@ template <typename T>
 struct alignas(16) Raw {
   T values[kPiece];
 };
-/// Zeros beyond `width`, or where row is null.
+/// Zeros beyond `width`, or if row is null.
 template <typename T>
 HEADWISE_DEVICE Raw<T> read_raw(const T* row, int64_t column, int64_t width, bool vectors) {
   if (row && vectors && column + kPiece <= width)
@@ -56,7 +56,7 @@ struct DecodeKernel {
   using C = Accumulator<T>;
   static constexpr int kWarps = 4, kThreads = kWarps * kWarp;
   static constexpr int kRows = kWarp / kLanes;                     // keys of a warp at once,
-  static constexpr int kAtOnce = 8 / static_cast<int>(sizeof(T));  // so many times in flight
+  static constexpr int kAtOnce = 8 / static_cast<int>(sizeof(T));  // this many times in flight
   static constexpr int64_t kStep = kWarps * kRows;
   static constexpr int64_t kHeadList = 16 + kDecodeHeads * sizeof(int32_t);
   static constexpr int64_t kShared = kHeadList + int64_t{kWarps} * kWarp * (kPiece + 2) * sizeof(C);
@@ -229,7 +229,7 @@ struct DecodeKernel {
   }
 };
 
-/// A block a place of the index: the splits together, a share of them a warp.
+/// One block per place of the index: merges the splits, each warp a share of them.
 template <typename T>
 struct DecodeMerge {
   using C = Accumulator<T>;

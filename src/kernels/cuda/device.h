@@ -219,7 +219,7 @@ constexpr int resident_blocks() {
   return 1;
 }
 
-/// A block of kThreads threads a work item; Kernel is a copyable struct with operator().
+/// One block of kThreads threads per work item; Kernel is a copyable struct with operator().
 template <typename Kernel>
 __global__ void __launch_bounds__(Kernel::kThreads, resident_blocks<Kernel>())
     run_kernel(const __grid_constant__ Kernel kernel) {

@@ -7,7 +7,7 @@ namespace {
 /// Elements as plain numbers of their size.
 template <typename T, bool kGather>
 struct CopyKernel {
-  static constexpr int kThreads = 256, kEach = 4;  // elements a thread
+  static constexpr int kThreads = 256, kEach = 4;  // elements per thread
   HeadCopyShape shape;
   const T* from;
   const int32_t *batch, *head;

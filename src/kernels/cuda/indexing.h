@@ -31,7 +31,7 @@ struct WorkListOutput {
   int32_t* place = nullptr;       // [B * K] place of each pair in index: row * K + column; then -1
   int32_t* place_head = nullptr;  // [B * K] the head of each place of index, -1: not chosen
   int32_t* count = nullptr;       // [B] clamped to [0, K]
-  // Rows of packed buffers: those of sequence 0 first, in the order of index, with no room between.
+  // Rows of packed buffers: those of sequence 0 first, in the order of index, without gaps.
   int32_t* first = nullptr;        // [B + 1] where each sequence begins; the last is their number
   int32_t* packed_head = nullptr;  // [B * K] the head of each row, -1: none
   // The same for attention over rows of many lengths: a chosen pair has `length` of them.
@@ -149,8 +149,8 @@ HEADWISE_HOST_DEVICE void write_chunk(const WorkListShape& s, int64_t thread, in
     for (int64_t h = thread; h < s.num_heads; h += threads) out.offset[h] = 0;
 }
 
-/// What key_padding_mask says of thread's share of the keys [0, S) of one sequence: keys at and
-/// after `end` are hidden (over threads: the largest), `plain` are left as they are (the sum).
+/// The effect of key_padding_mask on a thread's share of the keys [0, S) of one sequence: keys at
+/// and after `end` are hidden (over threads: the largest), `plain` keys are unchanged (the sum).
 struct VisibleKeys {
   int32_t end, plain;
 };
@@ -172,7 +172,7 @@ struct HeadCopyShape {
   int64_t group;        // query heads that share a head of the tensor
   int64_t batch_stride, head_stride, row_stride, column_stride;  // of [B, Hs, R, w], in elements
 
-  /// Element of [B, Hs, R, w] that element i of the packed tensor stands for.
+  /// Element of [B, Hs, R, w] that element i of the packed tensor is a copy of.
   HEADWISE_HOST_DEVICE int64_t offset(int64_t i, const int32_t* batch, const int32_t* head) const {
     const int64_t column = i % width, row = i / width % rows, pair = i / (width * rows);
     return batch[pair] * batch_stride + head[pair] / group * head_stride + row * row_stride +

@@ -19,13 +19,13 @@ int select_heads(const void* relevance, Element type, const int64_t* count, int3
                  int64_t batch, int64_t num_heads, Stream stream);
 
 /// slot: scratch of shape.slots() int32. Counts are clamped to [0, K]; heads out of range and
-/// repeats are left out, without a word: reporting them would wait for the device.
+/// repeats are left out silently: reporting them would wait for the device.
 int work_list(const WorkListShape& shape, const int32_t* index, const int32_t* count, int32_t* slot,
               const WorkListOutput& out, Stream stream);
 
-/// limit [B]: 1 + the last key that a key_padding_mask leaves visible, 0 where it leaves none;
-/// plain [B]: the number of keys that it leaves as they are, equal to limit where those come first.
-/// The mask [B, S] is boolean (true: hidden) or, of the type C of `additive`, hides where it is
+/// limit [B]: 1 + the last key that a key_padding_mask leaves visible, 0 if it leaves none; plain
+/// [B]: the number of keys that it does not change, equal to limit if those come first. The mask
+/// [B, S] is boolean (true: hidden) or, of the type C of `additive`, hides where it is
 /// -inf.
 int key_limits(const bool* forbid, const void* add, Element additive, int64_t batch, int64_t keys,
                int32_t* limit, int32_t* plain, Stream stream);

@@ -10,8 +10,8 @@
 namespace headwise::kernels::cuda {
 
 /// A selection as the kernels read it, cleaned by work_list(). Slot b * columns + n is place n of
-/// row b of index. Packed buffers [B * K, R, d] hold its rows at first[b] + n: with no room between
-/// sequences, what follows the last is never touched.
+/// row b of index. Packed buffers [B * K, R, d] hold its rows at first[b] + n: without gaps between
+/// sequences; rows after the last are never touched.
 struct Chosen {
   int64_t batch, columns, num_heads;
   const int32_t* head;       ///< [B, K], -1 where the slot is not chosen
@@ -51,7 +51,7 @@ struct ProjectArguments {
   int64_t width;  ///< d
   int parts;
   ProjectPart part[kMaxParts];
-  bool warpgroups;  ///< by warpgroup products where the device has them
+  bool warpgroups;  ///< by warpgroup products if the device has them
 };
 
 /// output[b, l, :] = bias + sum over parts p and chosen slots of
@@ -78,7 +78,7 @@ struct CombineArguments {
 
 /// partial[z, p, h d + c, j] = sum over the slots of head h and over rows l of split z of
 /// factor * packed_p[row, l, c] input_p[b, l, j]: the gradient of a weight, to be summed over z.
-/// sums[z, p, h d + c], where wanted, is the same with 1 for the input: the gradient of a bias.
+/// sums[z, p, h d + c], if wanted, is the same with 1 for the input: the gradient of a bias.
 struct OuterPart {
   const void* packed;  ///< [B * K, packed_rows, d]
   int64_t packed_rows;
@@ -108,7 +108,7 @@ HEADWISE_HOST_DEVICE int64_t tiles_of(int64_t size, int64_t tile) {
 }
 
 /// Blocks of project: column tiles fastest, then parts, row tiles, sequences, so that blocks which
-/// run together share rows of the input. The grid has room for K heads a sequence; tiles beyond
+/// run together share rows of the input. The grid has room for K heads per sequence; tiles beyond
 /// count[b] * d are empty.
 struct ProjectTile {
   int64_t b, row, column;
@@ -151,7 +151,8 @@ HEADWISE_HOST_DEVICE CombineTile combine_tile(const CombineArguments& a, int64_t
   return {rest / row_tiles, rest % row_tiles * m, block % column_tiles * n};
 }
 
-/// What combine sums over: `pieces` pieces of k columns a head, heads of one part after another.
+/// The terms of combine's sum: `pieces` pieces of k columns per head, heads of one part after
+/// another.
 struct CombineStep {
   int part;
   int64_t n, column;  ///< place in the row of the index, first column within the head

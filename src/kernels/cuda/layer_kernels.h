@@ -225,7 +225,7 @@ struct OuterKernel {
               sum += scale * static_cast<C>(stages.a(stage)[r * kStrideA + thread_index()]);
         });
     const int64_t group = (tile.split * args.parts + tile.part) * H + tile.h;
-    // Generic over the type that is stored: the elements' own where there is one split.
+    // Generic over the type that is stored: the elements' own if there is one split.
     const auto store = [&](auto* const partial, auto* const all_sums) {
       using Stored = std::remove_pointer_t<std::remove_const_t<decltype(partial)>>;
       product.each([&](int r, int column, C first, C second) {

@@ -11,7 +11,7 @@ struct Relevances {
   HEADWISE_DEVICE C operator()(int64_t h) const { return static_cast<C>(values[h]); }
 };
 
-// One warp a row: every lane ranks its heads against the row, a ballot gives the places.
+// One warp per row: every lane ranks its heads against the row, a ballot gives the places.
 template <typename T>
 struct SelectKernel {
   static constexpr int kRows = 4, kThreads = kRows * kWarp;

@@ -1,5 +1,5 @@
-// The layer by heads: for each head, one matrix product over the sequences that chose it. Inputs
-// are gathered per head, projections lie packed as [N, ., d] in the order of the work list.
+// The layer, head by head: for each head, one matrix product over the sequences that chose it.
+// Inputs are gathered per head, projections lie packed as [N, ., d] in the order of the work list.
 #include <ATen/ATen.h>
 
 #include "ops/aten/attention.h"

@@ -28,7 +28,7 @@ double scale_of(const PairAttention& a, const Tensor& q) {
 }
 
 /// Everything that is added to the scores of pairs [first, first + n): broadcastable to
-/// [n, L, S + added]; undefined where there is nothing to add.
+/// [n, L, S + added]; undefined if there is nothing to add.
 Tensor bias_of(const PairAttention& a, int64_t first, int64_t n, int64_t queries, int64_t keys,
                at::ScalarType type) {
   const auto& arguments = a.arguments;
@@ -63,8 +63,9 @@ Tensor bias_of(const PairAttention& a, int64_t first, int64_t n, int64_t queries
   return bias;
 }
 
-/// What dropout multiplies probabilities [n, L, keys] by: the generator of kernels/dropout.h, so
-/// that a seed means the same mask on every device. The mask is drawn on the host and sent over.
+/// The factors of dropout for probabilities [n, L, keys]: the generator of kernels/dropout.h, so
+/// that a seed means the same mask on every device. The mask is drawn on the host and copied to the
+/// device.
 Tensor dropout_factor(const PairAttention& a, int64_t first, int64_t n, int64_t queries,
                       int64_t keys, const Tensor& like) {
   const double p = a.arguments.dropout_p;

@@ -1,5 +1,5 @@
-// The projections of a layer by heads: for each head, one matrix product over the sequences that
-// chose it. Heads' rows lie packed, [N, R, d] in the order of the work list.
+// The projections of a layer, head by head: for each head, one matrix product over the sequences
+// that chose it. Heads' rows lie packed, [N, R, d] in the order of the work list.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -35,7 +35,7 @@ at::Tensor pair_weight(const at::Tensor& weight, const WorkList& list, at::Scala
 void project(const Head& head, const at::Tensor& rows, const at::Tensor& weight,
              const OptionalTensor& bias, const at::Tensor& packed);
 
-/// Gradients of project, of x, weight and bias where needed, from packed gradients [N, R.., d].
+/// Gradients of project, of x, weight and bias if needed, from packed gradients [N, R.., d].
 struct ProjectGradients {
   at::Tensor x, weight, bias;
 };
@@ -48,7 +48,7 @@ ProjectGradients project_backward(const WorkList& list, const std::vector<Head>&
 at::Tensor combine(const WorkList& list, const std::vector<Head>& heads, const at::Tensor& packed,
                    const at::Tensor& weight, const OptionalTensor& bias, int64_t batch);
 
-/// Gradients of combine: of `packed` [N, L, d], and of the weight where needed; `scaled` is what
+/// Gradients of combine: of `packed` [N, L, d], and of the weight if needed; `scaled` is what
 /// was combined.
 struct CombineGradients {
   at::Tensor packed, weight;

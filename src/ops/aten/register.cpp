@@ -1,5 +1,5 @@
-// Registers the ATen route under names of its own, so that tests without a GPU hold it against the
-// oracle. On a CUDA device it runs what the kernels refuse (src/ops/cuda/register.cpp).
+// Registers the ATen route under separate names, so that tests without a GPU compare it with the
+// oracle. On a CUDA device it runs inputs that the kernels refuse (src/ops/cuda/register.cpp).
 #include <torch/library.h>
 
 #include "ops/aten/attention.h"

@@ -22,7 +22,8 @@ template <typename F>
 void visit(AttentionArguments& a, const F& f) {
   f(a.key_padding_mask), f(a.attn_mask), f(a.dropout_seed);
 }
-// What gradients are computed for, in the order in which the backward operators return them.
+// The inputs that gradients are computed for, in the order in which the backward operators return
+// them.
 using Differentiable = std::vector<OptionalTensor>;
 inline OptionalTensor floating(const OptionalTensor& mask) {
   return mask && mask->is_floating_point() ? mask : OptionalTensor();
@@ -99,7 +100,7 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction<Inputs, N
   }
 };
 
-/// A key padding mask that wants a gradient travels as an attention mask, which has one.
+/// A key padding mask that requires a gradient is passed as an attention mask, which has one.
 template <typename Inputs>
 Inputs with_differentiable_masks(Inputs in) {
   auto& a = in.arguments;

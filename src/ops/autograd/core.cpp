@@ -39,7 +39,7 @@ Tensor core(HEADWISE_CORE_PARAMETERS) { return differentiate<5>(HEADWISE_CORE_IN
 
 TORCH_LIBRARY_IMPL(headwise, Autograd, m) {
   m.impl("selected_attention", core);
-  // Second derivatives say that they do not exist.
+  // Second derivatives raise: there are none.
   for (const char* name : {"_selected_attention_forward", "_selected_attention_backward"})
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
 }

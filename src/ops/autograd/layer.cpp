@@ -69,7 +69,7 @@ Tensor multihead(HEADWISE_MULTIHEAD_PARAMETERS) {
 TORCH_LIBRARY_IMPL(headwise, Autograd, m) {
   m.impl("selected_self_attention", self);
   m.impl("selected_multihead_attention", multihead);
-  // Second derivatives say that they do not exist.
+  // Second derivatives raise: there are none.
   for (const char* name :
        {"_selected_self_attention_forward", "_selected_self_attention_backward",
         "_selected_multihead_attention_forward", "_selected_multihead_attention_backward"})

@@ -97,7 +97,7 @@ Tensor output_projection(HEADWISE_OUTPUT_PARAMETERS) {
 TORCH_LIBRARY_IMPL(headwise, Autograd, m) {
   m.impl("selected_projection", projection);
   m.impl("selected_output_projection", output_projection);
-  // Second derivatives say that they do not exist.
+  // Second derivatives raise: there are none.
   for (const char* name : {"_selected_projection_backward", "_selected_output_projection_backward"})
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
 }

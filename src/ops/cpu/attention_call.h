@@ -1,5 +1,5 @@
-// What the CPU kernels of the attention operators share: selections, masks and gradients, from
-// tensors to the forms that src/kernels/cpu reads.
+// Shared by the CPU kernels of the attention operators: converts selections, masks and gradients
+// from tensors to the forms that src/kernels/cpu reads.
 #pragma once
 
 #include <ATen/ATen.h>

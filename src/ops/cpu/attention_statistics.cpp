@@ -14,7 +14,7 @@
 namespace headwise::ops {
 namespace {
 
-/// In the compute type, each row of d consecutive elements; copies only where it must.
+/// In the compute type, each row of d consecutive elements; copies only if needed.
 at::Tensor rows(const at::Tensor& t, at::ScalarType type) {
   const auto y = t.to(type);
   const bool usable = (y.stride(3) == 1 || y.size(3) <= 1) && y.stride(2) >= y.size(3);

@@ -44,7 +44,7 @@ struct CoreCall {
                ? head_weight.template const_data_ptr<Acc>()[a.b * masked.shape.num_heads + a.h]
                : Acc(1);
   }
-  /// Heads of one number read the same keys and values.
+  /// Heads with the same number read the same keys and values.
   int64_t keys_of(const ActiveHead& a) const { return a.b * masked.shape.num_heads + a.h / group; }
   kernels::HeadTensors<T> tensors(const ActiveHead& a) const {
     auto at = [&](const Tensor& t, int64_t h) {
@@ -74,7 +74,8 @@ bool packed_core_supported(const CoreInputs& in) {
   }
 }
 
-/// Packing the keys pays where several queries read them: not for the token of a step of decoding.
+/// Packing the keys pays off if several queries read them, not for the one token of a decoding
+/// step.
 template <typename T>
 bool packs_keys(const CoreInputs& in) {
   constexpr int64_t kFewQueries = 4;
@@ -104,8 +105,8 @@ void attend(const CoreCall<T, Acc>& call, bool packed, T* context, Acc* lse) {
   };
   if constexpr (!std::is_same_v<T, double>) {
     if (packed) {
-      // A task attends for a whole head where there are heads enough: its keys are packed once, and
-      // stay packed for the heads of its group that the same worker comes to next.
+      // With enough heads, a task is a whole head: its keys are packed once, and stay packed for
+      // the heads of its group that the same worker runs next.
       const int64_t splits =
           workers == 1 || heads >= 4 * workers ? 1 : std::clamp<int64_t>(query_blocks, 1, 4);
       const int64_t chunk = kernels::blocks(query_blocks, splits) * kernels::kQueryBlock;

@@ -33,7 +33,7 @@ void round_to(float* x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) x[i] = static_cast<float>(static_cast<Narrow>(x[i]));
 }
 
-/// What rounds the floats that a call of `type` computes with; none where it is no narrower.
+/// The function that rounds the floats of a call to `type`; none if it is not narrower.
 template <typename Acc>
 auto rounding(at::ScalarType type) -> void (*)(Acc*, int64_t) {
   if constexpr (std::is_same_v<Acc, float>) {

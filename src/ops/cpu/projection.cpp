@@ -39,13 +39,13 @@ struct Choice {
   }
   Choice(const Choice&) = delete;
 
-  /// Copies what belongs to the used heads, of [H d, C] or, turned, [C, H d].
+  /// Copies the used heads' part of [H d, C] or, transposed, [C, H d].
   void copy(const Tensor& from, Tensor& to, bool turned) const {
     const int64_t axis = turned ? 1 : 0, d = chosen.width;
     for (const auto& [h, n] : used)
       to.narrow(axis, h * d, n * d).copy_(from.narrow(axis, h * d, n * d));
   }
-  /// Whether so few rows are multiplied that weights are read as they lie.
+  /// Whether so few rows are multiplied that weights are read unpacked.
   bool thin() const { return chosen.batch * chosen.rows <= kernels::kThinRows; }
 };
 
@@ -58,7 +58,7 @@ auto dispatch_projection(at::ScalarType type, int64_t width, int64_t columns, co
   return f(float(), float());
 }
 
-// The packed kernels where they serve, else the general ones.
+// The packed kernels if they serve these sizes, else the general ones.
 template <typename T>
 bool packed(const ChosenHeads& chosen, int64_t columns) {
   if constexpr (std::is_same_v<T, double>)
@@ -92,7 +92,7 @@ void outer(const ChosenHeads& chosen, const HeadRows<const T>& y, const Rows<con
   if constexpr (std::is_same_v<T, Acc>) kernels::outer_heads<T>(chosen, y, x, factor, weight, sums);
 }
 
-/// As the kernels step along it: columns next to each other, rows that do not overlap.
+/// In the layout that the kernels need: columns next to each other, rows that do not overlap.
 Tensor stepped(const Tensor& t) {
   const bool usable = (t.stride(-1) == 1 || t.size(-1) <= 1) && t.stride(-2) >= t.size(-1);
   return usable ? t : t.contiguous();
@@ -101,7 +101,7 @@ template <typename T>
 Tensor readable(const Tensor& t) {
   return stepped(t.to(scalar_type_of<T>()));
 }
-/// A weight; converted, where it must be, for the used heads only.
+/// A weight; converted, if needed, for the used heads only.
 template <typename T>
 Tensor readable_weight(const Tensor& t, bool turned, const Choice& choice) {
   if (t.scalar_type() == scalar_type_of<T>()) return stepped(t);

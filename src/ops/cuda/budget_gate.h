@@ -1,4 +1,4 @@
-// The budget gate of an evaluated layer in two launches (kernels/cuda/gate.h).
+// The budget gate of an evaluated layer in two launches (kernels/cuda/budget_gate.h).
 #pragma once
 
 #include "ops/budget_gate.h"

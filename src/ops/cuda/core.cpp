@@ -63,8 +63,8 @@ struct Core {
     }
   }
 
-  /// Where heads lie one after another, at addresses that LibTorch's kernel, which does not ask,
-  /// can read 16 bytes at a time; a decoding step has a kernel of its own.
+  /// Whether heads lie one after another, at addresses that LibTorch's kernel, which does not check
+  /// them, can read 16 bytes at a time; a decoding step has its own kernel.
   bool takes_flash(const CoreInputs& in) const {
     const auto& arguments = in.arguments;
     const int64_t L = q.size(2), S = k.size(2);
@@ -120,7 +120,7 @@ CoreForward forward(const CoreInputs& in) {
   if (in.weight) a.weighted = units(output);
   a.lse = lse.mutable_data_ptr();
   if (core.decodes) {
-    // Enough splits of the keys to fill a device of any size, also where few heads are chosen.
+    // Enough splits of the keys to fill a device of any size, even if few heads are chosen.
     constexpr int64_t kBlocks = 1024;
     const auto shape = kernels::cuda::decode_shape(B, H / a.group, a.keys, kBlocks);
     auto partial = at::empty({kernels::cuda::decode_scratch(a, shape)}, lse.options());

@@ -22,7 +22,7 @@ std::tuple<Tensor, Tensor, Tensor> flash_backward(const Tensor& grad_context, co
                                                   const Tensor& k, const Tensor& v,
                                                   const Tensor& context, const Tensor& lse,
                                                   const FlashShape& shape) {
-  // The state of a generator, read only where there is dropout.
+  // The state of a generator, read only with dropout.
   const auto state = at::empty({2}, q.options().dtype(at::kUInt64));
   return at::_flash_attention_backward(grad_context, q, k, v, context, lse.view({1, -1}),
                                        shape.begins_q, shape.begins_k, shape.queries, shape.keys,

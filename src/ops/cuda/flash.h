@@ -1,8 +1,9 @@
-// LibTorch's FlashAttention in place of the kernels of attention.h, where it computes the same: in
-// its form for rows of many lengths, each chosen pair being a sequence of one head. It is asked for
-// by set_cuda_routes() (headwise/backends.h). Its lse has the layout of the kernels' own, so either
-// may run the backward of the other's forward. Its backward adds up by atomics: gradients of q
-// differ in their last digits from run to run, unless torch.use_deterministic_algorithms() is set.
+// LibTorch's FlashAttention instead of the kernels of attention.h, for calls in which both compute
+// the same: its form for rows of many lengths, with each chosen pair as a sequence of one head. It
+// is enabled by set_cuda_routes() (headwise/backends.h). Its lse has the layout of the kernels'
+// own, so either may run the backward of the other's forward. Its backward accumulates with
+// atomics: gradients of q differ in their last digits from run to run, unless
+// torch.use_deterministic_algorithms() is set.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -14,7 +15,7 @@
 
 namespace headwise::ops::device {
 
-/// True if LibTorch takes heads of this dtype and width, `pairs` of them, with so many rows each.
+/// True if LibTorch takes heads of this dtype and width, `pairs` of them, with this many rows each.
 inline bool flash_takes(at::ScalarType type, int64_t pairs, int64_t rows, int64_t width) {
   // Pairs are the second dimension of its grid, and it counts rows in 32 bits.
   constexpr int64_t kMostPairs = 65535, kWidest = 256;
@@ -24,9 +25,9 @@ inline bool flash_takes(at::ScalarType type, int64_t pairs, int64_t rows, int64_
 }
 
 /// Sequence i of `q` [rows, 1, d] begins at row begins_q[i] and ends where the next one begins; of
-/// k and v it begins at begins_k[i] and has keys_used[i] keys, where given. No sequence is longer
-/// than `queries` and `keys`. Without keys the context is zero. -> context [rows, 1, d], lse in a
-/// shape of LibTorch's.
+/// k and v it begins at begins_k[i] and has keys_used[i] keys, if given. No sequence is longer than
+/// `queries` and `keys`. Without keys the context is zero. -> context [rows, 1, d], lse in a shape
+/// of LibTorch's.
 struct FlashShape {
   at::Tensor begins_q, begins_k;  // int32 [N + 1]
   int64_t queries, keys;

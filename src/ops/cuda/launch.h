@@ -1,5 +1,5 @@
-// What the launchers of CUDA kernels have in common: dtypes, the stream, errors. Only where the
-// kernels were compiled (HEADWISE_CUDA), for a device or for its emulation on the host.
+// Shared by the launchers of CUDA kernels: dtypes, the stream, errors. Only in builds with the
+// kernels (HEADWISE_CUDA), for a device or for its emulation on the host.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -21,8 +21,8 @@ using kernels::cuda::OuterArguments;
 using kernels::cuda::ProjectArguments;
 using kernels::cuda::ProjectPart;
 
-/// The layer in the general form. Where query, key and value are one input, `joint` is the weight
-/// of all three, [3E, D].
+/// The layer in the general form. If query, key and value are one input, `joint` is the weight of
+/// all three, [3E, D].
 struct Layer {
   const MultiheadInputs& in;
   const Tensor* joint;  ///< or null
@@ -132,7 +132,7 @@ Tensor combine(const Layer& l, const std::vector<const Tensor*>& packed,
   return output;
 }
 
-/// Gradient of a weight [parts * E, C], and of a bias [parts * E] where wanted.
+/// Gradient of a weight [parts * E, C], and of a bias [parts * E] if wanted.
 struct WeightGradient {
   Tensor weight, bias;
 };

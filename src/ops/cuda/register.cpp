@@ -1,4 +1,4 @@
-// What CUDA devices run: the kernels where they take the inputs, else the ATen route
+// What CUDA devices run: the kernels if they support the inputs, else the ATen route
 // (src/ops/aten), which waits for the device once per call.
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
@@ -20,7 +20,7 @@ namespace {
 
 using at::Tensor;
 
-/// True if the kernels run these inputs. Says once why they did not.
+/// True if the kernels run these inputs. Otherwise warns, once, about the reason.
 template <typename Inputs>
 bool kernels_run(const Inputs& in) {
 #ifdef HEADWISE_CUDA
@@ -72,7 +72,7 @@ constexpr auto projection_backward = Registered<aten::Route>::projection_backwar
 constexpr auto output_projection = Registered<aten::Route>::output_projection;
 constexpr auto output_projection_backward = Registered<aten::Route>::output_projection_backward;
 
-// Where the kernels were not compiled, or the device is too old for them.
+// If the kernels were not compiled, or the device is too old for them.
 Statistics statistics_on_host(HEADWISE_STATISTICS_PARAMETERS) {
   const auto host = [](const std::optional<at::Tensor>& t) {
     return t ? std::optional<at::Tensor>(t->cpu()) : std::nullopt;

@@ -1,6 +1,6 @@
 // The budget gate (BudgetFormer, arXiv 2604.22583): a head budget and a relevance per head for
-// every input. Where the paper does not specify something the choices are ours; each function says
-// which.
+// every input. Where the paper does not specify something the choices are ours, as noted at each
+// function.
 #include "ops/gates/budget.h"
 
 #include <ATen/ATen.h>
@@ -25,7 +25,7 @@ constexpr int kRounds = 3;
 // Batches that the running statistics remember.
 constexpr double kMemory = 50.0;
 
-// Mean of t [B]; of an empty batch 0, and not the NaN that would end a training.
+// Mean of t [B]; 0 for an empty batch, because NaN would end a training.
 at::Tensor batch_mean(const at::Tensor& t) { return t.sym_numel() == 0 ? t.sum() : t.mean(); }
 
 // The t of each row for which sum_h sigmoid((scores - t) / temperature) = mass, by evaluating a
@@ -97,7 +97,7 @@ void update_statistics(const at::Tensor& moments, at::Tensor mean, at::Tensor va
   const auto batch_variance =
       (moments.narrow_symint(0, 1 + width, width) / count - exact.square()).clamp_min(0).to(dtype);
   // Nothing is learnt from an empty batch, nor from one that overflowed, as happens under mixed
-  // precision: it would spoil the statistics for good.
+  // precision: it would corrupt the statistics permanently.
   const auto sound = batch_mean.isfinite().all() & batch_variance.isfinite().all();  // []
   const auto seen = batches + 1;
   const auto share = seen.reciprocal().clamp_min(1.0 / kMemory).to(dtype);  // of this batch

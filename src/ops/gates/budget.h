@@ -17,8 +17,9 @@ namespace headwise {
 at::Tensor soft_top_k(const at::Tensor& scores, const at::Tensor& mass,
                       const at::Tensor& temperature);
 
-/// What gates see of an input: the mean of x [B, L, D] over rows that are not padding, in at least
-/// float32 and cut off from the graph (the gate's gradient does not disturb the model) -> [B, D].
+/// The features of an input that gates see: the mean of x [B, L, D] over rows that are not padding,
+/// in at least float32 and cut off from the graph (the gate's gradient does not disturb the model)
+/// -> [B, D].
 at::Tensor gate_features(const at::Tensor& x, const std::optional<at::Tensor>& key_padding_mask);
 
 /// base [H] + weight [H, D] features [B, D] / sqrt(D) -> [B, H]; in training the second term is
@@ -28,10 +29,10 @@ at::Tensor input_relevance(const at::Tensor& features, const at::Tensor& base,
                            double static_until);
 
 /// {count, sum, sum of squares} of features [B, D] over B -> float64 [2 D + 1]: those of several
-/// batches are added up.
+/// batches can be added.
 at::Tensor feature_moments(const at::Tensor& features);
 
-/// Takes one more batch, of these moments, into mean [D], variance [D] and batches []: a plain
+/// Updates mean [D], variance [D] and batches [] with the moments of one more batch: a plain
 /// average over the first 50 batches, an exponential one after. A batch that is empty or not finite
 /// changes nothing, nor does a forward that is repeated inside a backward (activation
 /// checkpointing).
@@ -39,17 +40,17 @@ void update_statistics(const at::Tensor& moments, at::Tensor mean, at::Tensor va
                        at::Tensor batches);
 
 /// (features [B, D] - mean [D]) / sqrt(variance [D] + 1e-4). Over inputs, not over D: the mean of a
-/// layer's input is dominated by a vector that all inputs share, and what a gate does with that is
-/// static in disguise.
+/// layer's input is dominated by a vector that all inputs share, and a gate that depends on that is
+/// static in effect.
 at::Tensor standardize(const at::Tensor& features, const at::Tensor& mean,
                        const at::Tensor& variance);
 
-/// Relevance to start gates from, out of the importance of all heads of a model [heads]: sharpness
-/// * (rank - (1 - keep)), rank in [0, 1]; the most important share `keep` is positive -> [heads].
+/// Initial relevance of gates, from the importance of all heads of a model [heads]: sharpness *
+/// (rank - (1 - keep)), rank in [0, 1]; the most important share `keep` is positive -> [heads].
 at::Tensor importance_start(const at::Tensor& importance, double keep, double sharpness);
 
-/// The same for the layers of a model, from a score per head of each: {relevance of each [H], share
-/// of its heads that is positive}.
+/// The same for the layers of a model, from one score per head: {relevance of each [H], share of
+/// its heads that is positive}.
 /// @throws c10::ValueError naming the layer, if a score is not finite or not of shape [H]
 std::tuple<std::vector<at::Tensor>, std::vector<double>> gate_starts(
     at::TensorList importance, const std::vector<std::string>& layers, at::IntArrayRef num_heads,
@@ -86,8 +87,8 @@ at::Tensor relevance_entropy(const at::Tensor& relevance);
 /// Mean square of how far `asked` [B] lies outside [min_budget, max_budget] -> [].
 at::Tensor budget_bounds(const at::Tensor& asked, double min_budget, double max_budget);
 
-/// input_relevance of the standardised features of x [B, L, D], in evaluation: one pass over x
-/// where no gradient is wanted (src/ops/budget_gate.cpp) -> [B, H].
+/// input_relevance of the standardised features of x [B, L, D], in evaluation: one pass over x if
+/// no gradient is needed (src/ops/budget_gate.cpp) -> [B, H].
 at::Tensor evaluate_relevance(const at::Tensor& x,
                               const std::optional<at::Tensor>& key_padding_mask,
                               const at::Tensor& mean, const at::Tensor& variance,

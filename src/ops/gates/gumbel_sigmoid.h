@@ -17,8 +17,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gumbel_sigmoid_select
     bool training, bool run_all, double hard_from, double temperature);
 
 /// What AdaViT's released losses add to the usage loss: 0.1 strength (d - e) -> []; d the mean over
-/// heads of |mean of weight [B, H] over the batch - aimed share|, e the mean entropy, in nats, of
-/// sigmoid(logits [B, H]). The aimed share is scheduled_target(progress, ...).
+/// heads of |mean of weight [B, H] over the batch - target share|, e the mean entropy, in nats, of
+/// sigmoid(logits [B, H]). The target share is scheduled_target(progress, ...).
 at::Tensor gumbel_sigmoid_regulariser(const at::Tensor& logits, const at::Tensor& weight,
                                       const at::Tensor& progress, double keep, double initial_keep,
                                       double warmup, double strength);

@@ -30,7 +30,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> hard_concrete_select(
 /// m_0 off + m_1 off^2 for multipliers m [2], which descent on the loss ascends.
 at::Tensor lagrangian(const at::Tensor& off, const at::Tensor& multipliers);
 
-/// How far the heads that layers expect to run (one [B] a layer; mean over the batch, pooled over
+/// How far the heads that layers expect to run (one [B] per layer; mean over the batch, pooled over
 /// layers, as a fraction of num_heads) lie from the scheduled target -> []. form: 'squared',
 /// 'lagrangian' (multipliers [2], which descent on the loss ascends) or 'l0' (strength times the
 /// mean over layers of the expected heads).

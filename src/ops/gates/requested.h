@@ -5,10 +5,9 @@
 
 namespace headwise {
 
-/// Shares budgets [R] out among the N heads of a model: row r has ones at the round(budget[r] N)
-/// heads (at least one) of largest scores + tilts * (budget[r] - 1/2), zeros elsewhere -> [R, N].
-/// In training with the gradient of soft_top_k, its temperature annealed until `progress` =
-/// hard_from.
+/// Divides budgets [R] among the N heads of a model: row r has ones at the round(budget[r] N) heads
+/// (at least one) of largest scores + tilts * (budget[r] - 1/2), zeros elsewhere -> [R, N]. In
+/// training with the gradient of soft_top_k, its temperature annealed until `progress` = hard_from.
 at::Tensor allocate_budget(const at::Tensor& scores, const at::Tensor& tilts,
                            const at::Tensor& budget, const at::Tensor& progress, bool training,
                            double temperature, double final_temperature, double hard_from);

@@ -9,8 +9,8 @@ namespace headwise {
 /// 1 where progress [] >= when, else 0, in `dtype`.
 at::Tensor reached(const at::Tensor& progress, double when, at::ScalarType dtype);
 
-/// What is added to a budget's logit so that it starts at `initial` for an answer of `keep`, and
-/// comes down linearly to nothing at progress = warmup.
+/// The offset of a budget's logit: an answer of `keep` starts at `initial`, and the offset falls
+/// linearly to 0 at progress = warmup.
 at::Tensor warmup_logit(const at::Tensor& progress, double initial, double keep, double warmup,
                         at::ScalarType dtype);
 
@@ -18,7 +18,7 @@ at::Tensor warmup_logit(const at::Tensor& progress, double initial, double keep,
 /// 1 - 1e-3].
 double warmup_start(double initial, double keep);
 
-/// The fraction of heads that is aimed at: `initial` at progress 0, `keep` from `warmup` on.
+/// The target share of heads: `initial` at progress 0, `keep` from `warmup` on.
 at::Tensor scheduled_target(const at::Tensor& progress, double initial, double keep, double warmup,
                             at::ScalarType dtype);
 

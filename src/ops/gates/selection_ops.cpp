@@ -44,7 +44,7 @@ std::tuple<at::Tensor, at::Tensor> select_nonzero(const at::Tensor& weight) {
                     " dimensions");
   const auto open = weight.detach().ne(0);          // [B, H]
   const auto count = open.sum(1, false, at::kInt);  // [B]
-  // 0 * weight is NaN where weight is: select_heads then says which head.
+  // 0 * weight is NaN where weight is: select_heads then raises, naming the head.
   return {select_heads(open.to(at::kFloat) + weight.detach().to(at::kFloat) * 0, count), count};
 }
 

@@ -12,7 +12,7 @@ namespace headwise {
 at::Tensor routed_first(const at::Tensor& shared, int64_t num_heads);
 
 /// {index, count, weight, relevance} over H heads from a selection among the H - s routed ones: the
-/// shared heads [s] run with weight 1, and count as relevant as the most relevant of the others.
+/// shared heads [s] run with weight 1, and the relevance of the most relevant other head.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> share_heads(const at::Tensor& index,
                                                                        const at::Tensor& count,
                                                                        const at::Tensor& weight,

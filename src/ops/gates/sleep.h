@@ -5,8 +5,8 @@
 
 namespace headwise {
 
-/// What heads are ranked by when they may move: the score of a head that is awake counts 1 + margin
-/// times. score, awake [N] or alike -> float64
+/// The scores by which heads are ranked when they may move: the score of a head that is awake
+/// counts 1 + margin times. score, awake [N] or alike -> float64
 at::Tensor held_score(const at::Tensor& score, const at::Tensor& awake, double margin);
 
 /// Which `count` of N heads are awake, 1 or 0 in the dtype of `awake` [N]: those of largest

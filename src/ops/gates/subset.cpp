@@ -30,11 +30,11 @@ at::Tensor subset_sample(const at::Tensor& scores, int64_t k, const at::Tensor& 
   const auto tau = temperature.detach().to(at::kDouble);
   // A step of the recursion multiplies the gradient by at most 1 + 2 / tau, so k steps at a low
   // temperature overflow where heads tie, and inf - inf is not a number. The gradient of ln(1 - p)
-  // is scaled down to what keeps the product under 1e250; for few heads that is never.
+  // is scaled down to what keeps the product under 1e250; with few heads this never happens.
   const double reach = (std::pow(10.0, 250.0 / static_cast<double>(k)) - 1.0) / 2.0;
   const auto share = (tau * reach).clamp_max(1.0);
-  // The floor of the authors' code. A head that was taken whole must also fall below all others
-  // where scores lie further apart than its logarithm, 708; else it would be taken k times.
+  // The floor of the authors' code. A head that was taken whole must fall below all others even if
+  // scores differ by more than its logarithm, 708; else it would be taken k times.
   constexpr double kTiny = std::numeric_limits<double>::min();
   const auto spread = (r.amax() - r.amin()).detach();
   at::Tensor total;

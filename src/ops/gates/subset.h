@@ -7,8 +7,8 @@
 
 namespace headwise {
 
-/// A relaxed choice of k of N heads: the sum of k softmax distributions, each with what the ones
-/// before took left out -> float64 [N], summing to k. scores [N] (noise included), temperature [].
+/// A relaxed choice of k of N heads: the sum of k softmax distributions, each without what the
+/// previous ones took -> float64 [N], summing to k. scores [N] (noise included), temperature [].
 at::Tensor subset_sample(const at::Tensor& scores, int64_t k, const at::Tensor& temperature);
 
 /// The weight of every head of a model, float64 [N]: in evaluation 1 for the k of largest score

@@ -239,7 +239,7 @@ def test_a_fitted_threshold_keeps_to_its_heads():
 
 
 def test_a_threshold_fitted_for_accuracy_saves_where_it_can():
-    """Head 0 has the say for most inputs; for a few, heads 1 to 3 overrule it."""
+    """Head 0 decides for most inputs; for a few, heads 1 to 3 overrule it."""
     torch.manual_seed(0)
     x = 0.05 * torch.randn(400, 4, dtype=torch.float64)
     x[:, 0] += 4.0 * torch.randn(400).sign()

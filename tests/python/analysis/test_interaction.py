@@ -109,7 +109,7 @@ class Encoder(nn.Module):
 
 
 def encoder_with_a_copy():
-    """Head 2 of the first layer says what head 0 says, in another basis."""
+    """Head 2 of the first layer has the output of head 0, in another basis."""
     torch.manual_seed(0)
     model = hw.convert(Encoder().double())
     layer = next(iter(hw.attention_layers(model).values()))

@@ -153,7 +153,7 @@ def test_relevance_is_conserved_in_bert(activation):
 
 
 class Squares(nn.Module):
-    """What no rule knows."""
+    """An operation without a rule."""
 
     def __init__(self):
         super().__init__()

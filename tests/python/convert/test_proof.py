@@ -1,4 +1,4 @@
-"""A conversion proves itself, and happens whole or not at all."""
+"""A conversion proves itself, and is atomic."""
 
 import copy
 import logging

@@ -1,4 +1,4 @@
-"""The example programs run as they stand; C++ computes what Python does from the same folder."""
+"""The example programs run unchanged; C++ computes what Python does from the same folder."""
 
 import importlib.util
 import json
@@ -152,7 +152,7 @@ def test_explain_page_example(tmp_path):
 def test_compare_page_example(tmp_path):
     pytest.importorskip("plotly", reason="plotly is not installed")
     results = ROOT / "benchmarks" / "results" / "compare-reviews" / "results.json"
-    # Of a study that is there: its own takes a minute.
+    # From an existing study, because its own takes a minute.
     printed = run_python("compare_page.py", tmp_path / "page.html", results)
     assert "page.html" in printed
     assert "Static against dynamic" in (tmp_path / "page.html").read_text(encoding="utf-8")

@@ -24,7 +24,7 @@ WIDTH = 16  # of a planted head
 
 
 class Planted(nn.Module):
-    """Attention whose heads look where they are told: scores[h] [L, L] or a function of the ids."""
+    """Attention whose heads attend as prescribed: scores[h] [L, L] or a function of the ids."""
 
     def __init__(self, scores):
         super().__init__()
@@ -174,7 +174,7 @@ def test_what_most_heads_do_sets_no_head_apart():
     assert "first" in found[0] and not any("first" in roles for roles in found[1:])
     (role,) = [r for r in document["layers"][0]["heads"][0]["roles"] if r["role"] == "first"]
     assert role["share"] == 1.0 and 0.6 < role["baseline"] < 0.8
-    # Where all do it always, it is the model's habit and no head's role.
+    # If all heads do it always, it is a property of the model and not a head's role.
     document = hw.head_roles(Planted([to_first] * 3), planted_batches(), resamples=10)
     assert not any("first" in roles for roles in roles_of(document))
     (question,) = [q for q in document["questions"] if q["role"] == "first"]

@@ -12,7 +12,7 @@ WIDTH, HEADS = 16, 3
 
 
 class Layer(nn.Module):
-    """Self-attention and, in a decoder, cross-attention, whose heads look where they are told."""
+    """Self-attention and, in a decoder, cross-attention, whose heads attend as prescribed."""
 
     def __init__(self, cross: bool):
         super().__init__()

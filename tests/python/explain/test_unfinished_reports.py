@@ -1,4 +1,4 @@
-"""What a folder keeps of a report is that of this model, this data and these settings alone; and
+"""The parts of a report in a folder are used for this model, this data and these settings only; and
 other threads may use a model that is being explained."""
 
 from __future__ import annotations

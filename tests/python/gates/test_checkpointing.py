@@ -34,7 +34,7 @@ GATES = {
 
 
 class Model(nn.Module):
-    """Layers of attention with dropout; ``mode`` says what is checkpointed."""
+    """Layers of attention with dropout; ``mode`` is what is checkpointed."""
 
     def __init__(self, gate):
         super().__init__()

@@ -83,7 +83,7 @@ def test_what_was_requested_is_no_state():
 
 @pytest.mark.parametrize("gate", [hw.BudgetGate(), hw.HardConcreteGate()])
 def test_frozen_gates_are_reported(gate):
-    """Adapters freeze all that is not theirs."""
+    """Adapters freeze all other parameters."""
     model = nn.Sequential(lively(gate))
     for parameter in model.parameters():
         parameter.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Gate configurations from anywhere: one clear sentence, never an error of the machine's."""
+"""Untrusted gate configurations: one clear sentence, never an internal error."""
 
 import copy
 import math
@@ -46,7 +46,7 @@ def refused(config):
     except (ValueError, TypeError) as error:
         text = str(error)
         assert 10 < len(text) < 500 and text.isprintable(), text[:600]
-        # Not what Python says of its own accord.
+        # Not one of Python's own messages.
         for foreign in (
             "__init__",
             "argument",

@@ -1,4 +1,4 @@
-"""What an optimizer is given: each parameter once, gates at rates of their own."""
+"""Parameter groups for an optimizer: each parameter once, gates with separate learning rates."""
 
 import headwise as hw
 import pytest

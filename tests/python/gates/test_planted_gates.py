@@ -5,7 +5,8 @@ import pytest
 import torch
 from support.planted import Planted, squared
 
-# y = x0 + x1 + x3. Heads (0, 0) and (1, 0) say the same: one is needed, both together do harm;
+# y = x0 + x1 + x3. Heads (0, 0) and (1, 0) have the same output: one is needed, both together do
+# harm;
 # (1, 1) and (0, 3) are needed; (0, 2) and (1, 3) only do harm; (0, 1) and (1, 2) do nothing.
 WEIGHTS = ([1.0, 0.0, 1.0, 1.0], [1.0, 1.0, 0.0, -1.0])
 RIGHT = [{(0, 0), (1, 1), (0, 3)}, {(1, 0), (1, 1), (0, 3)}]
@@ -69,7 +70,7 @@ GATES = {
 @pytest.mark.parametrize("name", GATES)
 def test_the_right_heads_are_found(name):
     torch.manual_seed(0)
-    # Two heads that say the same share the work at first: both gates are half open.
+    # Two heads with the same output share the work at first: both gates are half open.
     model = train(gated(GATES[name]), steps=300 if "l0" in name else 150)
     found, loss = chosen(model)
     assert all(heads in RIGHT for heads in found), found[0]

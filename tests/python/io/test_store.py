@@ -1,4 +1,4 @@
-"""Unfinished work: what was finished survives, and nothing else is taken for it."""
+"""Unfinished work: finished parts survive, and nothing else is mistaken for them."""
 
 from __future__ import annotations
 

@@ -264,7 +264,7 @@ def test_layer_refuses_what_does_not_fit():
 
 
 class _SameAsLlama(ast.NodeTransformer):
-    """Leaves out what says nothing, and what Llama has not."""
+    """Leaves out options without effect, and those that Llama lacks."""
 
     def visit_FunctionDef(self, node):
         self.generic_visit(node)
@@ -279,7 +279,7 @@ class _SameAsLlama(ast.NodeTransformer):
 
     def visit_Call(self, node):
         self.generic_visit(node)
-        # Mistral and Qwen tell the implementation of the window that is in the mask too.
+        # Mistral and Qwen also pass the implementation the window that is in the mask.
         node.keywords = [word for word in node.keywords if word.arg != "sliding_window"]
         # Qwen3 normalises its queries and keys, as the layer then does.
         if isinstance(node.func, ast.Attribute) and node.func.attr in ("q_norm", "k_norm"):
@@ -292,7 +292,7 @@ def _code(function):
 
 
 def test_the_family_has_the_attention_of_llama():
-    # The others differ, and are held to the tests of tests/python/convert/test_families.py.
+    # The others differ, and have the tests of tests/python/convert/test_families.py.
     assert set(llama_family.FAMILY) - set(FAMILY) == {"Gemma2", "Gemma3", "SmolLM3"}
     assert set(FAMILY) - set(INSTALLED) <= {"EuroBert", "HyperCLOVAX"}
     llama = importlib.import_module(llama_family.FAMILY["Llama"])
@@ -625,7 +625,7 @@ def test_training_with_gates_reaches_everything(execution):
 
 
 def test_no_future_token_reaches_the_gate():
-    """A change of the answer changes nothing before it where the gates see the prompt alone."""
+    """A change of the answer changes nothing before it if the gates see the prompt alone."""
     model = hw.convert(build(), TokenGate())
     torch.manual_seed(6)
     ids = torch.randint(3, VOCABULARY, (8, 9))

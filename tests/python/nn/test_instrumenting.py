@@ -1,4 +1,4 @@
-"""Observing, overriding and probing a model's layers, and leaving them as they were."""
+"""Observing, overriding and probing a model's layers, and restoring them."""
 
 import headwise as hw
 import pytest

@@ -45,7 +45,7 @@ def test_any_shape_on_the_packed_kernels(data):
 @pytest.mark.parametrize("length", [1, 3, 20])
 @pytest.mark.parametrize("batch", [1, 2, 40])
 def test_short_sequences(dtype, batch, length):
-    """Few rows read the weights as they stand; short sequences are multiplied together."""
+    """Few rows read the weights unpacked; short sequences are multiplied together."""
     rand = Random(6, dtype)
     x, weights = rand(batch, length, 40), layer_weights(rand, 3, 16, 40)
     index, count, weight = rand.selection(batch, 3)
@@ -94,7 +94,7 @@ def test_gradient_of_a_mask_has_its_shape(dtype, sizes):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("batch", "length"), [(1, 1), (1, 70), (5, 70), (3, 1), (11, 9)])
 def test_results_do_not_depend_on_the_number_of_threads(threads, dtype, batch, length, masked):
-    """Work is divided up by rows, heads and columns; sums keep their order."""
+    """Work is divided by rows, heads and columns; sums keep their order."""
 
     def run(number):
         threads(number)

@@ -1,5 +1,5 @@
 """The projections of the chosen heads against the oracle, and under torch's transforms."""
-# ruff: noqa: E501  (the table of bad input reads best one case a line)
+# ruff: noqa: E501  (the table of bad input reads best with one case per line)
 
 import headwise  # noqa: F401  (registers torch.ops.headwise)
 import pytest
@@ -386,7 +386,7 @@ def test_second_derivative_says_that_there_is_none():
 
 
 def decode(x, w, b, out, out_b, index, count, weight):
-    """What a model with rotations does between the operators."""
+    """The steps of a model with rotations between the operators."""
     q = ops.selected_projection(x, w, b, 3, index, count)
     groups, used = ops.select_groups(index, count, 3, 1)
     k = ops.selected_projection(x, w[:4], b[:4], 1, groups, used)

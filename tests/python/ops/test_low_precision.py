@@ -40,7 +40,7 @@ def plain(x, weight, out_weight, heads, head_weight, dtype, mask, padding, causa
 
 
 def dropout_mask(batch, heads, length, seed, p):
-    """What the operator multiplies probabilities by: read off values that name their key."""
+    """The operator's factors of probabilities, read from one-hot values."""
     q = torch.zeros(batch, heads, length, 1).double()
     k, v = torch.zeros_like(q), torch.eye(length).double().expand(batch, heads, -1, -1)
     index = torch.arange(heads).expand(batch, -1).contiguous()
@@ -173,6 +173,6 @@ def test_gradients_of_the_core(dtype, width, scale):
     slack = 8 * eps + 16 * float(scores.abs().amax()) * min(eps, 2**-23)
     for mine, theirs in zip(own, exact, strict=True):
         size = max(float(theirs.grad.norm()), math.sqrt(scale) * eps)
-        # Of gradients that vanish what rounding of the terms leaves.
+        # Gradients that vanish leave the rounding errors of their terms.
         least = 64 * min(eps, 2**-23) * math.sqrt(scale)
         assert float((mine.grad.double() - theirs.grad).norm()) < max(slack * size, least)

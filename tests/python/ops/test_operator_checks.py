@@ -1,6 +1,5 @@
-"""What operators do with arguments that do not fit, and with second derivatives.
-
-All of them can be called directly, private ones too, so none takes anything on trust.
+"""Operators check inconsistent arguments, and second derivatives. All of them can be called
+directly, private ones too, so none trusts its arguments.
 """
 
 import math

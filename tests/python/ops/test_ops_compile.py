@@ -155,7 +155,7 @@ def test_vmap():
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
 def test_widths_of_blas_differ_by_rounding_with_the_number_of_threads(dtype, tolerance, threads):
-    """Heads whose width is no multiple of 8 go through BLAS: equal but for rounding."""
+    """Heads whose width is not a multiple of 8 go through BLAS: equal but for rounding."""
     torch.manual_seed(0)
     heads, width, batch = 4, 20, 3
     x = torch.randn(batch, 70, 36).to(dtype).requires_grad_()

@@ -1,4 +1,4 @@
-"""Banks: plans picked by the input, against the plain formula, and as the models they stand for."""
+"""Banks: plans picked by the input, against the plain formula, and against separate models."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Structure plans and repairs prove themselves, and happen whole or not at all."""
+"""Structure plans and repairs verify their result, and are atomic."""
 
 import copy
 
@@ -16,7 +16,8 @@ BOTH = r"would not compute what it did: .* is \S+ before and \S+ after"
 
 
 def numbers(model):
-    """What a failed change must leave: modules, parameters by identity, and their values."""
+    """What must be unchanged after a failed change: modules, parameters by identity, and their
+    values."""
     parts = {name: (id(part), type(part)) for name, part in model.named_modules()}
     return parts, {name: (id(p), p.detach().clone()) for name, p in model.named_parameters()}
 

@@ -1,4 +1,4 @@
-"""Repair: least squares against plain formulas, and heads that others can stand in for."""
+"""Repair: least squares against plain formulas, and heads that others can replace."""
 
 import copy
 
@@ -194,8 +194,8 @@ def test_moments_say_what_does_not_fit():
 
 
 def twin_heads(model):
-    """Makes the second head of every attention layer compute what the first does, and says the plan
-    that keeps the first alone of the two."""
+    """Makes the second head of every attention layer compute what the first does, and returns the
+    plan that keeps the first alone of the two."""
     entries = []
     with torch.no_grad():
         for name, layer in hw.attention_layers(model).items():
@@ -281,7 +281,7 @@ def test_prune_repairs_with_the_batches_it_is_given():
 
 @pytest.mark.parametrize("name", ["BertModel", "LlamaForCausalLM"])
 def test_models_run_under_autocast_are_repaired(name):
-    """Weights in float32 whose layers write bfloat16: rounding is no fault of the repair."""
+    """Weights in float32 whose layers write bfloat16: rounding is not an error of the repair."""
     torch.manual_seed(0)
     row = ARCHITECTURES[name]
     dense = hw.convert(row.build())
@@ -524,7 +524,7 @@ def test_scores_remove_first_the_head_that_another_stands_in_for():
     assert scores.metric == "repair" and list(scores.values) == list(hw.attention_layers(dense))
     for values in scores.values.values():
         least = int(values.argmin())
-        assert least in (0, 1) and values[least] < 1e-3  # of the twins the other takes over
+        assert least in (0, 1) and values[least] < 1e-3  # the other twin takes over
         assert (values.sort().values[1:] > 10 * values[least]).all()
     plan = hw.plan(scores, keep=0.75)
     done = hw.repair(hw.prune(dense, plan), batches, dense, ridges=(1e-9,))

@@ -22,7 +22,7 @@ def test_a_card_says_what_was_pruned_and_measured(tmp_path):
     block = text.split("```json\n")[1].split("\n```")[0]
     assert hw.HeadPlan.from_json(block) == plan
     assert 'hw.load("PATH")' in text
-    hw.load(tmp_path / "m")  # the card is no part of the model
+    hw.load(tmp_path / "m")  # the card is not part of the model
 
 
 def test_a_card_of_gates_and_of_a_folder_of_transformers(tmp_path):

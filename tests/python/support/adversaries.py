@@ -1,7 +1,7 @@
-"""Adversaries: random inputs for everything that reads what others wrote.
+"""Adversaries: random inputs for everything that reads untrusted data.
 
 ``python tests/python/fuzz.py --cases 1000000`` runs that many cases, of every kind in turn;
-test_adversaries.py runs some thousands. A case must come back, or raise ValueError, TypeError or
+test_adversaries.py runs some thousands. A case must return, or raise ValueError, TypeError or
 RuntimeError (of indices IndexError, of files OSError) with one sentence of fewer than 500 printable
 characters. What a case needs is drawn from a generator of its own, so a number is a case.
 """
@@ -46,14 +46,14 @@ def judge(error: BaseException) -> str | None:
 
 
 class Failure(AssertionError):
-    """A case that was not answered as it should be."""
+    """A case with a wrong result or a bad error."""
 
 
 def run_case(kind: str, number: int, folder: Path) -> bool:
     """Runs case ``number`` of ``kind``; True if it was accepted.
 
     Raises:
-        Failure: the answer is neither a result nor an error that says what is wrong.
+        Failure: the answer is neither a result nor an error that explains what is wrong.
     """
     # A text, which random turns into the same state in every process.
     rng = random.Random(f"{kind}/{number}")
@@ -65,7 +65,7 @@ def run_case(kind: str, number: int, folder: Path) -> bool:
             KINDS[kind](rng, folder)
     except Failure as failure:
         fault = str(failure)
-    except Exception as error:  # which are allowed is the question
+    except Exception as error:  # whether they are allowed is what is tested
         accepted, wrong = False, judge(error)
         fault = wrong and f"{wrong}: {type(error).__name__}: {str(error)[:700]!r}"
     seconds, grown = time.monotonic() - start, peak_memory() - before
@@ -243,7 +243,8 @@ def _entry(rng: random.Random, begin: int) -> tuple[dict, int]:
 
 
 def safetensors_file(rng: random.Random, folder: Path) -> None:
-    """Whatever the reference refuses, we refuse; whatever we take, it takes, and finds the same."""
+    """We refuse whatever the reference refuses; it accepts whatever we accept, with the same
+    result."""
     header, end = {}, 0
     for i in range(rng.randrange(4)):
         header[f"t{i}"], end = _entry(rng, end)

@@ -221,7 +221,7 @@ def vit_attention() -> tuple[str, tuple[str, str, str]]:
 
 
 def decoder(prefix: str, class_name: str, **kwargs) -> nn.Module:
-    """A decoder of transformers: two query heads a group, where its heads share."""
+    """A decoder of transformers: two query heads per group, if its heads share."""
     return small(prefix, class_name, num_key_value_heads=2, pad_token_id=0, **kwargs)
 
 

@@ -54,7 +54,7 @@ def find_chromium() -> str | None:
 
 
 def _with_script(page: str, script: str, place: int) -> str:
-    """The page with a script of the test's own, which its security policy is told of."""
+    """The page with a script of the test's own, which its security policy allows."""
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     page = page[:place] + f"<script>{script}</script>" + page[place:]
     return page.replace("script-src ", f"script-src &#39;sha256-{digest}&#39; ", 1)
@@ -64,7 +64,7 @@ def browse(page: str, script: str, folder: Path, *, width: int = 1200) -> dict[s
     """What ``script``, the body of an async function, returns: ``found``; ``problems`` of the page
     (errors and warnings of the console, breaches of the policy), and what it ``loaded``.
 
-    Skips the test where there is no Chromium.
+    Skips the test without Chromium.
     """
     chromium = find_chromium()
     if chromium is None:

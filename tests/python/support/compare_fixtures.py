@@ -14,7 +14,7 @@ PLAIN = ("the", "film", "is", "a", "and", "plot", "actor", "very", "so", "it")
 
 
 def write_model(folder: Path, seed: int = 0, num_labels: int = 2, layers: int = 2) -> Path:
-    """A BERT of 4 heads a layer, width 32, with a word-level tokenizer."""
+    """A BERT of 4 heads per layer, width 32, with a word-level tokenizer."""
     from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *GOOD, *BAD, *PLAIN]

@@ -1,4 +1,4 @@
-"""What processes of their own run: a process that is spawned imports it from here."""
+"""Functions of separate processes: a spawned process imports them from here."""
 
 import headwise as hw
 import torch

@@ -1,4 +1,5 @@
-"""What the processes of test_distributed_gates run; a spawned process imports it from here."""
+"""Functions of the processes of test_distributed_gates; a spawned process imports them from
+here."""
 
 import copy
 

@@ -42,7 +42,8 @@ def function(operators, prefix, name, leading, defaults, needs, saved):
         masks = [options.get(n, d) for n, d in zip(MASK_NAMES, MASKS, strict=True)]
         padding, mask = masks[:2]
         if padding is not None and padding.requires_grad:
-            # As the Autograd kernel does: what wants a gradient travels as an attention mask.
+            # As the Autograd kernel does: a mask that requires a gradient is passed as an attention
+            # mask.
             rows = padding[:, None, None]
             if mask is not None:
                 rows = rows + oracle.additive(mask, rows.dtype)

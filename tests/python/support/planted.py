@@ -10,7 +10,7 @@ from torch import nn
 class Planted(nn.Module):
     """y = sum over layers and heads of a[layer][head] * x[head], exactly.
 
-    Sequences have one token, so attention weighs nothing; head h hands on feature h of its input,
+    Sequences have one token, so attention has no effect; head h passes on feature h of its input,
     and the output projection multiplies it by a[layer][h].
     """
 
@@ -34,7 +34,7 @@ class Planted(nn.Module):
 
 
 def outputs(weights, x, without=()):
-    """[B]: what ``Planted(*weights)`` says without some (layer, head)."""
+    """[B]: the output of ``Planted(*weights)`` without some (layer, head)."""
     total = torch.zeros(len(x), dtype=torch.float64)
     for layer, row in enumerate(weights):
         for head, weight in enumerate(row):

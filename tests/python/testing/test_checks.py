@@ -1,4 +1,4 @@
-"""What the checks for other people's gates and architectures find."""
+"""The faults that the checks for users' gates and architectures find."""
 
 import headwise as hw
 import pytest
@@ -9,7 +9,8 @@ from torch import nn
 
 
 class Halves(hw.Gate):
-    """Runs the first or the second half of the heads: which, the sign of the input's mean says."""
+    """Runs the first or the second half of the heads: which, depends on the sign of the input's
+    mean."""
 
     def __init__(self, **sizes):
         super().__init__({}, **sizes)

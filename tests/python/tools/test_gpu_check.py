@@ -39,7 +39,7 @@ def test_every_case_can_be_rehearsed(tmp_path):
     timed = {row["variant"] for row in rows if "median_ms" in row and row["case"] in names}
     assert {"dense", "kernels", "flash", "warpgroups", "masked", "full", "flex", "gate"} <= timed
     assert not [row for row in rows if row.get("note") or row.get("no_graph")]
-    # What is done is not run again.
+    # Finished cases are not run again.
     assert "passed" in rehearse(path, "gate").stdout
     assert len(gpu_summary.read(path)) == len(rows)
 

@@ -28,6 +28,8 @@ def phrases(text: str, suffix: str) -> list[tuple[int, str]]:
         "as many heads, and no more",
         "it makes up for that",
         "It goes on from there",
+        "threads a block",
+        "null where wanted",
     ],
 )
 def test_a_phrase_of_the_table_is_found(wrong):

@@ -57,7 +57,7 @@ def test_train_and_gate(tmp_path):
     )
     what = [(result["what"], result.get("gate")) for result in found["results"]]
     assert what == [("train", None), ("gate", "BudgetGate"), ("gate", "HardConcreteGate")]
-    # The goal of gates is about sequences of which a layer costs something.
+    # The goal of gates is for sequences long enough that a layer has a cost.
     assert [bool(result["goal"]) for result in found["results"]] == [True, False, False]
 
 

@@ -1,4 +1,4 @@
-"""What ``headwise compare`` says of time, and how it tells how far it is."""
+"""What ``headwise compare`` reports about time, and its progress."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sentence that a study opens with: what it says of every kind of outcome."""
+"""The sentence that a study opens with, for every kind of outcome."""
 
 import json
 from pathlib import Path

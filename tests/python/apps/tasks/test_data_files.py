@@ -174,7 +174,7 @@ def test_labels_of_explain_are_without_the_spaces_around_them(tmp_path):
     assert explain_data._texts(options) == (["a", "b"], ["up", "down"])
 
 
-# What is shown of it.
+# Its excerpt in an error.
 
 
 @settings(max_examples=300, deadline=None)

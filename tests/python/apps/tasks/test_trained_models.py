@@ -15,7 +15,7 @@ from support.compare_fixtures import write_model
 
 
 def without(folder, *ends: str):
-    """The model folder, whose weights now lack those whose names end so."""
+    """The model folder, without the weights whose names end so."""
     path = folder / "model.safetensors"
     state = load_file(path)
     kept = {name: value for name, value in state.items() if not name.endswith(ends)}

@@ -1,4 +1,4 @@
-"""Structure plans: as a mask, compacted, and through files; one computes what the other does."""
+"""Structure plans: as a mask, compacted, and through files; both compute the same."""
 
 import copy
 import json
