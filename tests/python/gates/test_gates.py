@@ -154,7 +154,8 @@ def test_hard_concrete_noise_per_sequence_or_batch():
     x = torch.randn(8, 3, D)
     for noise_per, distinct in (("sequence", 8), ("batch", 1)):
         gate = lively(hw.HardConcreteGate(noise_per=noise_per, init_log_alpha=0.0), 0.3).train()
-        assert len(gate(x).weight.unique(dim=0)) == distinct
+        # Rounded: the last elements of a vectorised loop may differ in their last bits.
+        assert len(gate(x).weight.round(decimals=5).unique(dim=0)) == distinct
 
 
 def test_hard_concrete_gate_trains_what_it_runs():
