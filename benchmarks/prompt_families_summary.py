@@ -48,8 +48,9 @@ def main() -> None:
 
 
 def comparisons(rows: list[dict]) -> Iterator[dict]:
-    """The perplexity of each bank over that of the best static model with as many heads, steps and
-    the same seed, minus one, with the interval of a paired bootstrap over sequences."""
+    """The perplexity of each bank over that of the best static model with the same number of heads
+    and steps and the same seed, minus one, with the interval of a paired bootstrap over
+    sequences."""
     rows = [row for row in rows if "losses" in row and row["method"] != "dense"]
     for row in rows:
         key = [row[name] for name in ("seed", "keep", "steps")]
