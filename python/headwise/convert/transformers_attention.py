@@ -33,7 +33,6 @@ from headwise.convert.masks import complete, for_each_sequence
 from headwise.convert.older_versions import make_mask, register_mask
 from headwise.convert.parameters import in_the_mode_of, remade
 from headwise.convert.registry import Architecture
-from headwise.gates.linears import check_read
 from headwise.nn.layers import carry_hooks
 from headwise.nn.multihead_attention import MultiheadAttention
 from headwise.nn.proof import Draw, Trial
@@ -110,7 +109,7 @@ def attend(
     while not isinstance(layer, MultiheadAttention):  # it is wrapped by an adapter
         layer = layer.base_layer
     if layer is mha:  # without a gate, torch's own code runs, which does not check this
-        check_read("out_proj", layer.out_proj)
+        layer.check_projections()
     key_padding_mask, attn_mask = split_masks(layer, attention_mask, hidden_states)
     return mha(
         hidden_states,

@@ -7,6 +7,7 @@ from headwise.nn.intervention import example_losses
 from headwise.nn.key_value_cache import KeyValueCache
 from headwise.nn.layers import attention_layers, head_groups
 from headwise.nn.multihead_attention import MultiheadAttention
+from headwise.nn.split_attention import split_projections
 from headwise.nn.visibility import gates_see
 
 __all__ = [
@@ -23,4 +24,5 @@ __all__ = [
     "head_groups",
     "instrument",
     "scaled_heads",
+    "split_projections",
 ]

@@ -145,6 +145,11 @@ class AttentionLayer(_Module, metaclass=abc.ABCMeta):
     def bound(self, gate: Gate) -> Gate:
         """A new gate of the configuration of ``gate``, for a layer of these sizes."""
         parameter = self.output_projection.weight
+        if not isinstance(parameter, Tensor):  # a method of quantized layers
+            raise TypeError(
+                f"gate must be set before the layer is quantized: its output projection is a "
+                f"{type(self.output_projection).__name__}"
+            )
         like = {"device": parameter.device, "dtype": parameter.dtype}
         if isinstance(gate, GroupGate):
             return gate.bind_groups(self.embed_dim, self.head_groups, **like)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from headwise.nn.attention_inputs import check_sizes
 from headwise.nn.attention_layer import AttentionLayer
@@ -103,6 +104,7 @@ def is_own(linear: nn.Module) -> bool:
     """Whether calling the module only multiplies by its weight and adds its bias."""
     return (
         type(linear) is nn.Linear
+        and not is_traceable_wrapper_subclass(linear.weight)  # quantized by torchao
         and not forward_replaced(linear)
         and not (linear._forward_hooks or linear._forward_pre_hooks)
         and not (linear._backward_hooks or linear._backward_pre_hooks)

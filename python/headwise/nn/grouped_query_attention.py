@@ -33,6 +33,7 @@ from headwise.nn.decoder_inputs import (
     set_parameter,
 )
 from headwise.nn.key_value_cache import KeyValueCache, LayerCache
+from headwise.nn.visible_keys import attend_every_head
 
 _ops = torch.ops.headwise
 
@@ -542,7 +543,7 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
         if even and length == 1 and masks.same_for_all_heads:
             # One query: the heads of a group are the rows of one product with its keys.
             rows = q.reshape(batch, shared, heads // shared, width)
-            context = _ops.dense_attention(rows, k, v, *masks, self._dropout(), self.scale)
+            context = attend_every_head(rows, k, v, *masks, self._dropout(), self.scale)
             return context.reshape(batch, heads, 1, width)
         if even and masks.key_padding_mask is None and masks.attn_mask is None:
             return F.scaled_dot_product_attention(
@@ -555,7 +556,7 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
                 enable_gqa=True,
             )
         k, v = self._for_each_head(k), self._for_each_head(v)
-        return _ops.dense_attention(q, k, v, *masks, self._dropout(), self.scale)
+        return attend_every_head(q, k, v, *masks, self._dropout(), self.scale)
 
     def _attend_chosen(
         self,

@@ -19,6 +19,7 @@ from headwise.gates.selection import Selection
 from headwise.gates.threshold import HeadInputs
 from headwise.nn.attention_inputs import AttentionInputs, canonical_inputs, check_sizes
 from headwise.nn.attention_layer import AttentionLayer, AttentionProbe
+from headwise.nn.visible_keys import attend_every_head
 
 if TYPE_CHECKING:
     from headwise._C import LayerPlan
@@ -188,6 +189,10 @@ class MultiheadAttention(AttentionLayer, nn.MultiheadAttention):
             setattr(module, name.rpartition(".")[2], new)
         return smaller.train(self.training)
 
+    def check_projections(self) -> None:
+        """Raises TypeError if a projection whose weight is read computes more than its weight."""
+        check_read("out_proj", self.out_proj)
+
     @property
     def _is_plain(self) -> bool:
         """Whether torch's own module computes the same thing."""
@@ -301,7 +306,7 @@ class MultiheadAttention(AttentionLayer, nn.MultiheadAttention):
                 average_attn_weights=average_attn_weights,
                 is_causal=is_causal,
             )
-        check_read("out_proj", self.out_proj)
+        self.check_projections()
         if query.is_nested:
             return self._forward_nested(query, key, value, key_padding_mask, attn_mask)
 
@@ -312,9 +317,7 @@ class MultiheadAttention(AttentionLayer, nn.MultiheadAttention):
             output = self._run_all(inputs, selection, heads)
         elif gate.attends:
             context = gate.attend(heads, values)  # [B, H, L, d]
-            output = _ops.combine_heads(
-                context, selection.weight, self.out_proj.weight, self.out_proj.bias
-            )
+            output = self._combine(context, selection.weight)
         elif gate.projects:
             output = self._run_bank(gate, inputs, selection)  # [B, L, D]
         else:
@@ -394,7 +397,7 @@ class MultiheadAttention(AttentionLayer, nn.MultiheadAttention):
         if gate is not None and gate.attends:
             context = gate.attend(heads, v)  # [B, H, L, d]
         else:
-            context = _ops.dense_attention(
+            context = attend_every_head(
                 q,
                 k,
                 v,
@@ -421,6 +424,10 @@ class MultiheadAttention(AttentionLayer, nn.MultiheadAttention):
             self._probe(self, probe)
         if gate is not None and gate.projects:
             return gate.project(context, selection)
+        return self._combine(context, weight)
+
+    def _combine(self, context: Tensor, weight: Tensor | None) -> Tensor:
+        """[B, H, L, d] -> [B, L, D]"""
         return _ops.combine_heads(context, weight, self.out_proj.weight, self.out_proj.bias)
 
     def _run_bank(self, gate: Gate, inputs: AttentionInputs, selection: Selection) -> Tensor:
