@@ -18,6 +18,8 @@ from headwise.pruning.plans import HeadPlan
 
 __all__ = ["model_card", "write_card"]
 
+CARD = "README.md"
+
 
 def model_card(
     model: nn.Module,
@@ -101,7 +103,7 @@ def write_card(dir: str | os.PathLike, model: nn.Module, **about: Any) -> None:
             'import headwise as hw\n\nmodel = hw.load("PATH")',
             f'from transformers import {kind}\n\nmodel = {kind}.from_pretrained("PATH")',
         )
-    write_atomic(folder / "README.md", text)
+    write_atomic(folder / CARD, text)
 
 
 def _text(value: str) -> str:

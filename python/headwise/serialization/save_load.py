@@ -32,6 +32,7 @@ from headwise.nn.layers import attention_layers, carry_hooks, replace_module
 from headwise.nn.multihead_attention import MultiheadAttention
 from headwise.pruning.structured.fitting import check_document, describe_structure, fit_structure
 from headwise.pruning.structured.masks import masks_of
+from headwise.serialization.card import CARD, model_card
 from headwise.serialization.meta_device import materialise
 
 __all__ = ["load", "save"]
@@ -138,7 +139,13 @@ def _may_replace(folder: Path) -> bool:
     return (folder / DESCRIPTION).is_file() or not any(folder.iterdir())
 
 
-def save(model: nn.Module, dir: str | os.PathLike, *, tokenizer: Any = None) -> None:
+def save(
+    model: nn.Module,
+    dir: str | os.PathLike,
+    *,
+    tokenizer: Any = None,
+    card: Mapping[str, Any] | None = None,
+) -> None:
     """Writes ``model`` to the folder ``dir``: ``headwise.json`` and ``model.safetensors``.
 
     Everything is written next to ``dir`` and moved into place in one step, so a reader of ``dir``
@@ -156,9 +163,13 @@ def save(model: nn.Module, dir: str | os.PathLike, *, tokenizer: Any = None) -> 
             other module, :func:`load` needs ``model=``.
         dir: the folder.
         tokenizer: a tokenizer of transformers to save in the folder too.
+        card: options of :func:`headwise.serialization.model_card` (``{}``, ``{"plan": plan,
+            "metrics": {"accuracy": 0.82}}``): a ``README.md`` with the heads of each layer, the
+            method and the plan. None: no card is written, and one that is there is kept.
 
     Raises:
-        ValueError: ``model`` has no converted layer, or ``dir`` is something else.
+        ValueError: ``model`` has no converted layer, ``dir`` is something else, or a metric of the
+            card is not a number.
         OSError: it cannot be written; nothing is left behind.
     """
     layers = attention_layers(model)
@@ -174,12 +185,15 @@ def save(model: nn.Module, dir: str | os.PathLike, *, tokenizer: Any = None) -> 
         )
     tensors, aliases = _unique_tensors(model)
     text = _described(model, aliases)
+    readme = None if card is None else model_card(model, **card)
     sharded = any(map(_is_sharded, model.parameters()))
     try:
         if not sharded or torch.distributed.get_rank() == 0:
             with _written_whole(Path(os.path.abspath(dir))) as folder:
                 save_safetensors(folder / WEIGHTS, tensors)
                 write_atomic(folder / DESCRIPTION, text)
+                if readme is not None:
+                    write_atomic(folder / CARD, readme)
                 if tokenizer is not None:
                     tokenizer.save_pretrained(folder)
     finally:

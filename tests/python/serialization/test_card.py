@@ -39,6 +39,21 @@ def test_a_card_of_gates_and_of_a_folder_of_transformers(tmp_path):
     assert 'LlamaForCausalLM.from_pretrained("PATH")' in text
 
 
+def test_save_writes_a_card_with_the_model(tmp_path):
+    model = hw.convert(bert("BertModel"))
+    plan = make_plan(model, [[0, 2], [3]], scaled=False)
+    small = hw.prune(model, plan)
+    hw.save(small, tmp_path / "m", card={"plan": plan, "metrics": {"accuracy": 0.5}})
+    text = (tmp_path / "m" / "README.md").read_text()
+    assert text == model_card(small, plan=plan, metrics={"accuracy": 0.5})
+    assert "3 of 8 attention heads are left." in text and "| accuracy | 0.5 |" in text
+    hw.save(small, tmp_path / "m")  # a card that is there is kept
+    assert (tmp_path / "m" / "README.md").read_text() == text
+    with pytest.raises(ValueError, match="metrics must map names to numbers"):
+        hw.save(small, tmp_path / "n", card={"metrics": {"accuracy": "good"}})
+    assert not (tmp_path / "n").exists()
+
+
 def test_names_cannot_break_the_table():
     model = hw.convert(bert("BertModel"))
     text = model_card(model, metrics={"a|b<script>`\x1b": 1}, base_model='x"\n---')
