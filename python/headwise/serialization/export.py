@@ -1,4 +1,4 @@
-"""Models as programs that need nothing of headwise: for ONNX, ExecuTorch and other runtimes.
+"""Models as programs that need nothing of headwise: for ONNX and other runtimes.
 
 Such runtimes have no operators that run only some heads. A gate's choice is still computed, and
 every head multiplied by its weight: the numbers are those of the model, the cost is that of all
