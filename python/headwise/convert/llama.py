@@ -1,8 +1,7 @@
 """Llama of transformers version 5, and the decoders whose attention is the same code under another
 name: with a sliding window (Mistral, Mixtral, Qwen2), with norms of queries and keys (Qwen3,
-Gemma 3), with another scale (Granite, Gemma 2 without its soft cap), with layers that do not rotate
-(SmolLM3), or unchanged (Arcee, Gemma, Jais2, Qwen2-MoE and others). EuroBERT is an encoder of that
-code.
+Gemma 3), with another scale (Granite), with layers that do not rotate (SmolLM3), or unchanged
+(Arcee, Gemma, Jais2, Qwen2-MoE and others). EuroBERT is an encoder of that code.
 
 ``LlamaAttention`` is replaced by a :class:`headwise.GroupedQueryAttention` with the same call and
 the same names of projections.
@@ -30,7 +29,7 @@ class Llama(TransformersProjected):
     name = "transformers Llama"
     stand_in = staticmethod(selected)
     children: tuple[str, ...] = ("q_norm", "k_norm")
-    attributes = ("config", "is_causal", "layer_idx")
+    attributes: tuple[str, ...] = ("config", "is_causal", "layer_idx")
 
     def sizes(self, module: nn.Module) -> dict[str, Any]:
         return {
@@ -40,14 +39,6 @@ class Llama(TransformersProjected):
             "dropout": module.attention_dropout,
             "scale": module.scaling,
         }
-
-    def refusal(self, module: nn.Module) -> str | None:
-        if getattr(module, "attn_logit_softcapping", None) is not None:
-            return (
-                "its scores have a soft cap (config.attn_logit_softcapping), which no kernel of "
-                "headwise computes"
-            )
-        return super().refusal(module)
 
     def rotates(self, module: nn.Module) -> bool:
         return True

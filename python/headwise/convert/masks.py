@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from headwise.nn.decoder_inputs import with_bias
+
 
 class Call(NamedTuple):
     """The masks of a call, as the layer takes them."""
@@ -18,12 +20,7 @@ class Call(NamedTuple):
 
     def with_bias(self, bias: Tensor) -> Call:
         """With ``bias [B or 1, H, L, S]`` added to the scores."""
-        mask = self.attn_mask
-        if mask is not None:
-            bias = (
-                bias.masked_fill(mask, float("-inf")) if mask.dtype == torch.bool else bias + mask
-            )
-        return self._replace(attn_mask=bias)
+        return self._replace(attn_mask=with_bias(self.attn_mask, bias))
 
 
 def split(

@@ -1,12 +1,12 @@
 """Decoders with Llama's attention and a rotary embedding of neighbours, feature 2i with feature
-2i + 1: GLM, GLM-4 and Cohere of transformers version 5. They rotate by their own function.
+2i + 1: GLM and GLM-4 of transformers version 5. They rotate by their own function.
 """
 
 from __future__ import annotations
 
 import sys
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from headwise.convert.decoder import SelectedDecoderAttention
 from headwise.convert.llama import Llama
@@ -29,12 +29,7 @@ selected, __getattr__ = stand_ins(__name__, SelectedNeighbourAttention)
 class Neighbours(Llama):
     name = "transformers GLM"
     stand_in = staticmethod(selected)
-    children = ()
-
-    def refusal(self, module: nn.Module) -> str | None:
-        if getattr(module, "use_qk_norm", False):
-            return "its queries and keys have norms with weights for each head (use_qk_norm)"
-        return super().refusal(module)
+    children: tuple[str, ...] = ()
 
 
 ARCHITECTURE = Neighbours()

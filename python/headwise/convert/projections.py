@@ -86,7 +86,7 @@ class ProjectedStandIn(GroupedQueryAttention):
     def __init__(self, original: nn.Module, sizes: Mapping[str, Any], **factory: Any):
         super().__init__(**sizes, **factory)
         for name, value in vars(original).items():  # config, layer_idx, is_causal, scaling, ...
-            if not name.startswith("_") and name not in (*self.__dict__, "forward"):
+            if not name.startswith("_") and name not in (*self.__dict__, *self._modules, "forward"):
                 setattr(self, name, value)
 
     def __getattr__(self, name: str) -> Any:
@@ -145,6 +145,11 @@ class Projected(Architecture):
             "scale": module.scaling,
         }
 
+    def widths(self, sizes: Mapping[str, int]) -> list[int]:
+        """The outputs of the projections to queries, keys and values."""
+        heads, groups = sizes["num_heads"], sizes["num_key_value_heads"]
+        return [heads * sizes["head_dim"], *[groups * sizes["head_dim"]] * 2]
+
     def successor(self, module: nn.Module, sizes: Mapping[str, Any]) -> ProjectedStandIn:
         """The replacement of ``module``, on the meta device, with empty projections."""
         raise NotImplementedError
@@ -179,7 +184,7 @@ class Projected(Architecture):
         if groups <= 0 or heads % groups:
             yield f"its {groups} key/value heads do not divide its {heads} query heads"
         *inputs, output = linears.values()
-        rows = [heads * width, groups * width, groups * width]
+        rows = self.widths(sizes)
         if [own.out_features for own in inputs] != (rows if len(inputs) == 3 else [sum(rows)]):
             yield f"its projections are not as wide as whole heads of {width}"
         if output.in_features != heads * width:

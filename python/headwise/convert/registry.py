@@ -64,16 +64,19 @@ _FILES = {
         "siglip.Siglip",
         "siglip2.Siglip2",
     ),
+    **_of_transformers("cohere", "cohere.Cohere", "cohere2.Cohere2"),
+    **_of_transformers("detr", "detr.DetrCross", "detr.DetrSelf"),
     **_of_transformers("distilbert", "distilbert.DistilBert", suffix="SelfAttention"),
+    **_of_transformers("gemma2", "gemma2.Gemma2"),
     **_of_transformers("gpt2", "gpt2.GPT2"),
     **_of_transformers("gpt_neox", "gpt_neox.GPTNeoX"),
+    **_of_transformers("gpt_oss", "gpt_oss.GptOss"),
     **_of_transformers(
         "llama",
         "arcee.Arcee",
         "dots1.Dots1",
         "eurobert.EuroBert",
         "gemma.Gemma",
-        "gemma2.Gemma2",
         "gemma3.Gemma3",
         "granite.Granite",
         "granitemoe.GraniteMoe",
@@ -93,9 +96,11 @@ _FILES = {
     ),
     **_of_transformers("modernbert", "modernbert.ModernBert"),
     **_of_transformers("mpnet", "mpnet.MPNet", suffix="SelfAttention"),
-    **_of_transformers("neighbours", "cohere.Cohere", "glm.Glm", "glm4.Glm4"),
+    **_of_transformers("neighbours", "glm.Glm", "glm4.Glm4"),
+    **_of_transformers("olmo2", "olmo2.Olmo2", "olmo3.Olmo3"),
     **_of_transformers("opt", "opt.OPT"),
     **_of_transformers("phi3", "phi3.Phi3"),
+    **_of_transformers("qwen3_next", "qwen3_next.Qwen3Next"),
     **_of_transformers("t5", "mt5.MT5", "t5.T5"),
     **_of_transformers(
         "vit",
@@ -119,12 +124,26 @@ _FILES = {
         "unispeech_sat.UniSpeechSat",
         "wav2vec2.Wav2Vec2",
     ),
+    **dict.fromkeys(
+        (
+            "timm.layers.attention.Attention",
+            "timm.layers.attention.AttentionRope",
+            "timm.models.beit.Attention",
+            "timm.models.eva.EvaAttention",
+        ),
+        "headwise.convert.timm_attention",
+    ),
+    **_of_transformers("wavlm", "wavlm.WavLM"),
 }
 
-_HEADS_TOGETHER = "it normalises queries and keys over all heads at once: no head can go alone"
-_DISENTANGLED = "its scores have separate terms for relative positions (disentangled attention)"
-_WINDOWS = "it attends within windows, each a row of its batch: a gate would not see a whole image"
-_GATED = "it multiplies the outputs of its heads by its own gates"
+_DISENTANGLED = (
+    "its scores have separate terms for relative positions (disentangled attention), which no "
+    "kernel of headwise computes: use an encoder without them, such as RoBERTa or ModernBERT"
+)
+_WINDOWS = (
+    "it attends within windows, each a row of its batch, so that a gate would choose heads by "
+    "window and not by image: use a model that attends to whole images, such as ViT or DINOv2"
+)
 
 # Class of attention that is known and not converted -> why.
 REFUSED = {
@@ -132,13 +151,8 @@ REFUSED = {
     for folder, name, reason in (
         ("deberta", "DisentangledSelfAttention", _DISENTANGLED),
         ("deberta_v2", "DisentangledSelfAttention", _DISENTANGLED),
-        ("gpt_oss", "GptOssAttention", "its softmax has a learned sink for each head"),
-        ("olmo2", "Olmo2Attention", _HEADS_TOGETHER),
-        ("olmo3", "Olmo3Attention", _HEADS_TOGETHER),
-        ("qwen3_next", "Qwen3NextAttention", _GATED),
         ("swin", "SwinAttention", _WINDOWS),
         ("swin", "SwinSelfAttention", _WINDOWS),  # of older versions
-        ("wavlm", "WavLMAttention", "its position bias is gated by the layer's input"),
     )
 }
 _REGISTERED: dict[str, Architecture] = {}

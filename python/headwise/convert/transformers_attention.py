@@ -96,9 +96,11 @@ def attend(
     hidden_states: Tensor,  # [B, L, D]
     attention_mask: Tensor | None,
     options: dict[str, Any],
+    key: Tensor | None = None,
+    value: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Self-attention with the masks of transformers -> [B, L, D] and, if asked for, the attention
-    weights."""
+    """Attention with the masks of transformers -> [B, L, D] and, if asked for, the attention
+    weights; ``key`` and ``value`` [B, S, D] are by default ``hidden_states``."""
     check_arguments(stand_in, options)
     if options.get("is_causal"):
         raise ValueError(
@@ -113,8 +115,8 @@ def attend(
     key_padding_mask, attn_mask = split_masks(layer, attention_mask, hidden_states)
     return mha(
         hidden_states,
-        hidden_states,
-        hidden_states,
+        hidden_states if key is None else key,
+        hidden_states if value is None else value,
         key_padding_mask=key_padding_mask,
         need_weights=wants_maps(stand_in.config, options),
         attn_mask=attn_mask,
@@ -125,8 +127,8 @@ def attend(
 def split_masks(
     mha: MultiheadAttention, mask: Tensor | None, x: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """key_padding_mask [B, L] and attn_mask [B * H, L, L], as ``mha`` takes them for x [B, L, D];
-    ``mask`` [B or 1, L] or [B or 1, H or 1, L or 1, L]."""
+    """key_padding_mask [B, S] and attn_mask [B * H, L, S], as ``mha`` takes them for x [B, L, D];
+    ``mask`` [B or 1, S] or [B or 1, H or 1, L or 1, S]."""
     if mask is None:
         return None, None
     mask = for_each_sequence(mask, x)
@@ -333,7 +335,12 @@ def use_plain_implementation(module: nn.Module) -> None:
     """Lets a temporary module compute attention on any device, in any dtype."""
     for part in module.modules():
         config = vars(part).get("config")
-        if config is not None and config._attn_implementation not in ("eager", "sdpa"):
+        if config is None:
+            continue
+        known = ["sdpa", "eager"]
+        if getattr(part, "attn_logit_softcapping", None) is not None or hasattr(part, "sinks"):
+            known = ["eager"]  # "sdpa" leaves them out
+        if config._attn_implementation not in known:
             own = copy.deepcopy(config)
-            own._attn_implementation = "sdpa"
+            own._attn_implementation = known[0]
             vars(part)["config"] = own

@@ -63,6 +63,31 @@ def align(
     return Masks(key_padding_mask, attn_mask, False)
 
 
+def with_bias(mask: Tensor | None, bias: Tensor) -> Tensor:
+    """A boolean (True = may not attend) or floating mask, with ``bias`` added to the scores."""
+    if mask is None:
+        return bias
+    return bias.masked_fill(mask, float("-inf")) if mask.dtype == torch.bool else bias + mask
+
+
+def with_added_keys(
+    masks: Masks, length: int, keys: int, added: int, device: torch.device
+) -> Masks:
+    """Masks of :func:`align` that also cover the last ``added`` of ``keys`` keys, which all queries
+    see."""
+    if added == 0:
+        return masks
+    padding, mask, is_causal = masks
+    if is_causal:  # and then there is no mask
+        mask = torch.ones(length, keys - added, dtype=torch.bool, device=device).triu(1)
+    pad = torch.nn.functional.pad
+    if padding is not None:
+        padding = pad(padding, (0, added))
+    if mask is not None:
+        mask = pad(mask.expand(*mask.shape[:-1], keys - added), (0, added))
+    return Masks(padding, mask, False)
+
+
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding of [B, H, L, d] by cos and sin [B or 1, L, r], r <= d."""
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # [B or 1, 1, L, r]
@@ -70,6 +95,16 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     turned = heads if width == heads.size(-1) else heads[..., :width]
     first, second = turned.chunk(2, dim=-1)
     turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
+    return turned if width == heads.size(-1) else torch.cat((turned, heads[..., width:]), dim=-1)
+
+
+def rotate_neighbours(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As :func:`rotate`, feature 2i with feature 2i + 1."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # [B or 1, 1, L, r]
+    width = cos.size(-1)
+    turned = heads[..., :width]
+    swapped = torch.stack((-turned[..., 1::2], turned[..., ::2]), dim=-1).flatten(-2)
+    turned = turned * cos + swapped * sin
     return turned if width == heads.size(-1) else torch.cat((turned, heads[..., width:]), dim=-1)
 
 

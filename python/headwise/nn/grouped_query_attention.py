@@ -31,6 +31,7 @@ from headwise.nn.decoder_inputs import (
     linear,
     rotate,
     set_parameter,
+    with_added_keys,
 )
 from headwise.nn.key_value_cache import KeyValueCache, LayerCache
 from headwise.nn.visible_keys import attend_every_head
@@ -206,6 +207,10 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
                 getattr(made, name).bias = None
         return made
 
+    def _share_norms(self, other: GroupedQueryAttention) -> None:
+        """Gives a layer with other numbers of heads the norms of this one."""
+        other.q_norm, other.k_norm = self.q_norm, self.k_norm
+
     def fitted(self, described: Mapping[str, Any], name: str = "") -> GroupedQueryAttention:
         fixed = ("embed_dim", "head_dim", "bias", "scale", "qk_norm_eps")
         self._check_same(described, fixed, name)
@@ -213,7 +218,7 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
             return self
         weight = self.o_proj.weight
         fitted = self._alike(described, device=weight.device, dtype=weight.dtype)
-        fitted.q_norm, fitted.k_norm = self.q_norm, self.k_norm
+        self._share_norms(fitted)
         return fitted.train(self.training)
 
     def pruned(self, entry: LayerPlan) -> GroupedQueryAttention:
@@ -229,7 +234,7 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
             "key_value_heads": [kept.index(groups[head]) for head in entry.heads],
         }
         smaller = self._alike(sizes, device="meta")
-        smaller.q_norm, smaller.k_norm = self.q_norm, self.k_norm
+        self._share_norms(smaller)
         smaller._set_place(self.o_proj.weight.device)
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             check_read(name, getattr(self, name))
@@ -376,14 +381,16 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
         masks = align(
             key_padding_mask, attn_mask, is_causal, length, k.size(2), self.sliding_window, x.device
         )
+        q, k, v, masks = self._scored(q, k, v, masks, chosen, slots)
 
         weight = None if selection is None else selection.weight
         if chosen is None:
-            context = self._attend(q, k, v, masks)  # [B, H, L, d]
+            context = self._filtered(self._attend(q, k, v, masks), x, None)  # [B, H, L, d]
             if self._probe is not None and not recomputing():
                 self._show(q, k, v, context, weight, masks, padding, memory is None)
         else:
             context = self._attend_chosen(q, k, v, chosen, masks, slots)
+            context = self._filtered(context, x, chosen)
         if bank is not None:
             output = bank.project(context, selection)
         elif chosen is None:
@@ -513,6 +520,24 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
     ) -> tuple[Tensor, Tensor]:
         return rotate(q, *position_embeddings), rotate(k, *position_embeddings)
 
+    def _scored(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        masks: Masks,
+        chosen: Selection | None,
+        slots: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Masks]:
+        """What the operators get: here as it is. A subclass whose scores are more than scaled
+        products changes masks, or adds features and :attr:`_added_keys` keys, which masks do not
+        cover."""
+        return q, k, v, masks
+
+    def _filtered(self, context: Tensor, x: Tensor, chosen: Selection | None) -> Tensor:
+        """What becomes of the heads' outputs [B, H, L, d] before the output projection."""
+        return context
+
     def _cached(self, cache: LayerCache, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if self.num_key_value_heads > 0:
             return cache.update(k, v)
@@ -539,13 +564,13 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
         """Every head: [B, H, L, d]."""
         batch, heads, length, width = q.shape
         shared = self.num_key_value_heads
-        even = self.key_value_heads is None and heads != shared
+        even, added = self.key_value_heads is None and heads != shared, self._added_keys
         if even and length == 1 and masks.same_for_all_heads:
             # One query: the heads of a group are the rows of one product with its keys.
             rows = q.reshape(batch, shared, heads // shared, width)
-            context = attend_every_head(rows, k, v, *masks, self._dropout(), self.scale)
-            return context.reshape(batch, heads, 1, width)
-        if even and masks.key_padding_mask is None and masks.attn_mask is None:
+            context = attend_every_head(rows, k, v, *masks, self._dropout(), self.scale, added)
+            return context.reshape(batch, heads, 1, v.size(3))
+        if even and masks.key_padding_mask is None and masks.attn_mask is None and added == 0:
             return F.scaled_dot_product_attention(
                 q,
                 k,
@@ -556,7 +581,7 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
                 enable_gqa=True,
             )
         k, v = self._for_each_head(k), self._for_each_head(v)
-        return attend_every_head(q, k, v, *masks, self._dropout(), self.scale)
+        return attend_every_head(q, k, v, *masks, self._dropout(), self.scale, added)
 
     def _attend_chosen(
         self,
@@ -583,6 +608,7 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
                 own = masks.attn_mask.expand(q.size(0), self.num_heads, -1, -1)
                 own = take(own.unflatten(1, (-1, each)), slots).flatten(1, 2)
                 masks = masks._replace(attn_mask=own)
+        masks = with_added_keys(masks, q.size(2), k.size(2), self._added_keys, q.device)
         dropout, seed = self._dropout(), None
         if dropout > 0.0:
             seed = torch.randint(2**63 - 1, (1,), device=q.device)
@@ -627,14 +653,14 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
     ) -> None:
         """Passes the probe what every head computed."""
         k, v = self._for_each_head(k), self._for_each_head(v)
-        q = q * (self.scale * math.sqrt(self.head_dim))  # what the default scale makes the scores
+        q = q * (self.scale * math.sqrt(q.size(3)))  # what the default scale makes the scores
         probe = AttentionProbe(q, k, v, context, weight, *masks, padding, self_attention)
         self._probe(self, probe)
 
     def _weights(self, q: Tensor, k: Tensor, selection: Selection | None, masks: Masks) -> Tensor:
         """[B, H, L, S], zeros for the heads that did not run."""
         k = self._for_each_head(k)
-        weights = _ops.attention_probabilities(q, k, *masks, self.scale)
+        weights = _ops.attention_probabilities(q, k, *masks, self.scale, self._added_keys)
         if selection is None:
             return weights
         ran = _ops.selection_mask(selection.index, selection.count, weights.dtype)  # [B, H]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from headwise.convert.registry import supported_classes
 from support.architectures import HEADS
-from support.families import FAMILIES, THREE, seq2seq, t5, table
+from support.families import FAMILIES, THREE, FirstHalf, generate, seq2seq, t5, table
 from support.structures import make_plan
 
 transformers = pytest.importorskip("transformers")
@@ -28,22 +28,13 @@ def row(request):
     torch.manual_seed(0)
     if request.param == "ModernBert" and VERSION < (5, 1):
         pytest.skip("before transformers 5.1 ModernBERT has attention of another layout")
+    if request.param in ("Detr", "Qwen3Next") and VERSION < (5, 6):
+        pytest.skip("in older versions it has attention of another layout, or another cache")
     return FAMILIES[request.param]
 
 
 def close(actual, expected, tolerance=1e-5):
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
-
-
-def prompts(inputs):
-    return {name: value for name, value in inputs.items() if not name.startswith("decoder")}
-
-
-def generate(model, inputs, tokens=6, **options):
-    options = {"do_sample": False, "num_beams": 1, **options}
-    return model.generate(
-        **prompts(inputs), max_new_tokens=tokens, min_new_tokens=tokens, **options
-    )
 
 
 def gradients(model, output):
@@ -65,6 +56,9 @@ def test_outputs_and_gradients_equal_the_original(row):
         found = gradients(model, output)
         assert len(wanted.keys() & found.keys()) > len(wanted) // 3
         for name in wanted.keys() & found.keys():
+            if found[name].shape != wanted[name].shape:  # Qwen3-Next's queries and gates are apart
+                assert name.endswith("q_proj.weight")
+                continue
             close(found[name], wanted[name], 2e-4 if OLDER else 1e-4)
         with torch.no_grad():
             close(row.run(model, inputs), expected, 1e-4)
@@ -183,6 +177,8 @@ def test_attention_maps_are_collected(row):
                 valid = ~padding
             else:
                 valid = torch.ones(a.shape[:2], dtype=torch.bool)
+            if row.mean_maps:
+                a = a.mean(2, keepdim=True).expand_as(e)
             if "text_model_output" in name and "attention_mask" in inputs:
                 valid = inputs["attention_mask"].bool()
             close(a[valid], e[valid], 1e-4)
@@ -198,6 +194,8 @@ CACHES = {
 
 @pytest.mark.parametrize("name", GENERATING)
 def test_generation_gives_the_same_tokens(name):
+    if name == "Qwen3Next" and VERSION < (5, 6):
+        pytest.skip("in older versions it has a cache of its own")
     torch.manual_seed(1)
     row = FAMILIES[name]
     original, inputs = row.build(), row.inputs()
@@ -209,20 +207,6 @@ def test_generation_gives_the_same_tokens(name):
 
 
 # --- encoders and decoders ------------------------------------------------------------------------
-
-
-class FirstHalf(hw.Gate):
-    """Half of the heads, which half depends on what the gate sees."""
-
-    def __init__(self, execution="selected", embed_dim=None, num_heads=None, **factory):
-        super().__init__({}, execution=execution, embed_dim=embed_dim, num_heads=num_heads)
-
-    def forward(self, x, key_padding_mask=None):
-        mean = torch.ops.headwise.masked_mean(x, key_padding_mask)  # [B, D]
-        first = (mean[:, :1] > mean[:, 1:2]).to(x.dtype)  # [B, 1]
-        even = (torch.arange(self.num_heads) % 2).to(x.dtype)
-        weight = first * even + (1 - first) * (1 - even)
-        return hw.Selection(*torch.ops.headwise.select_nonzero(weight), weight)
 
 
 @pytest.mark.parametrize("name", ["Bart", "T5", "Whisper"])
@@ -341,16 +325,9 @@ SMALL = {
     "pad_token_id": 0,
 }
 REFUSED = {
-    "DebertaV2": ({}, "disentangled attention"),
-    "Olmo2": ({}, "normalises queries and keys over all heads at once"),
-    "GptOss": ({"num_key_value_heads": 2, "num_local_experts": 2}, "a learned sink"),
-    "Gemma2": ({"num_key_value_heads": 2}, "scores have a soft cap"),
-    "Cohere": ({"use_qk_norm": True}, "norms with weights for each head"),
-    "WavLM": ({"conv_dim": (8,), "conv_stride": (2,), "conv_kernel": (3,),
-               "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2},
-              "position bias is gated"),
+    "DebertaV2": ({}, "disentangled attention.*: use an encoder without them"),
     "Swin": ({"image_size": 8, "patch_size": 2, "embed_dim": 8, "depths": [1], "num_heads": [2],
-              "window_size": 2}, "attends within windows"),
+              "window_size": 2}, "within windows.*: use a model that attends to whole images"),
 }  # fmt: skip
 
 

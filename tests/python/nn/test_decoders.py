@@ -293,7 +293,7 @@ def _code(function):
 
 def test_the_family_has_the_attention_of_llama():
     # The others differ, and have the tests of tests/python/convert/test_families.py.
-    assert set(llama_family.FAMILY) - set(FAMILY) == {"Gemma2", "Gemma3", "SmolLM3"}
+    assert set(llama_family.FAMILY) - set(FAMILY) == {"Gemma3", "SmolLM3"}
     assert set(FAMILY) - set(INSTALLED) <= {"EuroBert", "HyperCLOVAX"}
     llama = importlib.import_module(llama_family.FAMILY["Llama"])
     for prefix in INSTALLED:

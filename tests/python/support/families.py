@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import headwise as hw
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +30,7 @@ class Family:
         layers: how many attention layers it has.
         generates: whether ``generate`` takes the same arguments.
         maps: the outputs that are attention maps.
+        mean_maps: the original gives each head the mean of all.
     """
 
     models: str
@@ -38,6 +40,7 @@ class Family:
     layers: int
     generates: bool = False
     maps: tuple[str, ...] = ("attentions",)
+    mean_maps: bool = False
     #: Its padding, which is not compared.
     padding: Callable[[dict[str, Any]], Tensor | None] = field(default=lambda inputs: None)
 
@@ -238,6 +241,40 @@ def speech(prefix: str) -> nn.Module:
     )
 
 
+def wavlm() -> nn.Module:
+    model = speech("WavLM")
+    with torch.no_grad():  # a position bias of the size of the scores
+        for name, parameter in model.named_parameters():
+            if "rel_attn_embed" in name:
+                parameter.normal_()
+    return model
+
+
+def detr() -> nn.Module:
+    import transformers
+
+    layers = {name: value for name, value in SEQ2SEQ.items() if "er_" in name}
+    images = {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1]}
+    return made(
+        "Detr",
+        "ForObjectDetection",
+        **layers,
+        d_model=EMBED,
+        dropout=0.0,
+        num_queries=5,
+        num_labels=6,
+        use_timm_backbone=False,
+        use_pretrained_backbone=False,
+        backbone=None,
+        backbone_config=transformers.ResNetConfig(**images, out_features=["stage2"]),
+    )
+
+
+#: The second image is narrower than the first.
+IMAGES = torch.ones(2, 32, 32, dtype=torch.long)
+IMAGES[1, :, 20:] = 0
+
+
 def speech_inputs() -> dict[str, Any]:
     """Of lengths that come to seven, three and five frames."""
     return {
@@ -277,6 +314,21 @@ WHISPER = {
     "max_target_positions": 32,
     "begin_suppress_tokens": None,
     "suppress_tokens": None,
+}
+
+QWEN3_NEXT = {
+    "num_hidden_layers": 3,
+    "layer_types": ["full_attention", "linear_attention", "full_attention"],
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "num_experts": 2,
+    "num_experts_per_tok": 1,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
 }
 
 FAMILIES: dict[str, Family] = {
@@ -321,6 +373,22 @@ FAMILIES: dict[str, Family] = {
     "Hubert": _text_row(
         "HuBERT", "self", lambda: speech("Hubert"), inputs=speech_inputs, padding=speech_padding
     ),
+    "WavLM": _text_row(
+        "WavLM",
+        "self; gated relative position bias",
+        wavlm,
+        inputs=speech_inputs,
+        padding=speech_padding,
+        mean_maps=True,
+    ),
+    "Detr": Family(
+        "DETR",
+        "encoder self, decoder self, cross; positions",
+        detr,
+        lambda: {"pixel_values": torch.randn(2, 3, 32, 32), "pixel_mask": IMAGES},
+        layers=6,
+        maps=THREE,
+    ),
     "CLIP": _text_row(
         "CLIP",
         "self of images; masked self of texts",
@@ -343,9 +411,11 @@ FAMILIES: dict[str, Family] = {
     "GPTNeoX": _decoder_row("GPT-NeoX, Pythia", "GPTNeoX", "rotary of a part", rotary_pct=0.5),
     "Phi3": _decoder_row("Phi-3", "Phi3", "grouped, rotary, window", num_key_value_heads=2,
                          sliding_window=4),
-    "Gemma2": _decoder_row("Gemma 2 without soft caps", "Gemma2",
-                           "grouped, rotary, alternating windows", num_key_value_heads=2,
-                           head_dim=8, attn_logit_softcapping=None, sliding_window=4),
+    "Gemma2": _decoder_row("Gemma 2", "Gemma2",
+                           "grouped, rotary, soft caps, alternating windows",
+                           num_key_value_heads=2, head_dim=8, attn_logit_softcapping=0.5,
+                           query_pre_attn_scalar=1,
+                           sliding_window=4, attn_implementation="eager"),
     "Gemma3": _text_row(
         "Gemma 3 (text)",
         "causal self; cache; grouped, rotary, norms, alternating windows",
@@ -359,9 +429,54 @@ FAMILIES: dict[str, Family] = {
                         num_key_value_heads=2, head_dim=8),
     "Glm4": _decoder_row("GLM-4", "Glm4", "grouped, rotary of neighbours",
                          num_key_value_heads=2, head_dim=8),
-    "Cohere": _decoder_row("Cohere without norms", "Cohere", "grouped, rotary of neighbours",
-                           num_key_value_heads=2),
+    "Cohere": _decoder_row("Cohere", "Cohere", "grouped, norms, rotary of neighbours",
+                           num_key_value_heads=2, use_qk_norm=True),
+    "Cohere2": _decoder_row("Cohere 2", "Cohere2",
+                            "grouped, windows, rotary of neighbours in layers with one",
+                            num_key_value_heads=2, head_dim=8, sliding_window=4,
+                            layer_types=["sliding_attention", "full_attention"]),
+    "Olmo2": _decoder_row("OLMo 2", "Olmo2", "grouped, rotary, norms over all heads",
+                          num_key_value_heads=2),
+    "Olmo3": _decoder_row("OLMo 3", "Olmo3", "grouped, rotary, norms over all heads, windows",
+                          num_key_value_heads=2, sliding_window=4,
+                          layer_types=["sliding_attention", "full_attention"]),
+    "GptOss": _decoder_row("gpt-oss", "GptOss", "grouped, rotary, sinks, alternating windows",
+                           num_key_value_heads=2, head_dim=8, sliding_window=4,
+                           num_local_experts=2, num_experts_per_tok=1),
+    "Qwen3Next": _text_row(
+        "Qwen3-Next",
+        "causal self; cache; grouped, rotary, norms, gated; linear attention stays",
+        lambda: text("Qwen3Next", "ForCausalLM", **QWEN3_NEXT),
+        inputs=decoder_inputs,
+        layers=2,
+        generates=True,
+    ),
 }  # fmt: skip
+
+
+def prompts(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in inputs.items() if not name.startswith("decoder")}
+
+
+def generate(model: Any, inputs: dict[str, Any], tokens: int = 6, **options: Any) -> Tensor:
+    options = {"do_sample": False, "num_beams": 1, **options}
+    return model.generate(
+        **prompts(inputs), max_new_tokens=tokens, min_new_tokens=tokens, **options
+    )
+
+
+class FirstHalf(hw.Gate):
+    """Half of the heads, which half depends on what the gate sees."""
+
+    def __init__(self, execution="selected", embed_dim=None, num_heads=None, **factory):
+        super().__init__({}, execution=execution, embed_dim=embed_dim, num_heads=num_heads)
+
+    def forward(self, x, key_padding_mask=None):
+        mean = torch.ops.headwise.masked_mean(x, key_padding_mask)  # [B, D]
+        first = (mean[:, :1] > mean[:, 1:2]).to(x.dtype)  # [B, 1]
+        even = (torch.arange(self.num_heads) % 2).to(x.dtype)
+        weight = first * even + (1 - first) * (1 - even)
+        return hw.Selection(*torch.ops.headwise.select_nonzero(weight), weight)
 
 
 def table() -> str:
