@@ -54,7 +54,8 @@ $(STAMPS)/python: tools/system_packages.sh
 	@touch $@
 
 $(V)/bin/headwise: Makefile | $(STAMPS)/python
-	@printf '#!%s\nimport sys\n\nfrom headwise.apps.cli import main\n\nsys.exit(main())\n' '$(CURDIR)/$(PY)' > $@
+	@printf '#!%s\nimport sys\n\nfrom headwise.apps.cli import main\n\nif __name__ == "__main__":  # a package may start processes that import this\n    sys.exit(main())\n' \
+	  '$(CURDIR)/$(PY)' > $@
 	@chmod +x $@
 
 # Every package is pinned in a lock file, with its hashes; VERSIONS takes the ranges instead.

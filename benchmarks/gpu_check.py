@@ -8,7 +8,8 @@
 A layer that runs k of H heads, its gate included, is timed beside the dense layer that has only k
 heads, beside the full dense layer, beside computing all heads and multiplying by a mask, and beside
 FlexAttention with a mask of heads (gpu_layer.py); then attention alone, decoding, and the gate
-(gpu_cases.py). Nothing is timed that has not passed its check.
+(gpu_cases.py); then the energy of a layer, if the package zeus can read the GPU's counter
+(gpu_energy.py). Nothing is timed that has not passed its check.
 
 Every row is a line of gpu_<device>.jsonl as soon as it is measured, and existing rows are not
 measured again: an interrupted run resumes where it ended. Cases run in a separate process, which is
@@ -38,8 +39,8 @@ import gpu_summary  # noqa: E402
 # The table that the benchmarks share. A rehearsal has heads that are copied 16 bytes at a time, and
 # heads that are not.
 TABLE = json.loads((ROOT / "python/headwise/apps/bench/cases.json").read_text())["gpu"]
-GROUPS = ("gate", "forward", "attention", "decode", "training", "flex")
-CASE_SECONDS = 120  # then it hangs
+GROUPS = ("gate", "forward", "attention", "decode", "training", "energy", "flex")
+CASE_SECONDS = 150  # then it hangs
 
 
 def cases(group, rehearse):
@@ -54,6 +55,8 @@ def cases(group, rehearse):
     if group == "decode":
         caches = TABLE["caches of a rehearsal" if rehearse else "caches"]
         return [f"decode B={b} keys={s}" for b, s in caches]
+    if group == "energy":
+        return [f"energy {shapes[0]} k={shapes[0][3] // 2}"]  # a minute and a half
     return ["bandwidth", "gate"]
 
 
@@ -101,13 +104,17 @@ def run_case(name, emit, timer, dtype):
 
     group, tolerance = name.split()[0], gpu_layer.TOLERANCE[dtype][0]
     rehearse = timer.machine.rehearsal
-    if group in ("forward", "training", "attention", "flex"):
+    if group in ("forward", "training", "attention", "energy", "flex"):
         shape = tuple(int(n) for n in name[name.index("(") + 1 : name.index(")")].split(","))
         k = int(name.rsplit("=", 1)[1])
     if group in ("forward", "training"):
         gpu_layer.case(emit, group, shape, k, dtype, timer)
     elif group == "attention":
         gpu_cases.attention_core(emit, shape, dtype, timer, tolerance, gpu_layer.route)
+    elif group == "energy":
+        import gpu_energy
+
+        gpu_energy.case(emit, shape, k, dtype, timer.machine)
     elif group == "flex":
         gpu_layer.flex_case(emit, shape, dtype, timer)
     elif group == "decode":

@@ -6,8 +6,11 @@ Everything that needs CUDA is here, so that a rehearsal runs all the rest.
 import math
 import statistics
 import time
+from dataclasses import replace
 
 import torch
+from headwise.apps.energy.counters import meter_of, open_meter
+from headwise.apps.energy.windows import Windows
 
 
 def first_line(error):
@@ -65,6 +68,11 @@ class Gpu:
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(self.device)[0]
 
+    def energy(self):
+        """The GPU's counter or why there is none, the windows, and the clocks (None: those of this
+        machine): with three variants six windows of 10 s, and two idle ones."""
+        return meter_of(self.device), Windows(rounds=2), None
+
     def release(self):
         self.synchronize()
         torch.cuda.empty_cache()
@@ -95,6 +103,20 @@ class Host:
 
     def free_bytes(self):
         return 1 << 30
+
+    def energy(self):
+        """The made-up machine of the tests, with a counter of a made-up GPU."""
+        from support.energy import Gpus, Machine, monitor_of
+
+        machine = Machine()
+        create = monitor_of(machine, Gpus([lambda: machine.joules["gpu"]]))
+
+        def now():
+            machine.run(5.0, 100.0)
+            return machine.seconds
+
+        meter = open_meter(torch.device("cuda", 0), create=create)
+        return meter, Windows(rounds=2), replace(machine.host, now=now)
 
     def release(self):
         pass

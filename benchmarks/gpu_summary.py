@@ -87,6 +87,25 @@ def goals(rows):
     return reached
 
 
+def energy(rows):
+    """A line for each variant whose energy was measured, or the reason why it was not."""
+    lines = []
+    for row in rows:
+        found = row.get("energy")
+        if not found:
+            continue
+        if found["why"]:
+            lines.append(f"{row['case']}: energy was not measured: {found['why']}")
+        else:
+            over = found["ratio"]["joules"]
+            over = f", {over['median']:.3g} of all heads" if over else ""
+            lines.append(
+                f"{row['case']}: {row['variant']} {found['joules']['median']:.3g} J per call"
+                f"{over}; idle {', '.join(f'{own:.0f}' for own in found['idle_watts'])} W"
+            )
+    return list(dict.fromkeys(lines))
+
+
 def report(path):
     """Prints the table, writes it with all rows beside `path`; 1 if any case failed."""
     rows = read(path)
@@ -106,6 +125,8 @@ def report(path):
         line = (f"{row['what']} {row['value']:.3g}{'' if row['reached'] else '*'}"
                 for row in numbers_)  # fmt: skip
         print(f"{case}: {', '.join(line)}")
+    for line in energy(rows):
+        print(line[:250])
     for row in wrong:
         print(f"WRONG {json.dumps(row)}"[:300])
     for row in died:

@@ -39,6 +39,13 @@ def test_every_case_can_be_rehearsed(tmp_path):
     timed = {row["variant"] for row in rows if "median_ms" in row and row["case"] in names}
     assert {"dense", "kernels", "flash", "warpgroups", "masked", "full", "flex", "gate"} <= timed
     assert not [row for row in rows if row.get("note") or row.get("no_graph")]
+    energy = {row["variant"]: row["energy"] for row in rows if "energy" in row}
+    assert energy.keys() == {"kernels", "dense", "full"}
+    for own in energy.values():
+        assert own["why"] is None and own["source"] == ["gpu:0"]
+        assert own["joules"]["median"] > 0 and own["ratio"]["joules"]["median"] == 1.0
+    assert energy["dense"]["ratio"]["macs"] == 0.5 < energy["kernels"]["ratio"]["macs"] < 1
+    assert "J per call, 1 of all heads; idle " in done.stdout
     # Finished cases are not run again.
     assert "passed" in rehearse(path, "gate").stdout
     assert len(gpu_summary.read(path)) == len(rows)
@@ -107,6 +114,12 @@ def test_goals_compare_the_same_kind_of_timing():
     assert found["kernels", "kernels (graph)"]["reached"]
     assert found["flash", "flash (events)"]["value"] == pytest.approx(0.95)
     assert found["kernels", "masked over it"]["value"] == pytest.approx(2.0)
+
+
+def test_energy_that_was_not_measured_is_one_line():
+    found = {"why": "NVML does not answer", "joules": None, "ratio": {"joules": None}}
+    rows = [{"case": "energy", "variant": name, "energy": found} for name in ("kernels", "full")]
+    assert gpu_summary.energy(rows) == ["energy: energy was not measured: NVML does not answer"]
 
 
 def test_rows_that_were_cut_short_are_left_out(tmp_path):

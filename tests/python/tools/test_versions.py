@@ -31,7 +31,7 @@ def array(name: str) -> list[Requirement]:
 
 
 def declared() -> list[Requirement]:
-    names = ("dependencies", "transformers", "compare", "explain")
+    names = ("dependencies", "transformers", "compare", "explain", "energy")
     return [requirement for name in names for requirement in array(name)]
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+import headwise as hw
 from headwise.apps.bench import memory
 from headwise.apps.bench.cases import GOALS, layer_goal
 from headwise.apps.bench.contenders import (
@@ -18,8 +19,12 @@ from headwise.apps.bench.contenders import (
     random_gate,
     randomise,
 )
+from headwise.apps.bench.joules import energy
 from headwise.apps.bench.settings import Settings
 from headwise.apps.bench.timing import line
+from headwise.apps.compare.measure import gate_macs
+from headwise.apps.energy.windows import Work, head_bytes
+from headwise.gates.optimizing import choosing_parameters
 
 K_HEADS, DENSE, TORCH = "k heads", "dense", "nn.MultiheadAttention"
 MASK_AFTER, COMPILED, FLEX = "mask after", "torch.compile", "FlexAttention"
@@ -63,7 +68,7 @@ def _about(what: str, shape: Shape, dtype: torch.dtype, threads: int) -> dict:
 
 def _case(settings: Settings, shape: Shape, dtype: torch.dtype, heads: int, training: bool) -> dict:
     layer = Layer(shape, dtype, settings.device, settings.seed, training)
-    forms, error, notes, modules = _forms(settings, layer, heads)
+    forms, error, notes, modules, mask = _forms(settings, layer, heads)
     if training:
         runs = {name: _step(form, layer, modules) for name, form in forms.items()}
     else:
@@ -84,13 +89,47 @@ def _case(settings: Settings, shape: Shape, dtype: torch.dtype, heads: int, trai
         "ratio": ratios,
         "goal": layer_goal(shape, heads, training).judge(ratio["median"]),
         **({"notes": notes} if notes else {}),
+        **energy(
+            settings,
+            {name: runs[name] for name in (OURS, K_HEADS, DENSE) if name in runs},
+            lambda: _work(layer, heads, mask, modules[0]),
+            layer.touch,
+        ),
+    }
+
+
+def _work(layer: Layer, heads: int, mask: Tensor, module: torch.nn.Module) -> dict[str, Work]:
+    """What one call does. A training step multiplies three times what a forward does (each product
+    has two gradients) and reads the weights twice. The weights of heads that no sequence chose are
+    not read.
+
+    Args:
+        mask: [B, H], not 0 for the heads that ran.
+    """
+    shape, size = layer.shape, layer.x.element_size()
+    head_dim = shape.width // shape.heads
+    macs = hw._C.head_macs(shape.length, shape.width, head_dim)
+    each, bias = head_bytes(shape.width, head_dim, size), shape.width * size
+    own = sum(p.numel() for p in choosing_parameters(module)) * size
+    passes, reads = (3, 2) if layer.training else (1, 1)
+
+    def work(ran: float, read: int, gate: float = 0.0, gate_bytes: int = 0) -> Work:
+        return Work(passes * (ran * macs + gate), reads * (read * each + bias + gate_bytes))
+
+    gate = shape.batch * gate_macs(module)
+    ran, read = int(mask.count_nonzero()), int((mask != 0).any(0).sum())
+    return {
+        OURS: work(ran, read, gate, own),
+        K_HEADS: work(shape.batch * heads, heads),
+        DENSE: work(shape.batch * shape.heads, shape.heads),
     }
 
 
 def _forms(
     settings: Settings, layer: Layer, heads: int
-) -> tuple[dict[str, Callable[[], Tensor]], float, dict[str, str], list[torch.nn.Module]]:
-    """The contenders, the error of ours, why others are missing, and the modules with parameters.
+) -> tuple[dict[str, Callable[[], Tensor]], float, dict[str, str], list[torch.nn.Module], Tensor]:
+    """The contenders, the error of ours, why others are missing, the modules with parameters, and
+    the mask [B, H] of ours.
 
     The yardstick of k < H heads is ``F.linear`` and ``scaled_dot_product_attention``:
     ``nn.MultiheadAttention``'s fast path needs heads that fill the width of the model, so it cannot
@@ -120,7 +159,7 @@ def _forms(
 
         more, notes = compiled_forms(layer, mask)
         forms |= more
-    return forms, error, notes, modules
+    return forms, error, notes, modules, mask
 
 
 def _forward(form: Callable[[], Tensor]) -> Callable[[], None]:

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 import headwise as hw
 from headwise.apps.bench.cases import GOALS
 from headwise.apps.bench.contenders import CheckFailed, compare, random_gate, randomise
+from headwise.apps.bench.joules import energy
 from headwise.apps.bench.settings import Settings
+from headwise.apps.compare.measure import Turns, model_work
 from headwise.apps.tasks.corpora import load_task
 from headwise.apps.tasks.examples import encode
 from headwise.apps.tasks.models import (
@@ -71,11 +73,12 @@ def run(settings: Settings) -> Iterator[dict]:
             PRUNED: static_model(hw.convert(copy.deepcopy(whole)), share),
             DENSE: whole,
         }
+        layers = {name: own.num_heads for name, own in attention_layers(models[OURS]).items()}
         heads = [layer.num_heads for layer in attention_layers(models[PRUNED]).values()]
         for threads in settings.threads:
             torch.set_num_threads(threads)
             error = _check(models[OURS], batches[0], dtype)
-            turns = {name: _Turns(model, batches) for name, model in models.items()}
+            turns = {name: Turns(model, batches) for name, model in models.items()}
             times = settings.timer().measure(turns)
             ratio = times.ratio(OURS, {PRUNED: 1.0})
             yield {
@@ -91,19 +94,15 @@ def run(settings: Settings) -> Iterator[dict]:
                 "yardstick": PRUNED,
                 "ratio": {"yardstick": ratio, DENSE: times.ratio(OURS, {DENSE: 1.0})},
                 "goal": GOALS["model"].judge(ratio["median"]),
+                **energy(
+                    settings,
+                    {name: Turns(model, batches) for name, model in models.items()},
+                    lambda models=models, layers=layers: {
+                        name: model_work(model, dense.config, layers, batches)
+                        for name, model in models.items()
+                    },
+                ),
             }
-
-
-class _Turns:
-    """Calls a model, with the next batch in every call: contenders see the same batches."""
-
-    def __init__(self, model: nn.Module, batches: list[dict[str, Tensor]]):
-        self.model, self.batches, self.turn = model, batches, 0
-
-    @torch.no_grad()
-    def __call__(self) -> None:
-        self.model(**self.batches[self.turn % len(self.batches)])
-        self.turn += 1
 
 
 def _batches(settings: Settings, folder) -> tuple[list[dict[str, Tensor]], dict[str, float]]:

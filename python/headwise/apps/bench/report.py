@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from headwise.apps.bench.settings import Settings
+from headwise.apps.energy.windows import text as energy_text
 
 FORMAT, VERSION = "headwise.bench", 1
 
@@ -21,6 +23,7 @@ def document(settings: Settings, results: Sequence[dict], environment: dict) -> 
             "rounds": settings.rounds,
             "seed": settings.seed,
             "fractions": list(settings.fractions),
+            **({"energy": asdict(settings.energy)} if settings.energy is not None else {}),
         },
         "results": list(results),
         "goals": summary(results),
@@ -113,6 +116,13 @@ def line(result: dict) -> str:
     elif others:
         others[0] = "over " + others[0]
     return text + (f"  ({', '.join(others)})" if others else "")
+
+
+def energy(result: dict) -> list[str]:
+    """The lines of a result's energy, if it was measured or its proxies were."""
+    if "energy" not in result:
+        return []
+    return [f"{'':<8}{line}" for line in energy_text(result["energy"], "dense")]
 
 
 def _from(size: int | None) -> str:

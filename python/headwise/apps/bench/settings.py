@@ -10,6 +10,7 @@ import torch
 from headwise.apps.bench.cases import FRACTIONS, SHAPES
 from headwise.apps.bench.contenders import Shape
 from headwise.apps.bench.timing import Timer
+from headwise.apps.energy.windows import Windows
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Settings:
         rounds: timed rounds.
         most_seconds: limit of one case's rounds, see :class:`Timer`.
         clock: ``"wall"`` or ``"process"``.
+        energy: measure the energy of layers and models in such windows; None: do not.
         compiled: also time ``torch.compile`` of the dense layer and FlexAttention.
         mixed: also time budgets that differ within the batch.
         memory: also measure peak memory.
@@ -45,6 +47,7 @@ class Settings:
     rounds: int = 11
     most_seconds: float | None = None
     clock: str = "wall"
+    energy: Windows | None = None
     seed: int = 0
     compiled: bool = False
     mixed: bool = True

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from headwise.apps.cli.common import (
     add_common,
+    add_energy,
+    energy_windows,
     positive,
     say,
     share,
@@ -119,6 +121,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
         default="wall",
         help="process: processor time of all threads, for machines that others use too",
     )
+    add_energy(how)
     how.add_argument("--note", metavar="TEXT", help="stored in the results")
     add_common(parser, out=None, several_threads=True)
     return parser
@@ -147,6 +150,8 @@ def run(options: argparse.Namespace) -> None:
         for result in results_of(options.what, settings):
             results.append(result)
             say(report.line(result))
+            for text in report.energy(result):
+                say(text)
     except CheckFailed as failed:
         raise RuntimeError(str(failed)) from None
     found = report.document(settings, results, about)
@@ -190,6 +195,7 @@ def settings_of(options: argparse.Namespace):
         label=options.label,
         max_length=options.max_length,
         batch_size=options.batch_size,
+        energy=energy_windows(options),
     )
     if "gate" in options.what:
         first, dtype = settings.shapes[0], settings.dtypes[0]

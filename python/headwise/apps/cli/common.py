@@ -95,6 +95,57 @@ def add_common(
     )
 
 
+def add_energy(group) -> None:
+    """The options of measuring energy."""
+    group.add_argument(
+        "--energy",
+        action="store_true",
+        help="also measure energy, with the package zeus; where no counter can be read: proxies",
+    )
+    group.add_argument(
+        "--energy-seconds",
+        type=window_seconds,
+        metavar="S",
+        help="length of a window, at least 10 (default: 10); needs --energy",
+    )
+    group.add_argument(
+        "--energy-rounds",
+        type=positive,
+        metavar="N",
+        help="windows of each contender (default: 3); needs --energy",
+    )
+
+
+def window_seconds(text: str) -> float:
+    """A finite number, at least 10: shorter windows are within the error of the counters."""
+    from headwise.apps.energy.windows import LEAST_SECONDS
+
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {quoted(text)}") from None
+    if not LEAST_SECONDS <= value <= 3600:
+        raise argparse.ArgumentTypeError(f"must be between 10 and 3600 seconds, got {text}")
+    return value
+
+
+def energy_windows(options: argparse.Namespace):
+    """The windows that the options ask for; None without --energy.
+
+    Raises:
+        UsageError: windows without --energy.
+    """
+    from headwise.apps.energy.windows import Windows
+
+    given = {"seconds": options.energy_seconds, "rounds": options.energy_rounds}
+    given = {name: value for name, value in given.items() if value is not None}
+    if options.energy:
+        return Windows(**given)
+    for name in given:
+        raise UsageError(f"--energy-{name} needs --energy")
+    return None
+
+
 def add_labels_are(parser) -> argparse.Action:
     """The option that says how to read labels that could be names or numbers of classes."""
     return parser.add_argument(

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from headwise.apps.cli.common import (
     add_common,
+    add_energy,
+    energy_windows,
     positive,
     say,
     seed,
@@ -82,6 +84,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
         choices=("auto", "float32", "bfloat16"),
         help="of training and accuracy; latency is always measured in float32",
     )
+    add_energy(how)
     how.add_argument("--list-methods", action="store_true", help="print the methods and stop")
     parser.add_argument(
         "--keep-models", action="store_true", help="write every trained model to OUT/models"
@@ -104,7 +107,8 @@ def settings_of(options: argparse.Namespace):
     settings = preset(size, options.seed)
     standard = {"quick": QUICK_METHODS, "default": DEFAULT_METHODS, "full": FULL_METHODS}[size]
     changes: dict = {
-        "methods": resolve_methods(tuple(options.methods)) if options.methods else standard
+        "energy": energy_windows(options),
+        "methods": resolve_methods(tuple(options.methods)) if options.methods else standard,
     }
     if options.keep:
         changes["keep"] = check_keep(tuple(options.keep))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from headwise.apps.compare.calibration import TOLERANCE
 from headwise.apps.compare.statistics import mean_interval, paired_difference
+from headwise.apps.energy.windows import PROXIES
 
 #: Below both of these a dynamic method chooses practically the same heads for every text.
 STATIC_IN_DISGUISE = {"heads_std": 0.02, "jaccard_distance": 0.05}
@@ -58,6 +59,8 @@ def summarise(runs: Sequence[dict]) -> list[dict]:
             entry[name] = sum(run[name] for run in group) / len(group)
         latencies = [run["latency"] for run in group]
         entry["latency"] = [_time(list(times)) for times in zip(*latencies, strict=True)]
+        if "energy" in group[0]:
+            entry["energy"] = _energy([run["energy"] for run in group])
         if all("method_seconds" in run for run in group):
             entry["method_seconds"] = sum(run["method_seconds"] for run in group) / len(group)
         if "domains" in group[0]:
@@ -96,6 +99,33 @@ def _time(times: list[dict]) -> dict:
         "ratio_low": low,
         "ratio_high": high,
     }
+
+
+def _energy(found: list[dict]) -> dict:
+    """Over the dense model: mean joules over seeds with their range (with one seed: the quartiles
+    of its rounds), and mean proxies; ``why`` if a seed has no joules. ``joules_per_text``: of the
+    model itself, above idle power."""
+    ratios = [own["ratio"] for own in found]
+    whys = [own["why"] for own in found if own["why"] is not None]
+    joules = [ratio["joules"] for ratio in ratios]
+    if not whys and None in joules:
+        whys = ["the energy was within the noise of the idle power"]
+    entry: dict = {"why": whys[0] if whys else None, "joules": None}
+    if not whys:
+        medians = [own["median"] for own in joules]
+        low, high = min(medians), max(medians)
+        if len(joules) == 1:
+            low, high = joules[0]["low"], joules[0]["high"]
+        entry["joules"] = {"ratio": statistics.fmean(medians), "low": low, "high": high}
+        entry["joules_per_text"] = statistics.fmean(
+            own["contenders"]["model"]["joules"]["median"] / own["batch"] for own in found
+        )
+        entry["idle_watts"] = statistics.fmean(w for own in found for w in own["idle_watts"])
+        entry["source"] = found[0]["source"]
+    for proxy in PROXIES:
+        values = [ratio[proxy] for ratio in ratios]
+        entry[proxy] = None if None in values else statistics.fmean(values)
+    return entry
 
 
 def _correct(runs: Sequence[dict], task: str, method: str, keep: float) -> Tensor:
@@ -200,6 +230,7 @@ def sentences(result: dict) -> list[str]:
     found += _selection_sentences(summary)
     found += _domain_sentences(summary)
     found += _time_sentences(summary)
+    found += _energy_sentences(summary)
     missed = [e for e in summary if e["missed"]]
     for e in missed:
         found.append(
@@ -305,4 +336,22 @@ def _time_sentences(summary: Sequence[dict]) -> list[str]:
                 f"the median ({min(prices):+.0%} to {max(prices):+.0%})"
             )
         found.append(text + ".")
+    return found
+
+
+def _energy_sentences(summary: Sequence[dict]) -> list[str]:
+    """How energy was measured, or why it was not; nothing if no one asked."""
+    own = [e["energy"] for e in summary if "energy" in e]
+    measured = [e for e in own if e["joules"] is not None]
+    found = []
+    if measured:
+        watts = statistics.median(e["idle_watts"] for e in measured)
+        found.append(
+            f"Energy is that of {', '.join(measured[0]['source'])} above the idle power, "
+            f"{watts:.1f} W in the median."
+        )
+    for why in dict.fromkeys(e["why"] for e in own if e["why"] is not None):
+        number = sum(e["why"] == why for e in own)
+        of = "" if number == len(own) else f" of {number} of {len(own)} models"
+        found.append(f"Energy{of} was not measured: {why}.")
     return found

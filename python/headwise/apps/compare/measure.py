@@ -15,8 +15,13 @@ from torch import Tensor, nn
 
 import headwise as hw
 from headwise.apps.compare.selections import HeadUse
+from headwise.apps.energy.counters import Meter, NotMeasured
+from headwise.apps.energy.windows import Windows, Work, head_bytes
+from headwise.apps.energy.windows import measure as measure_energy
+from headwise.apps.energy.windows import ratio as energy_ratio
 from headwise.apps.tasks.examples import Examples
 from headwise.gates.optimizing import choosing_parameters
+from headwise.nn.layers import attention_layers
 
 
 @dataclass(frozen=True)
@@ -195,6 +200,82 @@ def macs(config, use: HeadUse, lengths: Tensor, model: nn.Module | None = None) 
         decisions = dropped * 2 * n * width * head + use.chosen.shape[1] * n * n * head
         gates += decisions.sum().item()
     return Macs(attention, rest, gates)
+
+
+@torch.no_grad()
+def model_work(
+    model: nn.Module, config, layers: dict[str, int], inputs: Sequence[dict[str, Tensor]]
+) -> Work:
+    """What a call of a BERT-like encoder does, the mean over ``inputs``.
+
+    Weights are read once per call: all but the embeddings and the heads that no text of the batch
+    chose. An encoder has no cache.
+
+    Args:
+        model: the dense transformers model, or a converted one.
+        config: of the dense model.
+        layers: name and number of heads of each attention layer of the dense model.
+        inputs: batches, with ``input_ids`` and ``attention_mask``.
+    """
+    present = attention_layers(model)
+    embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    weights = sum(p.numel() * p.element_size() for p in set(model.parameters()) - embeddings)
+    total, unread = 0.0, 0
+    for batch in inputs:
+        seen: dict[str, Tensor] = {}
+        if present:
+            with hw.trace(model) as trace:
+                model(**batch)
+            seen = {
+                name: torch.ops.headwise.selection_mask(own.index, own.count, torch.float32).cpu()
+                for name, own in trace.selections.items()
+            }
+        lengths = batch["attention_mask"].sum(1).cpu()
+        parts = []  # [B, H] of each layer
+        for name, heads in layers.items():
+            heads = present[name].num_heads if name in present else 0 if present else heads
+            parts.append(seen.get(name, torch.ones(len(lengths), heads)) > 0)
+        for name, chosen in zip(layers, parts, strict=True):
+            if name in seen:
+                layer = present[name]
+                size = next(layer.parameters()).element_size()
+                each = head_bytes(layer.embed_dim, layer.head_dim, size)
+                unread += int((~chosen.any(0)).sum()) * each
+        use = HeadUse(torch.cat(parts, 1), tuple(layers.values()))
+        total += macs(config, use, lengths, model if present else None).total
+    return Work(total / len(inputs), weights - unread / len(inputs))
+
+
+def energy(
+    dense: nn.Module,
+    model: nn.Module,
+    layers: dict[str, int],
+    examples: Examples,
+    shape: Shape,
+    device: torch.device,
+    meter: Meter | NotMeasured,
+    windows: Windows,
+) -> dict:
+    """The result of :func:`headwise.apps.energy.windows.measure` for ``model`` and ``dense`` on
+    batches of this shape, with their ``ratio`` and the texts of a call (``batch``)."""
+    inputs = inputs_of(examples, shape, device, count=4)
+    models = {"dense": dense, "model": model}
+    turns = {name: Turns(own.eval(), inputs) for name, own in models.items()}
+    work = {name: model_work(own, dense.config, layers, inputs) for name, own in models.items()}
+    found = measure_energy(turns, work, meter, windows, device)
+    return {"batch": shape.batch, **found, "ratio": energy_ratio(found, "model", "dense")}
+
+
+class Turns:
+    """Calls a model, with the next batch in every call: contenders see the same batches."""
+
+    def __init__(self, model: nn.Module, batches: Sequence[dict[str, Tensor]]):
+        self._model, self._batches, self._turn = model, batches, 0
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        self._model(**self._batches[self._turn % len(self._batches)])
+        self._turn += 1
 
 
 def _processor() -> str:

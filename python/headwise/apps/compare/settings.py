@@ -7,6 +7,7 @@ from pathlib import Path
 
 from headwise.apps.compare.measure import Shape
 from headwise.apps.compare.training import TrainingOptions
+from headwise.apps.energy.windows import Windows
 from headwise.apps.tasks.errors import UsageError
 from headwise.io.printable import quoted
 
@@ -32,6 +33,7 @@ class Settings:
         dense_learning_rate: of the dense model's own fine-tuning.
         shapes: for measuring latency; the first is the one in the table.
         latency_s: seconds of measuring a run and shape.
+        energy: measure the energy of every run in such windows, with the first shape; None: do not.
     """
 
     size: str = "default"
@@ -49,9 +51,13 @@ class Settings:
     dense_learning_rate: float = 8e-5
     shapes: tuple[Shape, ...] = (Shape(32), Shape(1), Shape(8, 128))
     latency_s: float = 1.0
+    energy: Windows | None = None
 
     def as_dict(self) -> dict:
-        return asdict(self)
+        found = asdict(self)
+        if self.energy is None:
+            del found["energy"]
+        return found
 
 
 def preset(size: str, seed: int) -> Settings:

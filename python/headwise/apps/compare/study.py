@@ -28,6 +28,7 @@ from headwise.apps.compare.settings import Settings, Source
 from headwise.apps.compare.statistics import wilson_interval
 from headwise.apps.compare.training import accuracy, finetune, predict
 from headwise.apps.compare.workbench import Workbench, dense_options
+from headwise.apps.energy.counters import meter_of
 from headwise.apps.tasks.corpora import load_task
 from headwise.apps.tasks.examples import Examples, encode
 from headwise.apps.tasks.models import (
@@ -325,6 +326,9 @@ class Study:
             bench.dense, timed, bench.test, self.settings.shapes, self.device,
             self.settings.latency_s,
         )  # fmt: skip
+        energy = {}
+        if self.settings.energy is not None:
+            energy["energy"] = self._energy(bench, timed)
         return {
             "heads_mean": summary.pop("heads_mean"),
             "accuracy": accuracy(logits, bench.test.labels),
@@ -337,8 +341,24 @@ class Study:
             "validation_accuracy": accuracy(validation, bench.validation.labels),
             **_by_domain(bench.test, right, use),
             "latency": times,
+            **energy,
             "correct": "".join("1" if value else "0" for value in right.tolist()),
         }
+
+    def _energy(self, bench: Workbench, model: nn.Module) -> dict:
+        """Energy of ``model`` and of the dense model, in alternating windows."""
+        windows = self.settings.energy
+        assert windows is not None
+        return measure.energy(
+            bench.dense,
+            model,
+            bench.dense_layers,
+            bench.test,
+            self.settings.shapes[0],
+            self.device,
+            meter_of(self.device),
+            windows,
+        )
 
 
 def _by_domain(test: Examples, right: torch.Tensor, use: HeadUse) -> dict:

@@ -17,6 +17,19 @@ COLUMNS = (
     ("took", "seconds that the method took: scores, training, choosing on validation texts"),
 )
 
+#: Further columns of a study that measured energy.
+ENERGY_COLUMNS = (
+    ("energy", "joules above the idle power, dense = 1; of dense itself, joules per text"),
+    ("processor", "a proxy of energy: processor seconds, dense = 1"),
+    ("MACs", "a proxy of energy: multiply-accumulates of the whole model, dense = 1"),
+    ("bytes", "a proxy of energy: bytes of weights and of caches read, dense = 1"),
+)
+
+
+def columns(summary: Sequence[dict]) -> tuple[tuple[str, str], ...]:
+    """(name, meaning) of each column."""
+    return COLUMNS + (ENERGY_COLUMNS if any("energy" in e for e in summary) else ())
+
 
 def cells(entry: dict, dense: dict) -> list[str]:
     """One row, one text per column."""
@@ -33,7 +46,19 @@ def cells(entry: dict, dense: dict) -> list[str]:
         _time(entry["latency"][0], own),
         f"{entry['attention_macs_ratio_to_dense']:.2f}",
         f"{entry['method_seconds']:.0f}" if "method_seconds" in entry else "",
+        *(_energy(entry["energy"], own) if "energy" in entry else ()),
     ]
+
+
+def _energy(found: dict, own: bool) -> list[str]:
+    joules = found["joules"]
+    text = "not measured"
+    if joules is not None:
+        text = f"{joules['ratio']:.2f} ({joules['low']:.2f}-{joules['high']:.2f})"
+        if own:
+            text = f"1 ({found['joules_per_text']:.2g} J)"
+    proxies = (found[name] for name in ("processor_seconds", "macs", "bytes"))
+    return [text, *("1" if own else f"{value:.2f}" for value in proxies)]
 
 
 def _time(time: dict, own: bool) -> str:
@@ -97,7 +122,7 @@ def render(result: dict, width: int = 100) -> str:
             for e in entries:
                 row = cells(e, dense)
                 rows.append(["  " + row[0], *row[1:]])
-        header = [name for name, _ in COLUMNS]
+        header = [name for name, _ in columns(result["summary"])]
         lines += [
             f"{task['title']} ({task['train']:,} training, {task['validation']:,} validation, "
             f"{task['test']:,} test texts)",
@@ -105,8 +130,8 @@ def render(result: dict, width: int = 100) -> str:
             *_aligned(header, rows),
             "",
         ]
-        columns = domain_columns([dense])
-        if columns:
+        domains = domain_columns([dense])
+        if domains:
             rows = []
             for heading, entries in groups:
                 rows.append(heading)
@@ -114,11 +139,11 @@ def render(result: dict, width: int = 100) -> str:
                     row = domain_cells(e)
                     rows.append(["  " + row[0], *row[1:]])
             lines += ["accuracy and share of heads (h) of each domain", ""]
-            lines += [*_aligned(columns, rows), ""]
+            lines += [*_aligned(domains, rows), ""]
     lines += ["What was found", ""]
     for sentence in result["findings"]:
         lines += textwrap.wrap(sentence, width, initial_indent="- ", subsequent_indent="  ")
     lines += ["", "Columns: " + COLUMNS[0][0] + ", " + COLUMNS[0][1] + ";"]
-    for name, meaning in COLUMNS[1:]:
+    for name, meaning in columns(result["summary"])[1:]:
         lines.append(f"  {name}: {meaning}")
     return "\n".join(lines)

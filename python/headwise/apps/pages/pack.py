@@ -104,7 +104,7 @@ def _tables(result: dict[str, Any]) -> list[dict[str, Any]]:
         if dense is None:
             continue
         columns: list[list[Any]] = [["budget", "heads that a method may keep", "text"]]
-        columns += [[name, meaning, None] for name, meaning in table.COLUMNS]
+        columns += [[name, meaning, None] for name, meaning in table.columns(result["summary"])]
         columns[1][2] = "text"
         parts = ("train", "validation", "test")
         size = ", ".join(f"{task[part]:,} {part}" for part in parts)

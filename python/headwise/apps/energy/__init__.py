@@ -1,0 +1,1 @@
+"""Energy of contenders, measured by hardware counters."""
