@@ -115,17 +115,18 @@ def open_meter(
     device: torch.device,
     *,
     create: Callable[..., Any] | None = None,
-    powercap: Sequence[Path] = POWERCAP,
+    powercap: Sequence[Path] | None = None,
 ) -> Meter:
     """The counters of ``device`` and of the processors.
 
     Args:
         create: makes the monitor; None: ``zeus.monitor.ZeusMonitor``.
-        powercap: where the processors' counters may be.
+        powercap: where the processors' counters may be; None: :data:`POWERCAP`.
 
     Raises:
         NotMeasured: zeus is missing, or the device's counter cannot be read.
     """
+    powercap = POWERCAP if powercap is None else powercap
     if create is None:
         try:
             from zeus.monitor import ZeusMonitor as create
