@@ -16,7 +16,7 @@ namespace {
 // Reported for every CUDA path until the GPU tests have passed on a device.
 constexpr const char* kUnverified = "not yet run on a GPU";
 
-/// Asks the products themselves: which instructions they need is oneDNN's business.
+/// Runs small products to find out: oneDNN decides which instructions they need.
 Backend packed() {
   const bool single = kernels::packed_gemm_supported<float>();
   const bool half = kernels::packed_gemm_supported<c10::BFloat16>();
@@ -41,7 +41,7 @@ CudaRoutes cuda_routes() { return routes.load(); }
 CudaRoutes set_cuda_routes(const CudaRoutes& wanted) { return routes.exchange(wanted); }
 
 std::vector<Backend> backends() {
-  // False, too, where torch was built without CUDA.
+  // Also false if torch was built without CUDA.
   const std::string no_device = at::hasCUDA() ? "" : "torch sees no CUDA device";
   const bool device = no_device.empty();
   std::vector<Backend> list;
@@ -60,11 +60,11 @@ std::vector<Backend> backends() {
       {"aten", "cuda", device,
        (device ? std::string() : no_device + "; ") + kUnverified +
            ": LibTorch's matrix products and attention over the active heads, one head at a "
-           "time, for what the kernels do not take; waits for the device once per call"});
+           "time, for inputs that the kernels do not support; waits for the device once per call"});
   list.push_back(packed());
   list.push_back({"cpu_kernels", "cpu", true,
-                  "BLAS, or plain loops where there is none, over the active heads: float64, "
-                  "float16, and what cpu_packed cannot run"});
+                  "BLAS, or plain loops without it, over the active heads: float64, "
+                  "float16, and inputs that cpu_packed cannot run"});
   return list;
 }
 

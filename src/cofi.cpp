@@ -19,10 +19,10 @@ at::Tensor structure_size(at::TensorList heads, const at::Tensor& attention, at:
                           at::IntArrayRef head_dims) {
   TORCH_CHECK_VALUE(
       heads.size() == head_dims.size() && attention.numel() == static_cast<int64_t>(heads.size()),
-      "heads, attention and head_dims must be of one length, got ", heads.size(), ", ",
+      "heads, attention and head_dims must have the same length, got ", heads.size(), ", ",
       attention.numel(), " and ", head_dims.size());
   TORCH_CHECK_VALUE(ffn.numel() == static_cast<int64_t>(neurons.size()),
-                    "neurons and ffn must be of one length, got ", neurons.size(), " and ",
+                    "neurons and ffn must have the same length, got ", neurons.size(), " and ",
                     ffn.numel());
   at::Tensor rows = at::zeros({}, hidden.options());  // weights for each hidden dimension
   for (size_t i = 0; i < heads.size(); ++i) {
@@ -87,7 +87,7 @@ at::Tensor distillation_loss(const at::Tensor& student, const at::Tensor& teache
                              double temperature) {
   TORCH_CHECK_VALUE(temperature > 0, "temperature must be positive, got ", temperature);
   TORCH_CHECK_VALUE(student.sizes() == teacher.sizes() && student.dim() == 2,
-                    "student and teacher must have one shape [B, C], got ", student.sizes(),
+                    "student and teacher must have the same shape [B, C], got ", student.sizes(),
                     " and ", teacher.sizes());
   const at::Tensor own = at::log_softmax(student / temperature, -1);
   const at::Tensor other = at::log_softmax(teacher.detach() / temperature, -1);

@@ -60,7 +60,7 @@ Json describe(const std::string& name, const MultiheadAttentionImpl& layer) {
   Json gate = nullptr;
   if (layer.gate && options.gate()) {
     GateOptions gate_options = *options.gate();
-    // What a fixed gate keeps may have been changed since it was built.
+    // The heads that a fixed gate keeps may have been changed since it was built.
     if (const auto* fixed = dynamic_cast<const FixedGateImpl*>(layer.gate.get())) {
       const at::Tensor scale = fixed->scale.to(at::kCPU, at::kDouble).contiguous();
       const double* values = scale.const_data_ptr<double>();
@@ -158,7 +158,7 @@ void adopt(const MultiheadAttention& layer, const std::string& name, NamedTensor
   }
 }
 
-/// The tensors that are left when each one that is tied stays once, and where the others point.
+/// The tensors with each tied one listed once, and the names that the others refer to.
 std::pair<NamedTensors, std::map<std::string, std::string>> unique(const NamedTensors& tensors) {
   using Key = std::tuple<const void*, at::ScalarType, std::vector<int64_t>, std::vector<int64_t>>;
   std::map<Key, std::string> first;
@@ -306,7 +306,7 @@ Model load(const std::string& dir, const at::Device& device) {
                where);
     const std::string name = get_string(entry, "name", where);
     TORCH_CHECK_VALUE(names.insert(name).second, "layers of ", what,
-                      " must have names of their own, got ", shown_name(name), " twice");
+                      " must have unique names, got ", shown_name(name), " twice");
     auto options = layer_options(entry, where).device(device);
     const auto weight = model.tensors.find(join(name, "out_proj.weight"));
     TORCH_CHECK_VALUE(weight != model.tensors.end(), kWeights, " lacks ",
@@ -340,7 +340,7 @@ void save(const Model& model, const std::string& dir) {
   NamedTensors tensors = model.tensors;
   std::set<std::string> names;
   for (const auto& [name, layer] : model.layers) {
-    TORCH_CHECK_VALUE(names.insert(name).second, "layers must have names of their own, got ",
+    TORCH_CHECK_VALUE(names.insert(name).second, "layers must have unique names, got ",
                       shown_name(name), " twice");
     layers.push_back(describe(name, *layer));
     for (const auto& [key, value] : state(layer)) tensors[join(name, key)] = value;

@@ -21,7 +21,7 @@ void check_sizes(const MultiheadAttentionOptions& options) {
                     options.embed_dim());
   const bool has_width = options.head_dim().has_value();
   TORCH_CHECK_VALUE(options.num_heads() > 0 || (options.num_heads() == 0 && has_width),
-                    "num_heads must be positive (or 0 where head_dim is given), got ",
+                    "num_heads must be positive (or 0 if head_dim is given), got ",
                     options.num_heads());
   TORCH_CHECK_VALUE(!has_width || *options.head_dim() > 0, "head_dim must be positive, got ",
                     options.head_dim().value_or(0));

@@ -69,7 +69,7 @@ struct Header {
   uint64_t data_begin = 0;
 };
 
-// A header may have any number of tensors: its objects look keys up in a tree.
+// A header may have any number of tensors, so its objects find keys in a tree.
 using HeaderJson = nlohmann::json;
 
 uint64_t as_size(const HeaderJson& value, const std::string& what) {
@@ -210,8 +210,8 @@ at::Tensor as_bytes(const std::string& name, const at::Tensor& tensor) {
   TORCH_CHECK_VALUE(!tensor.is_meta(), "tensor ", shown(name),
                     " must have data, got a meta tensor");
   TORCH_CHECK_TYPE(!tensor.unsafeGetTensorImpl()->is_python_dispatch(), "tensor ", shown(name),
-                   " must hold its own data, got one that stands for others (a subclass of Tensor, "
-                   "such as DTensor)");
+                   " must hold its own data, got a subclass of Tensor that wraps others (such "
+                   "as DTensor)");
   TORCH_CHECK_TYPE(tensor.layout() == at::kStrided && !tensor.is_nested(), "tensor ", shown(name),
                    " must be dense, got layout ", tensor.layout());
   TORCH_CHECK_TYPE(type_name(tensor.scalar_type()) != nullptr, "tensor ", shown(name),
@@ -238,7 +238,7 @@ void save_safetensors(const std::string& path, const NamedTensors& tensors,
     return a.second.element_size() > b.second.element_size();
   });
 
-  // Added without a look for the name, which would search all those before it.
+  // Added without a lookup, which would search all the names before it.
   Json::object_t header;
   if (!metadata.empty()) header.emplace_back("__metadata__", metadata);
   uint64_t position = 0;

@@ -175,7 +175,7 @@ Options parse(int count, char** words) {
     } while (rule->second.many && is_value() && !names_what(all[i]));
   }
   if (options.what.empty())
-    throw UsageError("say what to time: any of layer, train, gate, entropy");
+    throw UsageError("name what to time: any of layer, train, gate, entropy");
   // Before an hour of timing, not after it.
   if (!options.json.empty() && !std::ofstream(options.json, std::ios::app))
     throw UsageError("cannot write " + options.json);

@@ -12,7 +12,7 @@ namespace {
 namespace py = pybind11;
 using Json = nlohmann::ordered_json;
 
-// What an option's value is as JSON: whatever is no number, flag, text or sequence becomes a text,
+// What an option's value is as JSON: anything but a number, flag, text or sequence becomes a text,
 // which the option's check then refuses.
 Json json_of(const py::handle& value, int depth = 0) {
   PyObject* object = value.ptr();
@@ -67,7 +67,7 @@ void bind_gates(py::module_& m) {
           "default",
           [](const headwise::OptionRow& row) { return from_json_text(row.initial.dump()); })
       .def_readonly("rule", &headwise::OptionRow::rule,
-                    "'in (0, 1]', for example; empty if the type says it all")
+                    "'in (0, 1]', for example; empty if the type is the only rule")
       .def_readonly("doc", &headwise::OptionRow::doc);
   m.def("gate_tables", &headwise::gate_tables, "[(name of a gate, its options)], for every gate.");
   m.def(

@@ -69,7 +69,7 @@ void bind_pruning(py::module_& m) {
       .def(
           "save",
           [](const HeadPlan& p, const std::filesystem::path& path) { p.save(path.string()); },
-          py::arg("path"), "Writes the JSON to a file, whole or not at all.")
+          py::arg("path"), "Writes the JSON to a file, atomically.")
       .def_static(
           "load", [](const std::filesystem::path& path) { return HeadPlan::load(path.string()); },
           py::arg("path"))

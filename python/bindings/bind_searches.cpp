@@ -26,22 +26,21 @@ void bind_confidence(py::module_& m) {
                     "floating [B, C], of the stage at which each input stopped")
       .def_readonly("stage", &StagedPrediction::stage, "int64 [B], that stage")
       .def_readonly("confidence", &StagedPrediction::confidence,
-                    "float32 [S, B], after every stage; NaN for inputs that did not get there")
+                    "float32 [S, B], after every stage; NaN if the input stopped before")
       .def_readonly("heads", &StagedPrediction::heads,
                     "int64 [S, B], heads of all layers that each stage ran; 0 if it did not")
-      .def_readonly("threshold", &StagedPrediction::threshold, "the confidence that was asked for")
+      .def_readonly("threshold", &StagedPrediction::threshold, "the required confidence")
       .def_property_readonly("total_heads", &StagedPrediction::total_heads,
                              "int64 [B]: heads that each input ran, all stages together")
       .def("reason", &StagedPrediction::reason, py::arg("row"),
-           "Why input `row` ran as many heads as it did, in words.");
+           "Why input `row` ran this number of heads, in words.");
   py::class_<FittedPolicy>(m, "FittedPolicy",
-                           "What ConfidencePolicy.fit_accuracy found, on the data it was given.")
-      .def_readonly("threshold", &FittedPolicy::threshold, "that the policy now has")
-      .def_readonly("heads", &FittedPolicy::heads,
-                    "that an input runs on average, all stages together")
+                           "The result of ConfidencePolicy.fit_accuracy, on the given data.")
+      .def_readonly("threshold", &FittedPolicy::threshold, "now set in the policy")
+      .def_readonly("heads", &FittedPolicy::heads, "mean heads of an input, all stages together")
       .def_readonly("accuracy", &FittedPolicy::accuracy, "of the policy")
       .def_readonly("widest_heads", &FittedPolicy::widest_heads,
-                    "that the widest stage alone runs on average")
+                    "mean heads of the widest stage alone")
       .def_readonly("widest_accuracy", &FittedPolicy::widest_accuracy, "of the widest stage alone")
       .def_property_readonly("pays", &FittedPolicy::pays,
                              "Whether the policy runs fewer heads than the widest stage alone.")

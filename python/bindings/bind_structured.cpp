@@ -116,7 +116,7 @@ void bind_plan(py::module_& m) {
       .def(
           "save",
           [](const StructurePlan& p, const std::filesystem::path& path) { p.save(path.string()); },
-          py::arg("path"), "Writes the JSON to a file, whole or not at all.")
+          py::arg("path"), "Writes the JSON to a file, atomically.")
       .def_static(
           "load",
           [](const std::filesystem::path& path) { return StructurePlan::load(path.string()); },

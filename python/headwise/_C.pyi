@@ -222,7 +222,7 @@ class HeadPlan(headwise.io.display.Shown):
     def __setstate__(self, arg0: str) -> None: ...
     def save(self, path: os.PathLike | str | bytes) -> None:
         """
-        Writes the JSON to a file, whole or not at all.
+        Writes the JSON to a file, atomically.
         """
     def to_json(self, indent: int = 1) -> str: ...
     @property
@@ -248,12 +248,12 @@ class StagedPrediction:
     """
     def reason(self, row: int) -> str:
         """
-        Why input `row` ran as many heads as it did, in words.
+        Why input `row` ran this number of heads, in words.
         """
     @property
     def confidence(self) -> torch.Tensor:
         """
-        float32 [S, B], after every stage; NaN for inputs that did not get there
+        float32 [S, B], after every stage; NaN if the input stopped before
         """
     @property
     def heads(self) -> torch.Tensor:
@@ -273,7 +273,7 @@ class StagedPrediction:
     @property
     def threshold(self) -> float:
         """
-        the confidence that was asked for
+        the required confidence
         """
     @property
     def total_heads(self) -> torch.Tensor:
@@ -283,7 +283,7 @@ class StagedPrediction:
 
 class FittedPolicy:
     """
-    What ConfidencePolicy.fit_accuracy found, on the data it was given.
+    The result of ConfidencePolicy.fit_accuracy, on the given data.
     """
     def __repr__(self) -> str: ...
     @property
@@ -294,7 +294,7 @@ class FittedPolicy:
     @property
     def heads(self) -> float:
         """
-        that an input runs on average, all stages together
+        mean heads of an input, all stages together
         """
     @property
     def pays(self) -> bool:
@@ -304,7 +304,7 @@ class FittedPolicy:
     @property
     def threshold(self) -> float:
         """
-        that the policy now has
+        now set in the policy
         """
     @property
     def widest_accuracy(self) -> float:
@@ -314,7 +314,7 @@ class FittedPolicy:
     @property
     def widest_heads(self) -> float:
         """
-        that the widest stage alone runs on average
+        mean heads of the widest stage alone
         """
 
 class ConfidenceStages:
@@ -386,7 +386,7 @@ class OptionRow:
     @property
     def rule(self) -> str:
         """
-        'in (0, 1]', for example; empty if the type says it all
+        'in (0, 1]', for example; empty if the type is the only rule
         """
     @property
     def type(self) -> str:
@@ -601,7 +601,7 @@ class StructurePlan(headwise.io.display.Shown):
         """
     def save(self, path: os.PathLike | str | bytes) -> None:
         """
-        Writes the JSON to a file, whole or not at all.
+        Writes the JSON to a file, atomically.
         """
     def to_json(self, indent: int = 1) -> str: ...
     @property

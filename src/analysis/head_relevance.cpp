@@ -7,8 +7,8 @@
 namespace headwise {
 
 at::Tensor held_slope(const at::Tensor& x, const at::Tensor& value) {
-  TORCH_CHECK_VALUE(x.sizes() == value.sizes(), "x and value must have one shape, got ", x.sizes(),
-                    " and ", value.sizes());
+  TORCH_CHECK_VALUE(x.sizes() == value.sizes(), "x and value must have the same shape, got ",
+                    x.sizes(), " and ", value.sizes());
   const at::Tensor constant = value.detach();
   const at::Tensor zero = x.detach().eq(0);
   const at::Tensor slope = (constant / x.detach().masked_fill(zero, 1)).masked_fill(zero, 0);
@@ -43,7 +43,7 @@ at::Tensor causal_penalty(const at::Tensor& logits, double strength, double limi
 std::tuple<at::Tensor, at::Tensor, at::Tensor> causal_roles(const at::Tensor& raised,
                                                             const at::Tensor& lowered) {
   TORCH_CHECK_VALUE(raised.sizes() == lowered.sizes(),
-                    "raised and lowered must have one shape, got ", raised.sizes(), " and ",
+                    "raised and lowered must have the same shape, got ", raised.sizes(), " and ",
                     lowered.sizes());
   return {at::minimum(raised, lowered), 1 - at::maximum(raised, lowered), (raised - lowered).abs()};
 }

@@ -11,15 +11,16 @@
 namespace headwise {
 namespace {
 
-/// Weights of one layer's heads that were decided beforehand, call by call.
+/// Weights of one layer's heads that are given in advance, call by call.
 struct Held {
   std::vector<at::Tensor> weights;  ///< of each call in a forward
   size_t next = 0;
 
   Selection selection(int64_t inputs, const at::TensorOptions& like) {
-    TORCH_CHECK_VALUE(next < weights.size(),
-                      "forward_fn must call the layers as often for every input: a layer was ",
-                      "called more than ", weights.size(), " times");
+    TORCH_CHECK_VALUE(
+        next < weights.size(),
+        "forward_fn must call each layer the same number of times for every input: one was ",
+        "called more than ", weights.size(), " times");
     const at::Tensor weight = weights[next++].to(like);  // [N, H]
     TORCH_CHECK_VALUE(weight.size(0) == inputs, "forward_fn must run the ", weight.size(0),
                       " inputs that rows names, got ", inputs);

@@ -50,13 +50,13 @@ std::string how_it_decides(const Json& config, double threshold, bool ranks) {
                  "relevant to the input run.";
   }
   if (type == "HardConcreteGate") {
-    return "A head runs where its relevance is above " + text_of(threshold) +
+    return "A head runs if its relevance is above " + text_of(threshold) +
            (config.value("input_dependent", false)
                 ? "; the input decides, whatever the other heads' relevance."
                 : "; that was learned in training and is the same for every input.");
   }
   if (type == "GumbelSigmoidGate") {
-    return "A head runs where its relevance is above 0, that is, where the probability that it is "
+    return "A head runs if its relevance is above 0, that is, if the probability that it is "
            "open is above one half.";
   }
   if (type == "SubsetGate") {
@@ -64,10 +64,10 @@ std::string how_it_decides(const Json& config, double threshold, bool ranks) {
            "were learned in training.";
   }
   if (type == "RequestedBudgetGate") {
-    return of_model ? "The budget is asked for at run time and shared out among the layers by "
+    return of_model ? "The budget is requested at run time and divided among the layers by "
                       "learned scores; within its part a layer runs the heads most relevant to the "
                       "input."
-                    : "The budget is asked for at run time, and within it the layer's heads most "
+                    : "The budget is requested at run time, and within it the layer's heads most "
                       "relevant to the input run.";
   }
   if (type == "SleepGate") {
@@ -76,7 +76,7 @@ std::string how_it_decides(const Json& config, double threshold, bool ranks) {
            "much a head moved the loss, a running average.";
   }
   if (type == "ThresholdGate") {
-    return "Nothing was learned: a head runs where the integer parts of its queries and keys give "
+    return "Nothing was learned: a head runs if the integer parts of its queries and keys give "
            "scores for this input whose size (its relevance) is above " +
            text_of(threshold) + at_least(config);
   }
@@ -89,9 +89,8 @@ std::string how_it_decides(const Json& config, double threshold, bool ranks) {
     return shared + (config["shared"].size() == 1 ? " runs" : " run") +
            " for every input; of the others: " + inner;
   }
-  return ranks ? "A gate of its own kind, " + type +
-                     ": its relevance is known, but not how it comes about."
-               : "A gate of its own kind, " + type + ", which gives heads no relevance.";
+  return ranks ? "A custom gate, " + type + ": its relevance is known, but not how it is computed."
+               : "A custom gate, " + type + ", which gives heads no relevance.";
 }
 
 }  // namespace headwise

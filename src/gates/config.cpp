@@ -130,7 +130,7 @@ void check(const char* name, const T& value, const OptionRule& rule) {
   }
 }
 
-// What single options do not show.
+// Rules that involve several options.
 template <typename Options>
 void check_together(const Options&) {}
 
@@ -313,7 +313,7 @@ GateOptions gate_options_from_json(std::string_view text) {
   Json json;
   try {
     json = Json::parse(text, [](int depth, Json::parse_event_t, Json&) {
-      TORCH_CHECK_VALUE(depth <= 4 * kMostNested, "gate options must not be nested so deep");
+      TORCH_CHECK_VALUE(depth <= 4 * kMostNested, "gate options must not be nested so deeply");
       return true;
     });
   } catch (const Json::exception& error) {

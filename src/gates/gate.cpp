@@ -1,4 +1,4 @@
-// What gates have in common.
+// Members that all gates share.
 #include <ATen/ATen.h>
 #include <torch/types.h>
 
@@ -201,7 +201,7 @@ void ScopedGateImpl::join(const std::shared_ptr<GateScope>& scope, int64_t posit
 
 GateScope& ScopedGateImpl::scope() const {
   TORCH_CHECK(scope_ && scope_->complete(), name(),
-              " has scope 'model' and does not know the other layers' gates: ",
+              " has scope 'model' and is not linked with the other layers' gates: ",
               "call headwise::link_gates on the model");
   return *scope_;
 }

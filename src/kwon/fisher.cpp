@@ -13,7 +13,7 @@ using RowMatrix = Eigen::Matrix<double, Eigen::Dynamic, Eigen::Dynamic, Eigen::R
 
 void FisherAccumulator::add(const std::string& layer, const at::Tensor& gradient) {
   TORCH_CHECK_VALUE(gradient.dim() == 1, "gradient of layer '", layer,
-                    "' must be one number a unit, got shape ", gradient.sizes());
+                    "' must have one number per unit, got shape ", gradient.sizes());
   const at::Tensor host = gradient.detach().to(at::kCPU, at::kDouble).contiguous();  // [U]
   TORCH_CHECK_VALUE(at::isfinite(host).all().item<bool>(), "gradient of layer '", layer,
                     "' must be finite, got NaN or infinity: is the loss?");
@@ -62,7 +62,7 @@ std::vector<int64_t> rearrange(const at::Tensor& gradients, const std::vector<in
   if (going_count == 0 || going_count == units) return kept;
 
   const Eigen::VectorXd squared = g.colwise().squaredNorm();  // [U]
-  // Those that go, column by column, and a place for the one that joins.
+  // The pruned units, column by column, and room for the one that joins them.
   std::vector<int64_t> going;
   Eigen::MatrixXd columns(batches, going_count + 1);
   Eigen::VectorXd sum = Eigen::VectorXd::Zero(batches);
@@ -82,7 +82,7 @@ std::vector<int64_t> rearrange(const at::Tensor& gradients, const std::vector<in
     const Eigen::VectorXd joined = sum + g.col(candidate);
     // |joined - g_j|^2 = |joined|^2 - 2 joined g_j + |g_j|^2
     const Eigen::VectorXd overlap = columns.transpose() * joined;
-    int64_t leaves = going_count;  // ties: it leaves again
+    int64_t leaves = going_count;  // ties: the candidate itself returns
     double least = squared[candidate] - 2 * overlap[going_count];
     for (int64_t j = 0; j < going_count; ++j) {
       const double value = squared[going[j]] - 2 * overlap[j];

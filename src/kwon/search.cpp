@@ -59,7 +59,7 @@ UnitIndices by_layer(const std::vector<Ranked>& units, size_t count, size_t laye
   return kept;
 }
 
-/// The most units of at most `most` that a limit pays for.
+/// The largest number of units, at most `most`, that a limit allows.
 size_t affordable(double limit, double cost, size_t most) {
   if (limit < 0) return 0;
   if (cost <= 0 || limit >= cost * static_cast<double>(most)) return most;
@@ -129,7 +129,7 @@ Choice best_choice(const Ladder& heads, const Ladder& neurons, double limit) {
   const double slack = 1e-12 * std::max(limit, 0.0);  // of sums that rounding put above the limit
   Choice best;
   for (size_t extra = 0; extra <= heads.more(); ++extra) {
-    // The limit of this round alone: what one round spends, the next must not miss.
+    // The limit of this round alone: a round must not spend what the next one needs.
     const double spent = base + heads.unit_cost * static_cast<double>(extra);
     const double left = limit - spent;
     if (left < -slack) break;
@@ -174,7 +174,7 @@ double LatencyFit::seconds(int64_t units) const {
 
 LatencyFit fit_latency(const std::vector<int64_t>& units, const std::vector<double>& seconds) {
   TORCH_CHECK_VALUE(units.size() >= 2 && units.size() == seconds.size(),
-                    "units and seconds must be of one length, at least 2, got ", units.size(),
+                    "units and seconds must have the same length, at least 2, got ", units.size(),
                     " and ", seconds.size());
   for (size_t i = 0; i < units.size(); ++i) {
     TORCH_CHECK_VALUE(i == 0 ? units[i] >= 0 : units[i] > units[i - 1],

@@ -1,4 +1,4 @@
-// Pruning of a whole layer; pruning.cpp, which knows only tensors, does without torch::nn.
+// Pruning of a whole layer; plan.cpp works on tensors alone, without torch::nn.
 #include <ATen/ops/zeros.h>
 #include <c10/core/GradMode.h>
 #include <c10/util/Exception.h>
@@ -27,7 +27,7 @@ LayerPlan plan_from_gate(const MultiheadAttention& layer, const std::string& nam
   TORCH_CHECK_VALUE(layer->gate, "layer '", name, "' must have a gate to make a plan from");
   GateImpl& gate = *layer->gate;
   TORCH_CHECK_VALUE(is_static(gate), "layer '", name, "' has a gate whose choice depends on the ",
-                    "input: no plan does what it does");
+                    "input: no plan is equivalent to it");
   const c10::NoGradGuard no_grad;
   const bool training = gate.is_training();
   gate.eval();

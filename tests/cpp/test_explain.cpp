@@ -116,8 +116,8 @@ TEST(Explain, EveryGateSaysHowItDecidesAndWhatItKnows) {
   const std::vector<std::pair<GateOptions, std::string>> gates = {
       {SubsetGateOptions().k(3), "The heads of all layers with the largest scores run"},
       {SubsetGateOptions().k(2).scope("layer"), "The layer's heads with the largest scores run"},
-      {RequestedBudgetGateOptions().budget(0.4), "The budget is asked for at run time and shared"},
-      {GumbelSigmoidGateOptions(), "A head runs where its relevance is above 0"},
+      {RequestedBudgetGateOptions().budget(0.4), "The budget is requested at run time and divided"},
+      {GumbelSigmoidGateOptions(), "A head runs if its relevance is above 0"},
       {SleepGateOptions(), "Training put the heads of all layers"},
       {ThresholdGateOptions().threshold(0.5).resolution(4.0).approximate(true),
        "Nothing was learned"},

@@ -106,7 +106,7 @@ TEST(Prune, ATrainedStaticGateIsCompacted) {
   MultiheadAttention dynamic(MultiheadAttentionOptions(8, 4).gate(
       headwise::HardConcreteGateOptions().input_dependent(true)));
   EXPECT_EQ(refusal([&] { headwise::plan_from_gate(dynamic, "x"); }),
-            "layer 'x' has a gate whose choice depends on the input: no plan does what it does");
+            "layer 'x' has a gate whose choice depends on the input: no plan is equivalent to it");
   MultiheadAttention plain(MultiheadAttentionOptions(8, 4));
   EXPECT_EQ(refusal([&] { headwise::plan_from_gate(plain, "x"); }),
             "layer 'x' must have a gate to make a plan from");

@@ -14,7 +14,7 @@ using headwise::MultiheadAttention;
 using headwise::MultiheadAttentionOptions;
 
 /// y = sum over layers and heads of a[layer][head] * x[head], exactly: sequences have one token, so
-/// attention weighs nothing, and head h hands on feature h of its input.
+/// attention has no effect, and head h passes on feature h of its input.
 struct PlantedImpl : torch::nn::Module {
   explicit PlantedImpl(const std::vector<std::vector<double>>& weights,
                        const std::optional<headwise::GateOptions>& gate = std::nullopt) {

@@ -319,8 +319,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
                 raise ValueError(f"'{key}' of {where} has the wrong type: {quoted(layer[key])}")
         if layer["name"] in names:
             raise ValueError(
-                f"layers of '{path}' must have names of their own, got {quoted(layer['name'])} "
-                f"twice"
+                f"layers of '{path}' must have unique names, got {quoted(layer['name'])} twice"
             )
         names.add(layer["name"])
     return document

@@ -99,14 +99,14 @@ GateResult run(HEADWISE_BUDGET_GATE_PARAMETERS) {
   const auto finite = [](C value) { return std::isfinite(value); };
   if (!std::all_of(g.relevance, g.relevance + g.batch * g.heads, finite) ||
       !std::all_of(g.budget, g.budget + g.batch, finite))
-    select_heads(relevance + 0 * budgets.unsqueeze(1), count);  // says which
+    select_heads(relevance + 0 * budgets.unsqueeze(1), count);  // raises, naming the value
   return {index, count, weight, relevance, budgets};
 }
 
 GateResult budget_gate_cpu(HEADWISE_BUDGET_GATE_PARAMETERS) {
   TORCH_CHECK_VALUE(takes_budget_gate(HEADWISE_BUDGET_GATE_ARGUMENTS),
-                    "the arguments of _budget_gate must fit together: evaluate_budget_gate says "
-                    "which does not");
+                    "the arguments of _budget_gate must be consistent: evaluate_budget_gate "
+                    "names the one that is not");
   const auto type = x.scalar_type();
   if (type == at::kDouble) return run<double, double>(HEADWISE_BUDGET_GATE_ARGUMENTS);
   GateResult result;

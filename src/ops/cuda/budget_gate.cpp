@@ -31,8 +31,8 @@ bool takes_budget_gate(HEADWISE_BUDGET_GATE_PARAMETERS) {
 
 GateResult budget_gate(HEADWISE_BUDGET_GATE_PARAMETERS) {
   TORCH_CHECK_VALUE(ops::takes_budget_gate(HEADWISE_BUDGET_GATE_ARGUMENTS),
-                    "the arguments of _budget_gate must fit together: evaluate_budget_gate says "
-                    "which does not");
+                    "the arguments of _budget_gate must be consistent: evaluate_budget_gate "
+                    "names the one that is not");
   const DeviceGuard guard(x.device());
   const auto accumulator = lse_type(x.scalar_type());
   const int64_t B = x.size(0), H = base.size(0);

@@ -64,7 +64,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> hard_concrete_select(
 }
 
 at::Tensor lagrangian(const at::Tensor& off, const at::Tensor& multipliers) {
-  // Descent on the loss must ascend in the multipliers: the value is theirs, the gradient minus.
+  // Descent on the loss must ascend in the multipliers: the value is unchanged, the gradient
+  // negated.
   const auto m = (2 * multipliers.detach() - multipliers).to(off.scalar_type());
   return m.select(0, 0) * off + m.select(0, 1) * off.square();
 }
@@ -74,9 +75,9 @@ at::Tensor target_penalty(at::TensorList expected_heads, at::IntArrayRef num_hea
                           double warmup, double strength, std::string_view form,
                           const std::optional<at::Tensor>& multipliers) {
   TORCH_CHECK_VALUE(!expected_heads.empty() && expected_heads.size() == num_heads.size(),
-                    "expected_heads and num_heads must be of one length and not empty, got ",
+                    "expected_heads and num_heads must have the same length and not be empty, got ",
                     expected_heads.size(), " and ", num_heads.size());
-  // Nothing was asked of an empty batch: it misses no target.
+  // An empty batch has no share, so it misses no target.
   if (expected_heads[0].sym_numel() == 0) return expected_heads[0].sum();
   int64_t heads = 0;
   at::Tensor expected;

@@ -1,5 +1,5 @@
 // One model, any cost: gates conditioned on a requested budget (arXiv 2605.02697). How the budget
-// is shared out among layers is ours.
+// is divided among layers is ours.
 #include "ops/gates/requested.h"
 
 #include <ATen/ATen.h>
@@ -15,7 +15,7 @@ at::Tensor allocate_budget(const at::Tensor& scores, const at::Tensor& tilts,
                            const at::Tensor& budget, const at::Tensor& progress, bool training,
                            double temperature, double final_temperature, double hard_from) {
   TORCH_CHECK_VALUE(scores.dim() == 1 && tilts.sizes() == scores.sizes(),
-                    "scores and tilts must have one shape [N], got ", scores.sizes(), " and ",
+                    "scores and tilts must have the same shape [N], got ", scores.sizes(), " and ",
                     tilts.sizes());
   TORCH_CHECK_VALUE(budget.dim() == 1, "budget must have shape [R], got ", budget.dim(),
                     " dimensions");

@@ -16,7 +16,7 @@ at::Tensor held_score(const at::Tensor& score, const at::Tensor& awake, double m
 at::Tensor awake_heads(const at::Tensor& score, const at::Tensor& awake, int64_t count,
                        double margin) {
   TORCH_CHECK_VALUE(score.dim() == 1 && awake.sizes() == score.sizes(),
-                    "score and awake must have one shape [N], got ", score.sizes(), " and ",
+                    "score and awake must have the same shape [N], got ", score.sizes(), " and ",
                     awake.sizes());
   TORCH_CHECK_VALUE(count >= 0 && count <= score.size(0), "count must be in 0..", score.size(0),
                     ", got ", count);
@@ -34,7 +34,7 @@ at::Tensor update_head_score(const at::Tensor& score, const at::Tensor& gradient
       score.sizes());
   const auto now = gradient.detach().to(score.scalar_type()).abs().sum(0);  // [H]
   const auto updated = first ? now : decay * score + (1 - decay) * now;
-  // A step that overflowed, as they do under loss scaling, says nothing and must not stay.
+  // A step that overflowed, as happens under loss scaling, must not enter the average.
   return at::where(at::isfinite(now).all(), updated, score);
 }
 

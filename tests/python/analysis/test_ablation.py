@@ -89,7 +89,7 @@ class Interrupt(Exception):
 
 
 def interrupted(loss, calls):
-    """``loss`` for so many calls, then an interruption."""
+    """``loss`` for this many calls, then an interruption."""
     left = [calls]
 
     def limited(model, batch):

@@ -210,7 +210,7 @@ def test_every_gate_says_in_a_sentence_how_it_decides():
     how = {name: layer["gate"]["how"] for name, layer in found.items()}
     assert how["subset of the model"].startswith("The heads of all layers with the largest scores")
     assert how["subset of each layer"].startswith("The layer's heads with the largest scores")
-    assert how["requested"].startswith("The budget is asked for at run time and shared out among")
+    assert how["requested"].startswith("The budget is requested at run time and divided among")
     assert "within it the layer's heads" in how["requested of each layer"]
     assert "probability that it is open is above one half" in how["gumbel sigmoid"]
     assert "Training put the heads of all layers" in how["sleep"]
@@ -251,5 +251,5 @@ def test_a_static_hard_concrete_gate_wrapped_and_a_gate_of_ones_own():
     for layer in hw.attention_layers(model).values():
         layer.set_gate(Own(keep=0.5))
     gate = hw.explain(model, bert_inputs(), effects=False).inputs[0]["layers"][0]["gate"]
-    assert gate["how"] == ("A gate of its own kind, Own: its relevance is known, but not how it "
-                           "comes about.")  # fmt: skip
+    assert gate["how"] == ("A custom gate, Own: its relevance is known, but not how it "
+                           "is computed.")  # fmt: skip

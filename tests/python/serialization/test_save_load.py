@@ -409,7 +409,7 @@ def test_loading_leaves_the_saved_model_alone(folder):
         (lambda d: d["layers"][0].update(embed_dim=10**9), "'embed_dim' of layer .* do not have"),
         (lambda d: d["layers"][0].update(num_heads=10**9), "'num_heads' of layer .* do not have"),
         (lambda d: d["layers"][0].update(kdim=10**12), "'kdim' of layer .* do not have"),
-        (lambda d: d["layers"].append(dict(d["layers"][0])), "names of their own, got .* twice"),
+        (lambda d: d["layers"].append(dict(d["layers"][0])), "unique names, got .* twice"),
         (lambda d: d.update(version=True), "must have version 1, got True"),
         (lambda d: d.update(aliases={"a": ["b"]}), "which is missing"),
         (lambda d: d["layers"][0].update({"class": ["a"]}), "must be one of"),

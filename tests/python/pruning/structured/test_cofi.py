@@ -39,7 +39,7 @@ def test_expected_size_is_the_sum_over_all_weights():
                 expected += 2 * hidden[k] * ffn[layer] * neuron
     found = ops.structure_size(heads, attention, neurons, ffn, hidden, dims)
     torch.testing.assert_close(found, torch.as_tensor(expected))
-    with pytest.raises(ValueError, match="heads, attention and head_dims must be of one length"):
+    with pytest.raises(ValueError, match="heads, attention and head_dims must have the same"):
         ops.structure_size(heads, attention[:1], neurons, ffn, hidden, dims)
 
 

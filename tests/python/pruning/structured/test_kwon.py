@@ -77,7 +77,7 @@ def test_mac_search_breaks_ties_by_layer_and_unit_and_keeps_no_more_than_half_to
             "scores of heads of layer 0 must b",
         ),
         (lambda: _C.search_macs([[1.0]], [], 0, 1, 1), "head_cost and neuron_cost must be positiv"),
-        (lambda: _C.fit_latency([1], [1.0]), "units and seconds must be of one length, at least 2"),
+        (lambda: _C.fit_latency([1], [1.0]), "units and seconds must have the same length, at l"),
         (lambda: _C.fit_latency([1, 2], [1.0, 0.0]), "seconds must be positive and finite, got 0"),
         (lambda: _C.fit_latency([2, 2], [1.0, 1.0]), "units must be ascending, different and not"),
         (lambda: _C.rearrange(torch.ones(2, 3), [3]), "kept must be between 0 and 2, got 3"),
@@ -167,7 +167,7 @@ def test_a_layer_is_dropped_where_that_saves_more_than_its_heads_are_worth():
 
 
 def greedy(gradients, kept):
-    """Algorithm 2 as it is told, on sets."""
+    """Algorithm 2 as the paper states it, on sets."""
     units = gradients.shape[1]
     going = [unit for unit in range(units) if unit not in kept]
 
