@@ -6,7 +6,7 @@
 Fine-tunes the bundled model once for each task and seed (or takes what `headwise compare` left in
 `OUT/runs`: give the same --out), scores its heads on validation texts by every metric, and compares
 the rankings with `headwise.analysis.score_agreement`. Every model and every set of scores is kept
-in --out, so an interrupted run goes on where it was. The figures are printed as the tables of
+in --out, so an interrupted run resumes. The figures are printed as the tables of
 docs/analyses.md.
 """
 
@@ -36,8 +36,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 METRICS = (
-    "michel per token", "michel per example", "michel per batch", "entropy", "confidence", "hies",
-    "lrp",
+    "michel per token", "michel per example", "michel per batch",
+    "entropy", "attention_confidence", "hies", "lrp",
 )  # fmt: skip
 METHODS = ("spearman", "kendall")
 PARTS = ("all", "first half", "second half")
@@ -109,7 +109,7 @@ def scores_of(
 
 
 def fine_tuned(task: Task, parts: Split, seed: int, steps: int, out: Path) -> Path:
-    """The bundled model as `headwise compare` fine-tunes the dense one, trained where it is not in
+    """The bundled model as `headwise compare` fine-tunes the dense one, trained if it is not in
     ``out`` yet."""
     path = out / "runs" / f"{task.name}-dense-{seed}.safetensors"
     if path.is_file():
@@ -146,7 +146,7 @@ def score(model: nn.Module, texts: Examples) -> Scores:
     rows = (range(len(texts)), range(0, len(texts), 2), range(1, len(texts), 2))
     for part, own in zip(PARTS, rows, strict=True):
         batches = list(texts.rows(own).in_order(32))
-        scores = hw.score_heads(model, batches, losses, ("entropy", "confidence", "hies"))
+        scores = hw.score_heads(model, batches, losses, ("entropy", "attention_confidence", "hies"))
         for absolute in ("per token", "per example", "per batch"):
             scores[f"michel {absolute}"] = hw.score_heads(
                 model, batches, losses, absolute=absolute.replace(" ", "_")
@@ -231,7 +231,7 @@ def agreement(one: hw.HeadScores, other: hw.HeadScores, method: str) -> tuple:
 
 
 def common(one: hw.HeadScores, other: hw.HeadScores) -> float:
-    """Of the half of the heads that a plan of one keeps, the share that the other's keeps too."""
+    """The share of the heads kept by one score's half plan that the other's keeps too."""
     kept = [
         {(layer.name, head) for layer in hw.plan(scores, keep=0.5).layers for head in layer.heads}
         for scores in (one, other)
@@ -240,7 +240,7 @@ def common(one: hw.HeadScores, other: hw.HeadScores) -> float:
 
 
 def summary(cells: Iterable[tuple]) -> dict:
-    """Means over pairs of models; of the intervals the lowest and the highest end."""
+    """Means over pairs of models, with the lowest and the highest end of the intervals."""
     value, low, high, kept = zip(*cells, strict=True)
     return {
         "value": round(sum(value) / len(value), 3),

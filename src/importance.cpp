@@ -204,8 +204,8 @@ HeadScores HeadScoreAccumulator::entropy() const {
   return collect("entropy", [](const Layer& l) { return std::pair(l.entropy, l.statistics); });
 }
 
-HeadScores HeadScoreAccumulator::confidence() const {
-  return collect("confidence",
+HeadScores HeadScoreAccumulator::attention_confidence() const {
+  return collect("attention_confidence",
                  [](const Layer& l) { return std::pair(l.confidence, l.statistics); });
 }
 

@@ -27,14 +27,14 @@ HeadScorer::HeadScorer(std::vector<std::string> metrics, ScoreOptions options)
     : metrics_(std::move(metrics)), options_(std::move(options)) {
   TORCH_CHECK_VALUE(!metrics_.empty(), "metrics must name at least one metric, got none");
   for (const std::string& metric : metrics_) {
-    TORCH_CHECK_VALUE(has({metric}, {"michel", "entropy", "confidence", "hies"}),
-                      "metrics must be of michel, entropy, confidence, hies, got ",
+    TORCH_CHECK_VALUE(has({metric}, {"michel", "entropy", "attention_confidence", "hies"}),
+                      "metrics must be of michel, entropy, attention_confidence, hies, got ",
                       shown(metric, 100, '\''));
   }
   TORCH_CHECK_VALUE(options_.alpha() >= 0 && options_.alpha() <= 1, "alpha must be in [0, 1], got ",
                     options_.alpha());
   gradients_ = has(metrics_, {"michel", "hies"});
-  statistics_ = has(metrics_, {"entropy", "confidence", "hies"});
+  statistics_ = has(metrics_, {"entropy", "attention_confidence", "hies"});
 }
 
 void HeadScorer::see(const std::string& layer, const AttentionProbe& probe) {
@@ -86,7 +86,7 @@ std::map<std::string, HeadScores> HeadScorer::scores() const {
   for (const std::string& metric : metrics_) {
     if (metric == "michel") found[metric] = sums_.michel(options_.absolute(), options_.normalize());
     if (metric == "entropy") found[metric] = sums_.entropy();
-    if (metric == "confidence") found[metric] = sums_.confidence();
+    if (metric == "attention_confidence") found[metric] = sums_.attention_confidence();
     if (metric == "hies") {
       const HeadScores importance = sums_.michel(AbsoluteValue::per_example, options_.normalize());
       found[metric] = hies(importance, sums_.entropy(), options_.alpha(), options_.scope());

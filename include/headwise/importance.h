@@ -67,7 +67,7 @@ class HEADWISE_API HeadScoreAccumulator {
   HeadScores entropy() const;
 
   /// Mean of the largest attention probability (Voita et al. 2019): high means focused.
-  HeadScores confidence() const;
+  HeadScores attention_confidence() const;
 
  private:
   struct Layer {

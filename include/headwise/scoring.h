@@ -27,9 +27,9 @@ struct HEADWISE_API ScoreOptions {
   TORCH_ARG(Scope, scope) = Scope::model;
 };
 
-/// Scores every head by all metrics ("michel", "entropy", "confidence", "hies"), in one pass over
-/// the data. The owner of the model runs it, and passes each layer's probe to see() and the loss of
-/// each batch to add(). score_heads does this here, headwise.score_heads in Python.
+/// Scores every head by all metrics ("michel", "entropy", "attention_confidence", "hies"), in one
+/// pass over the data. The owner of the model runs it, and passes each layer's probe to see() and
+/// the loss of each batch to add(). score_heads does this here, headwise.score_heads in Python.
 class HEADWISE_API HeadScorer {
  public:
   /// @throws c10::ValueError on no or an unknown metric

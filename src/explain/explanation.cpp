@@ -7,9 +7,9 @@
 
 #include "explain/gate_reasons.h"
 #include "explain/numbers.h"
+#include "headwise/bootstrap.h"
 #include "headwise/dense_attention.h"
 #include "headwise/explain.h"
-#include "headwise/statistics.h"
 #include "probe_statistics.h"
 
 namespace headwise {

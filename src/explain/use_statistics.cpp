@@ -9,7 +9,7 @@
 #include <numeric>
 #include <vector>
 
-#include "statistics/resample.h"
+#include "bootstrap/resample.h"
 
 namespace headwise {
 namespace {
@@ -79,11 +79,11 @@ std::vector<double> ranks(const double* values, int64_t size) {
 std::tuple<at::Tensor, at::Tensor, at::Tensor> share_interval(const at::Tensor& hits,
                                                               const at::Tensor& trials,
                                                               int64_t resamples, int64_t seed,
-                                                              double confidence) {
+                                                              double confidence_level) {
   TORCH_CHECK_VALUE(hits.dim() == 2 && hits.size(0) > 0 && trials.sizes() == hits.sizes(),
                     "hits and trials must have the same shape [N, M], N > 0, got ", hits.sizes(),
                     " and ", trials.sizes());
-  analysis::check_resampling(resamples, confidence);
+  analysis::check_resampling(resamples, confidence_level);
   const auto h = on_host(hits), t = on_host(trials);
   const int64_t clusters = h.size(0), columns = h.size(1);
   Eigen::MatrixXd shares(columns, resamples);
@@ -104,8 +104,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> share_interval(const at::Tensor& 
     }
     std::sort(sorted.begin(), sorted.end());
     const bool known = !sorted.empty();
-    vector(low)[m] = known ? analysis::quantile(sorted, (1 - confidence) / 2) : NAN;
-    vector(high)[m] = known ? analysis::quantile(sorted, (1 + confidence) / 2) : NAN;
+    vector(low)[m] = known ? analysis::quantile(sorted, (1 - confidence_level) / 2) : NAN;
+    vector(high)[m] = known ? analysis::quantile(sorted, (1 + confidence_level) / 2) : NAN;
   }
   return {share, low, high};
 }

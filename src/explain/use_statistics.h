@@ -16,7 +16,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> share_interval(const at::Tensor& 
                                                               const at::Tensor& trials,
                                                               int64_t resamples = 1000,
                                                               int64_t seed = 0,
-                                                              double confidence = 0.95);
+                                                              double confidence_level = 0.95);
 
 /// Mutual information, in bits, between the choice of each head and the class of the input, and a
 /// permutation test: p = (1 + #{shuffled >= observed}) / (1 + permutations). The plug-in estimate

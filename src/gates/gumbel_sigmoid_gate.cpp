@@ -2,7 +2,7 @@
 #include <ATen/ATen.h>
 #include <torch/types.h>
 
-#include "gates/checks.h"
+#include "gates/helpers.h"
 #include "headwise/gates.h"
 #include "ops/gates/budget.h"
 #include "ops/gates/gumbel_sigmoid.h"

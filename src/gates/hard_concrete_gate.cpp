@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "gates/checks.h"
+#include "gates/helpers.h"
 #include "headwise/gates.h"
 #include "ops/gates/budget.h"
 #include "ops/gates/hard_concrete.h"

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <map>
 
-#include "gates/checks.h"
+#include "gates/helpers.h"
 #include "gates/model_gates.h"
 #include "gates/options.h"
 #include "gates/scope.h"

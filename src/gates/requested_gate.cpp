@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "gates/checks.h"
+#include "gates/helpers.h"
 #include "gates/scope.h"
 #include "headwise/gates.h"
 #include "ops/gates/budget.h"

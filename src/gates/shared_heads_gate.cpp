@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <set>
 
-#include "gates/checks.h"
+#include "gates/helpers.h"
 #include "headwise/gates.h"
 #include "ops/gates/shared_heads.h"
 

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "gates/checks.h"
+#include "gates/helpers.h"
 #include "gates/scope.h"
 #include "headwise/gates.h"
 #include "ops/gates/budget.h"

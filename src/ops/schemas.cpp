@@ -292,7 +292,7 @@ TORCH_LIBRARY(headwise, m) {
       "-> (Tensor hits, Tensor trials)");
   m.def(
       "share_interval(Tensor hits, Tensor trials, int resamples=1000, int seed=0, "
-      "float confidence=0.95) -> (Tensor share, Tensor low, Tensor high)");
+      "float confidence_level=0.95) -> (Tensor share, Tensor low, Tensor high)");
   m.def(
       "selection_information(Tensor chosen, Tensor label, int classes, int permutations=1000, "
       "int seed=0) -> (Tensor information, Tensor by_chance, Tensor p)");
@@ -340,7 +340,7 @@ TORCH_LIBRARY(headwise, m) {
   // differences [M, N] -> mean, low, high, p: [M] each
   m.def(
       "paired_bootstrap(Tensor differences, int resamples=1000, int seed=0, "
-      "float confidence=0.95) -> (Tensor, Tensor, Tensor, Tensor)");
+      "float confidence_level=0.95) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("linear_cka(Tensor[] outputs) -> Tensor");  // T x [n, d] -> [T, T]
   // [N], [P, N] x 3 -> effect [P], standard error [P]
   m.def(
@@ -349,5 +349,5 @@ TORCH_LIBRARY(headwise, m) {
   // scores [S, N] -> value, low, high: [S, S] each
   m.def(
       "rank_agreement(Tensor scores, str method='spearman', int resamples=1000, int seed=0, "
-      "float confidence=0.95) -> (Tensor, Tensor, Tensor)");
+      "float confidence_level=0.95) -> (Tensor, Tensor, Tensor)");
 }

@@ -68,7 +68,7 @@ Json scored(const Problem& plain) {
   for (const auto& [name, absolute] : places) {
     const auto found = headwise::score_heads(
         plain.model.layers, plain.size(), plain.loss_fn(),
-        {"michel", "entropy", "confidence", "hies"},
+        {"michel", "entropy", "attention_confidence", "hies"},
         headwise::ScoreOptions().absolute(absolute).alpha(0.3).scope(headwise::Scope::layer));
     for (const auto& [metric, scores] : found) json[name][metric] = scores.values;
   }

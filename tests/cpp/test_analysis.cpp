@@ -5,7 +5,8 @@
 
 #include <cmath>
 
-#include "headwise/statistics.h"
+#include "headwise/bootstrap.h"
+#include "headwise/head_similarity.h"
 
 namespace test_analysis {
 

@@ -149,7 +149,7 @@ TEST_F(Searches, WhatIsRefusedLeavesTheLayersAlone) {
   EXPECT_EQ(refusal([&] { headwise::score_heads(layers, 0, loss_fn); }),
             "batches must not be empty: there is nothing to score heads on");
   EXPECT_EQ(refusal([&] { headwise::score_heads(layers, 1, loss_fn, {"size"}); }),
-            "metrics must be of michel, entropy, confidence, hies, got 'size'");
+            "metrics must be of michel, entropy, attention_confidence, hies, got 'size'");
   EXPECT_EQ(
       refusal([&] { headwise::score_heads(layers, 1, [](int64_t) { return at::ones({4}); }); }),
       "loss_fn must run the model: none of its attention layers was called");

@@ -2,7 +2,7 @@
 
 Which one should you use? ``michel`` measures how sensitive the loss is to a head and is the usual
 choice; ``hies`` adds how focused a head's attention is, and is worth trying if more than a tenth of
-the heads are pruned; ``entropy`` and ``confidence`` (of the attention) need no loss but say little
+the heads are pruned; ``entropy`` and ``attention_confidence`` need no loss but say little
 alone.
 """
 
@@ -25,7 +25,7 @@ from headwise.nn.instrumenting import instrument
 
 __all__ = ["HeadScores", "hies", "score_heads"]
 
-METRICS = ("michel", "entropy", "confidence", "hies")
+METRICS = ("michel", "entropy", "attention_confidence", "hies")
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,8 @@ def score_heads(
     - ``michel`` (Michel et al. 2019, eq. 2): I_h = E |<context_h, dL/dcontext_h>|, how sensitive
       the loss is to head h; each layer divided by its L2 norm (``normalize``).
     - ``entropy``: mean over query rows of the row's entropy / ln(keys it can see), in [0, 1].
-    - ``confidence`` (Voita et al. 2019): mean of each row's largest attention probability.
+    - ``attention_confidence`` (Voita et al. 2019): mean of each row's largest
+      attention probability.
     - ``hies`` (arXiv 2510.13832): per-example importance and entropy together; see :func:`hies`.
 
     The model runs in eval mode; its modes, gradients and parameters are restored. A model that has
@@ -151,7 +152,7 @@ def score_heads(
         batches: input of ``loss_fn``.
         loss_fn: ``(model, batch) -> loss``: one loss per example ``[B]``, or their mean. A mean is
             multiplied by the batch size, so that scores do not depend on how data is batched.
-        metrics: of "michel", "entropy", "confidence", "hies".
+        metrics: of "michel", "entropy", "attention_confidence", "hies".
         absolute: the level at which ``michel`` takes the absolute value: "per_token", "per_example"
             or "per_batch" (which depends on the batch size; for comparison only).
         normalize: divide each layer's ``michel`` by its L2 norm. ``hies`` does its own scaling.

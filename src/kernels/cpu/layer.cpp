@@ -11,12 +11,6 @@
 namespace headwise::kernels {
 namespace {
 
-/// Rows of a kv workspace that head `a` fills.
-template <typename T>
-int64_t key_rows(const Layer<T>& layer, const ActiveHead& a) {
-  return layer.shape.lengths[a.b] + layer.shape.added;
-}
-
 template <typename T>
 HeadTensors<T> head_tensors(const Layer<T>& layer, const T* q, const T* k, const T* v,
                             const ActiveHead& a) {

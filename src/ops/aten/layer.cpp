@@ -5,46 +5,12 @@
 #include "ops/aten/attention.h"
 #include "ops/aten/pair_attention.h"
 #include "ops/aten/projection.h"
+#include "ops/multihead_form.h"
 
 namespace headwise::ops::aten {
 namespace {
 
 using at::Tensor;
-
-int64_t added_rows(const ProjectionWeights& w) { return w.bias_k.has_value() + w.add_zero_attn; }
-
-MultiheadInputs as_multihead(const SelfInputs& in) {
-  const int64_t e = in.out_proj_weight.size(1);
-  const auto rows = [&](const Tensor& t, int64_t n) { return t.narrow(0, n * e, e); };
-  const auto biases = [&](int64_t n) {
-    return in.in_proj_bias ? OptionalTensor(rows(*in.in_proj_bias, n)) : OptionalTensor();
-  };
-  return {in.x,
-          in.x,
-          in.x,
-          {rows(in.in_proj_weight, 0),
-           rows(in.in_proj_weight, 1),
-           rows(in.in_proj_weight, 2),
-           biases(0),
-           biases(1),
-           biases(2),
-           in.out_proj_weight,
-           in.out_proj_bias,
-           {},
-           {},
-           false},
-          in.num_heads,
-          in.index,
-          in.count,
-          in.weight,
-          in.arguments};
-}
-
-/// In the order of the arguments of selected_multihead_attention; undefined where not needed.
-struct LayerGradients {
-  Tensor query, key, value, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, out_proj_weight,
-      out_proj_bias, weight, bias_k, bias_v, attn_mask;
-};
 
 LayerGradients layer_backward(const Tensor& grad_output, const MultiheadInputs& in,
                               const LayerSaved& saved, const Needs<15>& needs) {

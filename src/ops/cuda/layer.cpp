@@ -11,6 +11,7 @@
 #include "ops/cuda/flash.h"
 #include "ops/cuda/launch.h"
 #include "ops/cuda/selected.h"
+#include "ops/multihead_form.h"
 
 namespace headwise::ops::device {
 namespace {
@@ -46,7 +47,7 @@ struct Layer {
         K(in.index.size(1)),
         H(in.num_heads),
         d(H ? in.weights.q_weight.size(0) / H : 0),
-        added(in.weights.bias_k.has_value() + in.weights.add_zero_attn),
+        added(added_rows(in.weights)),
         type(query.scalar_type()),
         accumulator(lse_type(type)),
         flash(L == S && added == 0 && !in.arguments.key_padding_mask && !in.arguments.attn_mask &&
@@ -220,13 +221,6 @@ LayerForward layer_forward(const Layer& l, bool keep) {
   return {y, q, k, v, context, lse};
 }
 
-/// In the order of the arguments of selected_multihead_attention; undefined where not needed. With
-/// a joint weight, `query`, `q_weight` and `q_bias` are the gradients of x and of the joint ones.
-struct LayerGradients {
-  Tensor query, key, value, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, out_proj_weight,
-      out_proj_bias, weight, bias_k, bias_v, attn_mask;
-};
-
 /// Gradient of an added row [E] from that of the keys or values [B, K, R, d].
 Tensor row_gradient(const Layer& l, const Tensor& grad) {
   const auto& heads = l.selected.packed_head;  // [B K]
@@ -238,6 +232,8 @@ Tensor row_gradient(const Layer& l, const Tensor& grad) {
       .to(l.type);
 }
 
+/// With a joint weight, `query`, `q_weight` and `q_bias` are the gradients of x and of the joint
+/// ones.
 LayerGradients layer_backward(const Layer& l, const Tensor& grad_output, const LayerSaved& saved,
                               const Needs<15>& needs) {
   const auto& w = l.in.weights;
@@ -327,34 +323,6 @@ LayerGradients layer_backward(const Layer& l, const Tensor& grad_output, const L
   project(l.value, w.v_weight, dv, limits, {needs[2], needs[5], needs[8]}, g.value, g.v_weight,
           g.v_bias);
   return g;
-}
-
-MultiheadInputs as_multihead(const SelfInputs& in) {
-  const int64_t e = in.out_proj_weight.size(1);
-  const auto part = [&](const Tensor& t, int64_t n) { return t.narrow(0, n * e, e); };
-  const auto bias = [&](int64_t n) {
-    return in.in_proj_bias ? OptionalTensor(part(*in.in_proj_bias, n)) : OptionalTensor();
-  };
-  const auto& w = in.in_proj_weight;
-  return {in.x,
-          in.x,
-          in.x,
-          {part(w, 0),
-           part(w, 1),
-           part(w, 2),
-           bias(0),
-           bias(1),
-           bias(2),
-           in.out_proj_weight,
-           in.out_proj_bias,
-           {},
-           {},
-           false},
-          in.num_heads,
-          in.index,
-          in.count,
-          in.weight,
-          in.arguments};
 }
 
 }  // namespace

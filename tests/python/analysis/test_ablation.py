@@ -226,7 +226,7 @@ def encoder_problem():
     return Encoder(), [(x, y)], loss
 
 
-@pytest.mark.parametrize("metric", ["michel", "hies", "entropy", "confidence"])
+@pytest.mark.parametrize("metric", ["michel", "hies", "entropy", "attention_confidence"])
 @pytest.mark.parametrize("exact", [True, False])
 def test_paths_are_nested_down_to_the_target(metric, exact):
     model, batches, loss = encoder_problem()

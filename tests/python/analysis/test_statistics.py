@@ -144,7 +144,10 @@ def test_bad_input_is_named():
         (lambda: ops.paired_bootstrap(good[:, :0]), "at least one example"),
         (lambda: ops.paired_bootstrap(nan), "differences must be finite"),
         (lambda: ops.paired_bootstrap(good, 0), "resamples must be in 1..10000000, got 0"),
-        (lambda: ops.paired_bootstrap(good, 9, 0, 1.0), r"confidence must be in \(0, 1\), got 1"),
+        (
+            lambda: ops.paired_bootstrap(good, 9, 0, 1.0),
+            r"confidence_level must be in \(0, 1\), got 1",
+        ),
         (lambda: ops.rank_agreement(good, "pearson"), "'spearman' or 'kendall', got 'pearson'"),
         (lambda: ops.rank_agreement(good[:, :1]), "at least 2 heads"),
         (lambda: ops.rank_agreement(nan), "scores must be finite"),

@@ -99,7 +99,7 @@ def test_the_models_are_the_same(problem):
 @pytest.mark.parametrize("absolute", ["per_token", "per_example", "per_batch"])
 def test_scores(problem, absolute):
     models, batches, found, _ = problem
-    metrics = ["michel", "entropy", "confidence", "hies"]
+    metrics = ["michel", "entropy", "attention_confidence", "hies"]
     expected = hw.score_heads(
         models["plain"], batches, losses, metrics, absolute=absolute, alpha=0.3, scope="layer"
     )

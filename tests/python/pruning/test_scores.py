@@ -115,7 +115,7 @@ def test_normalisation_is_by_layer(model, data):
 @pytest.mark.parametrize("loss_fn", [losses, mean_loss])
 @pytest.mark.parametrize("absolute", ["per_token", "per_example"])
 def test_scores_do_not_depend_on_batches(model, data, absolute, loss_fn):
-    options = dict(absolute=absolute, metrics=["michel", "entropy", "confidence", "hies"])
+    options = dict(absolute=absolute, metrics=["michel", "entropy", "attention_confidence", "hies"])
     whole = hw.score_heads(model, [data], losses, **options)
     parts = hw.score_heads(model, split(data, 1, 3, 2), loss_fn, **options)
     for metric in whole:
@@ -132,10 +132,12 @@ def test_entropy_and_confidence_follow_their_definition(model, data):
     real = (~padding)[:, None].double()
     by_example = (entropy * real).sum(-1) / real.sum(-1)
     confidence = (maps.amax(-1) * real).sum(-1) / real.sum(-1)
-    scores = hw.score_heads(model, [data], losses, ["entropy", "confidence"])
+    scores = hw.score_heads(model, [data], losses, ["entropy", "attention_confidence"])
     name = next(iter(hw.attention_layers(model)))
     torch.testing.assert_close(scores["entropy"].values[name], by_example.mean(0).detach())
-    torch.testing.assert_close(scores["confidence"].values[name], confidence.mean(0).detach())
+    torch.testing.assert_close(
+        scores["attention_confidence"].values[name], confidence.mean(0).detach()
+    )
 
 
 @pytest.mark.parametrize("scope", ["layer", "model"])

@@ -18,11 +18,11 @@ from headwise.apps.cli.texts import LabelledTexts, add_texts, journal, labelled_
 from headwise.apps.tasks.errors import UsageError
 
 #: From one pass over the texts.
-ONE_PASS = ("michel", "entropy", "confidence", "hies")
+ONE_PASS = ("michel", "entropy", "attention_confidence", "hies")
 #: From separate searches.
 SEARCHES = ("ablation", "all-but-one", "lrp", "causal")
 #: --keep makes no plan of these: they describe what heads do, not how much that matters.
-DESCRIPTIVE = ("entropy", "confidence")
+DESCRIPTIVE = ("entropy", "attention_confidence")
 
 
 def add_parser(commands) -> argparse.ArgumentParser:

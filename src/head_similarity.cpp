@@ -4,7 +4,7 @@
 #include <Eigen/Core>
 #include <vector>
 
-#include "headwise/statistics.h"
+#include "headwise/head_similarity.h"
 
 namespace headwise {
 

@@ -4,9 +4,9 @@
 #include <numeric>
 #include <optional>
 
-#include "headwise/statistics.h"
+#include "bootstrap/resample.h"
+#include "headwise/bootstrap.h"
 #include "shown.h"
-#include "statistics/resample.h"
 
 namespace headwise {
 namespace {
@@ -117,12 +117,12 @@ std::optional<double> correlation(const Values& a, const Values& b, bool spearma
 std::tuple<at::Tensor, at::Tensor, at::Tensor> rank_agreement(const at::Tensor& scores,
                                                               std::string_view method,
                                                               int64_t resamples, int64_t seed,
-                                                              double confidence) {
+                                                              double confidence_level) {
   TORCH_CHECK_VALUE(scores.dim() == 2 && scores.size(1) >= 2,
                     "scores must be [S, N] of at least 2 heads, got ", scores.sizes());
   TORCH_CHECK_VALUE(method == "spearman" || method == "kendall",
                     "method must be 'spearman' or 'kendall', got ", shown(method, 100, '\''));
-  analysis::check_resampling(resamples, confidence);
+  analysis::check_resampling(resamples, confidence_level);
   const at::Tensor host = scores.detach().to(at::kCPU, at::kDouble).contiguous();
   TORCH_CHECK_VALUE(at::isfinite(host).all().item<bool>(),
                     "scores must be finite, got NaN or infinity");
@@ -166,8 +166,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> rank_agreement(const at::Tensor& 
       auto& seen = sampled[pair];
       if (seen.empty()) seen.push_back(v[a][b]);
       std::sort(seen.begin(), seen.end());
-      l[a][b] = l[b][a] = analysis::quantile(seen, (1 - confidence) / 2);
-      h[a][b] = h[b][a] = analysis::quantile(seen, (1 + confidence) / 2);
+      l[a][b] = l[b][a] = analysis::quantile(seen, (1 - confidence_level) / 2);
+      h[a][b] = h[b][a] = analysis::quantile(seen, (1 + confidence_level) / 2);
     }
   }
   return {value, low, high};
@@ -175,9 +175,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> rank_agreement(const at::Tensor& 
 
 TORCH_LIBRARY_IMPL(headwise, CPU, m) {
   m.impl("rank_agreement", [](const at::Tensor& scores, c10::string_view method, int64_t resamples,
-                              int64_t seed, double confidence) {
+                              int64_t seed, double confidence_level) {
     return rank_agreement(scores, std::string_view(method.data(), method.size()), resamples, seed,
-                          confidence);
+                          confidence_level);
   });
 }
 

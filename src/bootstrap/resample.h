@@ -34,10 +34,10 @@ inline void check_draws(int64_t draws, const char* name) {
                     ", got ", draws);
 }
 
-inline void check_resampling(int64_t resamples, double confidence) {
+inline void check_resampling(int64_t resamples, double confidence_level) {
   check_draws(resamples, "resamples");
-  TORCH_CHECK_VALUE(confidence > 0.0 && confidence < 1.0, "confidence must be in (0, 1), got ",
-                    confidence);
+  TORCH_CHECK_VALUE(confidence_level > 0.0 && confidence_level < 1.0,
+                    "confidence_level must be in (0, 1), got ", confidence_level);
 }
 
 /// The quantile at `share` of sorted values, linear between neighbours.

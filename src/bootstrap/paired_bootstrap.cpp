@@ -3,19 +3,19 @@
 
 #include <Eigen/Core>
 
-#include "headwise/statistics.h"
-#include "statistics/resample.h"
+#include "bootstrap/resample.h"
+#include "headwise/bootstrap.h"
 
 namespace headwise {
 
 using RowMajor = Eigen::Matrix<double, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> paired_bootstrap(
-    const at::Tensor& differences, int64_t resamples, int64_t seed, double confidence) {
+    const at::Tensor& differences, int64_t resamples, int64_t seed, double confidence_level) {
   TORCH_CHECK_VALUE(differences.dim() == 2 && differences.size(1) > 0,
                     "differences must be [M, N] of at least one example, got ",
                     differences.sizes());
-  analysis::check_resampling(resamples, confidence);
+  analysis::check_resampling(resamples, confidence_level);
   const at::Tensor values = differences.detach().to(at::kCPU, at::kDouble).contiguous();
   TORCH_CHECK_VALUE(at::isfinite(values).all().item<bool>(),
                     "differences must be finite, got NaN or infinity");
@@ -38,8 +38,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> paired_bootstrap(
   for (int64_t m = 0; m < rows; ++m) {
     for (int64_t r = 0; r < resamples; ++r) sorted[r] = means(m, r);
     std::sort(sorted.begin(), sorted.end());
-    low.mutable_data_ptr<double>()[m] = analysis::quantile(sorted, (1 - confidence) / 2);
-    high.mutable_data_ptr<double>()[m] = analysis::quantile(sorted, (1 + confidence) / 2);
+    low.mutable_data_ptr<double>()[m] = analysis::quantile(sorted, (1 - confidence_level) / 2);
+    high.mutable_data_ptr<double>()[m] = analysis::quantile(sorted, (1 + confidence_level) / 2);
     const auto not_above = std::upper_bound(sorted.begin(), sorted.end(), 0.0) - sorted.begin();
     const auto below = std::lower_bound(sorted.begin(), sorted.end(), 0.0) - sorted.begin();
     const auto fewer = static_cast<double>(std::min<int64_t>(not_above, resamples - below));
