@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from headwise.apps.bench.cases import GOALS
 from headwise.apps.bench.contenders import CheckFailed, compare, random_gate, randomise
 from headwise.apps.bench.joules import energy
 from headwise.apps.bench.settings import Settings
-from headwise.apps.compare.measure import Turns, model_work
+from headwise.apps.compare.measure import Turns, Work, model_work
 from headwise.apps.tasks.corpora import load_task
 from headwise.apps.tasks.examples import encode
 from headwise.apps.tasks.models import (
@@ -97,12 +98,18 @@ def run(settings: Settings) -> Iterator[dict]:
                 **energy(
                     settings,
                     {name: Turns(model, batches) for name, model in models.items()},
-                    lambda models=models, layers=layers: {
-                        name: model_work(model, dense.config, layers, batches)
-                        for name, model in models.items()
-                    },
+                    partial(_works, models, dense.config, layers, batches),
                 ),
             }
+
+
+def _works(
+    models: dict[str, nn.Module],
+    config,
+    layers: dict[str, int],
+    batches: Sequence[dict[str, Tensor]],
+) -> dict[str, Work]:
+    return {name: model_work(model, config, layers, batches) for name, model in models.items()}
 
 
 def _batches(settings: Settings, folder) -> tuple[list[dict[str, Tensor]], dict[str, float]]:

@@ -111,6 +111,18 @@ def _line(path: Path) -> str | None:
         return None
 
 
+def _zeus_monitor() -> Callable[..., Any]:
+    try:
+        from zeus.monitor import ZeusMonitor
+    except ImportError as error:
+        if error.name == "zeus":
+            raise NotMeasured(
+                "the package zeus is missing: pip install 'headwise[energy]'"
+            ) from None
+        raise NotMeasured(f"the package zeus cannot be imported: {first_line(error)}") from None
+    return ZeusMonitor
+
+
 def open_meter(
     device: torch.device,
     *,
@@ -127,15 +139,7 @@ def open_meter(
         NotMeasured: zeus is missing, or the device's counter cannot be read.
     """
     powercap = POWERCAP if powercap is None else powercap
-    if create is None:
-        try:
-            from zeus.monitor import ZeusMonitor as create
-        except ImportError as error:
-            if error.name == "zeus":
-                raise NotMeasured(
-                    "the package zeus is missing: pip install 'headwise[energy]'"
-                ) from None
-            raise NotMeasured(f"the package zeus cannot be imported: {first_line(error)}") from None
+    create = _zeus_monitor() if create is None else create
     root = next((folder for folder in powercap if folder.is_dir()), None)
     try:
         monitor = create(gpu_indices=[])
