@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from headwise.nn.grouped_query_attention import GroupedQueryAttention
 
 
-class SelectedCohereAttention(SelectedNeighbourAttention):
+class SelectedHeadNormAttention(SelectedNeighbourAttention):
     """Replaces ``CohereAttention``; ``q_norm.weight [H, d]``, ``k_norm.weight [Hkv, d]``."""
 
     def __init__(self, original: nn.Module, sizes: Mapping[str, Any], **factory: Any):
@@ -56,7 +56,7 @@ class SelectedCohereAttention(SelectedNeighbourAttention):
         return heads if norm is None else norm(heads.transpose(1, 2)).transpose(1, 2)
 
 
-selected, __getattr__ = stand_ins(__name__, SelectedCohereAttention)
+selected, __getattr__ = stand_ins(__name__, SelectedHeadNormAttention)
 
 
 class Cohere(Neighbours):
@@ -64,9 +64,9 @@ class Cohere(Neighbours):
     stand_in = staticmethod(selected)
     children = ("q_norm", "k_norm")
 
-    def successor(self, module: nn.Module, sizes: Mapping[str, Any]) -> SelectedCohereAttention:
+    def successor(self, module: nn.Module, sizes: Mapping[str, Any]) -> SelectedHeadNormAttention:
         successor = super().successor(module, sizes)
-        assert isinstance(successor, SelectedCohereAttention)
+        assert isinstance(successor, SelectedHeadNormAttention)
         successor.rotates = getattr(module, "sliding_window", 0) is not None
         return successor
 

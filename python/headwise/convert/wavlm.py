@@ -20,7 +20,7 @@ from headwise.nn.proof import Draw, Trial
 _KEPT = ("gru_rel_pos_linear", "rel_attn_embed")
 
 
-class SelectedWavLMAttention(SelectedBiasedAttention):
+class SelectedGatedBiasAttention(SelectedBiasedAttention):
     """Replaces ``WavLMAttention``. Attention maps are those of each head; the original gives each
     head their mean.
 
@@ -67,7 +67,7 @@ class SelectedWavLMAttention(SelectedBiasedAttention):
         return output, maps, position_bias
 
 
-selected, __getattr__ = stand_ins(__name__, SelectedWavLMAttention)
+selected, __getattr__ = stand_ins(__name__, SelectedGatedBiasAttention)
 
 
 class WavLM(TransformersProjected):
