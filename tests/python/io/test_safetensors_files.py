@@ -112,6 +112,10 @@ def test_float4_round_trips(tmp_path):
     assert header[: header.index(b"}")] == path.read_bytes()[8:][: header.index(b"}")]
 
 
+#: Seconds of a processor after which reading a header has hung.
+HANGS = 30.0
+
+
 def header_of(entries: int, size: int = 4, step: int = 4) -> bytes:
     return json.dumps(
         {
@@ -127,24 +131,21 @@ def header_of(entries: int, size: int = 4, step: int = 4) -> bytes:
 
 @pytest.mark.parametrize(("step", "accepted"), [(4, True), (0, False)])
 def test_headers_are_read_in_linear_time(tmp_path, step, accepted):
-    path, seconds = tmp_path / "w", {}
-    for entries in (10_000, 40_000):
-        path.write_bytes(file_bytes(header_of(entries, step=step), b"\0" * (4 * entries)))
-        start = time.process_time()
-        if accepted:
-            assert len(load_safetensors(path)) == entries
-        else:
-            with pytest.raises(ValueError, match="must not overlap"):
-                load_safetensors(path)
-        seconds[entries] = time.process_time() - start
-    assert seconds[40_000] < 12 * seconds[10_000] + 0.5  # quadratic: 16 times, and seconds
-    assert seconds[40_000] < 5
+    path, entries = tmp_path / "w", 200_000
+    path.write_bytes(file_bytes(header_of(entries, step=step), b"\0" * (4 * entries)))
+    start = time.process_time()
+    if accepted:
+        assert len(load_safetensors(path)) == entries
+    else:
+        with pytest.raises(ValueError, match="must not overlap"):
+            load_safetensors(path)
+    assert time.process_time() - start < HANGS  # seconds; quadratic: more than a minute
 
 
 def test_many_tensors_are_written_in_linear_time(tmp_path):
     start = time.process_time()
     save_safetensors(tmp_path / "w", {f"t{i}": torch.zeros(1) for i in range(20_000)})
-    assert time.process_time() - start < 3
+    assert time.process_time() - start < HANGS
 
 
 def test_no_tensors(tmp_path):
