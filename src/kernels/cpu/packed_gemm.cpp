@@ -133,6 +133,8 @@ void pack<BFloat16>(int64_t k, int64_t n, const BFloat16* b, int64_t ldb, bool t
 template <typename T>
 void packed_gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb,
                  float* c, int64_t ldc, bool add) {
+  // One row has no next one, whose distance may be any number: oneDNN would allocate by it.
+  if (m == 1) lda = k, ldc = n;
   at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, interleaved(T()));
 }
 
