@@ -1,6 +1,6 @@
 """The summary and the figure of prompt_families.py.
 
-python benchmarks/prompt_families_summary.py prompts.jsonl --json summary.json --png figure.png
+python benchmarks/prompt_families_summary.py prompts.json --json summary.json --png figure.png
 """
 
 from __future__ import annotations
@@ -29,14 +29,16 @@ LINES = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("rows", type=Path, help="the .jsonl file that prompt_families.py wrote")
+    parser.add_argument("study", type=Path, help="the file that prompt_families.py wrote")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
     parser.add_argument("--png", type=Path, metavar="FILE")
     options = parser.parse_args()
-    rows = [json.loads(line) for line in options.rows.read_text().splitlines()]
+    study = json.loads(options.study.read_text())
+    rows = study["rows"]
     short = [{key: own for key, own in row.items() if key != "losses"} for row in rows]
     found = list(comparisons(rows))
-    write_json(options.json, {"rows": short, "bank_against_static": found})
+    settings = study["settings"]
+    write_json(options.json, {"settings": settings, "rows": short, "bank_against_static": found})
     for entry in found:
         print(
             f"seed {entry['seed']}, {entry['keep']:.1%} of the heads, {entry['steps']} steps: "
