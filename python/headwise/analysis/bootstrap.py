@@ -13,6 +13,8 @@ from headwise.io.printable import quoted
 
 __all__ = ["MetricDifference", "metric_difference"]
 
+_MOST_RESAMPLES = 10_000_000  # as in the operators that resample
+
 
 @dataclass(frozen=True)
 class MetricDifference:
@@ -83,8 +85,8 @@ def metric_difference(
             "first, second and targets must be of the same examples, at least one, got "
             f"{len(first)}, {len(second)} and {count}"
         )
-    if resamples < 1:
-        raise ValueError(f"resamples must be positive, got {resamples}")
+    if not 1 <= resamples <= _MOST_RESAMPLES:
+        raise ValueError(f"resamples must be in 1..{_MOST_RESAMPLES}, got {quoted(resamples)}")
     if not 0.0 < confidence_level < 1.0:
         raise ValueError(f"confidence_level must be in (0, 1), got {confidence_level}")
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from headwise.analysis.ablation import LossesByIntervention
 from headwise.convert.conversion import converted
+from headwise.io.printable import quoted
 from headwise.io.progress import with_progress
 from headwise.nn.attention_layer import AttentionLayer, AttentionProbe
 from headwise.nn.instrumenting import instrument, scaled_heads
@@ -148,7 +149,7 @@ def _pairs(
     except (TypeError, ValueError):
         raise ValueError(
             "pairs must be a number, or pairs of heads ((layer, head), (layer, head)), got "
-            f"{pairs!r}"
+            f"{quoted(pairs)}"
         ) from None
     if not given:
         raise ValueError("pairs must not be empty")
@@ -156,9 +157,11 @@ def _pairs(
     for one, other in given:
         for head in (one, other):
             if head not in known:
-                raise ValueError(f"pairs must be of the model's heads (layer, head), got {head!r}")
+                raise ValueError(
+                    f"pairs must be of the model's heads (layer, head), got {quoted(head)}"
+                )
         if one == other:
-            raise ValueError(f"pairs must be of two different heads, got {one!r} twice")
+            raise ValueError(f"pairs must be of two different heads, got {quoted(one)} twice")
     return given
 
 

@@ -33,6 +33,7 @@ from headwise.convert.masks import complete, for_each_sequence
 from headwise.convert.older_versions import make_mask, register_mask
 from headwise.convert.parameters import in_the_mode_of, remade
 from headwise.convert.registry import Architecture
+from headwise.io.printable import quoted
 from headwise.nn.layers import carry_hooks
 from headwise.nn.multihead_attention import MultiheadAttention
 from headwise.nn.proof import Draw, Trial
@@ -104,7 +105,7 @@ def attend(
     check_arguments(stand_in, options)
     if options.get("is_causal"):
         raise ValueError(
-            f"is_causal must be None or False, got {options['is_causal']!r}: "
+            f"is_causal must be None or False, got {quoted(options['is_causal'])}: "
             f"{type(stand_in).__name__} is an encoder's"
         )
     layer = mha = stand_in.mha

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,12 +10,29 @@ from torch import Tensor, nn
 
 from headwise._C import LayerPlan
 from headwise.gates.base import Gate
+from headwise.gates.options import checked
 from headwise.gates.scope import ScopedGate
 from headwise.gates.selection import Selection
 from headwise.io.printable import quoted
 
 #: What a router can read of a layer's input, over the tokens that are not padding.
 FEATURES = ("mean", "first", "max")
+
+_MOST_LAYERS = 2**16
+
+
+def _listed(name: str, values: Any) -> list[Any]:
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be a list, got {quoted(values)}")
+    return list(values)
+
+
+def _heads(plan: Any) -> list[int]:
+    """The heads of a plan, checked as :class:`FixedGate` checks its own."""
+    try:
+        return list(checked("FixedGate", {"heads": _listed("heads", plan)})["heads"])
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"plans: {error}") from None
 
 
 def router_features(x: Tensor, padding: Tensor | None, features: Sequence[str]) -> Tensor:
@@ -127,24 +144,25 @@ class BankGate(ScopedGate, Gate, configured=True):
         device=None,
         dtype=None,
     ) -> None:
-        plans = [[int(head) for head in heads] for heads in plans]
-        features = list(features)
-        names = [str(m) for m in range(len(plans))] if names is None else [str(n) for n in names]
+        plans = [_heads(plan) for plan in _listed("plans", plans)]
+        features = _listed("features", features)
+        names = [
+            str(name) for name in (range(len(plans)) if names is None else _listed("names", names))
+        ]
         if not plans:
             raise ValueError("plans must not be empty: a bank needs at least one plan")
         for heads in plans:
-            if sorted(set(heads)) != heads or (heads and heads[0] < 0):
-                raise ValueError(f"plans must be ascending heads, got {str(heads)[:200]}")
+            if sorted(heads) != heads:
+                raise ValueError(f"plans must be ascending heads, got {quoted(heads)}")
             if num_heads is not None and heads and heads[-1] >= num_heads:
                 raise ValueError(f"plans must be of heads in 0..{num_heads - 1}, got {heads[-1]}")
-        if isinstance(at, bool) or not isinstance(at, int) or at < 0:
-            raise ValueError(f"at must be a number of an attention layer, got {at!r}")
-        if not features or len(set(features)) != len(features):
-            raise ValueError(f"features must be some of {', '.join(FEATURES)}, got {features!r}")
-        for feature in features:
-            if feature not in FEATURES:
+        if isinstance(at, bool) or not isinstance(at, int) or not 0 <= at < _MOST_LAYERS:
+            raise ValueError(f"at must be a number of an attention layer, got {quoted(at)}")
+        for feature in features or [None]:
+            if feature not in FEATURES or features.count(feature) > 1:
                 raise ValueError(
-                    f"features must be one of {', '.join(FEATURES)}, got {quoted(feature)}"
+                    f"features must be some of {', '.join(FEATURES)}, each once, "
+                    f"got {quoted(features)}"
                 )
         if len(names) != len(plans):
             raise ValueError(f"names must have one entry per plan ({len(plans)}), got {len(names)}")

@@ -14,6 +14,7 @@ from headwise.gates.recomputation import recomputing
 from headwise.gates.scheduled import ScheduledGate
 from headwise.gates.scope import GateScope, ScopedGate
 from headwise.gates.selection import Selection, select_all
+from headwise.io.printable import quoted
 
 _ops = torch.ops.headwise
 
@@ -192,12 +193,12 @@ def restore_moves(model: nn.Module, moves: Any, where: str) -> None:
     """
     gates = _sleeping(model)
     if not isinstance(moves, list):
-        raise ValueError(f"{where} must be a list, got {moves!r}")
+        raise ValueError(f"{where} must be a list, got {quoted(moves)}")
     own: dict[str, list[HeadMove]] = {name: [] for name in gates}
     for number, entry in enumerate(moves):
         move = _move(entry)
         if move is None:
-            raise ValueError(f"entry {number} of {where} is not a move of a head: {entry!r}")
+            raise ValueError(f"entry {number} of {where} is not a move of a head: {quoted(entry)}")
         gate = gates.get(entry["layer"])
         if gate is None or move.head >= (gate.num_heads or 0):
             raise ValueError(

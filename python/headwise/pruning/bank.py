@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from headwise.convert.conversion import converted
 from headwise.gates import BankGate, link_gates
 from headwise.gates.bank import FEATURES, router_features
+from headwise.io.printable import quoted
 from headwise.io.progress import with_progress
 from headwise.nn.batches import batch_size, call_model, take_rows
 from headwise.nn.instrumenting import evaluating
@@ -128,10 +129,12 @@ def fit_bank(
     if not batches:
         raise ValueError("batches must not be empty: there is nothing to fit a bank on")
     if router not in ("centroid", "softmax"):
-        raise ValueError(f"router must be 'centroid' or 'softmax', got {router!r}")
+        raise ValueError(f"router must be 'centroid' or 'softmax', got {quoted(router)}")
     for feature in features:
         if feature not in FEATURES:
-            raise ValueError(f"features must be some of {', '.join(FEATURES)}, got {feature!r}")
+            raise ValueError(
+                f"features must be some of {', '.join(FEATURES)}, got {quoted(feature)}"
+            )
     forward_fn = call_model if forward_fn is None else forward_fn
     dense = converted(model)
     layers = attention_layers(dense)
@@ -384,7 +387,7 @@ def _clusters(seen: Tensor, plans: int, given: Sequence[int] | Tensor | None, se
             )
         return where
     if isinstance(plans, bool) or not isinstance(plans, int) or plans < 1:
-        raise ValueError(f"plans must be a positive number, got {plans!r}")
+        raise ValueError(f"plans must be a positive number, got {quoted(plans)}")
     if plans > len(seen):
         raise ValueError(f"batches must have an input for each of {plans} plans, got {len(seen)}")
     return k_means(_standard(seen), plans, seed)[0]

@@ -10,6 +10,7 @@ from torch import nn
 
 from headwise import _C
 from headwise.convert.conversion import converted
+from headwise.io.printable import quoted
 from headwise.io.progress import with_progress
 from headwise.io.store import Store
 from headwise.nn.intervention import (
@@ -69,7 +70,7 @@ def pruning_path(
     """
     _C.pruning_counts(1, keep, step)  # raises if out of range
     if metric not in METRICS:
-        raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
+        raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {quoted(metric)}")
     model = converted(model)
     for name, layer in attention_layers(model).items():
         if layer.gate is not None:

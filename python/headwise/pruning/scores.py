@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from headwise import _C
 from headwise.convert.conversion import converted
 from headwise.io.display import Grid, Shown, per_head
+from headwise.io.printable import quoted
 from headwise.io.progress import with_progress
 from headwise.nn.attention_layer import AttentionLayer, AttentionProbe
 from headwise.nn.instrumenting import instrument
@@ -168,7 +169,9 @@ def score_heads(
             wrong shape, or one that does not depend on the heads.
     """
     if isinstance(metrics, str):
-        raise ValueError(f"metrics must be a list of some of {', '.join(METRICS)}, got {metrics!r}")
+        raise ValueError(
+            f"metrics must be a list of some of {', '.join(METRICS)}, got {quoted(metrics)}"
+        )
     scorer = _C.HeadScorer(list(metrics), absolute, normalize, alpha, scope)
 
     def see(name: str, layer: AttentionLayer, probe: AttentionProbe) -> None:

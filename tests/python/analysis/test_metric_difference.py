@@ -79,7 +79,8 @@ def test_coverage():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"resamples": 0}, "resamples must be positive, got 0"),
+        ({"resamples": 0}, r"resamples must be in 1\.\.10000000, got 0"),
+        ({"resamples": 10**12}, r"resamples must be in 1\.\.10000000, got 1000000000000"),
         ({"confidence_level": 1.0}, r"confidence_level must be in \(0, 1\), got 1.0"),
         ({"second": torch.zeros(3)}, "of the same examples, at least one, got 400, 3 and 400"),
         ({"metric": lambda *_: float("nan")}, "metric must be finite on every resample"),

@@ -6,15 +6,14 @@ import math
 import headwise as hw
 import pytest
 import torch
-from headwise.gates import gate_from_config
+from headwise.gates import BankGate, gate_from_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.gates import EVERY_GATE
 
-TYPES = sorted({type(gate).__name__ for gate in EVERY_GATE} | {"GroupGate", "ThresholdGate"})
-CONFIGS = [
-    gate.config() for gate in [*EVERY_GATE, hw.ThresholdGate(), hw.GroupGate(hw.BudgetGate())]
-]
+OTHERS = [hw.ThresholdGate(), hw.GroupGate(hw.BudgetGate()), BankGate([[0], [1, 2]])]
+TYPES = sorted({type(gate).__name__ for gate in [*EVERY_GATE, *OTHERS]})
+CONFIGS = [gate.config() for gate in [*EVERY_GATE, *OTHERS]]
 leaves = (
     st.none()
     | st.booleans()
@@ -114,6 +113,11 @@ def test_a_known_configuration_with_one_value_changed(data, config, value):
             "shared must",
         ),
         ({"type": "SharedHeadsGate", "gate": {"type": "BudgetGate"}, "shared": [1, 1]}, "1 again"),
+        ({"type": "BankGate", "plans": "01"}, "plans must be a list, got '01'"),
+        ({"type": "BankGate", "plans": [[0.9]]}, "plans: heads must be a whole number, got 0.9"),
+        ({"type": "BankGate", "plans": [[1, 0]]}, "plans must be ascending heads, got [1, 0]"),
+        ({"type": "BankGate", "plans": [[0]], "at": "x" * 5000}, "at must be a number of an"),
+        ({"type": "BankGate", "plans": [[0]], "features": "x" * 5000}, "features must be a list"),
     ],
 )
 def test_refused_by_name(config, text):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from headwise import _C
 from headwise.convert import convert
+from headwise.io.printable import quoted
 from headwise.io.progress import with_progress
 from headwise.nn.instrumenting import instrument
 from headwise.nn.layers import attention_layers
@@ -150,7 +151,7 @@ def kwon_prune(
     if tuning_batches <= 0:
         raise ValueError(f"tuning_batches must be positive, got {tuning_batches}")
     if variant not in ("headwise", "paper"):
-        raise ValueError(f"variant must be 'headwise' or 'paper', got {variant!r}")
+        raise ValueError(f"variant must be 'headwise' or 'paper', got {quoted(variant)}")
     if damp is not None and not 0.0 <= damp < math.inf:
         raise ValueError(f"damp must be finite and not negative, got {damp}")
     model = _own_copy(model)

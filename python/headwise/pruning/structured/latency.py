@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from headwise import _C
 from headwise._C import LatencyFit
 from headwise.io.files import write_json
+from headwise.io.printable import quoted
 from headwise.io.progress import progress_bar
 from headwise.nn.multihead_attention import MultiheadAttention
 from headwise.pruning.structured.description import Structure, structure
@@ -104,7 +105,7 @@ class LatencyTable:
         for units, seconds in (("heads", "head_seconds"), ("neurons", "neuron_seconds")):
             for key in (units, seconds):
                 if not isinstance(values[key], (list, tuple)):
-                    raise ValueError(f"'{key}' of {what} must be a list, got {values[key]!r}")
+                    raise ValueError(f"'{key}' of {what} must be a list, got {quoted(values[key])}")
                 values[key] = tuple(values[key])
             _C.fit_latency(list(values[units]), list(values[seconds]))  # raises if wrong
         return LatencyTable(**values)
