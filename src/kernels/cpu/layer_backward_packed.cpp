@@ -59,7 +59,16 @@ class Backward {
     return {q, k, v, q + L_ * d_, k + S_ * d_, v + S_ * d_};
   }
 
-  /// Gradients of the chosen heads' queries, keys and values, and of their weights.
+  template <typename U>
+  float row_product(const U* x, const T* y) const {
+    float sum = 0;
+    for (int64_t c = 0; c < d_; ++c) sum += float(x[c]) * float(y[c]);
+    return sum;
+  }
+
+  /// Gradients of the chosen heads' queries, keys and values, and of their weights. delta is that
+  /// of the gradient as it is stored: of another rounding, it would not cancel where one
+  /// probability is nearly 1, and large queries and keys multiply what is left.
   void attention() {
     const int64_t workers = at::get_num_threads(), heads = used_.heads.size();
     Factors<T> out_weights(heads, out_, d_);
@@ -81,15 +90,12 @@ class Backward {
         const int64_t rows = std::min(kRows, L_ - row);
         packed_gemm(rows, d_, out_, grad_output_ + (a.b * L_ + row) * out_, out_, factor.data,
                     factor.row_length, tile, d_, false);
-        for (int64_t i = 0; i < rows; ++i) {
-          float sum = 0;
-          for (int64_t c = 0; c < d_; ++c)
-            sum += tile[i * d_ + c] * float(context[(row + i) * d_ + c]);
-          delta[row + i] = weight * sum;
-          total += sum;
-        }
+        for (int64_t i = 0; i < rows; ++i)
+          total += row_product(tile + i * d_, context + (row + i) * d_);
         scale(tile, rows * d_, weight, tile);
         convert(tile, rows * d_, grad_context + row * d_);
+        for (int64_t i = row; i < row + rows; ++i)
+          delta[i] = row_product(grad_context + i * d_, context + i * d_);
       }
       if (g_.head_weight) g_.head_weight[a.b * shape_.num_heads + a.h] = total;
       const int64_t kv = S_ * d_;

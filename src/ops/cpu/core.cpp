@@ -254,12 +254,13 @@ CoreBackward core_backward(const Tensor& grad_output, HEADWISE_CORE_PARAMETERS,
         const Acc w = call.weight(a);
         Acc total = 0;
         for (int64_t i = 0; i < L; ++i) {
-          Acc sum = 0;
-          for (int64_t j = 0; j < dv; ++j) {
-            sum += Acc(g[i * dv + j]) * Acc(c[i * dv + j]);
-            gc[i * dv + j] = T(w * Acc(g[i * dv + j]));
+          Acc sum = 0, weighted = 0;  // of the gradient as it is stored (layer_backward_packed.cpp)
+          for (int64_t j = i * dv; j < (i + 1) * dv; ++j) {
+            gc[j] = T(w * Acc(g[j]));
+            sum += Acc(g[j]) * Acc(c[j]);
+            weighted += Acc(gc[j]) * Acc(c[j]);
           }
-          delta[i] = w * sum;
+          delta[i] = weighted;
           total += sum;
         }
         if (dw) dw[a.b * s.num_heads + a.h] = total;

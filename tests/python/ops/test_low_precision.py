@@ -153,6 +153,69 @@ def test_the_gradient_does_not_grow_with_the_scores(dtype, width, reach):
     assert 0.5 < weight.grad.double().norm() / exact.grad.norm() < 2
 
 
+def error_of_gradients(dtype, width, form, reach, seed):
+    """Relative errors of the operator's gradients and of those of PyTorch's attention."""
+    heads, length = 3, 9
+    d = heads * width
+    torch.manual_seed(seed)
+    x, cotangent = torch.randn(2, length, d).to(dtype), torch.randn(2, length, d).to(dtype)
+    weight = torch.randn(3 * d, d)
+    q, k, _ = (x.float() @ weight.T).unflatten(-1, (3, heads, width)).transpose(1, 3).unbind(2)
+    now = float((q @ k.transpose(2, 3)).abs().amax()) / math.sqrt(width)
+    weight[: 2 * d] *= math.sqrt(reach / now)
+    weight = weight.to(dtype)
+    out_weight = (torch.randn(d, d) / math.sqrt(d)).to(dtype)
+    head_weight = (torch.rand(2, heads) + 0.5).to(dtype)
+    index, count = torch.arange(heads).expand(2, -1).contiguous(), torch.full((2,), heads)
+
+    def split(x, weight):
+        parts = (x @ weight.T).unflatten(-1, (3, heads, width))
+        return [part.transpose(1, 2) for part in parts.unbind(2)]
+
+    def own(x, weight):
+        if form == "layer":
+            return torch.ops.headwise.selected_self_attention(
+                x, weight, None, out_weight, None, heads, index, count, head_weight
+            )
+        y = torch.ops.headwise.selected_attention(*split(x, weight), index, count, head_weight)
+        return y.transpose(1, 2).flatten(2) @ out_weight.T
+
+    def torchs(x, weight):
+        y = torch.nn.functional.scaled_dot_product_attention(*split(x, weight))
+        return (y * head_weight[:, :, None, None]).transpose(1, 2).flatten(2) @ out_weight.T
+
+    def exact(x, weight):
+        return plain(
+            x, weight, out_weight.double(), heads, head_weight.double(), dtype,
+            None, None, False, None,
+        )  # fmt: skip
+
+    gradients = []
+    for function, precision in ((exact, torch.float64), (own, dtype), (torchs, dtype)):
+        leaves = [t.detach().clone().to(precision).requires_grad_() for t in (x, weight)]
+        (function(*leaves) * cotangent.to(precision)).sum().backward()
+        gradients.append([leaf.grad.double() for leaf in leaves])
+    return [
+        max(
+            float((mine - right).norm() / right.norm())
+            for mine, right in zip(gradient, gradients[0], strict=True)
+        )
+        for gradient in gradients[1:]
+    ]
+
+
+@pytest.mark.parametrize("reach", [3e2, 3e3, 3.6e4])
+@pytest.mark.parametrize("form", ["layer", "core"])
+@pytest.mark.parametrize("width", [8, 12, 32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_errors_are_those_of_torchs_attention(dtype, width, form, reach):
+    """With any gradient of the output and heads of different weights: where one probability is
+    nearly 1, the terms of a score's gradient must cancel."""
+    errors = [error_of_gradients(dtype, width, form, reach, seed) for seed in range(4)]
+    mine, theirs = torch.tensor(errors).amax(0).tolist()
+    assert mine < 4 * theirs, errors
+
+
 @pytest.mark.parametrize("scale", [1.0, 100.0, 10_000.0])
 @pytest.mark.parametrize("width", [5, 8, 12])
 @pytest.mark.parametrize("dtype", DTYPES)
