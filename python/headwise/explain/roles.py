@@ -20,6 +20,7 @@ from headwise.explain.recording import own_copy
 from headwise.explain.role_counts import RoleCounts, asked, count_roles, questions_for
 from headwise.explain.use import number
 from headwise.io.fingerprint import fingerprint
+from headwise.io.printable import quoted
 from headwise.io.store import Store, locked
 from headwise.nn.intervention import ForwardFunction
 from headwise.nn.layers import attention_layers
@@ -135,6 +136,9 @@ def head_roles(
     """
     thresholds = thresholds or RoleThresholds()
     batches = list(batches)
+    for batch in batches:
+        if not isinstance(batch, AnnotatedBatch):
+            raise TypeError(f"batches must hold AnnotatedBatch only, got {quoted(batch)}")
     if sum(len(batch.valid) for batch in batches) < 2:
         raise ValueError("batches must hold at least two inputs: one for each half")
     questions = questions_for(

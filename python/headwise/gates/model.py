@@ -10,10 +10,17 @@ from headwise.gates.base import Gate
 from headwise.gates.distributed import share_if_sharded
 from headwise.gates.scope import GateScope, ScopedGate
 from headwise.gates.targeted import penalty_of, trained
+from headwise.io.printable import quoted
 
 
 def gates(model: nn.Module) -> list[Gate]:
-    """The bound gates of a model that choose, in the order of its modules."""
+    """The bound gates of a model that choose, in the order of its modules.
+
+    Raises:
+        TypeError: ``model`` is not a ``torch.nn.Module``.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {quoted(model)}")
     return [
         m
         for m in model.modules()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from headwise.gates import FixedGate
+from headwise.io.printable import quoted
 from headwise.io.progress import with_progress
 from headwise.nn.attention_layer import AttentionLayer
 from headwise.nn.gate_proof import layer_outputs
@@ -85,7 +86,7 @@ def prune(
         ValueError: the plan names a layer that does not exist or has another number of heads, or a
             layer it prunes has a gate that chooses for each input; or the pruned model does not
             compute the same as the masked one (``verify``). ``model`` is then unchanged.
-        TypeError: a projection is wrapped. ``model`` is then unchanged.
+        TypeError: ``plan`` is no plan, or a projection is wrapped. ``model`` is then unchanged.
     """
     if repair is not None:
         dense = copy.deepcopy(model) if inplace else model
@@ -148,6 +149,7 @@ def mask(model: nn.Module, plan: HeadPlan | StructurePlan) -> nn.Module:
         ``model``.
 
     Raises:
+        TypeError: ``plan`` is no plan.
         ValueError: the plan names a layer that does not exist or has another number of heads.
             ``model`` is then unchanged.
     """
@@ -315,6 +317,11 @@ def _check(model: nn.Module, plan: HeadPlan) -> None:
     layers = attention_layers(model)
     if not layers:
         raise ValueError(NOT_CONVERTED.format(type(model).__name__))
+    if not isinstance(plan, HeadPlan):
+        raise TypeError(
+            "plan must be a headwise.HeadPlan (HeadPlan.load reads a file) or a "
+            f"headwise.pruning.StructurePlan, got {quoted(plan)}"
+        )
     for entry in plan.layers:
         if entry.name not in layers:
             raise ValueError(

@@ -513,6 +513,8 @@ def test_refusals():
         AnnotatedBatch(inputs=None, valid=valid, dependencies=[()])
     with pytest.raises(ValueError, match="at least two inputs"):
         hw.head_roles(Planted([everywhere]), [])
+    with pytest.raises(TypeError, match="batches must hold AnnotatedBatch only, got 'a text'"):
+        hw.head_roles(Planted([everywhere]), ["a text"])
     batches = planted_batches(1)
     cut = [AnnotatedBatch(inputs=b.inputs, valid=b.valid[:, :5]) for b in batches]
     with pytest.raises(ValueError, match="roles need self-attention over the 5 tokens"):

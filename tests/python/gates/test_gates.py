@@ -508,3 +508,18 @@ def test_an_input_that_overflowed_does_not_spoil_the_statistics():
 def test_an_argument_that_is_none_names_the_gate():
     with pytest.raises(TypeError, match="BudgetGate: got an unexpected keyword argument"):
         hw.BudgetGate(target=0.5)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        hw.penalty,
+        hw.link_gates,
+        lambda model: hw.anneal(model, 0.5),
+        lambda model: hw.request_budget(model, 0.5),
+        lambda model: hw.parameter_groups(model, 1e-3),
+    ],
+)
+def test_what_is_no_model_is_refused(call):
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got"):
+        call([hw.BudgetGate()])

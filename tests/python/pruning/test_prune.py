@@ -152,6 +152,9 @@ def test_refusals_leave_the_model_alone():
         hw.mask(wide, plan)
     with pytest.raises(ValueError, match="has no headwise.MultiheadAttention: call headwise.conv"):
         hw.prune(nn.Linear(2, 2), plan)
+    for change in (hw.prune, hw.mask):
+        with pytest.raises(TypeError, match=r"plan must be a headwise.HeadPlan .* got 'plan.json'"):
+            change(model, "plan.json")
     assert hw.attention_layers(model) == before
     assert all(isinstance(layer.gate, hw.RandomGate) for layer in before.values())
 
