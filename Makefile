@@ -4,6 +4,7 @@
 #   VERSIONS=newest     packages as new (oldest: as old) as the declared ranges allow, instead of those
 #                       in the lock files; for a new .venv. See test-newest, test-oldest
 #   CUDA=ON|OFF         default: ON where nvcc fits torch
+#   TEST_ARGS=PATH      what pytest is given, in test, test-newest and test-oldest; default: all tests
 #   JOBS=2              compilers at once; default: by cores and memory
 #   HEADWISE_DEPS=.deps folder with headers brought along (gpu-deps, gpu-check)
 
@@ -108,7 +109,7 @@ extension: $(V)/bin/headwise
 # --- commands ---
 
 test: $(STAMPS)/data build
-	@$(PY) tools/check.py build test
+	@$(PY) tools/check.py build test $(TEST_ARGS)
 
 demo: $(STAMPS)/data extension
 	@HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(V)/bin/headwise compare --quick $(DEMO_ARGS)
