@@ -157,11 +157,25 @@ def _misfit(model: nn.Module, state: dict[str, Tensor], sizes: dict[str, int]) -
         return f"its class cannot be built at this size ({error})"
     for name in expected:
         if name not in state:
+            if _built_without(model, name):  # as the original model would be saved
+                continue
             return f"'{name}' is missing"
         if state[name].shape != expected[name].shape:
             return f"'{name}' has shape {list(state[name].shape)}, not {list(expected[name].shape)}"
     unknown = [name for name in state if name not in expected]
     return f"'{unknown[0]}' is not in it" if unknown else None
+
+
+def _built_without(model: nn.Module, name: str) -> bool:
+    """Whether a part on the way to a parameter is None in ``model``: BERT's pooler."""
+    part: Any = model
+    for step in name.split("."):
+        part = getattr(part, step, model)
+        if part is None:
+            return True
+        if part is model:  # no such part, which is not the same
+            return False
+    return False
 
 
 def _write_checkpoint(model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:

@@ -41,6 +41,23 @@ def test_without_a_gate_the_original_class_reads_it(row, tmp_path):
     assert "headwise" not in (tmp_path / "config.json").read_text()
 
 
+def test_a_part_that_the_model_was_built_without_may_be_missing(tmp_path):
+    """The base model of BERT for masked words has no pooler."""
+    whole = ARCHITECTURES["BertModel"].build()
+    model = hw.convert(transformers.BertForMaskedLM(whole.config).eval())
+    model.base_model.save_pretrained(tmp_path / "base")
+    again, report = transformers.BertForMaskedLM.from_pretrained(
+        tmp_path / "base", output_loading_info=True
+    )
+    assert report["missing_keys"] and all(key.startswith("cls.") for key in report["missing_keys"])
+    converted = hw.convert(again).bert.state_dict()
+    for name, tensor in model.bert.state_dict().items():
+        assert torch.equal(converted[name], tensor), name
+    del model.bert.embeddings.LayerNorm.weight
+    with pytest.raises(ValueError, match="'embeddings.LayerNorm.weight' is missing"):
+        model.base_model.save_pretrained(tmp_path / "x")
+
+
 def test_a_gate_is_refused_by_name(row, tmp_path):
     model = hw.convert(row.build(), hw.FixedGate([0, 1]))
     with pytest.raises(ValueError, match=r"has a FixedGate. Use headwise.save\(model, dir\)"):
