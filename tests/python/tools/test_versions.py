@@ -168,3 +168,11 @@ def test_a_transformers_before_5_is_refused(bert):
 def test_models_without_transformers_give_no_warning(monkeypatch, bert):
     bert("5.99.0")
     assert caught(torch.nn.TransformerEncoderLayer(8, 2, batch_first=True)) == []
+
+
+def test_what_is_made_for_one_torch_is_declared():
+    """Of what others require, uv takes the newest at both ends of the ranges. torchvision's newest
+    requires a newer torch than the oldest that we support."""
+    names = {requirement.name for path in LOCKS for requirement, _ in locked(path)}
+    made_for_one_torch = {"torchvision", "torchaudio", "torchtext", "torchdata"} & names
+    assert made_for_one_torch <= {requirement.name for requirement in inputs("dev")}
