@@ -7,11 +7,12 @@ from headwise.gates.fixed import FixedGate
 from headwise.gates.group import GroupGate
 from headwise.gates.gumbel_sigmoid import GumbelSigmoidGate
 from headwise.gates.hard_concrete import HardConcreteGate
+from headwise.gates.mixture import MixtureOfHeadsGate
 from headwise.gates.model import anneal, link_gates, penalty
 from headwise.gates.optimizing import parameter_groups
 from headwise.gates.random import RandomGate
 from headwise.gates.requested import RequestedBudgetGate, request_budget
-from headwise.gates.selection import Selection, select_all, select_heads
+from headwise.gates.selection import Selection, TokenSelection, select_all, select_heads
 from headwise.gates.shared_heads import SharedHeadsGate
 from headwise.gates.sleep import HeadMove, SleepGate, head_moves
 from headwise.gates.start import start_gates
@@ -27,6 +28,7 @@ __all__ = [
     "GumbelSigmoidGate",
     "HardConcreteGate",
     "HeadMove",
+    "MixtureOfHeadsGate",
     "RandomGate",
     "RequestedBudgetGate",
     "Selection",
@@ -34,6 +36,7 @@ __all__ = [
     "SleepGate",
     "SubsetGate",
     "ThresholdGate",
+    "TokenSelection",
     "anneal",
     "gate_from_config",
     "head_moves",

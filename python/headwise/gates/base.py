@@ -192,6 +192,9 @@ class Gate(nn.Module):
     #: Whether it also changes how heads attend: the layer then calls its ``attend(heads, v)``.
     attends = False
 
+    #: Whether every token chooses its heads: ``forward`` then returns a :class:`TokenSelection`.
+    routes_tokens = False
+
     #: Whether the output projection depends on what it chose: the layer then calls its
     #: ``run(layer, ...)`` and ``project(context, selection)`` (:class:`headwise.gates.BankGate`).
     projects = False
@@ -266,5 +269,10 @@ def inner_gate(gate: Any, of: str) -> Gate:
     if gate.reads_heads:
         raise ValueError(
             "gate must choose by the layer's input, and this one reads queries and keys"
+        )
+    if gate.routes_tokens:
+        raise ValueError(
+            "gate must choose for every sequence, and this one does for every token: give it "
+            "routing='sequence'"
         )
     return gate

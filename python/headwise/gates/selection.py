@@ -36,6 +36,21 @@ class Selection(NamedTuple):
         return Selection(*(None if part is None else function(part) for part in self))  # type: ignore[arg-type]
 
 
+class TokenSelection(NamedTuple):
+    """The heads that a gate chose for every token.
+
+    Attributes:
+        chosen: bool ``[B, L, H]``; none for a token of padding.
+        weight: floating ``[B, L, H]``, multiplies a head's output for the token before the output
+            projection; 0 for heads that were not chosen. Differentiable.
+        relevance: floating ``[B, L, H]``, by which the heads were ranked, or None.
+    """
+
+    chosen: Tensor
+    weight: Tensor
+    relevance: Tensor | None = None
+
+
 def select_heads(relevance: Tensor, count: Tensor) -> Tensor:
     """The ``count[b]`` heads of largest ``relevance[b]``; ties go to the lower head.
 

@@ -176,6 +176,7 @@ class _Given(nn.Module):
     """Replaces a gate: chooses what it was given."""
 
     projects = False
+    routes_tokens = False
     execution = "selected"
 
     def __init__(self, selection: Selection) -> None:

@@ -265,12 +265,18 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
         """As :meth:`AttentionLayer.set_gate`.
 
         Raises:
-            ValueError: also for a gate that reads queries and keys (:class:`ThresholdGate`).
+            ValueError: also for a gate that reads queries and keys (:class:`ThresholdGate`) or
+                chooses for every token.
         """
         if isinstance(gate, Gate) and gate.reads_heads:
             raise ValueError(
                 f"gate must choose by the layer's input, and a {type(gate).__name__} reads queries "
                 f"and keys, which a layer with a cache does not have of every head"
+            )
+        if isinstance(gate, Gate) and gate.routes_tokens:
+            raise ValueError(
+                f"gate must choose for every sequence in a layer with a cache, and this "
+                f"{type(gate).__name__} does for every token: give it routing='sequence'"
             )
         super().set_gate(gate)
 

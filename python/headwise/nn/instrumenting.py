@@ -60,6 +60,7 @@ class Instrumented:
         chosen heads. Calls by other threads are not observed.
         """
         is_own = of_this_thread()
+        self._check_sequences()
         for name, layer in self.layers.items():
 
             @torch._dynamo.disable  # checks the thread, which a graph cannot
@@ -82,6 +83,7 @@ class Instrumented:
             RuntimeError: (when called) another thread runs the model meanwhile.
         """
         fn = only_in_this_thread(fn)
+        self._check_sequences()
         for name, layer in self.layers.items():
             if layer.gate is not None and layer.gate.projects:
                 raise ValueError(
@@ -104,6 +106,7 @@ class Instrumented:
             RuntimeError: (when called) another thread runs the model meanwhile.
         """
         fn = only_in_this_thread(fn)
+        self._check_sequences()
         for name, layer in self.layers.items():
             before = layer._probe
 
@@ -114,6 +117,16 @@ class Instrumented:
 
             layer._probe = told
             self._undo.callback(setattr, layer, "_probe", before)
+
+    def _check_sequences(self) -> None:
+        """Raises ValueError if a layer's tokens choose heads: all of this is by the sequence."""
+        for name, layer in self.layers.items():
+            if layer.gate is not None and layer.gate.routes_tokens:
+                raise ValueError(
+                    f"layer '{name}' has a {type(layer.gate).__name__} that chooses for every "
+                    f"token, and one choice for every sequence is needed here: give it "
+                    f"routing='sequence', or call the gate itself"
+                )
 
 
 @contextlib.contextmanager
@@ -165,6 +178,7 @@ class _Overridden(nn.Module):
             return getattr(self._gate[0], name)
 
     projects = False
+    routes_tokens = False
 
     @property
     def attends(self) -> bool:

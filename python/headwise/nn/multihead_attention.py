@@ -15,10 +15,11 @@ from headwise import _C
 from headwise.gates.base import Gate
 from headwise.gates.linears import check_read
 from headwise.gates.recomputation import recomputing
-from headwise.gates.selection import Selection
+from headwise.gates.selection import Selection, TokenSelection
 from headwise.gates.threshold import HeadInputs
 from headwise.nn.attention_inputs import AttentionInputs, canonical_inputs, check_sizes
 from headwise.nn.attention_layer import AttentionLayer, AttentionProbe
+from headwise.nn.token_attention import Projections, attend_tokens, mask_tokens
 from headwise.nn.visible_keys import attend_every_head
 
 if TYPE_CHECKING:
@@ -318,6 +319,8 @@ class MultiheadAttention(AttentionLayer, nn.MultiheadAttention):
         elif gate.attends:
             context = gate.attend(heads, values)  # [B, H, L, d]
             output = self._combine(context, selection.weight)
+        elif isinstance(selection, TokenSelection):
+            output = self._run_tokens(inputs, selection)  # [B, L, D]
         elif gate.projects:
             output = self._run_bank(gate, inputs, selection)  # [B, L, D]
         else:
@@ -349,7 +352,9 @@ class MultiheadAttention(AttentionLayer, nn.MultiheadAttention):
         )
         return heads, v
 
-    def _select(self, inputs: AttentionInputs, heads: HeadInputs | None) -> Selection | None:
+    def _select(
+        self, inputs: AttentionInputs, heads: HeadInputs | None
+    ) -> Selection | TokenSelection | None:
         """The gate's choice; observers are called."""
         if self.gate is None:
             return None
@@ -389,7 +394,10 @@ class MultiheadAttention(AttentionLayer, nn.MultiheadAttention):
         )
 
     def _run_all(
-        self, inputs: AttentionInputs, selection: Selection | None, heads: HeadInputs | None
+        self,
+        inputs: AttentionInputs,
+        selection: Selection | TokenSelection | None,
+        heads: HeadInputs | None,
     ) -> Tensor:
         """Every head, with plain operators; a recorder sees each head's output."""
         q, k, v = self._project(inputs)
@@ -424,6 +432,8 @@ class MultiheadAttention(AttentionLayer, nn.MultiheadAttention):
             self._probe(self, probe)
         if gate is not None and gate.projects:
             return gate.project(context, selection)
+        if isinstance(selection, TokenSelection):
+            return self._combine(mask_tokens(context, selection), None)
         return self._combine(context, weight)
 
     def _combine(self, context: Tensor, weight: Tensor | None) -> Tensor:
@@ -479,7 +489,19 @@ class MultiheadAttention(AttentionLayer, nn.MultiheadAttention):
             *masks,
         )
 
-    def _attention_weights(self, inputs: AttentionInputs, selection: Selection | None) -> Tensor:
+    def _run_tokens(self, inputs: AttentionInputs, selection: TokenSelection) -> Tensor:
+        """For every token the heads that it chose; in a graph every head, masked."""
+        if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export():
+            return self._run_all(inputs, selection, None)
+        values: list[Any] = [*self._projections(), self.out_proj.weight, self.out_proj.bias]
+        values += [self.bias_k, self.bias_v, self.add_zero_attn]
+        weights = Projections(*values)
+        dropout = self.dropout if self.training else 0.0
+        return attend_tokens(inputs, weights, self.num_heads, selection, dropout)
+
+    def _attention_weights(
+        self, inputs: AttentionInputs, selection: Selection | TokenSelection | None
+    ) -> Tensor:
         """``[B, H, L, S']``, zeros for the heads that did not run."""
         q, k, _ = self._project(inputs)
         weights = _ops.attention_probabilities(
@@ -492,6 +514,8 @@ class MultiheadAttention(AttentionLayer, nn.MultiheadAttention):
         )
         if selection is None:
             return weights
+        if isinstance(selection, TokenSelection):
+            return weights * selection.chosen.transpose(1, 2)[..., None]
         mask = _ops.selection_mask(selection.index, selection.count, weights.dtype)  # [B, H]
         return weights * mask[:, :, None, None]
 

@@ -77,6 +77,11 @@ class SplitAttention(MultiheadAttention):
                 f"layer '{name}' has a {type(layer.gate).__name__}, which has output projections "
                 f"of its own"
             )
+        if layer.gate is not None and layer.gate.routes_tokens:
+            raise ValueError(
+                f"layer '{name}' has a {type(layer.gate).__name__} that chooses for every token: "
+                f"give it routing='sequence'"
+            )
         check_replaceable(layer)
         layer.check_projections()
         nn.Module.__init__(self)

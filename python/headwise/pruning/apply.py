@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headwise.gates import FixedGate
+from headwise.gates import FixedGate, TokenSelection
 from headwise.io.printable import quoted
 from headwise.io.progress import with_progress
 from headwise.nn.attention_layer import AttentionLayer
@@ -209,9 +209,9 @@ def plan_from_use(
     from one with gates that choose for each input.
 
     No plan computes the same as such gates. This one keeps, in one ranking over all layers, the
-    heads with the largest share of inputs that ran them; a head's scale is its mean weight when it
-    ran. Measure what that costs, or fine-tune afterwards. ``prune(model, plan)`` applies it and
-    removes the gates.
+    heads with the largest share of inputs (or tokens, if those choose) that ran them; a head's
+    scale is its mean weight when it ran. Measure what that costs, or fine-tune afterwards.
+    ``prune(model, plan)`` applies it and removes the gates.
 
     Args:
         model: a converted model with gates; runs in evaluation mode and is restored.
@@ -259,9 +259,15 @@ def plan_from_use(
 
 @contextlib.contextmanager
 def _watching(layer: AttentionLayer, seen: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """Appends which heads run, and their weights, float64 ``[B, H]`` each, for every call."""
+    """Appends which heads run, and their weights, float64 ``[B, H]`` each, for every call; of a
+    gate that chooses for every token ``[N, H]``, of the tokens that run a head."""
 
     def observe(layer, selection, x, padding) -> None:
+        if isinstance(selection, TokenSelection):
+            ran = selection.chosen[selection.chosen.any(-1)]  # [N, H]
+            weight = selection.weight[selection.chosen.any(-1)]
+            seen.append((ran.double().cpu(), weight.double().cpu()))
+            return
         ran = torch.ops.headwise.selection_mask(selection.index, selection.count, torch.float64)
         seen.append((ran.cpu(), selection.weight.double().cpu()))
 

@@ -20,6 +20,7 @@ EVERY_GATE = [
     hw.GumbelSigmoidGate(0.3),
     hw.SleepGate(0.5),
     hw.SharedHeadsGate(hw.BudgetGate(0.3), shared=[1, 4]),
+    hw.MixtureOfHeadsGate(0.7, shared=[1, 4], routing="sequence"),
 ]
 
 

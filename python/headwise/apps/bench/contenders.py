@@ -74,7 +74,8 @@ class Weights:
 
 
 def dense(x: Tensor, w: Weights, mask: Tensor | None = None) -> Tensor:
-    """The layer of all heads that ``w`` has; ``mask`` [B, H] multiplies the heads' outputs.
+    """The layer of all heads that ``w`` has; ``mask``, [B, H] or [B, L, H], multiplies the heads'
+    outputs.
 
     With a mask it is the oracle, and what MoH (arXiv 2410.11842) runs: mask after computing.
     """
@@ -84,7 +85,8 @@ def dense(x: Tensor, w: Weights, mask: Tensor | None = None) -> Tensor:
     )
     context = F.scaled_dot_product_attention(q, k, v)  # [B, H, L, d]
     if mask is not None:
-        context = context * mask[:, :, None, None]
+        by_token = mask if mask.dim() == 3 else mask[:, None]  # [B, 1 or L, H]
+        context = context * by_token.transpose(1, 2)[..., None]
     return F.linear(context.transpose(1, 2).flatten(2), w.out_weight, w.out_bias)
 
 
@@ -146,7 +148,7 @@ class Layer:
             device=self.device,
             dtype=self.dtype,
         )
-        self._load(module)
+        self.load(module)
         randomise(module.gate, self.generator)
         return module.train(self.training)
 
@@ -156,11 +158,12 @@ class Layer:
         module = nn.MultiheadAttention(
             shape.width, shape.heads, batch_first=True, device=self.device, dtype=self.dtype
         )
-        self._load(module)
+        self.load(module)
         return module.train(self.training)
 
     @torch.no_grad()
-    def _load(self, module: nn.MultiheadAttention) -> None:
+    def load(self, module: nn.MultiheadAttention) -> None:
+        """Gives ``module`` the layer's weights."""
         own = (
             module.in_proj_weight,
             module.in_proj_bias,
@@ -208,7 +211,7 @@ class Layer:
         """Compares ``output`` [B, L, D] with the oracle in float64; returns the error.
 
         Args:
-            mask: [B, H], the weights of the heads that were chosen, 0 elsewhere.
+            mask: [B, H] or [B, L, H], the weights of the heads that were chosen, 0 elsewhere.
 
         Raises:
             CheckFailed: it differs from the oracle's output.

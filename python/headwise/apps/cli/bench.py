@@ -20,7 +20,7 @@ from headwise.apps.cli.common import (
 from headwise.apps.tasks.errors import UsageError
 from headwise.io.printable import quoted
 
-WHAT = ("layer", "train", "scaling", "gate", "entropy", "model")
+WHAT = ("layer", "train", "scaling", "gate", "tokens", "entropy", "model")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 DESCRIPTION = """\
@@ -33,6 +33,8 @@ checked against the oracle (compute every head, weight, project) first; contende
   train    one layer's forward and backward, running the chosen heads only
   scaling  one layer's forward on one thread and on more
   gate     gates alone, over the dense layer
+  tokens   one layer's forward with heads chosen by every token, over the layer with the
+           same number of heads and over every head, masked
   entropy  attention_entropy over scaled_dot_product_attention; memory
   model    a model with gates over the statically pruned one, on real texts
 """
@@ -222,6 +224,10 @@ def results_of(what: list[str], settings) -> Iterator[dict]:
             from headwise.apps.bench import gate
 
             yield from gate.run(settings)
+        elif name == "tokens":
+            from headwise.apps.bench import tokens
+
+            yield from tokens.run(settings)
         elif name == "entropy":
             from headwise.apps.bench import entropy
 

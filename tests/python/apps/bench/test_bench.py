@@ -80,6 +80,16 @@ def test_entropy(tmp_path):
     assert result["yardstick"] == "scaled_dot_product_attention"
 
 
+def test_tokens(tmp_path):
+    found = bench(tmp_path, "tokens", "--shapes", "2,24,16,4", "--fractions", "0.5", "1")
+    (result,) = found["results"]
+    assert result["heads"] == 2 and result["error"] < 1e-4
+    assert list(result["ratio"]) == ["yardstick", "dense", "mask after"]
+    few = 2 * 48 * (24 * 8 + 2 * 16 * 8)  # attention and projections of 2 heads
+    more = 2 * 48 * 16 * 8  # keys and values of the other heads
+    assert result["multiplications"] == pytest.approx((few + more) / few)
+
+
 def test_break_even(tmp_path, monkeypatch):
     monkeypatch.setattr(layer, "BREAK_EVEN_WIDTH", 16)
     monkeypatch.setattr(layer, "BREAK_EVEN_HEADS", 2)
