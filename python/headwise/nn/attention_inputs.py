@@ -69,6 +69,13 @@ def same_tensor(first: Tensor, second: Tensor) -> bool:
     )
 
 
+def _check_features(name: str, tensor: Tensor, width: int) -> None:
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be floating, got {tensor.dtype}")
+    if tensor.size(2) != width:
+        raise ValueError(f"{name} must have {width} features, got {tensor.size(2)}")
+
+
 def canonical_inputs(
     layer: CalledLayer,
     query: Tensor,
@@ -95,20 +102,15 @@ def canonical_inputs(
         key_padding_mask = _unsqueeze(key_padding_mask)
     elif not layer.batch_first:
         query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
-    for name, tensor, width in (
-        ("query", query, layer.embed_dim),
-        ("key", key, layer.kdim),
-        ("value", value, layer.vdim),
-    ):
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be floating, got {tensor.dtype}")
-        if tensor.size(2) != width:
-            raise ValueError(f"{name} must have {width} features, got {tensor.size(2)}")
-    if key.shape[:2] != value.shape[:2] or key.size(0) != query.size(0):
-        raise ValueError(
-            "query, key and value must agree in batch, and key and value in length, got "
-            f"{tuple(query.shape[:2])}, {tuple(key.shape[:2])} and {tuple(value.shape[:2])}"
-        )
+    _check_features("query", query, layer.embed_dim)
+    if not self_attention or layer.kdim != layer.embed_dim or layer.vdim != layer.embed_dim:
+        _check_features("key", key, layer.kdim)
+        _check_features("value", value, layer.vdim)
+        if key.shape[:2] != value.shape[:2] or key.size(0) != query.size(0):
+            raise ValueError(
+                "query, key and value must agree in batch, and key and value in length, got "
+                f"{tuple(query.shape[:2])}, {tuple(key.shape[:2])} and {tuple(value.shape[:2])}"
+            )
     if is_causal and attn_mask is None:
         raise RuntimeError("is_causal is a hint about attn_mask, which must be given with it")
     for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):

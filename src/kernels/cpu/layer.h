@@ -67,28 +67,30 @@ template <typename T>
 void layer_forward_packed(const Layer<T, float>& layer, const LayerWorkspace<T, float>& workspace,
                           T* output);
 
-/// Where to write gradients; null if not wanted. All contiguous; weights, biases, head_weight, mask
-/// and inputs must come zeroed. In the self form query, key and value are one pointer, and their
-/// gradients add up there.
-template <typename T>
+/// Where to write gradients; null if not wanted. All contiguous; biases, head_weight and mask must
+/// come zeroed. In the self form query, key and value are one pointer, and their gradients add up
+/// there.
+template <typename T, typename Acc = T>
 struct LayerGradients {
   T *query = nullptr, *key = nullptr, *value = nullptr;
-  T *q_weight = nullptr, *k_weight = nullptr, *v_weight = nullptr;
-  T *q_bias = nullptr, *k_bias = nullptr, *v_bias = nullptr;
-  T *out_weight = nullptr, *out_bias = nullptr, *head_weight = nullptr;
-  T *bias_k = nullptr, *bias_v = nullptr;
-  MaskGradient<T> mask;
+  T *q_weight = nullptr, *k_weight = nullptr, *v_weight = nullptr, *out_weight = nullptr;
+  Acc *q_bias = nullptr, *k_bias = nullptr, *v_bias = nullptr;
+  Acc *out_bias = nullptr, *head_weight = nullptr;
+  Acc *bias_k = nullptr, *bias_v = nullptr;
+  MaskGradient<Acc> mask;
 };
 
-/// grad_output [B, L, Dout], contiguous; workspace as forward left it.
+/// grad_output [B, L, Dout], contiguous; workspace as forward left it. The gradients of inputs and
+/// weights must come zeroed too.
 template <typename T>
 void layer_backward(const Layer<T>& layer, const LayerWorkspace<const T>& workspace,
                     const T* grad_output, const LayerGradients<T>& gradients);
 
-/// layer_backward for float and bfloat16 over packed operands; sums are float.
+/// layer_backward for float and bfloat16 over packed operands; sums are float. The gradients of
+/// inputs and weights are written in full.
 template <typename T>
 void layer_backward_packed(const Layer<T, float>& layer,
                            const LayerWorkspace<const T, const float>& workspace,
-                           const T* grad_output, const LayerGradients<float>& gradients);
+                           const T* grad_output, const LayerGradients<T, float>& gradients);
 
 }  // namespace headwise::kernels

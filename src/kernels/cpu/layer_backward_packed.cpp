@@ -27,7 +27,7 @@ template <typename T>
 class Backward {
  public:
   Backward(const Layer<T, float>& layer, const LayerWorkspace<const T, const float>& workspace,
-           const T* grad_output, const LayerGradients<float>& gradients)
+           const T* grad_output, const LayerGradients<T, float>& gradients)
       : layer_(layer),
         shape_(layer.shape),
         w_(workspace),
@@ -115,13 +115,26 @@ class Backward {
   struct Input {
     const Rows<const T>& x;
     const T* weight;
-    float *dx, *dweight, *dbias, *row_bias;
+    T *dx, *dweight;
+    float *dbias, *row_bias;
     int part;  // 0 query, 1 key, 2 value
   };
-  std::vector<Input> projections() const {
+  using Inputs = std::vector<Input>;
+  Inputs projections() const {
     return {{layer_.query, layer_.q_weight, g_.query, g_.q_weight, g_.q_bias, nullptr, 0},
             {layer_.key, layer_.k_weight, g_.key, g_.k_weight, g_.k_bias, g_.bias_k, 1},
             {layer_.value, layer_.v_weight, g_.value, g_.v_weight, g_.v_bias, g_.bias_v, 2}};
+  }
+  /// Neighbouring projections that are alike: in the self form all three.
+  template <typename Same>
+  static std::vector<Inputs> grouped(const Inputs& inputs, const Same& same) {
+    std::vector<Inputs> groups;
+    for (const auto& in : inputs)
+      if (!groups.empty() && same(groups.back()[0], in))
+        groups.back().push_back(in);
+      else
+        groups.push_back({in});
+    return groups;
   }
   /// Rows of an input of sequence b that were projected.
   int64_t given(const Input& in, int64_t b) const { return in.part ? shape_.lengths[b] : L_; }
@@ -136,66 +149,118 @@ class Backward {
 
   /// The inputs' gradients: a block of rows by one worker, heads in their order.
   void inputs() {
-    const int64_t heads = used_.heads.size();
-    const int64_t row_blocks = blocks(std::max(L_, shape_.keys), kRows);
-    for (const auto& in : projections()) {
-      if (!in.dx) continue;
-      const int64_t width = in.x.width;
-      Factors<T> weights(heads, d_, width);
-      parallel_tasks(heads, [&](int64_t n, int64_t) {
-        weights.set(n, d_, in.weight + used_.heads[n] * d_ * width, width);
-      });
-      parallel_tasks(shape_.batch * row_blocks, [&](int64_t task, int64_t) {
-        const int64_t b = task / row_blocks, row = task % row_blocks * kRows;
-        const int64_t rows = std::min(kRows, given(in, b) - row);
-        if (rows <= 0) return;
-        float* dx = in.dx + (b * (in.part ? shape_.keys : L_) + row) * width;
-        for (int64_t column = 0; column < width; column += kColumns)
-          for (int64_t n = layer_.first[b]; n < layer_.first[b + 1]; ++n) {
-            const auto& factor = weights[used_.place[layer_.active[n].h]];
-            packed_gemm(rows, std::min(kColumns, width - column), d_, rows_of(in, n) + row * d_, d_,
-                        factor.column(column), factor.row_length, dx + column, width, true);
-          }
-        packed_gemm_done<T>();
-      });
-    }
+    for (const auto& group :
+         grouped(projections(), [](const Input& a, const Input& b) { return a.dx == b.dx; }))
+      if (group[0].dx) input(group);
+  }
+
+  /// The gradient of one input, whose projections are side by side in each product.
+  void input(const Inputs& group) {
+    const int64_t heads = used_.heads.size(), workers = at::get_num_threads();
+    const int64_t width = group[0].x.width, parts = group.size(), terms = parts * d_;
+    const int64_t size = packed_size<T>(terms, width);  // of a head's weights
+    const std::unique_ptr<T[]> packed(new T[heads * size]);
+    parallel_tasks(heads * parts, [&](int64_t task, int64_t) {
+      const int64_t n = task / parts, i = task % parts;
+      pack(d_, width, group[i].weight + used_.heads[n] * d_ * width, width, false,
+           packed.get() + n * size + i * d_ * width);
+    });
+    const int64_t length = group[0].part ? shape_.keys : L_, row_blocks = blocks(length, kRows);
+    Scratch<float> sums(kRows * kColumns, workers);
+    Scratch<T> lefts(shape_.num_heads * kRows * terms, workers);
+    parallel_tasks(shape_.batch * row_blocks, [&](int64_t task, int64_t worker) {
+      const int64_t b = task / row_blocks, row = task % row_blocks * kRows;
+      const int64_t rows = std::min(kRows, length - row);
+      const int64_t begin = layer_.first[b], end = layer_.first[b + 1];
+      for (int64_t n = begin; n < end; ++n)
+        for (int64_t i = 0; i < parts; ++i) {
+          const T* from = rows_of(group[i], n) + row * d_;
+          T* to = lefts[worker] + (n - begin) * kRows * terms + i * d_;
+          const int64_t projected = std::min(rows, given(group[i], b) - row);
+          for (int64_t r = 0; r < rows; ++r, from += d_, to += terms)
+            if (r < projected)
+              std::copy_n(from, d_, to);
+            else
+              std::fill_n(to, d_, T(0.f));
+        }
+      T* dx = group[0].dx + (b * length + row) * width;
+      if (begin == end) std::fill_n(dx, rows * width, T(0.f));
+      for (int64_t column = 0; begin < end && column < width; column += kColumns) {
+        const int64_t columns = std::min(kColumns, width - column);
+        for (int64_t n = begin; n < end; ++n)
+          packed_gemm(
+              rows, columns, terms, lefts[worker] + (n - begin) * kRows * terms, terms,
+              packed_at(packed.get() + used_.place[layer_.active[n].h] * size, width, 0, column),
+              width, sums[worker], kColumns, n > begin);
+        convert_rows(rows, columns, sums[worker], kColumns, nullptr, dx + column, width);
+      }
+      packed_gemm_done<T>();
+    });
   }
 
   /// The weights' gradients: one worker per head and matrix, sequences in their order.
   void weights() {
     const auto positions = by_head(layer_.active, shape_.num_heads);
     const int64_t batch = shape_.batch;
-    for (const auto& in : projections()) {
-      if (!in.dweight && !in.dbias && !in.row_bias) continue;
-      const int64_t width = in.x.width;
-      Factors<T> x(in.dweight ? batch : 0, in.part ? shape_.keys : L_, width);
-      if (in.dweight)
-        parallel_tasks(
-            batch, [&](int64_t b, int64_t) { x.set(b, given(in, b), in.x.at(b, 0), in.x.row); });
-      parallel_tasks(shape_.num_heads, [&](int64_t h, int64_t) {
-        auto left = [&](size_t i) -> LeftFactor<T> {
-          const int64_t n = positions[h][i], b = layer_.active[n].b;
-          const int64_t row_length = in.part ? even(shape_.lengths[b] + shape_.added) : even(L_);
-          return {turned_of(in, n), row_length, given(in, b)};
-        };
-        if (in.dweight)
-          add_products<T>(positions[h], layer_.active, x, d_, width, left,
-                          in.dweight + h * d_ * width);
-        for (size_t i = 0; i < positions[h].size(); ++i) {
-          const auto [turned, row_length, rows] = left(i);
-          for (int64_t c = 0; c < d_; ++c) {
-            if (in.dbias) add_row_sum(turned + c * row_length, rows, in.dbias + h * d_ + c);
-            if (in.row_bias) in.row_bias[h * d_ + c] += float(turned[c * row_length + rows]);
-          }
-        }
+    const bool padded = std::any_of(shape_.lengths, shape_.lengths + batch,
+                                    [this](int64_t length) { return length < L_; });
+    const auto same_rows = [&](const Input& a, const Input& b) {
+      const bool as_many = bool(a.part) == bool(b.part) || (L_ == shape_.keys && !padded);
+      return as_many && a.x.data == b.x.data && a.x.batch == b.x.batch && a.x.row == b.x.row &&
+             a.x.width == b.x.width;
+    };
+    for (const auto& group : grouped(projections(), same_rows)) {
+      const int64_t width = group[0].x.width, parts = group.size();
+      const bool wanted = std::any_of(group.begin(), group.end(),
+                                      [](const Input& in) { return in.dweight != nullptr; });
+      Factors<T> x(wanted ? batch : 0, group[0].part ? shape_.keys : L_, width);
+      if (wanted)
+        parallel_tasks(batch, [&](int64_t b, int64_t) {
+          x.set(b, given(group[0], b), group[0].x.at(b, 0), group[0].x.row);
+        });
+      Scratch<float> sums(wanted ? d_ * width : 0, at::get_num_threads());
+      parallel_tasks(shape_.num_heads * parts, [&](int64_t task, int64_t worker) {
+        weight(group[task % parts], task / parts, positions[task / parts], x, sums[worker]);
         packed_gemm_done<T>();
       });
     }
     if (g_.out_weight) {
       const ChosenHeads chosen{batch, shape_.num_heads, L_, d_, layer_.active, layer_.first};
-      outer_heads_packed<T>(chosen, {w_.context, 0, 0, L_ * d_, d_},
-                            {grad_output_, L_ * out_, out_, out_}, layer_.head_weight,
-                            {g_.out_weight, out_, E_, true}, nullptr);
+      outer_heads_packed<T, T>(chosen, {w_.context, 0, 0, L_ * d_, d_},
+                               {grad_output_, L_ * out_, out_, out_}, layer_.head_weight,
+                               {g_.out_weight, out_, E_, true}, nullptr);
+      for (int64_t h = 0; h < shape_.num_heads; ++h)
+        if (positions[h].empty())
+          for (int64_t row = 0; row < out_; ++row)
+            std::fill_n(g_.out_weight + row * E_ + h * d_, d_, T(0.f));
+    }
+  }
+
+  /// The gradients of a head's rows of a weight and of its biases.
+  void weight(const Input& in, int64_t h, const std::vector<int64_t>& users, const Factors<T>& x,
+              float* sums) const {
+    const int64_t width = in.x.width;
+    auto left = [&](size_t i) -> LeftFactor<T> {
+      const int64_t n = users[i], b = layer_.active[n].b;
+      const int64_t row_length = in.part ? even(shape_.lengths[b] + shape_.added) : even(L_);
+      return {turned_of(in, n), row_length, given(in, b)};
+    };
+    if (in.dweight) {
+      T* const dweight = in.dweight + h * d_ * width;
+      if (users.empty()) {
+        std::fill_n(dweight, d_ * width, T(0.f));
+      } else {
+        std::fill_n(sums, d_ * width, 0.f);
+        add_products<T>(users, layer_.active, x, d_, width, left, sums);
+        convert(sums, d_ * width, dweight);
+      }
+    }
+    for (size_t i = 0; i < users.size(); ++i) {
+      const auto [turned, row_length, rows] = left(i);
+      for (int64_t c = 0; c < d_; ++c) {
+        if (in.dbias) add_row_sum(turned + c * row_length, rows, in.dbias + h * d_ + c);
+        if (in.row_bias) in.row_bias[h * d_ + c] += float(turned[c * row_length + rows]);
+      }
     }
   }
 
@@ -212,7 +277,7 @@ class Backward {
   const AttentionShape<float>& shape_;
   const LayerWorkspace<const T, const float>& w_;
   const T* grad_output_;
-  const LayerGradients<float>& g_;
+  const LayerGradients<T, float>& g_;
   const UsedHeads used_;
   const int64_t L_, S_, d_, E_, out_, active_, q_size_, kv_size_;
   const std::unique_ptr<T[]> memory_;
@@ -223,14 +288,14 @@ class Backward {
 template <typename T>
 void layer_backward_packed(const Layer<T, float>& layer,
                            const LayerWorkspace<const T, const float>& workspace,
-                           const T* grad_output, const LayerGradients<float>& gradients) {
+                           const T* grad_output, const LayerGradients<T, float>& gradients) {
   Backward<T>(layer, workspace, grad_output, gradients).run();
 }
 
 #define HEADWISE_INSTANTIATE(T)                                                                 \
   template void layer_backward_packed<T>(const Layer<T, float>&,                                \
                                          const LayerWorkspace<const T, const float>&, const T*, \
-                                         const LayerGradients<float>&);
+                                         const LayerGradients<T, float>&);
 HEADWISE_INSTANTIATE(float)
 HEADWISE_INSTANTIATE(BFloat16)
 #undef HEADWISE_INSTANTIATE

@@ -8,6 +8,11 @@
 
 #include "kernels/cpu/simd.h"
 
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#define HEADWISE_ROUNDS_IN_HARDWARE
+#endif
+
 namespace headwise::kernels {
 namespace {
 
@@ -280,6 +285,52 @@ HEADWISE_INLINE void convert_block(int64_t rows, int64_t n, const float* x, int6
   }
 }
 
+#ifdef HEADWISE_ROUNDS_IN_HARDWARE
+bool rounds_in_hardware() {
+  static const bool supported =
+      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bf16");
+  return supported;
+}
+
+#define HEADWISE_ROUNDING __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
+
+/// The first lanes of v, rounded as LibTorch does where the instruction exists: subnormal numbers
+/// become zeros.
+HEADWISE_ROUNDING inline void store_rounded(BFloat16* y, __mmask16 lanes, const __m512& v) {
+  const __m256bh rounded = _mm512_cvtneps_pbh(v);
+  __m256i bits;
+  std::memcpy(&bits, &rounded, sizeof bits);
+  _mm256_mask_storeu_epi16(y, lanes, bits);
+}
+
+HEADWISE_ROUNDING inline __mmask16 first_lanes(int64_t n) {
+  return static_cast<__mmask16>(n < kLanes ? (1u << n) - 1 : 0xffffu);
+}
+
+/// convert_block() and scale_block() by that instruction.
+HEADWISE_ROUNDING void convert_in_hardware(int64_t rows, int64_t n, const float* x, int64_t ldx,
+                                           const float* bias, BFloat16* y, int64_t ldy) {
+  for (int64_t r = 0; r < rows; ++r, x += ldx, y += ldy)
+    for (int64_t c = 0; c < n; c += kLanes) {
+      const auto lanes = first_lanes(n - c);
+      __m512 v = _mm512_maskz_loadu_ps(lanes, x + c);
+      if (bias) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(lanes, bias + c));
+      store_rounded(y + c, lanes, v);
+    }
+}
+HEADWISE_ROUNDING void scale_in_hardware(int64_t rows, int64_t n, const float* x, int64_t ldx,
+                                         const float* factors, BFloat16* y, int64_t ldy) {
+  for (int64_t r = 0; r < rows; ++r, x += ldx, y += ldy)
+    for (int64_t c = 0; c < n; c += kLanes) {
+      // Where the factor is 0 nothing is read: what is there may be NaN.
+      const auto lanes = first_lanes(n - c);
+      const auto read = factors[r] == 0.f ? __mmask16(0) : lanes;
+      const __m512 v = _mm512_maskz_loadu_ps(read, x + c);
+      store_rounded(y + c, lanes, _mm512_mul_ps(v, _mm512_set1_ps(factors[r])));
+    }
+}
+#endif
+
 template <typename T>
 HEADWISE_INLINE void scale_block(int64_t rows, int64_t n, const float* x, int64_t ldx,
                                  const float* factors, T* y, int64_t ldy) {
@@ -307,6 +358,9 @@ void convert_rows(int64_t rows, int64_t n, const float* x, int64_t ldx, const fl
 HEADWISE_CLONES
 void convert_rows(int64_t rows, int64_t n, const float* x, int64_t ldx, const float* bias,
                   BFloat16* y, int64_t ldy) {
+#ifdef HEADWISE_ROUNDS_IN_HARDWARE
+  if (rounds_in_hardware()) return convert_in_hardware(rows, n, x, ldx, bias, y, ldy);
+#endif
   convert_block(rows, n, x, ldx, bias, y, ldy);
 }
 HEADWISE_CLONES
@@ -317,6 +371,9 @@ void convert_scaled(int64_t rows, int64_t n, const float* x, int64_t ldx, const 
 HEADWISE_CLONES
 void convert_scaled(int64_t rows, int64_t n, const float* x, int64_t ldx, const float* factors,
                     BFloat16* y, int64_t ldy) {
+#ifdef HEADWISE_ROUNDS_IN_HARDWARE
+  if (rounds_in_hardware()) return scale_in_hardware(rows, n, x, ldx, factors, y, ldy);
+#endif
   scale_block(rows, n, x, ldx, factors, y, ldy);
 }
 HEADWISE_CLONES

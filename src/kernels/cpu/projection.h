@@ -77,10 +77,11 @@ template <typename T>
 void combine_heads_packed(const ChosenHeads& chosen, const HeadRows<const T>& x,
                           const HeadWeight<const T>& weight, const float* bias, const float* factor,
                           T* y);
-template <typename T>
+/// Of W, float or T, the used heads' parts are written, and the others are left alone.
+template <typename T, typename W>
 void outer_heads_packed(const ChosenHeads& chosen, const HeadRows<const T>& y,
-                        const Rows<const T>& x, const float* factor,
-                        const HeadWeight<float>& weight, float* sums);
+                        const Rows<const T>& x, const float* factor, const HeadWeight<W>& weight,
+                        float* sums);
 
 /// Few rows, as in decoding, over an unpacked weight; mainly for float16, which the packed forms do
 /// not support. B L <= kThinRows; the weight of project_heads is not turned, that of combine_heads

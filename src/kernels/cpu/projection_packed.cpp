@@ -17,8 +17,8 @@ namespace {
 using c10::BFloat16;
 
 constexpr int64_t kDepth = 1024;  // terms of a product: what it reads of the weight stays in L2
-constexpr int64_t kOutRows = 64;  // a tile of the output: rows and columns whose sums stay in L1
-constexpr int64_t kOutColumns = 64;
+constexpr int64_t kOutRows = 64;  // a tile of the output: its sums stay in L1
+constexpr int64_t kOutColumns = 128;
 constexpr int64_t kShortRows = 8;  // sequences shorter than this are projected out together
 constexpr int64_t kTogetherRows = 256;
 
@@ -377,24 +377,24 @@ void combine_heads_packed(const ChosenHeads& chosen, const HeadRows<const T>& x,
   Combine<T>(chosen, x, weight, bias, factor, y).run();
 }
 
-template <typename T>
+template <typename T, typename W>
 void outer_heads_packed(const ChosenHeads& chosen, const HeadRows<const T>& y,
-                        const Rows<const T>& x, const float* factor,
-                        const HeadWeight<float>& weight, float* sums) {
+                        const Rows<const T>& x, const float* factor, const HeadWeight<W>& weight,
+                        float* sums) {
   const int64_t L = chosen.rows, d = chosen.width, width = weight.columns, ld = even(L);
   const int64_t workers = at::get_num_threads();
   const auto positions = by_head(chosen.active, chosen.num_heads);
   size_t most = 0;
   for (const auto& list : positions) most = std::max(most, list.size());
-  if (most == 0 || L == 0) return;
+  if (most == 0) return;
   Factors<T> right(weight.data ? chosen.batch : 0, L, width);
   if (weight.data)
     parallel_tasks(chosen.batch, [&](int64_t b, int64_t) {
       if (chosen.first[b] < chosen.first[b + 1]) right.set(b, L, x.at(b, 0), x.row);
     });
   Scratch<T> turned(most * d * ld, workers);
-  const int64_t own = weight.data && weight.turned ? d * width : 0;
-  Scratch<float> floats(own + 2 * kTransposeRows * d, workers);
+  const int64_t own = weight.data ? d * width : 0;
+  Scratch<float> floats(own + (weight.turned ? own : 0) + 2 * kTransposeRows * d, workers);
   parallel_tasks(chosen.num_heads, [&](int64_t h, int64_t worker) {
     const auto& users = positions[h];
     if (users.empty()) return;
@@ -403,18 +403,22 @@ void outer_heads_packed(const ChosenHeads& chosen, const HeadRows<const T>& y,
       const auto& a = chosen.active[users[i]];
       T* const to = turned[worker] + i * d * ld;
       transpose_scaled(L, d, y.at(a, 0), y.row, factor ? factor[a.b * chosen.num_heads + h] : 1.f,
-                       to, ld, floats[worker] + own);
+                       to, ld, floats[worker] + own + (weight.turned ? own : 0));
       for (int64_t c = 0; c < d; ++c) {
         if (L < ld) to[c * ld + L] = T(0.f);
         if (sums) add_row_sum(to + c * ld, L, sums + h * d + c);
       }
     }
-    if (own) {  // turned into its columns
-      std::fill_n(floats[worker], own, 0.f);
-      add_products<T>(users, chosen.active, right, d, width, left, floats[worker]);
-      transpose(d, width, floats[worker], width, weight.of(h, d), weight.ld);
-    } else if (weight.data) {
-      add_products<T>(users, chosen.active, right, d, width, left, weight.of(h, d));
+    if (own) {
+      float *const product = floats[worker], *const columns = product + own;
+      std::fill_n(product, own, 0.f);
+      add_products<T>(users, chosen.active, right, d, width, left, product);
+      W* const to = weight.of(h, d);
+      if (weight.turned) transpose(d, width, product, width, columns, d);
+      if (weight.turned)
+        convert_rows(width, d, columns, d, nullptr, to, weight.ld);
+      else
+        convert_rows(d, width, product, width, nullptr, to, weight.ld);
     }
     packed_gemm_done<T>();
   });
@@ -463,21 +467,25 @@ void combine_heads_thin(const ChosenHeads& chosen, const HeadRows<const T>& x,
   });
 }
 
-#define HEADWISE_INSTANTIATE(T)                                                                 \
-  template bool packed_projection_supported<T>(int64_t, int64_t);                               \
-  template void project_heads_packed<T>(const ChosenHeads&, const Rows<const T>&,               \
-                                        const HeadWeight<const T>&, const float*,               \
-                                        const HeadRows<T>&);                                    \
-  template void combine_heads_packed<T>(const ChosenHeads&, const HeadRows<const T>&,           \
-                                        const HeadWeight<const T>&, const float*, const float*, \
-                                        T*);                                                    \
-  template void outer_heads_packed<T>(const ChosenHeads&, const HeadRows<const T>&,             \
-                                      const Rows<const T>&, const float*,                       \
-                                      const HeadWeight<float>&, float*);
+#define HEADWISE_INSTANTIATE(T)                                                                    \
+  template bool packed_projection_supported<T>(int64_t, int64_t);                                  \
+  template void project_heads_packed<T>(const ChosenHeads&, const Rows<const T>&,                  \
+                                        const HeadWeight<const T>&, const float*,                  \
+                                        const HeadRows<T>&);                                       \
+  template void combine_heads_packed<T>(const ChosenHeads&, const HeadRows<const T>&,              \
+                                        const HeadWeight<const T>&, const float*, const float*,    \
+                                        T*);                                                       \
+  template void outer_heads_packed<T, T>(const ChosenHeads&, const HeadRows<const T>&,             \
+                                         const Rows<const T>&, const float*, const HeadWeight<T>&, \
+                                         float*);
 HEADWISE_INSTANTIATE(float)
 HEADWISE_INSTANTIATE(BFloat16)
 #undef HEADWISE_INSTANTIATE
 
+template void outer_heads_packed<BFloat16, float>(const ChosenHeads&,
+                                                  const HeadRows<const BFloat16>&,
+                                                  const Rows<const BFloat16>&, const float*,
+                                                  const HeadWeight<float>&, float*);
 template void project_heads_thin<float, c10::Half>(const ChosenHeads&, const Rows<const float>&,
                                                    const HeadWeight<const c10::Half>&, const float*,
                                                    const HeadRows<float>&);

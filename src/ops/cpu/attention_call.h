@@ -119,10 +119,20 @@ constexpr int64_t kMaskCopies = 8;
 template <typename T>
 struct Gradients {
   at::TensorOptions options;
+  bool zeroed = true;  // whether large() zeroes too: not if the kernel writes all of it
   T* make(bool wanted, const OptionalTensor& input, Tensor& gradient) const {
     gradient = at::zeros(wanted && input ? input->sizes() : at::IntArrayRef({0}),
                          options.dtype(scalar_type_of<T>()));
     return wanted && input ? gradient.template mutable_data_ptr<T>() : nullptr;
+  }
+  /// The gradient of an input or a weight, in the type that the kernel writes.
+  template <typename U>
+  U* large(bool wanted, const OptionalTensor& input, Tensor& gradient) const {
+    const bool has = wanted && input;
+    gradient = at::empty(has ? input->sizes() : at::IntArrayRef({0}),
+                         options.dtype(scalar_type_of<U>()));
+    if (zeroed) gradient.zero_();
+    return has ? gradient.template mutable_data_ptr<U>() : nullptr;
   }
   /// Room for the gradient of an additive mask, shaped as the mask, and where it lies: [copies, the
   /// mask's four dimensions]. Never [B, H, L, S] for a mask that is smaller.

@@ -178,30 +178,30 @@ LayerForward run(const Inputs& in, const Tensor& like, bool compact) {
   });
 }
 
-/// Backward in the type in which forward ran, so that what it saved is read as it is.
-template <typename T, typename Acc, typename Inputs>
-bool run_packed_backward(const Inputs& in, const LayerSaved& saved, const Tensor& grad_output,
-                         const kernels::LayerGradients<Acc>& gradients) {
-  LayerCall<T, Acc> call(in, false);
-  if (!kernels::packed_layer_supported(call.layer)) return false;
-  const auto grad = grad_output.to(scalar_type_of<T>()).contiguous();
-  kernels::layer_backward_packed<T>(call.layer, call.workspace(saved),
-                                    grad.template const_data_ptr<T>(), gradients);
-  return true;
+/// f(call) in the type in which forward ran, so that what it saved is read as it is.
+template <typename Inputs, typename F>
+auto with_backward_call(const Inputs& in, const Tensor& like, const LayerSaved& saved, const F& f) {
+  if (saved.q.scalar_type() == at::kBFloat16) {
+    LayerCall<at::BFloat16, float> call(in, false);
+    if (kernels::packed_layer_supported(call.layer)) return f(call);
+  }
+  return dispatch(like.scalar_type(), [&]<typename T>(T) {
+    LayerCall<T> call(in, false);
+    return f(call);
+  });
 }
 
-template <typename Acc, typename Inputs>
-void run_backward(const Inputs& in, const LayerSaved& saved, const Tensor& grad_output,
-                  const kernels::LayerGradients<Acc>& gradients) {
-  if constexpr (std::is_same_v<Acc, float>) {
-    const bool half = saved.q.scalar_type() == at::kBFloat16;
-    if (half && run_packed_backward<at::BFloat16>(in, saved, grad_output, gradients)) return;
-    if (!half && run_packed_backward<float>(in, saved, grad_output, gradients)) return;
-  }
-  LayerCall<Acc> call(in, false);
-  const auto grad = grad_output.to(scalar_type_of<Acc>()).contiguous();
-  kernels::layer_backward<Acc>(call.layer, call.workspace(saved),
-                               grad.template const_data_ptr<Acc>(), gradients);
+template <typename T, typename Acc>
+void run_backward(LayerCall<T, Acc>& call, const LayerSaved& saved, const Tensor& grad_output,
+                  const kernels::LayerGradients<T, Acc>& gradients) {
+  const auto workspace = call.workspace(saved);
+  const auto grad = grad_output.to(scalar_type_of<T>()).contiguous();
+  const T* data = grad.template const_data_ptr<T>();
+  if constexpr (!std::is_same_v<T, double>)
+    if (runs_packed(call.layer))
+      return kernels::layer_backward_packed<T>(call.layer, workspace, data, gradients);
+  if constexpr (std::is_same_v<T, Acc>)
+    kernels::layer_backward<T>(call.layer, workspace, data, gradients);
 }
 
 LayerForward self_forward(HEADWISE_SELF_PARAMETERS) { return run(HEADWISE_SELF_INPUTS, x, false); }
@@ -211,14 +211,15 @@ SelfBackward self_backward(const Tensor& grad_output, HEADWISE_SELF_PARAMETERS, 
                            const Tensor& k, const Tensor& v, const Tensor& context,
                            const Tensor& lse, std::array<bool, 7> needs) {
   const auto in = HEADWISE_SELF_INPUTS;
-  check_backward(grad_output, in, {q, k, v, context, lse});
-  return dispatch(x.scalar_type(), [&]<typename T>(T) -> SelfBackward {
-    const Gradients<T> make{x.options()};
-    kernels::LayerGradients<T> g;
+  const LayerSaved saved{q, k, v, context, lse};
+  check_backward(grad_output, in, saved);
+  return with_backward_call(in, x, saved, [&]<typename T, typename Acc>(LayerCall<T, Acc>& call) {
+    const Gradients<Acc> make{x.options(), !runs_packed(call.layer)};
+    kernels::LayerGradients<T, Acc> g;
     Tensor gx, gw, gb, gow, gob, gh;
-    g.query = g.key = g.value = make.make(needs[0], x, gx);
+    g.query = g.key = g.value = make.template large<T>(needs[0], x, gx);
     const int64_t e = out_proj_weight.size(1), width = x.size(2);
-    if ((g.q_weight = make.make(needs[1], in_proj_weight, gw))) {
+    if ((g.q_weight = make.template large<T>(needs[1], in_proj_weight, gw))) {
       g.k_weight = g.q_weight + e * width;
       g.v_weight = g.k_weight + e * width;
     }
@@ -226,18 +227,18 @@ SelfBackward self_backward(const Tensor& grad_output, HEADWISE_SELF_PARAMETERS, 
       g.k_bias = g.q_bias + e;
       g.v_bias = g.k_bias + e;
     }
-    g.out_weight = make.make(needs[3], out_proj_weight, gow);
+    g.out_weight = make.template large<T>(needs[3], out_proj_weight, gow);
     g.out_bias = make.make(needs[4], out_proj_bias, gob);
     g.head_weight = make.make(needs[5], weight, gh);
     const auto mask = make.mask(needs[6], attn_mask, g.mask);
-    run_backward(in, {q, k, v, context, lse}, grad_output, g);
-    return {make.result(gx, x, needs[0]),
-            make.result(gw, in_proj_weight, needs[1]),
-            make.result(gb, in_proj_bias, needs[2]),
-            make.result(gow, out_proj_weight, needs[3]),
-            make.result(gob, out_proj_bias, needs[4]),
-            make.result(gh, weight, needs[5]),
-            make.mask_result(mask, attn_mask)};
+    run_backward(call, saved, grad_output, g);
+    return SelfBackward{make.result(gx, x, needs[0]),
+                        make.result(gw, in_proj_weight, needs[1]),
+                        make.result(gb, in_proj_bias, needs[2]),
+                        make.result(gow, out_proj_weight, needs[3]),
+                        make.result(gob, out_proj_bias, needs[4]),
+                        make.result(gh, weight, needs[5]),
+                        make.mask_result(mask, attn_mask)};
   });
 }
 
@@ -253,23 +254,33 @@ MultiheadBackward multihead_backward(const Tensor& grad_output, HEADWISE_MULTIHE
                                      const Tensor& context, const Tensor& lse,
                                      std::array<bool, 15> needs) {
   const auto in = HEADWISE_MULTIHEAD_INPUTS;
-  check_backward(grad_output, in, {q, k, v, context, lse});
-  return dispatch(query.scalar_type(), [&]<typename T>(T) -> MultiheadBackward {
-    const Gradients<T> make{query.options()};
-    kernels::LayerGradients<T> g;
-    const OptionalTensor inputs[] = {query,         key,    value,  q_weight, k_weight,
-                                     v_weight,      q_bias, k_bias, v_bias,   out_proj_weight,
-                                     out_proj_bias, weight, bias_k, bias_v};
-    T** pointers[] = {&g.query,    &g.key,         &g.value,  &g.q_weight, &g.k_weight,
-                      &g.v_weight, &g.q_bias,      &g.k_bias, &g.v_bias,   &g.out_weight,
-                      &g.out_bias, &g.head_weight, &g.bias_k, &g.bias_v};
-    std::array<Tensor, 14> results;
-    for (int i = 0; i < 14; ++i) *pointers[i] = make.make(needs[i], inputs[i], results[i]);
-    const auto mask = make.mask(needs[14], attn_mask, g.mask);
-    run_backward(in, {q, k, v, context, lse}, grad_output, g);
-    for (int i = 0; i < 14; ++i) results[i] = make.result(results[i], inputs[i], needs[i]);
-    return std::tuple_cat(results, std::make_tuple(make.mask_result(mask, attn_mask)));
-  });
+  const LayerSaved saved{q, k, v, context, lse};
+  check_backward(grad_output, in, saved);
+  return with_backward_call(
+      in, query, saved, [&]<typename T, typename Acc>(LayerCall<T, Acc>& call) {
+        const Gradients<Acc> make{query.options(), !runs_packed(call.layer)};
+        kernels::LayerGradients<T, Acc> g;
+        const OptionalTensor inputs[] = {query,         key,    value,  q_weight, k_weight,
+                                         v_weight,      q_bias, k_bias, v_bias,   out_proj_weight,
+                                         out_proj_bias, weight, bias_k, bias_v};
+        std::array<Tensor, 14> results;
+        const auto large = [&](int i, T*& to) {
+          to = make.template large<T>(needs[i], inputs[i], results[i]);
+        };
+        const auto zeros = [&](int i, Acc*& to) {
+          to = make.make(needs[i], inputs[i], results[i]);
+        };
+        large(0, g.query), large(1, g.key), large(2, g.value);
+        large(3, g.q_weight), large(4, g.k_weight), large(5, g.v_weight);
+        zeros(6, g.q_bias), zeros(7, g.k_bias), zeros(8, g.v_bias);
+        large(9, g.out_weight), zeros(10, g.out_bias), zeros(11, g.head_weight);
+        zeros(12, g.bias_k), zeros(13, g.bias_v);
+        const auto mask = make.mask(needs[14], attn_mask, g.mask);
+        run_backward(call, saved, grad_output, g);
+        for (int i = 0; i < 14; ++i) results[i] = make.result(results[i], inputs[i], needs[i]);
+        return MultiheadBackward(
+            std::tuple_cat(results, std::make_tuple(make.mask_result(mask, attn_mask))));
+      });
 }
 
 }  // namespace

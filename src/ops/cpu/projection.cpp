@@ -88,7 +88,7 @@ void outer(const ChosenHeads& chosen, const HeadRows<const T>& y, const Rows<con
            const Acc* factor, const HeadWeight<Acc>& weight, Acc* sums) {
   if constexpr (!std::is_same_v<T, double>)
     if (packed<T>(chosen, weight.columns))
-      return kernels::outer_heads_packed<T>(chosen, y, x, factor, weight, sums);
+      return kernels::outer_heads_packed<T, Acc>(chosen, y, x, factor, weight, sums);
   if constexpr (std::is_same_v<T, Acc>) kernels::outer_heads<T>(chosen, y, x, factor, weight, sums);
 }
 

@@ -219,3 +219,50 @@ def test_the_engine_starts_threads():
         [sys.executable, "-c", THREADS], env=environment, capture_output=True, text=True
     )
     assert done.stdout.strip() == "1", done.stdout + done.stderr
+
+
+def test_sums_are_rounded_as_torch_rounds_them():
+    """Ties, infinities, NaN and large numbers; a bias is added before rounding."""
+    heads, width, rows = 3, 40, 64  # 40: a vector of 16 lanes is not filled
+    bits = torch.randint(-(2**15), 2**15, (1, rows, heads * width), dtype=torch.int16)
+    x = bits.view(torch.bfloat16)
+    x[(x.abs() < 1e-30) & (x != 0)] = 1.0  # subnormal numbers may become zeros
+    bias = torch.randn(heads * width).bfloat16() * x[0, 0].nan_to_num(1.0, 1.0, 1.0)
+    index, count = torch.arange(heads).int()[None], torch.tensor([heads]).int()
+    finite = torch.where(x.isfinite(), x, 0.5)
+    one = torch.eye(heads * width).bfloat16()
+    found = ops.selected_projection(finite, one, bias, heads, index, count)
+    expected = (finite.float() + bias.float()).bfloat16().unflatten(2, (heads, width))
+    torch.testing.assert_close(found, expected.transpose(1, 2), rtol=0, atol=0)
+    # An infinity or NaN reaches the sums of its own row.
+    special = ops.selected_projection(x, one, bias, heads, index, count)
+    same = x.isfinite().all(2)
+    assert torch.equal(special.transpose(1, 2).isfinite().all((2, 3)), same)
+
+
+@pytest.mark.parametrize("length", [0, 5, 32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_written_in_full(dtype, length):
+    """Also of heads that nobody chose, and of sequences without a head: memory holds NaN before."""
+    batch, heads, width = 3, 4, 64
+    x = torch.randn(batch, length, width, dtype=dtype, requires_grad=True)
+    weight = (torch.randn(3 * width, width) / 8).to(dtype).requires_grad_()
+    out = (torch.randn(width, width) / 8).to(dtype).requires_grad_()
+    index = torch.tensor([[1, -1, -1, -1], [1, 3, -1, -1], [-1] * 4]).int()
+    count = torch.tensor([1, 2, 0]).int()
+    y = ops.selected_self_attention(
+        x, weight, None, out, None, heads, index, count, torch.ones(batch, heads, dtype=dtype)
+    )
+    for read in (x, weight, out):
+        for _ in range(8):
+            torch.full_like(read, torch.nan)
+    grads = torch.autograd.grad(y.float().square().sum(), (x, weight, out))
+    for grad in grads:
+        assert grad.isfinite().all()
+    by_head = grads[1].view(3, heads, -1, width), grads[2].view(width, heads, -1)
+    for unused in (0, 2):
+        assert not by_head[0][:, unused].any() and not by_head[1][:, unused].any()
+    assert not grads[0][2].any()
+    if length:
+        assert by_head[0][:, [1, 3]].abs().amax((0, 2, 3)).gt(0).all()
+        assert by_head[1][:, [1, 3]].abs().amax((0, 2)).gt(0).all()

@@ -278,15 +278,28 @@ class Turns:
         self._turn += 1
 
 
-def _processor() -> str:
+def _cpuinfo(field: str) -> str | None:
+    """A line of the first processor's description under Linux."""
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            for line in file:
-                if line.startswith("model name"):
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            for line in lines:
+                if line.startswith(field):
                     return line.split(":", 1)[1].strip()
     except OSError:
         pass
-    return platform.processor() or platform.machine()
+    return None
+
+
+def _instructions() -> str:
+    """The widest instruction set of this run, such as "AVX512 with AMX". A limit that oneDNN was
+    given, which does most of the products, is named."""
+    found = torch.backends.cpu.get_cpu_capability()
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA")
+    if limit:
+        return f"{found}, oneDNN limited to {limit}"
+    if "amx_tile" in (_cpuinfo("flags") or "").split():
+        return f"{found} with AMX"
+    return found
 
 
 def environment(device: torch.device, threads: int) -> dict:
@@ -294,12 +307,12 @@ def environment(device: torch.device, threads: int) -> dict:
     import transformers
 
     found = {
-        "processor": _processor(),
+        "processor": _cpuinfo("model name") or platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": threads,
         "device": str(device),
         "system": f"{platform.system()} {platform.machine()}",
-        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "instructions": _instructions(),
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "transformers": transformers.__version__,
