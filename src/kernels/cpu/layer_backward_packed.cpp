@@ -42,7 +42,7 @@ class Backward {
         active_(layer.active.size()),
         q_size_(L_ * d_ + d_ * even(L_)),
         kv_size_(S_ * d_ + d_ * even(S_)),
-        memory_(new T[active_ * (q_size_ + 2 * kv_size_)]) {}
+        memory_(active_ * (q_size_ + 2 * kv_size_)) {}
 
   void run() {
     attention();
@@ -81,15 +81,18 @@ class Backward {
     const auto head_gradient = [&](int64_t n, int64_t copy, int64_t worker) {
       const auto& a = layer_.active[n];
       const float weight = layer_.head_weight[a.b * shape_.num_heads + a.h];
-      const auto& factor = out_weights[used_.place[a.h]];
+      const int64_t place = used_.place[a.h];
       float *delta = floats[worker], *tile = delta + L_;
       const T* context = w_.context + a.slot * L_ * d_;
       T* grad_context = contexts[worker];
       float total = 0;
       for (int64_t row = 0; row < L_; row += kRows) {
         const int64_t rows = std::min(kRows, L_ - row);
-        packed_gemm(rows, d_, out_, grad_output_ + (a.b * L_ + row) * out_, out_, factor.data,
-                    factor.row_length, tile, d_, false);
+        for (int64_t column = 0; column < d_; column += kColumns)
+          packed_gemm(rows, std::min(kColumns, d_ - column), out_,
+                      grad_output_ + (a.b * L_ + row) * out_, out_,
+                      out_weights.panel(place, column), out_weights.row_length(), tile + column, d_,
+                      false);
         for (int64_t i = 0; i < rows; ++i)
           total += row_product(tile + i * d_, context + (row + i) * d_);
         scale(tile, rows * d_, weight, tile);
@@ -158,12 +161,10 @@ class Backward {
   void input(const Inputs& group) {
     const int64_t heads = used_.heads.size(), workers = at::get_num_threads();
     const int64_t width = group[0].x.width, parts = group.size(), terms = parts * d_;
-    const int64_t size = packed_size<T>(terms, width);  // of a head's weights
-    const std::unique_ptr<T[]> packed(new T[heads * size]);
+    Factors<T> weights(heads, terms, width);
     parallel_tasks(heads * parts, [&](int64_t task, int64_t) {
       const int64_t n = task / parts, i = task % parts;
-      pack(d_, width, group[i].weight + used_.heads[n] * d_ * width, width, false,
-           packed.get() + n * size + i * d_ * width);
+      weights.set(n, d_, group[i].weight + used_.heads[n] * d_ * width, width, i * d_);
     });
     const int64_t length = group[0].part ? shape_.keys : L_, row_blocks = blocks(length, kRows);
     Scratch<float> sums(kRows * kColumns, workers);
@@ -188,10 +189,9 @@ class Backward {
       for (int64_t column = 0; begin < end && column < width; column += kColumns) {
         const int64_t columns = std::min(kColumns, width - column);
         for (int64_t n = begin; n < end; ++n)
-          packed_gemm(
-              rows, columns, terms, lefts[worker] + (n - begin) * kRows * terms, terms,
-              packed_at(packed.get() + used_.place[layer_.active[n].h] * size, width, 0, column),
-              width, sums[worker], kColumns, n > begin);
+          packed_gemm(rows, columns, terms, lefts[worker] + (n - begin) * kRows * terms, terms,
+                      weights.panel(used_.place[layer_.active[n].h], column), weights.row_length(),
+                      sums[worker], kColumns, n > begin);
         convert_rows(rows, columns, sums[worker], kColumns, nullptr, dx + column, width);
       }
       packed_gemm_done<T>();
@@ -218,7 +218,7 @@ class Backward {
         parallel_tasks(batch, [&](int64_t b, int64_t) {
           x.set(b, given(group[0], b), group[0].x.at(b, 0), group[0].x.row);
         });
-      Scratch<float> sums(wanted ? d_ * width : 0, at::get_num_threads());
+      Scratch<float> sums(wanted ? d_ * kColumns : 0, at::get_num_threads());
       parallel_tasks(shape_.num_heads * parts, [&](int64_t task, int64_t worker) {
         weight(group[task % parts], task / parts, positions[task / parts], x, sums[worker]);
         packed_gemm_done<T>();
@@ -247,13 +247,10 @@ class Backward {
     };
     if (in.dweight) {
       T* const dweight = in.dweight + h * d_ * width;
-      if (users.empty()) {
-        std::fill_n(dweight, d_ * width, T(0.f));
-      } else {
-        std::fill_n(sums, d_ * width, 0.f);
-        add_products<T>(users, layer_.active, x, d_, width, left, sums);
-        convert(sums, d_ * width, dweight);
-      }
+      add_products<T>(users, layer_.active, x, d_, width, left, sums,
+                      [&](int64_t column, int64_t columns) {
+                        convert_rows(d_, columns, sums, kColumns, nullptr, dweight + column, width);
+                      });
     }
     for (size_t i = 0; i < users.size(); ++i) {
       const auto [turned, row_length, rows] = left(i);
@@ -280,7 +277,7 @@ class Backward {
   const LayerGradients<T, float>& g_;
   const UsedHeads used_;
   const int64_t L_, S_, d_, E_, out_, active_, q_size_, kv_size_;
-  const std::unique_ptr<T[]> memory_;
+  const Array<T> memory_;
 };
 
 }  // namespace

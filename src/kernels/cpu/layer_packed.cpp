@@ -7,8 +7,6 @@
 
 #include <algorithm>
 #include <array>
-#include <cstddef>
-#include <memory>
 #include <utility>
 
 #include "kernels/cpu/attention_packed.h"
@@ -312,17 +310,17 @@ class Forward {
 
   /// Two rounds, divided by rows: for too few heads to keep the workers busy.
   void by_rows() const {
-    std::unique_ptr<T[]> kept;
+    Array<T> kept;
     T *q = w_.q, *k = w_.k, *v = w_.v;
     if (!q) {
-      kept.reset(new T[active_ * (L_ + 2 * S_) * d_]);
+      kept = Array<T>(active_ * (L_ + 2 * S_) * d_);
       q = kept.get(), k = q + active_ * L_ * d_, v = k + active_ * S_ * d_;
     }
     const auto in = inputs();
     T* y[3] = {q, k, v};
     const int64_t heads = used_.heads.size(), wanted = kTasksPerWorker * workers_;
-    std::unique_ptr<T[]> packed[3];
-    for (int i = 0; i < 3; ++i) packed[i].reset(new T[heads * in[i].x.width * d_]);
+    Array<T> packed[3];
+    for (int i = 0; i < 3; ++i) packed[i] = Array<T>(heads * in[i].x.width * d_);
     std::vector<const T*> packs(heads * 3);
     parallel_tasks(heads * 3, [&](int64_t task, int64_t) {
       const int64_t n = task / 3, i = task % 3;

@@ -2,14 +2,11 @@
 #pragma once
 
 #include <algorithm>
-#include <cstddef>
 #include <cstdint>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "kernels/cpu/layer.h"
+#include "kernels/cpu/memory.h"
 #include "kernels/cpu/packed_gemm.h"
 #include "kernels/cpu/parallel.h"
 
@@ -19,25 +16,6 @@ inline int64_t blocks(int64_t rows, int64_t block) { return (rows + block - 1) /
 
 /// Products of bfloat16 take an even number of terms.
 inline int64_t even(int64_t n) { return (n + 1) / 2 * 2; }
-
-/// Uninitialised memory for `workers` tasks at once, each at the beginning of a cache line: the
-/// order in which BLAS sums may depend on where its operands lie, and results should not depend on
-/// what else a process has allocated, nor on which worker ran.
-template <typename T>
-struct Scratch {
-  static constexpr int64_t kLine = 64;
-  struct Free {
-    void operator()(void* memory) const { std::free(memory); }
-  };
-  int64_t bytes;  // of one worker
-  std::unique_ptr<std::byte, Free> data;
-  Scratch(int64_t size, int64_t workers)
-      : bytes((size * int64_t(sizeof(T)) + kLine - 1) / kLine * kLine),
-        data(static_cast<std::byte*>(std::aligned_alloc(kLine, std::max(bytes * workers, kLine)))) {
-    if (!data) throw std::bad_alloc();
-  }
-  T* operator[](int64_t worker) const { return reinterpret_cast<T*>(data.get() + worker * bytes); }
-};
 
 /// The heads that some sequence chose, and the place of each among them.
 struct UsedHeads {
@@ -82,36 +60,34 @@ inline std::vector<std::vector<int64_t>> by_head(const std::vector<ActiveHead>& 
   return by_place(active.size(), num_heads, [&](int64_t n) { return active[n].h; });
 }
 
-/// Right factors: floats are read in place, bfloat16 is packed first.
-template <typename T>
-struct Factor {
-  const T* data = nullptr;
-  int64_t row_length = 0;
-  const T* column(int64_t n) const { return packed_at(data, row_length, 0, n); }
-};
+constexpr int64_t kProductColumns = 128;
 
-/// Some matrices as right factors; each may be packed by a task of its own.
+/// Matrices of one shape as right factors, in panels of kProductColumns columns whose rows follow
+/// one another: rows as far apart as a layer is wide would fall into few sets of a cache. Each may
+/// be packed by a task of its own.
 template <typename T>
 class Factors {
  public:
   Factors(int64_t count, int64_t rows, int64_t columns)
-      : size_(packed_size<T>(rows, columns)), columns_(columns), factors_(count) {
-    if constexpr (sizeof(T) == 2) memory_.reset(new T[count * size_]);
+      : columns_(columns),
+        panel_(std::min(kProductColumns, columns)),
+        size_(packed_size<T>(rows, panel_)),
+        panels_(panel_ ? blocks(columns, panel_) : 0),
+        memory_(count * panels_ * size_) {}
+  /// Rows [at, at + rows) of matrix n; `at` is even.
+  void set(int64_t n, int64_t rows, const T* x, int64_t ldx, int64_t at = 0) {
+    for (int64_t column = 0; column < columns_; column += panel_)
+      pack(rows, std::min(panel_, columns_ - column), x + column, ldx, false,
+           memory_.get() + place(n, column) + at * panel_, panel_);
   }
-  void set(int64_t n, int64_t rows, const T* x, int64_t ldx) {
-    if constexpr (sizeof(T) == 2) {
-      pack(rows, columns_, x, ldx, false, memory_.get() + n * size_);
-      factors_[n] = {memory_.get() + n * size_, columns_};
-    } else {
-      factors_[n] = {x, ldx};
-    }
-  }
-  const Factor<T>& operator[](int64_t n) const { return factors_[n]; }
+  /// The panel of matrix n that begins with a column, a multiple of kProductColumns.
+  const T* panel(int64_t n, int64_t column) const { return memory_.get() + place(n, column); }
+  int64_t row_length() const { return panel_; }
 
  private:
-  int64_t size_, columns_;
-  std::unique_ptr<T[]> memory_;
-  std::vector<Factor<T>> factors_;
+  int64_t place(int64_t n, int64_t column) const { return (n * panels_ + column / panel_) * size_; }
+  int64_t columns_, panel_, size_, panels_;
+  Array<T> memory_;
 };
 
 template <typename T>
@@ -128,22 +104,26 @@ struct LeftFactor {
   int64_t row_length, rows;
 };
 
-constexpr int64_t kProductColumns = 128;
-
-/// sum [d, width] += sum over the positions in `active` of left(i) [d, rows] right[b] [rows,
-/// width], in tiles of columns.
-template <typename T, typename Left>
+/// The sum over the positions in `active` of left(i) [d, rows] right[b] [rows, width], in panels of
+/// columns: store(column, columns, sum) takes each panel, `sum` [d, kProductColumns].
+template <typename T, typename Left, typename Store>
 void add_products(const std::vector<int64_t>& positions, const std::vector<ActiveHead>& active,
-                  const Factors<T>& right, int64_t d, int64_t width, const Left& left, float* sum) {
-  for (int64_t column = 0; column < width; column += kProductColumns)
+                  const Factors<T>& right, int64_t d, int64_t width, const Left& left, float* sum,
+                  const Store& store) {
+  for (int64_t column = 0; column < width; column += kProductColumns) {
+    const int64_t columns = std::min(kProductColumns, width - column);
+    bool add = false;
     for (size_t i = 0; i < positions.size(); ++i) {
-      const auto& factor = right[active[positions[i]].b];
       const LeftFactor<T> of = left(i);
-      if (of.rows)
-        packed_gemm(d, std::min(kProductColumns, width - column),
-                    sizeof(T) == 2 ? even(of.rows) : of.rows, of.data, of.row_length,
-                    factor.column(column), factor.row_length, sum + column, width, true);
+      if (of.rows == 0) continue;
+      packed_gemm(d, columns, sizeof(T) == 2 ? even(of.rows) : of.rows, of.data, of.row_length,
+                  right.panel(active[positions[i]].b, column), right.row_length(), sum,
+                  kProductColumns, add);
+      add = true;
     }
+    if (!add) std::fill_n(sum, d * kProductColumns, 0.f);
+    store(column, columns);
+  }
 }
 
 }  // namespace headwise::kernels

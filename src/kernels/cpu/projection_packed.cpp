@@ -4,7 +4,6 @@
 #include <c10/util/Half.h>
 
 #include <algorithm>
-#include <memory>
 
 #include "kernels/cpu/packed_gemm.h"
 #include "kernels/cpu/packed_layer.h"
@@ -84,7 +83,7 @@ class Project {
 
   void by_rows() const {
     const UsedHeads used(chosen_.active, chosen_.num_heads);
-    const std::unique_ptr<T[]> packed(new T[used.heads.size() * size_]);
+    const Array<T> packed(used.heads.size() * size_);
     parallel_tasks(used.heads.size(),
                    [&](int64_t n, int64_t) { pack_head(used.heads[n], packed.get() + n * size_); });
     // Few blocks of rows are also divided by heads.
@@ -200,7 +199,7 @@ class Combine {
     if (weight_.turned && chosen_.batch * L_ <= kThinRows)
       return combine_heads_thin<T, T>(chosen_, x_, weight_, bias_, factor_, y_);
     const int64_t heads = heads_.size();
-    packed_.reset(new T[heads * tiles_ * panel_]);
+    packed_ = Array<T>(heads * tiles_ * panel_);
     parallel_tasks(heads, [&](int64_t n, int64_t) {
       const T* const of = weight_.of(heads_[n], d_);
       for (int64_t tile = 0; tile < tiles_; ++tile) {
@@ -350,7 +349,7 @@ class Combine {
   T* const y_;
   const int64_t L_, d_, width_, tiles_, panel_, workers_;
   std::vector<int64_t> used_, heads_;  // place of a head among those that are used; they
-  std::unique_ptr<T[]> packed_;        // [tiles, used heads][d, kOutColumns]
+  Array<T> packed_;                    // [tiles, used heads][d, kOutColumns]
 };
 
 }  // namespace
@@ -393,33 +392,34 @@ void outer_heads_packed(const ChosenHeads& chosen, const HeadRows<const T>& y,
       if (chosen.first[b] < chosen.first[b + 1]) right.set(b, L, x.at(b, 0), x.row);
     });
   Scratch<T> turned(most * d * ld, workers);
-  const int64_t own = weight.data ? d * width : 0;
-  Scratch<float> floats(own + (weight.turned ? own : 0) + 2 * kTransposeRows * d, workers);
+  const int64_t panel = weight.data ? d * kProductColumns : 0;
+  Scratch<float> floats(2 * panel + 2 * kTransposeRows * d, workers);
   parallel_tasks(chosen.num_heads, [&](int64_t h, int64_t worker) {
     const auto& users = positions[h];
     if (users.empty()) return;
+    float *const sum = floats[worker], *const columns_of = sum + panel;
     auto left = [&](size_t i) -> LeftFactor<T> { return {turned[worker] + i * d * ld, ld, L}; };
     for (size_t i = 0; i < users.size(); ++i) {
       const auto& a = chosen.active[users[i]];
       T* const to = turned[worker] + i * d * ld;
       transpose_scaled(L, d, y.at(a, 0), y.row, factor ? factor[a.b * chosen.num_heads + h] : 1.f,
-                       to, ld, floats[worker] + own + (weight.turned ? own : 0));
+                       to, ld, columns_of + panel);
       for (int64_t c = 0; c < d; ++c) {
         if (L < ld) to[c * ld + L] = T(0.f);
         if (sums) add_row_sum(to + c * ld, L, sums + h * d + c);
       }
     }
-    if (own) {
-      float *const product = floats[worker], *const columns = product + own;
-      std::fill_n(product, own, 0.f);
-      add_products<T>(users, chosen.active, right, d, width, left, product);
-      W* const to = weight.of(h, d);
-      if (weight.turned) transpose(d, width, product, width, columns, d);
-      if (weight.turned)
-        convert_rows(width, d, columns, d, nullptr, to, weight.ld);
-      else
-        convert_rows(d, width, product, width, nullptr, to, weight.ld);
-    }
+    W* const to = weight.data ? weight.of(h, d) : nullptr;
+    if (to)
+      add_products<T>(
+          users, chosen.active, right, d, width, left, sum, [&](int64_t column, int64_t columns) {
+            if (weight.turned) {
+              transpose(d, columns, sum, kProductColumns, columns_of, d);
+              convert_rows(columns, d, columns_of, d, nullptr, to + column * weight.ld, weight.ld);
+            } else {
+              convert_rows(d, columns, sum, kProductColumns, nullptr, to + column, weight.ld);
+            }
+          });
     packed_gemm_done<T>();
   });
 }
