@@ -59,13 +59,6 @@ class Backward {
     return {q, k, v, q + L_ * d_, k + S_ * d_, v + S_ * d_};
   }
 
-  template <typename U>
-  float row_product(const U* x, const T* y) const {
-    float sum = 0;
-    for (int64_t c = 0; c < d_; ++c) sum += float(x[c]) * float(y[c]);
-    return sum;
-  }
-
   /// Gradients of the chosen heads' queries, keys and values, and of their weights. delta is that
   /// of the gradient as it is stored: of another rounding, it would not cancel where one
   /// probability is nearly 1, and large queries and keys multiply what is left.
@@ -94,11 +87,11 @@ class Backward {
                       out_weights.panel(place, column), out_weights.row_length(), tile + column, d_,
                       false);
         for (int64_t i = 0; i < rows; ++i)
-          total += row_product(tile + i * d_, context + (row + i) * d_);
+          total += dot(tile + i * d_, context + (row + i) * d_, d_);
         scale(tile, rows * d_, weight, tile);
         convert(tile, rows * d_, grad_context + row * d_);
         for (int64_t i = row; i < row + rows; ++i)
-          delta[i] = row_product(grad_context + i * d_, context + i * d_);
+          delta[i] = dot(grad_context + i * d_, context + i * d_, d_);
       }
       if (g_.head_weight) g_.head_weight[a.b * shape_.num_heads + a.h] = total;
       const int64_t kv = S_ * d_;
@@ -265,8 +258,7 @@ class Backward {
     const int64_t rows = shape_.batch * L_;
     parallel_tasks(blocks(out_, kColumns), [&](int64_t task, int64_t) {
       const int64_t begin = task * kColumns, end = std::min(out_, begin + kColumns);
-      for (int64_t i = 0; i < rows; ++i)
-        for (int64_t c = begin; c < end; ++c) g_.out_bias[c] += float(grad_output_[i * out_ + c]);
+      add_row_sums(rows, end - begin, grad_output_ + begin, out_, g_.out_bias + begin);
     });
   }
 

@@ -376,6 +376,54 @@ void convert_scaled(int64_t rows, int64_t n, const float* x, int64_t ldx, const 
 #endif
   scale_block(rows, n, x, ldx, factors, y, ldy);
 }
+namespace {
+
+template <typename X, typename Y>
+HEADWISE_INLINE float dot_of(const X* x, const Y* y, int64_t n) {
+  Float16 sum = {}, a, b;
+  int64_t c = 0;
+  for (; c + kLanes <= n; c += kLanes) {
+    load(x + c, a);
+    load(y + c, b);
+    sum += a * b;
+  }
+  float total = lane_sum(sum);
+  for (; c < n; ++c) total += value(x + c) * value(y + c);
+  return total;
+}
+
+template <typename T>
+HEADWISE_INLINE void add_columns(int64_t rows, int64_t n, const T* x, int64_t ldx, float* sum) {
+  Float16 total, v;
+  int64_t c = 0;
+  for (; c + kLanes <= n; c += kLanes) {
+    load(sum + c, total);
+    for (int64_t i = 0; i < rows; ++i) {
+      load(x + i * ldx + c, v);
+      total += v;
+    }
+    store(sum + c, total);
+  }
+  for (; c < n; ++c)
+    for (int64_t i = 0; i < rows; ++i) sum[c] += value(x + i * ldx + c);
+}
+
+}  // namespace
+
+HEADWISE_CLONES
+float dot(const float* x, const float* y, int64_t n) { return dot_of(x, y, n); }
+HEADWISE_CLONES
+float dot(const float* x, const BFloat16* y, int64_t n) { return dot_of(x, y, n); }
+HEADWISE_CLONES
+float dot(const BFloat16* x, const BFloat16* y, int64_t n) { return dot_of(x, y, n); }
+HEADWISE_CLONES
+void add_row_sums(int64_t rows, int64_t n, const float* x, int64_t ldx, float* sum) {
+  add_columns(rows, n, x, ldx, sum);
+}
+HEADWISE_CLONES
+void add_row_sums(int64_t rows, int64_t n, const BFloat16* x, int64_t ldx, float* sum) {
+  add_columns(rows, n, x, ldx, sum);
+}
 HEADWISE_CLONES
 void scale(const float* x, int64_t n, float factor, float* y) { scale_all(x, n, factor, y); }
 HEADWISE_CLONES

@@ -87,6 +87,15 @@ void convert_scaled(int64_t rows, int64_t n, const float* x, int64_t ldx, const 
 void convert_scaled(int64_t rows, int64_t n, const float* x, int64_t ldx, const float* factors,
                     c10::BFloat16* y, int64_t ldy);
 
+/// x [n] . y [n], summed in one order.
+float dot(const float* x, const float* y, int64_t n);
+float dot(const float* x, const c10::BFloat16* y, int64_t n);
+float dot(const c10::BFloat16* x, const c10::BFloat16* y, int64_t n);
+
+/// sum [n] += the rows of x [rows, n].
+void add_row_sums(int64_t rows, int64_t n, const float* x, int64_t ldx, float* sum);
+void add_row_sums(int64_t rows, int64_t n, const c10::BFloat16* x, int64_t ldx, float* sum);
+
 /// y [n] = factor x [n].
 void scale(const float* x, int64_t n, float factor, float* y);
 void scale(const c10::BFloat16* x, int64_t n, float factor, c10::BFloat16* y);
