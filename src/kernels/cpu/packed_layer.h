@@ -62,7 +62,7 @@ inline std::vector<std::vector<int64_t>> by_head(const std::vector<ActiveHead>& 
 
 constexpr int64_t kProductColumns = 128;
 
-/// Matrices of one shape as right factors, in panels of kProductColumns columns whose rows follow
+/// Matrices of equal sizes as right factors, in panels of kProductColumns columns whose rows follow
 /// one another: rows as far apart as a layer is wide would fall into few sets of a cache. Each may
 /// be packed by a task of its own.
 template <typename T>

@@ -129,8 +129,8 @@ struct Gradients {
   template <typename U>
   U* large(bool wanted, const OptionalTensor& input, Tensor& gradient) const {
     const bool has = wanted && input;
-    gradient = at::empty(has ? input->sizes() : at::IntArrayRef({0}),
-                         options.dtype(scalar_type_of<U>()));
+    gradient =
+        at::empty(has ? input->sizes() : at::IntArrayRef({0}), options.dtype(scalar_type_of<U>()));
     if (zeroed) gradient.zero_();
     return has ? gradient.template mutable_data_ptr<U>() : nullptr;
   }
