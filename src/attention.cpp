@@ -4,6 +4,7 @@
 
 #include "ops/attention_ops.h"
 #include "ops/projection.h"
+#include "ops/routed.h"
 
 namespace headwise {
 namespace {
@@ -28,6 +29,11 @@ using at::Tensor;
   in.query, in.key, in.value, in.weights.q_weight, in.weights.k_weight, in.weights.v_weight,    \
       in.weights.q_bias, in.weights.k_bias, in.weights.v_bias, in.weights.out_proj_weight,      \
       in.weights.out_proj_bias, in.num_heads, in.index, in.count, in.weight, in.weights.bias_k, \
+      in.weights.bias_v, in.weights.add_zero_attn, HEADWISE_UNPACK(in.arguments)
+#define HEADWISE_UNPACK_ROUTED(in)                                                           \
+  in.query, in.key, in.value, in.weights.q_weight, in.weights.k_weight, in.weights.v_weight, \
+      in.weights.q_bias, in.weights.k_bias, in.weights.v_bias, in.weights.out_proj_weight,   \
+      in.weights.out_proj_bias, in.num_heads, in.chosen, in.weight, in.weights.bias_k,       \
       in.weights.bias_v, in.weights.add_zero_attn, HEADWISE_UNPACK(in.arguments)
 #define HEADWISE_UNPACK_CORE(in) \
   in.q, in.k, in.v, in.index, in.count, in.weight, HEADWISE_UNPACK(in.arguments)
@@ -88,6 +94,25 @@ CoreBackward call_backward(const Tensor& grad_output, const CoreInputs& in, cons
   return op.call(grad_output, HEADWISE_UNPACK_CORE(in), output, context, lse, needs);
 }
 
+Tensor call(const RoutedInputs& in) {
+  static auto op = find<Tensor(HEADWISE_ROUTED_PARAMETERS)>("headwise::routed_multihead_attention");
+  return op.call(HEADWISE_UNPACK_ROUTED(in));
+}
+LayerForward call_forward(const RoutedInputs& in) {
+  static auto op = find<LayerForward(HEADWISE_ROUTED_PARAMETERS)>(
+      "headwise::_routed_multihead_attention_forward");
+  return op.call(HEADWISE_UNPACK_ROUTED(in));
+}
+MultiheadBackward call_backward(const Tensor& grad_output, const RoutedInputs& in,
+                                const LayerSaved& saved, const Needs<15>& needs) {
+  static auto op = find<MultiheadBackward(const Tensor&, HEADWISE_ROUTED_PARAMETERS, const Tensor&,
+                                          const Tensor&, const Tensor&, const Tensor&,
+                                          const Tensor&, std::array<bool, 15>)>(
+      "headwise::_routed_multihead_attention_backward");
+  return op.call(grad_output, HEADWISE_UNPACK_ROUTED(in), saved.q, saved.k, saved.v, saved.context,
+                 saved.lse, needs);
+}
+
 Tensor call(const ProjectionInputs& in) {
   static auto op = find<Tensor(HEADWISE_PROJECTION_PARAMETERS)>("headwise::selected_projection");
   return op.call(in.x, in.weight, in.bias, in.num_heads, in.index, in.count);
@@ -131,6 +156,15 @@ at::Tensor selected_multihead_attention(const at::Tensor& query, const at::Tenso
                                         const AttentionArguments& arguments) {
   return ops::call(
       ops::MultiheadInputs{query, key, value, weights, num_heads, index, count, weight, arguments});
+}
+
+at::Tensor routed_multihead_attention(const at::Tensor& query, const at::Tensor& key,
+                                      const at::Tensor& value, const ProjectionWeights& weights,
+                                      int64_t num_heads, const at::Tensor& chosen,
+                                      const at::Tensor& weight,
+                                      const AttentionArguments& arguments) {
+  return ops::call(
+      ops::RoutedInputs{query, key, value, weights, num_heads, chosen, weight, arguments});
 }
 
 at::Tensor selected_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,

@@ -47,6 +47,19 @@ HEADWISE_API at::Tensor selected_multihead_attention(
     const ProjectionWeights& weights, int64_t num_heads, const at::Tensor& index,
     const at::Tensor& count, const at::Tensor& weight, const AttentionArguments& arguments = {});
 
+/// selected_multihead_attention with heads chosen by every token. Queries, attention and output
+/// projection of each head are computed for the tokens that chose it, its keys and values for the
+/// sequences in which one did, forward and backward, on a CPU. On other devices, and in bfloat16
+/// where a gradient is wanted, every head is computed for every token, and masked.
+/// @param chosen bool [B, L, H]
+/// @param weight floating [B, L, H], multiplies the outputs of the chosen heads
+HEADWISE_API at::Tensor routed_multihead_attention(const at::Tensor& query, const at::Tensor& key,
+                                                   const at::Tensor& value,
+                                                   const ProjectionWeights& weights,
+                                                   int64_t num_heads, const at::Tensor& chosen,
+                                                   const at::Tensor& weight,
+                                                   const AttentionArguments& arguments = {});
+
 /// Queries, keys or values of the chosen heads, for models that rotate, normalise or cache them
 /// before selected_attention: x [B, L, D] -> [B, H, L, d], exact zeros for heads that were not
 /// chosen. For keys and values that query heads share, pass the selection of select_groups() and

@@ -5,6 +5,7 @@
 #include "ops/attention_ops.h"
 #include "ops/backward_checks.h"
 #include "ops/projection.h"
+#include "ops/routed.h"
 #include "ops/select_heads.h"
 
 namespace headwise::ops {
@@ -175,7 +176,11 @@ void check_inputs(const SelfInputs& in) {
   check_masks(in.arguments, x.sym_size(0), in.num_heads, x.sym_size(1), x.sym_size(1), x, "x");
 }
 
-void check_inputs(const MultiheadInputs& in) {
+namespace {
+
+/// Inputs, weights and masks of the general form; not what was chosen.
+template <typename Inputs>
+void check_general(const Inputs& in) {
   const auto& query = in.query;
   const auto& w = in.weights;
   check_floating(query, "query");
@@ -213,8 +218,32 @@ void check_inputs(const MultiheadInputs& in) {
                     w.bias_k ? "bias_k" : "bias_v");
   check_bias(w.bias_k, "bias_k", e, query, "query");
   check_bias(w.bias_v, "bias_v", e, query, "query");
-  check_selection(in.index, in.count, in.weight, batch, in.num_heads, query, "query");
   check_masks(in.arguments, batch, in.num_heads, query.sym_size(1), keys, query, "query");
+}
+
+}  // namespace
+
+void check_inputs(const MultiheadInputs& in) {
+  check_general(in);
+  check_selection(in.index, in.count, in.weight, in.query.sym_size(0), in.num_heads, in.query,
+                  "query");
+}
+
+void check_inputs(const RoutedInputs& in) {
+  check_general(in);
+  const auto check = [&](const Tensor& t, const char* name) {
+    check_dim(t, name, 3, "[B, L, H]");
+    check_size(t, name, 0, in.query.sym_size(0), "[B, L, H]");
+    check_size(t, name, 1, in.query.sym_size(1), "[B, L, H]");
+    check_size(t, name, 2, in.num_heads, "[B, L, H]");
+    TORCH_CHECK(t.device() == in.query.device(), name, " must be on the device of query (",
+                in.query.device(), "), got ", t.device());
+  };
+  TORCH_CHECK_TYPE(in.chosen.scalar_type() == at::kBool, "chosen must be bool, got ",
+                   in.chosen.scalar_type());
+  check(in.chosen, "chosen");
+  check_floating(in.weight, "weight");
+  check(in.weight, "weight");
 }
 
 void check_inputs(const CoreInputs& in) {
@@ -276,6 +305,23 @@ void check_backward(const Tensor& grad_output, const MultiheadInputs& in, const 
   check_layer_backward(grad_output, in.query,
                        in.key.sym_size(1) + (w.bias_k.has_value() + w.add_zero_attn),
                        w.out_proj_weight, in.num_heads, in.index, saved);
+}
+
+void check_backward(const Tensor& grad_output, const RoutedInputs& in, const LayerSaved& saved) {
+  check_inputs(in);
+  const auto& w = in.weights;
+  const auto batch = in.query.sym_size(0), queries = in.query.sym_size(1),
+             keys = in.key.sym_size(1) + (w.bias_k.has_value() + w.add_zero_attn),
+             heads = c10::SymInt(in.num_heads),
+             width = in.num_heads ? w.q_weight.sym_size(0) / in.num_heads : c10::SymInt(0);
+  const auto given = in.query.scalar_type(), type = lse_type(given);
+  check_given(grad_output, "grad_output", {batch, queries, w.out_proj_weight.sym_size(0)}, given,
+              in.query);
+  check_given(saved.q, "q", {batch, heads, queries, width}, type, in.query);
+  check_given(saved.k, "k", {batch, heads, keys, width}, type, in.query);
+  check_given(saved.v, "v", {batch, heads, keys, width}, type, in.query);
+  check_given(saved.context, "context", {batch, heads, queries, width}, type, in.query);
+  check_given(saved.lse, "lse", {batch, heads, queries}, type, in.query);
 }
 
 void check_backward(const Tensor& grad_output, const CoreInputs& in, const Tensor& output,

@@ -5,6 +5,7 @@
 
 #include "ops/attention_ops.h"
 #include "ops/projection.h"
+#include "ops/routed.h"
 
 namespace headwise::ops {
 namespace {
@@ -61,6 +62,22 @@ Tensor multihead(HEADWISE_MULTIHEAD_PARAMETERS) {
 }
 
 template <c10::DeviceType device>
+Tensor routed(HEADWISE_ROUTED_PARAMETERS) {
+  const Cast cast{device};
+  auto guard = without_autocast<device>();
+  return call(RoutedInputs{
+      cast(query),
+      cast(key),
+      cast(value),
+      {cast(q_weight), cast(k_weight), cast(v_weight), cast(q_bias), cast(k_bias), cast(v_bias),
+       cast(out_proj_weight), cast(out_proj_bias), cast(bias_k), cast(bias_v), add_zero_attn},
+      num_heads,
+      chosen,
+      weight,
+      {HEADWISE_MASK_ARGUMENTS}});
+}
+
+template <c10::DeviceType device>
 Tensor core(HEADWISE_CORE_PARAMETERS) {
   const Cast cast{device};
   auto guard = without_autocast<device>();
@@ -87,6 +104,7 @@ Tensor output_projection(HEADWISE_OUTPUT_PARAMETERS) {
 TORCH_LIBRARY_IMPL(headwise, AutocastCPU, m) {
   m.impl("selected_self_attention", self<c10::DeviceType::CPU>);
   m.impl("selected_multihead_attention", multihead<c10::DeviceType::CPU>);
+  m.impl("routed_multihead_attention", routed<c10::DeviceType::CPU>);
   m.impl("selected_attention", core<c10::DeviceType::CPU>);
   m.impl("selected_projection", projection<c10::DeviceType::CPU>);
   m.impl("selected_output_projection", output_projection<c10::DeviceType::CPU>);
@@ -95,6 +113,7 @@ TORCH_LIBRARY_IMPL(headwise, AutocastCPU, m) {
 TORCH_LIBRARY_IMPL(headwise, AutocastCUDA, m) {
   m.impl("selected_self_attention", self<c10::DeviceType::CUDA>);
   m.impl("selected_multihead_attention", multihead<c10::DeviceType::CUDA>);
+  m.impl("routed_multihead_attention", routed<c10::DeviceType::CUDA>);
   m.impl("selected_attention", core<c10::DeviceType::CUDA>);
   m.impl("selected_projection", projection<c10::DeviceType::CUDA>);
   m.impl("selected_output_projection", output_projection<c10::DeviceType::CUDA>);

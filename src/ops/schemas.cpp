@@ -43,6 +43,19 @@ TORCH_LIBRARY(headwise, m) {
       "Tensor? key_padding_mask=None, Tensor? attn_mask=None, bool is_causal=False, "
       "float dropout_p=0.0, Tensor? dropout_seed=None, float? scale=None) -> Tensor");
 
+  // The same with heads chosen by every token: chosen bool [B, L, H], weight [B, L, H]. The route
+  // through LibTorch, which a device without a kernel takes, computes all of them and masks.
+  for (const std::string form : {"routed", "_aten_routed"})
+    def(form +
+        "_multihead_attention(Tensor query, Tensor key, Tensor value, "
+        "Tensor q_weight, Tensor k_weight, Tensor v_weight, "
+        "Tensor? q_bias, Tensor? k_bias, Tensor? v_bias, "
+        "Tensor out_proj_weight, Tensor? out_proj_bias, int num_heads, "
+        "Tensor chosen, Tensor weight, "
+        "Tensor? bias_k=None, Tensor? bias_v=None, bool add_zero_attn=False, "
+        "Tensor? key_padding_mask=None, Tensor? attn_mask=None, bool is_causal=False, "
+        "float dropout_p=0.0, Tensor? dropout_seed=None, float? scale=None) -> Tensor");
+
   // The core, for models that project, rotate or cache for themselves. q [B, H, L, d],
   // k [B, Hkv, S, d], v [B, Hkv, S, dv], Hkv divides H -> [B, H, L, dv], zeros where not chosen;
   // weight (optional) multiplies each head's output.
@@ -157,6 +170,22 @@ TORCH_LIBRARY(headwise, m) {
         "Tensor index, Tensor count, Tensor? head_weight, bool[4] needs) -> "
         "(Tensor grad_heads, Tensor grad_weight, Tensor grad_bias, Tensor grad_head_weight)");
   }
+  // Of routed_multihead_attention, on a CPU: q and context [B, H, L, d], k and v
+  // [B, H, S + added, d], lse [B, H, L], all in lse's type; laid out as the kernel likes.
+  const std::string routed =
+      "Tensor query, Tensor key, Tensor value, Tensor q_weight, Tensor k_weight, Tensor v_weight, "
+      "Tensor? q_bias, Tensor? k_bias, Tensor? v_bias, Tensor out_proj_weight, "
+      "Tensor? out_proj_bias, int num_heads, Tensor chosen, Tensor weight, "
+      "Tensor? bias_k, Tensor? bias_v, bool add_zero_attn, " +
+      masks;
+  def("_routed_multihead_attention_forward" + ("(" + routed) +
+      ") -> (Tensor output, Tensor q, Tensor k, Tensor v, Tensor context, Tensor lse)");
+  def("_routed_multihead_attention_backward" + ("(Tensor grad_output, " + routed) + ", " + saved +
+      "bool[15] needs) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, "
+      "Tensor grad_q_weight, Tensor grad_k_weight, Tensor grad_v_weight, "
+      "Tensor grad_q_bias, Tensor grad_k_bias, Tensor grad_v_bias, "
+      "Tensor grad_out_proj_weight, Tensor grad_out_proj_bias, Tensor grad_weight, "
+      "Tensor grad_bias_k, Tensor grad_bias_v, Tensor grad_attn_mask)");
   // What every layer does first on a CUDA device, by itself, for benchmarks: the lists of active
   // pairs (src/kernels/cuda/work_list.cu) as one int32 tensor.
   m.def("_work_list(Tensor index, Tensor count, int num_heads) -> Tensor");
@@ -227,6 +256,14 @@ TORCH_LIBRARY(headwise, m) {
       "evaluate_relevance(Tensor x, Tensor? key_padding_mask, Tensor mean, Tensor variance, "
       "Tensor base, Tensor weight, Tensor progress) -> Tensor");
   m.def("routed_first(Tensor shared, int num_heads) -> Tensor");
+  // router [.., R], shared_router [.., s] (s > 1), kind_router [.., 2] (R > 0 and s > 0), shared
+  // int [s], H = R + s -> chosen bool [.., H], weight and relevance [.., H]
+  m.def(
+      "route_heads(Tensor router, Tensor? shared_router, Tensor? kind_router, Tensor shared, "
+      "int routed, Tensor? padding=None) -> (Tensor chosen, Tensor weight, Tensor relevance)");
+  m.def(
+      "routing_balance(Tensor relevance, Tensor chosen, Tensor shared, Tensor? padding=None) "
+      "-> Tensor");
   m.def(
       "share_heads(Tensor index, Tensor count, Tensor weight, Tensor relevance, Tensor shared) "
       "-> (Tensor index, Tensor count, Tensor weight, Tensor relevance)");

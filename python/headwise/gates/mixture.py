@@ -40,13 +40,13 @@ class MixtureOfHeadsGate(Gate, configured=True):
     heads: :math:`f_i` is the share of the batch's tokens that run head i, and :math:`P_i` the mean
     of their :math:`p_i`. Padding is left out, and a token of padding runs no head.
 
-    With ``routing="token"`` a layer computes a head's queries and attention for the tokens that
-    chose it, and its keys, values and output projection if a token of the batch did, forward and
-    backward, by PyTorch's operators, one head after the other; under ``torch.compile`` and in
-    exported programs every head runs and is masked. Only :class:`headwise.MultiheadAttention` can
-    do that; what reads one selection per sequence (:func:`headwise.trace`, explanations, scores)
-    raises an error. ``routing="sequence"`` works everywhere: the mean of a sequence's tokens is
-    routed, once.
+    With ``routing="token"`` a layer on a CPU computes a head's queries, attention and output
+    projection for the tokens that chose it, and its keys and values for the sequences in which one
+    did, forward and backward (``torch.ops.headwise.routed_multihead_attention``). On other devices,
+    in ONNX, and in training steps in bfloat16, which take less time that way, every head runs and
+    is masked. Only :class:`headwise.MultiheadAttention` can do that; what reads one selection per
+    sequence (:func:`headwise.trace`, explanations, scores) raises an error. ``routing="sequence"``
+    works everywhere: the mean of a sequence's tokens is routed, once.
 
     Heads that a token did not choose get no gradient from it, as in the released code.
 
@@ -152,36 +152,14 @@ class MixtureOfHeadsGate(Gate, configured=True):
 
     def _route(self, x: Tensor, padding: Tensor | None) -> TokenSelection:
         """Of rows ``[.., D]``; none is chosen where ``padding`` ``[..]`` is True."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        logits = x.new_zeros((*x.shape[:-1], 0)) if self.router is None else self.router(x)
-        p = logits.to(wide).softmax(-1)  # [.., R]
-        flat = p.detach().flatten(0, -2)  # [N, R]
-        count = torch.full((flat.size(0),), self.routed, dtype=torch.int32, device=x.device)
-        best = _ops.selection_mask(_ops.select_heads(flat, count), count, wide).view_as(p)
-        routed = p * best
-        least = torch.finfo(wide).eps
-        routed = routed / routed.sum(-1, keepdim=True).clamp(min=least) * self.routed
-        always = len(self.shared)
-        shared = p.new_ones((*p.shape[:-1], always))
-        if self.shared_router is not None:
-            shared = self.shared_router(x).to(wide).softmax(-1) * always
-        if self.kind_router is not None:
-            kinds = self.kind_router(x).to(wide).softmax(-1) * 2  # of shared and of routed heads
-            shared, routed = shared * kinds[..., :1], routed * kinds[..., 1:]
-        most = p.detach().amax(-1, keepdim=True) if p.size(-1) else p.new_ones((*p.shape[:-1], 1))
-        place = _ops.routed_first(self.shared, self.num_heads).argsort()  # of each head
-
-        def spread(of_routed: Tensor, of_shared: Tensor) -> Tensor:
-            return torch.cat([of_routed, of_shared], -1).index_select(-1, place)  # [.., H]
-
-        chosen = spread(best, torch.ones_like(shared)) != 0
-        weight = spread(routed, shared)
-        if padding is not None:
-            chosen = chosen & ~padding[..., None]
-            weight = weight.masked_fill(padding[..., None], 0.0)
+        router = x.new_zeros((*x.shape[:-1], 0)) if self.router is None else self.router(x)
+        shared = None if self.shared_router is None else self.shared_router(x)
+        kinds = None if self.kind_router is None else self.kind_router(x)
+        chosen, weight, relevance = _ops.route_heads(
+            router, shared, kinds, self.shared, self.routed, padding
+        )
         if self.training:
-            self._record(balance=_balance(p, best, padding))
-        relevance = spread(p, most.expand_as(shared))
+            self._record(balance=_ops.routing_balance(relevance, chosen, self.shared, padding))
         return TokenSelection(chosen, weight.to(x.dtype), relevance)
 
     def forward(  # type: ignore[override]
@@ -197,13 +175,3 @@ class MixtureOfHeadsGate(Gate, configured=True):
         heads = self.routed + len(self.shared)
         count = torch.full((x.size(0),), heads, dtype=torch.int32, device=x.device)
         return Selection(_ops.select_heads(chosen.float(), count), count, weight, relevance)
-
-
-def _balance(p: Tensor, ran: Tensor, padding: Tensor | None) -> Tensor:
-    """The load balance loss of probabilities and choices ``[.., R]``, without padding ``[..]``."""
-    p, ran = p.flatten(0, -2), ran.flatten(0, -2)
-    if padding is None:
-        return p.size(1) * (p.mean(0) * ran.mean(0)).sum()
-    seen = (~padding).flatten()[:, None].to(p.dtype)  # [N, 1]
-    tokens = seen.sum().clamp(min=1)
-    return p.size(1) * ((p * seen).sum(0) / tokens * ((ran * seen).sum(0) / tokens)).sum()

@@ -19,7 +19,6 @@ from headwise.gates.selection import Selection, TokenSelection
 from headwise.gates.threshold import HeadInputs
 from headwise.nn.attention_inputs import AttentionInputs, canonical_inputs, check_sizes
 from headwise.nn.attention_layer import AttentionLayer, AttentionProbe
-from headwise.nn.token_attention import Projections, attend_tokens, mask_tokens
 from headwise.nn.visible_keys import attend_every_head
 
 if TYPE_CHECKING:
@@ -433,7 +432,8 @@ class MultiheadAttention(AttentionLayer, nn.MultiheadAttention):
         if gate is not None and gate.projects:
             return gate.project(context, selection)
         if isinstance(selection, TokenSelection):
-            return self._combine(mask_tokens(context, selection), None)
+            factor = selection.weight.masked_fill(~selection.chosen, 0.0).transpose(1, 2)
+            return self._combine(context * factor[..., None].to(context.dtype), None)
         return self._combine(context, weight)
 
     def _combine(self, context: Tensor, weight: Tensor | None) -> Tensor:
@@ -457,12 +457,7 @@ class MultiheadAttention(AttentionLayer, nn.MultiheadAttention):
 
     def _run_selected(self, inputs: AttentionInputs, selection: Selection) -> Tensor:
         """The chosen heads and no others."""
-        dropout = self.dropout if self.training else 0.0
-        seed = None
-        if dropout > 0.0:
-            seed = torch.randint(2**63 - 1, (1,), device=inputs.query.device)
         chosen = (selection.index, selection.count, selection.weight)
-        masks = (inputs.key_padding_mask, inputs.attn_mask, inputs.is_causal, dropout, seed)
         if inputs.self_attention and self._same_embed_dim and self._added_keys == 0:
             return _ops.selected_self_attention(
                 inputs.query,
@@ -472,32 +467,46 @@ class MultiheadAttention(AttentionLayer, nn.MultiheadAttention):
                 self.out_proj.bias,
                 self.num_heads,
                 *chosen,
-                *masks,
+                *self._masks(inputs),
             )
         return _ops.selected_multihead_attention(
-            inputs.query,
-            inputs.key,
-            inputs.value,
+            *inputs[:3],
             *self._projections(),
             self.out_proj.weight,
             self.out_proj.bias,
             self.num_heads,
             *chosen,
-            None if self.bias_k is None else self.bias_k.reshape(-1),
-            None if self.bias_v is None else self.bias_v.reshape(-1),
-            self.add_zero_attn,
-            *masks,
+            *self._added_rows(),
+            *self._masks(inputs),
         )
 
-    def _run_tokens(self, inputs: AttentionInputs, selection: TokenSelection) -> Tensor:
-        """For every token the heads that it chose; in a graph every head, masked."""
-        if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export():
-            return self._run_all(inputs, selection, None)
-        values: list[Any] = [*self._projections(), self.out_proj.weight, self.out_proj.bias]
-        values += [self.bias_k, self.bias_v, self.add_zero_attn]
-        weights = Projections(*values)
+    def _added_rows(self) -> tuple[Tensor | None, Tensor | None, bool]:
+        """What an operator appends to keys and values: bias_k and bias_v ``[E]``, a zero row."""
+        if self.bias_k is None or self.bias_v is None:
+            return None, None, self.add_zero_attn
+        return self.bias_k.reshape(-1), self.bias_v.reshape(-1), self.add_zero_attn
+
+    def _masks(self, inputs: AttentionInputs) -> tuple[Any, ...]:
+        """The masks of an operator, its dropout and that one's seed."""
         dropout = self.dropout if self.training else 0.0
-        return attend_tokens(inputs, weights, self.num_heads, selection, dropout)
+        seed = None
+        if dropout > 0.0:
+            seed = torch.randint(2**63 - 1, (1,), device=inputs.query.device)
+        return inputs.key_padding_mask, inputs.attn_mask, inputs.is_causal, dropout, seed
+
+    def _run_tokens(self, inputs: AttentionInputs, selection: TokenSelection) -> Tensor:
+        """For every token the heads that it chose and no others."""
+        return _ops.routed_multihead_attention(
+            *inputs[:3],
+            *self._projections(),
+            self.out_proj.weight,
+            self.out_proj.bias,
+            self.num_heads,
+            selection.chosen,
+            selection.weight,
+            *self._added_rows(),
+            *self._masks(inputs),
+        )
 
     def _attention_weights(
         self, inputs: AttentionInputs, selection: Selection | TokenSelection | None

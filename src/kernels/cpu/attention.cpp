@@ -127,7 +127,7 @@ void attention_backward(const AttentionShape<T>& shape, const HeadTensors<T>& he
         row_gradient(p + i * kKeyBlock, width, delta[row + i], di);
         if (mask_head) {
           const int64_t given = std::clamp<int64_t>(length - column, 0, width);
-          T* to = mask_head + (row + i) * mask.row + column * mask.column;
+          T* to = mask_head + shape.place(row + i) * mask.row + column * mask.column;
           for (int64_t j = 0; j < given; ++j) to[j * mask.column] += di[j];
         }
       }

@@ -32,7 +32,11 @@ struct MaskGradient {
 template <typename T>
 struct AttentionShape {
   int64_t batch = 0, num_heads = 0;
-  int64_t queries = 0;      ///< L
+  int64_t queries = 0;  ///< L
+  /// Where each of the queries is among the `all_queries` of its sequence, ascending; null: they
+  /// are all of them.
+  const int64_t* places = nullptr;
+  int64_t all_queries = 0;
   int64_t keys = 0;         ///< S, the given keys
   int64_t added = 0;        ///< rows after the given keys that every query sees
   int64_t width = 0;        ///< d of q and k
@@ -44,6 +48,7 @@ struct AttentionShape {
   MaskView<T> mask;
   double dropout_p = 0;
   uint64_t seed = 0;
+  int64_t place(int64_t query) const { return places ? places[query] : query; }
 };
 
 /// One head of one sequence. k and v hold lengths[b] + added rows.

@@ -139,7 +139,7 @@ void packed_attention_backward(const AttentionShape<float>& shape, const HeadTen
         if (mask_head) {
           if (column + j < length)
             for (int64_t i = 0; i < rows; ++i)
-              mask_head[(row + i) * mask.row + (column + j) * mask.column] += dp[i];
+              mask_head[shape.place(row + i) * mask.row + (column + j) * mask.column] += dp[i];
           scale(dp, rows, shape.scale, dp);
         }
       }

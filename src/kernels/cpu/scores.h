@@ -36,15 +36,15 @@ void mask_scores(const AttentionShape<T>& shape, int64_t b, int64_t h, int64_t r
     if (bias)
       for (int64_t j = 0; j < given; ++j) tile(i, j) += bias[j];
     if (mask.add) {
-      const T* mi = mask.add + base + (row + i) * mask.row;
+      const T* mi = mask.add + base + shape.place(row + i) * mask.row;
       for (int64_t j = 0; j < given; ++j) tile(i, j) += mi[j * mask.column];
     }
     if (mask.forbid) {
-      const bool* mi = mask.forbid + base + (row + i) * mask.row;
+      const bool* mi = mask.forbid + base + shape.place(row + i) * mask.row;
       for (int64_t j = 0; j < given; ++j) tile(i, j) = mi[j * mask.column] ? -infinity : tile(i, j);
     }
     if (shape.causal)
-      for (int64_t j = std::max<int64_t>(row + i + 1 - column, 0); j < given; ++j)
+      for (int64_t j = std::max<int64_t>(shape.place(row + i) + 1 - column, 0); j < given; ++j)
         tile(i, j) = -infinity;
   }
 }
@@ -57,11 +57,12 @@ void drop(const AttentionShape<T>& shape, int64_t b, int64_t h, int64_t row, int
   const uint64_t threshold = dropout_threshold(shape.dropout_p);
   const T keep = shape.dropout_p < 1 ? T(1 / (1 - shape.dropout_p)) : T(0);
   const int64_t length = shape.lengths[b];
+  const int64_t queries = shape.places ? shape.all_queries : shape.queries;
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t j = 0; j < columns; ++j) {
       const int64_t key = column + j < length ? column + j : column + j - length + shape.keys;
-      const uint64_t counter = dropout_counter(b, h, row + i, key, shape.num_heads, shape.queries,
-                                               shape.keys + shape.added);
+      const uint64_t counter = dropout_counter(b, h, shape.place(row + i), key, shape.num_heads,
+                                               queries, shape.keys + shape.added);
       tile(i, j) *= counter_bits(shape.seed, counter) < threshold ? keep : T(0);
     }
 }
@@ -72,7 +73,7 @@ int64_t visible_columns(const AttentionShape<T>& shape, int64_t row, int64_t row
                         int64_t columns) {
   // Added rows come after the given keys, so with any of them nothing can be left out at the end.
   if (!shape.causal || shape.added) return columns;
-  return std::min(columns, row + rows);
+  return std::min(columns, shape.place(row + rows - 1) + 1);
 }
 
 }  // namespace headwise::kernels

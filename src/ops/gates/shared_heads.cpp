@@ -1,9 +1,11 @@
-// Shared and routed heads (MoH, Jin et al. 2024, arXiv 2410.11842). Ours: weight 1 for every shared
-// head, where MoH weighs both kinds by a second router.
+// Shared and routed heads (MoH, Jin et al. 2024, arXiv 2410.11842). share_heads is ours: weight 1
+// for every shared head, where MoH weighs both kinds by a second router, as route_heads does.
 #include "ops/gates/shared_heads.h"
 
 #include <ATen/ATen.h>
 #include <torch/library.h>
+
+#include <limits>
 
 #include "headwise/selection.h"
 #include "ops/select_heads.h"
@@ -42,9 +44,94 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> share_heads(const at:
           spread(relevance, most.expand_symint({batch, always}))};
 }
 
+// As MoH's released code has them. The paper's equations have no normalisation of the chosen values
+// and no factors for the numbers of heads; with them the weights of a token's heads have a mean
+// near 1, as without a gate.
+
+namespace {
+
+void check_rows(const std::optional<at::Tensor>& t, const char* name, const at::Tensor& router,
+                int64_t size) {
+  if (!t) return;
+  TORCH_CHECK_VALUE(t->dim() == router.dim() && t->sym_size(-1) == size, name,
+                    " must have shape [.., ", size, "], got ", t->sym_sizes());
+}
+
+at::Tensor probabilities(const at::Tensor& logits) {
+  return at::softmax(logits.to(logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat), -1);
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> route_heads(
+    const at::Tensor& router, const std::optional<at::Tensor>& shared_router,
+    const std::optional<at::Tensor>& kind_router, const at::Tensor& shared, int64_t routed,
+    const std::optional<at::Tensor>& padding) {
+  TORCH_CHECK_VALUE(router.dim() >= 2 && shared.dim() == 1,
+                    "router must have shape [.., R] and shared [s], got ", router.sym_sizes(),
+                    " and ", shared.sym_sizes());
+  const int64_t experts = router.sym_size(-1).guard_int(__FILE__, __LINE__);
+  const int64_t always = shared.size(0);
+  TORCH_CHECK_VALUE(routed >= 0 && routed <= experts, "routed must be in 0..", experts, ", got ",
+                    routed);
+  check_rows(shared_router, "shared_router", router, always);
+  check_rows(kind_router, "kind_router", router, 2);
+  const auto p = probabilities(router).flatten(0, -2);  // [N, R]
+  const auto rows = p.sym_size(0);
+  const auto constants = p.options().requires_grad(false);
+  const auto count = at::full_symint({rows}, routed, constants.dtype(at::kInt));
+  const auto mask = selection_mask(select_heads(p.detach(), count), count, p.scalar_type());
+  auto weight = p * mask;
+  const double least = p.scalar_type() == at::kDouble ? std::numeric_limits<double>::epsilon()
+                                                      : std::numeric_limits<float>::epsilon();
+  weight = weight / weight.sum(1, true).clamp_min(least) * routed;
+  auto of_shared = shared_router ? probabilities(*shared_router).flatten(0, -2) * always
+                                 : at::ones_symint({rows, always}, constants);
+  if (kind_router) {
+    const auto kinds = probabilities(*kind_router).flatten(0, -2) * 2;  // [N, 2]
+    of_shared = of_shared * kinds.narrow(1, 0, 1);
+    weight = weight * kinds.narrow(1, 1, 1);
+  }
+  const auto most = experts > 0 ? p.detach().amax(1, true) : at::ones_symint({rows, 1}, constants);
+  const auto place = routed_first(shared, experts + always).argsort();  // of each head
+  auto sizes = router.sym_sizes().vec();
+  sizes.back() = experts + always;
+  const auto spread = [&](const at::Tensor& among_routed, const at::Tensor& among_shared) {
+    return at::cat({among_routed, among_shared}, 1).index_select(1, place).view_symint(sizes);
+  };
+  auto chosen = spread(mask, at::ones_symint({rows, always}, constants)).ne(0);
+  auto weights = spread(weight, of_shared);
+  if (padding) {
+    TORCH_CHECK_TYPE(padding->scalar_type() == at::kBool, "padding must be bool, got ",
+                     padding->scalar_type());
+    const auto hidden = padding->unsqueeze(-1);
+    chosen = chosen.logical_and(hidden.logical_not());
+    weights = weights.masked_fill(hidden, 0.0);
+  }
+  return {chosen, weights, spread(p, most.expand_symint({rows, always}))};
+}
+
+at::Tensor routing_balance(const at::Tensor& relevance, const at::Tensor& chosen,
+                           const at::Tensor& shared, const std::optional<at::Tensor>& padding) {
+  TORCH_CHECK_VALUE(relevance.dim() >= 2 && relevance.sym_sizes() == chosen.sym_sizes(),
+                    "relevance and chosen must have shape [.., H], got ", relevance.sym_sizes(),
+                    " and ", chosen.sym_sizes());
+  const int64_t heads = relevance.sym_size(-1).guard_int(__FILE__, __LINE__);
+  const int64_t experts = heads - shared.size(0);
+  const auto places = routed_first(shared, heads).narrow(0, 0, experts);
+  const auto p = relevance.flatten(0, -2).index_select(1, places);  // [N, R]
+  const auto ran = chosen.flatten(0, -2).index_select(1, places).to(p.scalar_type());
+  if (!padding) return (p.mean(0) * ran.mean(0)).sum() * experts;
+  const auto seen = padding->logical_not().flatten().to(p.scalar_type()).unsqueeze(1);  // [N, 1]
+  const auto rows = seen.sum().clamp_min(1);
+  return ((p * seen).sum(0) / rows * ((ran * seen).sum(0) / rows)).sum() * experts;
+}
+
 TORCH_LIBRARY_IMPL(headwise, CompositeImplicitAutograd, m) {
   m.impl("routed_first", routed_first);
   m.impl("share_heads", share_heads);
+  m.impl("route_heads", route_heads);
+  m.impl("routing_balance", routing_balance);
 }
 
 }  // namespace headwise

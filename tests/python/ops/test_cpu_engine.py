@@ -245,7 +245,7 @@ def test_sums_are_rounded_as_torch_rounds_them():
 @pytest.mark.parametrize("length", [0, 5, 32])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_are_written_in_full(dtype, length):
-    """Also of heads that no sequence chose, and of sequences without a head: memory holds NaN before."""
+    """Also of heads that no sequence chose and sequences without a head: memory held NaN before."""
     batch, heads, width = 3, 4, 64
     x = torch.randn(batch, length, width, dtype=dtype, requires_grad=True)
     weight = (torch.randn(3 * width, width) / 8).to(dtype).requires_grad_()
