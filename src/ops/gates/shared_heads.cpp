@@ -121,8 +121,8 @@ at::Tensor routing_balance(const at::Tensor& relevance, const at::Tensor& chosen
   const auto places = routed_first(shared, heads).narrow(0, 0, experts);
   const auto p = relevance.flatten(0, -2).index_select(1, places);  // [N, R]
   const auto ran = chosen.flatten(0, -2).index_select(1, places).to(p.scalar_type());
-  if (!padding) return (p.mean(0) * ran.mean(0)).sum() * experts;
-  const auto seen = padding->logical_not().flatten().to(p.scalar_type()).unsqueeze(1);  // [N, 1]
+  const auto seen = padding ? padding->logical_not().flatten().to(p.scalar_type()).unsqueeze(1)
+                            : p.new_ones_symint({p.sym_size(0), 1});  // [N, 1]
   const auto rows = seen.sum().clamp_min(1);
   return ((p * seen).sum(0) / rows * ((ran * seen).sum(0) / rows)).sum() * experts;
 }

@@ -41,7 +41,9 @@ def test_selections_are_whole_and_finite_all_along_annealing(
     gate, progress, scale, dtype, execution, seed
 ):
     config = gate.config()
-    config.get("gate", config)["execution"] = execution
+    mixture = isinstance(gate, hw.MixtureOfHeadsGate)
+    if not mixture:  # which has no such option
+        config.get("gate", config)["execution"] = execution
     bound, x, padding = random_gate(hw.gates.gate_from_config(config), seed, scale, dtype)
     for training in (True, False):
         hw.anneal(bound.train(training), progress)
@@ -53,7 +55,7 @@ def test_selections_are_whole_and_finite_all_along_annealing(
         assert (selection.count >= 0).all() and (selection.count <= H).all()
         # Annealing draws K heads softly, one after the other, and adds up what each draw gives.
         relaxed = training and isinstance(bound, hw.SubsetGate)
-        limit = bound.heads_kept * (1 + 1e-2) if relaxed else 1
+        limit = bound.heads_kept * (1 + 1e-2) if relaxed else 2 * H if mixture else 1
         assert (selection.weight >= 0).all() and (selection.weight <= limit).all()
         if training:
             assert torch.isfinite(hw.penalty(bound))
@@ -66,7 +68,10 @@ def test_selections_are_whole_and_finite_all_along_annealing(
                     assert parameter.grad is None or torch.isfinite(parameter.grad).all()
         else:
             assert (selection.weight[selection.weight != 0] > 0).all()
-            assert torch.equal((selection.weight != 0).sum(1).int(), selection.count)
+            weighed = (selection.weight != 0).sum(1).int()
+            # The weight of a routed head is a probability, which may be too small for a number.
+            assert (weighed <= selection.count).all()
+            assert mixture or torch.equal(weighed, selection.count)
 
 
 def chosen(selection):
