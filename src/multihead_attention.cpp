@@ -5,37 +5,15 @@
 #include <limits>
 #include <tuple>
 
+#include "attention_masks.h"
+#include "gates/helpers.h"
 #include "headwise/dense_attention.h"
+#include "layer_sizes.h"
 #include "module_copy.h"
 #include "recomputation.h"
 
 namespace headwise {
 namespace {
-
-std::optional<at::Tensor> optional(const at::Tensor& tensor) {
-  return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
-}
-
-void check_sizes(const MultiheadAttentionOptions& options) {
-  TORCH_CHECK_VALUE(options.embed_dim() > 0, "embed_dim must be positive, got ",
-                    options.embed_dim());
-  const bool has_width = options.head_dim().has_value();
-  TORCH_CHECK_VALUE(options.num_heads() > 0 || (options.num_heads() == 0 && has_width),
-                    "num_heads must be positive (or 0 if head_dim is given), got ",
-                    options.num_heads());
-  TORCH_CHECK_VALUE(!has_width || *options.head_dim() > 0, "head_dim must be positive, got ",
-                    options.head_dim().value_or(0));
-  TORCH_CHECK_VALUE(has_width || options.embed_dim() % options.num_heads() == 0,
-                    "num_heads must divide embed_dim=", options.embed_dim(),
-                    " (or head_dim be given), got ", options.num_heads());
-  TORCH_CHECK_VALUE(options.dropout() >= 0.0 && options.dropout() <= 1.0,
-                    "dropout must be between 0 and 1, got ", options.dropout());
-}
-
-void check_mask(const char* name, const at::Tensor& mask) {
-  TORCH_CHECK_TYPE(!mask.defined() || mask.scalar_type() == at::kBool || mask.is_floating_point(),
-                   name, " must be boolean or floating, got ", mask.scalar_type());
-}
 
 /// Whether both are the same values in the same memory, as one tensor object or two.
 bool same_memory(const at::Tensor& a, const at::Tensor& b) {
@@ -48,7 +26,8 @@ bool same_memory(const at::Tensor& a, const at::Tensor& b) {
 
 MultiheadAttentionImpl::MultiheadAttentionImpl(MultiheadAttentionOptions options_)
     : torch::nn::Module("headwise::MultiheadAttention"), options(std::move(options_)) {
-  check_sizes(options);
+  check_layer_sizes(options.embed_dim(), options.num_heads(), options.head_dim(),
+                    options.dropout());
   const auto embed_dim = options.embed_dim();
   head_dim_ =
       options.head_dim().has_value() ? *options.head_dim() : embed_dim / options.num_heads();
@@ -76,16 +55,7 @@ MultiheadAttentionImpl::MultiheadAttentionImpl(MultiheadAttentionOptions options
     bias_k = parameter("bias_k", {1, 1, width});
     bias_v = parameter("bias_v", {1, 1, width});
   }
-  // Linear's own initialisation divides by the width: an empty one gets its weight afterwards.
-  out_proj = register_module(
-      "out_proj",
-      torch::nn::Linear(
-          torch::nn::LinearOptions(std::max<int64_t>(width, 1), embed_dim).bias(options.bias())));
-  out_proj->to(tensors.device(), c10::typeMetaToScalarType(tensors.dtype()));
-  if (width == 0) {
-    out_proj->options.in_features(0);
-    out_proj->weight.set_data(torch::empty({embed_dim, 0}, tensors));
-  }
+  out_proj = register_module("out_proj", make_linear(width, embed_dim, options.bias(), tensors));
   reset_parameters();
   if (options.gate()) {
     set_gate(*options.gate());

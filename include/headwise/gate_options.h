@@ -181,6 +181,9 @@ constexpr OptionRule choice(const char* choices) { return {OptionRule::Kind::kCh
 #define HEADWISE_SHARED_HEADS_GATE(OPTION) \
   OPTION(GateOptionsBox, gate, {}, none, "the gate that chooses among the other heads, unbound") \
   OPTION(std::vector<int64_t>, shared, std::vector<int64_t>(1, 0), heads, "which heads run for every input, or how many: the first ones until start_gates() chooses")
+
+#define HEADWISE_GROUP_GATE(OPTION) \
+  OPTION(GateOptionsBox, gate, {}, none, "the gate that chooses among the groups, unbound")
 // clang-format on
 
 /// Example: FixedGateOptions().heads({0, 3})
@@ -221,12 +224,14 @@ class GateOptionsBox {
 /// After MoH, arXiv 2410.11842.
 /// Example: SharedHeadsGateOptions().gate(BudgetGateOptions()).shared({0, 1})
 HEADWISE_GATE_OPTIONS(SharedHeadsGate, HEADWISE_SHARED_HEADS_GATE)
+/// Whole groups of query heads. Example: GroupGateOptions().gate(BudgetGateOptions().keep(0.5))
+HEADWISE_GATE_OPTIONS(GroupGate, HEADWISE_GROUP_GATE)
 
-/// Any gate's options, for MultiheadAttentionOptions::gate.
+/// Any gate's options, for MultiheadAttentionOptions::gate and GroupedQueryAttentionOptions::gate.
 using GateOptions =
     std::variant<FixedGateOptions, RandomGateOptions, BudgetGateOptions, HardConcreteGateOptions,
                  SubsetGateOptions, RequestedBudgetGateOptions, GumbelSigmoidGateOptions,
-                 SleepGateOptions, ThresholdGateOptions, SharedHeadsGateOptions>;
+                 SleepGateOptions, ThresholdGateOptions, SharedHeadsGateOptions, GroupGateOptions>;
 
 struct AnyGateOptions {
   GateOptions options;

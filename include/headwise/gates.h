@@ -80,6 +80,8 @@ class HEADWISE_API GateImpl : public torch::nn::Module {
 
   int64_t embed_dim() const { return embed_dim_; }
   int64_t num_heads() const { return num_heads_; }
+  /// Whether every head runs in training, chosen or not (execution "all").
+  bool run_all() const { return run_all_; }
 
   /// Differentiable [B]: heads the last training forward expected to run; undefined before one.
   at::Tensor expected_heads;
@@ -90,7 +92,6 @@ class HEADWISE_API GateImpl : public torch::nn::Module {
   // For a gate with a table of options; checks them.
   GateImpl(const GateOptions& options, int64_t embed_dim, int64_t num_heads);
   void check_input(const at::Tensor& x) const;
-  bool run_all() const { return run_all_; }
   // Whether this forward updates records and statistics: in training, unless activation
   // checkpointing repeats it.
   bool records() const;
@@ -425,6 +426,35 @@ class HEADWISE_API SharedHeadsGateImpl : public CloneableGate<SharedHeadsGateImp
   std::shared_ptr<GateImpl> gate;
 };
 TORCH_MODULE(SharedHeadsGate);
+
+/// Chooses whole groups of query heads: those that share a key/value head. Buffer: place [H], the
+/// group of each head; submodule: gate, bound to one head per group. GroupedQueryAttention gives it
+/// its groups; in MultiheadAttention each head is one.
+class HEADWISE_API GroupGateImpl : public CloneableGate<GroupGateImpl, GateImpl> {
+ public:
+  GroupGateImpl(GroupGateOptions options, int64_t embed_dim, int64_t num_heads,
+                const at::TensorOptions& tensor_options = {});
+  /// @param groups for each head the number of its group, ascending from 0
+  /// @throws c10::ValueError if they are not, or the inner gate reads queries and keys
+  GroupGateImpl(GroupGateOptions options, int64_t embed_dim, const std::vector<int64_t>& groups,
+                const at::TensorOptions& tensor_options = {});
+  Selection forward(const at::Tensor& x, const at::Tensor& key_padding_mask = {}) override;
+  bool starts() const override { return gate->starts(); }
+  /// The inner gate starts with the mean relevance of each group's heads.
+  void start_from(const at::Tensor& relevance, double budget) override;
+  void reset_parameters() override;
+  void reset() override;
+  std::shared_ptr<torch::nn::Module> clone(
+      const std::optional<torch::Device>& device = std::nullopt) const override;
+
+  GroupGateOptions options;
+  at::Tensor place;
+  std::shared_ptr<GateImpl> gate;
+
+ private:
+  std::vector<int64_t> groups_;
+};
+TORCH_MODULE(GroupGate);
 
 /// A gate for a layer of these sizes.
 HEADWISE_API std::shared_ptr<GateImpl> make_gate(const GateOptions& options, int64_t embed_dim,

@@ -8,18 +8,21 @@
 #include <vector>
 
 #include "headwise/export.h"
+#include "headwise/grouped_query_attention.h"
 #include "headwise/multihead_attention.h"
 #include "headwise/weights.h"
 
 namespace headwise {
 
 /// The attention layers of a model, ready to run, and every tensor of it. The caller computes the
-/// rest of the model: examples/cpp/bert.cpp does it for a BERT classifier.
+/// rest of the model: examples/cpp/bert.cpp does it for a BERT classifier, decoder.cpp for Llama.
 struct HEADWISE_API Model {
   /// By name, in the order of the model's definition; gates included, in evaluation mode.
   std::vector<std::pair<std::string, MultiheadAttention>> layers;
-  /// Every tensor by its name in the state_dict. Those of `layers` are their parameters and buffers
-  /// themselves, so training a layer changes them here too.
+  /// The same of attention with a cache, grouped heads or rotary positions: decoders.
+  GroupedLayers grouped_layers;
+  /// Every tensor by its name in the state_dict. Those of the layers are their parameters and
+  /// buffers themselves, so training a layer changes them here too.
   NamedTensors tensors;
   /// JSON object: "library", "class" and, for a model of transformers, "config" (what differs from
   /// the defaults of its configuration class).
@@ -31,12 +34,15 @@ struct HEADWISE_API Model {
   /// @throws c10::IndexError if there is none of this name
   const MultiheadAttention& layer(const std::string& name) const;
   /// @throws c10::IndexError if there is none of this name
+  const GroupedQueryAttention& grouped_layer(const std::string& name) const;
+  /// @throws c10::IndexError if there is none of this name
   const at::Tensor& tensor(const std::string& name) const;
 };
 
 /// Reads the folder `dir` that headwise::save or headwise.save wrote.
 /// @throws FileError       if one of its two files cannot be read
-/// @throws c10::ValueError if a file is invalid: what and where in one sentence
+/// @throws c10::ValueError if a file is invalid, or a layer computes what only Python can: what and
+///                         where in one sentence
 HEADWISE_API Model load(const std::string& dir, const at::Device& device = at::kCPU);
 
 /// Writes `model` to the folder `dir` atomically; a folder that save wrote is replaced.

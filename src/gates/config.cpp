@@ -240,6 +240,7 @@ template <typename Use>
 void for_each_gate(Use&& use) {
   use(std::type_identity<BudgetGateOptions>());
   use(std::type_identity<FixedGateOptions>());
+  use(std::type_identity<GroupGateOptions>());
   use(std::type_identity<GumbelSigmoidGateOptions>());
   use(std::type_identity<HardConcreteGateOptions>());
   use(std::type_identity<RandomGateOptions>());

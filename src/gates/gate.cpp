@@ -19,11 +19,13 @@ namespace headwise {
 torch::nn::Linear make_linear(int64_t in, int64_t out, bool bias,
                               const at::TensorOptions& tensors) {
   // Linear's own initialisation divides by its width.
-  torch::nn::Linear linear(torch::nn::LinearOptions(in, std::max<int64_t>(out, 1)).bias(bias));
+  torch::nn::Linear linear(
+      torch::nn::LinearOptions(std::max<int64_t>(in, 1), std::max<int64_t>(out, 1)).bias(bias));
   linear->to(tensors.device(), c10::typeMetaToScalarType(tensors.dtype()));
-  if (out == 0) {
-    linear->options.out_features(0);
-    linear->weight.set_data(torch::empty({0, in}, tensors));
+  if (in == 0 || out == 0) {
+    linear->options.in_features(in).out_features(out);
+    linear->weight.set_data(torch::empty({out, in}, tensors));
+    if (bias && out == 0) linear->bias.set_data(torch::empty({0}, tensors));
   }
   return linear;
 }
@@ -37,8 +39,11 @@ std::string type_of(const GateOptions& options) {
 bool runs_all(const GateOptions& options) {
   return std::visit(
       []<typename Options>(const Options& typed) {
-        if constexpr (requires { typed.execution(); }) return typed.execution() == "all";
-        return true;
+        if constexpr (requires { typed.execution(); }) {
+          return typed.execution() == "all";
+        } else {  // the inner gate's
+          return typed.gate().get() == nullptr || runs_all(typed.gate().get()->options);
+        }
       },
       options);
 }

@@ -33,6 +33,7 @@ HEADWISE_MODULE_OF(GumbelSigmoidGate)
 HEADWISE_MODULE_OF(SleepGate)
 HEADWISE_MODULE_OF(ThresholdGate)
 HEADWISE_MODULE_OF(SharedHeadsGate)
+HEADWISE_MODULE_OF(GroupGate)
 
 }  // namespace
 
@@ -66,6 +67,23 @@ std::vector<G*> find_gates(const torch::nn::Module& model) {
 
 }  // namespace
 
+std::vector<GateImpl*> gates_in(const torch::nn::Module& model) {
+  return find_gates<GateImpl>(model);
+}
+
+std::shared_ptr<GateImpl> make_inner_gate(const GateOptionsBox& options, int64_t embed_dim,
+                                          int64_t num_heads,
+                                          const at::TensorOptions& tensor_options) {
+  const GateOptions& own = options.get()->options;
+  TORCH_CHECK_VALUE(!std::holds_alternative<GroupGateOptions>(own),
+                    "GroupGate must be a layer's gate itself, not inside another gate: a layer "
+                    "knows its groups");
+  auto gate = make_gate(own, embed_dim, num_heads, tensor_options);
+  TORCH_CHECK_VALUE(!gate->reads_heads(),
+                    "gate must choose by the layer's input, and this one reads queries and keys");
+  return gate;
+}
+
 at::Tensor penalty_of(const std::vector<GateImpl*>& gates) {
   std::vector<TargetTerm> terms;
   std::vector<at::Tensor> others;
@@ -84,14 +102,12 @@ at::Tensor penalty_of(const std::vector<GateImpl*>& gates) {
   return gates_penalty(terms, others);
 }
 
-at::Tensor penalty(const torch::nn::Module& model) {
-  return penalty_of(find_gates<GateImpl>(model));
-}
+at::Tensor penalty(const torch::nn::Module& model) { return penalty_of(gates_in(model)); }
 
 void anneal(torch::nn::Module& model, double progress) {
   TORCH_CHECK_VALUE(progress >= 0.0 && progress <= 1.0, "progress must be between 0 and 1, got ",
                     progress);
-  for (auto* gate : find_gates<GateImpl>(model)) {
+  for (auto* gate : gates_in(model)) {
     gate->anneal(progress);
   }
 }
@@ -114,7 +130,7 @@ void link_gates(const std::vector<GateImpl*>& gates) {
   }
 }
 
-void link_gates(torch::nn::Module& model) { link_gates(find_gates<GateImpl>(model)); }
+void link_gates(torch::nn::Module& model) { link_gates(gates_in(model)); }
 
 void request_budget(torch::nn::Module& model, const at::Tensor& budget) {
   const auto gates = find_gates<RequestedBudgetGateImpl>(model);

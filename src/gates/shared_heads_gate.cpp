@@ -6,6 +6,7 @@
 #include <set>
 
 #include "gates/helpers.h"
+#include "gates/model_gates.h"
 #include "headwise/gates.h"
 #include "ops/gates/shared_heads.h"
 
@@ -21,10 +22,8 @@ SharedHeadsGateImpl::SharedHeadsGateImpl(SharedHeadsGateOptions options_, int64_
   const auto always = static_cast<int64_t>(options.shared().size());
   shared = register_buffer("shared",
                            torch::tensor(options.shared(), at::kLong).to(tensor_options.device()));
-  gate = register_module("gate", make_gate(options.gate().get()->options, embed_dim,
-                                           num_heads - always, tensor_options));
-  TORCH_CHECK_VALUE(!gate->reads_heads(),
-                    "gate must choose by the layer's input, and this one reads queries and keys");
+  gate = register_module(
+      "gate", make_inner_gate(options.gate(), embed_dim, num_heads - always, tensor_options));
 }
 
 void SharedHeadsGateImpl::reset_parameters() {
@@ -44,7 +43,7 @@ void SharedHeadsGateImpl::start_from(const at::Tensor& relevance, double budget)
   const auto order = relevance.argsort(/*stable=*/true, 0, /*descending=*/true);
   shared.copy_(std::get<0>(order.narrow(0, 0, always).sort()));
   if (auto* inner = dynamic_cast<ScheduledGateImpl*>(gate.get()); inner != nullptr && routed > 0) {
-    const auto rest = routed_first(shared, num_heads()).narrow(0, 0, routed);
+    const auto rest = routed_first(shared.to(at::kLong), num_heads()).narrow(0, 0, routed);
     const double left = budget * static_cast<double>(num_heads()) - static_cast<double>(always);
     inner->start_from(relevance.index_select(0, rest),
                       std::clamp(left / static_cast<double>(routed), 0.0, 1.0));
@@ -55,8 +54,9 @@ Selection SharedHeadsGateImpl::forward(const at::Tensor& x, const at::Tensor& ke
   check_input(x);
   const auto routed = gate->forward(x, key_padding_mask);
   const auto scores = routed.relevance.defined() ? routed.relevance : routed.weight.detach();
+  // Module::to(dtype) converts every buffer.
   const auto [index, count, weight, relevance] =
-      share_heads(routed.index, routed.count, routed.weight, scores, shared);
+      share_heads(routed.index, routed.count, routed.weight, scores, shared.to(at::kLong));
   if (records()) {
     expected_heads = gate->expected_heads.defined()
                          ? gate->expected_heads + static_cast<double>(shared.size(0))

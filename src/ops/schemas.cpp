@@ -267,6 +267,10 @@ TORCH_LIBRARY(headwise, m) {
   m.def(
       "share_heads(Tensor index, Tensor count, Tensor weight, Tensor relevance, Tensor shared) "
       "-> (Tensor index, Tensor count, Tensor weight, Tensor relevance)");
+  // From a selection among G groups to the heads in them: place int64 [H], the group of each head.
+  m.def(
+      "choose_group_heads(Tensor index, Tensor count, Tensor weight, Tensor place) "
+      "-> (Tensor index, Tensor count, Tensor weight)");
   m.def("awake_heads(Tensor score, Tensor awake, int count, float margin) -> Tensor");
   m.def("update_head_score(Tensor score, Tensor gradient, float decay, bool first) -> Tensor");
   m.def("subset_sample(Tensor scores, int k, Tensor temperature) -> Tensor");

@@ -92,10 +92,11 @@ TEST(Gates, OptionsRoundTripThroughJson) {
   std::string nested = R"({"type":"BudgetGate"})";
   for (int i = 0; i < 2000; ++i) nested = R"({"type":"SharedHeadsGate","gate":)" + nested + "}";
   EXPECT_NE(value_error([&] { gate_options_from_json(nested); }).find("nested"), std::string::npos);
-  EXPECT_EQ(value_error([] { gate_options_from_json(R"({"type":"Other"})"); }),
-            "gate type must be one of BudgetGate, FixedGate, GumbelSigmoidGate, HardConcreteGate, "
-            "RandomGate, RequestedBudgetGate, SharedHeadsGate, SleepGate, SubsetGate, "
-            "ThresholdGate, got 'Other'");
+  EXPECT_EQ(
+      value_error([] { gate_options_from_json(R"({"type":"Other"})"); }),
+      "gate type must be one of BudgetGate, FixedGate, GroupGate, GumbelSigmoidGate, "
+      "HardConcreteGate, RandomGate, RequestedBudgetGate, SharedHeadsGate, SleepGate, SubsetGate, "
+      "ThresholdGate, got 'Other'");
   EXPECT_NE(value_error([] { gate_options_from_json("{"); }).find("gate options must be JSON"),
             std::string::npos);
 }

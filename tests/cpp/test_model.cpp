@@ -160,6 +160,108 @@ TEST_F(ModelFolder, RoundTrip) {
   EXPECT_THROW(loaded.layer("x"), c10::IndexError);
 }
 
+Model decoder_model() {
+  Model model;
+  const auto options = GroupedQueryAttentionOptions(12, 6).num_key_value_heads(3).bias(true);
+  model.grouped_layers.emplace_back(
+      "a.attention",
+      GroupedQueryAttention(
+          GroupedQueryAttentionOptions(options).qk_norm_eps(1e-5).keep_selection(true).gate(
+              GroupGateOptions().gate(BudgetGateOptions().budget(0.5)))));
+  model.grouped_layers.emplace_back(
+      "b.attention", GroupedQueryAttention(GroupedQueryAttentionOptions(options)
+                                               .num_heads(4)
+                                               .head_dim(2)
+                                               .output_bias(false)
+                                               .scale(0.25)
+                                               .sliding_window(3)
+                                               .key_value_heads(std::vector<int64_t>{0, 1, 1, 2})));
+  model.grouped_layers.emplace_back(
+      "c.attention",
+      GroupedQueryAttention(
+          GroupedQueryAttentionOptions(options).num_heads(0).num_key_value_heads(0).head_dim(2)));
+  model.grouped_layers[1].second->drop_bias("k_proj");
+  for (auto& [name, layer] : model.grouped_layers) layer->eval();
+  return model;
+}
+
+TEST_F(ModelFolder, KeepsDecoders) {
+  const Model model = decoder_model();
+  save(model, folder());
+  const Model loaded = load(folder());
+  ASSERT_EQ(loaded.grouped_layers.size(), 3u);
+  EXPECT_TRUE(loaded.layers.empty());
+  const torch::NoGradGuard no_grad;
+  const auto x = torch::randn({2, 6, 12});
+  for (const auto& [name, layer] : model.grouped_layers) {
+    const auto& again = loaded.grouped_layer(name);
+    KeyValueCache own, other;
+    const auto run = [&](GroupedQueryAttention mha, KeyValueCache* cache) {
+      return std::get<0>(mha->forward(x, {.cache = cache}));
+    };
+    EXPECT_TRUE(torch::equal(run(again, &other), run(layer, &own))) << name;
+    EXPECT_EQ(own.k.sizes(), other.k.sizes());
+    EXPECT_FALSE(again->is_training());
+  }
+  EXPECT_FALSE(loaded.grouped_layer("b.attention")->k_proj->bias.defined());
+  EXPECT_THROW(loaded.grouped_layer("x"), c10::IndexError);
+  EXPECT_THROW(loaded.layer("a.attention"), c10::IndexError);
+  loaded.grouped_layer("a.attention")->q_proj->weight.fill_(3.0);
+  EXPECT_TRUE((loaded.tensor("a.attention.q_proj.weight") == 3.0).all().item<bool>());
+}
+
+TEST_F(ModelFolder, LinksGatesInsideGates) {
+  Model model;
+  const auto gate = GroupGateOptions().gate(RequestedBudgetGateOptions().budget(0.5));
+  for (const char* name : {"first", "second"}) {
+    model.grouped_layers.emplace_back(
+        name, GroupedQueryAttention(GroupedQueryAttentionOptions(12, 6).gate(gate)));
+  }
+  save(model, folder());
+  const Model loaded = load(folder());
+  const torch::NoGradGuard no_grad;
+  for (auto [name, layer] : loaded.grouped_layers) {
+    EXPECT_EQ(std::get<0>(layer->forward(torch::randn({2, 3, 12}))).size(1), 3) << name;
+  }
+}
+
+TEST_F(ModelFolder, RefusesDecodersThatItCannotRun) {
+  const auto refusal_of = [&](const std::function<void(nlohmann::json&)>& change) {
+    save(decoder_model(), folder());
+    edit(change);
+    return refusal();
+  };
+  EXPECT_NE(refusal_of([](auto& d) { d["layers"][0]["variant"] = "SelectedCappedAttention"; })
+                .find(" is a 'SelectedCappedAttention', which computes more than a "
+                      "GroupedQueryAttention: load the model in Python"),
+            std::string::npos)
+      << refusal();
+  EXPECT_NE(refusal_of([](auto& d) {
+              d["layers"][0]["class"] = "Other";
+            }).find("must be one of MultiheadAttention, GroupedQueryAttention, got 'Other'"),
+            std::string::npos)
+      << refusal();
+  EXPECT_NE(refusal_of([](auto& d) { d["layers"][0]["num_key_value_heads"] = 2; })
+                .find("'a.attention.k_proj.weight' has shape [6, 12] in model.safetensors and [4, "
+                      "12] in headwise.json"),
+            std::string::npos)
+      << refusal();
+  EXPECT_NE(refusal_of([](auto& d) {
+              d["layers"][1]["key_value_heads"] = {0, 0, 0, 0};
+            }).find("key_value_heads must name each of 3 key/value heads, got 1 of them"),
+            std::string::npos)
+      << refusal();
+  EXPECT_NE(
+      refusal_of([](auto& d) { d["layers"][0].erase("scale"); }).find("lacks the key \"scale\""),
+      std::string::npos)
+      << refusal();
+  for (const char* key : {"embed_dim", "num_heads", "head_dim", "num_key_value_heads"}) {
+    EXPECT_NE(refusal_of([&](auto& d) { d["layers"][0][key] = int64_t{1} << 40; }),
+              "nothing was thrown")
+        << key;
+  }
+}
+
 TEST_F(ModelFolder, TensorsOfLayersAreTheirParameters) {
   save(small_model(), folder());
   const Model loaded = load(folder());

@@ -15,7 +15,7 @@ from headwise.io.printable import quoted
 _ops = torch.ops.headwise
 
 
-class GroupGate(Gate, configured=True):
+class GroupGate(Gate):
     """Chooses whole groups of query heads: those that share a key/value head run together or not.
 
     Any other gate chooses among the groups: the inner gate is bound to a layer of G heads, one per
@@ -131,10 +131,11 @@ class GroupGate(Gate, configured=True):
     def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Selection:
         self._check_bound(x)
         chosen = self.gate(x, key_padding_mask)  # of G groups
-        ran = _ops.selection_mask(chosen.index, chosen.count, x.dtype)  # [B, G]
-        index, count = _ops.select_nonzero(ran[:, self.place])  # [B, H], [B]
+        index, count, weight = _ops.choose_group_heads(
+            chosen.index, chosen.count, chosen.weight, self.place
+        )
         relevance = None if chosen.relevance is None else chosen.relevance[:, self.place]
         if self.training and self.gate.expected_heads is not None:
             per_group = self.num_heads / max(self.num_groups, 1)
             self._record(expected_heads=self.gate.expected_heads * per_group)
-        return Selection(index, count, chosen.weight[:, self.place], relevance, chosen.budget)
+        return Selection(index, count, weight, relevance, chosen.budget)

@@ -120,6 +120,12 @@ class AttentionLayer(_Module, metaclass=abc.ABCMeta):
     def describe(self) -> dict[str, Any]:
         """The layer's sizes and options for ``headwise.json``, without its gate."""
 
+    @property
+    def variant(self) -> str | None:
+        """The layer's class if it computes more than :meth:`describe` says, so that only Python can
+        run it; otherwise None."""
+        return None
+
     @abc.abstractmethod
     def fitted(self, described: Mapping[str, Any], name: str = "") -> AttentionLayer:
         """A layer without a gate with the sizes of another layer's :meth:`describe`; the layer

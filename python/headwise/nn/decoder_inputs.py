@@ -168,6 +168,19 @@ def epsilon_of(norm: nn.Module | None) -> float | None:
     return norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
 
 
+def is_rms_norm(norm: nn.Module) -> bool:
+    """Whether ``norm`` computes what ``torch.nn.RMSNorm`` of its epsilon and ``weight`` does (that
+    of Gemma multiplies by 1 + weight)."""
+    if {name for name, _ in norm.named_parameters()} != {"weight"}:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    shape = norm.weight.shape
+    x, weight = (torch.randn(shape, generator=generator) for _ in range(2))
+    own = torch.func.functional_call(norm, {"weight": weight}, x)
+    plain = torch.nn.functional.rms_norm(x, shape, weight, epsilon_of(norm))
+    return torch.allclose(own, plain, rtol=1e-4, atol=1e-5)
+
+
 def even_groups(num_heads: int, groups: int) -> list[int]:
     return [head * groups // num_heads for head in range(num_heads)]
 

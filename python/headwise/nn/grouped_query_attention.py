@@ -28,6 +28,7 @@ from headwise.nn.decoder_inputs import (
     even_groups,
     hide,
     is_own,
+    is_rms_norm,
     linear,
     rotate,
     set_parameter,
@@ -193,6 +194,14 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
             "key_value_heads": self.key_value_heads,
             "keep_selection": self.keep_selection,
         }
+
+    @property
+    def variant(self) -> str | None:
+        own = type(self)
+        steps = ("_project", "_rotate", "_scored", "_filtered", "_weights")
+        other = any(getattr(own, s) is not getattr(GroupedQueryAttention, s) for s in steps)
+        norms = (norm for norm in (self.q_norm, self.k_norm) if norm is not None)
+        return own.__name__ if other or not all(map(is_rms_norm, norms)) else None
 
     def _resized(self, sizes: Mapping[str, Any], **factory: Any) -> GroupedQueryAttention:
         """A new layer of the same kind."""

@@ -62,6 +62,7 @@ def _describe_layer(name: str, layer: AttentionLayer) -> dict[str, Any]:
     return {
         "name": name,
         **({} if kind == MultiheadAttention.__name__ else {"class": kind}),
+        **({} if layer.variant is None else {"variant": layer.variant}),
         **layer.describe(),
         "gate": None if layer.gate is None else layer.gate.config(),
     }
@@ -310,7 +311,8 @@ def _read_description(folder: Path) -> dict[str, Any]:
                 f"'class' of {where} must be one of {', '.join(_KINDS)}, got {quoted(kind)}"
             )
         types: dict[str, Any] = {**_ENTRY_TYPES, **_KINDS[kind].DESCRIBED}
-        _check_keys(layer, set(types) | (set(layer) & {"class"}), where)
+        types.update({key: str for key in ("class", "variant") if key in layer})
+        _check_keys(layer, set(types), where)
         for key, accepted in types.items():
             fits = isinstance(layer[key], accepted)
             if isinstance(layer[key], bool):  # an int to Python

@@ -1,5 +1,6 @@
-// Shared and routed heads (MoH, Jin et al. 2024, arXiv 2410.11842). share_heads is ours: weight 1
-// for every shared head, where MoH weighs both kinds by a second router, as route_heads does.
+// Gates around another gate: shared and routed heads (MoH, Jin et al. 2024, arXiv 2410.11842), and
+// groups. share_heads is ours: weight 1 for every shared head, where MoH weighs both kinds by a
+// second router, as route_heads does.
 #include "ops/gates/shared_heads.h"
 
 #include <ATen/ATen.h>
@@ -8,6 +9,7 @@
 #include <limits>
 
 #include "headwise/selection.h"
+#include "ops/gates/selection_ops.h"
 #include "ops/select_heads.h"
 
 namespace headwise {
@@ -42,6 +44,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> share_heads(const at:
                                : at::zeros_symint({batch, 1}, relevance.options());
   return {select_heads(chosen.detach().to(at::kFloat), all), all, spread(weight, ones),
           spread(relevance, most.expand_symint({batch, always}))};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> choose_group_heads(const at::Tensor& index,
+                                                                  const at::Tensor& count,
+                                                                  const at::Tensor& weight,
+                                                                  const at::Tensor& place) {
+  const auto of_heads = [&](const at::Tensor& groups) { return groups.index_select(1, place); };
+  const auto chosen = of_heads(selection_mask(index, count, weight.scalar_type()));  // [B, H]
+  const auto [heads, number] = select_nonzero(chosen);
+  return {heads, number, of_heads(weight)};
 }
 
 // As MoH's released code has them. The paper's equations have no normalisation of the chosen values
@@ -132,6 +144,7 @@ TORCH_LIBRARY_IMPL(headwise, CompositeImplicitAutograd, m) {
   m.impl("share_heads", share_heads);
   m.impl("route_heads", route_heads);
   m.impl("routing_balance", routing_balance);
+  m.impl("choose_group_heads", choose_group_heads);
 }
 
 }  // namespace headwise

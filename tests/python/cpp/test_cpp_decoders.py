@@ -1,0 +1,255 @@
+"""``headwise::GroupedQueryAttention`` (C++) gives the numbers of Python's, and its folders."""
+
+import json
+import os
+import subprocess
+
+import headwise as hw
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.programs import find_program
+
+D, H, B, L, PROMPT = 24, 6, 3, 7, 4
+
+PROGRAM = find_program("decoder_parity")
+pytestmark = pytest.mark.skipif(PROGRAM is None, reason="tests/cpp is not built")
+
+GATES = {
+    "none": None,
+    "fixed": hw.FixedGate(scale=[0.5, 0.0, 1.0, 2.0, 0.0, 0.0]),
+    "budget": hw.BudgetGate(entropy_strength=0.1),
+    "selected": hw.BudgetGate(budget=0.5, execution="selected"),
+    "groups": hw.GroupGate(hw.BudgetGate(keep=0.5)),
+    "groups_selected": hw.GroupGate(hw.BudgetGate(budget=0.4, execution="selected")),
+    "shared": hw.SharedHeadsGate(hw.BudgetGate(0.4, execution="selected"), shared=[2]),
+    "requested": hw.RequestedBudgetGate(0.4, execution="selected"),
+}
+LAYERS = {
+    "plain": {"num_key_value_heads": 3},
+    "bias": {"num_key_value_heads": 2, "bias": True, "output_bias": False},
+    "kept": {"num_key_value_heads": 3, "keep_selection": True},
+    "qwen3": {"num_key_value_heads": 3, "head_dim": 6, "qk_norm_eps": 1e-5, "keep_selection": True},
+    "window": {"num_key_value_heads": 2, "sliding_window": 3, "scale": 0.3},
+    "multi_head": {"keep_selection": True},
+    "uneven": {
+        "num_key_value_heads": 3,
+        "key_value_heads": [0, 0, 0, 1, 2, 2],
+        "keep_selection": True,
+    },
+    "dropout": {"num_key_value_heads": 3, "dropout": 0.25},
+}
+DEFAULTS = {
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "dropout": 0.0,
+    "bias": False,
+    "output_bias": None,
+    "scale": None,
+    "qk_norm_eps": None,
+    "sliding_window": None,
+    "key_value_heads": None,
+    "keep_selection": False,
+}
+
+
+def rope(width):
+    angle = torch.arange(L, dtype=torch.float64)[:, None] / 50 ** (torch.arange(width // 2) / width)
+    angle = torch.cat([angle, angle], dim=-1)[None]
+    return {"cos": angle.cos().contiguous(), "sin": angle.sin().contiguous()}
+
+
+def compare(tmp_path, layer, gate, training, *, masked=False, padded=False, seen=None):
+    options = {**DEFAULTS, **LAYERS[layer]}
+    torch.manual_seed(0)
+    ours = hw.GroupedQueryAttention(D, H, **options, gate=GATES[gate], dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.normal_(0.0, 0.5)
+    hw.link_gates(ours)
+    hw.anneal(ours, 0.8)
+    inputs = {"x": torch.randn(B, L, D, dtype=torch.float64), **rope(4)}
+    inputs["cotangent"] = torch.randn_like(inputs["x"])
+    if masked:
+        inputs["attn_mask"] = torch.randn(B, H, L, L, dtype=torch.float64)
+    if padded:
+        padding = torch.zeros(B, L, dtype=torch.bool)
+        padding[1, :2] = True
+        inputs["key_padding_mask"] = padding
+    if seen is not None:
+        inputs["seen"] = seen
+    state = {f"state.{name}": tensor for name, tensor in ours.state_dict().items()}
+    save_file({**inputs, **state}, str(tmp_path / "input.safetensors"))
+    config = None if GATES[gate] is None else ours.gate.config()
+    call = {"training": training, "seed": 11, "prompt": PROMPT}
+    description = {"embed_dim": D, "num_heads": H, **options, "gate": config, "call": call}
+    (tmp_path / "layer.json").write_text(json.dumps(description))
+
+    chosen = []
+    ours._observers.append(lambda layer, selection, x, padding: chosen.append(selection))
+    expected = cached_steps(ours.eval(), inputs)
+    if chosen:
+        expected["counts"] = torch.stack([selection.count for selection in chosen], 1)
+
+    ours.train(training)
+    x = inputs["x"].clone().requires_grad_()
+    torch.manual_seed(11)
+    number = seen is not None and seen.dim() == 0
+    with (
+        hw.gates_see(ours, int(seen) if number else seen)
+        if seen is not None
+        else torch.enable_grad()
+    ):
+        output, weights = ours(
+            x,
+            (inputs["cos"], inputs["sin"]),
+            key_padding_mask=inputs.get("key_padding_mask"),
+            attn_mask=inputs.get("attn_mask"),
+            need_weights=True,
+        )
+    penalty = hw.penalty(ours)
+    ((output * inputs["cotangent"]).sum() + penalty).backward()
+    expected |= {"output": output, "weights": weights, "penalty": penalty.double()}
+    expected["grad_x"] = x.grad
+    if chosen:
+        expected |= {name: getattr(chosen[-1], name) for name in ("index", "count", "weight")}
+    grads = {f"grad.{n}": p.grad for n, p in ours.named_parameters() if p.grad is not None}
+    got = run(tmp_path)
+    assert sorted(got) == sorted({**expected, **grads})
+    for name, tensor in {**expected, **grads}.items():
+        torch.testing.assert_close(
+            got[name], tensor.detach(), atol=1e-6, rtol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    return got
+
+
+def cached_steps(layer, inputs):
+    """The outputs of the prompt and of each later token, and what the cache holds."""
+    cache, steps, begin = hw.KeyValueCache(), [], 0
+    with torch.no_grad():
+        for end in range(PROMPT, L + 1):
+            padding = inputs.get("key_padding_mask")
+            y, _ = layer(
+                inputs["x"][:, begin:end],
+                (inputs["cos"][:, begin:end], inputs["sin"][:, begin:end]),
+                key_padding_mask=None if padding is None else padding[:, :end],
+                cache=cache,
+            )
+            steps.append(y)
+            begin = end
+    slots = {} if cache.slots is None else {"slots": cache.slots}
+    return {"steps": torch.cat(steps, 1), "k": cache.k, "v": cache.v, **slots}
+
+
+def run(folder, *more, status=0):
+    done = subprocess.run(
+        [str(PROGRAM), str(folder), *map(str, more)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == status, done.stderr
+    if status or more:
+        return done.stderr
+    return load_file(str(folder / "output.safetensors"))
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("training", [True, False])
+def test_gates(tmp_path, gate, training):
+    compare(tmp_path, "plain", gate, training)
+
+
+@pytest.mark.parametrize("gate", ["none", "selected"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_layers(tmp_path, layer, gate):
+    compare(tmp_path, layer, gate, training=layer == "dropout" and gate == "selected", padded=True)
+
+
+def test_a_cache_of_chosen_groups(tmp_path):
+    got = compare(tmp_path, "kept", "groups_selected", training=False)
+    assert got["k"].shape == (B, 1, L, D // H) and got["slots"].shape == (B, 1)
+    assert len(got["slots"].unique()) > 1, "no two sequences differ"
+
+
+@pytest.mark.parametrize("layer", ["kept", "uneven"])
+def test_a_mask_for_each_head(tmp_path, layer):
+    compare(tmp_path, layer, "groups_selected", training=False, masked=True, padded=True)
+
+
+@pytest.mark.parametrize("seen", [torch.tensor(3), torch.arange(L).expand(B, L) < 4])
+def test_gates_see(tmp_path, seen):
+    compare(tmp_path, "plain", "budget", training=True, padded=True, seen=seen.contiguous())
+
+
+def test_names_of_parameters(tmp_path):
+    """The program refuses a state that is not, name by name, the layer's."""
+    compare(tmp_path, "qwen3", "groups", False)
+    state = load_file(str(tmp_path / "input.safetensors"))
+    del state["state.gate.place"]
+    save_file(state, str(tmp_path / "input.safetensors"))
+    assert "tensors, the file" in run(tmp_path, status=1)
+
+
+def causal_model(prefix):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 4,
+        "pad_token_id": 0,
+    }
+    if prefix.startswith("Cohere") or prefix == "Olmo2":
+        del sizes["head_dim"]
+    name = f"{prefix}TextConfig" if prefix == "Gemma3" else f"{prefix}Config"
+    config = getattr(transformers, name)(**sizes)
+    return getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
+
+
+@pytest.mark.parametrize("prefix", ["Llama", "Qwen3", "Qwen2", "SmolLM3"])
+def test_python_reads_what_cpp_saved(tmp_path, prefix):
+    model = hw.convert(causal_model(prefix), hw.GroupGate(hw.BudgetGate(0.5)), keep_selection=True)
+    hw.save(model, tmp_path / "python")
+    run(tmp_path / "python", tmp_path / "cpp")
+    again = hw.load(tmp_path / "cpp")
+    ids = torch.randint(3, 50, (2, 6))
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=0, atol=0)
+    before, after = (
+        json.loads((tmp_path / f / "headwise.json").read_text()) for f in ("python", "cpp")
+    )
+    assert after["layers"] == before["layers"] and after["architecture"] == before["architecture"]
+
+
+@pytest.mark.parametrize("prefix", ["Gemma2", "Gemma3", "Cohere", "Olmo2"])
+def test_what_only_python_can_run_is_refused(tmp_path, prefix):
+    model = hw.convert(causal_model(prefix))
+    hw.save(model, tmp_path / "python")
+    layer = next(iter(hw.attention_layers(model).values()))
+    message = run(tmp_path / "python", tmp_path / "cpp", status=1)
+    expected = f"is a '{layer.variant}', which computes more than a GroupedQueryAttention"
+    assert layer.variant and expected in message and message.count("\n") == 1
+    ids = torch.randint(3, 50, (2, 6))
+    with torch.no_grad():
+        again = hw.load(tmp_path / "python")
+        torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("routing", ["token", "sequence"])
+def test_a_gate_that_only_python_has_is_refused(tmp_path, routing):
+    gate = hw.MixtureOfHeadsGate(0.5, routing=routing)
+    if routing == "token":
+        layer = hw.MultiheadAttention(D, H, gate=gate)
+    else:
+        layer = hw.GroupedQueryAttention(D, H, num_key_value_heads=3, gate=gate)
+    hw.save(torch.nn.ModuleDict({"attention": layer}), tmp_path / "python")
+    message = run(tmp_path / "python", tmp_path / "cpp", status=1)
+    assert message.startswith("gate type must be one of BudgetGate, FixedGate, GroupGate, ")
+    assert message.endswith(", got 'MixtureOfHeadsGate'\n") and message.count("\n") == 1
+    assert not (tmp_path / "cpp").exists()
