@@ -76,6 +76,13 @@ def add_parser(commands) -> argparse.ArgumentParser:
         "--dense-steps", type=positive, metavar="N", help="steps of the dense model's fine-tuning"
     )
     how.add_argument(
+        "--score-limit",
+        type=positive,
+        metavar="N",
+        help="training texts that heads are scored and repaired on (default: 512, with --quick "
+        "256, with --full 1024)",
+    )
+    how.add_argument(
         "--batch-size", type=positive, metavar="N", help="texts per step (default: 32)"
     )
     how.add_argument("--max-length", type=positive, metavar="N", help="tokens (default: 48)")
@@ -114,7 +121,7 @@ def settings_of(options: argparse.Namespace):
         changes["keep"] = check_keep(tuple(options.keep))
     if options.seeds:
         changes["seeds"] = tuple(dict.fromkeys(options.seeds))
-    for name in ("steps", "dense_steps", "max_length"):
+    for name in ("steps", "dense_steps", "score_limit", "max_length"):
         if getattr(options, name) is not None:
             changes[name] = getattr(options, name)
     training = settings.training

@@ -281,27 +281,85 @@ def _bin(value: int, limits: Sequence[int], names: Sequence[str]) -> str:
     return names[sum(value >= limit for limit in limits)]
 
 
-#: What the task ``instructions`` asks of a text and its words -> the answer; the opinion comes from
-#: the data.
-_QUESTIONS: dict[str, Callable[[str, list[str]], str]] = {
-    "length": lambda _, words: _bin(len(words), (14, 22), ("short", "medium", "long")),
-    "commas": lambda text, _: _bin(text.count(","), (1, 2), ("none", "one", "several")),
-    "first letter": lambda _, words: _bin(
-        ord(words[0][0]), (ord("i"), ord("t")), ("a-h", "i-s", "t-z")
+#: A question's words and its answer; None: it cannot be asked of this text.
+_Asked = tuple[str, str] | None
+#: Of the words of a text, the text, a generator, and words of another text.
+_Question = Callable[[list[str], str, random.Random, list[str]], _Asked]
+
+
+def _letter(word: str) -> str:
+    return _bin(ord(word[0]), (ord("i"), ord("t")), ("a-h", "i-s", "t-z"))
+
+
+def _contains(words: list[str], _: str, generator: random.Random, others: list[str]) -> _Asked:
+    word = generator.choice(words if generator.random() < 0.5 else others)
+    return f"contains {word}", "yes" if word in words else "no"
+
+
+def _two_of(words: list[str], generator: random.Random) -> list[int]:
+    """Places, in their order, of two words that occur once; empty if there are none."""
+    once = [place for place, word in enumerate(words) if words.count(word) == 1]
+    return sorted(generator.sample(once, 2)) if len(once) > 1 else []
+
+
+def _before(words: list[str], _: str, generator: random.Random, __: list[str]) -> _Asked:
+    places = _two_of(words, generator)
+    if not places:
+        return None
+    turned = generator.random() < 0.5
+    first, second = (words[place] for place in (reversed(places) if turned else places))
+    return f"{first} before {second}", "no" if turned else "yes"
+
+
+def _after(words: list[str], _: str, generator: random.Random, __: list[str]) -> _Asked:
+    places = _two_of(words, generator)
+    if not places or places[0] + 2 >= len(words):
+        return None
+    first, second = places
+    if generator.random() < 0.5:
+        second = first + 1
+    answer = "yes" if words[second] == words[first + 1] else "no"
+    return f"after {words[first]} {words[second]}", answer
+
+
+def _where(words: list[str], _: str, generator: random.Random, __: list[str]) -> _Asked:
+    places = _two_of(words, generator)
+    if not places:
+        return None
+    place = generator.choice(places)
+    third = _bin(3 * place, (len(words), 2 * len(words)), ("beginning", "middle", "end"))
+    return f"where {words[place]}", third
+
+
+_SEVERAL = ("none", "one", "several")
+
+#: What the task ``instructions`` asks, beside the opinion, which comes from the data.
+_QUESTIONS: dict[str, _Question] = {
+    "length": lambda words, *_: (
+        "length",
+        _bin(len(words), (14, 22), ("short", "medium", "long")),
     ),
-    "subject": lambda _, words: "film" if {"film", "movie"} & set(words) else "other",
-    "last word": lambda _, words: _bin(len(words[-1]), (6,), ("short", "long")),
+    "commas": lambda _, text, *__: ("commas", _bin(text.count(","), (1, 2), _SEVERAL)),
+    "the": lambda words, *_: ("the", _bin(words.count("the"), (1, 2), _SEVERAL)),
+    "first letter": lambda words, *_: ("first letter", _letter(words[0])),
+    "third word": lambda words, *_: ("third word", _letter(words[2])) if len(words) > 2 else None,
+    "last word": lambda words, *_: ("last word", _letter(words[-1])),
+    "contains": _contains,
+    "before": _before,
+    "after": _after,
+    "where": _where,
 }
 #: Questions that one text is asked.
-_QUESTIONS_A_TEXT = 3
+_QUESTIONS_A_TEXT = 4
 
 
 def instructions() -> Task:
     """The same sentence under different questions: what a model needs depends on the first words.
 
-    Sentences of film reviews, each under three of six prefixes (its opinion, length, commas, first
-    letter, whether it speaks of a film, length of the last word), in one label space. Rows of one
-    film stay together. The domains are the questions.
+    Sentences of film reviews, each under some of eleven questions, in one label space: its opinion,
+    its length, how many commas and "the" it has, letters that the first, third and last word begin
+    with, whether it contains a word, one word comes before another or follows it directly, and
+    where a word is. Rows of one film stay together. The domains are the questions.
     """
     source = reviews()
     order = list(range(len(source)))
@@ -309,17 +367,21 @@ def instructions() -> Task:
     names = ("opinion", *_QUESTIONS)
     rows: dict[str, list[tuple[str, str, str]]] = {name: [] for name in names}
     generator = random.Random(1)
-    for row in order[:_MOST_OF_A_DOMAIN]:
+    others: list[str] = ["film"]
+    for row in order[: 2 * _MOST_OF_A_DOMAIN]:
         text = source.texts[row]
         words = re.findall(r"[a-z][a-z'-]*", text.lower())
         for name in generator.sample(names, _QUESTIONS_A_TEXT) if words else ():
             if name == "opinion":
-                answer = source.classes[source.labels[row]]
+                asked: _Asked = (name, source.classes[source.labels[row]])
             else:
-                answer = _QUESTIONS[name](text, words)
-            rows[name].append((f"{name}: {text}", answer, source.groups[row]))
+                asked = _QUESTIONS[name](words, text, generator, others)
+            if asked:
+                question, answer = asked
+                rows[name].append((f"{question}: {text}", answer, source.groups[row]))
+        others = words or others
     parts = [build_task(name, name, found, "reviews") for name, found in rows.items()]
-    found = _in_one("instructions", "one sentence, six questions", parts)
+    found = _in_one("instructions", "one sentence, eleven questions", parts)
     # A film's sentences stay together under all questions.
     groups = tuple(
         group.removeprefix(f"{found.domains[domain]} ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import shutil
 from collections import Counter
 from types import SimpleNamespace
@@ -150,25 +151,33 @@ def test_the_thesaurus_uses_each_word_once():
 
 def test_instructions_ask_one_text_several_questions():
     task = corpora.load_task("instructions")
-    assert task.domains[0] == "opinion" and len(task.domains) == 6 and len(task.classes) == 15
+    assert task.domains[0] == "opinion" and len(task.domains) == 11 and len(task.classes) == 29
     check_mixture(task)
     asked: dict[str, set[str]] = {}
+    right: Counter[str] = Counter()
     for text, label, domain in zip(task.texts, task.labels, task.domain_of, strict=True):
-        question, sentence = text.split(": ", 1)
-        assert question == task.domains[domain]
-        asked.setdefault(sentence, set()).add(task.classes[label])
-    assert Counter(map(len, asked.values())).most_common(1)[0][0] == 3
-    for text, label, domain in zip(task.texts, task.labels, task.domain_of, strict=True):
-        question, sentence = task.domains[domain], text.split(": ", 1)[1]
+        asks, sentence = text.split(": ", 1)
+        question, *about = [task.domains[domain], *asks.split(" ")[1:]]
         answer = task.classes[label].removeprefix(f"{question}: ")
+        words = re.findall(r"[a-z][a-z'-]*", sentence.lower())
+        asked.setdefault(sentence, set()).add(task.classes[label])
         if question == "commas":
             assert answer == ("none", "one", "several")[min(sentence.count(","), 2)]
-        elif question == "subject":
-            assert (answer == "film") == bool({"film", "movie"} & words_of(sentence))
-
-
-def words_of(text):
-    return set("".join(c if c.isalpha() or c in "'-" else " " for c in text.lower()).split())
+        elif question == "contains":
+            assert (answer == "yes") == (about[0] in words)
+        elif question == "before":
+            first, _, second = asks.split(" ")
+            assert (answer == "yes") == (words.index(first) < words.index(second))
+        elif question == "after":
+            assert (answer == "yes") == (words[words.index(about[0]) + 1] == about[1])
+        elif question == "where":
+            third = 3 * words.index(about[0]) // len(words)
+            assert answer == ("beginning", "middle", "end")[third]
+        else:
+            continue
+        right[question] += 1
+    assert min(right.values()) > 2500 and len(right) == 5
+    assert Counter(map(len, asked.values())).most_common(1)[0][0] == 4
 
 
 @pytest.mark.parametrize(("best", "alpha"), [("michel", 1.0), ("entropy", 0.0)])
