@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from headwise.convert.arguments import check_arguments
 from headwise.convert.checks import first
 from headwise.convert.masks import split
-from headwise.convert.projections import Places, Projected, ProjectedStandIn, replaced_fault
+from headwise.convert.projections import Places, Projected, ProjectedReplacement, replaced_fault
 from headwise.convert.registry import Architecture
 from headwise.nn.grouped_query_attention import GroupedQueryAttention
 from headwise.nn.proof import Draw, Trial
@@ -45,8 +45,8 @@ def qkv(
         hw.convert(model, adapters={MyAttention: qkv(query="q", key="k", value="v", output="o",
                                                      num_heads="heads")})
 
-    The description is checked: before anything is replaced, a module of the class and its successor
-    run on made-up tokens and must agree (``convert(..., verify=True)``).
+    The description is checked: before anything is replaced, a module of the class and its
+    replacement run on made-up tokens and must agree (``convert(..., verify=True)``).
 
     Args:
         output: name of the output projection, a ``torch.nn.Linear``.
@@ -100,7 +100,7 @@ def qkv(
     return Adapter(places, sizes, call, output_dropout)
 
 
-class AdaptedAttention(ProjectedStandIn):
+class AdaptedAttention(ProjectedReplacement):
     """Replaces attention that :func:`qkv` describes, with the same call."""
 
     #: The description of the original.
@@ -209,7 +209,7 @@ class Adapter(Projected):
                 raise TypeError(f"{name} must be an integer, got {type(found[name]).__name__}")
         return found
 
-    def successor(self, module: nn.Module, sizes: Mapping[str, Any]) -> AdaptedAttention:
+    def replacement(self, module: nn.Module, sizes: Mapping[str, Any]) -> AdaptedAttention:
         made = AdaptedAttention(module, sizes, device="meta")
         parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
         known = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]

@@ -13,11 +13,11 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.models.albert.modeling_albert import AlbertAttention
 
-from headwise.convert.transformers_attention import EncoderStandIn, SeparateProjections
+from headwise.convert.transformers_attention import EncoderReplacement, SeparateProjections
 from headwise.nn.multihead_attention import MultiheadAttention
 
 
-class SelectedAlbertAttention(EncoderStandIn, AlbertAttention):
+class SelectedAlbertAttention(EncoderReplacement, AlbertAttention):
     """Replaces ``AlbertAttention``.
 
     It is an ``AlbertAttention`` so that transformers finds it when it collects attention weights
@@ -34,7 +34,7 @@ class SelectedAlbertAttention(EncoderStandIn, AlbertAttention):
     def forward(  # type: ignore[override]  # without maps, None
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """As :meth:`EncoderStandIn.forward`, with the residual connection and its norm."""
+        """As :meth:`EncoderReplacement.forward`, with the residual connection and its norm."""
         output, maps = super().forward(hidden_states, attention_mask, **options)
         return self.LayerNorm(hidden_states + self.output_dropout(output)), maps
 
@@ -56,7 +56,7 @@ class Albert(SeparateProjections):
     def shape(self, module: AlbertAttention) -> tuple[int, int, float]:
         return module.num_attention_heads, module.attention_head_size, module.attention_dropout.p
 
-    def successor(self, old: AlbertAttention, mha: MultiheadAttention) -> nn.Module:
+    def replacement(self, old: AlbertAttention, mha: MultiheadAttention) -> nn.Module:
         return SelectedAlbertAttention(old, mha)
 
 

@@ -14,7 +14,7 @@ from headwise.convert.arguments import one_cache
 from headwise.convert.decoder import SelectedDecoderAttention, TransformersProjected
 from headwise.convert.projections import Places
 from headwise.convert.registry import family
-from headwise.convert.stand_ins import stand_ins
+from headwise.convert.replacements import replacement_classes
 
 #: Prefix of a model's classes -> their module.
 FAMILY = family(__name__)
@@ -22,7 +22,7 @@ FAMILY = family(__name__)
 PLACES = Places(output="out_proj")
 
 
-class BartStandIn(SelectedDecoderAttention):
+class BartReplacement(SelectedDecoderAttention):
     """Replaces ``BartAttention``."""
 
     places = PLACES
@@ -44,12 +44,12 @@ class BartStandIn(SelectedDecoderAttention):
         return self.attend(hidden_states, attention_mask, past, options, memory=key_value_states)
 
 
-selected, __getattr__ = stand_ins(__name__, BartStandIn)
+selected, __getattr__ = replacement_classes(__name__, BartReplacement)
 
 
 class Bart(TransformersProjected):
     name = "transformers BART"
-    stand_in = staticmethod(selected)
+    replacement_class = staticmethod(selected)
     places = PLACES
     attributes = ("config", "is_causal", "is_decoder", "layer_idx")
 

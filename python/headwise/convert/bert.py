@@ -15,8 +15,8 @@ from headwise.convert.arguments import one_cache
 from headwise.convert.checks import class_fault
 from headwise.convert.inner_attention import InnerAttention
 from headwise.convert.registry import family, prefix_in
-from headwise.convert.stand_ins import named, stand_ins
-from headwise.convert.transformers_attention import EncoderStandIn
+from headwise.convert.replacements import named, replacement_classes
+from headwise.convert.transformers_attention import EncoderReplacement
 from headwise.nn.multihead_attention import MultiheadAttention
 
 #: Prefix of a model's classes -> their module. tests/python/test_convert.py compares the attention
@@ -24,7 +24,7 @@ from headwise.nn.multihead_attention import MultiheadAttention
 FAMILY = family(__name__)
 
 
-class SelectedSelfAttention(EncoderStandIn):
+class SelectedSelfAttention(EncoderReplacement):
     """Replaces ``BertSelfAttention``; its output is already projected."""
 
     PROJECTIONS = ("self.query", "self.key", "self.value", "output.dense")
@@ -43,7 +43,7 @@ class SelectedSelfAttention(EncoderStandIn):
         past_key_values: Any = None,
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Like :meth:`EncoderStandIn.forward`; there is no cache."""
+        """Like :meth:`EncoderReplacement.forward`; there is no cache."""
         if one_cache(self, cache, past_key_values) is not None:
             raise ValueError("cache must be None: a converted model is an encoder")
         return super().forward(hidden_states, attention_mask, **options)
@@ -52,7 +52,7 @@ class SelectedSelfAttention(EncoderStandIn):
         return name.removesuffix("self")
 
 
-selected, __getattr__ = stand_ins(__name__, SelectedSelfAttention, "SelfAttention")
+selected, __getattr__ = replacement_classes(__name__, SelectedSelfAttention, "SelfAttention")
 
 
 class Bert(InnerAttention):
@@ -78,7 +78,7 @@ class Bert(InnerAttention):
         own = module.self
         return own.num_attention_heads, own.attention_head_size, own.dropout.p
 
-    def successor(self, old: nn.Module, mha: MultiheadAttention) -> nn.Module:
+    def replacement(self, old: nn.Module, mha: MultiheadAttention) -> nn.Module:
         return selected(type(old))(old, mha)
 
 

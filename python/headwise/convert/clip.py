@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from headwise.convert.bart import PLACES
 from headwise.convert.decoder import SelectedDecoderAttention, TransformersProjected
 from headwise.convert.registry import family
-from headwise.convert.stand_ins import stand_ins
+from headwise.convert.replacements import replacement_classes
 
 #: Prefix of a model's classes -> their module.
 FAMILY = family(__name__)
@@ -30,12 +30,12 @@ class SelectedEncoderAttention(SelectedDecoderAttention):
         return self.attend(hidden_states, attention_mask, None, options)
 
 
-selected, __getattr__ = stand_ins(__name__, SelectedEncoderAttention)
+selected, __getattr__ = replacement_classes(__name__, SelectedEncoderAttention)
 
 
 class Clip(TransformersProjected):
     name = "transformers CLIP"
-    stand_in = staticmethod(selected)
+    replacement_class = staticmethod(selected)
     places = PLACES
 
     def sizes(self, module: nn.Module) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from headwise.convert.neighbours import Neighbours, SelectedNeighbourAttention
-from headwise.convert.stand_ins import stand_ins
+from headwise.convert.replacements import replacement_classes
 from headwise.nn.decoder_inputs import set_parameter
 
 if TYPE_CHECKING:
@@ -56,19 +56,19 @@ class SelectedHeadNormAttention(SelectedNeighbourAttention):
         return heads if norm is None else norm(heads.transpose(1, 2)).transpose(1, 2)
 
 
-selected, __getattr__ = stand_ins(__name__, SelectedHeadNormAttention)
+selected, __getattr__ = replacement_classes(__name__, SelectedHeadNormAttention)
 
 
 class Cohere(Neighbours):
     name = "transformers Cohere"
-    stand_in = staticmethod(selected)
+    replacement_class = staticmethod(selected)
     children = ("q_norm", "k_norm")
 
-    def successor(self, module: nn.Module, sizes: Mapping[str, Any]) -> SelectedHeadNormAttention:
-        successor = super().successor(module, sizes)
-        assert isinstance(successor, SelectedHeadNormAttention)
-        successor.rotates = getattr(module, "sliding_window", 0) is not None
-        return successor
+    def replacement(self, module: nn.Module, sizes: Mapping[str, Any]) -> SelectedHeadNormAttention:
+        replacement = super().replacement(module, sizes)
+        assert isinstance(replacement, SelectedHeadNormAttention)
+        replacement.rotates = getattr(module, "sliding_window", 0) is not None
+        return replacement
 
 
 ARCHITECTURE = Cohere()

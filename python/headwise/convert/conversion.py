@@ -68,7 +68,7 @@ def convert(
             :func:`headwise.convert.qkv` of it.
 
     Returns:
-        ``model``, or its successor if it is itself a ``torch.nn.MultiheadAttention``.
+        ``model``, or its replacement if it is itself a ``torch.nn.MultiheadAttention``.
 
     Raises:
         TypeError: ``model`` is not a module, ``gate`` is neither a gate nor a function, or
@@ -135,13 +135,13 @@ def _swap(model: nn.Module, candidates: list[Candidate], verify: bool) -> _Swapp
             if proof is None:
                 untried.append(candidate.name or type(module).__name__)
         parts = set(module.modules())
-        successor, _ = architecture.convert(module)
+        replacement, _ = architecture.convert(module)
         if proof is not None:
-            proof.check(successor)
-        if successor is module:  # only parts of it were replaced
+            proof.check(replacement)
+        if replacement is module:  # only parts of it were replaced
             check_references(model, parts - set(module.modules()))
         else:
-            model = replace_module(model, module, successor)
+            model = replace_module(model, module, replacement)
         by_architecture.setdefault(id(architecture), (architecture, []))[1].append(module)
     for architecture, modules in by_architecture.values():
         architecture.finish(model, modules)

@@ -1,5 +1,5 @@
 """The common parts of conversions of transformers models (version 5) to
-:class:`headwise.GroupedQueryAttention`: caches, masks, the successor.
+:class:`headwise.GroupedQueryAttention`: caches, masks, the replacement.
 
 A converted model names "headwise_causal" as its attention implementation. If a mask is just the
 causal one, or that of padding, its layers then get no L x S mask but the padding alone.
@@ -32,7 +32,7 @@ from headwise.convert.older_versions import (
     query_offset,
     register_mask,
 )
-from headwise.convert.projections import Projected, ProjectedStandIn
+from headwise.convert.projections import Projected, ProjectedReplacement
 from headwise.convert.transformers_attention import (
     name_implementation,
     unconverted_attention,
@@ -106,7 +106,7 @@ class Told:
         return type(self), ()
 
 
-class SelectedDecoderAttention(ProjectedStandIn):
+class SelectedDecoderAttention(ProjectedReplacement):
     """Replaces attention of transformers.
 
     Attributes:
@@ -233,14 +233,14 @@ class TransformersProjected(Projected):
     """Attention of transformers that becomes a :class:`SelectedDecoderAttention`.
 
     Attributes:
-        stand_in: class of the original -> class of its replacement
-            (:func:`headwise.convert.stand_ins.stand_ins`).
+        replacement_class: class of the original -> class of its replacement
+            (:func:`headwise.convert.replacements.replacement_classes`).
     """
 
-    stand_in: Callable[[type], type]
+    replacement_class: Callable[[type], type]
 
-    def successor(self, module: nn.Module, sizes: Mapping[str, Any]) -> SelectedDecoderAttention:
-        return type(self).stand_in(type(module))(module, sizes, device="meta")
+    def replacement(self, module: nn.Module, sizes: Mapping[str, Any]) -> SelectedDecoderAttention:
+        return type(self).replacement_class(type(module))(module, sizes, device="meta")
 
     def trial(self, module: nn.Module) -> Trial:
         width = module.get_submodule(self.places.output).out_features

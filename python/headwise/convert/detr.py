@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from headwise.convert.stand_ins import stand_ins
+from headwise.convert.replacements import replacement_classes
 from headwise.convert.transformers_attention import attend, use_plain_implementation
 from headwise.convert.vit import SelectedAttention, VisionTransformer
 from headwise.nn.multihead_attention import MultiheadAttention
@@ -28,7 +28,7 @@ class SelectedPlacedAttention(SelectedAttention):
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states [B, L, D], key_value_states [B, S, D], positions of both [B, L, D] and [B,
-        S, D] -> as :meth:`EncoderStandIn.forward`; ``attention_mask`` is for S."""
+        S, D] -> as :meth:`EncoderReplacement.forward`; ``attention_mask`` is for S."""
         query = _placed(hidden_states, position_embeddings)
         if key_value_states is None:
             return attend(self, query, attention_mask, options, query, hidden_states)
@@ -40,7 +40,7 @@ def _placed(x: Tensor, positions: Tensor | None) -> Tensor:
     return x if positions is None else x + positions
 
 
-selected, __getattr__ = stand_ins(__name__, SelectedPlacedAttention)
+selected, __getattr__ = replacement_classes(__name__, SelectedPlacedAttention)
 
 
 class Detr(VisionTransformer):
@@ -53,7 +53,7 @@ class Detr(VisionTransformer):
         heads = module.q_proj.out_features // module.head_dim
         return heads, module.head_dim, module.attention_dropout
 
-    def successor(self, old: nn.Module, mha: MultiheadAttention) -> nn.Module:
+    def replacement(self, old: nn.Module, mha: MultiheadAttention) -> nn.Module:
         return selected(type(old))(old, mha)
 
     def trial(self, module: nn.Module) -> Trial:

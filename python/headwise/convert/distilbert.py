@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import nn
 from transformers.models.distilbert.modeling_distilbert import DistilBertSelfAttention
 
-from headwise.convert.transformers_attention import EncoderStandIn, SeparateProjections
+from headwise.convert.transformers_attention import EncoderReplacement, SeparateProjections
 from headwise.nn.multihead_attention import MultiheadAttention
 
 
-class SelectedDistilBertSelfAttention(EncoderStandIn, DistilBertSelfAttention):  # type: ignore[misc]
+class SelectedDistilBertSelfAttention(EncoderReplacement, DistilBertSelfAttention):  # type: ignore[misc]
     """Replaces ``DistilBertSelfAttention``.
 
     It derives from it so that transformers finds it when it collects attention weights
@@ -29,7 +29,7 @@ class DistilBert(SeparateProjections):
     def shape(self, module: DistilBertSelfAttention) -> tuple[int, int, float]:
         return module.n_heads, module.attention_head_size, module.dropout.p
 
-    def successor(self, old: DistilBertSelfAttention, mha: MultiheadAttention) -> nn.Module:
+    def replacement(self, old: DistilBertSelfAttention, mha: MultiheadAttention) -> nn.Module:
         return SelectedDistilBertSelfAttention(old, mha)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from headwise.convert.decoder import SelectedDecoderAttention
 from headwise.convert.llama import Llama
-from headwise.convert.stand_ins import stand_ins
+from headwise.convert.replacements import replacement_classes
 from headwise.gates.selection import Selection
 from headwise.nn.cache_slots import spread
 from headwise.nn.decoder_inputs import Masks, with_bias
@@ -53,12 +53,12 @@ class SelectedCappedAttention(SelectedDecoderAttention):
         return (cap * torch.tanh(scores / cap) - scores).to(q.dtype)
 
 
-selected, __getattr__ = stand_ins(__name__, SelectedCappedAttention)
+selected, __getattr__ = replacement_classes(__name__, SelectedCappedAttention)
 
 
 class Gemma2(Llama):
     name = "transformers Gemma 2"
-    stand_in = staticmethod(selected)
+    replacement_class = staticmethod(selected)
     attributes: tuple[str, ...] = (*Llama.attributes, "attn_logit_softcapping")
 
 

@@ -127,9 +127,9 @@ class GPT2(Architecture):
             "bias": True,
             "scale": gpt2_scale(module),
         }
-        successor = SelectedGPT2Attention(module, sizes, device="meta")
+        replacement = SelectedGPT2Attention(module, sizes, device="meta")
         places = [(module.c_attn, i) for i in range(3)] + [(module.c_proj, None)]
-        linears = (successor.q_proj, successor.k_proj, successor.v_proj, successor.o_proj)
+        linears = (replacement.q_proj, replacement.k_proj, replacement.v_proj, replacement.o_proj)
         for linear, (old, third) in zip(linears, places, strict=True):
 
             def own(sources: Sequence[Tensor], third: int | None = third) -> Tensor:
@@ -139,9 +139,9 @@ class GPT2(Architecture):
 
             linear.weight = remade([old.weight], own)
             linear.bias = remade([old.bias], own)
-        in_the_mode_of(module, successor, *linears)
-        carry_hooks(module, successor)
-        return successor, successor
+        in_the_mode_of(module, replacement, *linears)
+        carry_hooks(module, replacement)
+        return replacement, replacement
 
     def finish(self, model: nn.Module, converted: list[nn.Module]) -> None:
         name_implementation(model, [module.config for module in converted], IMPLEMENTATION)

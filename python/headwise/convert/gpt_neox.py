@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from headwise.convert.arguments import one_cache
 from headwise.convert.decoder import SelectedDecoderAttention, TransformersProjected
 from headwise.convert.projections import Places
-from headwise.convert.stand_ins import stand_ins
+from headwise.convert.replacements import replacement_classes
 
 PLACES = Places(output="dense", packed="query_key_value", per_head=True)
 
 
-class GPTNeoXStandIn(SelectedDecoderAttention):
+class GPTNeoXReplacement(SelectedDecoderAttention):
     """Replaces ``GPTNeoXAttention``."""
 
     places = PLACES
@@ -36,12 +36,12 @@ class GPTNeoXStandIn(SelectedDecoderAttention):
         return super().forward(hidden_states, position_embeddings, attention_mask, past, **options)
 
 
-selected, __getattr__ = stand_ins(__name__, GPTNeoXStandIn)
+selected, __getattr__ = replacement_classes(__name__, GPTNeoXReplacement)
 
 
 class GPTNeoX(TransformersProjected):
     name = "transformers GPT-NeoX"
-    stand_in = staticmethod(selected)
+    replacement_class = staticmethod(selected)
     places = PLACES
     attributes = ("config", "is_causal", "layer_idx")
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from headwise.convert.decoder import SelectedDecoderAttention, cache_word, decoder_outputs
 from headwise.convert.llama import Llama
-from headwise.convert.stand_ins import stand_ins
+from headwise.convert.replacements import replacement_classes
 from headwise.nn.decoder_inputs import Masks, set_parameter
 from headwise.nn.proof import Trial
 
@@ -75,20 +75,20 @@ class SelectedSinkAttention(SelectedDecoderAttention):
         return super()._weights(q, k, selection, masks)[..., :-1]
 
 
-selected, __getattr__ = stand_ins(__name__, SelectedSinkAttention)
+selected, __getattr__ = replacement_classes(__name__, SelectedSinkAttention)
 
 
 class GptOss(Llama):
     name = "transformers gpt-oss"
-    stand_in = staticmethod(selected)
+    replacement_class = staticmethod(selected)
     children = ()
     parameters = ("sinks",)
 
-    def successor(self, module: nn.Module, sizes: Mapping[str, Any]) -> SelectedSinkAttention:
-        successor = super().successor(module, sizes)
-        assert isinstance(successor, SelectedSinkAttention)
-        successor.sinks = module.sinks
-        return successor
+    def replacement(self, module: nn.Module, sizes: Mapping[str, Any]) -> SelectedSinkAttention:
+        replacement = super().replacement(module, sizes)
+        assert isinstance(replacement, SelectedSinkAttention)
+        replacement.sinks = module.sinks
+        return replacement
 
     def trial(self, module: nn.Module) -> Trial:
         return functools.partial(

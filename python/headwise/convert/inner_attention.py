@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from headwise.convert.checks import CALLED, HOOKS, hooks_fault
-from headwise.convert.transformers_attention import EncoderStandIn, SeparateProjections
+from headwise.convert.transformers_attention import EncoderReplacement, SeparateProjections
 
 
 class InnerAttention(SeparateProjections):
@@ -19,7 +19,7 @@ class InnerAttention(SeparateProjections):
     inner: str
 
     def is_converted(self, module: nn.Module) -> bool:
-        return isinstance(getattr(module, self.inner, None), EncoderStandIn)
+        return isinstance(getattr(module, self.inner, None), EncoderReplacement)
 
     def _faults(self, module: nn.Module, linears: dict[str, nn.Linear]) -> Iterator[str | None]:
         yield from super()._faults(module, linears)
@@ -38,7 +38,7 @@ class InnerAttention(SeparateProjections):
     def attention(self, module: nn.Module) -> nn.Module:
         return getattr(module, self.inner)
 
-    def put(self, module: nn.Module, successor: nn.Module) -> nn.Module:
-        setattr(module, self.inner, successor)
+    def put(self, module: nn.Module, replacement: nn.Module) -> nn.Module:
+        setattr(module, self.inner, replacement)
         module.output.dense = nn.Identity()
         return module

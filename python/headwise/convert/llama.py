@@ -16,18 +16,18 @@ from torch import nn
 
 from headwise.convert.decoder import SelectedDecoderAttention, TransformersProjected
 from headwise.convert.registry import family
-from headwise.convert.stand_ins import stand_ins
+from headwise.convert.replacements import replacement_classes
 
 #: Prefix of a model's classes -> their module. tests/python/test_decoders.py compares the attention
 #: of each with Llama's, statement by statement.
 FAMILY = family(__name__)
 
-selected, __getattr__ = stand_ins(__name__, SelectedDecoderAttention)
+selected, __getattr__ = replacement_classes(__name__, SelectedDecoderAttention)
 
 
 class Llama(TransformersProjected):
     name = "transformers Llama"
-    stand_in = staticmethod(selected)
+    replacement_class = staticmethod(selected)
     children: tuple[str, ...] = ("q_norm", "k_norm")
     attributes: tuple[str, ...] = ("config", "is_causal", "layer_idx")
 
@@ -46,12 +46,12 @@ class Llama(TransformersProjected):
     def caches(self, module: nn.Module) -> bool:
         return True
 
-    def successor(self, module: nn.Module, sizes: Mapping[str, Any]) -> SelectedDecoderAttention:
-        successor = super().successor(module, sizes)
-        successor.rotates = bool(getattr(module, "use_rope", True))  # SmolLM3: not in all layers
+    def replacement(self, module: nn.Module, sizes: Mapping[str, Any]) -> SelectedDecoderAttention:
+        replacement = super().replacement(module, sizes)
+        replacement.rotates = bool(getattr(module, "use_rope", True))  # SmolLM3: not in all layers
         if getattr(module, "q_norm", None) is not None:
-            successor.q_norm, successor.k_norm = module.q_norm, module.k_norm
-        return successor
+            replacement.q_norm, replacement.k_norm = module.q_norm, module.k_norm
+        return replacement
 
 
 ARCHITECTURE = Llama()

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from headwise.convert.decoder import SelectedDecoderAttention, TransformersProjected
 from headwise.convert.projections import Places
-from headwise.convert.stand_ins import stand_ins
+from headwise.convert.replacements import replacement_classes
 
 PLACES = Places(output="Wo", packed="Wqkv")
 
 
-class ModernBertStandIn(SelectedDecoderAttention):
+class ModernBertReplacement(SelectedDecoderAttention):
     """Replaces ``ModernBertAttention``."""
 
     places = PLACES
@@ -40,12 +40,12 @@ class ModernBertStandIn(SelectedDecoderAttention):
         return self.out_drop(output), maps
 
 
-selected, __getattr__ = stand_ins(__name__, ModernBertStandIn)
+selected, __getattr__ = replacement_classes(__name__, ModernBertReplacement)
 
 
 class ModernBert(TransformersProjected):
     name = "transformers ModernBERT"
-    stand_in = staticmethod(selected)
+    replacement_class = staticmethod(selected)
     places = PLACES
     children = ("out_drop",)
 

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from headwise.convert.decoder import TransformersProjected
 from headwise.convert.projections import Places
 from headwise.convert.relative_bias import SelectedBiasedAttention
-from headwise.convert.stand_ins import stand_ins
+from headwise.convert.replacements import replacement_classes
 from headwise.nn.proof import Draw, Trial
 
 PLACES = Places("q", "k", "v", "o")
 
 
-class MPNetStandIn(SelectedBiasedAttention):
+class MPNetReplacement(SelectedBiasedAttention):
     """Replaces ``MPNetSelfAttention``."""
 
     places = PLACES
@@ -38,12 +38,12 @@ class MPNetStandIn(SelectedBiasedAttention):
         return (output,) if maps is None else (output, maps)
 
 
-selected, __getattr__ = stand_ins(__name__, MPNetStandIn)
+selected, __getattr__ = replacement_classes(__name__, MPNetReplacement)
 
 
 class MPNet(TransformersProjected):
     name = "transformers MPNet"
-    stand_in = staticmethod(selected)
+    replacement_class = staticmethod(selected)
     places = PLACES
     children = ("dropout",)
     attributes = ()

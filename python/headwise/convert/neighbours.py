@@ -10,7 +10,7 @@ from torch import Tensor
 
 from headwise.convert.decoder import SelectedDecoderAttention
 from headwise.convert.llama import Llama
-from headwise.convert.stand_ins import stand_ins
+from headwise.convert.replacements import replacement_classes
 
 
 class SelectedNeighbourAttention(SelectedDecoderAttention):
@@ -23,12 +23,12 @@ class SelectedNeighbourAttention(SelectedDecoderAttention):
         return sys.modules[original.__module__].apply_rotary_pos_emb(q, k, *position_embeddings)
 
 
-selected, __getattr__ = stand_ins(__name__, SelectedNeighbourAttention)
+selected, __getattr__ = replacement_classes(__name__, SelectedNeighbourAttention)
 
 
 class Neighbours(Llama):
     name = "transformers GLM"
-    stand_in = staticmethod(selected)
+    replacement_class = staticmethod(selected)
     children: tuple[str, ...] = ()
 
 

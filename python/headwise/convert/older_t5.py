@@ -16,13 +16,13 @@ from headwise.convert.decoder import TransformersProjected, cache_word, link
 from headwise.convert.older_versions import mask_sizes, query_offset, relative_bias
 from headwise.convert.projections import Places
 from headwise.convert.relative_bias import SelectedBiasedAttention
-from headwise.convert.stand_ins import stand_ins
+from headwise.convert.replacements import replacement_classes
 from headwise.nn.proof import Draw, Trial
 
 PLACES = Places("q", "k", "v", "o")
 
 
-class OlderT5StandIn(SelectedBiasedAttention):
+class OlderT5Replacement(SelectedBiasedAttention):
     """Replaces ``T5Attention``.
 
     Attributes:
@@ -74,12 +74,14 @@ class OlderT5StandIn(SelectedBiasedAttention):
         return x.new_zeros(1, self.n_heads, length, keys)
 
 
-selected, __getattr__ = stand_ins(__name__, OlderT5StandIn, classes_of="headwise.convert.t5")
+selected, __getattr__ = replacement_classes(
+    __name__, OlderT5Replacement, classes_of="headwise.convert.t5"
+)
 
 
 class OlderT5(TransformersProjected):
     name = "transformers T5"
-    stand_in = staticmethod(selected)
+    replacement_class = staticmethod(selected)
     places = PLACES
     children = ("relative_attention_bias",)
     attributes = ("is_decoder", "layer_idx", "has_relative_attention_bias")
@@ -100,13 +102,13 @@ class OlderT5(TransformersProjected):
     def finish(self, model: nn.Module, converted: list[nn.Module]) -> None:
         for block in model.modules():
             own = block._modules.get("SelfAttention")
-            if isinstance(own, OlderT5StandIn):
+            if isinstance(own, OlderT5Replacement):
                 own.is_causal = own.is_decoder
         link(model)
 
 
 def _outputs(own: nn.Module, draw: Draw, width: int, cache_word: str) -> list[Tensor]:
-    """A trial of attention and what stands in for it, over its own sequence and over another: with
+    """A trial of attention and its replacement, over its own sequence and over another: with
     padding, without a mask, and with a bias that an earlier layer made."""
     tokens, memory = draw(2, 5, width), draw(2, 4, width)
     made = []

@@ -13,9 +13,9 @@ from headwise.convert.checks import class_fault
 from headwise.convert.inner_attention import InnerAttention
 from headwise.convert.older_versions import collects_maps
 from headwise.convert.registry import family, prefix_in
-from headwise.convert.stand_ins import named, stand_ins
+from headwise.convert.replacements import named, replacement_classes
 from headwise.convert.transformers_attention import (
-    EncoderStandIn,
+    EncoderReplacement,
     use_plain_implementation,
 )
 from headwise.nn.multihead_attention import MultiheadAttention
@@ -24,7 +24,7 @@ from headwise.nn.proof import Draw, Trial
 _FAMILY = family("headwise.convert.vit")
 
 
-class SelectedSelfAttention(EncoderStandIn):
+class SelectedSelfAttention(EncoderReplacement):
     """Replaces ``ViTSelfAttention``; its output is already projected."""
 
     PROJECTIONS = ("attention.query", "attention.key", "attention.value", "output.dense")
@@ -32,8 +32,8 @@ class SelectedSelfAttention(EncoderStandIn):
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """As :meth:`EncoderStandIn.forward`; the layers do not know whether attention weights are
-        requested."""
+        """As :meth:`EncoderReplacement.forward`; the layers do not know whether attention weights
+        are requested."""
         if options.get("output_attentions") is None:
             options["output_attentions"] = collects_maps(self)
         return super().forward(hidden_states, attention_mask, **options)
@@ -42,7 +42,7 @@ class SelectedSelfAttention(EncoderStandIn):
         return name.removesuffix("attention")
 
 
-selected, __getattr__ = stand_ins(
+selected, __getattr__ = replacement_classes(
     __name__, SelectedSelfAttention, "SelfAttention", classes_of="headwise.convert.vit"
 )
 
@@ -65,7 +65,7 @@ class OlderVisionTransformer(InnerAttention):
         own = module.attention
         return own.num_attention_heads, own.attention_head_size, own.dropout_prob
 
-    def successor(self, old: nn.Module, mha: MultiheadAttention) -> nn.Module:
+    def replacement(self, old: nn.Module, mha: MultiheadAttention) -> nn.Module:
         return selected(type(old))(old, mha)
 
     def trial(self, module: nn.Module) -> Trial:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from headwise.convert.decoder import SelectedDecoderAttention
 from headwise.convert.llama import Llama
-from headwise.convert.stand_ins import stand_ins
+from headwise.convert.replacements import replacement_classes
 from headwise.nn.decoder_inputs import linear, set_parameter
 
 if TYPE_CHECKING:
@@ -98,12 +98,12 @@ def _rows(tensor: Tensor, heads: list[int], width: int) -> Tensor:
     return tensor.unflatten(0, (-1, width))[heads].flatten(0, 1)
 
 
-selected, __getattr__ = stand_ins(__name__, SelectedOlmoAttention)
+selected, __getattr__ = replacement_classes(__name__, SelectedOlmoAttention)
 
 
 class Olmo2(Llama):
     name = "transformers OLMo 2"
-    stand_in = staticmethod(selected)
+    replacement_class = staticmethod(selected)
 
 
 ARCHITECTURE = Olmo2()

@@ -9,7 +9,7 @@ from torch import Tensor
 from headwise.convert.arguments import one_cache
 from headwise.convert.bart import PLACES
 from headwise.convert.decoder import SelectedDecoderAttention, TransformersProjected
-from headwise.convert.stand_ins import stand_ins
+from headwise.convert.replacements import replacement_classes
 
 
 class SelectedCausalAttention(SelectedDecoderAttention):
@@ -32,12 +32,12 @@ class SelectedCausalAttention(SelectedDecoderAttention):
         return self.attend(hidden_states, attention_mask, past, options)
 
 
-selected, __getattr__ = stand_ins(__name__, SelectedCausalAttention)
+selected, __getattr__ = replacement_classes(__name__, SelectedCausalAttention)
 
 
 class Opt(TransformersProjected):
     name = "transformers OPT"
-    stand_in = staticmethod(selected)
+    replacement_class = staticmethod(selected)
     places = PLACES
     attributes = ("config", "is_causal", "layer_idx")
 

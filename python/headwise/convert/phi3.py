@@ -10,23 +10,23 @@ from torch import nn
 
 from headwise.convert.decoder import SelectedDecoderAttention, TransformersProjected
 from headwise.convert.projections import Places
-from headwise.convert.stand_ins import stand_ins
+from headwise.convert.replacements import replacement_classes
 
 PLACES = Places(packed="qkv_proj")
 
 
-class Phi3StandIn(SelectedDecoderAttention):
+class Phi3Replacement(SelectedDecoderAttention):
     """Replaces ``Phi3Attention``."""
 
     places = PLACES
 
 
-selected, __getattr__ = stand_ins(__name__, Phi3StandIn)
+selected, __getattr__ = replacement_classes(__name__, Phi3Replacement)
 
 
 class Phi3(TransformersProjected):
     name = "transformers Phi-3"
-    stand_in = staticmethod(selected)
+    replacement_class = staticmethod(selected)
     places = PLACES
     attributes = ("config", "is_causal", "layer_idx")
 

@@ -75,7 +75,7 @@ class Places(NamedTuple):
         return torch.stack(heads, dim=1).flatten(0, 2)
 
 
-class ProjectedStandIn(GroupedQueryAttention):
+class ProjectedReplacement(GroupedQueryAttention):
     """Replaces attention with its projections at :attr:`places`.
 
     It has the original's attributes, and separate projections keep their names.
@@ -95,7 +95,7 @@ class ProjectedStandIn(GroupedQueryAttention):
             name = _OWN[places.names.index(name)]
         return super().__getattr__(name)
 
-    def _resized(self, sizes: Mapping[str, Any], **factory: Any) -> ProjectedStandIn:
+    def _resized(self, sizes: Mapping[str, Any], **factory: Any) -> ProjectedReplacement:
         return type(self)(self, sizes, **factory)
 
     def original_state(self, name: str, state: dict[str, Tensor]) -> None:
@@ -121,7 +121,7 @@ def replaced_fault(linears: Mapping[str, nn.Module]) -> str | None:
 
 
 class Projected(Architecture):
-    """Attention that becomes a :class:`ProjectedStandIn`.
+    """Attention that becomes a :class:`ProjectedReplacement`.
 
     Separate projections are reused; those of a packed one are copies of its rows.
     """
@@ -132,7 +132,7 @@ class Projected(Architecture):
     children: tuple[str, ...] = ()
     #: Its own parameters and buffers.
     parameters: tuple[str, ...] = ()
-    #: The attributes that the stand-in needs.
+    #: The attributes that the replacement needs.
     attributes: tuple[str, ...] = ("config", "is_causal")
 
     def sizes(self, module: nn.Module) -> dict[str, Any]:
@@ -150,7 +150,7 @@ class Projected(Architecture):
         heads, groups = sizes["num_heads"], sizes["num_key_value_heads"]
         return [heads * sizes["head_dim"], *[groups * sizes["head_dim"]] * 2]
 
-    def successor(self, module: nn.Module, sizes: Mapping[str, Any]) -> ProjectedStandIn:
+    def replacement(self, module: nn.Module, sizes: Mapping[str, Any]) -> ProjectedReplacement:
         """The replacement of ``module``, on the meta device, with empty projections."""
         raise NotImplementedError
 
@@ -221,20 +221,20 @@ class Projected(Architecture):
             "bias": inputs[0].bias is not None,
             "output_bias": output.bias is not None,
         }
-        successor = self.successor(module, sizes)
-        successor.o_proj = output
+        replacement = self.replacement(module, sizes)
+        replacement.o_proj = output
         if self.places.packed is None:
-            successor.q_proj, successor.k_proj, successor.v_proj = inputs
+            replacement.q_proj, replacement.k_proj, replacement.v_proj = inputs
         else:
-            own = [getattr(successor, name) for name in _OWN[:3]]
+            own = [getattr(replacement, name) for name in _OWN[:3]]
             for kind, tensor in inputs[0].named_parameters():
                 for i, linear in enumerate(own):
                     cut = functools.partial(self._part, sizes, i)
                     setattr(linear, kind, remade([tensor], cut))
             in_the_mode_of(module, *own)
-        in_the_mode_of(module, successor)
-        carry_hooks(module, successor)
-        return successor, successor
+        in_the_mode_of(module, replacement)
+        carry_hooks(module, replacement)
+        return replacement, replacement
 
     def _part(self, sizes: Mapping[str, Any], i: int, tensors: Sequence[Tensor]) -> Tensor:
         return self.places.cut(tensors[0], sizes)[i]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from headwise.convert.decoder import SelectedDecoderAttention
 from headwise.convert.llama import Llama
 from headwise.convert.parameters import in_the_mode_of, remade
-from headwise.convert.stand_ins import stand_ins
+from headwise.convert.replacements import replacement_classes
 from headwise.nn.decoder_inputs import linear, set_parameter
 
 if TYPE_CHECKING:
@@ -56,12 +56,12 @@ class SelectedGatedAttention(SelectedDecoderAttention):
         super().original_state(name, state)
 
 
-selected, __getattr__ = stand_ins(__name__, SelectedGatedAttention)
+selected, __getattr__ = replacement_classes(__name__, SelectedGatedAttention)
 
 
 class Qwen3Next(Llama):
     name = "transformers Qwen3-Next"
-    stand_in = staticmethod(selected)
+    replacement_class = staticmethod(selected)
 
     def sizes(self, module: nn.Module) -> dict[str, Any]:
         sizes = super().sizes(module)
@@ -81,7 +81,7 @@ class Qwen3Next(Llama):
         return list(module.q_proj.parameters())
 
     def convert(self, module: nn.Module) -> tuple[nn.Module, GroupedQueryAttention]:
-        successor, layer = super().convert(module)
+        replacement, layer = super().convert(module)
         rows = layer.num_heads * layer.head_dim
         for i, name in enumerate(("q_proj", "gate_proj")):
 
@@ -94,7 +94,7 @@ class Qwen3Next(Llama):
                 setattr(own, kind, remade([tensor], cut))
             in_the_mode_of(module, own)
             setattr(layer, name, own)
-        return successor, layer
+        return replacement, layer
 
 
 ARCHITECTURE = Qwen3Next()

@@ -179,11 +179,11 @@ class Architecture(abc.ABC):
 
     @abc.abstractmethod
     def convert(self, module: Any) -> tuple[nn.Module, AttentionLayer]:
-        """``module``'s successor, and the ungated layer in it. Parameters are kept, not copied, if
-        their layout allows. The successor may be ``module`` itself, changed in place."""
+        """``module``'s replacement, and the ungated layer in it. Parameters are kept, not copied,
+        if their layout allows. The replacement may be ``module`` itself, changed in place."""
 
     def trial(self, module: Any) -> Trial | None:
-        """Calls ``module`` or its successor on made-up tokens: their outputs must agree. None:
+        """Calls ``module`` or its replacement on made-up tokens: their outputs must agree. None:
         :func:`headwise.convert` cannot try it out, and logs this."""
         return None
 

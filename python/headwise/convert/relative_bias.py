@@ -46,6 +46,6 @@ class SelectedBiasedAttention(SelectedDecoderAttention):
         return bias.index_select(1, self.bias_heads)
 
     def original_state(self, name: str, state: dict[str, Tensor]) -> None:
-        """As :meth:`ProjectedStandIn.original_state`; the original has all heads of the bias."""
+        """As :meth:`ProjectedReplacement.original_state`; the original's bias has all heads."""
         state.pop(f"{name}.bias_heads")
         super().original_state(name, state)

@@ -16,7 +16,7 @@ from headwise.convert.older_versions import relative_bias
 from headwise.convert.projections import Places
 from headwise.convert.registry import Architecture, family
 from headwise.convert.relative_bias import SelectedBiasedAttention
-from headwise.convert.stand_ins import stand_ins
+from headwise.convert.replacements import replacement_classes
 
 #: Prefix of a model's classes -> their module.
 FAMILY = family(__name__)
@@ -24,7 +24,7 @@ FAMILY = family(__name__)
 PLACES = Places("q", "k", "v", "o")
 
 
-class T5StandIn(SelectedBiasedAttention):
+class T5Replacement(SelectedBiasedAttention):
     """Replaces ``T5Attention``."""
 
     places = PLACES
@@ -61,12 +61,12 @@ class T5StandIn(SelectedBiasedAttention):
         return output, made[0], maps
 
 
-selected, __getattr__ = stand_ins(__name__, T5StandIn)
+selected, __getattr__ = replacement_classes(__name__, T5Replacement)
 
 
 class T5(TransformersProjected):
     name = "transformers T5"
-    stand_in = staticmethod(selected)
+    replacement_class = staticmethod(selected)
     places = PLACES
     children = ("relative_attention_bias",)
     attributes = ("config", "is_causal", "is_decoder", "layer_idx", "has_relative_attention_bias")

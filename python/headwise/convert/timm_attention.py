@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from headwise.convert.masks import split
-from headwise.convert.projections import Places, Projected, ProjectedStandIn
+from headwise.convert.projections import Places, Projected, ProjectedReplacement
 from headwise.convert.registry import Architecture
 from headwise.nn.decoder_inputs import rotate, rotate_neighbours
 from headwise.nn.grouped_query_attention import GroupedQueryAttention
@@ -30,7 +30,7 @@ APART = Places(output="proj")
 _BIAS = ("relative_position_bias_table", "relative_position_index")
 
 
-class SelectedTimmAttention(ProjectedStandIn):
+class SelectedTimmAttention(ProjectedReplacement):
     """Replaces ``timm.layers.Attention`` and classes that are called like it.
 
     Attributes:
@@ -153,8 +153,9 @@ class Timm(Projected):
     parameters = ("q_bias", "k_bias", "v_bias", *_BIAS)
     attributes = ("proj_drop",)
 
-    def __init__(self, stand_in: type[SelectedTimmAttention], apart: Timm | None = None):
-        self.places, self._stand_in, self._apart = stand_in.places, stand_in, apart
+    def __init__(self, replacement_class: type[SelectedTimmAttention], apart: Timm | None = None):
+        self.places = replacement_class.places
+        self._replacement_class, self._apart = replacement_class, apart
 
     def of(self, module: nn.Module) -> Architecture:
         packed = getattr(module, "qkv", None)
@@ -180,23 +181,24 @@ class Timm(Projected):
             )
         return super().refusal(module)
 
-    def successor(self, module: nn.Module, sizes: Mapping[str, Any]) -> SelectedTimmAttention:
-        successor = self._stand_in(module, sizes, device="meta")
+    def replacement(self, module: nn.Module, sizes: Mapping[str, Any]) -> SelectedTimmAttention:
+        replacement = self._replacement_class(module, sizes, device="meta")
         for name in ("q_norm", "k_norm"):
             norm = getattr(module, name, None)
-            setattr(successor, name, None if isinstance(norm, nn.Identity) else norm)
-        return successor
+            setattr(replacement, name, None if isinstance(norm, nn.Identity) else norm)
+        return replacement
 
     def convert(self, module: nn.Module) -> tuple[nn.Module, GroupedQueryAttention]:
-        successor, layer = super().convert(module)
+        replacement, layer = super().convert(module)
         if getattr(module, "q_bias", None) is not None:  # that of the keys is always zero
             layer.q_proj.bias, layer.v_proj.bias = module.q_bias, module.v_bias
-        return successor, layer
+        return replacement, layer
 
     def trial(self, module: nn.Module) -> Trial:
         index = getattr(module, "relative_position_index", None)
         length = 5 if index is None else index.size(0)
-        width, heads, rotary = module.proj.out_features, module.num_heads, self._stand_in.ARGUMENTS
+        width, heads = module.proj.out_features, module.num_heads
+        rotary = self._replacement_class.ARGUMENTS
 
         def run(own: nn.Module, draw: Draw) -> list[Tensor]:
             tokens = draw(2, length, width)

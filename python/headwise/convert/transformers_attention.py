@@ -93,7 +93,7 @@ register_mask(IMPLEMENTATION, _padding_mask)
 
 
 def attend(
-    stand_in: nn.Module,  # has `mha` and `config`
+    replacement: nn.Module,  # has `mha` and `config`
     hidden_states: Tensor,  # [B, L, D]
     attention_mask: Tensor | None,
     options: dict[str, Any],
@@ -102,13 +102,13 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention with the masks of transformers -> [B, L, D] and, if asked for, the attention
     weights; ``key`` and ``value`` [B, S, D] are by default ``hidden_states``."""
-    check_arguments(stand_in, options)
+    check_arguments(replacement, options)
     if options.get("is_causal"):
         raise ValueError(
             f"is_causal must be None or False, got {quoted(options['is_causal'])}: "
-            f"{type(stand_in).__name__} is an encoder's"
+            f"{type(replacement).__name__} is an encoder's"
         )
-    layer = mha = stand_in.mha
+    layer = mha = replacement.mha
     while not isinstance(layer, MultiheadAttention):  # it is wrapped by an adapter
         layer = layer.base_layer
     if layer is mha:  # without a gate, torch's own code runs, which does not check this
@@ -119,7 +119,7 @@ def attend(
         hidden_states if key is None else key,
         hidden_states if value is None else value,
         key_padding_mask=key_padding_mask,
-        need_weights=wants_maps(stand_in.config, options),
+        need_weights=wants_maps(replacement.config, options),
         attn_mask=attn_mask,
         average_attn_weights=False,
     )
@@ -167,7 +167,7 @@ def name_implementation(
             vars(module)["config"] = copies[id(config)]
 
 
-class EncoderStandIn(nn.Module):
+class EncoderReplacement(nn.Module):
     """Replaces an encoder's attention, around one :class:`headwise.MultiheadAttention`.
 
     Attributes:
@@ -233,10 +233,10 @@ class SeparateProjections(Architecture):
         raise NotImplementedError
 
     def attention(self, module: nn.Module) -> nn.Module:
-        """The module that :meth:`successor` replaces, which has the hooks."""
+        """The module that :meth:`replacement` replaces, which has the hooks."""
         return module
 
-    def successor(self, old: Any, mha: MultiheadAttention) -> Any:
+    def replacement(self, old: Any, mha: MultiheadAttention) -> Any:
         """The replacement of ``old``."""
         raise NotImplementedError
 
@@ -314,19 +314,19 @@ class SeparateProjections(Architecture):
         mha.out_proj.weight = dense.weight  # [D, E]
         mha.out_proj.bias = zeros(dense.out_features) if dense.bias is None else dense.bias  # [D]
         old = self.attention(module)
-        successor = self.successor(old, mha)
-        successor.without_bias = [
+        replacement = self.replacement(old, mha)
+        replacement.without_bias = [
             name
-            for name, linear in zip(successor.PROJECTIONS, linears.values(), strict=True)
+            for name, linear in zip(replacement.PROJECTIONS, linears.values(), strict=True)
             if linear.bias is None
         ]
-        in_the_mode_of(old, successor, *mha.modules())
-        carry_hooks(old, successor)
-        return self.put(module, successor), mha
+        in_the_mode_of(old, replacement, *mha.modules())
+        carry_hooks(old, replacement)
+        return self.put(module, replacement), mha
 
-    def put(self, module: nn.Module, successor: nn.Module) -> nn.Module:
-        """The replacement of ``module``, after ``successor`` was made."""
-        return successor
+    def put(self, module: nn.Module, replacement: nn.Module) -> nn.Module:
+        """What takes the place of ``module``, given the replacement of its attention."""
+        return replacement
 
     def finish(self, model: nn.Module, converted: list[nn.Module]) -> None:
         name_implementation(model, [self.attention(module).config for module in converted])

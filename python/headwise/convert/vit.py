@@ -9,8 +9,8 @@ from torch import nn
 
 from headwise.convert import older_vit
 from headwise.convert.registry import Architecture, family
-from headwise.convert.stand_ins import stand_ins
-from headwise.convert.transformers_attention import EncoderStandIn, SeparateProjections
+from headwise.convert.replacements import replacement_classes
+from headwise.convert.transformers_attention import EncoderReplacement, SeparateProjections
 from headwise.nn.multihead_attention import MultiheadAttention
 
 #: Prefix of a model's classes -> their module. tests/python/test_convert.py compares the attention
@@ -18,13 +18,13 @@ from headwise.nn.multihead_attention import MultiheadAttention
 FAMILY = family(__name__)
 
 
-class SelectedAttention(EncoderStandIn):
+class SelectedAttention(EncoderReplacement):
     """Replaces ``ViTAttention``."""
 
     PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
-selected, __getattr__ = stand_ins(__name__, SelectedAttention)
+selected, __getattr__ = replacement_classes(__name__, SelectedAttention)
 
 
 class VisionTransformer(SeparateProjections):
@@ -40,7 +40,7 @@ class VisionTransformer(SeparateProjections):
     def shape(self, module: nn.Module) -> tuple[int, int, float]:
         return module.num_attention_heads, module.head_dim, module.attention_dropout
 
-    def successor(self, old: nn.Module, mha: MultiheadAttention) -> nn.Module:
+    def replacement(self, old: nn.Module, mha: MultiheadAttention) -> nn.Module:
         return selected(type(old))(old, mha)
 
 

@@ -12,7 +12,7 @@ from headwise.convert.bart import PLACES
 from headwise.convert.decoder import SelectedDecoderAttention, TransformersProjected
 from headwise.convert.older_versions import outputs
 from headwise.convert.registry import family
-from headwise.convert.stand_ins import stand_ins
+from headwise.convert.replacements import replacement_classes
 
 #: Prefix of a model's classes -> their module.
 FAMILY = family(__name__)
@@ -41,12 +41,12 @@ class SelectedSpeechAttention(SelectedDecoderAttention):
         return (*self.attend(hidden_states, attention_mask, None, options), *more)
 
 
-selected, __getattr__ = stand_ins(__name__, SelectedSpeechAttention)
+selected, __getattr__ = replacement_classes(__name__, SelectedSpeechAttention)
 
 
 class Wav2Vec2(TransformersProjected):
     name = "transformers Wav2Vec2"
-    stand_in = staticmethod(selected)
+    replacement_class = staticmethod(selected)
     places = PLACES
     attributes = ("config", "is_causal", "is_decoder")
 

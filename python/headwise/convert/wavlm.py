@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from headwise.convert.bart import PLACES
 from headwise.convert.decoder import TransformersProjected
 from headwise.convert.relative_bias import SelectedBiasedAttention
-from headwise.convert.stand_ins import stand_ins
+from headwise.convert.replacements import replacement_classes
 from headwise.nn.proof import Draw, Trial
 
 _KEPT = ("gru_rel_pos_linear", "rel_attn_embed")
@@ -67,12 +67,12 @@ class SelectedGatedBiasAttention(SelectedBiasedAttention):
         return output, maps, position_bias
 
 
-selected, __getattr__ = stand_ins(__name__, SelectedGatedBiasAttention)
+selected, __getattr__ = replacement_classes(__name__, SelectedGatedBiasAttention)
 
 
 class WavLM(TransformersProjected):
     name = "transformers WavLM"
-    stand_in = staticmethod(selected)
+    replacement_class = staticmethod(selected)
     places = PLACES
     children = _KEPT
     parameters = ("gru_rel_pos_const",)

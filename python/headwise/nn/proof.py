@@ -274,7 +274,7 @@ class Proof:
         except Exception as error:
             raise ValueError(
                 f"{type(module).__name__} '{name}' cannot be called as its class is, so nothing "
-                f"proves that its successor computes the same ({_brief(error)}); verify=False "
+                f"proves that its replacement computes the same ({_brief(error)}); verify=False "
                 f"changes it all the same"
             ) from error
 

@@ -80,7 +80,7 @@ def prune(
             layers, or the residual stream from end to end; and check ``repair``.
 
     Returns:
-        The smaller model: a copy, or ``model`` (its successor, if it is itself a layer).
+        The smaller model: a copy, or ``model`` (its replacement, if it is itself a layer).
 
     Raises:
         ValueError: the plan names a layer that does not exist or has another number of heads, or a

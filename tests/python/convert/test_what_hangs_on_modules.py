@@ -403,11 +403,11 @@ def test_masks_of_four_dimensions_are_not_integers(name, gate):
     model = hw.convert(build(name)[0], gate)
     mask = torch.ones(2, 1, 6, 6, dtype=torch.long).tril()
     layer = next(iter(hw.attention_layers(model).values()))
-    stand_in = layer if name == "LlamaForCausalLM" else model.encoder.layer[0].attention.self
+    replacement = layer if name == "LlamaForCausalLM" else model.encoder.layer[0].attention.self
     angles = {"position_embeddings": (torch.ones(2, 6, 6), torch.zeros(2, 6, 6))}
     options = angles if name == "LlamaForCausalLM" else {}
     with pytest.raises(TypeError, match="must be boolean or floating, got torch.int64"):
-        stand_in(torch.randn(2, 6, EMBED), attention_mask=mask, **options)
+        replacement(torch.randn(2, 6, EMBED), attention_mask=mask, **options)
 
 
 REFERENCES = {

@@ -128,7 +128,7 @@ def check_plan(found: Structure, plan: StructurePlan) -> None:
 
 
 def compact(model: nn.Module, plan: StructurePlan) -> nn.Module:
-    """Removes in place what ``plan`` drops; returns the model or its successor.
+    """Removes in place what ``plan`` drops; returns the model or its replacement.
 
     ``plan`` fits ``model`` (:func:`check_plan`), and no layer has a gate that chooses.
     """

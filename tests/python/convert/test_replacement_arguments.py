@@ -90,14 +90,14 @@ def named_arguments(original):
 
 @pytest.mark.parametrize("name", WITH_A_MASK)
 def test_every_argument_of_the_original_works_or_is_refused_by_name(name):
-    original, stand_in = pair(name)
+    original, replacement = pair(name)
     understood = []
     for argument in named_arguments(original):
         inputs = positional(name)
         make = VALUES.get(argument, lambda: torch.ones(BATCH, dtype=torch.int32))
         extra = {argument: make()}
         try:
-            actual, _ = stand_in(**inputs, **extra)
+            actual, _ = replacement(**inputs, **extra)
         except (TypeError, ValueError) as error:
             assert argument in str(error) or "cache must be None" in str(error)
             continue
@@ -114,16 +114,16 @@ def test_every_argument_of_the_original_works_or_is_refused_by_name(name):
 @pytest.mark.parametrize("name", STAND_INS)
 @pytest.mark.parametrize("value", [torch.zeros(3), True, 0.5, "x"], ids=lambda v: type(v).__name__)
 def test_a_made_up_argument_is_refused(name, value):
-    _, stand_in = pair(name)
+    _, replacement = pair(name)
     with pytest.raises(TypeError, match=r"(Selected\w+|ViTAttention)\W.*'head_temperature'"):
-        stand_in(**positional(name), head_temperature=value)
-    if type(stand_in).__name__.startswith(
+        replacement(**positional(name), head_temperature=value)
+    if type(replacement).__name__.startswith(
         "Selected"
     ):  # before 5.9 not ViT's, which is the original
-        stand_in(**positional(name), head_temperature=None)
+        replacement(**positional(name), head_temperature=None)
 
 
-def test_torchs_stand_in_refuses_a_made_up_argument():
+def test_torchs_replacement_refuses_a_made_up_argument():
     layer = hw.convert(nn.MultiheadAttention(EMBED, HEADS), hw.FixedGate())
     x = torch.randn(LENGTH, BATCH, EMBED)
     with pytest.raises(TypeError, match="head_temperature"):
@@ -133,7 +133,7 @@ def test_torchs_stand_in_refuses_a_made_up_argument():
 @pytest.mark.parametrize("name", DECODERS)
 @pytest.mark.parametrize("word", ["cache", "past_key_values"])
 def test_the_cache_is_used_under_both_of_its_names(name, word):
-    original, stand_in = pair(name)
+    original, replacement = pair(name)
     own = "cache" if "cache" in parameters_of(original) else "past_key_values"
     first, second = DynamicCache(), DynamicCache()
     for _ in range(3):
@@ -142,28 +142,28 @@ def test_the_cache_is_used_under_both_of_its_names(name, word):
         if "position_embeddings" in inputs:
             inputs["position_embeddings"] = tuple(t[:, :1] for t in inputs["position_embeddings"])
         expected, *_ = original(**inputs, attention_mask=None, **{own: first})
-        actual, _ = stand_in(**inputs, **{word: second})
+        actual, _ = replacement(**inputs, **{word: second})
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     assert second.get_seq_length() == 3
 
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_two_caches_are_refused(name):
-    _, stand_in = pair(name)
+    _, replacement = pair(name)
     with pytest.raises(TypeError, match="takes one cache, as cache or as past_key_values, got two"):
-        stand_in(**positional(name), cache=DynamicCache(), past_key_values=DynamicCache())
+        replacement(**positional(name), cache=DynamicCache(), past_key_values=DynamicCache())
 
 
 def test_missing_angles_are_refused():
-    _, stand_in = pair("LlamaForCausalLM")
+    _, replacement = pair("LlamaForCausalLM")
     with pytest.raises(TypeError, match="SelectedLlamaAttention needs position_embeddings"):
-        stand_in(torch.randn(BATCH, LENGTH, EMBED))
+        replacement(torch.randn(BATCH, LENGTH, EMBED))
 
 
 def test_a_causal_encoder_is_refused():
-    _, stand_in = pair("BertModel")
+    _, replacement = pair("BertModel")
     with pytest.raises(ValueError, match="is_causal must be None or False, got True"):
-        stand_in(torch.randn(BATCH, LENGTH, EMBED), is_causal=True)
+        replacement(torch.randn(BATCH, LENGTH, EMBED), is_causal=True)
 
 
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel"])

@@ -21,7 +21,7 @@ def named(path: str) -> type:
     return getattr(importlib.import_module(module), name)
 
 
-def stand_ins(
+def replacement_classes(
     file: str, base: type[nn.Module], suffix: str = "Attention", classes_of: str | None = None
 ) -> tuple[Callable[[type], type], Callable[[str], type]]:
     """The replacement classes of one file of this folder, created on demand.
