@@ -19,13 +19,12 @@ from torch import Tensor, nn
 
 from headwise.analysis.ablation import LossesByIntervention
 from headwise.convert.conversion import converted
+from headwise.gates.padding import is_padding
 from headwise.io.printable import quoted
 from headwise.io.progress import with_progress
 from headwise.nn.attention_layer import AttentionLayer, AttentionProbe
 from headwise.nn.instrumenting import instrument, scaled_heads
-from headwise.nn.intervention import (
-    LossFunction,
-)
+from headwise.nn.intervention import LossFunction
 
 __all__ = ["HeadInteractions", "HeadSimilarity", "head_interactions", "head_similarity"]
 
@@ -250,12 +249,10 @@ class _TokenSample:
     def see(self, name: str, layer: AttentionLayer, probe: AttentionProbe) -> None:
         tokens = probe.context.transpose(1, 2)  # [B, L, H, d]
         padding = probe.query_padding_mask
-        if padding is not None:
-            if padding.dtype != torch.bool:
-                padding = padding == float("-inf")
-            self._batch[name] = tokens[~padding]
-        else:
+        if padding is None:
             self._batch[name] = tokens.flatten(0, 1)
+        else:
+            self._batch[name] = tokens[~is_padding(padding)]
 
     def end_batch(self) -> None:
         sizes = {name: len(tokens) for name, tokens in self._batch.items()}

@@ -201,17 +201,12 @@ class _Rules(TorchFunctionMode):
 
             return tuple(map(once, args)), {key: once(value) for key, value in kwargs.items()}
 
-        handles = [model.register_forward_pre_hook(replaced, with_kwargs=True)]
-        handles += [
-            module.register_forward_hook(_whole_activation)
-            for module in model.modules()
-            if type(module).__name__ in _ACTIVATIONS
-        ]
-        try:
+        with contextlib.ExitStack() as hooks:
+            hooks.enter_context(model.register_forward_pre_hook(replaced, with_kwargs=True))
+            for module in model.modules():
+                if type(module).__name__ in _ACTIVATIONS:
+                    hooks.enter_context(module.register_forward_hook(_whole_activation))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from headwise._C import LayerPlan
 from headwise.gates.base import Gate
 from headwise.gates.options import checked
+from headwise.gates.padding import is_padding
 from headwise.gates.scope import ScopedGate
 from headwise.gates.selection import Selection
 from headwise.io.printable import quoted
@@ -41,7 +42,7 @@ def router_features(x: Tensor, padding: Tensor | None, features: Sequence[str]) 
     x = x.float()
     valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
     if padding is not None:
-        valid = ~padding if padding.dtype == torch.bool else padding >= 0
+        valid = ~is_padding(padding)
     parts = []
     for feature in features:
         if feature == "mean":

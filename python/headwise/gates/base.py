@@ -176,6 +176,15 @@ class Gate(nn.Module):
             if (linear := self._modules.get(name)) is not None:
                 check_read(f"gate.{name}", linear)
 
+    def _check_relevance(self, relevance: Tensor) -> None:
+        """Of a ``start_from``: finite, of shape ``[H]``."""
+        if relevance.shape != (self.num_heads,):
+            raise ValueError(
+                f"relevance must have shape [{self.num_heads}], got {list(relevance.shape)}"
+            )
+        if not bool(torch.isfinite(relevance).all()):
+            raise ValueError("relevance must be finite")
+
     def _record(self, **values: Any) -> None:
         """Stores the results of a training forward for the penalty and for readers, as
         attributes."""

@@ -119,10 +119,7 @@ class GroupGate(Gate):
 
     def start_from(self, relevance: Tensor, budget: float) -> None:
         """The inner gate starts with the mean relevance of each group's heads."""
-        if relevance.shape != (self.num_heads,):
-            raise ValueError(
-                f"relevance must have shape [{self.num_heads}], got {list(relevance.shape)}"
-            )
+        self._check_relevance(relevance)
         if hasattr(self.gate, "start_from"):
             place = self.place.to(relevance.device)
             total = relevance.new_zeros(self.num_groups).index_add(0, place, relevance)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from headwise.gates.base import Gate
 from headwise.gates.linears import ReadLinear
 from headwise.gates.options import checked
+from headwise.gates.padding import is_padding
 from headwise.gates.selection import Selection, TokenSelection
 from headwise.io.printable import quoted
 
@@ -139,10 +140,7 @@ class MixtureOfHeadsGate(Gate, configured=True):
 
     def start_from(self, relevance: Tensor, budget: float) -> None:
         """The most relevant heads become the shared ones."""
-        if relevance.shape != (self.num_heads,):
-            raise ValueError(
-                f"relevance must have shape [{self.num_heads}], got {list(relevance.shape)}"
-            )
+        self._check_relevance(relevance)
         order = relevance.argsort(descending=True, stable=True)
         self.shared.copy_(order[: len(self.shared)].sort().values)
 
@@ -167,9 +165,7 @@ class MixtureOfHeadsGate(Gate, configured=True):
     ) -> Selection | TokenSelection:
         self._check_bound(x)
         if self.routes_tokens:
-            padding = key_padding_mask
-            if padding is not None and padding.dtype != torch.bool:
-                padding = padding == -math.inf
+            padding = None if key_padding_mask is None else is_padding(key_padding_mask)
             return self._route(x, padding)
         chosen, weight, relevance = self._route(_ops.masked_mean(x, key_padding_mask), None)
         heads = self.routed + len(self.shared)

@@ -85,8 +85,17 @@ class ScheduledGate(Gate):
                 weight,
                 self.progress,
             )
-        features = self._features(x, key_padding_mask)
-        return _ops.input_relevance(features, base, weight, self.progress, True, static_until)
+        return self._input_relevance(
+            self._features(x, key_padding_mask), base, weight, static_until
+        )
+
+    def _input_relevance(
+        self, features: Tensor, base: Tensor, weight: Tensor, static_until: float
+    ) -> Tensor:
+        """As :meth:`_relevance_of`, of :meth:`_features`."""
+        return _ops.input_relevance(
+            features, base, weight, self.progress, self.training, static_until
+        )
 
     def anneal(self, progress: float) -> None:
         super().anneal(progress)
@@ -103,12 +112,7 @@ class ScheduledGate(Gate):
         Raises:
             ValueError: ``relevance`` is not finite or not of shape ``[H]``.
         """
-        if relevance.shape != (self.num_heads,):
-            raise ValueError(
-                f"relevance must have shape [{self.num_heads}], got {list(relevance.shape)}"
-            )
-        if not bool(torch.isfinite(relevance).all()):
-            raise ValueError("relevance must be finite")
+        self._check_relevance(relevance)
         with torch.no_grad():
             self._start(relevance, budget)
 

@@ -79,10 +79,7 @@ class SharedHeadsGate(Gate):
 
     def start_from(self, relevance: Tensor, budget: float) -> None:
         """The most relevant heads become the shared ones; the inner gate starts with the rest."""
-        if relevance.shape != (self.num_heads,):
-            raise ValueError(
-                f"relevance must have shape [{self.num_heads}], got {list(relevance.shape)}"
-            )
+        self._check_relevance(relevance)
         always = len(self.shared)
         order = relevance.argsort(descending=True, stable=True)
         self.shared.copy_(order[:always].sort().values)

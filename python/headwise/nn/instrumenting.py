@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -37,6 +37,19 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextlib.contextmanager
+def replaced(layers: Iterable[Any], name: str, value: Any) -> Iterator[None]:
+    """The attribute ``name`` of ``layers`` is ``value`` inside the block."""
+    before = [(layer, getattr(layer, name)) for layer in layers]
+    try:
+        for layer, _ in before:
+            setattr(layer, name, value)
+        yield
+    finally:
+        for layer, own in before:
+            setattr(layer, name, own)
 
 
 class Instrumented:

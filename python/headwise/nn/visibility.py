@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from headwise.nn.grouped_query_attention import GroupedQueryAttention
+from headwise.nn.instrumenting import replaced
 from headwise.nn.layers import attention_layers
 
 __all__ = ["gates_see"]
@@ -65,11 +66,5 @@ def gates_see(model: nn.Module, tokens: Tensor | int) -> Iterator[None]:
             f"model ({type(model).__name__}) has no headwise.GroupedQueryAttention: "
             f"call headwise.convert first"
         )
-    before = [layer._seen for layer in layers]
-    try:
-        for layer in layers:
-            layer._seen = tokens
+    with replaced(layers, "_seen", tokens):
         yield
-    finally:
-        for layer, seen in zip(layers, before, strict=True):
-            layer._seen = seen

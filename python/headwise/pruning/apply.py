@@ -28,7 +28,13 @@ from headwise.pruning.reconstruction import repair as repair_model
 from headwise.pruning.scores import HeadScores
 from headwise.pruning.structured.compaction import check_plan, compact
 from headwise.pruning.structured.description import structure
-from headwise.pruning.structured.masks import StructureGate, StructureMasks, attach, detach
+from headwise.pruning.structured.masks import (
+    StructureGate,
+    StructureMasks,
+    attach,
+    detach,
+    has_gate,
+)
 from headwise.pruning.structured.plan import StructurePlan
 from headwise.pruning.structured.proof import PlanProof
 
@@ -300,10 +306,7 @@ def _prune_structure(
         if name in replaced and layer.gate.static_weight() is not None:
             continue
         if name in cut or plan.hidden is not None:
-            raise ValueError(
-                f"layer '{name}' has a {type(layer.gate).__name__}: remove it first "
-                f"(layer.set_gate(None))"
-            )
+            raise has_gate(name, layer)
     if not inplace:
         model = copy.deepcopy(model)
     with unchanged_on_error(model):

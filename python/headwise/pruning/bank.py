@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,10 +21,12 @@ from headwise.io.progress import with_progress
 from headwise.nn.batches import batch_size, call_model, take_rows
 from headwise.nn.instrumenting import evaluating
 from headwise.nn.layers import attention_layers
+from headwise.nn.partial_forward import Stop
 from headwise.pruning.apply import prune
 from headwise.pruning.plans import HeadPlan, LayerPlan, plan
 from headwise.pruning.reconstruction import repair
 from headwise.pruning.scores import HeadScores
+from headwise.pruning.structured.masks import refuse_gates
 
 __all__ = ["Bank", "PlanChoice", "fit_bank", "following", "plan_choices", "refit_router"]
 
@@ -135,15 +138,10 @@ def fit_bank(
             raise ValueError(
                 f"features must be some of {', '.join(FEATURES)}, got {quoted(feature)}"
             )
-    forward_fn = call_model if forward_fn is None else forward_fn
+    forward_fn = forward_fn or call_model
     dense = converted(model)
     layers = attention_layers(dense)
-    for name, layer in layers.items():
-        if layer.gate is not None:
-            raise ValueError(
-                f"layer '{name}' has a {type(layer.gate).__name__}: remove it first "
-                f"(layer.set_gate(None))"
-            )
+    refuse_gates(dense)
     if not 0 <= at < len(layers):
         raise ValueError(f"at must be one of the {len(layers)} attention layers, got {at}")
     _check_calls(dense, batches[0], forward_fn)
@@ -216,13 +214,9 @@ def refit_router(
     def record(module: nn.Module, args: tuple, output: Any) -> None:
         found.append(router_features(args[0], args[1], module.features))
 
-    handle = gate.register_forward_hook(record)
-    try:
-        with evaluating(model):
-            for batch in batches:
-                (call_model if forward_fn is None else forward_fn)(model, batch)
-    finally:
-        handle.remove()
+    with gate.register_forward_hook(record), evaluating(model):
+        for batch in batches:
+            (forward_fn or call_model)(model, batch)
     if not found:
         raise ValueError("batches must not be empty: there is nothing to fit a router on")
     seen = torch.cat(found).double().cpu()
@@ -251,12 +245,8 @@ def plan_choices(
     def record(module: nn.Module, args: tuple, output: Any) -> None:
         scores.append(module.scores(*args[:2]))
 
-    handle = gate.register_forward_hook(record)
-    try:
-        with evaluating(model):
-            (call_model if forward_fn is None else forward_fn)(model, batch)
-    finally:
-        handle.remove()
+    with gate.register_forward_hook(record), evaluating(model):
+        (forward_fn or call_model)(model, batch)
     choices = []
     for row in torch.cat(scores).double().cpu():
         order = row.argsort(descending=True).tolist()
@@ -312,29 +302,21 @@ def _deciding(gates: dict[str, BankGate]) -> BankGate:
 def _check_calls(dense: nn.Module, batch: Any, forward_fn: Callable) -> None:
     """Raises an error for layers that run several times: one plan cannot both follow a decision and
     precede it."""
-    calls: dict[str, int] = {}
-    handles = []
-    for name, layer in attention_layers(dense).items():
+    calls: Counter[str] = Counter()
+    with contextlib.ExitStack() as hooks:
+        for name, layer in attention_layers(dense).items():
 
-        def count(module: nn.Module, args: tuple, name: str = name) -> None:
-            calls[name] = calls.get(name, 0) + 1
+            def count(module: nn.Module, args: tuple, name: str = name) -> None:
+                calls[name] += 1
 
-        handles.append(layer.register_forward_pre_hook(count))
-    try:
-        with evaluating(dense):
-            forward_fn(dense, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+            hooks.enter_context(layer.register_forward_pre_hook(count))
+        hooks.enter_context(evaluating(dense))
+        forward_fn(dense, batch)
     for name, number in calls.items():
         if number > 1:
             raise ValueError(
                 f"layers must run once for each input, and layer '{name}' ran {number} times"
             )
-
-
-class _Stop(BaseException):
-    """Ends a forward when the features are read."""
 
 
 @torch.no_grad()
@@ -353,7 +335,7 @@ def _inputs_of(
             for batch in batches:
                 try:
                     forward_fn(dense, batch)
-                except _Stop:
+                except Stop:
                     continue
                 raise ValueError(f"forward_fn must run model: layer '{name}' was not called")
     finally:
@@ -374,7 +356,7 @@ class _Reader(BankGate, configured=False):
     def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Any:
         assert self.found is not None
         self.found.append(router_features(x, key_padding_mask, self.features))
-        raise _Stop
+        raise Stop
 
 
 def _clusters(seen: Tensor, plans: int, given: Sequence[int] | Tensor | None, seed: int) -> Tensor:

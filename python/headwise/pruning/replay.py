@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from headwise.gates.padding import is_padding
 from headwise.nn.attention_layer import AttentionLayer, AttentionProbe
 from headwise.nn.decoder_inputs import forward_replaced
-from headwise.nn.instrumenting import evaluating
+from headwise.nn.instrumenting import evaluating, replaced
 from headwise.nn.layers import attention_layers
+from headwise.nn.partial_forward import Stop, tokens_read
 from headwise.pruning.structured.description import structure
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -55,10 +57,6 @@ class Seen:
     valid: Tensor
 
 
-class _Stop(BaseException):
-    """Ends a forward early; no handler in a model's own code catches it."""
-
-
 class Replay:
     """Runs one model on each of some batches, up to one of its sites at a time.
 
@@ -92,25 +90,18 @@ class Replay:
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Evaluation mode, with recorders of padding."""
-        probes = [(layer, layer._probe) for layer in self._layers.values()]
         # A nested tensor has no rows of padding to leave out.
         nested = [
             module
             for module in self.model.modules()
             if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor
         ]
-        with evaluating(self.model), torch.no_grad():
+        probed = replaced(self._layers.values(), "_probe", self._watch)
+        plain = replaced(nested, "use_nested_tensor", False)
+        with evaluating(self.model), torch.no_grad(), probed, plain:
             try:
-                for module in nested:
-                    module.use_nested_tensor = False
-                for layer in self._layers.values():
-                    layer._probe = self._watch
                 yield
             finally:
-                for layer, probe in probes:
-                    layer._probe = probe
-                for module in nested:
-                    module.use_nested_tensor = True
                 for block in self.blocks:
                     block.__dict__.pop("forward", None)
 
@@ -124,9 +115,9 @@ class Replay:
                 valid = ~self._padding
             seen.append(Seen(inputs, outputs, valid))
             if len(seen) == self.calls[name]:
-                raise _Stop
+                raise Stop
 
-        with self._recording(site, record), contextlib.suppress(_Stop):
+        with self._recording(site, record), contextlib.suppress(Stop):
             self._go(i)
         return seen
 
@@ -136,15 +127,11 @@ class Replay:
 
         def keep(module: nn.Module, args: tuple, output: Any) -> None:
             state.append(output)
-            raise _Stop
+            raise Stop
 
         for i in range(len(self.batches)):
-            handle = self.blocks[block].register_forward_hook(keep)
-            try:
-                with contextlib.suppress(_Stop):
-                    self._go(i)
-            finally:
-                handle.remove()
+            with self.blocks[block].register_forward_hook(keep), contextlib.suppress(Stop):
+                self._go(i)
         self._state, self.finished = state, block + 1
 
     def read_tokens(self, i: int) -> Tensor | None:
@@ -152,27 +139,17 @@ class Replay:
         classifier's first). None: all, or the model is not a chain of blocks."""
         if not self.blocks:
             return None
-        leaves: list[Tensor] = []
 
-        def leaf(module: nn.Module, args: tuple, output: Any) -> Any:
-            whole = isinstance(output, tuple)
-            leaves.append((output[0] if whole else output).detach().requires_grad_())
-            return (leaves[-1], *output[1:]) if whole else leaves[-1]
+        def total() -> Tensor | None:
+            output = _first_tensor(self._go(i))
+            if output is None:
+                return None
+            # Not the sum: for normalised outputs (a softmax) it is constant.
+            weights = torch.linspace(1.0, 2.0, output.numel(), device=output.device)
+            return (output * weights.sin().view_as(output).to(output.dtype)).sum()
 
-        handle = self.blocks[-1].register_forward_hook(leaf)
-        try:
-            with torch.enable_grad():
-                output = _first_tensor(self._go(i))
-                if output is None or not output.requires_grad:
-                    return None
-                # Not the sum: for normalised outputs (a softmax) it is constant.
-                weights = torch.linspace(1.0, 2.0, output.numel(), device=output.device)
-                total = (output * weights.sin().view_as(output).to(output.dtype)).sum()
-                (gradient,) = torch.autograd.grad(total, leaves)
-        finally:
-            handle.remove()
-        read = (gradient != 0).any(-1)  # [B, L]
-        return read if read.dim() == 2 and bool(read.any()) else None
+        read = tokens_read(self.blocks[-1], total)  # [B, L]
+        return read if read is not None and read.dim() == 2 and bool(read.any()) else None
 
     def _go(self, i: int) -> Any:
         self._padding = None
@@ -182,9 +159,8 @@ class Replay:
 
     def _watch(self, layer: AttentionLayer, probe: AttentionProbe) -> None:
         self._sequence_first = not getattr(layer, "batch_first", True)
-        padding = probe.query_padding_mask  # [B, L]
-        if padding is not None:
-            self._padding = padding if padding.dtype == torch.bool else padding < 0
+        if probe.query_padding_mask is not None:
+            self._padding = is_padding(probe.query_padding_mask)  # [B, L]
 
     @contextlib.contextmanager
     def _recording(self, site: Site, record: Callable) -> Iterator[None]:
@@ -210,11 +186,8 @@ class Replay:
             order = (1, 0, 2) if self._sequence_first and output.dim() == 3 else None
             record(*(x if order is None else x.permute(order) for x in (args[0], output)))
 
-        handle = site.module.register_forward_hook(hook)
-        try:
+        with site.module.register_forward_hook(hook):
             yield
-        finally:
-            handle.remove()
 
     def _explore(self, sites: dict[str, Site]) -> tuple[dict[str, int], list[nn.Module]]:
         """How often each site runs, in the order of first runs; and the blocks of the chain."""
@@ -225,7 +198,6 @@ class Replay:
             for module in self.model.modules()
             if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 1
         ]
-        handles = []
 
         def count(name: str) -> Callable:
             def hook(module: nn.Module, args: tuple) -> None:
@@ -237,17 +209,15 @@ class Replay:
             given = args[0] if args else next(iter(kwargs.values()), None)
             passed.setdefault(module, []).append((given, output))
 
-        for name, site in sites.items():
-            handles.append(site.module.register_forward_pre_hook(count(name)))
-        for block in {block for chain in chains for block in chain}:
-            handles.append(block.register_forward_hook(watch, with_kwargs=True))
-        try:
+        with contextlib.ExitStack() as hooks:
+            for name, site in sites.items():
+                hooks.enter_context(site.module.register_forward_pre_hook(count(name)))
+            for block in {block for chain in chains for block in chain}:
+                hooks.enter_context(block.register_forward_hook(watch, with_kwargs=True))
             # With recorders, so that no fused path of torch leaves a layer out.
-            with self._watching():
+            self.blocks = []
+            with self.running():
                 self._forward(self.model, self.batches[0])
-        finally:
-            for handle in handles:
-                handle.remove()
         missing = set(self._layers) - set(calls)
         if missing == set(self._layers):
             raise ValueError("forward_fn must run model: none of its attention layers was called")
@@ -256,12 +226,6 @@ class Replay:
             if _is_chain(chain, passed, inside):
                 return calls, chain
         return calls, []
-
-    @contextlib.contextmanager
-    def _watching(self) -> Iterator[None]:
-        self.blocks = []
-        with self.running():
-            yield
 
 
 class _Returning:

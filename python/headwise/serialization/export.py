@@ -1,4 +1,4 @@
-"""Models as programs that need nothing of headwise: for ONNX and other runtimes.
+"""Models as programs that do not need headwise: for ONNX and other runtimes.
 
 Such runtimes have no operators that run only some heads. A gate's choice is still computed, and
 every head multiplied by its weight: the numbers are those of the model, the cost is that of all
@@ -7,19 +7,18 @@ heads.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from headwise.nn.attention_layer import AttentionLayer
+from headwise.nn.instrumenting import replaced
 from headwise.nn.layers import attention_layers
 from headwise.nn.visible_keys import attend_visible, is_masked
 
@@ -66,7 +65,8 @@ def plain_program(
         raise ValueError("model must be in evaluation mode: call model.eval() first")
     if skips_nothing(model):
         warnings.warn(note(model), stacklevel=2)
-    with _every_head(layers.values()):
+    # As for a recorder: the layers compute every head, in plain operators.
+    with replaced(layers.values(), "_probe", lambda layer, probe: None):
         program = torch.export.export(
             model, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False
         )
@@ -133,23 +133,6 @@ def note(model: nn.Module) -> str:
         f"for every input, and {', '.join(kinds)} only multiplies their outputs; the choice saves "
         f"no time in this program"
     )
-
-
-@contextlib.contextmanager
-def _every_head(layers: Any) -> Iterator[None]:
-    """The layers compute every head, in plain operators, inside the block: as for a recorder."""
-    layers = list(layers)
-    before = [layer._probe for layer in layers]
-
-    def ignore(layer: AttentionLayer, probe: Any) -> None: ...
-
-    try:
-        for layer in layers:
-            layer._probe = ignore
-        yield
-    finally:
-        for layer, probe in zip(layers, before, strict=True):
-            layer._probe = probe
 
 
 def _targets(program: torch.export.ExportedProgram) -> list[torch._ops.OpOverload]:

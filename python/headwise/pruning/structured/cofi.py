@@ -18,7 +18,7 @@ from headwise.pruning.plans import HeadPlan, LayerPlan
 from headwise.pruning.structured.compaction import compact
 from headwise.pruning.structured.description import Structure, structure
 from headwise.pruning.structured.distillation import LayerOutputs, layer_distillation
-from headwise.pruning.structured.masks import StructureMasks, attach, refuse_gates, unmasked
+from headwise.pruning.structured.masks import StructureMasks, attach, refuse_gates, units, unmasked
 from headwise.pruning.structured.plan import BlockPlan, FfnPlan, HiddenPlan, StructurePlan
 
 __all__ = ["CoFi"]
@@ -458,10 +458,6 @@ class CoFi(nn.Module):
         values = self._constant_values()
         self._set_values(values)
         attention, ffn = self._names
-
-        def units(mask: Tensor) -> tuple[list[int], list[float]]:
-            kept = mask.nonzero()[:, 0]
-            return kept.tolist(), mask[kept].double().tolist()
 
         scales = dict(zip(attention, values["attention"][0].double().tolist(), strict=True))
         scales |= dict(zip(ffn, values["ffn"][0].double().tolist(), strict=True))

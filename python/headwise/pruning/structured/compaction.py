@@ -77,20 +77,12 @@ def resized_attention(
 
     ``removed``: a placeholder for a removed block, without heads and biases: it adds 0.
     """
-    shared = old._same_embed_dim
-    new = MultiheadAttention(
-        embed_dim,
-        num_heads,
-        dropout=old.dropout,
-        bias=old.in_proj_bias is not None and not removed,
-        add_bias_kv=old.bias_k is not None and not removed,
-        add_zero_attn=old.add_zero_attn,
-        kdim=embed_dim if shared else old.kdim,
-        vdim=embed_dim if shared else old.vdim,
-        batch_first=old.batch_first,
-        head_dim=old.head_dim,
-        device="meta",
-    )
+    sizes = {**old.describe(), "num_heads": num_heads, "embed_dim": embed_dim}
+    if old._same_embed_dim:
+        sizes |= {"kdim": embed_dim, "vdim": embed_dim}
+    if removed:
+        sizes |= {"bias": False, "add_bias_kv": False}
+    new = MultiheadAttention(**sizes, device="meta")
     carry_hooks(old, new)
     return new.train(old.training)
 

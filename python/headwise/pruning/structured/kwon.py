@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from headwise import _C
 from headwise.convert import convert
+from headwise.gates.padding import is_padding
 from headwise.io.printable import quoted
 from headwise.io.progress import with_progress
 from headwise.nn.instrumenting import instrument
@@ -21,7 +22,7 @@ from headwise.pruning.plans import HeadPlan, LayerPlan
 from headwise.pruning.structured.compaction import compact
 from headwise.pruning.structured.description import Structure, structure
 from headwise.pruning.structured.latency import LatencyTable, measure_latency
-from headwise.pruning.structured.masks import StructureMasks, attach, detach, refuse_gates
+from headwise.pruning.structured.masks import StructureMasks, attach, detach, refuse_gates, units
 from headwise.pruning.structured.plan import FfnPlan, StructurePlan
 from headwise.pruning.structured.tuning import tune as tune_masks
 
@@ -305,8 +306,7 @@ class _Search:
             if padding is None:
                 lengths.append(torch.full((x.size(0),), float(x.size(1))))
             else:
-                seen = ~padding if padding.dtype == torch.bool else padding == 0
-                lengths.append(seen.sum(1).float().cpu())
+                lengths.append((~is_padding(padding)).sum(1).float().cpu())
 
         first = next(iter(self.masks.heads))
         accumulator = _C.FisherAccumulator()
@@ -400,15 +400,11 @@ class _Search:
             (masks.heads, kept[0], self.heads),
             (masks.neurons, kept[1], self.neurons),
         ):
-            for name, units in kind.items():
+            for name, own in kind.items():
                 values[name] = torch.zeros(counts[name])
-                values[name][units] = 1.0
+                values[name][own] = 1.0
 
     def plan(self, masks: StructureMasks, metadata: dict[str, Any]) -> StructurePlan:
-        def units(mask: Tensor) -> tuple[list[int], list[float]]:
-            kept = mask.nonzero()[:, 0]
-            return kept.tolist(), mask[kept].double().tolist()
-
         layers = [
             LayerPlan(name, count, *units(masks.heads[name])) for name, count in self.heads.items()
         ]

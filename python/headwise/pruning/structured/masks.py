@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from headwise.gates import Gate
 from headwise.gates.selection import Selection
+from headwise.nn.attention_layer import AttentionLayer
 from headwise.nn.layers import attention_layers, carry_hooks, replace_module
 from headwise.pruning.structured.description import Structure
 from headwise.pruning.structured.plan import StructurePlan
@@ -66,6 +67,12 @@ def spread(units: list[int], scale: list[float], size: int) -> Tensor:
     mask = torch.zeros(size, dtype=torch.float64)
     mask[torch.tensor(units, dtype=torch.long)] = torch.tensor(scale, dtype=torch.float64)
     return mask.float()
+
+
+def units(mask: Tensor) -> tuple[list[int], list[float]]:
+    """The inverse of :func:`spread`: the units that are not 0, and their scales."""
+    kept = mask.nonzero()[:, 0]
+    return kept.tolist(), mask[kept].double().tolist()
 
 
 class StructureGate(Gate):
@@ -302,7 +309,11 @@ def refuse_gates(model: nn.Module) -> None:
         raise ValueError("model must not have a structure plan as a mask: headwise.unmask it")
     for name, layer in attention_layers(model).items():
         if layer.gate is not None:
-            raise ValueError(
-                f"layer '{name}' has a {type(layer.gate).__name__}: remove it first "
-                f"(layer.set_gate(None))"
-            )
+            raise has_gate(name, layer)
+
+
+def has_gate(name: str, layer: AttentionLayer) -> ValueError:
+    """The error for a layer that must have no gate."""
+    return ValueError(
+        f"layer '{name}' has a {type(layer.gate).__name__}: remove it first (layer.set_gate(None))"
+    )

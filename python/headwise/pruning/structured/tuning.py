@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from headwise import _C
+from headwise.gates.padding import is_padding
 from headwise.nn.attention_layer import AttentionProbe
 from headwise.nn.instrumenting import instrument
+from headwise.nn.partial_forward import Stop, tokens_read
 from headwise.pruning.structured.description import Structure, TransformerLayer
 from headwise.pruning.structured.masks import StructureMasks
 
@@ -43,10 +45,6 @@ class Tuned:
     loss: tuple[float, float] | None = None
     step: float = 0.0
     skipped: str = ""
-
-
-class _FirstLayer(Exception):
-    """Raised when a forward reaches the first layer, to skip the rest."""
 
 
 @dataclass
@@ -201,7 +199,6 @@ def _sensitivity(
     1.
     """
     sums: dict[tuple[str, int], Tensor] = {}
-    handles = []
 
     def record(key: tuple[str, int], x: Tensor) -> None:
         def add(gradient: Tensor) -> None:
@@ -215,29 +212,26 @@ def _sensitivity(
         first = next(iter(kwargs))
         return args, {**kwargs, first: kwargs[first].detach().requires_grad_()}
 
-    handles.append(found.layers[0].module.register_forward_pre_hook(start, with_kwargs=True))
-    for layer in found.layers:
-        points = [(name, i) for i, name in enumerate(layer.norms)]
-        if layer.norm_first:  # a norm reads the stream after the previous block
-            points = [(layer.norms[1], 0)]
+    with contextlib.ExitStack() as hooks, torch.enable_grad():
+        first = found.layers[0].module
+        hooks.enter_context(first.register_forward_pre_hook(start, with_kwargs=True))
+        for layer in found.layers:
+            points = [(name, i) for i, name in enumerate(layer.norms)]
+            if layer.norm_first:  # a norm reads the stream after the previous block
+                points = [(layer.norms[1], 0)]
 
-            def after(module, args, output, name=layer.name) -> None:
-                record((name, 1), output[0] if isinstance(output, tuple) else output)
+                def after(module, args, output, name=layer.name) -> None:
+                    record((name, 1), output[0] if isinstance(output, tuple) else output)
 
-            handles.append(layer.module.register_forward_hook(after))
-        for norm, i in points:
+                hooks.enter_context(layer.module.register_forward_hook(after))
+            for norm, i in points:
 
-            def before(module, args, key=(layer.name, i)) -> None:
-                record(key, args[0])
+                def before(module, args, key=(layer.name, i)) -> None:
+                    record(key, args[0])
 
-            handles.append(model.get_submodule(norm).register_forward_pre_hook(before))
-    try:
-        with torch.enable_grad():
-            for batch in batches:
-                loss_fn(model, batch).sum().backward()
-    finally:
-        for handle in handles:
-            handle.remove()
+                hooks.enter_context(model.get_submodule(norm).register_forward_pre_hook(before))
+        for batch in batches:
+            loss_fn(model, batch).sum().backward()
     return {
         layer.name: (_root(sums, layer.name, 0), _root(sums, layer.name, 1))
         for layer in found.layers
@@ -255,25 +249,11 @@ def _read_tokens(
 ) -> list[Tensor]:
     """For each batch, bool [B, L]: tokens of the last layer's output that the loss has a gradient
     for."""
-    read = []
-    for batch in batches:
-        outputs: list[Tensor] = []
 
-        def leaf(module, args, output, outputs=outputs):
-            whole = isinstance(output, tuple)
-            x = (output[0] if whole else output).detach().requires_grad_()
-            outputs.append(x)
-            return (x, *output[1:]) if whole else x
+    def read_in(batch: Any) -> Tensor | None:
+        return tokens_read(last, lambda: loss_fn(model, batch).mean())
 
-        handle = last.register_forward_hook(leaf)
-        try:
-            with torch.enable_grad():
-                loss = loss_fn(model, batch).mean()
-                (gradient,) = torch.autograd.grad(loss, outputs[-1:])
-        finally:
-            handle.remove()
-        read.append((gradient != 0).any(-1))
-    return read
+    return [read for read in map(read_in, batches) if read is not None]
 
 
 def _first_inputs(model: nn.Module, first: nn.Module, batches: Sequence[Any], loss_fn) -> _Calls:
@@ -285,15 +265,12 @@ def _first_inputs(model: nn.Module, first: nn.Module, batches: Sequence[Any], lo
         calls.args.append(args[1:])
         calls.kwargs.append(kwargs)
         calls.teacher.append(x)
-        raise _FirstLayer
+        raise Stop
 
-    handle = first.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
+    with first.register_forward_pre_hook(stop, with_kwargs=True):
         for batch in batches:
-            with contextlib.suppress(_FirstLayer):
+            with contextlib.suppress(Stop):
                 loss_fn(model, batch)
-    finally:
-        handle.remove()
     calls.student = list(calls.teacher)
     return calls
 
@@ -340,12 +317,11 @@ class _Runner:
 
         def probe(name: str, layer, seen: AttentionProbe) -> None:
             capture.context = seen.context
-            padding = seen.query_padding_mask
-            if padding is None:
+            if seen.query_padding_mask is None:
                 batch, _, length, _ = seen.context.shape
                 capture.valid = seen.context.new_ones(batch, length, dtype=torch.bool)
             else:
-                capture.valid = ~padding if padding.dtype == torch.bool else padding == 0
+                capture.valid = ~is_padding(seen.query_padding_mask)
 
         def keep(name: str):
             def hook(module: nn.Module, args: tuple) -> None:
@@ -358,19 +334,13 @@ class _Runner:
         points = ["after_attention", "after_ffn"]
         if self.layer.norm_first:
             points = ["", "after_attention"]
-        handles = [
-            norm.register_forward_pre_hook(keep(point))
-            for norm, point in zip(self.norms, points, strict=True)
-            if point
-        ]
-        handles.append(self.ffn.second.register_forward_pre_hook(keep("activations")))
-        try:
-            with instrument(self.attention, evaluate=False) as opened:
-                opened.probe(probe)
-                yield capture
-        finally:
-            for handle in handles:
-                handle.remove()
+        with contextlib.ExitStack() as hooks:
+            for norm, point in zip(self.norms, points, strict=True):
+                if point:
+                    hooks.enter_context(norm.register_forward_pre_hook(keep(point)))
+            hooks.enter_context(self.ffn.second.register_forward_pre_hook(keep("activations")))
+            hooks.enter_context(instrument(self.attention, evaluate=False)).probe(probe)
+            yield capture
 
     def tune_heads(
         self, expected: list[_Capture], damps: Sequence[float] | None, max_scale: float
