@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -216,23 +217,5 @@ def results_of(what: list[str], settings) -> Iterator[dict]:
             from headwise.apps.bench import layer
 
             yield from layer.run(settings, training=name == "train")
-        elif name == "scaling":
-            from headwise.apps.bench import scaling
-
-            yield from scaling.run(settings)
-        elif name == "gate":
-            from headwise.apps.bench import gate
-
-            yield from gate.run(settings)
-        elif name == "tokens":
-            from headwise.apps.bench import tokens
-
-            yield from tokens.run(settings)
-        elif name == "entropy":
-            from headwise.apps.bench import entropy
-
-            yield from entropy.run(settings)
         else:
-            from headwise.apps.bench import model
-
-            yield from model.run(settings)
+            yield from importlib.import_module(f"headwise.apps.bench.{name}").run(settings)

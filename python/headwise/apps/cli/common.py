@@ -7,12 +7,15 @@ import contextlib
 import importlib.util
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from headwise.apps.tasks.errors import UsageError
 from headwise.io.printable import printable, quoted
 from headwise.io.store import locked
+
+T = TypeVar("T", int, float)
 
 
 def say(text: str, file=None) -> None:
@@ -21,37 +24,30 @@ def say(text: str, file=None) -> None:
     print("\n".join(printable(line, 100_000) for line in text.split("\n")), file=file, flush=True)
 
 
+def _number(text: str, kind: Callable[[str], T], fits: Callable[[T], bool], rule: str) -> T:
+    try:
+        value = kind(text)
+    except ValueError:
+        what = "whole number" if kind is int else "number"
+        raise argparse.ArgumentTypeError(f"expected a {what}, got {quoted(text)}") from None
+    if not fits(value):
+        raise argparse.ArgumentTypeError(f"must be {rule}, got {text}")
+    return value
+
+
 def share(text: str) -> float:
     """A share of the heads, above 0 and at most 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a number, got {quoted(text)}") from None
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text}")
-    return value
+    return _number(text, float, lambda value: 0 < value <= 1, "above 0 and at most 1")
 
 
 def positive(text: str) -> int:
     """A positive whole number."""
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a whole number, got {quoted(text)}") from None
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
-    return value
+    return _number(text, int, lambda value: value > 0, "positive")
 
 
 def seed(text: str) -> int:
     """A whole number, not negative."""
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a whole number, got {quoted(text)}") from None
-    if not 0 <= value < 2**31:
-        raise argparse.ArgumentTypeError(f"must be between 0 and 2147483647, got {text}")
-    return value
+    return _number(text, int, lambda value: 0 <= value < 2**31, "between 0 and 2147483647")
 
 
 def add_model(parser: argparse.ArgumentParser, what: str = "a fine-tuned text classifier") -> None:
@@ -120,13 +116,8 @@ def window_seconds(text: str) -> float:
     """A finite number, at least 10: shorter windows are within the error of the counters."""
     from headwise.apps.energy.windows import LEAST_SECONDS
 
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a number, got {quoted(text)}") from None
-    if not LEAST_SECONDS <= value <= 3600:
-        raise argparse.ArgumentTypeError(f"must be between 10 and 3600 seconds, got {text}")
-    return value
+    fits = lambda value: LEAST_SECONDS <= value <= 3600  # noqa: E731
+    return _number(text, float, fits, "between 10 and 3600 seconds")
 
 
 def energy_windows(options: argparse.Namespace):
@@ -189,6 +180,32 @@ def use_device(name: str):
             f"there is no device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices"
         )
     return device
+
+
+def loaded(options: argparse.Namespace):
+    """The trained model that ``options`` name, in evaluation mode, and its device; sets the threads
+    and the seed.
+
+    Raises:
+        UsageError: there is no such device or model.
+    """
+    import torch
+
+    from headwise.apps.tasks.models import load_trained
+
+    device = use_device(options.device)
+    use_threads(options.threads)
+    torch.manual_seed(options.seed)
+    if not options.model.is_dir():
+        raise UsageError(f"there is no model folder {options.model}")
+    return load_trained(options.model).to(device).eval(), device
+
+
+def writable_outputs(options: argparse.Namespace) -> None:
+    """Raises an error, before any work is done, if --json or --out cannot be written."""
+    writable_file(options.json)
+    if options.out is not None:
+        writable_folder(options.out)
 
 
 def writable_file(path: Path | None) -> None:

@@ -10,11 +10,10 @@ from headwise.apps.cli import explain_data
 from headwise.apps.cli.common import (
     add_common,
     add_model,
+    loaded,
     positive,
     say,
-    use_device,
-    use_threads,
-    writable_file,
+    writable_outputs,
 )
 from headwise.apps.pages import options as page_options
 from headwise.apps.tasks.errors import UsageError
@@ -113,11 +112,8 @@ def run(options: argparse.Namespace) -> None:
 def explain_texts(options: argparse.Namespace) -> None:
     import json
 
-    import torch
-
     import headwise as hw
-    from headwise.apps.cli.common import writable_folder
-    from headwise.apps.tasks.models import load_tokenizer, load_trained
+    from headwise.apps.tasks.models import load_tokenizer
     from headwise.io.files import write_json
 
     chosen = options.maps
@@ -133,9 +129,7 @@ def explain_texts(options: argparse.Namespace) -> None:
                 "--text must be text that UTF-8 can hold, got half a surrogate pair at character "
                 f"{error.start} of text {place}"
             ) from None
-    writable_file(options.json)
-    if options.out is not None:
-        writable_folder(options.out)
+    writable_outputs(options)
     roles = None
     if options.roles is not None:
         try:
@@ -144,12 +138,7 @@ def explain_texts(options: argparse.Namespace) -> None:
             raise UsageError(f"there is no file {options.roles}") from None
         except (OSError, ValueError):
             raise UsageError(f"{options.roles} is not JSON from 'headwise explain'") from None
-    device = use_device(options.device)
-    use_threads(options.threads)
-    torch.manual_seed(options.seed)
-    if not options.model.is_dir():
-        raise UsageError(f"there is no model folder {options.model}")
-    model = load_trained(options.model).to(device)
+    model, _ = loaded(options)
     tokenizer = load_tokenizer(options.model)
     try:
         result = hw.explain(

@@ -8,7 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from headwise.apps.cli.common import add_labels_are, positive, say
+from headwise.apps.cli.common import (
+    add_labels_are,
+    loaded,
+    own_folder,
+    positive,
+    say,
+    writable_outputs,
+)
 from headwise.apps.pages import options as page_options
 from headwise.apps.pages.words import TELL_UNKNOWN
 from headwise.apps.tasks.errors import UsageError
@@ -86,11 +93,7 @@ def add_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
 
 
 def run(options: argparse.Namespace) -> None:
-    from headwise.apps.cli.common import own_folder, writable_file, writable_folder
-
-    writable_file(options.json)
-    if options.out is not None:
-        writable_folder(options.out)
+    writable_outputs(options)
     with own_folder(options.out):
         _run(options)
 
@@ -99,20 +102,15 @@ def _run(options: argparse.Namespace) -> None:
     import torch
 
     import headwise as hw
-    from headwise.apps.cli.common import use_device, use_threads
     from headwise.apps.tasks.models import load_tokenizer, load_trained
     from headwise.apps.tasks.tasks import class_numbers
     from headwise.explain import parse_with_spacy, read_alignments, read_conllu
     from headwise.io.files import write_json
 
     folder = None if options.out is None else options.out / "parts"
-    device = use_device(options.device)
-    use_threads(options.threads)
     thresholds = _thresholds(options.threshold)
     texts, labels = _texts(options)
-    if not options.model.is_dir():
-        raise UsageError(f"there is no model folder {options.model}")
-    model = load_trained(options.model).to(device)
+    model, device = loaded(options)
     names = [path.name for path in options.others]
     if len(set(names)) < len(names):  # runs/1/model and runs/2/model
         names = [str(path) for path in options.others]

@@ -9,10 +9,9 @@ from typing import Any
 from headwise.apps.cli.common import (
     add_common,
     add_model,
+    loaded,
     say,
     share,
-    use_device,
-    use_threads,
     writable_file,
 )
 from headwise.apps.cli.score import ONE_PASS
@@ -29,8 +28,8 @@ def add_parser(commands) -> argparse.ArgumentParser:
         help="remove heads, or more, from a model",
         description="Removes the heads that a plan drops from the weights of a model, or with "
         "--keep and --data those that matter least on labelled texts, and writes the smaller model "
-        "to --out (read it with headwise.load). With --method kwon neurons of the feed-forward "
-        "networks go, too, and what stays is tuned.",
+        "to --out (read it with headwise.load). --method kwon also removes neurons of the "
+        "feed-forward networks, and tunes the remaining weights.",
     )
     add_model(parser, "a text classifier")
     parser.add_argument(
@@ -49,8 +48,8 @@ def add_parser(commands) -> argparse.ArgumentParser:
         "--method",
         choices=("ranking", "kwon"),
         default="ranking",
-        help="how --keep finds what goes: a ranking of the heads (default), or Kwon et al. 2022: "
-        "heads and neurons, without training",
+        help="how --keep chooses what to remove: a ranking of the heads (default), or Kwon et al. "
+        "2022: heads and neurons, without training",
     )
     parser.add_argument(
         "--latency",
@@ -69,7 +68,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
         choices=(*ONE_PASS, USE),
         default="michel",
         help="what --keep ranks by (michel); use: how often the model's gates run a head over the "
-        "texts, for a model whose gates choose for every input; they are taken out",
+        "texts, for a model whose gates choose for every input; the gates are removed",
     )
     parser.add_argument(
         "--exact", action="store_true", help="score the remaining heads again after every step"
@@ -87,18 +86,13 @@ def add_parser(commands) -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> None:
-    import torch
-
     import headwise as hw
-    from headwise.apps.tasks.models import load_tokenizer, load_trained
+    from headwise.apps.tasks.models import load_tokenizer
     from headwise.io.files import write_json
 
     _check(options)
-    device = use_device(options.device)
-    use_threads(options.threads)
-    torch.manual_seed(options.seed)
     plan = _load_plan(options.plan) if options.plan is not None else None
-    model = load_trained(options.model).to(device).eval()
+    model, device = loaded(options)
     _check_gates(options, model, plan)
     try:
         report: dict[str, Any] = {}

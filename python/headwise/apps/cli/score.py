@@ -8,11 +8,10 @@ from typing import Any
 from headwise.apps.cli.common import (
     add_common,
     add_model,
+    loaded,
     say,
     share,
-    use_device,
-    use_threads,
-    writable_file,
+    writable_outputs,
 )
 from headwise.apps.cli.texts import LabelledTexts, add_texts, journal, labelled_texts
 from headwise.apps.tasks.errors import UsageError
@@ -50,22 +49,13 @@ def add_parser(commands) -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> None:
-    import torch
-
     import headwise as hw
-    from headwise.apps.cli.common import writable_folder
-    from headwise.apps.tasks.models import load_trained
     from headwise.io.files import write_json
 
     if options.keep is not None and options.out is None:
         raise UsageError("--keep writes plans, so it needs --out DIR")
-    writable_file(options.json)
-    if options.out is not None:
-        writable_folder(options.out)
-    device = use_device(options.device)
-    use_threads(options.threads)
-    torch.manual_seed(options.seed)
-    model = load_trained(options.model).to(device).eval()
+    writable_outputs(options)
+    model, device = loaded(options)
     texts = labelled_texts(options, model, device)
     try:
         scores, details = _score(options, model, texts)
