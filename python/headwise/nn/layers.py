@@ -47,7 +47,7 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Modul
     """Replaces ``old`` by ``new`` everywhere in ``model``; returns the model, or ``new``.
 
     Raises:
-        ValueError: a module of the model refers to ``old`` otherwise, and would go on calling it.
+        ValueError: a module of the model refers to ``old`` elsewhere, and would keep calling it.
     """
     if old is model:
         return new
@@ -63,7 +63,7 @@ _ITEMS_OF_MODULES = frozenset(vars(nn.Module()))
 
 
 def check_references(model: nn.Module, gone: set[nn.Module]) -> None:
-    """Raises ValueError if a module of ``model`` refers to one that is taken out of it."""
+    """Raises ValueError if a module of ``model`` refers to one that is removed from it."""
     for where, parent in model.named_modules():
         for name, value in () if parent in gone else vars(parent).items():
             if name in _ITEMS_OF_MODULES:

@@ -20,7 +20,7 @@ def attend_every_head(
     scale: float | None = None,
     added_keys: int = 0,
 ) -> Tensor:
-    """``headwise::dense_attention``, in a form that ``torch.onnx.export`` keeps right."""
+    """``headwise::dense_attention``, in a form that ``torch.onnx.export`` translates correctly."""
     if is_masked(key_padding_mask, attn_mask) and torch.onnx.is_in_onnx_export():
         return attend_visible(q, k, v, key_padding_mask, attn_mask, is_causal, scale, added_keys)
     masks = (key_padding_mask, attn_mask, is_causal)

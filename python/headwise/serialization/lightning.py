@@ -36,8 +36,8 @@ class GateCallback(_callback()):  # type: ignore[misc]
 
         Trainer(max_steps=1000, callbacks=[GateCallback()]).fit(Classifier(model.train()), loader)
 
-    Checkpoints hold the gates and how far they were annealed, so that a resumed run goes on where
-    it was. Save the result with :func:`headwise.save`.
+    Checkpoints hold the gates and how far they were annealed, so a resumed run continues where it
+    stopped. Save the result with :func:`headwise.save`.
 
     Raises:
         ValueError: at the start of ``fit``, if the module has no gates, they are in evaluation
