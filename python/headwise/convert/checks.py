@@ -93,6 +93,11 @@ def hooks_fault(
     return None
 
 
+def renamed_fault(module: nn.Module) -> str | None:
+    """Why hooks that see the names of attention's parameters cannot be carried over."""
+    return hooks_fault("attention", module, tuple(HOOKS)[len(CALLED) :], "would see other names")
+
+
 def copied_fault(name: str, parameter: nn.Parameter) -> str | None:
     """Why a parameter cannot be copied into another one."""
     if type(parameter) is not nn.Parameter:

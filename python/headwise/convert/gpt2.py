@@ -16,8 +16,6 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.pytorch_utils import Conv1D
 
 from headwise.convert.checks import (
-    CALLED,
-    HOOKS,
     children_fault,
     copied_fault,
     first,
@@ -25,6 +23,7 @@ from headwise.convert.checks import (
     hooks_fault,
     implementation_fault,
     projection_fault,
+    renamed_fault,
 )
 from headwise.convert.decoder import (
     IMPLEMENTATION,
@@ -107,8 +106,7 @@ class GPT2(Architecture):
             yield hooks_fault(name, projection)
             for kind, parameter in projection.named_parameters():
                 yield copied_fault(f"{name}.{kind}", parameter)
-        renamed = tuple(HOOKS)[len(CALLED) :]
-        yield hooks_fault("attention", module, renamed, "would see other names")
+        yield renamed_fault(module)
         yield implementation_fault(module.config)
 
     def copied_parameters(self, module: GPT2Attention) -> list[nn.Parameter]:

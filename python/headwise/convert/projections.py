@@ -12,8 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from headwise.convert.checks import (
-    CALLED,
-    HOOKS,
     children_fault,
     copied_fault,
     first,
@@ -21,6 +19,7 @@ from headwise.convert.checks import (
     hooks_fault,
     implementation_fault,
     projection_fault,
+    renamed_fault,
 )
 from headwise.convert.parameters import in_the_mode_of, remade
 from headwise.convert.registry import Architecture
@@ -191,12 +190,10 @@ class Projected(Architecture):
             yield f"its output projection does not read {heads} heads of {width}"
         if {own.in_features for own in inputs} != {output.out_features}:
             yield "its queries, keys, values and output are not of one width"
-        if self.places.packed is not None:
-            name = self.places.packed
+        if (name := self.places.packed) is not None:
             yield from self._packed_faults(module, name, linears[name])
         elif self.places.names != _OWN:
-            renamed = tuple(HOOKS)[len(CALLED) :]
-            yield hooks_fault("attention", module, renamed, "would see other names")
+            yield renamed_fault(module)
 
     def _packed_faults(
         self, module: nn.Module, name: str, linear: nn.Module
@@ -204,8 +201,7 @@ class Projected(Architecture):
         yield hooks_fault(name, linear)
         for kind, parameter in linear.named_parameters():
             yield copied_fault(f"{name}.{kind}", parameter)
-        renamed = tuple(HOOKS)[len(CALLED) :]
-        yield hooks_fault("attention", module, renamed, "would see other names")
+        yield renamed_fault(module)
 
     def copied_parameters(self, module: nn.Module) -> list[nn.Parameter]:
         if self.places.packed is None:

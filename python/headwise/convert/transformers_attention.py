@@ -19,8 +19,6 @@ from transformers.masking_utils import bidirectional_mask_function
 
 from headwise.convert.arguments import check_arguments, wants_maps
 from headwise.convert.checks import (
-    CALLED,
-    HOOKS,
     children_fault,
     copied_fault,
     first,
@@ -28,6 +26,7 @@ from headwise.convert.checks import (
     hooks_fault,
     implementation_fault,
     projection_fault,
+    renamed_fault,
 )
 from headwise.convert.masks import complete, for_each_sequence
 from headwise.convert.older_versions import make_mask, register_mask
@@ -263,8 +262,7 @@ class SeparateProjections(Architecture):
             part = module.get_submodule(name)
             yield forward_fault(name, part)
             yield children_fault(name, part, expected)
-        renamed = tuple(HOOKS)[len(CALLED) :]
-        yield hooks_fault("attention", self.attention(module), renamed, "would see other names")
+        yield renamed_fault(self.attention(module))
         *inputs, _ = linears.items()
         if len({linear.bias is None for _, linear in inputs}) > 1:
             yield "only some of its query, key and value have a bias"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from headwise._C import __version__
-from headwise.convert import convert
 from headwise.explain.annotated import (
     AlignedPair,
     AnnotatedBatch,
@@ -136,7 +134,7 @@ def explain_data(
     for name, own in (("sentences", sentences), ("alignments", alignments)):
         if own is not None and len(own) < 2:
             raise ValueError(f"{name} must be at least two, one for each half, got {len(own)}")
-    model = own_copy(model) if attention_layers(model) else convert(copy.deepcopy(model))
+    model = own_copy(model)
     others = {name: own_copy(other) for name, other in (others or {}).items()}
     thresholds = thresholds or RoleThresholds()
     encoding = {

@@ -142,16 +142,11 @@ def _batch_curves(
     predicted = logits.argmax(1, keepdim=True)  # [B, 1]
     # Heads without relevance are removed at random places among the others.
     margin = torch.where(margin.isnan(), torch.randn(margin.shape, generator=generator), margin)
-    with holding(model) as held:
+    with holding(model, [name for name, _ in recorder.sites]) as hold:
 
         def told(left: Tensor) -> Tensor:
             """Log-probability of the prediction ``[B]`` with these weights ``[B, M]``."""
-            of_layer: dict[str, list[Tensor]] = {name: [] for name in held}
-            split = left.split([heads for _, heads in recorder.sites], 1)
-            for (name, _), part in zip(recorder.sites, split, strict=True):
-                of_layer[name].append(part)
-            for name, gate in held.items():
-                gate.hold(of_layer[name])
+            hold(left.split([heads for _, heads in recorder.sites], 1))
             scores = forward_fn(model, inputs).float().cpu().log_softmax(1)  # [B, C]
             return scores.gather(1, predicted)[:, 0]
 

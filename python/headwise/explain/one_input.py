@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from headwise import _C
-from headwise.convert import convert
 from headwise.explain.document import Explanation
 from headwise.explain.recording import gate_description, holding, own_copy, recording
 from headwise.explain.texts import (
@@ -98,7 +96,7 @@ def explain(
         raise ValueError(f"batch_size must be positive, got {batch_size}")
     if isinstance(maps, str) and maps not in ("all", "none"):
         raise ValueError(f"maps must be 'all', 'none' or (site, head) pairs, got {quoted(maps)}")
-    model = own_copy(model) if attention_layers(model) else convert(copy.deepcopy(model))
+    model = own_copy(model)
     texts: list[str] = []
     if isinstance(inputs, str) or (
         isinstance(inputs, list | tuple) and inputs and isinstance(inputs[0], str)
@@ -213,17 +211,13 @@ def _measure(
     """Runs the model with each head of each input toggled."""
     total = core.num_inputs * core.num_heads
     with (
-        holding(model) as held,
+        holding(model, sites) as hold,
         progress_bar(total, "switching heads", "head", progress) as bar,
     ):
         for row in range(core.num_inputs):
             for begin in range(0, core.num_heads, batch_size):
                 end = min(begin + batch_size, core.num_heads)
-                of_layer: dict[str, list[Tensor]] = {name: [] for name in held}
-                for name, weight in zip(sites, core.switched(row, begin, end), strict=True):
-                    of_layer[name].append(weight)  # [end - begin, H]
-                for name, gate in held.items():
-                    gate.hold(of_layer[name])
+                hold(core.switched(row, begin, end))  # [end - begin, H] each
                 rows = torch.full((end - begin,), row, dtype=torch.long)
                 core.add_effects(row, begin, forward_fn(model, take(inputs, rows)).float())
                 bar.update(end - begin)

@@ -10,22 +10,27 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from headwise.convert.conversion import converted
 from headwise.gates.base import Gate
 from headwise.gates.selection import Selection
 from headwise.nn.attention_layer import AttentionLayer, AttentionProbe
 from headwise.nn.instrumenting import instrument
+from headwise.nn.layers import attention_layers
 
 #: Receives (layer's name, layer, selection or None, the gate's input x [B, L, D] or None, probe).
 Receiver = Callable[[str, AttentionLayer, Selection | None, Tensor | None, AttentionProbe], None]
 
 
 def own_copy(model: nn.Module) -> nn.Module:
-    """A copy of the module tree that shares the parameters and buffers.
+    """A copy of the module tree that shares the parameters and buffers; converted if ``model`` is
+    not.
 
     Explaining attaches recorders and gates with fixed selections, and switches to evaluation mode.
     This is done on a copy, so that other threads that run the model are not affected. A model that
     cannot be copied is returned itself.
     """
+    if not attention_layers(model):
+        return converted(model)
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     try:
         return copy.deepcopy(model, shared)
@@ -55,25 +60,21 @@ def recording(model: nn.Module, receive: Receiver) -> Iterator[None]:
         yield
 
 
-class Held:
+class _Held:
     """Fixed weights of one layer's heads, call by call: 0 = does not run."""
 
     def __init__(self) -> None:
         self.weights: list[Tensor] = []  # [N, H] for each call in a forward
-        self._next = 0
-
-    def hold(self, weights: Sequence[Tensor]) -> None:
-        """The weights of the calls of the next forward, in their order."""
-        self.weights, self._next = list(weights), 0
+        self.next = 0
 
     def selection(self, x: Tensor) -> Selection:
-        if self._next >= len(self.weights):
+        if self.next >= len(self.weights):
             raise ValueError(
                 "model must call its layers equally often in every forward: a layer was called "
                 f"more than {len(self.weights)} times"
             )
-        weight = self.weights[self._next].to(device=x.device, dtype=x.dtype)  # [N, H]
-        self._next += 1
+        weight = self.weights[self.next].to(device=x.device, dtype=x.dtype)  # [N, H]
+        self.next += 1
         if weight.size(0) != x.size(0):
             raise ValueError(
                 f"model must run the {weight.size(0)} inputs that it was given, got {x.size(0)}"
@@ -82,13 +83,27 @@ class Held:
         return Selection(index, count, weight)
 
 
+#: Takes the weights ``[N, H]`` of the calls of the next forward, in their order.
+Hold = Callable[[Sequence[Tensor]], None]
+
+
 @contextlib.contextmanager
-def holding(model: nn.Module) -> Iterator[dict[str, Held]]:
-    """Every layer runs the heads of its :class:`Held`, and no gate runs."""
+def holding(model: nn.Module, calls: Sequence[str]) -> Iterator[Hold]:
+    """Every layer runs the heads that the yielded function was given, and no gate runs.
+
+    ``calls``: the layer of each call in a forward.
+    """
     with instrument(model, evaluate=False) as opened:
-        held = {name: Held() for name in opened.layers}
+        held = {name: _Held() for name in opened.layers}
         opened.override(lambda name, x, choose: held[name].selection(x))
-        yield held
+
+        def hold(weights: Sequence[Tensor]) -> None:
+            for layer in held.values():
+                layer.weights, layer.next = [], 0
+            for name, weight in zip(calls, weights, strict=True):
+                held[name].weights.append(weight)
+
+        yield hold
 
 
 def gate_description(gate: Gate | None) -> tuple[str, dict[str, Tensor]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from headwise._C import __version__
-from headwise.convert import convert
 from headwise.explain.annotated import AnnotatedBatch
 from headwise.explain.document import Roles
 from headwise.explain.questions import Question
@@ -23,7 +21,6 @@ from headwise.io.fingerprint import fingerprint
 from headwise.io.printable import quoted
 from headwise.io.store import Store, locked
 from headwise.nn.intervention import ForwardFunction
-from headwise.nn.layers import attention_layers
 
 _ops = torch.ops.headwise
 
@@ -144,7 +141,7 @@ def head_roles(
     questions = questions_for(
         batches, offsets=offsets, grid=grid, least_trials=thresholds.least_trials
     )
-    model = own_copy(model) if attention_layers(model) else convert(copy.deepcopy(model))
+    model = own_copy(model)
     with locked(folder):
         key = {} if folder is None else {
             "model": fingerprint(model), "data": fingerprint(batches),

@@ -17,7 +17,7 @@ from headwise.nn.layers import attention_layers
 _ops = torch.ops.headwise
 
 #: Phi coefficient below which two heads of a layer count as alternatives.
-STAND_IN = -0.3
+SUBSTITUTES_PHI = -0.3
 #: Groups of equal size by length that `by_length` reports.
 LENGTH_GROUPS = 4
 
@@ -225,7 +225,7 @@ def _together(sites: Sequence[tuple[str, int, int]], phi: Tensor, limit: int = 2
 def _substitutes(sites: Sequence[tuple[str, int, int]], phi: Tensor) -> list[dict[str, Any]]:
     """Groups of heads of a layer, one of which tends to be chosen when another is not."""
     names = _names(sites)
-    linked = (phi <= STAND_IN).triu(1).nonzero().tolist()
+    linked = (phi <= SUBSTITUTES_PHI).triu(1).nonzero().tolist()
     pairs = [(tuple(names[a]), tuple(names[b])) for a, b in linked if names[a][0] == names[b][0]]
     groups = linked_groups(pairs)
     place = {tuple(name): position for position, name in enumerate(names)}

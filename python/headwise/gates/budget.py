@@ -107,13 +107,8 @@ class BudgetGate(TargetedGate):
         if not self.training and self.kept_weight == "one":
             return self._evaluate(x, key_padding_mask)
         features = self._features(x, key_padding_mask)  # [B, D]
-        relevance = _ops.input_relevance(
-            features,
-            self.base,
-            self.relevance.weight,
-            self.progress,
-            self.training,
-            self.static_until,
+        relevance = self._input_relevance(
+            features, self.base, self.relevance.weight, self.static_until
         )  # [B, H]
         asked: Tensor | None = None  # [B]
         if self.fixed_budget is None:

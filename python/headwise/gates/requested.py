@@ -128,13 +128,8 @@ class RequestedBudgetGate(ScopedGate, ScheduledGate):
             )
         own = given.narrow(1, scope.start(self._position), self.num_heads)
         share = (own.detach().sum(1) / max(1, self.num_heads)).expand(batch)  # [B]
-        relevance = _ops.input_relevance(
-            features,
-            self.base,
-            self.relevance.weight,
-            self.progress,
-            self.training,
-            self.static_until,
+        relevance = self._input_relevance(
+            features, self.base, self.relevance.weight, self.static_until
         ) + self.tilt.to(features.dtype) * (asked.unsqueeze(1) - 0.5)  # [B, H]
         noise = None
         if self.training and self.noise_scale > 0.0:

@@ -24,6 +24,11 @@ class HeadInputs(NamedTuple):
     is_causal: bool
     added_keys: int  # how many of the keys masks do not cover
 
+    @property
+    def masks(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, bool]:
+        """As operators take them."""
+        return self.key_padding_mask, self.query_padding_mask, self.attn_mask, self.is_causal
+
 
 class ThresholdGate(Gate):
     r"""Hybrid dynamic pruning: a head runs if the integer parts of its scores are large enough.
@@ -83,10 +88,7 @@ class ThresholdGate(Gate):
         _, _, importance = _ops.integer_importance(
             heads.q,
             heads.k,
-            heads.key_padding_mask,
-            heads.query_padding_mask,
-            heads.attn_mask,
-            heads.is_causal,
+            *heads.masks,
             self.resolution,
             self.block,
             self.normalize,
@@ -106,10 +108,7 @@ class ThresholdGate(Gate):
             heads.q,
             heads.k,
             v,
-            heads.key_padding_mask,
-            heads.query_padding_mask,
-            heads.attn_mask,
-            heads.is_causal,
+            *heads.masks,
             self.resolution,
             self.block,
             self.block_ratio,

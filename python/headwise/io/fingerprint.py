@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["fingerprint", "model_fingerprint"]
+__all__ = ["fingerprint"]
 
 
 def fingerprint(value: Any) -> str:
     """32 hex digits (BLAKE2b, 128 bits) of the contents of ``value``.
 
     Tensors and arrays count by dtype, shape and bytes, plain values by type and value, containers
-    by their items, modules as in :func:`model_fingerprint`, and other objects by class and
-    attributes or, if they have none, by their pickled state.
+    by their items, modules by their classes, the names and contents of their parameters and buffers
+    (saved or not) and the configurations of their gates, and other objects by class and attributes
+    or, if they have none, by their pickled state.
 
     Raises:
         ValueError: something whose contents are not accessible.
@@ -33,13 +34,6 @@ def fingerprint(value: Any) -> str:
             "from another"
         ) from None
     return digest.hexdigest()
-
-
-def model_fingerprint(model: nn.Module) -> str:
-    """The fingerprint of a model: the class of every module, the name, dtype, shape and bytes of
-    every parameter and buffer (also of buffers that are not saved), and the configuration of every
-    gate."""
-    return fingerprint(model)
 
 
 def _take_in(digest: Any, value: Any) -> None:

@@ -238,18 +238,9 @@ class MultiheadAttention(AttentionLayer, nn.MultiheadAttention):
                 "torch.jit.script cannot compile a layer with a gate or a pruned layer: use "
                 "torch.jit.trace, torch.export or torch.compile"
             )
-        plain = _TorchMultiheadAttention(
-            self.embed_dim,
-            self.num_heads,
-            dropout=self.dropout,
-            bias=self.in_proj_bias is not None,
-            add_bias_kv=self.bias_k is not None,
-            add_zero_attn=self.add_zero_attn,
-            kdim=self.kdim,
-            vdim=self.vdim,
-            batch_first=self.batch_first,
-            device="meta",
-        ).train(self.training)
+        sizes = self.describe()
+        del sizes["head_dim"]  # the standard one
+        plain = _TorchMultiheadAttention(**sizes, device="meta").train(self.training)
         plain._parameters.update(self._parameters)
         plain.out_proj = self.out_proj
         return plain

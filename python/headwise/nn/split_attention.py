@@ -105,7 +105,7 @@ class SplitAttention(MultiheadAttention):
         return False  # the parameters of torch's module are not there
 
     def check_projections(self) -> None:
-        """Each is called as it is, whatever replaced it."""
+        """Projections are called, so they may be of any kind."""
 
     def describe(self) -> dict[str, Any]:
         raise ValueError(f"a layer with split projections cannot be saved or pruned: {_ONCE}")
@@ -126,12 +126,8 @@ class SplitAttention(MultiheadAttention):
 
     def _run_selected(self, inputs: AttentionInputs, selection: Selection) -> Tensor:
         q, k, v = self._project(inputs)
-        masks = (inputs.key_padding_mask, inputs.attn_mask, inputs.is_causal)
-        dropout, seed = self.dropout if self.training else 0.0, None
-        if dropout > 0.0:
-            seed = torch.randint(2**63 - 1, (1,), device=q.device)
         context = _ops.selected_attention(
-            q, k, v, selection.index, selection.count, None, *masks, dropout, seed
+            q, k, v, selection.index, selection.count, None, *self._masks(inputs)
         )
         return self._combine(context, selection.weight)
 

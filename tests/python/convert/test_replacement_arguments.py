@@ -17,7 +17,7 @@ from transformers.utils import TransformersKwargs  # noqa: E402
 LENGTH, BATCH = 5, 2
 
 # An architecture -> the class of the module that its conversion replaces.
-STAND_INS = {
+ORIGINALS = {
     "BertModel": "BertAttention",
     "XLMRobertaModel": "XLMRobertaAttention",
     "DistilBertForSequenceClassification": "DistilBertSelfAttention",
@@ -29,9 +29,9 @@ STAND_INS = {
 }
 # Before transformers 5.9, ViTAttention is called with hidden states alone.
 WITH_A_MASK = [
-    name for name in STAND_INS if name[:3] != "ViT" or vit_attention()[0].startswith("vit.layers")
+    name for name in ORIGINALS if name[:3] != "ViT" or vit_attention()[0].startswith("vit.layers")
 ]
-DECODERS = [name for name in STAND_INS if name.endswith("CausalLM") or name.startswith("GPT2")]
+DECODERS = [name for name in ORIGINALS if name.endswith("CausalLM") or name.startswith("GPT2")]
 
 
 def pair(name):
@@ -40,7 +40,7 @@ def pair(name):
     model = ARCHITECTURES[name].build()
     model.set_attn_implementation("sdpa")
     converted = hw.convert(copy.deepcopy(model))
-    found = [path for path, part in model.named_modules() if type(part).__name__ == STAND_INS[name]]
+    found = [path for path, part in model.named_modules() if type(part).__name__ == ORIGINALS[name]]
     return model.get_submodule(found[0]), converted.get_submodule(found[0])
 
 
@@ -111,7 +111,7 @@ def test_every_argument_of_the_original_works_or_is_refused_by_name(name):
     assert ("cache" in understood) == ("past_key_values" in understood) == (name in DECODERS)
 
 
-@pytest.mark.parametrize("name", STAND_INS)
+@pytest.mark.parametrize("name", ORIGINALS)
 @pytest.mark.parametrize("value", [torch.zeros(3), True, 0.5, "x"], ids=lambda v: type(v).__name__)
 def test_a_made_up_argument_is_refused(name, value):
     _, replacement = pair(name)
@@ -174,7 +174,7 @@ def test_layers_left_alone_in_a_converted_decoder_compute_what_they_did(name, pa
     torch.manual_seed(0)
     original = row.build()
     model = copy.deepcopy(original)
-    parts = [p for p, m in model.named_modules() if type(m).__name__ == STAND_INS[name]]
+    parts = [p for p, m in model.named_modules() if type(m).__name__ == ORIGINALS[name]]
     last = model.get_submodule(parts[-1])
     projection = "o_proj" if hasattr(last, "o_proj") else "c_proj"
     setattr(last, projection, nn.Sequential(getattr(last, projection)))  # cannot be converted

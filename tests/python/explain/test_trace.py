@@ -305,7 +305,7 @@ def test_an_analysed_model_is_refused_to_other_threads(model):
     with recording(model, lambda *_: None):
         run(model)
         in_another_thread()
-    with holding(model), instrument(model) as opened:
+    with holding(model, []), instrument(model) as opened:
         scaled_heads(opened)
         in_another_thread()
     assert len(results) == 2
