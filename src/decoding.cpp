@@ -1,9 +1,13 @@
 #include "decoding.h"
 
 #include <ATen/ATen.h>
+#include <torch/library.h>
 
 #include <algorithm>
 #include <limits>
+
+#include "attention_masks.h"
+#include "ops/select_heads.h"
 
 namespace headwise {
 namespace {
@@ -19,75 +23,135 @@ at::Tensor behind(const at::Tensor& slots, const at::Tensor& like) {
 
 /// The slots' groups as an index into dimension 1 of `like`.
 at::Tensor place_of(const at::Tensor& slots, const at::Tensor& like) {
-  auto sizes = like.sizes().vec();
-  sizes[1] = slots.size(1);
-  return behind(slots.clamp_min(0), like).expand(sizes);
+  auto sizes = like.sym_sizes().vec();
+  sizes[1] = slots.sym_size(1);
+  return behind(slots.clamp_min(0), like).expand_symint(sizes);
+}
+
+void check_slots(const char* name, const at::Tensor& held, const at::Tensor& slots) {
+  TORCH_CHECK_VALUE(held.dim() >= 2, name, " must have shape [B, ., ...], got ", held.dim(),
+                    " dimensions");
+  TORCH_CHECK_TYPE(slots.scalar_type() == at::kLong, "slots must be int64, got ",
+                   slots.scalar_type());
+  TORCH_CHECK_VALUE(slots.dim() == 2 && slots.sym_size(0) == held.sym_size(0),
+                    "slots must have shape [", held.sym_size(0), ", K], got ", slots.sym_sizes());
 }
 
 }  // namespace
 
-at::Tensor rotate_heads(const at::Tensor& heads, const at::Tensor& cos, const at::Tensor& sin) {
-  const auto width = cos.size(-1);
-  const auto turned = heads.narrow(-1, 0, width);
-  const auto halves = turned.chunk(2, -1);
-  const auto rotated =
-      turned * cos.unsqueeze(1) + at::cat({-halves[1], halves[0]}, -1) * sin.unsqueeze(1);
-  if (width == heads.size(-1)) return rotated;
-  return at::cat({rotated, heads.narrow(-1, width, heads.size(-1) - width)}, -1);
-}
+// Sizes are read as SymInt where torch.compile and torch.export trace with dynamic ones.
 
-void align_masks(AttentionArguments& masks, int64_t length, int64_t keys,
-                 std::optional<int64_t> window, const at::Device& device) {
-  const bool narrow = window && *window < keys;
-  if (!masks.is_causal || (length == 1 && !narrow)) {
-    masks.is_causal = false;
-    return;
-  }
-  if (length == keys && !narrow && !masks.attn_mask) return;
-  masks.is_causal = false;
-  const auto position = at::arange(keys - length, keys, device).unsqueeze(1);  // [L, 1]
-  const auto key = at::arange(keys, device);                                   // [S]
-  auto unseen = key > position;                                                // [L, S]
-  if (narrow) unseen = unseen | (key <= position - *window);
-  if (!masks.attn_mask) {
-    masks.attn_mask = unseen;
-  } else if (masks.attn_mask->scalar_type() == at::kBool) {
-    masks.attn_mask = *masks.attn_mask | unseen;
+at::Tensor rotate_heads(const at::Tensor& heads, const at::Tensor& cos, const at::Tensor& sin,
+                        bool neighbours) {
+  TORCH_CHECK_VALUE(heads.dim() == 4 && cos.dim() == 3 && sin.dim() == 3,
+                    "heads must have shape [B, H, L, d], and cos and sin [B or 1, L, r], got ",
+                    heads.dim(), ", ", cos.dim(), " and ", sin.dim(), " dimensions");
+  const auto width = cos.sym_size(2), all = heads.sym_size(3);
+  TORCH_CHECK_VALUE(width <= all && width % 2 == 0 && sin.sym_size(2) == width,
+                    "cos and sin must have one even width of at most ", all, ", got ", width,
+                    " and ", sin.sym_size(2));
+  const bool whole = width == all;
+  const auto turned = whole ? heads : heads.narrow_symint(3, 0, width);
+  at::Tensor other;  // what the sine multiplies
+  if (neighbours) {
+    const auto pairs = turned.unflatten_symint(3, {width / 2, 2});
+    other = at::stack({-pairs.select(4, 1), pairs.select(4, 0)}, 4).flatten(3);
   } else {
-    masks.attn_mask = masks.attn_mask->masked_fill(unseen, -kInfinity);
+    other = at::cat(
+        {-turned.narrow_symint(3, width / 2, width / 2), turned.narrow_symint(3, 0, width / 2)}, 3);
+  }
+  const auto rotated = turned * cos.unsqueeze(1) + other * sin.unsqueeze(1);
+  if (whole) return rotated;
+  return at::cat({rotated, heads.narrow_symint(3, width, all - width)}, 3);
+}
+
+at::Tensor causal_mask(const at::Tensor& q, const at::Tensor& k,
+                       const std::optional<at::Tensor>& attn_mask,
+                       std::optional<c10::SymInt> window) {
+  TORCH_CHECK_VALUE(q.dim() == 4 && k.dim() == 4,
+                    "q must have shape [B, H, L, d] and k [B, Hkv, S, d], got ", q.dim(), " and ",
+                    k.dim(), " dimensions");
+  const auto length = q.sym_size(2), keys = k.sym_size(2);
+  TORCH_CHECK_VALUE(length <= keys, "q must not be longer than k, which has ", keys, " keys, got ",
+                    length);
+  const auto integers = at::TensorOptions().dtype(at::kLong).device(q.device());
+  const auto position = at::arange(keys - length, keys, integers).unsqueeze(1);  // [L, 1]
+  const auto key = at::arange(keys, integers);                                   // [S]
+  auto unseen = key > position;                                                  // [L, S]
+  if (window) unseen = unseen | (key <= position - *window);
+  if (!attn_mask) return unseen;
+  check_mask("attn_mask", *attn_mask);
+  return attn_mask->scalar_type() == at::kBool ? *attn_mask | unseen
+                                               : attn_mask->masked_fill(unseen, -kInfinity);
+}
+
+void align_masks(AttentionArguments& masks, const at::Tensor& q, const at::Tensor& k,
+                 std::optional<int64_t> window) {
+  const int64_t length = q.size(2), keys = k.size(2);
+  if (window && *window >= keys) window = std::nullopt;
+  if (!masks.is_causal || (length == 1 && !window)) {
+    masks.is_causal = false;
+  } else if (length != keys || window || masks.attn_mask) {
+    masks.is_causal = false;
+    masks.attn_mask = causal_mask(q, k, masks.attn_mask, window);
   }
 }
 
-at::Tensor hide_tokens(const at::Tensor& padding, const at::Tensor& seen, const at::Tensor& x) {
-  if (!seen.defined()) return padding;
-  at::Tensor hidden = padding;
-  if (!padding.defined()) {
-    hidden = at::zeros({x.size(0), x.size(1)}, x.options().dtype(at::kBool).requires_grad(false));
-  } else if (padding.scalar_type() != at::kBool) {
-    hidden = padding.eq(-kInfinity);
+at::Tensor hide_tokens(const at::Tensor& x, const std::optional<at::Tensor>& padding,
+                       const std::optional<at::Tensor>& seen, std::optional<int64_t> first) {
+  TORCH_CHECK_VALUE(x.dim() == 3, "x must have shape [B, L, D], got ", x.dim(), " dimensions");
+  TORCH_CHECK_VALUE(seen.has_value() != first.has_value(), "seen or first must be given, not both");
+  const auto batch = x.sym_size(0), length = x.sym_size(1);
+  at::Tensor hidden;
+  if (!padding) {
+    hidden =
+        at::zeros_symint({batch, length}, at::TensorOptions().dtype(at::kBool).device(x.device()));
+  } else {
+    hidden = padding->scalar_type() == at::kBool ? *padding : padding->eq(-kInfinity);
   }
-  if (seen.dim() == 0) return hidden | hidden.logical_not().cumsum(1).gt(seen.item());
-  TORCH_CHECK_VALUE(seen.sizes() == at::IntArrayRef({x.size(0), x.size(1)}),
-                    "tokens of gates_see must have shape [", x.size(0), ", ", x.size(1),
-                    "], as the layer's input, got ", seen.sizes());
-  return hidden | seen.to(x.device()).logical_not();
+  if (first) return hidden | hidden.logical_not().cumsum(1).gt(*first);
+  TORCH_CHECK_TYPE(seen->scalar_type() == at::kBool, "tokens of gates_see must be boolean, got ",
+                   seen->scalar_type());
+  TORCH_CHECK_VALUE(seen->dim() == 2 && seen->sym_size(0) == batch && seen->sym_size(1) == length,
+                    "tokens of gates_see must have shape [", batch, ", ", length,
+                    "], as the layer's input, got ", seen->sym_sizes());
+  return hidden | seen->to(x.device()).logical_not();
 }
 
-at::Tensor slots_of(const at::Tensor& index, const at::Tensor& count) {
-  if (index.numel() == 0) return {};
+std::optional<at::Tensor> slots_of(const at::Tensor& index, const at::Tensor& count) {
+  TORCH_CHECK_VALUE(index.dim() == 2 && count.dim() == 1,
+                    "index and count must have shapes [B, G] and [B], got ", index.sizes(), " and ",
+                    count.sizes());
+  if (index.numel() == 0 || count.numel() == 0) return std::nullopt;
   const int64_t most = std::max<int64_t>(count.max().item<int64_t>(), 1);
-  return most == index.size(1) ? at::Tensor() : index.narrow(1, 0, most).to(at::kLong);
+  TORCH_CHECK_VALUE(most <= index.size(1), "count must be at most ", index.size(1), ", got ", most);
+  if (most == index.size(1)) return std::nullopt;
+  return index.narrow(1, 0, most).to(at::kLong);
 }
 
 at::Tensor take_slots(const at::Tensor& groups, const at::Tensor& slots) {
+  check_slots("groups", groups, slots);
   return groups.gather(1, place_of(slots, groups));
 }
 
 at::Tensor spread_slots(const at::Tensor& held, const at::Tensor& slots, int64_t num_groups) {
-  auto sizes = held.sizes().vec();
+  check_slots("held", held, slots);
+  TORCH_CHECK_VALUE(slots.sym_size(1) == held.sym_size(1), "slots must have ", held.sym_size(1),
+                    " columns, as held, got ", slots.sym_size(1));
+  ops::check_heads(num_groups, "num_groups");
+  auto sizes = held.sym_sizes().vec();
   sizes[1] = num_groups;
-  return at::zeros(sizes, held.options().requires_grad(false))
+  return at::zeros_symint(sizes, held.options().requires_grad(false))
       .scatter_add(1, place_of(slots, held), held.masked_fill(behind(slots < 0, held), 0.0));
+}
+
+TORCH_LIBRARY_IMPL(headwise, CompositeImplicitAutograd, m) {
+  m.impl("rotate_heads", rotate_heads);
+  m.impl("causal_mask", causal_mask);
+  m.impl("hide_tokens", hide_tokens);
+  m.impl("slots_of", slots_of);
+  m.impl("take_slots", take_slots);
+  m.impl("spread_slots", spread_slots);
 }
 
 }  // namespace headwise

@@ -15,6 +15,7 @@
 #include "descriptor.h"
 #include "folders.h"
 #include "json.h"
+#include "shown.h"
 
 namespace headwise {
 namespace {
@@ -29,11 +30,17 @@ void check_path(const std::string& path) {
   TORCH_CHECK_VALUE(path.find('\0') == std::string::npos, "path must not hold a NUL character");
 }
 
+/// A path that a system refuses as too long need not be shown whole.
+std::string brief(const std::string& path) {
+  return path.size() <= 250 ? path : path.substr(0, 100) + "...";
+}
+
 }  // namespace
 
 FileError::FileError(int error, const std::string& action, std::string path)
-    : std::system_error(error, std::generic_category(), "cannot " + action + " '" + path + "'"),
-      path_(std::move(path)) {}
+    : std::system_error(error, std::generic_category(),
+                        "cannot " + action + " " + shown_path(path)),
+      path_(brief(path)) {}
 
 AtomicFile::AtomicFile(const std::string& path) : path_(path) {
   check_path(path);

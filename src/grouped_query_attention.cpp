@@ -57,6 +57,15 @@ bool same_for_all_heads(const AttentionArguments& masks) {
   return !masks.attn_mask || masks.attn_mask->dim() < 3 || masks.attn_mask->size(-3) == 1;
 }
 
+/// The tokens that a gate does not see; `seen` as gates_see sets it.
+at::Tensor hidden_from_gate(const at::Tensor& x, const at::Tensor& padding,
+                            const at::Tensor& seen) {
+  if (!seen.defined()) return padding;
+  const bool number = seen.dim() == 0;
+  return hide_tokens(x, optional(padding), number ? std::nullopt : std::optional(seen),
+                     number ? std::optional(seen.item<int64_t>()) : std::nullopt);
+}
+
 }  // namespace
 
 GroupedQueryAttentionImpl::GroupedQueryAttentionImpl(GroupedQueryAttentionOptions options_)
@@ -327,7 +336,14 @@ std::tuple<at::Tensor, at::Tensor> GroupedQueryAttentionImpl::forward(
   check_call(x, call);
   const int64_t length = x.size(1), heads = options.num_heads();
   const bool cross = call.memory.defined();
-  KeyValueCache* cache = call.cache;
+  // Stored when nothing can fail any more: after an error the cache is what it was.
+  std::optional<KeyValueCache> draft;
+  if (call.cache != nullptr) draft = *call.cache;
+  KeyValueCache* cache = draft ? &*draft : nullptr;
+  const auto stored = [&](at::Tensor output) {
+    if (draft) *call.cache = std::move(*draft);
+    return output;
+  };
   KeyValueCache* keeping = options.keep_selection() ? cache : nullptr;
   at::Tensor padding = call.query_padding_mask;
   if (!padding.defined() && call.key_padding_mask.defined() && !cross) {
@@ -344,10 +360,10 @@ std::tuple<at::Tensor, at::Tensor> GroupedQueryAttentionImpl::forward(
                       keeping == nullptr ? 0 : keeping->size(),
                       " tokens and no selection of heads for them: with keep_selection begin with "
                       "an empty one");
-    selection = gate->forward(x, hide_tokens(padding, seen, x));
+    selection = gate->forward(x, hidden_from_gate(x, padding, seen));
     if (keeping != nullptr && !is_training()) {
       if (const auto read = groups_read(&*selection, false)) {
-        slots = slots_of(read->index, read->count);
+        slots = slots_of(read->index, read->count).value_or(at::Tensor());
       }
     }
   }
@@ -398,7 +414,7 @@ std::tuple<at::Tensor, at::Tensor> GroupedQueryAttentionImpl::forward(
   masks.attn_mask = optional(call.attn_mask);
   masks.is_causal = call.is_causal;
   masks.scale = scale_;
-  align_masks(masks, length, k.size(2), options.sliding_window(), x.device());
+  align_masks(masks, q, k, options.sliding_window());
   at::Tensor probabilities;  // [B, H, L, S]
   if (call.need_weights) {
     probabilities = attention_probabilities(q, for_each_head(k), masks);
@@ -413,11 +429,12 @@ std::tuple<at::Tensor, at::Tensor> GroupedQueryAttentionImpl::forward(
   const auto bias = optional(o_proj->bias);
   if (chosen == nullptr) {
     const auto weight = selection ? std::optional(selection->weight) : std::nullopt;
-    return {combine_heads(attend_every(q, k, v, masks), weight, o_proj->weight, bias),
+    return {stored(combine_heads(attend_every(q, k, v, masks), weight, o_proj->weight, bias)),
             probabilities};
   }
-  return {selected_output_projection(attend_chosen(q, k, v, *chosen, masks, slots), o_proj->weight,
-                                     bias, chosen->index, chosen->count, chosen->weight),
+  return {stored(selected_output_projection(attend_chosen(q, k, v, *chosen, masks, slots),
+                                            o_proj->weight, bias, chosen->index, chosen->count,
+                                            chosen->weight)),
           probabilities};
 }
 

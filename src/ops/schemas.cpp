@@ -307,6 +307,15 @@ TORCH_LIBRARY(headwise, m) {
       "gumbel_sigmoid_regulariser(Tensor logits, Tensor weight, Tensor progress, float keep, "
       "float initial_keep, float warmup, float strength) -> Tensor");
 
+  // What decoders do around the operators (src/decoding.h). heads [B, H, L, d], cos and sin
+  // [B or 1, L, r]; slots int64 [B, K], the groups that a cache holds of each sequence, then -1.
+  m.def("rotate_heads(Tensor heads, Tensor cos, Tensor sin, bool neighbours=False) -> Tensor");
+  m.def("causal_mask(Tensor q, Tensor k, Tensor? attn_mask, SymInt? window) -> Tensor");
+  m.def("hide_tokens(Tensor x, Tensor? padding, Tensor? seen, int? first) -> Tensor");
+  m.def("slots_of(Tensor index, Tensor count) -> Tensor?");
+  m.def("take_slots(Tensor groups, Tensor slots) -> Tensor");
+  m.def("spread_slots(Tensor held, Tensor slots, int num_groups) -> Tensor");
+
   // Structured pruning (src/structure, src/cofi.cpp).
   m.def(
       "masked_layer_norm(Tensor x, Tensor mask, Tensor? weight=None, Tensor? bias=None, "

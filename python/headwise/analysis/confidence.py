@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from headwise import _C
 from headwise.gates import FixedGate
 from headwise.gates.selection import Selection
+from headwise.io.printable import layer_called
 from headwise.nn.batches import run_model, take_rows
 from headwise.nn.instrumenting import instrument
 from headwise.nn.layers import attention_layers
@@ -84,12 +85,13 @@ class ConfidencePolicy:
             known = None if ranking is None else ranking.values.get(name)
             if known is not None and len(known) != layer.num_heads:
                 raise ValueError(
-                    f"ranking must have {layer.num_heads} heads for layer '{name}', "
+                    f"ranking must have {layer.num_heads} heads for {layer_called(name)}, "
                     f"got {len(known)}"
                 )
             if known is None and isinstance(layer.gate, (FixedGate, type(None))):
                 raise ValueError(
-                    f"layer '{name}' has no relevance of its own: ranking must have scores for it"
+                    f"{layer_called(name)} has no relevance of its own: ranking must have scores "
+                    "for it"
                 )
         self.model = model
         self.ranking = ranking
@@ -222,7 +224,9 @@ def _widen(selection: Selection, factor: float, known: Tensor | None, name: str)
     relevance = selection.relevance  # [B, H]
     if relevance is None:
         if known is None:
-            raise ValueError(f"layer '{name}' has no relevance: ranking must have scores for it")
+            raise ValueError(
+                f"{layer_called(name)} has no relevance: ranking must have scores for it"
+            )
         relevance = known.to(selection.weight).expand_as(selection.weight)
     if relevance.size(1) == 0:
         return selection

@@ -44,10 +44,15 @@ def one_cache(module: object, cache: Any, past_key_values: Any) -> Any:
     """The cache under either of its names: transformers has renamed ``past_key_values``.
 
     Raises:
-        TypeError: two different caches.
+        TypeError: two different caches, or what is no cache of transformers.
     """
     if cache is None or past_key_values is None or cache is past_key_values:
-        return past_key_values if cache is None else cache
+        past = past_key_values if cache is None else cache
+        if past is not None and not hasattr(past, "get_seq_length"):
+            raise TypeError(
+                f"cache must be a cache of transformers or None, got {type(past).__name__}"
+            )
+        return past
     raise TypeError(
         f"{type(module).__name__} takes one cache, as cache or as past_key_values, got two"
     )

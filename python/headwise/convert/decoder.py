@@ -202,6 +202,10 @@ class SelectedDecoderAttention(ProjectedReplacement):
                     position = position.clone()  # the cache counts in place
                 held, offset = mask_sizes(past, length, self.layer_idx)
                 keys, first = length if only_own else held, position - offset
+                if mask is not None and mask.size(-1) not in (1, keys):
+                    raise ValueError(
+                        f"attention mask must have {keys} columns, one per key, got {mask.size(-1)}"
+                    )
             layer_cache = self._layer_cache(
                 past, x, only_own, {} if cross else handed_on(options), cross
             )

@@ -14,7 +14,6 @@ from headwise.convert.decoder import SelectedDecoderAttention
 from headwise.convert.llama import Llama
 from headwise.convert.replacements import replacement_classes
 from headwise.gates.selection import Selection
-from headwise.nn.cache_slots import spread
 from headwise.nn.decoder_inputs import Masks, with_bias
 
 
@@ -35,7 +34,9 @@ class SelectedCappedAttention(SelectedDecoderAttention):
         cap = self.attn_logit_softcapping
         if cap is None:
             return q, k, v, masks
-        held = k if slots is None else spread(k, slots, self.num_key_value_heads)
+        held = k
+        if slots is not None:
+            held = torch.ops.headwise.spread_slots(k, slots, self.num_key_value_heads)
         if chosen is None or torch.compiler.is_compiling():
             change = self._change(q, self._for_each_head(held), cap)
         else:

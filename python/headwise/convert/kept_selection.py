@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from headwise.convert.older_versions import counted
+from headwise.convert.older_versions import counted, mask_sizes
 from headwise.gates.selection import Selection
 
 
@@ -121,6 +121,9 @@ class LayerCacheOf:
         if self._only_own and k.size(2) > self._length:  # a static cache returns empty rows too
             k, v = k[:, :, : self._length], v[:, :, : self._length]
         return k, v
+
+    def num_keys(self, length: int) -> int:
+        return length if self._only_own else mask_sizes(self._cache, length, self._layer)[0]
 
     def held(self) -> tuple[Tensor, Tensor] | None:
         return None

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from headwise.io.printable import layer_called
 from headwise.io.safetensors_files import save_safetensors
 from headwise.nn.layers import attention_layers
 
@@ -90,7 +91,7 @@ def _give_original_names(model: nn.Module, state: dict[str, Tensor]) -> str | No
     """Changes ``state`` in place; returns why the original class could not read it."""
     for name, layer in attention_layers(model).items():
         if layer.gate is not None:
-            return f"layer '{name}' has a {type(layer.gate).__name__}"
+            return f"{layer_called(name)} has a {type(layer.gate).__name__}"
     try:
         for name, module in model.named_modules():
             if hasattr(module, "original_state"):

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from headwise.convert.masks import split
 from headwise.convert.projections import Places, Projected, ProjectedReplacement
 from headwise.convert.registry import Architecture
-from headwise.nn.decoder_inputs import rotate, rotate_neighbours
 from headwise.nn.grouped_query_attention import GroupedQueryAttention
 from headwise.nn.proof import Draw, Trial
 
@@ -123,8 +122,9 @@ class SelectedTimmAttention(ProjectedReplacement):
     def _rotate(
         self, q: Tensor, k: Tensor, position_embeddings: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        turn = rotate if getattr(self, "rotate_half", False) else rotate_neighbours
-        return turn(q, *position_embeddings), turn(k, *position_embeddings)
+        turn, angles = torch.ops.headwise.rotate_heads, position_embeddings
+        neighbours = not getattr(self, "rotate_half", False)
+        return turn(q, *angles, neighbours), turn(k, *angles, neighbours)
 
 
 class SelectedTimmRotary(SelectedTimmAttention):

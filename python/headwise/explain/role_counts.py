@@ -19,6 +19,7 @@ from headwise.explain.questions import (
 )
 from headwise.explain.recording import recording
 from headwise.io.fingerprint import fingerprint
+from headwise.io.printable import layer_called
 from headwise.io.progress import with_progress
 from headwise.io.store import Store
 from headwise.nn.batches import run_model
@@ -111,7 +112,7 @@ class _Answers:
         lengths = (self.queries.valid.size(1), self.keys.valid.size(1))
         if (probe.q.size(2), probe.k.size(2) - layer._added_keys) != lengths:
             raise ValueError(
-                f"layer '{site.name}' attends {probe.k.size(2)} keys with {probe.q.size(2)} "
+                f"{layer_called(site.name)} attends {probe.k.size(2)} keys with {probe.q.size(2)} "
                 f"queries; roles need {self.kind}-attention over the {lengths[1]} tokens of valid "
                 f"with {lengths[0]} queries"
             )
@@ -180,7 +181,7 @@ class _Counter:
             self.answers["self"].add(site, layer, probe)
         else:
             raise ValueError(
-                f"layer '{name}' attends to another sequence than its own: batches of an "
+                f"{layer_called(name)} attends to another sequence than its own: batches of an "
                 "encoder-decoder need target, the annotated tokens of the decoder"
             )
 

@@ -14,7 +14,7 @@ from headwise.gates.recomputation import recomputing
 from headwise.gates.scheduled import ScheduledGate
 from headwise.gates.scope import GateScope, ScopedGate
 from headwise.gates.selection import Selection, select_all
-from headwise.io.printable import quoted
+from headwise.io.printable import layer_called, quoted
 
 _ops = torch.ops.headwise
 
@@ -202,7 +202,8 @@ def restore_moves(model: nn.Module, moves: Any, where: str) -> None:
         gate = gates.get(entry["layer"])
         if gate is None or move.head >= (gate.num_heads or 0):
             raise ValueError(
-                f"entry {number} of {where} is of head {move.head} of layer '{entry['layer']}', "
+                f"entry {number} of {where} is of head {move.head} of "
+                f"{layer_called(entry['layer'])}, "
                 "which no SleepGate of the model has"
             )
         own[entry["layer"]].append(move)

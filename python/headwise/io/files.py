@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 from headwise import _C
+from headwise.io.printable import path_called
 
-__all__ = ["write_atomic", "write_json"]
+__all__ = ["existing_folder", "write_atomic", "write_json"]
 
 
 def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
@@ -23,6 +25,24 @@ def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
     _C.write_atomic(os.fspath(path), data)
+
+
+def existing_folder(name: str, path: str | os.PathLike) -> Path:
+    """The folder at ``path``, the value of the argument ``name``.
+
+    Raises:
+        FileNotFoundError: it is none; a name that the system does not take is none.
+    """
+    folder = Path(path)
+    try:
+        found = folder.is_dir()
+    except OSError:  # a name that is too long
+        found = False
+    if not found:
+        raise FileNotFoundError(
+            f"{name} must be a folder, got {path_called(path)}, which is not one"
+        )
+    return folder
 
 
 def write_json(path: str | os.PathLike, document: Any, indent: int | None = 1) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
-__all__ = ["printable", "quoted"]
+__all__ = ["layer_called", "path_called", "printable", "quoted"]
 
 
 def printable(text: str, most: int = 1000) -> str:
@@ -27,3 +28,13 @@ def quoted(value: Any, most: int = 60) -> str:
         whole = len(value) <= most
         return repr(value) if whole else repr(value[:most]) + "…"
     return printable(repr(value), most)
+
+
+def layer_called(name: str) -> str:
+    """A layer in a message; ``""`` is the name of a model that is itself a layer."""
+    return f"layer '{printable(name, 100)}'" if name else "the layer"
+
+
+def path_called(path: str | os.PathLike) -> str:
+    """A path in quotes, for a message."""
+    return f"'{printable(os.fspath(path), 200)}'"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from headwise.gates.base import Gate
 from headwise.gates.group import GroupGate
+from headwise.io.printable import layer_called
 
 if TYPE_CHECKING:
     from headwise._C import LayerPlan
@@ -140,8 +141,8 @@ class AttentionLayer(_Module, metaclass=abc.ABCMeta):
         for key in keys:
             if own[key] != described[key]:
                 raise ValueError(
-                    f"{key} of layer '{name}' is {own[key]} in model and {described[key]} in the "
-                    f"file"
+                    f"{key} of {layer_called(name)} is {own[key]} in model and {described[key]} "
+                    "in the file"
                 )
 
     @abc.abstractmethod

@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from headwise.nn.attention_inputs import check_sizes
 from headwise.nn.attention_layer import AttentionLayer
 
+_ops = torch.ops.headwise
+
 
 class Masks(NamedTuple):
     """Which query may attend to which key, as the operators take it."""
@@ -26,41 +28,28 @@ class Masks(NamedTuple):
 
 
 def align(
+    q: Tensor,
+    k: Tensor,
     key_padding_mask: Tensor | None,
     attn_mask: Tensor | None,
     is_causal: bool,
-    length: int,
-    keys: int,
     window: int | None,
-    device: torch.device,
 ) -> Masks:
-    """The masks of a call on ``length`` queries at the positions of the last of ``keys`` keys.
+    """The masks of queries ``[B, H, L, d]`` at the positions of the last of the keys ``[B, Hkv, S,
+    d]``.
 
     The operators' causal flag aligns the first query with the first key; other alignments need a
-    mask.
+    mask. ``align_masks`` of C++ has the same rule: an operator cannot, because ``torch.export``
+    does not store a flag among an operator's results.
     """
-    if key_padding_mask is not None and key_padding_mask.size(1) != keys:
-        raise ValueError(
-            f"key_padding_mask must have {keys} columns, one per key, "
-            f"got {key_padding_mask.size(1)}"
-        )
-    narrow = window is not None and window < keys
-    if not is_causal or (length == 1 and not narrow):
+    length, keys = q.size(2), k.size(2)
+    if window is not None and window >= keys:
+        window = None
+    if not is_causal or (length == 1 and window is None):
         return Masks(key_padding_mask, attn_mask, False)
-    if length == keys and not narrow and attn_mask is None:
+    if length == keys and window is None and attn_mask is None:
         return Masks(key_padding_mask, None, True)
-    position = torch.arange(keys - length, keys, device=device)[:, None]  # [L, 1]
-    key = torch.arange(keys, device=device)  # [S]
-    unseen = key > position  # [L, S]
-    if window is not None and narrow:
-        unseen = unseen | (key <= position - window)
-    if attn_mask is None:
-        attn_mask = unseen
-    elif attn_mask.dtype == torch.bool:
-        attn_mask = attn_mask | unseen
-    else:
-        attn_mask = attn_mask.masked_fill(unseen, float("-inf"))
-    return Masks(key_padding_mask, attn_mask, False)
+    return Masks(key_padding_mask, _ops.causal_mask(q, k, attn_mask, window), False)
 
 
 def with_bias(mask: Tensor | None, bias: Tensor) -> Tensor:
@@ -88,43 +77,13 @@ def with_added_keys(
     return Masks(padding, mask, False)
 
 
-def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding of [B, H, L, d] by cos and sin [B or 1, L, r], r <= d."""
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # [B or 1, 1, L, r]
-    width = cos.size(-1)
-    turned = heads if width == heads.size(-1) else heads[..., :width]
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
-    return turned if width == heads.size(-1) else torch.cat((turned, heads[..., width:]), dim=-1)
-
-
-def rotate_neighbours(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """As :func:`rotate`, feature 2i with feature 2i + 1."""
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # [B or 1, 1, L, r]
-    width = cos.size(-1)
-    turned = heads[..., :width]
-    swapped = torch.stack((-turned[..., 1::2], turned[..., ::2]), dim=-1).flatten(-2)
-    turned = turned * cos + swapped * sin
-    return turned if width == heads.size(-1) else torch.cat((turned, heads[..., width:]), dim=-1)
-
-
 def hide(padding: Tensor | None, seen: Tensor | int | None, x: Tensor) -> Tensor | None:
     """Tokens hidden from the gate, [B, L]: padding, and those that ``headwise.gates_see``
     excludes."""
     if seen is None:
         return padding
-    if padding is None:
-        padding = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
-    elif padding.dtype != torch.bool:
-        padding = padding == float("-inf")
-    if isinstance(seen, int):  # the first tokens that are none
-        return padding | ((~padding).cumsum(1) > seen)
-    if seen.shape != x.shape[:2]:
-        raise ValueError(
-            f"tokens of headwise.gates_see must have shape {list(x.shape[:2])}, as the model's "
-            f"input, got {list(seen.shape)}"
-        )
-    return padding | ~seen.to(x.device)
+    number = isinstance(seen, int)
+    return _ops.hide_tokens(x, padding, None if number else seen, seen if number else None)
 
 
 def forward_replaced(module: nn.Module) -> bool:
@@ -214,6 +173,7 @@ def check_inputs(
     x: Tensor,
     position_embeddings: tuple[Tensor, Tensor] | None,
     key_padding_mask: Tensor | None,
+    query_padding_mask: Tensor | None,
     attn_mask: Tensor | None,
 ) -> None:
     if x.dim() != 3 or x.size(2) != layer.embed_dim:
@@ -227,6 +187,13 @@ def check_inputs(
         raise ValueError(
             f"key_padding_mask must have shape [{x.size(0)}, S], got {list(key_padding_mask.shape)}"
         )
+    padding = query_padding_mask
+    if padding is not None and padding.dtype != torch.bool:
+        raise TypeError(f"query_padding_mask must be boolean, got {padding.dtype}")
+    if padding is not None and padding.shape != x.shape[:2]:
+        raise ValueError(
+            f"query_padding_mask must have shape {list(x.shape[:2])}, got {list(padding.shape)}"
+        )
     if position_embeddings is None:
         return
     cos, sin = position_embeddings
@@ -237,6 +204,36 @@ def check_inputs(
                 f"{name} of position_embeddings must have shape [{x.size(0)} or 1, {x.size(1)}, r] "
                 f"with r even and at most {layer.head_dim}, got {list(table.shape)}"
             )
+
+
+def check_cache(cache: object) -> None:
+    if cache is not None and not (hasattr(cache, "num_keys") and hasattr(cache, "held")):
+        raise TypeError(
+            f"cache must be a headwise.KeyValueCache or None, got {type(cache).__name__}"
+        )
+
+
+def check_keys(
+    layer: AttentionLayer,
+    x: Tensor,
+    keys: int,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+) -> None:
+    """Checks masks of a call on ``x`` that sees ``keys`` keys, before a cache gets any of them."""
+    if key_padding_mask is not None and key_padding_mask.size(1) != keys:
+        raise ValueError(
+            f"key_padding_mask must have {keys} columns, one per key, "
+            f"got {key_padding_mask.size(1)}"
+        )
+    if attn_mask is None or torch.compiler.is_compiling():  # the operators check it, too
+        return
+    whole = (x.size(0), layer.num_heads, x.size(1), keys)
+    sizes = attn_mask.shape
+    if len(sizes) > 4 or any(
+        size not in (1, most) for size, most in zip(sizes[::-1], whole[::-1], strict=False)
+    ):
+        raise ValueError(f"attn_mask must be broadcastable to {list(whole)}, got {list(sizes)}")
 
 
 def check_memory(

@@ -17,12 +17,13 @@ from headwise.gates.linears import check_read
 from headwise.gates.recomputation import recomputing
 from headwise.gates.selection import Selection
 from headwise.nn.attention_layer import AttentionLayer, AttentionProbe
-from headwise.nn.cache_slots import slots_of, spread, take
 from headwise.nn.decoder_inputs import (
     Masks,
     align,
+    check_cache,
     check_group_sizes,
     check_inputs,
+    check_keys,
     check_memory,
     epsilon_of,
     even_groups,
@@ -30,7 +31,6 @@ from headwise.nn.decoder_inputs import (
     is_own,
     is_rms_norm,
     linear,
-    rotate,
     set_parameter,
     with_added_keys,
 )
@@ -345,12 +345,55 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
 
         Raises:
             ValueError: a shape that does not fit.
-            TypeError: a mask of the wrong type.
+            TypeError: a mask of the wrong type, or what is not a cache. After any error a
+                :class:`KeyValueCache` is as it was before the call.
         """
-        check_inputs(self, x, position_embeddings, key_padding_mask, attn_mask)
+        check_inputs(self, x, position_embeddings, key_padding_mask, query_padding_mask, attn_mask)
         if memory is not None:
             check_memory(self, x, memory, is_causal, position_embeddings)
-        batch, length, _ = x.shape
+        check_cache(cache)
+        held = None if memory is None or cache is None else cache.held()
+        if key_padding_mask is not None or attn_mask is not None:
+            keys = x.size(1) if memory is None else memory.size(1)
+            if held is not None:
+                keys = held[0].size(2)
+            elif memory is None and cache is not None:
+                keys = cache.num_keys(keys)
+            check_keys(self, x, keys, key_padding_mask, attn_mask)
+        before = cache.state() if isinstance(cache, KeyValueCache) else None
+        try:
+            return self._run(
+                x,
+                position_embeddings,
+                key_padding_mask,
+                query_padding_mask,
+                attn_mask,
+                is_causal,
+                cache,
+                held,
+                memory,
+                need_weights,
+            )
+        except BaseException:
+            if before is not None and isinstance(cache, KeyValueCache):
+                cache.restore(before)
+            raise
+
+    def _run(
+        self,
+        x: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None,
+        key_padding_mask: Tensor | None,
+        query_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        cache: LayerCache | None,
+        held: tuple[Tensor, Tensor] | None,
+        memory: Tensor | None,
+        need_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """:meth:`forward` of arguments that fit; ``held``: what a cache has of ``memory``."""
+        length = x.size(1)
         padding = query_padding_mask
         if padding is None and key_padding_mask is not None and memory is None:
             padding = key_padding_mask[:, -length:]
@@ -377,7 +420,6 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
         q = self._project(self.q_proj, x, self.num_heads, self.q_norm, chosen)  # [B, H, L, d]
         shared = self.num_key_value_heads
         slots = cache.slots if cache is not None and (self.keep_selection or mixed) else None
-        held = None if memory is None or cache is None else cache.held()
         if held is not None:
             k, v = held if shared else self._no_heads(held[0])
         else:
@@ -388,14 +430,13 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
             if position_embeddings is not None:
                 q, k = self._rotate(q, k, position_embeddings)
             if slots is not None:
-                k, v = take(k, slots), take(v, slots)  # [B, K, S, d]
+                k, v = _ops.take_slots(k, slots), _ops.take_slots(v, slots)  # [B, K, S, d]
             if cache is not None:
                 k, v = self._cached(cache, k, v)  # [B, Hkv or K, S, d]
         if slots is not None and (chosen is None or need_weights):
-            k, v, slots = spread(k, slots, shared), spread(v, slots, shared), None
-        masks = align(
-            key_padding_mask, attn_mask, is_causal, length, k.size(2), self.sliding_window, x.device
-        )
+            k, v = _ops.spread_slots(k, slots, shared), _ops.spread_slots(v, slots, shared)
+            slots = None
+        masks = align(q, k, key_padding_mask, attn_mask, is_causal, self.sliding_window)
         q, k, v, masks = self._scored(q, k, v, masks, chosen, slots)
 
         weight = None if selection is None else selection.weight
@@ -511,7 +552,7 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
         if self.training or self.key_value_heads is not None or torch.compiler.is_compiling():
             return None
         groups = self._groups(selection, None)
-        return None if groups is None else slots_of(groups.index, groups.count)
+        return None if groups is None else _ops.slots_of(groups.index, groups.count)
 
     def _project(
         self,
@@ -533,7 +574,8 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
     def _rotate(
         self, q: Tensor, k: Tensor, position_embeddings: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        return rotate(q, *position_embeddings), rotate(k, *position_embeddings)
+        cos, sin = position_embeddings
+        return _ops.rotate_heads(q, cos, sin), _ops.rotate_heads(k, cos, sin)
 
     def _scored(
         self,
@@ -616,12 +658,13 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
         elif slots is not None:
             # The same attention, among the heads that read a slot.
             ran = _ops.selection_mask(index, count, q.dtype).unflatten(1, (-1, each))
-            ran = take(ran, slots) * (slots >= 0)[:, :, None]  # [B, K, H / Hkv]
+            ran = _ops.take_slots(ran, slots) * (slots >= 0)[:, :, None]  # [B, K, H / Hkv]
             index, count = _ops.select_nonzero(ran.flatten(1))
-            q = take(q.unflatten(1, (-1, each)), slots).flatten(1, 2)  # [B, K H / Hkv, L, d]
+            q = _ops.take_slots(q.unflatten(1, (-1, each)), slots)  # [B, K, H / Hkv, L, d]
+            q = q.flatten(1, 2)
             if masks.attn_mask is not None and not masks.same_for_all_heads:
                 own = masks.attn_mask.expand(q.size(0), self.num_heads, -1, -1)
-                own = take(own.unflatten(1, (-1, each)), slots).flatten(1, 2)
+                own = _ops.take_slots(own.unflatten(1, (-1, each)), slots).flatten(1, 2)
                 masks = masks._replace(attn_mask=own)
         masks = with_added_keys(masks, q.size(2), k.size(2), self._added_keys, q.device)
         dropout, seed = self._dropout(), None
@@ -633,7 +676,7 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
         if slots is None:
             return context
         groups = context.unflatten(1, (-1, each))  # [B, K, H / Hkv, L, d]
-        return spread(groups, slots, self.num_key_value_heads).flatten(1, 2)
+        return _ops.spread_slots(groups, slots, self.num_key_value_heads).flatten(1, 2)
 
     def _merge(self, context: Tensor, weight: Tensor | None) -> Tensor:
         """[B, H, L, d] -> [B, L, D]"""

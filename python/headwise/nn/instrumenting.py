@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from headwise.gates.selection import Selection, select_all
+from headwise.io.printable import layer_called
 from headwise.nn.attention_layer import (
     AttentionLayer,
     AttentionProbe,
@@ -100,8 +101,8 @@ class Instrumented:
         for name, layer in self.layers.items():
             if layer.gate is not None and layer.gate.projects:
                 raise ValueError(
-                    f"layer '{name}' has a {type(layer.gate).__name__}, whose projections belong "
-                    "to its own choice: no other heads can be selected"
+                    f"{layer_called(name)} has a {type(layer.gate).__name__}, whose projections "
+                    "belong to its own choice: no other heads can be selected"
                 )
         for name, layer in self.layers.items():
             own = layer.gate
@@ -136,8 +137,8 @@ class Instrumented:
         for name, layer in self.layers.items():
             if layer.gate is not None and layer.gate.routes_tokens:
                 raise ValueError(
-                    f"layer '{name}' has a {type(layer.gate).__name__} that chooses for every "
-                    f"token, and one choice for every sequence is needed here: give it "
+                    f"{layer_called(name)} has a {type(layer.gate).__name__} that chooses for "
+                    "every token, and one choice for every sequence is needed here: give it "
                     f"routing='sequence', or call the gate itself"
                 )
 

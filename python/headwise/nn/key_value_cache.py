@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +25,10 @@ class LayerCache(Protocol):
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Appends the new keys and values ``[B, Hkv, L, d]``; returns all of them, ``[B, Hkv, S,
         d]``, the new ones last (or at the places in the mask of the same call)."""
+        ...
+
+    def num_keys(self, length: int) -> int:
+        """How many keys :meth:`update` will return, given those of ``length`` tokens."""
         ...
 
     def held(self) -> tuple[Tensor, Tensor] | None:
@@ -59,9 +63,22 @@ class KeyValueCache:
         return 0 if self.k is None else self.k.size(2)
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        self.k = k if self.k is None else torch.cat([self.k, k], dim=2)
-        self.v = v if self.v is None else torch.cat([self.v, v], dim=2)
-        return self.k, self.v
+        # Both before either is stored: one may not fit.
+        k = k if self.k is None else torch.cat([self.k, k], dim=2)
+        v = v if self.v is None else torch.cat([self.v, v], dim=2)
+        self.k, self.v = k, v
+        return k, v
+
+    def num_keys(self, length: int) -> int:
+        return len(self) + length
+
+    def state(self) -> tuple[Any, ...]:
+        """What :meth:`restore` takes: the tensors themselves, which no call changes in place."""
+        return self.k, self.v, self.selection, self.slots
+
+    def restore(self, state: tuple[Any, ...]) -> None:
+        """Makes the cache what it was when :meth:`state` was called."""
+        self.k, self.v, self.selection, self.slots = state
 
     def held(self) -> tuple[Tensor, Tensor] | None:
         return None if self.k is None or self.v is None else (self.k, self.v)
@@ -73,11 +90,10 @@ class KeyValueCache:
         def select(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.index_select(0, rows.to(tensor.device))
 
-        self.k, self.v, self.slots = select(self.k), select(self.v), select(self.slots)
-        if self.selection is not None:
-            self.selection = self.selection.moved(
-                lambda part: part.index_select(0, rows.to(part.device))
-            )
+        selection = self.selection
+        if selection is not None:
+            selection = selection.moved(lambda part: part.index_select(0, rows.to(part.device)))
+        self.restore((select(self.k), select(self.v), selection, select(self.slots)))
 
     def crop(self, length: int) -> None:
         """Drops all tokens after the first ``length``; with 0 the sequences too.

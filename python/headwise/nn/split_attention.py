@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from headwise.gates.selection import Selection
+from headwise.io.printable import layer_called
 from headwise.nn.attention_inputs import AttentionInputs
 from headwise.nn.layers import (
     attention_layers,
@@ -71,16 +72,16 @@ class SplitAttention(MultiheadAttention):
 
     def __init__(self, name: str, layer: MultiheadAttention) -> None:
         if layer._added_keys:
-            raise ValueError(f"layer '{name}' adds keys of its own (bias_k or add_zero_attn)")
+            raise ValueError(f"{layer_called(name)} adds keys of its own (bias_k or add_zero_attn)")
         if layer.gate is not None and layer.gate.projects:
             raise ValueError(
-                f"layer '{name}' has a {type(layer.gate).__name__}, which has output projections "
-                f"of its own"
+                f"{layer_called(name)} has a {type(layer.gate).__name__}, which has output "
+                "projections of its own"
             )
         if layer.gate is not None and layer.gate.routes_tokens:
             raise ValueError(
-                f"layer '{name}' has a {type(layer.gate).__name__} that chooses for every token: "
-                f"give it routing='sequence'"
+                f"{layer_called(name)} has a {type(layer.gate).__name__} that chooses for every "
+                "token: give it routing='sequence'"
             )
         check_replaceable(layer)
         layer.check_projections()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from headwise.gates import FixedGate, TokenSelection
-from headwise.io.printable import quoted
+from headwise.io.printable import layer_called, quoted
 from headwise.io.progress import with_progress
 from headwise.nn.attention_layer import AttentionLayer
 from headwise.nn.gate_proof import layer_outputs
@@ -109,9 +109,9 @@ def prune(
             continue
         if layer.gate.static_weight() is None:
             raise ValueError(
-                f"layer '{name}' has a {type(layer.gate).__name__}, which chooses among the heads "
-                "it was trained with: remove it first (layer.set_gate(None)), or prune by a plan "
-                "of its choices (headwise.pruning.plan_from_use)"
+                f"{layer_called(name)} has a {type(layer.gate).__name__}, which chooses among the "
+                "heads it was trained with: remove it first (layer.set_gate(None)), or prune by "
+                "a plan of its choices (headwise.pruning.plan_from_use)"
             )
     if not inplace:
         model = copy.deepcopy(model)
@@ -190,8 +190,8 @@ def plan_from_gates(model: nn.Module) -> HeadPlan:
         weight = layer.gate.static_weight()  # [H]
         if weight is None:
             raise ValueError(
-                f"layer '{name}' has a {type(layer.gate).__name__}, whose choice depends on the "
-                "input: no plan is equivalent to it (headwise.pruning.plan_from_use keeps the "
+                f"{layer_called(name)} has a {type(layer.gate).__name__}, whose choice depends on "
+                "the input: no plan is equivalent to it (headwise.pruning.plan_from_use keeps the "
                 "heads that it runs most often)"
             )
         weights = weight.double().tolist()
@@ -247,7 +247,9 @@ def plan_from_use(
     share, scale = {}, {}
     for name, calls in seen.items():
         if not calls:
-            raise ValueError(f"batches must run every gated layer, got no run of layer '{name}'")
+            raise ValueError(
+                f"batches must run every gated layer, got no run of {layer_called(name)}"
+            )
         ran, weight = (torch.cat(parts) for parts in zip(*calls, strict=True))  # [N, H]
         share[name] = ran.mean(0)  # [H]
         scale[name] = (weight * ran).sum(0) / ran.sum(0).clamp(min=1)  # [H]
@@ -339,6 +341,6 @@ def _check(model: nn.Module, plan: HeadPlan) -> None:
             )
         if entry.num_heads != layers[entry.name].num_heads:
             raise ValueError(
-                f"plan has {entry.num_heads} heads for layer '{entry.name}', "
+                f"plan has {entry.num_heads} heads for {layer_called(entry.name)}, "
                 f"which has {layers[entry.name].num_heads} in model"
             )

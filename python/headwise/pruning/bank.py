@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from headwise.convert.conversion import converted
 from headwise.gates import BankGate, link_gates
 from headwise.gates.bank import FEATURES, router_features
-from headwise.io.printable import quoted
+from headwise.io.printable import layer_called, quoted
 from headwise.io.progress import with_progress
 from headwise.nn.batches import batch_size, call_model, take_rows
 from headwise.nn.instrumenting import evaluating
@@ -315,7 +315,7 @@ def _check_calls(dense: nn.Module, batch: Any, forward_fn: Callable) -> None:
     for name, number in calls.items():
         if number > 1:
             raise ValueError(
-                f"layers must run once for each input, and layer '{name}' ran {number} times"
+                f"layers must run once for each input, and {layer_called(name)} ran {number} times"
             )
 
 
@@ -337,7 +337,7 @@ def _inputs_of(
                     forward_fn(dense, batch)
                 except Stop:
                     continue
-                raise ValueError(f"forward_fn must run model: layer '{name}' was not called")
+                raise ValueError(f"forward_fn must run model: {layer_called(name)} was not called")
     finally:
         layer.set_gate(None)
     return torch.cat(found).double().cpu()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headwise.io.printable import quoted
+from headwise.io.printable import layer_called, quoted
 from headwise.nn.attention_layer import AttentionLayer
 from headwise.nn.instrumenting import instrument, scaled_heads
 from headwise.nn.layers import attention_layers
@@ -146,15 +146,15 @@ def prune_heads(
     def kept(name: str, layer: AttentionLayer, removed: Any) -> Tensor:
         factors = torch.ones(layer.num_heads)
         if isinstance(removed, str) or not isinstance(removed, Iterable):
-            raise TypeError(f"heads of layer '{name}' must be a list, got {quoted(removed)}")
+            raise TypeError(f"heads of {layer_called(name)} must be a list, got {quoted(removed)}")
         for head in removed:
             if isinstance(head, bool) or not hasattr(head, "__index__"):
                 raise TypeError(
-                    f"heads of layer '{name}' must be whole numbers, got {quoted(head)}"
+                    f"heads of {layer_called(name)} must be whole numbers, got {quoted(head)}"
                 )
             if not 0 <= head < layer.num_heads:
                 raise ValueError(
-                    f"heads of layer '{name}' must be in 0..{layer.num_heads - 1}, got {head}"
+                    f"heads of {layer_called(name)} must be in 0..{layer.num_heads - 1}, got {head}"
                 )
             factors[head] = 0.0
         return factors
@@ -185,7 +185,9 @@ def _by_layer(
                 f"got {quoted(key)}"
             )
         if name in found:
-            raise ValueError(f"layer '{name}' must be named once, by its position or its name")
+            raise ValueError(
+                f"{layer_called(name)} must be named once, by its position or its name"
+            )
         found[name] = read(name, layers[name], value)
     return found
 
@@ -211,17 +213,18 @@ def _row(name: str, layer: AttentionLayer, values: Any) -> Tensor:
         values = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(
-            f"mask of layer '{name}' must be a tensor or a list of numbers, got {quoted(values)}"
+            f"mask of {layer_called(name)} must be a tensor or a list of numbers, got "
+            f"{quoted(values)}"
         ) from None
     if values.shape != (layer.num_heads,):
         raise ValueError(
-            f"mask of layer '{name}' must have shape [{layer.num_heads}], one factor per head, "
-            f"got {list(values.shape)}"
+            f"mask of {layer_called(name)} must have shape [{layer.num_heads}], one factor per "
+            f"head, got {list(values.shape)}"
         )
     if values.is_complex():
-        raise TypeError(f"mask of layer '{name}' must hold real numbers, got {values.dtype}")
+        raise TypeError(f"mask of {layer_called(name)} must hold real numbers, got {values.dtype}")
     if not values.is_floating_point():
         values = values.float()
     if not torch.isfinite(values).all():
-        raise ValueError(f"mask of layer '{name}' must be finite, got NaN or infinity")
+        raise ValueError(f"mask of {layer_called(name)} must be finite, got NaN or infinity")
     return values

@@ -10,7 +10,7 @@ from torch import nn
 
 from headwise import _C
 from headwise.convert.conversion import converted
-from headwise.io.printable import quoted
+from headwise.io.printable import layer_called, quoted
 from headwise.io.progress import with_progress
 from headwise.io.store import Store
 from headwise.nn.intervention import (
@@ -75,7 +75,8 @@ def pruning_path(
     for name, layer in attention_layers(model).items():
         if layer.gate is not None:
             raise ValueError(
-                f"model must have no gates, got a {type(layer.gate).__name__} in layer '{name}': "
+                f"model must have no gates, got a {type(layer.gate).__name__} in "
+                f"{layer_called(name)}: "
                 "prune by a plan of what gates choose (headwise.pruning.plan_from_use, or of "
                 "static ones headwise.plan_from_gates), or remove them (layer.set_gate(None))"
             )

@@ -11,7 +11,7 @@ import torch
 from headwise import _C
 from headwise._C import HeadPlan, LayerPlan
 from headwise.io.display import Grid, shown
-from headwise.io.printable import quoted
+from headwise.io.printable import layer_called, quoted
 from headwise.pruning.scores import HeadScores
 
 __all__ = ["HeadPlan", "LayerPlan", "plan"]
@@ -113,7 +113,8 @@ def _plan_of_groups(
         own = list(groups.get(name, ()))
         if len(own) != len(values) or sorted(set(own)) != list(range(len(set(own)))):
             raise ValueError(
-                f"groups must name a group for each of the {len(values)} heads of layer '{name}', "
+                f"groups must name a group for each of the {len(values)} heads of "
+                f"{layer_called(name)}, "
                 f"counted from 0, got {own}"
             )
         heads = range(len(own))

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from headwise import _C
 from headwise.convert.conversion import converted
 from headwise.gates.linears import check_read
+from headwise.io.printable import layer_called
 from headwise.io.progress import with_progress
 from headwise.nn.batches import batch_size, call_model
 from headwise.nn.layers import attention_layers
@@ -209,8 +210,8 @@ def _check(
     tolerance = TOLERANCE.get(linear.weight.dtype, 4e-2)
     if not new <= own + tolerance * (fit.variance() + own):
         raise ValueError(
-            f"repair of layer '{site.name}' would take it further from the dense layer: its mean "
-            f"squared distance is {own:.6g} before and {new:.6g} after; model is as it was"
+            f"repair of {layer_called(site.name)} would take it further from the dense layer: its "
+            f"mean squared distance is {own:.6g} before and {new:.6g} after; model is as it was"
         )
     for seen in student.run(site.name, len(student.batches) - 1):
         bias = None if linear.bias is None else linear.bias.double()
@@ -225,8 +226,8 @@ def _check(
         if not float(apart.max()) <= tolerance * max(scale, float(terms.max())):
             at = int(apart.nan_to_num(nan=float("inf")).argmax())
             raise ValueError(
-                f"layer '{site.name}' does not write what its repaired weights say: an output "
-                f"should be {float(expected.flatten()[at]):.6g} and is "
+                f"{layer_called(site.name)} does not write what its repaired weights say: an "
+                f"output should be {float(expected.flatten()[at]):.6g} and is "
                 f"{float(seen.outputs.flatten()[at]):.6g}; model is as it was"
             )
 
@@ -244,17 +245,17 @@ def _names(student: Replay, teacher: Replay, all_networks: bool) -> list[str]:
         own, other = site.linear, teacher.sites[name].linear
         if own.weight.size(0) != other.weight.size(0):
             raise ValueError(
-                f"layer '{name}' must be as wide in model as in dense, got {own.weight.size(0)} "
-                f"and {other.weight.size(0)} dimensions"
+                f"{layer_called(name)} must be as wide in model as in dense, got "
+                f"{own.weight.size(0)} and {other.weight.size(0)} dimensions"
             )
         gate = layers[name].gate if name in layers else None
         if gate is not None and gate.projects:
             raise ValueError(
-                f"layer '{name}' has a {type(gate).__name__}, whose plans have "
+                f"{layer_called(name)} has a {type(gate).__name__}, whose plans have "
                 f"projections of their own: headwise.pruning.fit_bank repairs them"
             )
         if name in layers:
-            check_read(f"output projection of layer '{name}'", own)
+            check_read(f"output projection of {layer_called(name)}", own)
             names.append(name)
         elif all_networks or own.weight.size(1) < other.weight.size(1):
             names.append(name)
@@ -308,10 +309,10 @@ def output_moments(
                     targets = whole.outputs.to(seen.inputs.device)
                     moments.add(seen.inputs[chosen], targets[chosen])
                 except ValueError as error:
-                    raise ValueError(f"activations of layer '{name}': {error}") from None
+                    raise ValueError(f"activations of {layer_called(name)}: {error}") from None
         sequences += len(valid)
     if sum(moments.tokens for moments in (*own, *(rest or ()))) == 0:
-        raise ValueError(f"batches must have tokens that are not padding for layer '{name}'")
+        raise ValueError(f"batches must have tokens that are not padding for {layer_called(name)}")
     if own[1].tokens == 0:
         own = own[0], own[0]  # one to three sequences
     return own, rest
@@ -345,7 +346,7 @@ def _set(
     tokens = fit.tokens + (held_out.tokens if held_out is not fit else 0)
     if tokens < linear.weight.size(1):
         warnings.warn(
-            f"batches have {tokens} tokens for layer '{site.name}', fewer than its "
+            f"batches have {tokens} tokens for {layer_called(site.name)}, fewer than its "
             f"projection has inputs ({linear.weight.size(1)}): the ridge holds it near its weights",
             stacklevel=3,
         )

@@ -10,6 +10,7 @@ from torch import nn
 
 from headwise import _C
 from headwise.convert.conversion import converted
+from headwise.io.printable import layer_called
 from headwise.io.progress import with_progress
 from headwise.nn.batches import call_model
 from headwise.nn.layers import attention_layers
@@ -84,8 +85,8 @@ def _scores(
         each = int(sizes[0])
         if bool((sizes != each).any()):
             raise ValueError(
-                f"groups of layer '{name}' must be of one size, got {sizes.tolist()}: they were "
-                f"pruned before"
+                f"groups of {layer_called(name)} must be of one size, got {sizes.tolist()}: they "
+                "were pruned before"
             )
     weight = layer.output_projection.weight.detach()
     order = _C.removal_order(moments, weight, each * layer.head_dim, ridge)

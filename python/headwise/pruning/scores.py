@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from headwise import _C
 from headwise.convert.conversion import converted
 from headwise.io.display import Grid, Shown, per_head
-from headwise.io.printable import quoted
+from headwise.io.printable import layer_called, quoted
 from headwise.io.progress import with_progress
 from headwise.nn.attention_layer import AttentionLayer, AttentionProbe
 from headwise.nn.instrumenting import instrument
@@ -56,7 +56,7 @@ class HeadScores(Shown):
         for name, scores in values.items():
             if scores.dim() != 1:
                 raise ValueError(
-                    f"values of layer '{name}' must be one score per head, got shape "
+                    f"values of {layer_called(name)} must be one score per head, got shape "
                     f"{tuple(scores.shape)}"
                 )
         object.__setattr__(self, "values", values)

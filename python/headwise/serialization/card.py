@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from headwise import _C
-from headwise.io.files import write_atomic
+from headwise.io.files import existing_folder, write_atomic
 from headwise.io.printable import printable, quoted
 from headwise.nn.layers import attention_layers
 from headwise.pruning.plans import HeadPlan
@@ -92,9 +91,7 @@ def write_card(dir: str | os.PathLike, model: nn.Module, **about: Any) -> None:
         ValueError: see :func:`model_card`.
         OSError: it cannot be written.
     """
-    folder = Path(dir)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"dir must be a folder, got {quoted(str(folder), 300)}")
+    folder = existing_folder("dir", dir)
     text = model_card(model, **about)
     if not (folder / "headwise.json").is_file():
         kind = type(model).__name__

@@ -23,8 +23,8 @@ from headwise import _C
 from headwise.convert import convert
 from headwise.gates import gate_from_config, head_moves, link_gates
 from headwise.gates.sleep import restore_moves
-from headwise.io.files import write_atomic
-from headwise.io.printable import printable, quoted
+from headwise.io.files import existing_folder, write_atomic
+from headwise.io.printable import layer_called, path_called, printable, quoted
 from headwise.io.safetensors_files import load_safetensors, save_safetensors
 from headwise.nn.attention_layer import AttentionLayer
 from headwise.nn.grouped_query_attention import GroupedQueryAttention
@@ -241,15 +241,18 @@ def load(dir: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
         ValueError: a file is not what :func:`save` writes (by key), or ``model`` does not fit
             (by layer or tensor). ``model`` is then unusable.
     """
-    folder = Path(dir)
+    folder = existing_folder("dir", dir)
     document = _read_description(folder)
     if not (folder / WEIGHTS).is_file():
-        raise FileNotFoundError(f"dir has no weights: '{folder / WEIGHTS}' does not exist")
+        raise FileNotFoundError(
+            f"dir has no weights: {path_called(folder / WEIGHTS)} does not exist"
+        )
     tensors = load_safetensors(folder / WEIGHTS)
     for alias, name in document["aliases"].items():
         if not isinstance(name, str) or name not in tensors:
             raise ValueError(
-                f"aliases of '{folder / DESCRIPTION}' name {quoted(name)}, which is missing"
+                f"aliases of {path_called(folder / DESCRIPTION)} name {quoted(name)}, which is "
+                "missing"
             )
         tensors[alias] = tensors[name]
 
@@ -276,33 +279,34 @@ def load(dir: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
         model = _fit_layer(model, layers[entry["name"]], entry)
     _load_tensors(model, tensors, folder / WEIGHTS)
     link_gates(model)
-    restore_moves(model, document.get("moves", []), f"'moves' of '{folder / DESCRIPTION}'")
+    restore_moves(
+        model, document.get("moves", []), f"'moves' of {path_called(folder / DESCRIPTION)}"
+    )
     return model.eval() if built_here else model
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
     path = folder / DESCRIPTION
-    if not folder.is_dir():
-        raise FileNotFoundError(f"dir must be a folder, got '{folder}', which is not one")
     if not path.is_file():
-        raise FileNotFoundError(f"dir is not a headwise model: '{path}' does not exist")
+        raise FileNotFoundError(f"dir is not a headwise model: {path_called(path)} does not exist")
     document = json.loads(_C.read_json(path, LONGEST_DESCRIPTION))
     if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise ValueError(f"'{path}' must have format '{FORMAT}'")
+        raise ValueError(f"{path_called(path)} must have format '{FORMAT}'")
     version = document.get("version")
     if type(version) is not int or version != VERSION:
-        raise ValueError(f"'{path}' must have version {VERSION}, got {quoted(version)}")
-    _check_keys(document, _DOCUMENT_KEYS | (_OPTIONAL_KEYS & set(document)), f"'{path}'")
+        raise ValueError(f"{path_called(path)} must have version {VERSION}, got {quoted(version)}")
+    _check_keys(document, _DOCUMENT_KEYS | (_OPTIONAL_KEYS & set(document)), f"{path_called(path)}")
     if "structure" in document:
-        check_document(document["structure"], f"'{path}'")
+        check_document(document["structure"], f"{path_called(path)}")
     for key, kind in (("architecture", dict), ("layers", list), ("aliases", dict)):
         if not isinstance(document[key], kind):
             raise ValueError(
-                f"'{key}' of '{path}' must be a {kind.__name__}, got {quoted(document[key])}"
+                f"'{key}' of {path_called(path)} must be a {kind.__name__}, got "
+                f"{quoted(document[key])}"
             )
     names = set()
     for i, layer in enumerate(document["layers"]):
-        where = f"layer {i} of '{path}'"
+        where = f"layer {i} of {path_called(path)}"
         if not isinstance(layer, dict):
             raise ValueError(f"{where} must be an object, got {quoted(layer)}")
         kind = layer.get("class", MultiheadAttention.__name__)
@@ -321,7 +325,8 @@ def _read_description(folder: Path) -> dict[str, Any]:
                 raise ValueError(f"'{key}' of {where} has the wrong type: {quoted(layer[key])}")
         if layer["name"] in names:
             raise ValueError(
-                f"layers of '{path}' must have unique names, got {quoted(layer['name'])} twice"
+                f"layers of {path_called(path)} must have unique names, got "
+                f"{quoted(layer['name'])} twice"
             )
         names.add(layer["name"])
     return document
@@ -379,8 +384,8 @@ def _check_room(
     own = [tensor for name, tensor in tensors.items() if name.startswith(entry["name"])]
     if not own:
         raise ValueError(
-            f"'{folder / WEIGHTS}' does not fit model ({type(model).__name__}): it has no tensor "
-            f"of layer {quoted(entry['name'])}"
+            f"{path_called(folder / WEIGHTS)} does not fit model ({type(model).__name__}): it "
+            f"has no tensor of layer {quoted(entry['name'])}"
         )
     elements = sum(tensor.numel() for tensor in own)
     width = entry["num_heads"] * entry["head_dim"]
@@ -390,8 +395,9 @@ def _check_room(
         most = elements // max(rows.get(key, 1), 1) if width else 2**31 - 1
         if size > most:
             raise ValueError(
-                f"'{key}' of layer {quoted(entry['name'])} of '{folder / DESCRIPTION}' is "
-                f"{quoted(size)}, which its tensors do not have"
+                f"'{key}' of layer {quoted(entry['name'])} of "
+                f"{path_called(folder / DESCRIPTION)} is {quoted(size)}, which its tensors do "
+                "not have"
             )
 
 
@@ -400,8 +406,8 @@ def _build(architecture: dict[str, Any], folder: Path, tensors: Mapping[str, Ten
     name = architecture.get("class")
     if architecture.get("library") != "transformers":
         raise ValueError(
-            f"'{folder}' holds the weights of a {name}, which only its own code can build: "
-            f"pass model="
+            f"{path_called(folder)} holds the weights of a {name}, which only its own code can "
+            "build: pass model="
         )
     try:
         import transformers
@@ -409,17 +415,19 @@ def _build(architecture: dict[str, Any], folder: Path, tensors: Mapping[str, Ten
         from headwise.convert.older_versions import configuration
     except ImportError:
         raise ValueError(
-            f"'{folder}' holds a {name} of transformers, which is not installed"
+            f"{path_called(folder)} holds a {name} of transformers, which is not installed"
         ) from None
     kind: Any = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise ValueError(
-            f"architecture of '{folder / DESCRIPTION}' must be a model class of transformers "
-            f"{transformers.__version__}, got {quoted(name)}"
+            f"architecture of {path_called(folder / DESCRIPTION)} must be a model class of "
+            f"transformers {transformers.__version__}, got {quoted(name)}"
         )
     if not isinstance(architecture.get("config"), dict):
-        raise ValueError(f"architecture of '{folder / DESCRIPTION}' lacks the key 'config'")
-    where = f"config of '{folder / DESCRIPTION}'"
+        raise ValueError(
+            f"architecture of {path_called(folder / DESCRIPTION)} lacks the key 'config'"
+        )
+    where = f"config of {path_called(folder / DESCRIPTION)}"
     _check_sizes(architecture["config"], tensors, where)
     config_class: Any = kind.config_class
     try:
@@ -451,7 +459,7 @@ def _fit_layer(model: nn.Module, layer: AttentionLayer, entry: dict[str, Any]) -
     kind = entry.get("class", MultiheadAttention.__name__)
     if not isinstance(layer, _KINDS[kind]):
         raise ValueError(
-            f"layer '{entry['name']}' is a {_kind(layer)} in model and a {kind} in the file"
+            f"{layer_called(entry['name'])} is a {_kind(layer)} in model and a {kind} in the file"
         )
     fitted = layer.fitted({key: entry[key] for key in _KINDS[kind].DESCRIBED}, entry["name"])
     if fitted is not layer:
@@ -461,7 +469,7 @@ def _fit_layer(model: nn.Module, layer: AttentionLayer, entry: dict[str, Any]) -
     try:
         layer.set_gate(None if entry["gate"] is None else gate_from_config(entry["gate"]))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"gate of layer '{entry['name']}': {error}") from None
+        raise ValueError(f"gate of {layer_called(entry['name'])}: {error}") from None
     if layer.gate is not None:
         layer.gate.train(layer.training)
     return model
@@ -478,13 +486,13 @@ def _load_tensors(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> N
             else f"has {quoted(unknown[0])}, which model does not have"
         )
         raise ValueError(
-            f"'{path}' does not fit model ({type(model).__name__}): it {what} "
+            f"{path_called(path)} does not fit model ({type(model).__name__}): it {what} "
             f"({len(missing)} tensors missing, {len(unknown)} unknown)"
         )
     for name, tensor in tensors.items():
         if tensor.shape != state[name].shape:
             raise ValueError(
-                f"'{name}' has shape {list(tensor.shape)} in '{path}' and "
+                f"'{name}' has shape {list(tensor.shape)} in {path_called(path)} and "
                 f"{list(state[name].shape)} in model"
             )
     # The file's dtype is kept, so that a model saved in half precision stays so.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from headwise.convert import convert
 from headwise.gates import FixedGate
+from headwise.io.printable import layer_called
 from headwise.nn.batches import run_model
 from headwise.nn.layers import attention_layers
 from headwise.pruning import HeadPlan, LayerPlan, mask, prune
@@ -107,7 +108,7 @@ def _check_every_head(gated: nn.Module, batch: Any, forward_fn: Callable) -> Non
                     gate.scale[head] = 1.0
                     holds(
                         change > LEAST_CHANGE,
-                        f"dropping head {head} of layer '{name}' must change the output, and "
+                        f"dropping head {head} of {layer_called(name)} must change the output, and "
                         f"changes it by {change:.1e} (torch.{mode.__name__})",
                     )
 

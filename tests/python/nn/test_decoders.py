@@ -646,7 +646,7 @@ def test_no_future_token_reaches_the_gate():
     with hw.gates_see(model, 3):
         a, b = (model(t, attention_mask=left).logits[:, 2:5] for t in (ids, other))
     close(a, b)
-    with pytest.raises(ValueError, match=r"tokens of headwise.gates_see must have shape \[8, 9\]"):
+    with pytest.raises(ValueError, match=r"tokens of gates_see must have shape \[8, 9\]"):
         with hw.gates_see(model, prompt[:, :4]):
             model(ids)
     with pytest.raises(TypeError, match="tokens must be boolean or a number, got torch.int64"):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from headwise import _C
 from headwise._C import LatencyFit
 from headwise.io.files import write_json
-from headwise.io.printable import quoted
+from headwise.io.printable import layer_called, quoted
 from headwise.io.progress import progress_bar
 from headwise.nn.multihead_attention import MultiheadAttention
 from headwise.pruning.structured.description import Structure, structure
@@ -84,7 +84,8 @@ class LatencyTable:
                 if measured is not None and measured != there:
                     raise ValueError(
                         f"latency_table must be of the model's layers, got one of {width}="
-                        f"{measured}, and layer '{name}' has {there}: measure it on this model"
+                        f"{measured}, and {layer_called(name)} has {there}: measure it on this "
+                        "model"
                     )
 
     def to_dict(self) -> dict[str, Any]:

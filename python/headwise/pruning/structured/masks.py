@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from headwise.gates import Gate
 from headwise.gates.selection import Selection
+from headwise.io.printable import layer_called
 from headwise.nn.attention_layer import AttentionLayer
 from headwise.nn.layers import attention_layers, carry_hooks, replace_module
 from headwise.pruning.structured.description import Structure
@@ -315,5 +316,6 @@ def refuse_gates(model: nn.Module) -> None:
 def has_gate(name: str, layer: AttentionLayer) -> ValueError:
     """The error for a layer that must have no gate."""
     return ValueError(
-        f"layer '{name}' has a {type(layer.gate).__name__}: remove it first (layer.set_gate(None))"
+        f"{layer_called(name)} has a {type(layer.gate).__name__}: remove it first "
+        "(layer.set_gate(None))"
     )
