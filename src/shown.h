@@ -46,4 +46,9 @@ inline std::string shown(std::string_view text, size_t longest = 100, char quote
 /// The path of a file, shown at greater length.
 inline std::string shown_path(const std::string& path) { return shown(path, 300, '\''); }
 
+/// A layer in a message; "" is the name of a model that is itself a layer.
+inline std::string layer_called(std::string_view name) {
+  return name.empty() ? "the layer" : "layer " + shown(name, 100, '\'');
+}
+
 }  // namespace headwise

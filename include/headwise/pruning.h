@@ -75,13 +75,17 @@ HEADWISE_API HeadPlan plan(const HeadScores& scores, double keep = 0.5,
 ///         scale as in HeadPlan
 HEADWISE_API NamedTensors prune_projections(const NamedTensors& parameters, const LayerPlan& layer);
 
-class MultiheadAttention;  // multihead_attention.h
+class MultiheadAttention;     // multihead_attention.h
+class GroupedQueryAttention;  // grouped_query_attention.h
 
 /// The plan that is equivalent to a layer's static gate (FixedGate, HardConcreteGate without
 /// input_dependent) in evaluation: a head's scale is its weight from the gate; heads of weight 0
 /// are dropped. prune(layer, plan_from_gate(layer)) compacts a trained static gate.
 /// @throws c10::ValueError if the layer has no gate, or one whose choice depends on the input
 HEADWISE_API LayerPlan plan_from_gate(const MultiheadAttention& layer,
+                                      const std::string& name = "");
+/// The same of query heads; a GroupGate around a static gate is static, too.
+HEADWISE_API LayerPlan plan_from_gate(const GroupedQueryAttention& layer,
                                       const std::string& name = "");
 
 /// A layer with only the heads of `layer` that `plan` keeps, with its scales: physically smaller,
@@ -90,5 +94,9 @@ HEADWISE_API LayerPlan plan_from_gate(const MultiheadAttention& layer,
 /// @throws c10::ValueError if the plan is for another number of heads, or the layer has a gate that
 ///         chooses for each input
 HEADWISE_API MultiheadAttention prune(const MultiheadAttention& layer, const LayerPlan& plan);
+/// The same of query heads. Key/value heads that no kept query head reads are removed too, from the
+/// weights and so from the cache. If the remaining groups differ in size, the option
+/// key_value_heads maps query heads to them.
+HEADWISE_API GroupedQueryAttention prune(const GroupedQueryAttention& layer, const LayerPlan& plan);
 
 }  // namespace headwise

@@ -2,14 +2,16 @@
 // and inputs from a folder, writes what it computed.
 //
 //   decoder_parity FOLDER
-//   decoder_parity FROM TO     loads the model in the folder FROM and saves it as TO
+//   decoder_parity FROM TO [PLAN]    loads the model in the folder FROM, prunes it by the plan in
+//                                    the file PLAN if there is one, and saves it as TO
 //
-// FOLDER/layer.json       {"embed_dim", "num_heads", ..., "gate": {...} or null, "call": {...}}
+// FOLDER/layer.json       {"embed_dim", "num_heads", ..., "gate": {...} or null, "call": {...}};
+//                         "heads" and "scale" of "call" or null: the layer is pruned to these first
 // FOLDER/input.safetensors   "state.NAME" for every parameter and buffer; "x", "cotangent", and
 //                         "cos", "sin", "key_padding_mask", "attn_mask", "seen" if there are any
 // FOLDER/output.safetensors  of one call: "output", "weights", "penalty", "index", "count",
-//                         "weight", "grad.NAME" for every parameter and "grad_x"; of "prompt"
-//                         tokens and then one by one, with a cache: "steps", "counts", "k", "v",
+//                         "weight", "grad.NAME" for every parameter and "grad_x"; of the tokens up
+//                         to each of "ends" in turn, with a cache: "steps", "counts", "k", "v",
 //                         "slots"
 #include <torch/torch.h>
 
@@ -21,6 +23,7 @@
 
 #include "headwise/grouped_query_attention.h"
 #include "headwise/model.h"
+#include "headwise/pruning.h"
 #include "headwise/weights.h"
 
 namespace {
@@ -76,6 +79,10 @@ void run(const std::string& folder) {
     return found == file.tensors.end() ? at::Tensor() : found->second;
   };
   const auto& call = json.at("call");
+  if (const auto heads = get_optional<std::vector<int64_t>>(call, "heads")) {
+    layer = headwise::prune(layer, {"", layer->options.num_heads(), *heads,
+                                    call.at("scale").get<std::vector<double>>()});
+  }
   const auto x = input("x").requires_grad_();
   std::optional<headwise::Selection> selection;
   layer->on_selection = [&](const headwise::Selection& chosen) { selection = chosen; };
@@ -95,7 +102,8 @@ void run(const std::string& folder) {
     const auto columns = [](const at::Tensor& tensor, int64_t begin, int64_t end) {
       return tensor.defined() ? tensor.slice(1, begin, end) : at::Tensor();
     };
-    for (int64_t at = 0, next = call.at("prompt").get<int64_t>(); at < x.size(1); at = next++) {
+    int64_t at = 0;
+    for (const auto next : call.at("ends").get<std::vector<int64_t>>()) {
       const auto [y, none] = layer->forward(
           x.slice(1, at, next), {.cos = columns(arguments.cos, at, next),
                                  .sin = columns(arguments.sin, at, next),
@@ -103,6 +111,7 @@ void run(const std::string& folder) {
                                  .cache = &cache});
       TORCH_CHECK(!none.defined(), "weights that were not asked for");
       steps.push_back(y);
+      at = next;
       if (selection) counts.push_back(selection->count);
     }
     results["steps"] = at::cat(steps, 1);
@@ -124,7 +133,7 @@ void run(const std::string& folder) {
   results["output"] = output.detach();
   results["weights"] = weights.detach();
   results["penalty"] = penalty.detach().to(at::kDouble);
-  results["grad_x"] = x.grad();
+  results["grad_x"] = x.grad().defined() ? x.grad() : at::zeros_like(x);
   for (const auto& item : layer->named_parameters()) {
     if (item.value().grad().defined()) results["grad." + item.key()] = item.value().grad();
   }
@@ -136,16 +145,30 @@ void run(const std::string& folder) {
   headwise::save_safetensors(folder + "/output.safetensors", results);
 }
 
+void prune(headwise::Model& model, const headwise::HeadPlan& plan) {
+  for (const auto& entry : plan.layers()) {
+    for (auto& [name, layer] : model.grouped_layers) {
+      if (name != entry.name) continue;
+      layer = headwise::prune(layer, entry);
+      std::erase_if(model.tensors, [&](const auto& item) {
+        return item.first.starts_with(entry.name + ".gate.");
+      });
+    }
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 2 && argc != 3) {
-    std::cerr << "usage: decoder_parity FOLDER | FROM TO\n";
+  if (argc < 2 || argc > 4) {
+    std::cerr << "usage: decoder_parity FOLDER | FROM TO [PLAN]\n";
     return 2;
   }
   try {
-    if (argc == 3) {
-      headwise::save(headwise::load(argv[1]), argv[2]);
+    if (argc > 2) {
+      auto model = headwise::load(argv[1]);
+      if (argc == 4) prune(model, headwise::HeadPlan::load(argv[3]));
+      headwise::save(model, argv[2]);
     } else {
       run(argv[1]);
     }

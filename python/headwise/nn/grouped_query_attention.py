@@ -620,7 +620,7 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> Tensor:
         """Every head: [B, H, L, d]."""
         batch, heads, length, width = q.shape
-        shared = self.num_key_value_heads
+        shared = k.size(1)
         even, added = self.key_value_heads is None and heads != shared, self._added_keys
         if even and length == 1 and masks.same_for_all_heads:
             # One query: the heads of a group are the rows of one product with its keys.
@@ -656,16 +656,19 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
         if self.key_value_heads is not None:
             k, v = self._for_each_head(k), self._for_each_head(v)
         elif slots is not None:
-            # The same attention, among the heads that read a slot.
-            ran = _ops.selection_mask(index, count, q.dtype).unflatten(1, (-1, each))
-            ran = _ops.take_slots(ran, slots) * (slots >= 0)[:, :, None]  # [B, K, H / Hkv]
-            index, count = _ops.select_nonzero(ran.flatten(1))
             q = _ops.take_slots(q.unflatten(1, (-1, each)), slots)  # [B, K, H / Hkv, L, d]
             q = q.flatten(1, 2)
             if masks.attn_mask is not None and not masks.same_for_all_heads:
                 own = masks.attn_mask.expand(q.size(0), self.num_heads, -1, -1)
                 own = _ops.take_slots(own.unflatten(1, (-1, each)), slots).flatten(1, 2)
                 masks = masks._replace(attn_mask=own)
+            if self._runs_whole_slots(count, q.size(1)):
+                context = self._attend(q, k, v, masks).unflatten(1, (-1, each))
+                return _ops.spread_slots(context, slots, self.num_key_value_heads).flatten(1, 2)
+            # The same attention, among the heads that read a slot.
+            ran = _ops.selection_mask(index, count, q.dtype).unflatten(1, (-1, each))
+            ran = _ops.take_slots(ran, slots) * (slots >= 0)[:, :, None]  # [B, K, H / Hkv]
+            index, count = _ops.select_nonzero(ran.flatten(1))
         masks = with_added_keys(masks, q.size(2), k.size(2), self._added_keys, q.device)
         dropout, seed = self._dropout(), None
         if dropout > 0.0:
@@ -677,6 +680,12 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
             return context
         groups = context.unflatten(1, (-1, each))  # [B, K, H / Hkv, L, d]
         return _ops.spread_slots(groups, slots, self.num_key_value_heads).flatten(1, 2)
+
+    def _runs_whole_slots(self, count: Tensor, heads: int) -> bool:
+        """Whether every sequence runs all ``heads`` heads of its slots. Asking would make the host
+        wait for a device, and a graph cannot branch on it."""
+        known = count.is_cpu and not torch.compiler.is_compiling()
+        return known and count.numel() > 0 and bool((count == heads).all())
 
     def _merge(self, context: Tensor, weight: Tensor | None) -> Tensor:
         """[B, H, L, d] -> [B, L, D]"""

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.programs import find_program
 
-D, H, B, L, PROMPT = 24, 6, 3, 7, 4
+D, H, B, L = 24, 6, 3, 7
+ENDS = [4, 5, 7]  # the prompt, one token, and two at once
 
 PROGRAM = find_program("decoder_parity")
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="tests/cpp is not built")
@@ -59,7 +60,7 @@ def rope(width):
     return {"cos": angle.cos().contiguous(), "sin": angle.sin().contiguous()}
 
 
-def compare(tmp_path, layer, gate, training, *, masked=False, padded=False, seen=None):
+def compare(tmp_path, layer, gate, training, *, masked=False, padded=False, seen=None, heads=None):
     options = {**DEFAULTS, **LAYERS[layer]}
     torch.manual_seed(0)
     ours = hw.GroupedQueryAttention(D, H, **options, gate=GATES[gate], dtype=torch.float64)
@@ -81,10 +82,17 @@ def compare(tmp_path, layer, gate, training, *, masked=False, padded=False, seen
     state = {f"state.{name}": tensor for name, tensor in ours.state_dict().items()}
     save_file({**inputs, **state}, str(tmp_path / "input.safetensors"))
     config = None if GATES[gate] is None else ours.gate.config()
-    call = {"training": training, "seed": 11, "prompt": PROMPT}
+    scale = None if heads is None else [0.5 + i for i in range(len(heads))]
+    call = {"training": training, "seed": 11, "ends": ENDS, "heads": heads, "scale": scale}
     description = {"embed_dim": D, "num_heads": H, **options, "gate": config, "call": call}
     (tmp_path / "layer.json").write_text(json.dumps(description))
 
+    if heads is not None:
+        entry = hw.pruning.LayerPlan("", H, heads, scale)
+        ours = hw.prune(ours, hw.HeadPlan([entry]))
+        if masked:
+            inputs["attn_mask"] = inputs["attn_mask"][:, heads]
+            save_file({**inputs, **state}, str(tmp_path / "input.safetensors"))
     chosen = []
     ours._observers.append(lambda layer, selection, x, padding: chosen.append(selection))
     expected = cached_steps(ours.eval(), inputs)
@@ -110,7 +118,7 @@ def compare(tmp_path, layer, gate, training, *, masked=False, padded=False, seen
     penalty = hw.penalty(ours)
     ((output * inputs["cotangent"]).sum() + penalty).backward()
     expected |= {"output": output, "weights": weights, "penalty": penalty.double()}
-    expected["grad_x"] = x.grad
+    expected["grad_x"] = torch.zeros_like(x) if x.grad is None else x.grad
     if chosen:
         expected |= {name: getattr(chosen[-1], name) for name in ("index", "count", "weight")}
     grads = {f"grad.{n}": p.grad for n, p in ours.named_parameters() if p.grad is not None}
@@ -127,7 +135,7 @@ def cached_steps(layer, inputs):
     """The outputs of the prompt and of each later token, and what the cache holds."""
     cache, steps, begin = hw.KeyValueCache(), [], 0
     with torch.no_grad():
-        for end in range(PROMPT, L + 1):
+        for end in ENDS:
             padding = inputs.get("key_padding_mask")
             y, _ = layer(
                 inputs["x"][:, begin:end],
@@ -181,6 +189,56 @@ def test_a_mask_for_each_head(tmp_path, layer):
 @pytest.mark.parametrize("seen", [torch.tensor(3), torch.arange(L).expand(B, L) < 4])
 def test_gates_see(tmp_path, seen):
     compare(tmp_path, "plain", "budget", training=True, padded=True, seen=seen.contiguous())
+
+
+@pytest.mark.parametrize("window", range(1, L + 2))
+def test_masks_of_several_tokens_behind_a_cache(tmp_path, window, monkeypatch):
+    """C++ and Python have the rule of aligned masks each: they hide the same keys."""
+    monkeypatch.setitem(LAYERS["window"], "sliding_window", window)
+    compare(tmp_path, "window", "selected", training=False, masked=window % 2 == 0, padded=True)
+
+
+#: Heads of whole groups of two; some of every group; groups of differing sizes; one; none.
+KEPT = [[2, 3], [0, 1, 4, 5], [0, 2, 4], [1, 2, 3], [5], []]
+
+
+@pytest.mark.parametrize("heads", KEPT, ids=str)
+@pytest.mark.parametrize("layer", ["plain", "qwen3", "uneven", "bias"])
+def test_pruned_layers(tmp_path, layer, heads):
+    """Outputs, caches and gradients of a layer that C++ pruned are those of Python's."""
+    compare(tmp_path, layer, "none", training=False, padded=True, masked=bool(heads), heads=heads)
+
+
+def test_pruning_by_a_static_gate(tmp_path):
+    compare(tmp_path, "plain", "fixed", training=False, heads=[0, 2, 3])
+
+
+@pytest.mark.parametrize("prefix", ["Llama", "Qwen3", "Qwen2"])
+@pytest.mark.parametrize("heads", [[2, 3], [0, 3, 4, 5, 6], []], ids=str)
+def test_python_reads_what_cpp_pruned(tmp_path, prefix, heads):
+    model = hw.convert(causal_model(prefix))
+    names = list(hw.attention_layers(model))
+    entries = [
+        hw.pruning.LayerPlan(names[0], 8, heads, [0.5] * len(heads)),
+        hw.pruning.LayerPlan(names[1], 8, list(range(8)), [1.0] * 8),
+    ]
+    plan = hw.HeadPlan(entries)
+    plan.save(tmp_path / "plan.json")
+    hw.save(model, tmp_path / "python")
+    run(tmp_path / "python", tmp_path / "cpp", tmp_path / "plan.json")
+    expected, again = hw.prune(model, plan), hw.load(tmp_path / "cpp")
+    ids = torch.randint(3, 50, (2, 6))
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, expected(ids).logits, rtol=0, atol=0)
+    hw.save(expected, tmp_path / "pruned")  # and C++ what Python pruned
+    run(tmp_path / "pruned", tmp_path / "both")
+    cpp, python = (
+        json.loads((tmp_path / f / "headwise.json").read_text())["layers"] for f in ("cpp", "both")
+    )
+    assert cpp == python
+    tensors, others = (load_file(str(tmp_path / f / "model.safetensors")) for f in ("cpp", "both"))
+    assert sorted(tensors) == sorted(others)
+    assert all(torch.equal(tensors[name], others[name]) for name in tensors)
 
 
 def test_names_of_parameters(tmp_path):

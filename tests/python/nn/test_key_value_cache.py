@@ -135,3 +135,32 @@ def test_a_wrong_mask_leaves_a_cache_of_transformers_as_it_was(kind):
                 layer(x, angles, wrong, cache)
             assert int(cache.get_seq_length()) == held == 4
             assert torch.equal(cache.layers[0].keys, keys)
+
+
+@pytest.mark.parametrize("length", [1, 3])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_whole_groups_behind_a_cache_are_those_of_a_pruned_layer(length, padded, masked):
+    """Every sequence runs all heads of its slots: the attention of all heads, of fewer groups."""
+    layer = build()
+    layer.set_gate(hw.GroupGate(hw.FixedGate([1])))
+    entry = hw.pruning.LayerPlan("", H, [2, 3], [1.0, 1.0])
+    small = hw.prune(layer, hw.HeadPlan([entry]))
+    x = torch.randn(2, 5 + length, D)
+    padding = torch.zeros(2, 5 + length).bool()
+    padding[1, :2] = padded
+    mask = torch.randn(2, H, length, 5 + length) if masked else None
+    outputs = []
+    for own, heads in ((layer, slice(None)), (small, slice(2, 4))):
+        cache = hw.KeyValueCache()
+        with torch.no_grad():
+            own(x[:, :5], cache=cache, key_padding_mask=padding[:, :5] if padded else None)
+            y, _ = own(
+                x[:, 5:],
+                cache=cache,
+                key_padding_mask=padding if padded else None,
+                attn_mask=None if mask is None else mask[:, heads],
+            )
+        assert cache.k.shape == (2, 1, 5 + length, D // H)
+        outputs.append(y)
+    torch.testing.assert_close(*outputs)

@@ -21,7 +21,7 @@ from headwise.apps.cli.common import (
 from headwise.apps.tasks.errors import UsageError
 from headwise.io.printable import quoted
 
-WHAT = ("layer", "train", "scaling", "gate", "tokens", "entropy", "model")
+WHAT = ("layer", "train", "scaling", "gate", "tokens", "decode", "entropy", "model")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 DESCRIPTION = """\
@@ -36,6 +36,8 @@ checked against the oracle (compute every head, weight, project) first; contende
   gate     gates alone, over the dense layer
   tokens   one layer's forward with heads chosen by every token, over the layer with the
            same number of heads and over every head, masked
+  decode   a step of a decoder with a cache of B,L: converted over unconverted, a third of the
+           key/value heads kept by the prompt over the model pruned to the same number; cache memory
   entropy  attention_entropy over scaled_dot_product_attention; memory
   model    a model with gates over the statically pruned one, on real texts
 """

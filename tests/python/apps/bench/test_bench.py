@@ -80,6 +80,17 @@ def test_entropy(tmp_path):
     assert result["yardstick"] == "scaled_dot_product_attention"
 
 
+def test_decode(tmp_path):
+    found = bench(tmp_path, "decode", "--shapes", "1,20,36,9", "2,40,36,9")
+    kinds = [(r["what"], r["shape"][1]) for r in found["results"]]
+    assert kinds == [("decode", 20), ("kept", 20), ("decode", 40), ("kept", 40), ("attend", 40),
+                     ("memory", 40)]  # fmt: skip
+    for result in found["results"][:-1]:
+        assert result["error"] < 1e-5 and result["ratio"]["yardstick"]["median"] > 0
+    assert found["results"][-1]["ratio"]["call"] == pytest.approx(1 / 3)
+    assert len(found["goals"]) == 4
+
+
 def test_tokens(tmp_path):
     found = bench(tmp_path, "tokens", "--shapes", "2,24,16,4", "--fractions", "0.5", "1")
     (result,) = found["results"]
