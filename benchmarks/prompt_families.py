@@ -28,7 +28,7 @@ from pathlib import Path
 
 import headwise as hw
 import torch
-from headwise.apps.tasks.corpora import load_task
+from headwise.apps.tasks.registry import load_task
 from headwise.io.files import write_json
 from headwise.pruning import fit_bank, following, plan_choices, repair_scores
 from torch import Tensor, nn
@@ -120,7 +120,7 @@ def sums() -> list[str]:
 
 def texts(task: str, together: int) -> Callable[[], list[str]]:
     def read() -> list[str]:
-        found = list(load_task(task).texts)
+        found = list(load_task(task).inputs)
         random.Random(0).shuffle(found)
         starts = range(0, len(found) - together, together)
         return ["\n".join(found[i : i + together]) for i in starts]
@@ -129,7 +129,7 @@ def texts(task: str, together: int) -> Callable[[], list[str]]:
 
 
 def words() -> list[str]:
-    found = list(load_task("thesaurus").texts)
+    found = list(load_task("thesaurus").inputs)
     random.Random(0).shuffle(found)
     lists = [found[i : i + 40] for i in range(0, len(found) - 40, 40)]
     return [

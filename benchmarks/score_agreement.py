@@ -24,9 +24,9 @@ from headwise.apps.compare import measure
 from headwise.apps.compare.settings import preset
 from headwise.apps.compare.training import accuracy, finetune, predict
 from headwise.apps.compare.workbench import dense_options
-from headwise.apps.tasks.corpora import load_task
-from headwise.apps.tasks.examples import Batch, Examples, encode
+from headwise.apps.tasks.examples import Batch, TextExamples, encode
 from headwise.apps.tasks.models import load_classifier, load_tokenizer, model_folder
+from headwise.apps.tasks.registry import load_task
 from headwise.apps.tasks.tasks import Split, Task, split
 from headwise.io.files import write_atomic, write_json
 from headwise.io.store import Store
@@ -133,14 +133,14 @@ def load(weights: Path, classes: int) -> nn.Module:
 
 
 def logits(model: nn.Module, batch: Batch) -> Tensor:
-    return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    return model(**batch.inputs).logits
 
 
 def losses(model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(logits(model, batch), batch.labels, reduction="none")
 
 
-def score(model: nn.Module, texts: Examples) -> Scores:
+def score(model: nn.Module, texts: TextExamples) -> Scores:
     """Every metric, on all texts and on each half of them."""
     found: Scores = {}
     rows = (range(len(texts)), range(0, len(texts), 2), range(1, len(texts), 2))

@@ -55,7 +55,7 @@ def test_an_unknown_method_names_the_known_ones(capsys, tmp_path):
 def test_unknown_task(capsys, tmp_path):
     assert fails(capsys, 2, "compare", "--task", "imdb", "--out", tmp_path) == (
         "headwise compare: task must be one of reviews, snippets, products, tweets, topics, "
-        "thesaurus, docstrings, mixed, mixed-domains, instructions, got 'imdb'"
+        "thesaurus, docstrings, mixed, mixed-domains, instructions, digits, speech, got 'imdb'"
     )
 
 

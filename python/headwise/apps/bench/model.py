@@ -17,8 +17,7 @@ from headwise.apps.bench.contenders import CheckFailed, compare, random_gate, ra
 from headwise.apps.bench.joules import energy
 from headwise.apps.bench.settings import Settings
 from headwise.apps.compare.measure import Turns, Work, model_work
-from headwise.apps.tasks.corpora import load_task
-from headwise.apps.tasks.examples import encode
+from headwise.apps.tasks.examples import TextExamples, encode
 from headwise.apps.tasks.models import (
     load_classifier,
     load_config,
@@ -26,6 +25,7 @@ from headwise.apps.tasks.models import (
     model_folder,
     model_name,
 )
+from headwise.apps.tasks.registry import load_task
 from headwise.apps.tasks.tasks import task_from_file
 from headwise.explain.texts import longest
 from headwise.nn.instrumenting import instrument
@@ -109,7 +109,10 @@ def _works(
     layers: dict[str, int],
     batches: Sequence[dict[str, Tensor]],
 ) -> dict[str, Work]:
-    return {name: model_work(model, config, layers, batches) for name, model in models.items()}
+    return {
+        name: model_work(model, config, layers, batches, TextExamples.positions_of)
+        for name, model in models.items()
+    }
 
 
 def _batches(settings: Settings, folder) -> tuple[list[dict[str, Tensor]], dict[str, float]]:
@@ -127,9 +130,8 @@ def _batches(settings: Settings, folder) -> tuple[list[dict[str, Tensor]], dict[
     found = []
     for start in range(0, len(rows), settings.batch_size):
         batch = examples.batch(range(start, min(len(rows), start + settings.batch_size)))
-        batch = batch.to(settings.device)
-        found.append({"input_ids": batch.input_ids, "attention_mask": batch.attention_mask})
-    tokens = [len(ids) for ids in examples.ids]
+        found.append(batch.to(settings.device).inputs)
+    tokens = examples.lengths
     return found, {
         "mean": sum(tokens) / len(tokens),
         "longest": max(tokens),

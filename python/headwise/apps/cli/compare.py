@@ -19,11 +19,14 @@ from headwise.apps.cli.common import (
     use_threads,
     writable_file,
 )
+from headwise.apps.compare.metrics import METRICS
+from headwise.apps.compare.settings import ACCURACY
 from headwise.apps.tasks.errors import UsageError
+from headwise.apps.tasks.registry import BUNDLED, DEFAULT_TASK, model_of
 
 DESCRIPTION = """\
 Fine-tunes a model on a task, then lets every method cut its attention heads to the same average
-number with the same training steps, and compares accuracy and measured time on the test texts.
+number with the same training steps, and compares accuracy and measured time on the test inputs.
 Prints a table and writes results.json, index.html and figures to --out. Every finished run is kept
 there at once: the same command, given again, resumes where an interrupted one stopped.
 """
@@ -41,7 +44,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
         "--quick", action="store_true", help="one budget, four methods: minutes on 2 cores"
     )
     size.add_argument(
-        "--full", action="store_true", help="three seeds, all training texts: hours on 2 cores"
+        "--full", action="store_true", help="three seeds, all training inputs: hours on 2 cores"
     )
     what = parser.add_argument_group("task and model")
     what.add_argument(
@@ -50,9 +53,11 @@ def add_parser(commands) -> argparse.ArgumentParser:
         dest="tasks",
         nargs="+",
         metavar="NAME",
-        help="reviews (default), snippets, products, tweets, topics, mixed (four domains in one)",
+        help=f"{', '.join(BUNDLED)} (default: {DEFAULT_TASK})",
     )
-    what.add_argument("--data", type=Path, metavar="FILE", help="own texts: .csv or .jsonl")
+    what.add_argument(
+        "--data", type=Path, metavar="FILE", help="own texts: .csv or .jsonl; own images: .npz"
+    )
     what.add_argument("--text", default="text", metavar="COLUMN", help="default: text")
     what.add_argument("--label", default="label", metavar="COLUMN", help="default: label")
     what.add_argument(
@@ -73,23 +78,31 @@ def add_parser(commands) -> argparse.ArgumentParser:
     how.add_argument("--seeds", nargs="+", type=seed, metavar="N", help="one training of each")
     how.add_argument("--steps", type=positive, metavar="N", help="training steps of each method")
     how.add_argument(
-        "--dense-steps", type=positive, metavar="N", help="steps of the dense model's fine-tuning"
+        "--dense-steps", type=positive, metavar="N", help="steps in which the dense model learns"
     )
     how.add_argument(
         "--score-limit",
         type=positive,
         metavar="N",
-        help="training texts that heads are scored and repaired on (default: 512, with --quick "
+        help="training inputs that heads are scored and repaired on (default: 512, with --quick "
         "256, with --full 1024)",
     )
     how.add_argument(
-        "--batch-size", type=positive, metavar="N", help="texts per step (default: 32)"
+        "--batch-size", type=positive, metavar="N", help="inputs per step (default: 32)"
     )
-    how.add_argument("--max-length", type=positive, metavar="N", help="tokens (default: 48)")
+    how.add_argument(
+        "--max-length", type=positive, metavar="N", help="tokens of a text (default: 48)"
+    )
     how.add_argument(
         "--precision",
         choices=("auto", "float32", "bfloat16"),
         help="of training and accuracy; latency is always measured in float32",
+    )
+    how.add_argument(
+        "--metric",
+        choices=(ACCURACY, *METRICS),
+        default=ACCURACY,
+        help="what methods are compared by, beside accuracy: macro F1, Matthews correlation",
     )
     add_energy(how)
     how.add_argument("--list-methods", action="store_true", help="print the methods and stop")
@@ -111,11 +124,15 @@ def settings_of(options: argparse.Namespace):
     from headwise.apps.compare.settings import check_keep, preset
 
     size = "quick" if options.quick else "full" if options.full else "default"
-    settings = preset(size, options.seed)
+    model = model_of(options.tasks or (DEFAULT_TASK,), options.data)
+    settings = preset(size, options.seed).for_model(model)
+    if model is not None and options.max_length is not None:
+        raise UsageError(f"--max-length is of texts; the inputs of a {model.name} have one size")
     standard = {"quick": QUICK_METHODS, "default": DEFAULT_METHODS, "full": FULL_METHODS}[size]
     changes: dict = {
         "energy": energy_windows(options),
-        "methods": resolve_methods(tuple(options.methods)) if options.methods else standard,
+        "metric": options.metric,
+        "methods": resolve_methods(tuple(options.methods or standard), model),
     }
     if options.keep:
         changes["keep"] = check_keep(tuple(options.keep))
@@ -143,6 +160,8 @@ def run(options: argparse.Namespace) -> None:
     if options.data is not None and options.tasks:
         raise UsageError("give --data or --task, not both")
     need_packages("compare", ("matplotlib", "jinja2", "plotly"), "compare")
+    if options.metric != ACCURACY:
+        need_packages(f"--metric {options.metric}", ("sklearn",), "compare")
     settings = settings_of(options)
     writable_file(options.json)
     writable_folder(options.out)
@@ -154,7 +173,7 @@ def run(options: argparse.Namespace) -> None:
     from headwise.apps.compare.study import Study
 
     source = Source(
-        tasks=tuple(dict.fromkeys(options.tasks or ("reviews",))),
+        tasks=tuple(dict.fromkeys(options.tasks or (DEFAULT_TASK,))),
         data=options.data,
         text=options.text,
         label=options.label,

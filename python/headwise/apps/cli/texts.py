@@ -87,8 +87,7 @@ def labelled_texts(options: argparse.Namespace, model, device) -> LabelledTexts:
 
     def logits(model, batch):
         batch = batch.to(device)
-        found = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-        return found.float()  # [B, C]
+        return model(**batch.inputs).logits.float()  # [B, C]
 
     def loss(model, batch):
         labels = batch.labels.to(device)

@@ -58,7 +58,7 @@ def calibrate(
 
     Args:
         model: changed in place.
-        heads_used: measures the share of heads on held-out texts.
+        heads_used: measures the share of heads on held-out inputs.
         target: the share wanted.
         reach: largest shift tried.
         precision: accepted distance from the target.

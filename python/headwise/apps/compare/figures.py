@@ -13,8 +13,7 @@ matplotlib.use("Agg")
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.lines import Line2D  # noqa: E402
 
-from headwise.apps.compare.findings import shape_text  # noqa: E402
-from headwise.apps.compare.verdict import front  # noqa: E402
+from headwise.apps.compare.verdict import front, shape_text  # noqa: E402
 from headwise.io.files import write_atomic  # noqa: E402
 
 _INK, _MUTED, _GRID, _PAPER = "#1c2430", "#5b6573", "#dfe3e8", "#ffffff"
@@ -194,7 +193,7 @@ def front_figure(result: dict) -> Figure:
 
 
 def _points(axes, entries: list[dict], colour: str) -> None:
-    """Accuracy against time with both intervals; diamonds choose heads for every text."""
+    """Accuracy against time with both intervals; diamonds choose heads for every input."""
     for e in entries:
         time = e["latency"][0]
         known = time["ratio_low"] is not None and time["ratio_high"] is not None
@@ -313,7 +312,7 @@ DRAWINGS = (
     Drawing(
         "accuracy",
         "Accuracy against heads",
-        "Diamonds choose heads for every text, circles use the same heads for all; dotted lines "
+        "Diamonds choose heads for every input, circles use the same heads for all; dotted lines "
         "are post-hoc: pruned without training after. Bars are 95% intervals over seeds.",
         accuracy_figure,
     ),

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from headwise.apps.compare import metrics
 from headwise.apps.compare.calibration import TOLERANCE
 from headwise.apps.compare.statistics import mean_interval, paired_difference
+from headwise.apps.compare.verdict import shape_text
 from headwise.apps.energy.windows import PROXIES
 
-#: Below both of these a dynamic method chooses practically the same heads for every text.
+#: Below both of these a dynamic method chooses practically the same heads for every input.
 STATIC_IN_DISGUISE = {"heads_std": 0.02, "jaccard_distance": 0.05}
 
 _AVERAGED = (
@@ -63,6 +65,8 @@ def summarise(runs: Sequence[dict]) -> list[dict]:
             entry["energy"] = _energy([run["energy"] for run in group])
         if all("method_seconds" in run for run in group):
             entry["method_seconds"] = sum(run["method_seconds"] for run in group) / len(group)
+        if "metric" in group[0]:
+            entry["metric"] = metrics.summarised(group)
         if "domains" in group[0]:
             entry["domains"] = [
                 {
@@ -103,7 +107,7 @@ def _time(times: list[dict]) -> dict:
 
 def _energy(found: list[dict]) -> dict:
     """Over the dense model: mean joules over seeds with their range (with one seed: the quartiles
-    of its rounds), and mean proxies; ``why`` if a seed has no joules. ``joules_per_text``: of the
+    of its rounds), and mean proxies; ``why`` if a seed has no joules. ``joules_per_input``: of the
     model itself, above idle power."""
     ratios = [own["ratio"] for own in found]
     whys = [own["why"] for own in found if own["why"] is not None]
@@ -117,7 +121,7 @@ def _energy(found: list[dict]) -> dict:
         if len(joules) == 1:
             low, high = joules[0]["low"], joules[0]["high"]
         entry["joules"] = {"ratio": statistics.fmean(medians), "low": low, "high": high}
-        entry["joules_per_text"] = statistics.fmean(
+        entry["joules_per_input"] = statistics.fmean(
             own["contenders"]["model"]["joules"]["median"] / own["batch"] for own in found
         )
         entry["idle_watts"] = statistics.fmean(w for own in found for w in own["idle_watts"])
@@ -128,32 +132,46 @@ def _energy(found: list[dict]) -> dict:
     return entry
 
 
-def _correct(runs: Sequence[dict], task: str, method: str, keep: float) -> Tensor:
-    """[N]: how often each test text was right, the mean over seeds."""
-    rows = [
-        torch.tensor([float(character) for character in run["correct"]])
-        for run in runs
-        if (run["task"], run["method"], run["keep_target"]) == (task, method, keep)
-    ]
+def _correct(runs: Sequence[dict]) -> Tensor:
+    """[N]: how often each test input was right, the mean over the runs."""
+    rows = [torch.tensor([float(character) for character in run["correct"]]) for run in runs]
     return torch.stack(rows).mean(0)
 
 
+def _difference(first: Sequence[dict], second: Sequence[dict]) -> dict:
+    """Points of the metric, or of accuracy, between the runs of two methods, with the interval."""
+    if "metric" in first[0]:
+        found = metrics.difference(first, second)
+    else:
+        found = paired_difference(_correct(first), _correct(second))
+    return {name: 100 * value for name, value in zip(("points", "low", "high"), found, strict=True)}
+
+
 def _best(entries: Sequence[dict], kind: str) -> dict | None:
-    """The best of a kind by validation accuracy, independent of the test.
+    """The best of a kind on validation inputs, independent of the test.
 
     Only methods with a budget in heads: one that prunes more has another number of them.
     """
     candidates = [
         entry for entry in entries if entry["kind"] == kind and not entry.get("whole_model")
     ]
-    return max(candidates, key=lambda entry: entry["validation_accuracy"], default=None)
+    return max(candidates, key=_validation, default=None)
+
+
+def _validation(entry: dict) -> float:
+    return entry["metric"]["validation"] if "metric" in entry else entry["validation_accuracy"]
+
+
+def _runs_of(runs: Sequence[dict], task: str, method: str, keep: float) -> list[dict]:
+    wanted = (task, method, keep)
+    return [r for r in runs if (r["task"], r["method"], r["keep_target"]) == wanted]
 
 
 def compare(runs: Sequence[dict], summary: Sequence[dict]) -> list[dict]:
     """For each task and budget: the best dynamic method against the dense model and against the
-    best static method, each chosen on validation texts.
+    best static method, each chosen on validation inputs.
 
-    Differences are paired over test texts; intervals are 95% of a bootstrap over texts.
+    Differences are paired over test inputs; intervals are 95% of a bootstrap over inputs.
     """
     found = []
     for task, keep in dict.fromkeys((e["task"], e["keep_target"]) for e in summary):
@@ -162,29 +180,23 @@ def compare(runs: Sequence[dict], summary: Sequence[dict]) -> list[dict]:
         if dynamic is None and static is None:
             continue
         comparison: dict = {"task": task, "keep_target": keep}
-        dense = _correct(runs, task, "dense", 1.0)
+        dense = _runs_of(runs, task, "dense", 1.0)
+        own = {}
         for name, entry in (("dynamic", dynamic), ("static", static)):
             if entry is not None:
-                own = _correct(runs, task, entry["method"], keep)
-                difference, low, high = paired_difference(own, dense)
+                own[name] = _runs_of(runs, task, entry["method"], keep)
                 comparison[name] = entry["method"]
-                comparison[f"{name}_minus_dense"] = {
-                    "points": 100 * difference,
-                    "low": 100 * low,
-                    "high": 100 * high,
-                }
-        if dynamic is not None and static is not None:
-            difference, low, high = paired_difference(
-                _correct(runs, task, dynamic["method"], keep),
-                _correct(runs, task, static["method"], keep),
-            )
-            comparison["dynamic_minus_static"] = {
-                "points": 100 * difference,
-                "low": 100 * low,
-                "high": 100 * high,
-            }
+                comparison[f"{name}_minus_dense"] = _difference(own[name], dense)
+        if len(own) == 2:
+            comparison["dynamic_minus_static"] = _difference(own["dynamic"], own["static"])
         found.append(comparison)
     return found
+
+
+def _kept(entry: dict) -> str:
+    if "metric" in entry:
+        return f"{100 * entry['metric']['value']:.1f} of {entry['metric']['title']}"
+    return f"{entry['accuracy']:.1%}"
 
 
 def _points(difference: dict) -> str:
@@ -215,7 +227,7 @@ def sentences(result: dict) -> list[str]:
             if name in comparison:
                 entry = entries[task, comparison[name], keep]
                 parts.append(
-                    f"the best {name} method ({entry['title']}) keeps {entry['accuracy']:.1%}, "
+                    f"the best {name} method ({entry['title']}) keeps {_kept(entry)}, "
                     f"{_points(comparison[f'{name}_minus_dense'])} from dense"
                 )
         text = f"{where}: " if several else f"{where} "
@@ -245,7 +257,8 @@ def sentences(result: dict) -> list[str]:
 
 
 def _selection_sentences(summary: Sequence[dict]) -> list[str]:
-    """One for each dynamic method and task: whether its selections differ between texts."""
+    """One for each dynamic method and task: whether its selections differ between
+    inputs."""
     groups: dict[tuple[str, str], list[dict]] = {}
     for entry in summary:
         if entry["kind"] == "dynamic":
@@ -263,16 +276,16 @@ def _selection_sentences(summary: Sequence[dict]) -> list[str]:
             e for e in entries if all(e[key] < limit for key, limit in STATIC_IN_DISGUISE.items())
         ]
         if entries[0]["method"] == "budget-random":
-            verdict = "draws heads without looking at the text"
+            verdict = "draws heads without looking at the input"
         elif len(disguised) == len(entries):
             verdict = "is static in disguise"
         elif disguised:
             budgets = ", ".join(f"{e['keep_target']:.0%}" for e in disguised)
-            verdict = f"chooses by the text, but is static in disguise at {budgets}"
+            verdict = f"chooses by the input, but is static in disguise at {budgets}"
         else:
-            verdict = "chooses by the text"
+            verdict = "chooses by the input"
         found.append(
-            f"{title}{where} {verdict}: texts differ in how many heads they run (standard "
+            f"{title}{where} {verdict}: inputs differ in how many heads they run (standard "
             f"deviation) and in which (mean Jaccard distance) {', '.join(parts)}."
         )
     return found
@@ -294,15 +307,9 @@ def _domain_sentences(summary: Sequence[dict]) -> list[str]:
     return found
 
 
-def shape_text(shape: dict) -> str:
-    """The name of a latency's shape."""
-    length = "texts as they come" if shape["length"] is None else f"{shape['length']} tokens"
-    return f"batch {shape['batch']}, {length}"
-
-
 def _time_sentences(summary: Sequence[dict]) -> list[str]:
     """One for each shape, of the models that were trained: which dynamic ones were faster than the
-    dense model, and what choosing by the text costs over removing the same number of heads."""
+    dense model, and what choosing by the input costs over removing the same number of heads."""
     dynamic = [e for e in summary if e["kind"] == "dynamic"]
     found = []
     for place, shape in enumerate(dynamic[0]["latency"] if dynamic else []):

@@ -116,7 +116,7 @@ def requested(bench: Workbench, keep: float, steps: int) -> Outcome:
 
 
 def threshold(bench: Workbench, keep: float, steps: int) -> Outcome:
-    """Hybrid dynamic pruning: nothing is trained but one threshold, on validation texts."""
+    """Hybrid dynamic pruning: nothing is trained but one threshold, on validation inputs."""
     model = hw.convert(bench.converted(), hw.ThresholdGate())
     found = hw.calibrate_threshold(
         model,

@@ -7,7 +7,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -20,57 +20,32 @@ from headwise.apps.energy.windows import Windows, Work, head_bytes
 from headwise.apps.energy.windows import measure as measure_energy
 from headwise.apps.energy.windows import ratio as energy_ratio
 from headwise.apps.tasks.examples import Examples
+from headwise.apps.tasks.shapes import Shape
 from headwise.gates.optimizing import choosing_parameters
 from headwise.nn.layers import attention_layers
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One way to call a model: texts per batch, tokens per text (None: real lengths)."""
-
-    batch: int
-    length: int | None = None
-
-    def within(self, most: int | None) -> Shape:
-        """The same for a model with this maximum number of tokens."""
-        if self.length is None or most is None:
-            return self
-        return Shape(self.batch, min(self.length, most))
-
-    def __str__(self) -> str:
-        length = "real lengths" if self.length is None else f"{self.length} tokens"
-        return f"batch {self.batch}, {length}"
 
 
 def inputs_of(
     examples: Examples, shape: Shape, device: torch.device, count: int = 1
 ) -> list[dict[str, Tensor]]:
-    """``count`` different batches of the given shape, from real texts.
+    """``count`` different batches of the given shape, from real inputs.
 
-    Real texts, because a gate's choice depends on the text. If the shape has a length, texts are
-    concatenated and cut to it; otherwise a batch has texts of neighbouring lengths.
+    Real inputs, because a gate's choice depends on them. If the shape has a length, texts are
+    concatenated and cut to it; otherwise a batch has inputs of neighbouring lengths.
     """
     need = min(len(examples), shape.batch * count * 8)
-    rows = sorted(range(need), key=lambda row: len(examples.ids[row]))
+    lengths = examples.lengths
+    rows = sorted(range(need), key=lambda row: lengths[row])
     found = []
     for position in range(count):
         start = (2 * position + 1) * len(rows) // (2 * count) - shape.batch // 2
         start = max(0, min(start, len(rows) - shape.batch))
         part = [rows[(start + i) % len(rows)] for i in range(shape.batch)]
         if shape.length is None:
-            batch = examples.batch(part)
-            ids, mask = batch.input_ids, batch.attention_mask
+            inputs = examples.collate(part)
         else:
-            texts = []
-            for row in part:
-                tokens, at = list(examples.ids[row]), row
-                while len(tokens) < shape.length:
-                    at = (at + 1) % len(examples)
-                    tokens += examples.ids[at][1:] or examples.ids[at]
-                texts.append(tokens[: shape.length])
-            ids = torch.tensor(texts)  # [B, L]
-            mask = torch.ones_like(ids)
-        found.append({"input_ids": ids.to(device), "attention_mask": mask.to(device)})
+            inputs = examples.of_length(part, shape.length)
+        found.append({name: value.to(device) for name, value in inputs.items()})
     return found
 
 
@@ -160,21 +135,21 @@ class Macs:
 
 
 def gate_macs(model: nn.Module) -> int:
-    """Multiply-accumulates of the gates for one text: the matrices that meet its pooled input."""
+    """Multiply-accumulates of the gates for one input: the matrices that meet its pooled input."""
     matrices = {parameter for parameter in choosing_parameters(model) if parameter.dim() > 1}
     return sum(parameter.numel() for parameter in matrices)
 
 
 def macs(config, use: HeadUse, lengths: Tensor, model: nn.Module | None = None) -> Macs:
-    """Multiply-accumulates of a BERT-like encoder over some texts, without padding.
+    """Multiply-accumulates of a BERT-like encoder over some inputs, without padding.
 
     All heads of a model cost the same (``head_macs``: 4 n D d + 2 n^2 d for n tokens), so the
     number of heads that ran decides.
 
     Args:
         config: of the dense transformers model.
-        use: the heads that ran for each text.
-        lengths: int [N], tokens of each text.
+        use: the heads that ran for each input.
+        lengths: int [N], positions (tokens, patches) of each input.
         model: if given, its gates are counted, and its widths are used: fewer neurons or hidden
             dimensions cost less.
     """
@@ -190,9 +165,12 @@ def macs(config, use: HeadUse, lengths: Tensor, model: nn.Module | None = None) 
     macs = [hw._C.head_macs(tokens, width, head) for tokens in n.tolist()]
     each = torch.tensor(macs, dtype=torch.float64)  # [N]
     attention = (use.chosen.double().sum(1) * each).sum().item()
-    # The feed-forward networks; then the pooler and the classifier of each text.
+    # The feed-forward networks; then the pooler and the classifier of each input.
     rest = neurons * sum(hw._C.neuron_macs(tokens, width) for tokens in n.tolist())
     rest += len(lengths) * (width * pooled + pooled * 2)
+    if hasattr(config, "patch_size"):  # what makes a patch into a vector
+        channels = getattr(config, "num_channels", 1)
+        rest += n.sum().item() * channels * config.patch_size**2 * width
     gates = len(lengths) * gate_macs(model) if model is not None else 0
     if model is not None and any(isinstance(m, hw.ThresholdGate) for m in model.modules()):
         # It decides by the queries, keys and integer scores of every head.
@@ -204,7 +182,11 @@ def macs(config, use: HeadUse, lengths: Tensor, model: nn.Module | None = None) 
 
 @torch.no_grad()
 def model_work(
-    model: nn.Module, config, layers: dict[str, int], inputs: Sequence[dict[str, Tensor]]
+    model: nn.Module,
+    config,
+    layers: dict[str, int],
+    inputs: Sequence[dict[str, Tensor]],
+    positions: Callable[[dict[str, Tensor]], Tensor],
 ) -> Work:
     """What a call of a BERT-like encoder does, the mean over ``inputs``.
 
@@ -215,7 +197,8 @@ def model_work(
         model: the dense transformers model, or a converted one.
         config: of the dense model.
         layers: name and number of heads of each attention layer of the dense model.
-        inputs: batches, with ``input_ids`` and ``attention_mask``.
+        inputs: batches, the model's arguments.
+        positions: batch -> [B], positions of each input.
     """
     present = attention_layers(model)
     embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
@@ -230,7 +213,7 @@ def model_work(
                 name: torch.ops.headwise.selection_mask(own.index, own.count, torch.float32).cpu()
                 for name, own in trace.selections.items()
             }
-        lengths = batch["attention_mask"].sum(1).cpu()
+        lengths = positions(batch).cpu()
         parts = []  # [B, H] of each layer
         for name, heads in layers.items():
             heads = present[name].num_heads if name in present else 0 if present else heads
@@ -257,11 +240,14 @@ def energy(
     windows: Windows,
 ) -> dict:
     """The result of :func:`headwise.apps.energy.windows.measure` for ``model`` and ``dense`` on
-    batches of this shape, with their ``ratio`` and the texts of a call (``batch``)."""
+    batches of this shape, with their ``ratio`` and the inputs of a call (``batch``)."""
     inputs = inputs_of(examples, shape, device, count=4)
     models = {"dense": dense, "model": model}
     turns = {name: Turns(own.eval(), inputs) for name, own in models.items()}
-    work = {name: model_work(own, dense.config, layers, inputs) for name, own in models.items()}
+    work = {
+        name: model_work(own, dense.config, layers, inputs, examples.positions_of)
+        for name, own in models.items()
+    }
     found = measure_energy(turns, work, meter, windows, device)
     return {"batch": shape.batch, **found, "ratio": energy_ratio(found, "model", "dense")}
 

@@ -43,6 +43,7 @@ class Method:
         kind: "dense", "static" or "dynamic".
         trains: whether it trains for ``steps`` steps (post-hoc methods do not).
         run: (workbench, share of heads, steps) -> outcome.
+        texts_only: whether it knows the layers of text encoders alone.
     """
 
     name: str
@@ -50,3 +51,4 @@ class Method:
     kind: str
     trains: bool
     run: Run
+    texts_only: bool = False

@@ -9,6 +9,7 @@ from __future__ import annotations
 from headwise.apps.compare import gated, planned, repaired, structured
 from headwise.apps.compare.method import Method, Outcome, Run, then_trained
 from headwise.apps.tasks.errors import UsageError
+from headwise.apps.tasks.own_models import OwnModel
 from headwise.io.printable import quoted
 
 __all__ = ["METHODS", "Method", "Outcome", "resolve_methods"]
@@ -102,7 +103,7 @@ METHODS: dict[str, Method] = {
         _dynamic("budget-random", "random heads per text", gated.random_gate),
         _dynamic("budget-full", "BudgetGate, full budget", gated.full_budget_gate, kind="dense"),
         Method("kwon", "Kwon 2022", "static", False, structured.kwon),
-        Method("cofi", "CoFi", "static", True, structured.cofi),
+        Method("cofi", "CoFi", "static", True, structured.cofi, texts_only=True),
     )
 }
 
@@ -135,16 +136,22 @@ DEFAULT_METHODS = (
 FULL_METHODS = ("dense-continued", *DEFAULT_METHODS)
 
 
-def resolve_methods(names: tuple[str, ...]) -> tuple[str, ...]:
+def resolve_methods(names: tuple[str, ...], model: OwnModel | None = None) -> tuple[str, ...]:
     """Names of methods, families spelled out, each once.
 
+    Args:
+        model: that of a task without texts: families are without the methods of texts only.
+
     Raises:
-        UsageError: an unknown name; the text lists the known ones.
+        UsageError: an unknown name (the text lists the known ones), or a method of texts only.
     """
     found: list[str] = []
     for name in names:
         if name not in METHODS and name not in FAMILIES:
             known = ", ".join([*FAMILIES, *METHODS])
             raise UsageError(f"unknown method {quoted(name)}; the methods are {known}")
-        found += FAMILIES.get(name, (name,))
+        if name in METHODS and METHODS[name].texts_only and model is not None:
+            raise UsageError(f"the method {name} is for text encoders, not for a {model.name}")
+        family = FAMILIES.get(name, (name,))
+        found += [own for own in family if model is None or not METHODS[own].texts_only]
     return tuple(dict.fromkeys(found))

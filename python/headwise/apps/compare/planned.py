@@ -1,4 +1,4 @@
-"""Methods that rank the heads of the dense model and keep the best: one plan for every text."""
+"""Methods that rank the heads of the dense model and keep the best: one plan for every input."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import headwise as hw
 from headwise.apps.compare.method import Outcome, Run
 from headwise.apps.compare.workbench import Workbench
 
-#: Shares of importance to try for hies, from entropy alone to importance alone; validation texts
+#: Shares of importance to try for hies, from entropy alone to importance alone; validation inputs
 #: choose.
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
 #: Share of the heads that a step of michel-exact removes (Michel et al. 2019, section 4).
@@ -47,7 +47,7 @@ def michel_exact_plan(bench: Workbench, keep: float) -> hw.HeadPlan:
 
 
 def hies_plan(bench: Workbench, keep: float) -> hw.HeadPlan:
-    """The plan of HIES (arXiv 2510.13832); its alpha is the best of a few on validation texts."""
+    """The plan of HIES (arXiv 2510.13832); its alpha is the best of a few on validation inputs."""
     if ("hies", keep) in bench.plans:
         return bench.plans["hies", keep]
     scores = bench.scores("per_example")  # importance as in the paper

@@ -13,36 +13,34 @@ from headwise.apps.compare.planned import Planner
 from headwise.apps.compare.workbench import Workbench
 from headwise.apps.tasks.examples import Examples
 
-#: The layer whose input the router reads: the embeddings, which are frozen, so that texts follow
-#: the same plans before and after training.
+#: The layer whose input the router reads: the embeddings, which are frozen, so that inputs
+#: follow the same plans before and after training.
 _AT = 0
 
 #: Plans of a bank, if the task has no domains.
 PLANS = 4
 
 Mapping = dict[str, Tensor]
+#: In a mapping, beside the model's arguments.
+LABELS = "labels"
 
 
 def mappings(examples: Examples, device: torch.device, batch_size: int = 32) -> list[Mapping]:
     """Batches as ``hw.repair`` and ``hw.pruning.fit_bank`` take them, with the labels."""
     return [
-        {
-            "input_ids": batch.input_ids.to(device),
-            "attention_mask": batch.attention_mask.to(device),
-            "labels": batch.labels.to(device),
-        }
-        for batch in examples.in_order(batch_size)
+        {**moved.inputs, LABELS: moved.labels}
+        for moved in (batch.to(device) for batch in examples.in_order(batch_size))
     ]
 
 
 def forward(model: nn.Module, batch: Mapping) -> Tensor:
     """Logits [B, C] in float32: least squares are solved for what the model computes exactly."""
-    output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-    return output.logits
+    inputs = {name: value for name, value in batch.items() if name != LABELS}
+    return model(**inputs).logits
 
 
 def losses(model: nn.Module, batch: Mapping) -> Tensor:
-    return F.cross_entropy(forward(model, batch), batch["labels"], reduction="none")
+    return F.cross_entropy(forward(model, batch), batch[LABELS], reduction="none")
 
 
 def removal(model: nn.Module, batches: list[Mapping]) -> hw.HeadScores:
@@ -51,12 +49,12 @@ def removal(model: nn.Module, batches: list[Mapping]) -> hw.HeadScores:
 
 
 def calibration(bench: Workbench) -> Examples:
-    """The training texts that heads are scored on."""
+    """The training inputs that heads are scored on."""
     return bench.train.take(bench.settings.score_limit)
 
 
 def domains_in_order(examples: Examples, batch_size: int = 32) -> Tensor | None:
-    """The domain of each text, in the order of :func:`mappings`; None if there is only one."""
+    """The domain of each input, in the order of :func:`mappings`; None if there is only one."""
     if examples.domain_of is None:
         return None
     return torch.cat([examples.domain_of[b.rows] for b in examples.in_order(batch_size)])
@@ -81,7 +79,8 @@ def repaired(planner: Planner) -> Run:
 
 
 def bank(bench: Workbench, keep: float, steps: int) -> Outcome:
-    """A repaired plan for each domain, or for each of some clusters; a router picks by the text."""
+    """A repaired plan for each domain, or for each of some clusters; a router picks by the
+    input."""
     examples = calibration(bench)
     found = hw.pruning.fit_bank(
         bench.converted(),
@@ -103,7 +102,7 @@ def _grouping(domains: Tensor | None) -> dict:
 
 
 def measure_headroom(bench: Workbench) -> dict:
-    """``hw.headroom`` of the task: what choosing by the text could win, before any training.
+    """``hw.headroom`` of the task: what choosing by the input could win, before any training.
 
     If it cannot be measured (a layer that runs many times has no second plan), it gives the reason.
     """
@@ -120,7 +119,7 @@ def _headroom(bench: Workbench) -> hw.pruning.Headroom:
     held_out = bench.validation.take(1000)
 
     def right(model: nn.Module, batch: Mapping) -> Tensor:
-        return (forward(model, batch).argmax(1) == batch["labels"]).double()
+        return (forward(model, batch).argmax(1) == batch[LABELS]).double()
 
     return hw.headroom(
         bench.converted(),

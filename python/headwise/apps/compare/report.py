@@ -25,6 +25,9 @@ def complete(result: dict) -> dict:
 def public(result: dict) -> dict:
     """The content of results.json: without the single answers, which are in the run files."""
     runs = [{k: v for k, v in run.items() if k != "correct"} for run in result["runs"]]
+    for run in runs:
+        if "metric" in run:
+            run["metric"] = {k: run["metric"][k] for k in ("name", "value", "validation")}
     order = ["environment", "runs", "verdicts", "findings", "summary", "comparisons"]
     order += ["headroom", "tasks", "model", "settings"]
     shown = {**result, "runs": runs}

@@ -1,4 +1,4 @@
-"""Which heads a model runs for each text of a data set."""
+"""Which heads a model runs for each input of a data set."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class HeadUse:
     """Which heads ran.
 
     Attributes:
-        chosen: bool [N, heads]: for every text, every head of the model, layer by layer. The width
+        chosen: bool [N, heads]: for every input, every head of the model, layer by layer. The width
             is that of the *dense* model: heads that were pruned away are never chosen.
         layers: number of heads of each layer of the dense model.
     """
@@ -31,7 +31,7 @@ class HeadUse:
     layers: tuple[int, ...]
 
     def fractions(self) -> Tensor:
-        """[N]: the share of the model's heads that ran for each text."""
+        """[N]: the share of the model's heads that ran for each input."""
         return self.chosen.double().mean(1)
 
     def summary(self) -> dict:
@@ -55,7 +55,7 @@ class HeadUse:
 def predict_and_record(
     model: nn.Module, examples: Examples, dense_layers: dict[str, int], **options
 ) -> tuple[Tensor, HeadUse]:
-    """Logits [N, C] of a converted model, and the heads that each text ran.
+    """Logits [N, C] of a converted model, and the heads that each input ran.
 
     Args:
         dense_layers: name and number of heads of each attention layer before any pruning.
@@ -96,7 +96,7 @@ def predict_and_record(
 
 @contextlib.contextmanager
 def swapped(model: nn.Module) -> Iterator[None]:
-    """Every text runs the heads that its gates chose for another text of the batch, half a batch
+    """Every input runs the heads that its gates chose for another input of the batch, half a batch
     away: the same number of heads, but others. If accuracy stays, the choice does not matter."""
 
     def shift(gate: nn.Module, args: tuple, selection: hw.Selection) -> hw.Selection:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from headwise.apps.compare.measure import Shape
 from headwise.apps.compare.training import TrainingOptions
 from headwise.apps.energy.windows import Windows
 from headwise.apps.tasks.errors import UsageError
+from headwise.apps.tasks.own_models import OwnModel
+from headwise.apps.tasks.shapes import Shape
 from headwise.io.printable import quoted
+
+ACCURACY = "accuracy"
 
 
 @dataclass(frozen=True)
@@ -23,14 +26,17 @@ class Settings:
         seeds: one training of each method per seed; the split of the data is always that of the
             first.
         steps: training steps of every method that trains, after the dense model's.
-        dense_steps: steps in which the pretrained model learns the task.
-        train_limit: training texts at most; None: all.
-        validation_limit: validation texts at most; None: all.
-        test_limit: test texts at most; None: all.
-        score_limit: training texts that head scores are computed on.
+        dense_steps: steps in which the dense model learns the task.
+        train_limit: training inputs at most; None: all.
+        validation_limit: validation inputs at most; None: all.
+        test_limit: test inputs at most; None: all.
+        score_limit: training inputs that head scores are computed on.
         max_length: tokens; longer texts are cut.
         training: of every method, after the dense model.
-        dense_learning_rate: of the dense model's own fine-tuning.
+        dense_learning_rate: of the dense model's own training.
+        from_scratch: the dense model is not pretrained.
+        metric: what methods are compared by: "accuracy", or a name of
+            :data:`headwise.apps.compare.metrics.METRICS`.
         shapes: for measuring latency; the first is the one in the table.
         latency_s: seconds of measuring a run and shape.
         energy: measure the energy of every run in such windows, with the first shape; None: do not.
@@ -52,12 +58,30 @@ class Settings:
     shapes: tuple[Shape, ...] = (Shape(32), Shape(1), Shape(8, 128))
     latency_s: float = 1.0
     energy: Windows | None = None
+    from_scratch: bool = False
+    metric: str = ACCURACY
 
     def as_dict(self) -> dict:
         found = asdict(self)
-        if self.energy is None:
-            del found["energy"]
+        # Runs of versions without these fields stay valid.
+        for name in ("energy", "from_scratch", "metric"):
+            if found[name] in (None, False, ACCURACY):
+                del found[name]
         return found
+
+    def for_model(self, model: OwnModel | None) -> Settings:
+        """The same with the steps and rates of a model that a task trains from nothing; None: of
+        the pretrained text encoder."""
+        if model is None:
+            return self
+        return replace(
+            self,
+            dense_steps=model.dense_steps,
+            dense_learning_rate=model.dense_learning_rate,
+            # So small a model is slower in bfloat16.
+            training=replace(self.training, learning_rate=model.learning_rate, precision="float32"),
+            from_scratch=True,
+        )
 
 
 def preset(size: str, seed: int) -> Settings:
@@ -113,7 +137,7 @@ class Source:
     Attributes:
         tasks: names of bundled tasks; empty if ``data`` is given.
         data: one's own file.
-        text, label, group: its columns.
+        text, label, group: its columns, of texts.
         model: folder of a transformers model; None: the bundled MiniLM.
     """
 

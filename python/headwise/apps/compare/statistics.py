@@ -53,11 +53,11 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
 def paired_difference(
     first: Tensor, second: Tensor, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """Mean of ``first - second`` and its 95% interval by a paired bootstrap over texts.
+    """Mean of ``first - second`` and its 95% interval by a paired bootstrap over inputs.
 
     Args:
-        first: [N], how often each text was right under one method (0 to 1; the mean over seeds).
-        second: [N], the same texts under the other.
+        first: [N], how often each input was right under one method (0 to 1; the mean over seeds).
+        second: [N], the same inputs under the other.
 
     Raises:
         ValueError: the shapes differ or are empty.

@@ -84,7 +84,7 @@ def _train(bench: Workbench, cofi: hw.pruning.CoFi, batches, searching: int, ste
         batch = next(batches)
         rows, batch = batch.rows, batch.to(bench.device)
         with autocast(dtype, bench.device):
-            output = cofi(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+            output = cofi(**batch.inputs)
         targets = bench.teacher[rows].to(bench.device)
         loss = loss_of(output.logits.float(), batch.labels, targets, options)
         loss = loss + cofi.layer_loss().float() + cofi.penalty()

@@ -14,7 +14,7 @@ from safetensors.torch import save as to_safetensors
 from torch import nn
 
 import headwise as hw
-from headwise.apps.compare import measure
+from headwise.apps.compare import measure, metrics
 from headwise.apps.compare.methods import METHODS, Outcome
 from headwise.apps.compare.progress import Progress
 from headwise.apps.compare.repaired import measure_headroom
@@ -24,23 +24,15 @@ from headwise.apps.compare.selections import (
     predict_and_record,
     swapped,
 )
-from headwise.apps.compare.settings import Settings, Source
+from headwise.apps.compare.settings import ACCURACY, Settings, Source
 from headwise.apps.compare.statistics import wilson_interval
 from headwise.apps.compare.training import accuracy, finetune, predict
 from headwise.apps.compare.workbench import Workbench, dense_options
 from headwise.apps.energy.counters import meter_of
-from headwise.apps.tasks.corpora import load_task
-from headwise.apps.tasks.examples import Examples, encode
-from headwise.apps.tasks.models import (
-    folder_digest,
-    load_classifier,
-    load_config,
-    load_tokenizer,
-    model_folder,
-    model_name,
-)
-from headwise.apps.tasks.tasks import Task, split, task_from_file
-from headwise.explain.texts import longest, positions
+from headwise.apps.tasks.examples import Examples
+from headwise.apps.tasks.origins import origin_of
+from headwise.apps.tasks.registry import load_data, load_task
+from headwise.apps.tasks.tasks import Task, split
 from headwise.io.files import write_atomic
 from headwise.io.fingerprint import fingerprint
 from headwise.io.store import Store, short_name
@@ -110,23 +102,19 @@ class Study:
         self.progress = progress
         self.keep_models = keep_models
         # All invalid input is found before any training.
-        self.folder = model_folder(source.model)
-        self.tokenizer = load_tokenizer(self.folder)
-        self.model_digest = folder_digest(self.folder)
-        config = load_config(self.folder)
-        length = longest(config, self.tokenizer, settings.max_length)
-        most = positions(config)
-        shapes = tuple(shape.within(most) for shape in settings.shapes)
-        self.settings = replace(settings, max_length=length or settings.max_length, shapes=shapes)
         self.tasks = self._load_tasks()
+        self.origin = origin_of(self.tasks, source.model)
+        length = self.origin.max_length(settings.max_length)
+        shapes = tuple(dict.fromkeys(self.origin.shape(shape) for shape in settings.shapes))
+        self.settings = replace(settings, max_length=length, shapes=shapes)
         for task in self.tasks:
             split(task, settings.seeds[0])
 
     def _load_tasks(self) -> list[Task]:
-        if self.source.data is not None:
-            source = self.source
-            return [task_from_file(self.source.data, source.text, source.label, source.group)]
-        return [load_task(name) for name in self.source.tasks]
+        source = self.source
+        if source.data is not None:
+            return [load_data(source.data, source.text, source.label, source.group)]
+        return [load_task(name) for name in source.tasks]
 
     def _key(self, task: Task) -> dict:
         """Everything that a result depends on, except the run's own method, budget and seed."""
@@ -136,8 +124,8 @@ class Study:
         return {
             "record": RECORD,
             "split_seed": self.settings.seeds[0],
-            "data": fingerprint([task.texts, task.labels, task.groups, task.classes]),
-            "model": self.model_digest,
+            "data": fingerprint([task.inputs, task.labels, task.groups, task.classes]),
+            "model": self.origin.digest,
             "settings": settings,
             "device": str(self.device),
             "threads": self.threads,
@@ -193,9 +181,9 @@ class Study:
         }
 
     def _describe_model(self) -> dict:
-        config = load_config(self.folder)
+        config = self.origin.config(self.tasks[0])
         return {
-            "name": model_name(self.source.model),
+            "name": self.origin.name,
             "layers": config.num_hidden_layers,
             "heads": config.num_hidden_layers * config.num_attention_heads,
             "width": config.hidden_size,
@@ -206,7 +194,7 @@ class Study:
 
         def examples(rows, limit: int | None) -> Examples:
             rows = rows if limit is None else _sample(rows, limit)
-            return encode(task, rows, self.tokenizer, settings.max_length)
+            return self.origin.examples(task, rows, settings.max_length)
 
         return (
             examples(parts.train, settings.train_limit),
@@ -228,6 +216,7 @@ class Study:
         return {
             "name": task.name,
             "title": task.title,
+            "examples": f"{task.example}s",
             "classes": list(task.classes),
             "train": sizes[0],
             "validation": sizes[1],
@@ -235,7 +224,7 @@ class Study:
         }
 
     def _workbench(self, task: Task, seed: int, key: dict) -> Workbench:
-        self.progress.stage(f"{task.name}: reading and tokenising")
+        self.progress.stage(f"{task.name}: reading")
         train, validation, test = self._parts(task)
         dense = self._dense(task, seed, key, train)
         self.progress.stage(f"{task.name}: asking the dense model")
@@ -248,7 +237,7 @@ class Study:
     def _dense(self, task: Task, seed: int, key: dict, train: Examples) -> nn.Module:
         """The dense model, trained or from an interrupted study."""
         torch.manual_seed(seed)
-        model = load_classifier(self.folder, len(task.classes)).to(self.device)
+        model = self.origin.classifier(task).to(self.device)
         path = self.out / "runs" / f"{short_name(task.name)}-{seed}-dense.safetensors"
         checked = fingerprint(key)
         with contextlib.suppress(Exception):  # if anything is wrong with it: train again
@@ -271,7 +260,7 @@ class Study:
         return model
 
     def _do(self, bench: Workbench, run: Run) -> dict:
-        """Trains, chooses on validation texts, reads the test once, measures."""
+        """Trains, chooses on validation inputs, reads the test once, measures."""
         steps = self.settings.steps
         if run.method == DENSE:
             kind, title = "dense", "dense"
@@ -293,7 +282,7 @@ class Study:
         self.progress.stage(f"{run.name}: reading the test")
         record = {
             "task": run.task,
-            "model": model_name(self.source.model),
+            "model": self.origin.name,
             "method": run.method,
             "kind": kind,
             "keep_target": run.keep,
@@ -305,7 +294,7 @@ class Study:
             **outcome.notes,
         }
         if self.keep_models and run.method != DENSE:
-            hw.save(outcome.model, self.out / "models" / run.name, tokenizer=self.tokenizer)
+            hw.save(outcome.model, self.out / "models" / run.name, tokenizer=self.origin.tokenizer)
         return record
 
     def _measure(self, bench: Workbench, model: nn.Module, timed: nn.Module) -> dict:
@@ -326,9 +315,17 @@ class Study:
             bench.dense, timed, bench.test, self.settings.shapes, self.device,
             self.settings.latency_s,
         )  # fmt: skip
-        energy = {}
+        further = {}
         if self.settings.energy is not None:
-            energy["energy"] = self._energy(bench, timed)
+            further["energy"] = self._energy(bench, timed)
+        if self.settings.metric != ACCURACY:
+            further["metric"] = metrics.recorded(
+                self.settings.metric,
+                validation.argmax(1),
+                bench.validation.labels,
+                logits.argmax(1),
+                bench.test.labels,
+            )
         return {
             "heads_mean": summary.pop("heads_mean"),
             "accuracy": accuracy(logits, bench.test.labels),
@@ -341,7 +338,7 @@ class Study:
             "validation_accuracy": accuracy(validation, bench.validation.labels),
             **_by_domain(bench.test, right, use),
             "latency": times,
-            **energy,
+            **further,
             "correct": "".join("1" if value else "0" for value in right.tolist()),
         }
 
@@ -381,7 +378,7 @@ def _by_domain(test: Examples, right: torch.Tensor, use: HeadUse) -> dict:
 
 
 def _mac_ratios(bench: Workbench, model: nn.Module, use: HeadUse) -> dict:
-    lengths = torch.tensor([len(ids) for ids in bench.test.ids])
+    lengths = torch.tensor(bench.test.lengths)
     everything = replace(use, chosen=torch.ones_like(use.chosen))
     dense = measure.macs(bench.dense.config, everything, lengths)
     own = measure.macs(bench.dense.config, use, lengths, model)

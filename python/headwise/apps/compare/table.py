@@ -10,16 +10,16 @@ COLUMNS = (
     ("accuracy", "on the test, with its 95% interval"),
     ("vs dense", "points of accuracy gained or lost"),
     ("heads", "average share of the heads that ran on the test; ! = over 2 points off target"),
-    ("spread", "standard deviation of that share from text to text, in points"),
-    ("differ", "mean Jaccard distance of the heads of two texts; 0 = always the same heads"),
+    ("spread", "standard deviation of that share from input to input, in points"),
+    ("differ", "mean Jaccard distance of the heads of two inputs; 0 = always the same heads"),
     ("time", "measured latency, dense = 1; of dense itself, quartiles of measuring it again"),
     ("attn MACs", "multiply-accumulates of attention, gates included, dense = 1"),
-    ("took", "seconds that the method took: scores, training, choosing on validation texts"),
+    ("took", "seconds that the method took: scores, training, choosing on validation inputs"),
 )
 
 #: Further columns of a study that measured energy.
 ENERGY_COLUMNS = (
-    ("energy", "joules above the idle power, dense = 1; of dense itself, joules per text"),
+    ("energy", "joules above the idle power, dense = 1; of dense itself, joules per input"),
     ("processor", "a proxy of energy: processor seconds, dense = 1"),
     ("MACs", "a proxy of energy: multiply-accumulates of the whole model, dense = 1"),
     ("bytes", "a proxy of energy: bytes of weights and of caches read, dense = 1"),
@@ -28,17 +28,27 @@ ENERGY_COLUMNS = (
 
 def columns(summary: Sequence[dict]) -> tuple[tuple[str, str], ...]:
     """(name, meaning) of each column."""
-    return COLUMNS + (ENERGY_COLUMNS if any("energy" in e for e in summary) else ())
+    found = COLUMNS + (ENERGY_COLUMNS if any("energy" in e for e in summary) else ())
+    if "metric" not in summary[0]:
+        return found
+    title = summary[0]["metric"]["title"]
+    return (*found[:2], (title, "times 100, on the test, with its 95% interval"), *found[2:])
 
 
 def cells(entry: dict, dense: dict) -> list[str]:
     """One row, one text per column."""
     dynamic = entry["kind"] == "dynamic"
     own = entry is dense
+    metric = (
+        [_hundredths(*(entry["metric"][key] for key in ("value", "low", "high")))]
+        if ("metric" in entry)
+        else []
+    )
     return [
         entry["title"],
         f"{100 * entry['accuracy']:.1f}% "
         f"({100 * entry['accuracy_low']:.1f}-{100 * entry['accuracy_high']:.1f})",
+        *metric,
         "" if own else f"{100 * (entry['accuracy'] - dense['accuracy']):+.1f}",
         f"{100 * entry['heads_mean']:.1f}%" + ("!" if entry["missed"] else ""),
         f"{100 * entry['heads_std']:.1f}" if dynamic else "",
@@ -50,13 +60,17 @@ def cells(entry: dict, dense: dict) -> list[str]:
     ]
 
 
+def _hundredths(value: float, low: float, high: float) -> str:
+    return f"{100 * value:.1f} ({100 * low:.1f}-{100 * high:.1f})"
+
+
 def _energy(found: dict, own: bool) -> list[str]:
     joules = found["joules"]
     text = "not measured"
     if joules is not None:
         text = f"{joules['ratio']:.2f} ({joules['low']:.2f}-{joules['high']:.2f})"
         if own:
-            text = f"1 ({found['joules_per_text']:.2g} J)"
+            text = f"1 ({found['joules_per_input']:.2g} J)"
     proxies = (found[name] for name in ("processor_seconds", "macs", "bytes"))
     return [text, *("1" if own else f"{value:.2f}" for value in proxies)]
 
@@ -125,7 +139,7 @@ def render(result: dict, width: int = 100) -> str:
         header = [name for name, _ in columns(result["summary"])]
         lines += [
             f"{task['title']} ({task['train']:,} training, {task['validation']:,} validation, "
-            f"{task['test']:,} test texts)",
+            f"{task['test']:,} test {task['examples']})",
             "",
             *_aligned(header, rows),
             "",

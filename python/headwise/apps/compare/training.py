@@ -20,7 +20,7 @@ class TrainingOptions:
     """The settings of a fine-tuning, besides the model and the data.
 
     Attributes:
-        batch_size: texts per step.
+        batch_size: inputs per step.
         learning_rate: of the model's weights; linear warm-up, then linear decay to 0.
         gate_learning_rate: of the gates' vectors (a gate's preference for a head, independent of
             the input); the same schedule.
@@ -33,7 +33,7 @@ class TrainingOptions:
         temperature: of the distillation (Hinton et al. 2015).
         max_gradient_norm: gradients of the weights are scaled down to it; those of gates are left
             alone.
-        freeze_embeddings: the word and position embeddings stay as they were pretrained.
+        freeze_embeddings: the embeddings (of words and positions, of patches) stay as they are.
         dropout: whether the model's dropout is on. With a teacher and less than an epoch of steps
             it only adds noise.
         precision: "float32", "bfloat16" (autocast), or "auto": bfloat16 if the processor has
@@ -105,7 +105,7 @@ def loss_of(
     Args:
         logits: [B, C].
         labels: int64 [B].
-        teacher: [B, C], the teacher's logits for the same texts, or None.
+        teacher: [B, C], the teacher's logits for the same inputs, or None.
     """
     hard = F.cross_entropy(logits, labels)
     if teacher is None or options.distillation == 0:
@@ -115,10 +115,12 @@ def loss_of(
 
 
 def freeze_embeddings(model: nn.Module) -> None:
-    """Freezes word and position embeddings."""
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            module.weight.requires_grad_(False)
+    """Freezes the embeddings of words and positions, and what makes patches into vectors."""
+    for name, module in model.named_modules():
+        patches = "patch_embeddings" in name or hasattr(module, "patch_embeddings")
+        if patches or isinstance(module, nn.Embedding):
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -176,9 +178,7 @@ def finetune(
         batch = next(batches)
         rows, batch = batch.rows, batch.to(device)
         with autocast(dtype, device):
-            logits = model(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask
-            ).logits.float()  # [B, C]
+            logits = model(**batch.inputs).logits.float()  # [B, C]
         target = None if teacher is None else teacher[rows].to(device)
         loss = loss_of(logits, batch.labels, target, options)
         if gates:
@@ -210,7 +210,7 @@ def predict(
     for batch in examples.in_order(batch_size):
         moved = batch.to(device)
         with autocast(dtype, device):
-            logits = model(input_ids=moved.input_ids, attention_mask=moved.attention_mask).logits
+            logits = model(**moved.inputs).logits
         if found is None:
             found = torch.empty(len(examples), logits.size(1))
         found[batch.rows] = logits.float().cpu()

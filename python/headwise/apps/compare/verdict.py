@@ -20,7 +20,7 @@ def verdicts(result: dict) -> list[dict]:
     best dynamic method over the best static one is above 0, and nothing if at every budget the
     interval ends below one point. The recommendation is the smallest model that loses nothing: the
     interval of its difference to dense reaches above 0 and not one point below it. Both methods
-    were chosen on validation texts.
+    were chosen on validation inputs.
     """
     found = []
     for task in result["tasks"]:
@@ -48,6 +48,12 @@ def front(entries: Sequence[dict], shape: int = 0) -> list[dict]:
     return found
 
 
+def shape_text(shape: dict) -> str:
+    """The name of a latency's shape."""
+    length = "inputs as they come" if shape["length"] is None else f"{shape['length']} tokens"
+    return f"batch {shape['batch']}, {length}"
+
+
 def _verdict(comparisons: list[dict], entries: list[dict], dense: dict) -> dict:
     both = [c for c in comparisons if "dynamic_minus_static" in c]
     winning = [c for c in both if c["dynamic_minus_static"]["low"] > 0]
@@ -70,7 +76,7 @@ def _verdict(comparisons: list[dict], entries: list[dict], dense: dict) -> dict:
     difference = chosen[f"{kind}_minus_dense"]
     time = entry["latency"][0]
     saved = _saved(time)
-    lost = _lost(difference)
+    lost = _lost(difference, metric_title(entry))
     heads = f"{_share(entry['keep_target'])} of the heads"
     if kind == "dynamic":
         at = "" if winning else f" at {heads}"
@@ -107,16 +113,16 @@ def _keeps(difference: dict) -> bool:
     return difference["low"] > -MARGIN and difference["high"] >= 0
 
 
-def _lost(difference: dict) -> str:
+def _lost(difference: dict, metric: str) -> str:
     points = difference["points"]
     if _keeps(difference):
         return "nothing is lost"
     if difference["high"] >= 0:
         return (
-            f"whether accuracy is lost this test cannot tell ({difference['low']:+.1f} to "
+            f"whether {metric} is lost this test cannot tell ({difference['low']:+.1f} to "
             f"{difference['high']:+.1f} points)"
         )
-    return f"{-points:.1f} points of accuracy are lost"
+    return f"{-points:.1f} points of {metric} are lost"
 
 
 def _saved(time: dict) -> str:
@@ -135,23 +141,33 @@ def _share(keep: float) -> str:
     return {0.5: "half", 0.25: "a quarter", 0.75: "three quarters"}.get(keep, f"{keep:.0%}")
 
 
+def metric_title(entry: dict) -> str:
+    """What methods are compared by."""
+    return entry["metric"]["title"] if "metric" in entry else "accuracy"
+
+
+def _value(entry: dict) -> str:
+    if "metric" in entry:
+        return f"{100 * entry['metric']['value']:.1f}"
+    return f"{entry['accuracy']:.1%}"
+
+
 def _tiles(entry: dict, dense: dict, difference: dict) -> list[dict]:
     time = entry["latency"][0]
-    length = "texts as they come" if time["length"] is None else f"{time['length']} tokens"
     spread = ""
     if time["ratio_low"] is not None and time["ratio_high"] is not None:
         spread = f" ({time['ratio_low']:.2f} to {time['ratio_high']:.2f})"
+    reach = f"({difference['low']:+.1f} to {difference['high']:+.1f})"
     return [
         {
-            "label": "accuracy",
-            "value": f"{entry['accuracy']:.1%}",
-            "note": f"dense {dense['accuracy']:.1%}; {difference['points']:+.1f} points "
-            f"({difference['low']:+.1f} to {difference['high']:+.1f})",
+            "label": metric_title(entry),
+            "value": _value(entry),
+            "note": f"dense {_value(dense)}; {difference['points']:+.1f} points {reach}",
         },
         {
             "label": "time",
             "value": f"{100 * (time['ratio'] - 1):+.0f}%".replace("-", "−"),
-            "note": f"{time['ratio']:.2f} of dense{spread}; batch {time['batch']}, {length}",
+            "note": f"{time['ratio']:.2f} of dense{spread}; {shape_text(time)}",
         },
         {
             "label": "heads",

@@ -29,7 +29,7 @@ class Workbench:
     """The starting point of every method.
 
     Attributes:
-        dense: the transformers model, fine-tuned on the task; never changed.
+        dense: the transformers model, trained on the task; never changed.
         teacher: [N, C], its logits for the training examples that the steps will show; the rest
             is not a number.
         plans: plans that several methods share.
@@ -57,7 +57,7 @@ class Workbench:
         }
 
     def _ask_teacher(self) -> Tensor:
-        # Every method sees the same batches, so only their texts are needed.
+        # Every method sees the same batches, so only their inputs are needed.
         batches = self.batches()
         shown = torch.cat([next(batches).rows for _ in range(self.settings.steps)]).unique()
         logits = predict(
@@ -102,20 +102,20 @@ class Workbench:
         """Logits [B, C], in the precision of training."""
         batch = batch.to(self.device)
         with autocast(precision_of(self.settings.training.precision, self.device), self.device):
-            output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+            output = model(**batch.inputs)
         return output.logits.float()
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The loss of each text, [B]."""
+        """The loss of each input, [B]."""
         labels = batch.labels.to(self.device)
         return F.cross_entropy(self.forward(model, batch), labels, reduction="none")
 
     def scoring_batches(self) -> Iterator[Batch]:
-        """The training texts that heads are scored on, once."""
+        """The training inputs that heads are scored on, once."""
         return self.train.take(self.settings.score_limit).in_order(32)
 
     def scores(self, absolute: str = "per_token") -> dict:
-        """Head scores of the dense model: michel and entropy, on training texts.
+        """Head scores of the dense model: michel and entropy, on training inputs.
 
         Computed once: the plans of all budgets come from them.
 
@@ -133,16 +133,18 @@ class Workbench:
         return self._scores[absolute]
 
     def errors(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Whether the prediction for each text is wrong, [B]: 0.0 or 1.0."""
+        """Whether the prediction for each input is wrong, [B]: 0.0 or 1.0."""
         wrong = self.forward(model, batch).argmax(1) != batch.labels.to(self.device)
         return wrong.float()
 
 
 def dense_options(settings: Settings) -> TrainingOptions:
-    """The training of the dense model: no teacher, dropout as pretrained."""
+    """The training of the dense model: no teacher, dropout as pretrained. Without pretraining the
+    embeddings learn too."""
     return replace(
         settings.training,
         learning_rate=settings.dense_learning_rate,
         distillation=0.0,
         dropout=True,
+        freeze_embeddings=settings.training.freeze_embeddings and not settings.from_scratch,
     )

@@ -47,7 +47,7 @@ function startCompared(parent, compared) {
     hoverinfo: "name"
   });
   const shapeName = (shape) => `batch ${shape.batch}, ${
-      shape.length === null ? "texts as they come" : `${shape.length} tokens`}`;
+      shape.length === null ? "inputs as they come" : `${shape.length} tokens`}`;
   const state = {task: 0, shape: 0};
   const task = () => compared.tasks[state.task].name;
   const own = () => compared.summary.filter((one) => one.task === task());
@@ -64,7 +64,7 @@ function startCompared(parent, compared) {
   const frontNote = "Further left is faster, higher is more accurate. The numbered models are " +
       "those that no other beats in both; the others are dim: point at one for its name. Bars: " +
       "95% intervals of accuracy, the range of time over seeds (of one seed, quartiles of its " +
-      "rounds). Diamonds choose heads for every text.";
+      "rounds). Diamonds choose heads for every input.";
   const frontList = make("ol", {class: "front"});
   const marks = (entries, shade, more) => ({
     type: "scatter",
@@ -193,7 +193,7 @@ function startCompared(parent, compared) {
       (place) => redraw.push(figure(
           place, "Accuracy against heads",
           "Test accuracy against the average share of heads that run. Thick whole lines with " +
-              "filled marks choose heads for every text; thin dotted lines with open marks use the " +
+              "filled marks choose heads for every input; thin dotted lines with open marks use the " +
               "same heads for all. Bars are 95% intervals. What loses more than 10 points leaves the " +
               "figure; the table has it.",
           () => {

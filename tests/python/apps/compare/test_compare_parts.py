@@ -12,7 +12,7 @@ import headwise as hw
 import pytest
 import torch
 from headwise.apps.compare import planned
-from headwise.apps.compare.measure import Shape, inputs_of, macs
+from headwise.apps.compare.measure import inputs_of, macs
 from headwise.apps.compare.selections import HeadUse, swapped
 from headwise.apps.compare.statistics import (
     mean_interval,
@@ -21,10 +21,11 @@ from headwise.apps.compare.statistics import (
     wilson_interval,
 )
 from headwise.apps.compare.training import TrainingOptions, learning_rate_factor, loss_of
-from headwise.apps.tasks import corpora, tasks
+from headwise.apps.tasks import corpora, registry, tasks
 from headwise.apps.tasks.errors import UsageError
-from headwise.apps.tasks.examples import Examples
+from headwise.apps.tasks.examples import TextExamples
 from headwise.apps.tasks.models import folder_digest
+from headwise.apps.tasks.shapes import Shape
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -63,7 +64,7 @@ def test_a_split_that_lacks_a_class_is_refused():
 
 
 def test_the_bundled_reviews():
-    task = corpora.load_task("reviews")
+    task = registry.load_task("reviews")
     assert len(task) == 12808
     assert Counter(task.labels) == {0: 5405, 1: 7403}
     assert len(set(task.groups)) == 508
@@ -72,7 +73,7 @@ def test_the_bundled_reviews():
 def test_the_snippets_name_the_command_that_fetches_them(monkeypatch, tmp_path):
     monkeypatch.setattr(corpora, "_vader_folders", lambda: [tmp_path])
     with pytest.raises(UsageError, match="pip download vaderSentiment --no-deps --no-binary :all:"):
-        corpora.load_task("snippets")
+        registry.load_task("snippets")
 
 
 def test_the_snippets_come_out_of_a_source_distribution(monkeypatch, tmp_path):
@@ -94,14 +95,14 @@ def test_the_snippets_come_out_of_a_source_distribution(monkeypatch, tmp_path):
     outer = packed("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz", inner)
     (tmp_path / "vaderSentiment-3.3.2.tar.gz").write_bytes(outer)
     monkeypatch.setattr(corpora, "_vader_folders", lambda: [tmp_path])
-    task = corpora.load_task("snippets")
+    task = registry.load_task("snippets")
     assert len(task) == 40
     assert task.classes == ("negative", "positive")
     assert task.labels[:2] == (0, 1)
 
 
 def test_the_mixture_of_domains():
-    task = corpora.load_task("mixed")
+    task = registry.load_task("mixed")
     assert task.domains == ("reviews", "products", "tweets", "topics")
     assert len(task.classes) == 11 and task.classes[0] == "reviews: rotten"
     assert max(Counter(task.domain_of).values()) == 4000
@@ -112,7 +113,7 @@ def test_the_mixture_of_domains():
     parts = tasks.split(task, 0)
     rows = [set(task.groups[row] for row in part) for part in (parts.train, parts.test)]
     assert not rows[0] & rows[1]
-    assert task == corpora.load_task("mixed")
+    assert task == registry.load_task("mixed")
 
 
 def check_mixture(task):
@@ -122,11 +123,11 @@ def check_mixture(task):
     parts = tasks.split(task, 0)
     rows = [set(task.groups[row] for row in part) for part in (parts.train, parts.test)]
     assert not rows[0] & rows[1]
-    assert task == corpora.load_task(task.name)
+    assert task == registry.load_task(task.name)
 
 
 def test_unrelated_domains_in_one():
-    task = corpora.load_task("mixed-domains")
+    task = registry.load_task("mixed-domains")
     assert task.domains == ("reviews", "thesaurus", "topics", "docstrings")
     assert len(task.classes) == 2 + 24 + 5 + 20
     assert max(Counter(task.domain_of).values()) == 4000
@@ -134,28 +135,28 @@ def test_unrelated_domains_in_one():
 
 
 def test_docstrings_say_what_functions_do_without_their_names():
-    task = corpora.load_task("docstrings")
-    assert len(task.classes) == 20 and len(task) > 3000 and len(set(task.texts)) == len(task)
+    task = registry.load_task("docstrings")
+    assert len(task.classes) == 20 and len(task) > 3000 and len(set(task.inputs)) == len(task)
     assert max(Counter(task.labels).values()) == 400
-    assert min(len(text.split()) for text in task.texts) >= 5
-    label = task.labels[task.texts.index("Return the ith prime greater than n.")]
+    assert min(len(text.split()) for text in task.inputs) >= 5
+    label = task.labels[task.inputs.index("Return the ith prime greater than n.")]
     assert task.classes[label] == "ntheory"
 
 
 def test_the_thesaurus_uses_each_word_once():
-    task = corpora.load_task("thesaurus")
-    words = [word for text in task.texts for word in text.split(", ")]
+    task = registry.load_task("thesaurus")
+    words = [word for text in task.inputs for word in text.split(", ")]
     assert len(words) == 3 * len(task) == len(set(words))
     assert "plants" in task.classes and "music" in task.classes
 
 
 def test_instructions_ask_one_text_several_questions():
-    task = corpora.load_task("instructions")
+    task = registry.load_task("instructions")
     assert task.domains[0] == "opinion" and len(task.domains) == 11 and len(task.classes) == 29
     check_mixture(task)
     asked: dict[str, set[str]] = {}
     right: Counter[str] = Counter()
-    for text, label, domain in zip(task.texts, task.labels, task.domain_of, strict=True):
+    for text, label, domain in zip(task.inputs, task.labels, task.domain_of, strict=True):
         asks, sentence = text.split(": ", 1)
         question, *about = [task.domains[domain], *asks.split(" ")[1:]]
         answer = task.classes[label].removeprefix(f"{question}: ")
@@ -203,10 +204,10 @@ def test_hies_may_be_importance_or_entropy_alone(monkeypatch, best, alpha):
 
 
 def test_domains_follow_their_rows():
-    examples = Examples([[1], [2], [3]], [0, 1, 0], domains=("a", "b"), domain_of=[1, 0, 1])
+    examples = TextExamples([[1], [2], [3]], [0, 1, 0], domains=("a", "b"), domain_of=[1, 0, 1])
     assert examples.rows([2, 1]).domain_of.tolist() == [1, 0]
     assert examples.take(1).domains == ("a", "b")
-    assert Examples([[1]], [0]).domain_of is None
+    assert TextExamples([[1]], [0]).domain_of is None
 
 
 def test_a_csv_with_a_byte_order_mark_and_a_group(tmp_path):
@@ -224,11 +225,11 @@ def test_what_files_of_people_hold(tmp_path):
     row = '{"text": "one\u2028two\x85", "label": %s}\n'
     path.write_text("".join(row % (i % 2) for i in range(20)), encoding="utf-8")
     task = tasks.task_from_file(path)
-    assert task.texts[0] == "one\u2028two\x85" and task.classes == ("0", "1")
+    assert task.inputs[0] == "one\u2028two\x85" and task.classes == ("0", "1")
     path = tmp_path / "a.csv"
     path.write_text("text,label\n" + 'x, up\n"y, ""z""\n",down \n,\n' * 10)
     task = tasks.task_from_file(path)
-    assert task.classes == ("down", "up") and set(task.texts) == {"x", 'y, "z"\n'}
+    assert task.classes == ("down", "up") and set(task.inputs) == {"x", 'y, "z"\n'}
     path.write_text("text,label\nx,up\ny,\n")
     with pytest.raises(UsageError, match="line 3 of a.csv has no value for 'label'"):
         tasks.task_from_file(path)
@@ -267,20 +268,21 @@ def test_labels_in_a_trained_models_numbers():
         task.with_labels_of({"a": 0, "b": 1})
 
 
-def examples(count: int, seed: int = 0) -> Examples:
+def examples(count: int, seed: int = 0) -> TextExamples:
     generator = random.Random(seed)
     ids = [[101, *([7] * generator.randint(1, 30)), 102] for _ in range(count)]
-    return Examples(ids, [i % 2 for i in range(count)])
+    return TextExamples(ids, [i % 2 for i in range(count)])
 
 
 def test_batches_are_padded_on_the_right_and_cover_everything():
     data = examples(50)
     seen = []
     for batch in data.in_order(8):
-        lengths = batch.attention_mask.sum(1)
-        assert batch.input_ids.shape == batch.attention_mask.shape
-        assert lengths.max() == batch.input_ids.size(1)
-        for row, ids, length in zip(batch.rows, batch.input_ids, lengths, strict=True):
+        input_ids, attention_mask = batch.inputs["input_ids"], batch.inputs["attention_mask"]
+        lengths = attention_mask.sum(1)
+        assert input_ids.shape == attention_mask.shape
+        assert lengths.max() == input_ids.size(1)
+        for row, ids, length in zip(batch.rows, input_ids, lengths, strict=True):
             assert ids[:length].tolist() == data.ids[row]
             assert not ids[length:].any()
         assert torch.equal(batch.labels, data.labels[batch.rows])

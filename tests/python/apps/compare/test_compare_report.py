@@ -6,13 +6,13 @@ import copy
 import io
 import re
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 from headwise.apps.compare import findings, measure, progress, table
 from headwise.apps.compare.figures import latency_figure
-from headwise.apps.compare.measure import Shape
+from headwise.apps.tasks.examples import TextExamples
+from headwise.apps.tasks.shapes import Shape
 
 
 def run_of(method, kind, keep, seed, ratio, heads=None):
@@ -52,7 +52,7 @@ def test_sentences_of_time_are_about_the_models_of_the_table():
         "ratio_low": 1.06, "ratio_high": pytest.approx(1.14),
     }  # fmt: skip
     assert findings._time_sentences(summary) == [
-        "Batch 1, texts as they come: 1 of 2 dynamic models were faster than dense, those with up "
+        "Batch 1, inputs as they come: 1 of 2 dynamic models were faster than dense, those with up "
         "to 25% of the heads (0.66 to 1.10 of its time); at the same budget it took 24% longer "
         "than a pruned model, in the median (+10% to +38%).",
         "Batch 8, 128 tokens: every dynamic model was faster than dense (0.33 to 0.55 of its "
@@ -83,14 +83,7 @@ def test_the_dense_model_is_measured_against_itself():
     model = torch.nn.Module()
     model.forward = lambda input_ids, attention_mask: input_ids
 
-    class Examples(list):
-        ids = [[1, 2, 3]] * 9
-
-        def batch(self, rows):
-            ids = torch.ones(len(rows), 3, dtype=torch.long)
-            return SimpleNamespace(input_ids=ids, attention_mask=ids)
-
-    examples = Examples(range(9))
+    examples = TextExamples([[1, 2, 3]] * 9, [0] * 9)
     shapes, device = [Shape(2), Shape(2, 4)], torch.device("cpu")
     same = measure.latency(model, model, examples, shapes, device, budget_s=0.01)
     assert [time["ratio"] for time in same] == [1.0, 1.0]

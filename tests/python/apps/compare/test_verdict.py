@@ -111,7 +111,7 @@ def test_tiles_are_of_the_model_that_the_sentence_names():
         {
             "label": "time",
             "value": "−18%",
-            "note": "0.82 of dense (0.80 to 0.84); batch 32, texts as they come",
+            "note": "0.82 of dense (0.80 to 0.84); batch 32, inputs as they come",
         },
         {"label": "heads", "value": "50%", "note": "dense 100%; the same for every input"},
     ]

@@ -15,6 +15,7 @@ from headwise.apps.compare.measure import model_work
 from headwise.apps.energy import counters, windows
 from headwise.apps.energy.counters import Meter, NotMeasured, open_meter
 from headwise.apps.energy.windows import Windows, Work, measure, ratio, text
+from headwise.apps.tasks.examples import TextExamples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.energy import Gpus, Machine, Monitor, monitor_of
@@ -336,7 +337,7 @@ def test_work_of_models_counts_heads_and_the_weights_that_are_read(tiny_model):
     layers = {name: own.num_heads for name, own in hw.attention_layers(converted).items()}
 
     def work(model) -> Work:
-        return model_work(model, dense.config, layers, inputs)
+        return model_work(model, dense.config, layers, inputs, TextExamples.positions_of)
 
     pruned = static_model(hw.convert(load_classifier(tiny_model, 2)), 0.5)
     gated = dynamic_model(hw.convert(load_classifier(tiny_model, 2)), 0.5)
@@ -463,7 +464,7 @@ def test_compare_has_columns_of_energy(machine, tmp_path, tiny_model, tiny_texts
         assert own["why"] is None and list(own["contenders"]) == ["dense", "model"]
         assert own["ratio"]["joules"]["median"] == pytest.approx(1.0)  # as the machine is made
     dense, pruned, gated = (entry["energy"] for entry in results["summary"])
-    assert dense["joules"]["ratio"] == pytest.approx(1.0) and dense["joules_per_text"] > 0
+    assert dense["joules"]["ratio"] == pytest.approx(1.0) and dense["joules_per_input"] > 0
     assert dense["macs"] == dense["bytes"] == 1.0
     assert 0 < pruned["macs"] < 1 and 0 < gated["macs"] < 1 and 0 < pruned["bytes"] < 1
     names = [name for name, *_ in table["columns"]]

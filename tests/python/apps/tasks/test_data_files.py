@@ -63,13 +63,13 @@ def test_what_a_cell_may_hold(tmp_path):
     path = tmp_path / "a.csv"
     path.write_bytes(b'text,label\r\n"a ""b"", c\r\nd",up\r\ne\xc2\xa0\x0cf,up\r\n')
     task = task_from_file(path, least=1)
-    assert task.texts == ('a "b", c\r\nd', "e\xa0\x0cf") and task.classes == ("up",)
+    assert task.inputs == ('a "b", c\r\nd', "e\xa0\x0cf") and task.classes == ("up",)
     path = tmp_path / "a.jsonl"
     rows = [{"text": "a\x85b", "label": label} for label in (1, "1", True, 0.5, " x ")]
     path.write_text("\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
     task = task_from_file(path, least=1)
     assert task.classes == ("0.5", "1", "true", "x") and task.labels == (1, 1, 2, 0, 3)
-    assert set(task.texts) == {"a\x85b"}
+    assert set(task.inputs) == {"a\x85b"}
 
 
 @pytest.mark.parametrize("command", ["score", "compare", "explain"])
