@@ -35,7 +35,7 @@ class Batch:
         return Batch(self.rows, inputs, self.labels.to(device))
 
 
-E_ = TypeVar("E_", bound="Examples")
+Own = TypeVar("Own", bound="Examples")
 
 
 class Examples(ABC):
@@ -71,7 +71,7 @@ class Examples(ABC):
         """The model's keyword arguments for the given rows, each [B, ...]."""
 
     @abstractmethod
-    def rows(self: E_, rows: Sequence[int]) -> E_:
+    def rows(self: Own, rows: Sequence[int]) -> Own:
         """The examples at the given positions."""
 
     def of_length(self, rows: Sequence[int], length: int) -> dict[str, Tensor]:
@@ -85,7 +85,7 @@ class Examples(ABC):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def take(self: E_, limit: int | None) -> E_:
+    def take(self: Own, limit: int | None) -> Own:
         """The first ``limit`` examples; all if it is None."""
         if limit is None or limit >= len(self):
             return self
