@@ -90,6 +90,9 @@ int main(int argc, char** argv) {
     const torch::NoGradGuard no_grad;
     const std::string inputs = argc > 2 ? argv[2] : folder + "/batch.safetensors";
     const auto batch = headwise::load_safetensors(inputs).tensors;
+    for (const char* name : {"input_ids", "attention_mask"}) {
+      TORCH_CHECK(batch.contains(name), "'", inputs, "' must have a tensor '", name, "'");
+    }
     Bert bert(headwise::load(folder));
     const at::Tensor logits = bert.logits(batch.at("input_ids"), batch.at("attention_mask"));
     bert.print_selections();

@@ -67,7 +67,7 @@ def qkv(
         output_dropout: name of a ``torch.nn.Dropout`` after the output projection.
         causal: no query sees later keys.
         mask: name of the mask argument of ``forward``; None: it has none. Of shape ``[B or 1, H or
-            1, L or 1, L]``.
+            1, L or 1, L]``; a class that takes ``[B, L]`` needs an :class:`Architecture`.
         additive: ``mask`` is floating and added to the scores; False: it is boolean, True = may
             attend.
         pair: ``forward`` returns a pair, of which only the first is a tensor (maps are None);
@@ -231,7 +231,15 @@ class Adapter(Projected):
             outputs = [own(tokens)]
             if mask is not None:
                 unseen = draw.padding(2, 5)[:, None, None, :].expand(-1, -1, 5, -1)
-                outputs.append(own(tokens, **{mask: draw.added(unseen) if additive else ~unseen}))
+                value = draw.added(unseen) if additive else ~unseen
+                try:
+                    outputs.append(own(tokens, **{mask: value}))
+                except Exception as error:
+                    raise TypeError(
+                        f"it does not take {mask}= of shape [B, 1, L, L], {value.dtype}, and "
+                        f"adapters describe no other, such as [B, L] "
+                        f"({type(error).__name__}: {error})"
+                    ) from error
             for output in outputs:
                 if pair != isinstance(output, tuple):
                     given = "a tuple" if isinstance(output, tuple) else "no tuple"

@@ -125,7 +125,10 @@ def _why_unknown(module: nn.Module) -> str:
     if base is not None:
         name = overridden(type(module), base)
         return f"a subclass of {base.__name__} with its own {name} may compute something else"
-    return f"no conversion is known for {class_path(type(module))}"
+    return (
+        f"no conversion is known for {class_path(type(module))} (if it is plain "
+        f"attention, describe it by adapters=)"
+    )
 
 
 def refusals_text(model: nn.Module, found: Found) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from headwise.explain.differences import differences
 from headwise.explain.summary import summarise
+from headwise.io.checked import check_whole_number
 from headwise.io.display import Grid, Shown, draw, table_html
 from headwise.io.files import write_atomic
 from headwise.io.printable import printable
@@ -36,13 +37,15 @@ class Explanation(Shown):
         """The entry of one head in the ``site``-th call of a layer in the forward.
 
         Raises:
+            TypeError: one of them is not a whole number.
             IndexError: the input, site or head does not exist.
         """
-        return self.inputs[input]["layers"][site]["heads"][head]
+        layers = _entry("input", self.inputs, input)["layers"]
+        return _entry("head", _entry("site", layers, site)["heads"], head)
 
     def summary(self, input: int = 0) -> str:
         """The explanation of one input in a few sentences."""
-        return summarise(self.inputs[input])
+        return summarise(_entry("input", self.inputs, input))
 
     def _records(self) -> list[dict[str, Any]]:
         keys = ("on", "weight", "relevance", "rank", "margin", "effect")
@@ -103,7 +106,11 @@ class Explanation(Shown):
         Raises:
             IndexError: the input does not exist.
         """
-        return differences(self.inputs[first], self.inputs[second])
+        one, other = (
+            _entry(name, self.inputs, place)
+            for name, place in (("first", first), ("second", second))
+        )
+        return differences(one, other)
 
     def to_dict(self) -> dict[str, Any]:
         return self.document
@@ -121,6 +128,13 @@ class Explanation(Shown):
 
     def __repr__(self) -> str:
         return f"Explanation({len(self.inputs)} inputs)"
+
+
+def _entry(name: str, entries: list[dict[str, Any]], place: int) -> dict[str, Any]:
+    check_whole_number(name, place)
+    if not 0 <= place < len(entries):
+        raise IndexError(f"{name} must be in 0..{len(entries) - 1}, got {place}")
+    return entries[place]
 
 
 class Roles(Shown, dict[str, Any]):

@@ -10,6 +10,7 @@ from headwise.gates.base import Gate
 from headwise.gates.distributed import share_if_sharded
 from headwise.gates.scope import GateScope, ScopedGate
 from headwise.gates.targeted import penalty_of, trained
+from headwise.io.checked import check_number
 from headwise.io.printable import quoted
 
 
@@ -28,6 +29,20 @@ def gates(model: nn.Module) -> list[Gate]:
     ]
 
 
+def _found(model: nn.Module) -> list[Gate]:
+    """The gates of a model that is trained; warns if it was not converted."""
+    from headwise.nn.attention_layer import AttentionLayer  # which imports gates
+
+    found = gates(model)
+    if not found and not any(isinstance(m, AttentionLayer | Gate) for m in model.modules()):
+        warnings.warn(
+            f"model ({type(model).__name__}) has no headwise.MultiheadAttention and no gate, so "
+            f"nothing is trained to choose: call headwise.convert first",
+            stacklevel=3,
+        )
+    return found
+
+
 def penalty(model: nn.Module) -> Tensor:
     """The gates' regulariser for the last training forward of the model, to be added to the loss.
 
@@ -39,11 +54,12 @@ def penalty(model: nn.Module) -> Tensor:
         A scalar; 0 if the model has no gate with a penalty, or has not run in training.
 
     Warns:
+        UserWarning: the model has not been converted.
         UserWarning: gradients are on, and the forward ran without them (``torch.no_grad``, or
             ``torch.utils.checkpoint`` with ``use_reentrant=True``), or no parameter of a gate
             requires them (adapters freeze all other parameters): none would reach the gates.
     """
-    found = gates(model)
+    found = _found(model)
     share_if_sharded(model, found)
     for gate in trained(found):
         if (reason := gate.without_gradient()) is not None:
@@ -56,11 +72,16 @@ def anneal(model: nn.Module, progress: float) -> None:
     """Tells every gate of the model how far training has come, from 0 to 1.
 
     Raises:
+        TypeError: ``progress`` is not a number.
         ValueError: ``progress`` is outside [0, 1].
+
+    Warns:
+        UserWarning: the model has not been converted.
     """
+    check_number("progress", progress)
     if not 0.0 <= progress <= 1.0:
         raise ValueError(f"progress must be between 0 and 1, got {progress}")
-    found = gates(model)
+    found = _found(model)
     share_if_sharded(model, found)
     for gate in found:
         gate.anneal(progress)

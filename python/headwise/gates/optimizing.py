@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from headwise.gates.base import Gate
+from headwise.io.checked import check_number
 
 
 def choosing_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -51,13 +52,15 @@ def parameter_groups(
         empty.
 
     Raises:
-        TypeError: ``model`` is not a module.
-        ValueError: a rate or ``weight_decay`` is negative, or nothing in ``model`` is trained.
+        TypeError: ``model`` is not a module, or a rate is not a number.
+        ValueError: a rate or ``weight_decay`` is negative or NaN, or nothing in ``model`` is
+            trained.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     rates = {"lr": lr, "gate_lr": gate_lr, "gate_matrix_lr": gate_matrix_lr}
     for name, value in {**rates, "weight_decay": weight_decay}.items():
+        check_number(name, value)
         if not value >= 0.0:
             raise ValueError(f"{name} must not be negative, got {value}")
     own = {id(p) for p in choosing_parameters(model)}

@@ -12,6 +12,7 @@ from headwise.gates.model import gates
 from headwise.gates.scheduled import ScheduledGate
 from headwise.gates.scope import ScopedGate
 from headwise.gates.selection import Selection
+from headwise.io.printable import quoted
 
 _ops = torch.ops.headwise
 
@@ -158,7 +159,10 @@ class RequestedBudgetGate(ScopedGate, ScheduledGate):
 
 
 def _checked(budget: float | Tensor) -> Tensor:
-    asked = torch.as_tensor(budget, dtype=torch.float64).detach().clone()
+    try:
+        asked = torch.as_tensor(budget, dtype=torch.float64).detach().clone()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"budget must be a number or a tensor, got {quoted(budget)}") from None
     if asked.dim() > 1:
         raise ValueError(f"budget must have shape [] or [B], got {list(asked.shape)}")
     wrong = asked[~((asked > 0) & (asked <= 1))]
@@ -176,6 +180,7 @@ def request_budget(model: nn.Module, budget: float | Tensor) -> None:
         budget: a share in (0, 1], or ``[B]``: one for each sequence of the batches to come.
 
     Raises:
+        TypeError: ``budget`` is neither a number nor a tensor.
         ValueError: a share outside (0, 1], or a model without such a gate.
     """
     found = [gate for gate in gates(model) if isinstance(gate, RequestedBudgetGate)]

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from headwise.gates.base import Gate
+from headwise.io.checked import check_number
+from headwise.io.printable import quoted
+
+if TYPE_CHECKING:
+    from headwise.pruning.scores import HeadScores
 
 
 def start_gates(
-    model: nn.Module, importance: Mapping[str, torch.Tensor], keep: float, sharpness: float = 8.0
+    model: nn.Module,
+    importance: HeadScores | Mapping[str, torch.Tensor],
+    keep: float,
+    sharpness: float = 8.0,
 ) -> None:
     """Starts the gates of a model from an importance ranking of its heads.
 
@@ -22,15 +31,21 @@ def start_gates(
 
     Args:
         model: has gates that are trained.
-        importance: for every such gate, by the name of its attention layer, one score per head
-            ``[H]``.
+        importance: scores of its heads (:class:`headwise.HeadScores`; of the metric ``"entropy"``
+            the smallest are the most important, as for :func:`headwise.plan`); or a mapping: for
+            every such gate, by the name of its attention layer, one score per head ``[H]``, the
+            largest for the most important.
         keep: share of the heads of the model to start with, in (0, 1].
         sharpness: range of the relevance over the ranking.
 
     Raises:
+        TypeError: ``importance`` is neither, or ``keep`` or ``sharpness`` is not a number.
         ValueError: ``keep`` outside (0, 1], a gate without a score, the wrong number of heads, or
             a score that is not finite.
     """
+    check_number("keep", keep)
+    check_number("sharpness", sharpness)
+    scores = _by_layer(importance)
     found: dict[str, Gate] = {}
     for name, module in model.named_modules():
         outer = next(reversed(found), None)
@@ -41,10 +56,10 @@ def start_gates(
                 found[name] = module
     found = {name.removesuffix("gate").removesuffix("."): gate for name, gate in found.items()}
     for name in found:
-        if name not in importance:
+        if name not in scores:
             raise ValueError(f"importance must have a score for layer {name!r}")
     starts = torch.ops.headwise.gate_starts(
-        [torch.as_tensor(importance[name], dtype=torch.float64) for name in found],
+        [scores[name] for name in found],
         list(found),
         [gate.num_heads for gate in found.values()],
         keep,
@@ -53,3 +68,20 @@ def start_gates(
     for gate, relevance, share in zip(found.values(), *starts, strict=True):
         if len(relevance):
             gate.start_from(relevance, share)
+
+
+def _by_layer(importance: HeadScores | Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Layer name -> float64 ``[H]``, the largest for the most important head."""
+    from headwise.pruning.scores import HeadScores  # which imports gates
+
+    if isinstance(importance, HeadScores):
+        return {name: importance.sign * values for name, values in importance.values.items()}
+    if not isinstance(importance, Mapping):
+        raise TypeError(f"importance must be a headwise.HeadScores, got {quoted(importance)}")
+    for name, values in importance.items():
+        if isinstance(values, HeadScores):
+            raise TypeError(
+                f"importance must be one headwise.HeadScores, got a mapping of them: take one of "
+                f"its metrics, importance[{quoted(name)}]"
+            )
+    return HeadScores("importance", importance).values  # type: ignore[return-value]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from headwise import _C
+from headwise.io.checked import checked_path
 from headwise.io.printable import path_called
 
 __all__ = ["existing_folder", "write_atomic", "write_json"]
@@ -31,9 +32,10 @@ def existing_folder(name: str, path: str | os.PathLike) -> Path:
     """The folder at ``path``, the value of the argument ``name``.
 
     Raises:
+        TypeError: ``path`` is not a path.
         FileNotFoundError: it is none; a name that the system does not take is none.
     """
-    folder = Path(path)
+    folder = checked_path(name, path)
     try:
         found = folder.is_dir()
     except OSError:  # a name that is too long

@@ -7,6 +7,8 @@ from typing import NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from headwise.io.checked import check_number, check_tensor, check_whole_number
+
 MaybeTensor = TypeVar("MaybeTensor", Tensor, "Tensor | None")
 
 
@@ -76,6 +78,15 @@ def _check_features(name: str, tensor: Tensor, width: int) -> None:
         raise ValueError(f"{name} must have {width} features, got {tensor.size(2)}")
 
 
+def check_masks(key_padding_mask: Tensor | None, attn_mask: Tensor | None) -> None:
+    for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
+        if mask is None:
+            continue
+        check_tensor(name, mask)
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            raise TypeError(f"{name} must be boolean or floating, got {mask.dtype}")
+
+
 def canonical_inputs(
     layer: CalledLayer,
     query: Tensor,
@@ -86,6 +97,7 @@ def canonical_inputs(
     is_causal: bool,
 ) -> AttentionInputs:
     """Checks a forward's arguments and brings them into one form."""
+    check_masks(key_padding_mask, attn_mask)
     if query.dim() not in (2, 3) or key.dim() != query.dim() or value.dim() != query.dim():
         raise ValueError(
             "query, key and value must all have 3 dimensions, or 2 for an unbatched input, got "
@@ -113,9 +125,6 @@ def canonical_inputs(
             )
     if is_causal and attn_mask is None:
         raise RuntimeError("is_causal is a hint about attn_mask, which must be given with it")
-    for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
-        if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
-            raise TypeError(f"{name} must be boolean or floating, got {mask.dtype}")
     batch, length, keys = query.size(0), query.size(1), key.size(1)
     if key_padding_mask is not None and key_padding_mask.shape != (batch, keys):
         raise ValueError(
@@ -147,6 +156,11 @@ def canonical_inputs(
 
 
 def check_sizes(embed_dim: int, num_heads: int, head_dim: int | None, dropout: float) -> None:
+    for name, value in (("embed_dim", embed_dim), ("num_heads", num_heads)):
+        check_whole_number(name, value)
+    if head_dim is not None:
+        check_whole_number("head_dim", head_dim)
+    check_number("dropout", dropout)
     if embed_dim <= 0:
         raise ValueError(f"embed_dim must be positive, got {embed_dim}")
     if num_heads < 0 or (num_heads == 0 and head_dim is None):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from headwise.nn.attention_inputs import check_sizes
+from headwise.io.checked import check_tensor, check_whole_number
+from headwise.nn.attention_inputs import check_masks, check_sizes
 from headwise.nn.attention_layer import AttentionLayer
 
 _ops = torch.ops.headwise
@@ -153,6 +154,7 @@ def check_group_sizes(
     key_value_heads: Sequence[int] | None,
 ) -> None:
     check_sizes(embed_dim, num_heads, head_dim, dropout)
+    check_whole_number("num_key_value_heads", groups)
     if groups < 0 or (groups == 0) != (num_heads == 0):
         raise ValueError(f"num_key_value_heads must be positive, got {groups}")
     if key_value_heads is None:
@@ -176,11 +178,10 @@ def check_inputs(
     query_padding_mask: Tensor | None,
     attn_mask: Tensor | None,
 ) -> None:
+    check_tensor("x", x)
     if x.dim() != 3 or x.size(2) != layer.embed_dim:
         raise ValueError(f"x must have shape [B, L, {layer.embed_dim}], got {list(x.shape)}")
-    for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
-        if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
-            raise TypeError(f"{name} must be boolean or floating, got {mask.dtype}")
+    check_masks(key_padding_mask, attn_mask)
     if key_padding_mask is not None and (
         key_padding_mask.dim() != 2 or key_padding_mask.size(0) != x.size(0)
     ):

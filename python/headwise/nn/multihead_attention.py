@@ -17,6 +17,7 @@ from headwise.gates.linears import check_read
 from headwise.gates.recomputation import recomputing
 from headwise.gates.selection import Selection, TokenSelection
 from headwise.gates.threshold import HeadInputs
+from headwise.io.checked import check_tensor
 from headwise.nn.attention_inputs import AttentionInputs, canonical_inputs, check_sizes
 from headwise.nn.attention_layer import AttentionLayer, AttentionProbe
 from headwise.nn.visible_keys import attend_every_head
@@ -282,10 +283,15 @@ class MultiheadAttention(AttentionLayer, nn.MultiheadAttention):
         Raises:
             ValueError: a shape that does not fit, or (on a CPU) a gate whose relevance is not
                 finite.
-            TypeError: an input that is not floating, a mask that is neither boolean nor floating.
-                Or a wrapped ``out_proj``: its weight is read.
+            TypeError: an input that is no floating tensor, a mask that is neither boolean nor
+                floating. Or a wrapped ``out_proj``: its weight is read.
             RuntimeError: ``is_causal`` without ``attn_mask``.
         """
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            check_tensor(name, tensor)
+        for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
+            if mask is not None:
+                check_tensor(name, mask)
         if self._is_plain and self._has_standard_width:
             return super().forward(
                 query,

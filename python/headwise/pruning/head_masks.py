@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -43,6 +45,16 @@ class HeadMask:
         self._placed = []
         self._undo.close()
 
+    def __del__(self) -> None:
+        # A call as a statement, without `with`, would otherwise silently mask nothing.
+        if getattr(self, "_placed", None) and not sys.is_finalizing():
+            self.remove()
+            warnings.warn(
+                "a head mask that nothing held has been removed: write "
+                "`with headwise.head_mask(model, mask):`, or keep the result until remove()",
+                stacklevel=2,
+            )
+
     def __enter__(self) -> HeadMask:
         return self
 
@@ -76,7 +88,8 @@ def head_mask(model: nn.Module, mask: Factors) -> HeadMask:
             their heads.
 
     Returns:
-        A context manager that removes the mask.
+        A context manager that removes the mask. Hold it: when it is deleted, the mask is removed,
+        with a warning.
 
     Raises:
         TypeError: ``model`` is not a module, or ``mask`` neither a tensor nor a mapping.

@@ -80,7 +80,7 @@ def plan(
         A plan with all scales 1, for :func:`headwise.prune` and :func:`headwise.mask`.
 
     Raises:
-        TypeError: ``scores`` is something else, or ``keep`` is not a number.
+        TypeError: ``scores`` or ``groups`` is something else, or ``keep`` is not a number.
         ValueError: a score is not finite, ``keep`` is outside (0, 1], or it leaves fewer heads than
             ``min_heads_per_layer`` requires, or ``groups`` do not fit the scores.
 
@@ -108,6 +108,10 @@ def _plan_of_groups(
     scope: str,
     groups: Mapping[str, Sequence[int]],
 ) -> HeadPlan:
+    if not isinstance(groups, Mapping):
+        raise TypeError(
+            f"groups must map layer names to groups (headwise.nn.head_groups), got {quoted(groups)}"
+        )
     members: dict[str, list[list[int]]] = {}
     for name, values in scores.values.items():
         own = list(groups.get(name, ()))

@@ -38,7 +38,8 @@ class HeadScores(Shown):
         values: layer name -> float64 ``[H]``; layers may have different numbers of heads.
 
     Raises:
-        TypeError: ``values`` is not a mapping from names to vectors.
+        TypeError: ``values`` is not a mapping from names to numbers.
+        ValueError: a layer's scores are not a vector.
     """
 
     metric: str
@@ -49,10 +50,19 @@ class HeadScores(Shown):
             raise TypeError(
                 f"values must map layer names to scores, got {type(self.values).__name__}"
             )
-        values = {
-            name: torch.as_tensor(scores, dtype=torch.float64).detach().cpu()
-            for name, scores in self.values.items()
-        }
+        values = {}
+        for name, given in self.values.items():
+            if not isinstance(name, str):
+                raise TypeError(f"values must have layer names as keys, got {quoted(name)}")
+            try:
+                scores = torch.as_tensor(given)
+            except (TypeError, ValueError, RuntimeError):
+                scores = None
+            if scores is None or scores.is_complex():
+                raise TypeError(
+                    f"values of layer '{name}' must be real numbers, got {quoted(given)}"
+                )
+            values[name] = scores.to(torch.float64).detach().cpu()
         for name, scores in values.items():
             if scores.dim() != 1:
                 raise ValueError(
@@ -60,6 +70,11 @@ class HeadScores(Shown):
                     f"{tuple(scores.shape)}"
                 )
         object.__setattr__(self, "values", values)
+
+    @property
+    def sign(self) -> float:
+        """1.0 if the largest scores are the most important, -1.0 if the smallest are."""
+        return -1.0 if self.metric == "entropy" else 1.0
 
     @property
     def core(self) -> _C.HeadScores:
@@ -165,6 +180,7 @@ def score_heads(
         metric -> scores, in the order of ``metrics``.
 
     Raises:
+        TypeError: ``model``, ``batches`` or a metric is something else.
         ValueError: an unknown metric or option, no batches, a loss that is NaN, infinite or of the
             wrong shape, or one that does not depend on the heads.
     """
@@ -172,6 +188,16 @@ def score_heads(
         raise ValueError(
             f"metrics must be a list of some of {', '.join(METRICS)}, got {quoted(metrics)}"
         )
+    for metric in metrics:
+        if not isinstance(metric, str):
+            raise TypeError(
+                f"metrics must be names, of {', '.join(METRICS)}, got {quoted(metric)}; your own "
+                f"score is a headwise.HeadScores, which needs no score_heads"
+            )
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"batches must be a list of batches or an iterator, got {quoted(batches)}")
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("score_heads needs gradients: call it outside of torch.inference_mode")
     scorer = _C.HeadScorer(list(metrics), absolute, normalize, alpha, scope)
 
     def see(name: str, layer: AttentionLayer, probe: AttentionProbe) -> None:
@@ -192,6 +218,6 @@ def score_heads(
         for batch in with_progress(batches, "scoring heads", "batch", progress):
             with torch.set_grad_enabled(scorer.needs_gradients):
                 loss = loss_fn(opened.model, batch)
-            scorer.add(loss if isinstance(loss, Tensor) else None)
+                scorer.add(loss if isinstance(loss, Tensor) else None)
     found = scorer.scores()
     return {metric: HeadScores.from_core(found[metric]) for metric in metrics}

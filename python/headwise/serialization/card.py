@@ -33,7 +33,8 @@ def model_card(
         model: a converted model, pruned or not.
         plan: the plan that it was pruned by; its metric is the method.
         metrics: name -> number, as measured: ``{"accuracy": 0.82}``.
-        base_model: the model that it came from; default: the name in its configuration.
+        base_model: the model that it came from; default: the name in its configuration, unless it
+            is a folder of this machine, which the Hub does not know.
 
     Raises:
         ValueError: ``model`` has no converted layer, or a metric is not a number.
@@ -47,7 +48,7 @@ def model_card(
     before = {} if plan is None else {entry.name: entry.num_heads for entry in plan.layers}
     heads = sum(layer.num_heads for layer in layers.values())
     whole = sum(before.get(name, layer.num_heads) for name, layer in layers.items())
-    base = base_model or getattr(getattr(model, "config", None), "_name_or_path", None)
+    base = base_model or _name_on_the_hub(model)
     gates = sorted({type(own.gate).__name__ for own in layers.values() if own.gate is not None})
     front = ["---", "library_name: headwise", "tags: [attention-heads, pruning]"]
     front += [f"base_model: {json.dumps(base)}"] if base else []
@@ -101,6 +102,12 @@ def write_card(dir: str | os.PathLike, model: nn.Module, **about: Any) -> None:
             f'from transformers import {kind}\n\nmodel = {kind}.from_pretrained("PATH")',
         )
     write_atomic(folder / CARD, text)
+
+
+def _name_on_the_hub(model: nn.Module) -> str | None:
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    local = not name or os.path.isabs(name) or name.startswith(".") or os.path.isdir(name)
+    return None if local else name
 
 
 def _text(value: str) -> str:

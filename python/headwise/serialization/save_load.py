@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from headwise import _C
-from headwise.convert import convert
+from headwise.convert import Architecture, convert
 from headwise.gates import gate_from_config, head_moves, link_gates
 from headwise.gates.sleep import restore_moves
+from headwise.io.checked import checked_path
 from headwise.io.files import existing_folder, write_atomic
 from headwise.io.printable import layer_called, path_called, printable, quoted
 from headwise.io.safetensors_files import load_safetensors, save_safetensors
@@ -169,10 +170,12 @@ def save(
             method and the plan. None: no card is written, and one that is there is kept.
 
     Raises:
+        TypeError: ``dir`` is not a path.
         ValueError: ``model`` has no converted layer, ``dir`` is something else, or a metric of the
             card is not a number.
         OSError: it cannot be written; nothing is left behind.
     """
+    target = checked_path("dir", dir)
     layers = attention_layers(model)
     if not layers:
         raise ValueError(
@@ -190,7 +193,7 @@ def save(
     sharded = any(map(_is_sharded, model.parameters()))
     try:
         if not sharded or torch.distributed.get_rank() == 0:
-            with _written_whole(Path(os.path.abspath(dir))) as folder:
+            with _written_whole(Path(os.path.abspath(target))) as folder:
                 save_safetensors(folder / WEIGHTS, tensors)
                 write_atomic(folder / DESCRIPTION, text)
                 if readme is not None:
@@ -223,7 +226,12 @@ def _described(model: nn.Module, aliases: dict[str, str]) -> str:
     return json.dumps(document, indent=1, allow_nan=False) + "\n"
 
 
-def load(dir: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
+def load(
+    dir: str | os.PathLike,
+    model: nn.Module | None = None,
+    *,
+    adapters: Mapping[type, Architecture] | None = None,
+) -> nn.Module:
     """The model in the folder ``dir`` that :func:`save` wrote, or a Trainer's checkpoint
     (:class:`headwise.serialization.trainer.GateCallback`).
 
@@ -232,11 +240,14 @@ def load(dir: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
         model: a module of the architecture that was saved, converted or not; it is changed in place
             and returned. Needed unless the saved model was one of transformers. Layers are made
             smaller to fit pruned ones. Tensors on the meta device move to the CPU.
+        adapters: those of :func:`headwise.convert`, if the saved model was converted with them and
+            ``model`` is not.
 
     Returns:
         The model; if it was built here, it is in evaluation mode.
 
     Raises:
+        TypeError: ``dir`` is not a path, or ``adapters`` are something else.
         FileNotFoundError: ``dir`` or one of its two files does not exist.
         ValueError: a file is not what :func:`save` writes (by key), or ``model`` does not fit
             (by layer or tensor). ``model`` is then unusable.
@@ -263,7 +274,7 @@ def load(dir: str | os.PathLike, model: nn.Module | None = None) -> nn.Module:
     else:
         given = model
         empty = materialise(given, lambda: _fresh(document["architecture"], folder, given, tensors))
-    model = convert(model, strict=False, verify=not empty)
+    model = convert(model, strict=False, verify=not empty, adapters=adapters)
     layers = attention_layers(model)
     for entry in document["layers"]:
         if entry["name"] not in layers:

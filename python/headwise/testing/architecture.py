@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from headwise.convert import convert
+from headwise.convert import Architecture, convert
 from headwise.gates import FixedGate
 from headwise.io.printable import layer_called
 from headwise.nn.batches import run_model
@@ -31,6 +31,7 @@ def check_architecture(
     forward_fn: Callable[[nn.Module, Any], Tensor] = run_model,
     prompt: Tensor | None = None,
     tolerance: float = 1e-5,
+    adapters: Mapping[type, Architecture] | None = None,
 ) -> None:
     """Checks a model's conversion in the same way as the library's tests check its own.
 
@@ -52,35 +53,45 @@ def check_architecture(
             lists, else ``model(batch)``; its ``logits`` if the result has them.
         prompt: int64 ``[B, L]`` for ``model.generate``, for decoders of transformers.
         tolerance: relative and absolute, of outputs; that of gradients is ten times larger.
+        adapters: of :func:`headwise.convert`.
 
     Raises:
         AssertionError: one of these checks fails; the sentence names it.
         ValueError: :func:`headwise.convert` does not support the model.
     """
     model = copy.deepcopy(model).eval()
-    converted = convert(copy.deepcopy(model))
-    gated = convert(copy.deepcopy(model), FixedGate())
+
+    def converting(gate: FixedGate | None = None) -> nn.Module:
+        return convert(copy.deepcopy(model), gate, adapters=adapters)
+
+    converted, gated = converting(), converting(FixedGate())
     holds(bool(attention_layers(gated)), "the converted model has no attention layers")
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
             expected = forward_fn(model, batch)
             for what, own in (("converted model", converted), ("model with a gate", gated)):
                 equal(f"the output of the {what}", forward_fn(own, batch), expected, tolerance)
-    _check_gradients(model, batch, forward_fn, 10 * tolerance)
+    _check_gradients(model, batch, forward_fn, 10 * tolerance, adapters)
     _check_every_head(gated, batch, forward_fn)
     _check_pruning(converted, batch, forward_fn, tolerance)
-    _check_copies(model, batch, forward_fn)
+    _check_copies(model, batch, forward_fn, adapters)
     if prompt is not None:
         options = {"max_new_tokens": 8, "do_sample": False, "use_cache": True}
         tokens = [own.generate(prompt, **options) for own in (model, gated)]
         equal("the tokens that are generated with a cache", tokens[1], tokens[0])
 
 
-def _check_gradients(model: nn.Module, batch: Any, forward_fn: Callable, tolerance: float) -> None:
+def _check_gradients(
+    model: nn.Module,
+    batch: Any,
+    forward_fn: Callable,
+    tolerance: float,
+    adapters: Mapping[type, Architecture] | None,
+) -> None:
     """Compares the gradients of the parameters that conversion keeps."""
     own = copy.deepcopy(model)
     names = {id(parameter): name for name, parameter in own.named_parameters()}
-    gated = convert(own, FixedGate())
+    gated = convert(own, FixedGate(), adapters=adapters)
     kept = {names[id(p)]: p for p in gated.parameters() if id(p) in names and p.requires_grad}
     holds(bool(kept), "conversion must keep a parameter of the model, and copies them all")
     originals = dict(model.named_parameters())
@@ -129,12 +140,17 @@ def _check_pruning(model: nn.Module, batch: Any, forward_fn: Callable, tolerance
     equal("the output of the pruned model, which the masked one gives", got, expected, tolerance)
 
 
-def _check_copies(model: nn.Module, batch: Any, forward_fn: Callable) -> None:
-    gated = convert(copy.deepcopy(model), FixedGate(heads=[0]))
+def _check_copies(
+    model: nn.Module,
+    batch: Any,
+    forward_fn: Callable,
+    adapters: Mapping[type, Architecture] | None,
+) -> None:
+    gated = convert(copy.deepcopy(model), FixedGate(heads=[0]), adapters=adapters)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         save(gated, folder)
         expected = forward_fn(gated, batch)
         equal("the output of a deep copy", forward_fn(copy.deepcopy(gated), batch), expected)
-        read = load(folder, model=copy.deepcopy(model)).eval()
+        read = load(folder, model=copy.deepcopy(model), adapters=adapters).eval()
         equal("the output of a model saved and loaded", forward_fn(read, batch), expected)

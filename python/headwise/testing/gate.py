@@ -140,9 +140,13 @@ def _choices(layer: MultiheadAttention, x: Tensor, padding: Tensor | None = None
     try:
         torch.manual_seed(5)
         _run(layer, x, padding)
-    except (ValueError, RuntimeError):
+    except Exception as error:
         if not seen:
-            raise
+            raise AssertionError(
+                f"a gate must run in a layer with embed_dim={layer.embed_dim} and num_heads="
+                f"{layer.num_heads} (of a pruned layer, num_heads need not divide embed_dim), and "
+                f"raises {type(error).__name__}: {error}"
+            ) from error
         # The layer refuses the selection: check_selection raises the reason.
     finally:
         layer._observers.remove(observe)

@@ -353,7 +353,8 @@ def test_refuses_with_the_list_of_what_it_found():
     assert str(error.value).splitlines() == [
         "model (BloomModel) has attention that headwise cannot convert (2 of 2 modules):",
         "  BloomAttention: no conversion is known for "
-        "transformers.models.bloom.modeling_bloom.BloomAttention",
+        "transformers.models.bloom.modeling_bloom.BloomAttention (if it is plain attention, "
+        "describe it by adapters=)",
         "    h.0.self_attention",
         "    h.1.self_attention",
     ]
