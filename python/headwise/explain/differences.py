@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+#: Of a head's largest share: smaller ones are noise.
+_LEAST = 0.1
+
 
 def differences(
     first: Mapping[str, Any], second: Mapping[str, Any], words: int = 3
@@ -63,8 +66,9 @@ def _strongest(
         return []
     names = tokens if tokens and len(tokens) == len(shares) else None
     order = sorted(range(len(shares)), key=lambda place: -sign * shares[place])
+    least = _LEAST * max(abs(share) for share in shares)
     return [
         (names[place] if names else f"token {place}", shares[place])
         for place in order[:words]
-        if sign * shares[place] > 0
+        if sign * shares[place] > least
     ]

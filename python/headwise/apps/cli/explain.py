@@ -177,10 +177,7 @@ def render(entry: dict[str, Any], summary: str, rows: int = 10) -> str:
         asked = "" if budget is None else f"  budget {budget['value']:.2f}"
         if budget is not None and budget["attribution"] is not None:
             found = budget["attribution"]
-            asked += (
-                f", {found['baseline']:.2f} for the average input; the difference by token within "
-                f"{found['completeness_error']:.0e}"
-            )
+            asked += f", {found['baseline']:.2f} for the average input"
         lines.append(f"{layer['site']:5}  {grid}{asked}")
     heads = [(layer["site"], head) for layer in entry["layers"] for head in layer["heads"]]
     if any(head["effect"] is not None for _, head in heads):

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 #: Points of accuracy that count: less is called nothing, and a test that cannot exclude more is too
 #: small.
 MARGIN = 1.0
+#: Of the way from guessing to no error: a dense model that has come less far says nothing.
+LEARNED = 0.25
 
 
 def verdicts(result: dict) -> list[dict]:
@@ -20,7 +22,8 @@ def verdicts(result: dict) -> list[dict]:
     best dynamic method over the best static one is above 0, and nothing if at every budget the
     interval ends below one point. The recommendation is the smallest model that loses nothing: the
     interval of its difference to dense reaches above 0 and not one point below it. Both methods
-    were chosen on validation inputs.
+    were chosen on validation inputs. A dense model that is hardly better than guessing is reported
+    instead.
     """
     found = []
     for task in result["tasks"]:
@@ -30,9 +33,21 @@ def verdicts(result: dict) -> list[dict]:
         if dense is None or not own:
             continue
         found.append(
-            {"task": task["name"], "title": task["title"], **_verdict(own, entries, dense)}
+            {"task": task["name"], "title": task["title"], **_verdict(own, entries, dense, task)}
         )
     return found
+
+
+def recommended(result: dict, task: str) -> dict | None:
+    """The entry of ``summary`` that the verdict on ``task`` recommends, or None."""
+    own = [c for c in result["comparisons"] if c["task"] == task]
+    entries = [e for e in result["summary"] if e["task"] == task]
+    dense = next((e for e in entries if e["method"] == "dense"), None)
+    about = next(t for t in result["tasks"] if t["name"] == task)
+    if dense is None or not own or too_little(dense, about) is not None:
+        return None
+    kind, chosen = _choice(own)
+    return _entry(entries, kind, chosen)
 
 
 def front(entries: Sequence[dict], shape: int = 0) -> list[dict]:
@@ -54,25 +69,39 @@ def shape_text(shape: dict) -> str:
     return f"batch {shape['batch']}, {length}"
 
 
-def _verdict(comparisons: list[dict], entries: list[dict], dense: dict) -> dict:
+def _winning(comparisons: list[dict]) -> list[dict]:
     both = [c for c in comparisons if "dynamic_minus_static" in c]
-    winning = [c for c in both if c["dynamic_minus_static"]["low"] > 0]
-    if winning:
-        best = max(winning, key=lambda c: c["dynamic_minus_static"]["points"])
-        begin = (
-            f"choosing by the input is worth {best['dynamic_minus_static']['points']:.1f} points "
-            f"at {_share(best['keep_target'])} of the heads"
-        )
-        kind, chosen = "dynamic", best
-    else:
-        kind = "static" if any("static" in c for c in comparisons) else "dynamic"
-        chosen = _smallest(comparisons, kind)
-        begin = _worth(both)
-    entry = next(
+    return [c for c in both if c["dynamic_minus_static"]["low"] > 0]
+
+
+def _choice(comparisons: list[dict]) -> tuple[str, dict]:
+    """The kind that is recommended, and its comparison."""
+    if winning := _winning(comparisons):
+        return "dynamic", max(winning, key=lambda c: c["dynamic_minus_static"]["points"])
+    kind = "static" if any("static" in c for c in comparisons) else "dynamic"
+    return kind, _smallest(comparisons, kind)
+
+
+def _entry(entries: list[dict], kind: str, chosen: dict) -> dict:
+    return next(
         e
         for e in entries
         if (e["method"], e["keep_target"]) == (chosen[kind], chosen["keep_target"])
     )
+
+
+def _verdict(comparisons: list[dict], entries: list[dict], dense: dict, task: dict) -> dict:
+    winning = _winning(comparisons)
+    kind, chosen = _choice(comparisons)
+    if winning:
+        best = chosen
+        begin = (
+            f"choosing by the input is worth {best['dynamic_minus_static']['points']:.1f} points "
+            f"at {_share(best['keep_target'])} of the heads"
+        )
+    else:
+        begin = _worth([c for c in comparisons if "dynamic_minus_static" in c])
+    entry = _entry(entries, kind, chosen)
     difference = chosen[f"{kind}_minus_dense"]
     time = entry["latency"][0]
     saved = _saved(time)
@@ -84,7 +113,22 @@ def _verdict(comparisons: list[dict], entries: list[dict], dense: dict) -> dict:
     else:
         advice = f"prune to {heads} ({entry['title']}) and {saved}; {lost}"
     sentence = f"On this data {begin}: {advice}." if begin else f"On this data, {advice}."
+    if (guessing := too_little(dense, task)) is not None:
+        sentence = (
+            f"The dense model has learned too little to compare with ({dense['accuracy']:.0%}; "
+            f"guessing gives {guessing:.0%}): train it longer (--dense-steps)."
+        )
+        tile = {"label": "accuracy", "value": f"{dense['accuracy']:.1%}", "note": "dense"}
+        return {"sentence": sentence, "tiles": [tile]}
     return {"sentence": sentence, "tiles": _tiles(entry, dense, difference)}
+
+
+def too_little(dense: dict, task: dict) -> float | None:
+    """The accuracy of guessing, if the dense model is hardly better."""
+    known = task.get("classes") and metric_title(dense) == "accuracy"
+    guessing = 1 / len(task["classes"]) if known else 0.0
+    learned = dense["accuracy"] - guessing
+    return guessing if guessing and learned < LEARNED * (1 - guessing) else None
 
 
 def _worth(both: list[dict]) -> str:

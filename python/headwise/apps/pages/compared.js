@@ -88,7 +88,7 @@ function startCompared(parent, compared) {
       type: "data",
       symmetric: false,
       thickness: 1,
-      width: 0,
+      width: 5,
       color: shade,
       array: entries.map((one) => 100 * (one.accuracy_high - one.accuracy)),
       arrayminus: entries.map((one) => 100 * (one.accuracy - one.accuracy_low))
@@ -115,7 +115,8 @@ function startCompared(parent, compared) {
     const slowest = 1.05 * Math.max(1, ...best.map((one) => timeOf(one).ratio));
     const near = (one) => 100 * one.accuracy >= floor && timeOf(one).ratio <= slowest;
     const named = best.filter(near), shown = all.filter(near);
-    const rest = shown.filter((one) => !one.front[state.shape] && one !== full);
+    const rest = shown.filter(
+        (one) => !one.front[state.shape] && one !== full && !one.recommended);
     const x = shown.map((one) => timeOf(one).ratio);
     const gone = all.length - shown.length;
     const traces = [
@@ -126,7 +127,7 @@ function startCompared(parent, compared) {
         text: named.map((one, place) => String(place + 1)),
         textposition: "top left",
         hovertext: marks(named, "").text,
-        line: {color: colour("accent"), width: 1.5, shape: "hv"}
+        line: {color: colour("accent"), width: 1.5, shape: "hv", dash: "dot"}
       })
     ];
     if (full) traces.push(marks([full], colour("ink"), {name: "dense"}));
@@ -141,18 +142,31 @@ function startCompared(parent, compared) {
       font: {size: 12, color: colour("muted")},
       text: `${gone} more ${gone === 1 ? "is" : "are"} outside: slower or less accurate`
     };
-    frontList.replaceChildren(...named.map(
-        (one) => make(
-            "li", {},
-            `${one.title}, ${percent(one.heads_mean)} of the heads: ${
-                percent(one.accuracy, 1)} at ${number(timeOf(one).ratio, 2)} of the time`)));
+    const told = (one) => `${one.title}, ${percent(one.heads_mean)} of the heads: ${
+        percent(one.accuracy, 1)} at ${number(timeOf(one).ratio, 2)} of the time`;
+    frontList.replaceChildren(...named.map((one) => make("li", {}, told(one) + (one.recommended ? " (recommended)" : ""))));
+    const advised = shown.find((one) => one.recommended && !named.includes(one));
+    if (advised) {
+      traces.push(marks([advised], colour("ink"), {
+        name: "recommended above",
+        mode: "markers+text",
+        text: ["recommended"],
+        textposition: "bottom right",
+        hovertext: marks([advised], "").text
+      }));
+      frontList.append(make("li", {class: "advised"}, `recommended: ${told(advised)}`));
+    }
+    // The whole interval of what is named is in sight: a bar without ends tells nothing.
+    const inSight = advised ? [...named, advised] : named;
+    const low = Math.min(floor - 1.2, ...inSight.map((one) => 100 * one.accuracy_low - .3));
+    const high = Math.max(top + 1.5, ...inSight.map((one) => 100 * one.accuracy_high + .3));
     const pad = .06 * (Math.max(...x) - Math.min(...x)) + .02;
     return {
       traces,
       layout: {
         height: 480,
         xaxis: axis("time, dense = 1", {range: [Math.min(...x) - pad, Math.max(...x) + pad]}),
-        yaxis: axis("test accuracy (%)", {range: [floor - 1.2, top + 1.5]}),
+        yaxis: axis("test accuracy (%)", {range: [low, high]}),
         annotations: gone ? [outside] : []
       }
     };

@@ -9,7 +9,7 @@ import zlib
 from typing import Any
 
 from headwise.apps.compare import table
-from headwise.apps.compare.verdict import front
+from headwise.apps.compare.verdict import front, recommended
 from headwise.apps.pages.documents import Documents
 from headwise.explain.summary import summarise
 
@@ -82,7 +82,12 @@ def _compared(result: dict[str, Any]) -> dict[str, Any]:
     about = {**result["environment"], **result.get("settings", {})}
     facts = [[name.replace("_", " "), _told(value)] for name, value in about.items()]
     summary = [
-        {**entry, "front": _on_front(entry, result["summary"])} for entry in result["summary"]
+        {
+            **entry,
+            "front": _on_front(entry, result["summary"]),
+            "recommended": entry is recommended(result, entry["task"]),
+        }
+        for entry in result["summary"]
     ]
     return rounded({"summary": summary, "tasks": tasks, "tables": _tables(result), "facts": facts})
 

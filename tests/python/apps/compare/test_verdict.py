@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from headwise.apps.compare.figures import front_figure, latency_figure
-from headwise.apps.compare.verdict import front, verdicts
+from headwise.apps.compare.verdict import front, recommended, verdicts
 
 RESULTS = Path(__file__).parents[4] / "benchmarks" / "results"
 
@@ -94,6 +94,28 @@ def test_only_dynamic_methods():
     assert told == (
         "On this data, dynamic method at 40% of the heads saves 18% of the time; nothing is lost."
     )
+
+
+def test_a_dense_model_that_guesses_is_reported_instead():
+    same = difference(0.0)
+    result = study((0.5, same, same, same))
+    result["tasks"][0]["classes"] = ["rotten", "fresh"]
+    assert verdicts(result)[0]["sentence"].startswith("On this data")  # 80%
+    result["summary"][0]["accuracy"] = 0.57
+    (found,) = verdicts(result)
+    assert found["sentence"] == (
+        "The dense model has learned too little to compare with (57%; guessing gives 50%): train "
+        "it longer (--dense-steps)."
+    )
+    assert found["tiles"] == [{"label": "accuracy", "value": "57.0%", "note": "dense"}]
+    assert recommended(result, "t") is None
+
+
+def test_the_recommended_model_is_that_of_the_tiles():
+    result = study((0.5, difference(0.3), difference(0.0), difference(-0.3)))
+    found = recommended(result, "t")
+    assert found is result["summary"][1] and found["accuracy"] == pytest.approx(0.803)
+    assert recommended({**result, "comparisons": []}, "t") is None
 
 
 def test_a_task_without_comparisons_has_no_verdict():
