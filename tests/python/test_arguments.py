@@ -158,6 +158,23 @@ def test_a_head_mask_that_nothing_holds_warns():
     torch.testing.assert_close(model(X), before)
 
 
+def test_gates_see_without_a_block_warns():
+    layer = hw.GroupedQueryAttention(32, 4, 2, gate=hw.BudgetGate())
+    with pytest.warns(UserWarning, match="write `with headwise.gates_see"):
+        hw.gates_see(layer, 2)
+    with pytest.raises(ValueError, match="tokens must be positive, got 0"):
+        hw.gates_see(layer, 0)  # at once, not when a block is entered
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        limit = hw.gates_see(layer, 2)
+        with limit:
+            assert layer._seen == 2
+        assert layer._seen is None
+        with pytest.raises(RuntimeError, match="called anew"):
+            limit.__enter__()
+        del limit
+
+
 def test_files_name_a_path_that_is_none():
     for bad in (None, 5):
         with pytest.raises(TypeError, match="dir must be a path, got"):

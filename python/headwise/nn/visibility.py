@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import sys
+import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +17,32 @@ from headwise.nn.layers import attention_layers
 __all__ = ["gates_see"]
 
 
-@contextlib.contextmanager
-def gates_see(model: nn.Module, tokens: Tensor | int) -> Iterator[None]:
+class GatesSee:
+    """What :func:`gates_see` returns: a ``with`` block in which gates see only some tokens."""
+
+    def __init__(self, block: contextlib.AbstractContextManager) -> None:
+        self._block = block
+        self._entered = False
+
+    def __enter__(self) -> None:
+        if self._entered:
+            raise RuntimeError("gates_see must be called anew for each with block")
+        self._entered = True
+        self._block.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._block.__exit__(*error)
+
+    def __del__(self) -> None:
+        # A call as a statement would otherwise silently let the gates see everything.
+        if not self._entered and not sys.is_finalizing():
+            warnings.warn(
+                "gates_see has limited nothing: write `with headwise.gates_see(model, tokens):`",
+                stacklevel=2,
+            )
+
+
+def gates_see(model: nn.Module, tokens: Tensor | int) -> GatesSee:
     """The gates of a decoder see only these tokens inside the ``with`` block.
 
     A gate that pools a whole sequence leaks information about later tokens to every position,
@@ -40,6 +66,9 @@ def gates_see(model: nn.Module, tokens: Tensor | int) -> Iterator[None]:
             those of an encoder before the decoder, are left alone.
         tokens: boolean ``[B, L]``, True = seen, of the sequences that the model is called with; or
             a number: the first that are not padding.
+
+    Returns:
+        A context manager. If it is never entered, a warning is given when it is deleted.
 
     Raises:
         TypeError: ``tokens`` is neither.
@@ -66,5 +95,4 @@ def gates_see(model: nn.Module, tokens: Tensor | int) -> Iterator[None]:
             f"model ({type(model).__name__}) has no headwise.GroupedQueryAttention: "
             f"call headwise.convert first"
         )
-    with replaced(layers, "_seen", tokens):
-        yield
+    return GatesSee(replaced(layers, "_seen", tokens))
