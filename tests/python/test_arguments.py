@@ -170,7 +170,7 @@ def test_gates_see_without_a_block_warns():
         with limit:
             assert layer._seen == 2
         assert layer._seen is None
-        with pytest.raises(RuntimeError, match="called anew"):
+        with pytest.raises(RuntimeError, match="called for each"):
             limit.__enter__()
         del limit
 

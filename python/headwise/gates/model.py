@@ -31,10 +31,9 @@ def gates(model: nn.Module) -> list[Gate]:
 
 def _found(model: nn.Module) -> list[Gate]:
     """The gates of a model that is trained; warns if it was not converted."""
-    from headwise.nn.attention_layer import AttentionLayer  # which imports gates
-
     found = gates(model)
-    if not found and not any(isinstance(m, AttentionLayer | Gate) for m in model.modules()):
+    layer = any(isinstance(m, Gate) or hasattr(m, "set_gate") for m in model.modules())
+    if not found and not layer:
         warnings.warn(
             f"model ({type(model).__name__}) has no headwise.MultiheadAttention and no gate, so "
             f"nothing is trained to choose: call headwise.convert first",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -12,13 +12,23 @@ from headwise.gates.base import Gate
 from headwise.io.checked import check_number
 from headwise.io.printable import quoted
 
-if TYPE_CHECKING:
-    from headwise.pruning.scores import HeadScores
+
+@runtime_checkable
+class Scores(Protocol):
+    """A :class:`headwise.HeadScores`, which is defined above this package."""
+
+    metric: str  # a tensor has sign and values too, but no metric
+
+    @property
+    def sign(self) -> float: ...
+
+    @property
+    def values(self) -> Mapping[str, torch.Tensor]: ...
 
 
 def start_gates(
     model: nn.Module,
-    importance: HeadScores | Mapping[str, torch.Tensor],
+    importance: Scores | Mapping[str, torch.Tensor],
     keep: float,
     sharpness: float = 8.0,
 ) -> None:
@@ -70,18 +80,18 @@ def start_gates(
             gate.start_from(relevance, share)
 
 
-def _by_layer(importance: HeadScores | Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _by_layer(importance: Scores | Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
     """Layer name -> float64 ``[H]``, the largest for the most important head."""
-    from headwise.pruning.scores import HeadScores  # which imports gates
-
-    if isinstance(importance, HeadScores):
+    if isinstance(importance, Scores):
         return {name: importance.sign * values for name, values in importance.values.items()}
     if not isinstance(importance, Mapping):
         raise TypeError(f"importance must be a headwise.HeadScores, got {quoted(importance)}")
     for name, values in importance.items():
-        if isinstance(values, HeadScores):
+        if isinstance(values, Scores):
             raise TypeError(
                 f"importance must be one headwise.HeadScores, got a mapping of them: take one of "
                 f"its metrics, importance[{quoted(name)}]"
             )
-    return HeadScores("importance", importance).values  # type: ignore[return-value]
+    return {
+        name: torch.as_tensor(values, dtype=torch.float64) for name, values in importance.items()
+    }

@@ -26,7 +26,7 @@ class GatesSee:
 
     def __enter__(self) -> None:
         if self._entered:
-            raise RuntimeError("gates_see must be called anew for each with block")
+            raise RuntimeError("gates_see must be called for each with block")
         self._entered = True
         self._block.__enter__()
 

@@ -55,14 +55,14 @@ class HeadScores(Shown):
             if not isinstance(name, str):
                 raise TypeError(f"values must have layer names as keys, got {quoted(name)}")
             try:
-                scores = torch.as_tensor(given)
+                if isinstance(given, Tensor) and given.is_complex():
+                    raise TypeError
+                scores = torch.as_tensor(given, dtype=torch.float64)
             except (TypeError, ValueError, RuntimeError):
-                scores = None
-            if scores is None or scores.is_complex():
                 raise TypeError(
                     f"values of layer '{name}' must be real numbers, got {quoted(given)}"
-                )
-            values[name] = scores.to(torch.float64).detach().cpu()
+                ) from None
+            values[name] = scores.detach().cpu()
         for name, scores in values.items():
             if scores.dim() != 1:
                 raise ValueError(
