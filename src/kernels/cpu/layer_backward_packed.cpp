@@ -84,8 +84,8 @@ class Backward {
         for (int64_t column = 0; column < d_; column += kColumns)
           packed_gemm(rows, std::min(kColumns, d_ - column), out_,
                       grad_output_ + (a.b * L_ + row) * out_, out_,
-                      out_weights.panel(place, column), out_weights.row_length(), tile + column, d_,
-                      false);
+                      out_weights.panel(place, column), out_weights.row_length(place),
+                      tile + column, d_, false);
         for (int64_t i = 0; i < rows; ++i)
           total += dot(tile + i * d_, context + (row + i) * d_, d_);
         scale(tile, rows * d_, weight, tile);
@@ -150,8 +150,52 @@ class Backward {
       if (group[0].dx) input(group);
   }
 
-  /// The gradient of one input, whose projections are side by side in each product.
+  /// The gradient of one input: floats are summed where they belong, over the weights as they lie,
+  /// bfloat16 in tiles, all projections side by side in each product.
   void input(const Inputs& group) {
+    const int64_t length = group[0].part ? shape_.keys : L_;
+    const auto by_block = [&](int64_t block, const auto& sum) {
+      const int64_t row_blocks = blocks(length, block);
+      parallel_tasks(shape_.batch * row_blocks, [&](int64_t task, int64_t worker) {
+        const int64_t b = task / row_blocks, row = task % row_blocks * block;
+        const int64_t rows = std::min(block, length - row);
+        T* dx = group[0].dx + (b * length + row) * group[0].x.width;
+        sum(b, row, rows, dx, worker);
+        packed_gemm_done<T>();
+      });
+    };
+    if constexpr (Factors<T>::kPacked)
+      packed_input(group, by_block);
+    else
+      by_block(kRowBlock, [&](int64_t b, int64_t row, int64_t rows, float* dx, int64_t) {
+        add_input(group, b, row, rows, dx);
+      });
+  }
+
+  /// dx [rows, width] of one sequence's rows from `row` on.
+  void add_input(const Inputs& group, int64_t b, int64_t row, int64_t rows, float* dx) const {
+    const int64_t width = group[0].x.width, begin = layer_.first[b], end = layer_.first[b + 1];
+    // Padding has no keys and values, and the first projection has the most rows.
+    const auto projected = [&](const Input& in) {
+      return std::clamp<int64_t>(given(in, b) - row, 0, rows);
+    };
+    const int64_t most = begin < end ? projected(group[0]) : 0;
+    std::fill_n(dx + most * width, (rows - most) * width, 0.f);
+    for (int64_t column = 0; most && column < width; column += kColumns) {
+      bool add = false;
+      for (int64_t n = begin; n < end; ++n)
+        for (const auto& in : group) {
+          if (const int64_t m = projected(in))
+            packed_gemm(m, std::min(kColumns, width - column), d_, rows_of(in, n) + row * d_, d_,
+                        in.weight + layer_.active[n].h * d_ * width + column, width, dx + column,
+                        width, add);
+          add = true;
+        }
+    }
+  }
+
+  template <typename ByBlock>
+  void packed_input(const Inputs& group, const ByBlock& by_block) const {
     const int64_t heads = used_.heads.size(), workers = at::get_num_threads();
     const int64_t width = group[0].x.width, parts = group.size(), terms = parts * d_;
     Factors<T> weights(heads, terms, width);
@@ -159,12 +203,9 @@ class Backward {
       const int64_t n = task / parts, i = task % parts;
       weights.set(n, d_, group[i].weight + used_.heads[n] * d_ * width, width, i * d_);
     });
-    const int64_t length = group[0].part ? shape_.keys : L_, row_blocks = blocks(length, kRows);
     Scratch<float> sums(kRows * kColumns, workers);
     Scratch<T> lefts(shape_.num_heads * kRows * terms, workers);
-    parallel_tasks(shape_.batch * row_blocks, [&](int64_t task, int64_t worker) {
-      const int64_t b = task / row_blocks, row = task % row_blocks * kRows;
-      const int64_t rows = std::min(kRows, length - row);
+    by_block(kRows, [&](int64_t b, int64_t row, int64_t rows, T* dx, int64_t worker) {
       const int64_t begin = layer_.first[b], end = layer_.first[b + 1];
       for (int64_t n = begin; n < end; ++n)
         for (int64_t i = 0; i < parts; ++i) {
@@ -177,17 +218,17 @@ class Backward {
             else
               std::fill_n(to, d_, T(0.f));
         }
-      T* dx = group[0].dx + (b * length + row) * width;
       if (begin == end) std::fill_n(dx, rows * width, T(0.f));
       for (int64_t column = 0; begin < end && column < width; column += kColumns) {
         const int64_t columns = std::min(kColumns, width - column);
-        for (int64_t n = begin; n < end; ++n)
+        for (int64_t n = begin; n < end; ++n) {
+          const int64_t place = used_.place[layer_.active[n].h];
           packed_gemm(rows, columns, terms, lefts[worker] + (n - begin) * kRows * terms, terms,
-                      weights.panel(used_.place[layer_.active[n].h], column), weights.row_length(),
-                      sums[worker], kColumns, n > begin);
+                      weights.panel(place, column), weights.row_length(place), sums[worker],
+                      kColumns, n > begin);
+        }
         convert_rows(rows, columns, sums[worker], kColumns, nullptr, dx + column, width);
       }
-      packed_gemm_done<T>();
     });
   }
 
@@ -240,10 +281,18 @@ class Backward {
     };
     if (in.dweight) {
       T* const dweight = in.dweight + h * d_ * width;
-      add_products<T>(users, layer_.active, x, d_, width, left, sums,
-                      [&](int64_t column, int64_t columns) {
-                        convert_rows(d_, columns, sums, kColumns, nullptr, dweight + column, width);
-                      });
+      add_products<T>(
+          users, layer_.active, x, d_, width, left,
+          [&](int64_t column) {
+            if constexpr (std::is_same_v<T, float>)
+              return Panel{dweight + column, width};
+            else
+              return Panel{sums, kColumns};
+          },
+          [&](int64_t column, int64_t columns) {
+            if constexpr (!std::is_same_v<T, float>)
+              convert_rows(d_, columns, sums, kColumns, nullptr, dweight + column, width);
+          });
     }
     for (size_t i = 0; i < users.size(); ++i) {
       const auto [turned, row_length, rows] = left(i);

@@ -72,8 +72,10 @@ HEADWISE_CLONES
 void transpose_words(int64_t rows, int64_t columns, const Word* x, int64_t ldx, Word* y,
                      int64_t ldy) {
   const int64_t whole_rows = rows / kLanes * kLanes, whole_columns = columns / kLanes * kLanes;
-  for (int64_t j = 0; j < whole_columns; j += kLanes)
-    for (int64_t i = 0; i < whole_rows; i += kLanes)
+  // Along the rows, which the processor prefetches: in the other order a weight beyond the caches
+  // takes up to twice the time.
+  for (int64_t i = 0; i < whole_rows; i += kLanes)
+    for (int64_t j = 0; j < whole_columns; j += kLanes)
       transpose_block(x + i * ldx + j, ldx, y + j * ldy + i, ldy);
   for (int64_t j = 0; j < columns; ++j)
     for (int64_t i = j < whole_columns ? whole_rows : 0; i < rows; ++i)
@@ -140,6 +142,7 @@ void packed_gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const
                  float* c, int64_t ldc, bool add) {
   // One row has no next one, whose distance may be any number: oneDNN would allocate by it.
   if (m == 1) lda = k, ldc = n;
+  if (k == 1) ldb = n;
   at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, interleaved(T()));
 }
 

@@ -62,32 +62,51 @@ inline std::vector<std::vector<int64_t>> by_head(const std::vector<ActiveHead>& 
 
 constexpr int64_t kProductColumns = 128;
 
-/// Matrices of equal sizes as right factors, in panels of kProductColumns columns whose rows follow
-/// one another: rows as far apart as a layer is wide would fall into few sets of a cache. Each may
-/// be packed by a task of its own.
+/// Matrices of equal sizes as right factors. bfloat16 is packed, in panels of kProductColumns
+/// columns whose rows follow one another; each matrix may be packed by a task of its own. Floats
+/// are multiplied where they lie: copies of weights and inputs took more than they saved.
 template <typename T>
 class Factors {
  public:
+  static constexpr bool kPacked = sizeof(T) == 2;
+
   Factors(int64_t count, int64_t rows, int64_t columns)
       : columns_(columns),
         panel_(std::min(kProductColumns, columns)),
         size_(packed_size<T>(rows, panel_)),
         panels_(panel_ ? blocks(columns, panel_) : 0),
-        memory_(count * panels_ * size_) {}
-  /// Rows [at, at + rows) of matrix n; `at` is even.
+        memory_(kPacked ? count * panels_ * size_ : 0),
+        places_(kPacked ? 0 : count) {}
+  /// Rows [at, at + rows) of matrix n; `at` is even, and 0 for floats, whose rows are all ldx
+  /// apart.
   void set(int64_t n, int64_t rows, const T* x, int64_t ldx, int64_t at = 0) {
-    for (int64_t column = 0; column < columns_; column += panel_)
-      pack(rows, std::min(panel_, columns_ - column), x + column, ldx, false,
-           memory_.get() + place(n, column) + at * panel_, panel_);
+    if constexpr (kPacked) {
+      for (int64_t column = 0; column < columns_; column += panel_)
+        pack(rows, std::min(panel_, columns_ - column), x + column, ldx, false,
+             memory_.get() + place(n, column) + at * panel_, panel_);
+    } else {
+      places_[n] = {x, ldx};
+    }
   }
   /// The panel of matrix n that begins with a column, a multiple of kProductColumns.
-  const T* panel(int64_t n, int64_t column) const { return memory_.get() + place(n, column); }
-  int64_t row_length() const { return panel_; }
+  const T* panel(int64_t n, int64_t column) const {
+    if constexpr (kPacked) return memory_.get() + place(n, column);
+    return places_[n].data + column;
+  }
+  int64_t row_length(int64_t n) const {
+    if constexpr (kPacked) return panel_;
+    return places_[n].row;
+  }
 
  private:
+  struct Place {
+    const T* data;
+    int64_t row;
+  };
   int64_t place(int64_t n, int64_t column) const { return (n * panels_ + column / panel_) * size_; }
   int64_t columns_, panel_, size_, panels_;
   Array<T> memory_;
+  std::vector<Place> places_;
 };
 
 template <typename T>
@@ -104,24 +123,33 @@ struct LeftFactor {
   int64_t row_length, rows;
 };
 
+/// Where a panel of a sum of products goes, rows `row_length` apart.
+struct Panel {
+  float* data;
+  int64_t row_length;
+};
+
 /// The sum over the positions in `active` of left(i) [d, rows] right[b] [rows, width], in panels of
-/// columns: store(column, columns, sum) takes each panel, `sum` [d, kProductColumns].
-template <typename T, typename Left, typename Store>
+/// columns: to(column) is the place of each panel, and store(column, columns) is called when it is
+/// complete.
+template <typename T, typename Left, typename To, typename Store>
 void add_products(const std::vector<int64_t>& positions, const std::vector<ActiveHead>& active,
-                  const Factors<T>& right, int64_t d, int64_t width, const Left& left, float* sum,
+                  const Factors<T>& right, int64_t d, int64_t width, const Left& left, const To& to,
                   const Store& store) {
   for (int64_t column = 0; column < width; column += kProductColumns) {
     const int64_t columns = std::min(kProductColumns, width - column);
+    const Panel sum = to(column);
     bool add = false;
     for (size_t i = 0; i < positions.size(); ++i) {
       const LeftFactor<T> of = left(i);
       if (of.rows == 0) continue;
+      const int64_t b = active[positions[i]].b;
       packed_gemm(d, columns, sizeof(T) == 2 ? even(of.rows) : of.rows, of.data, of.row_length,
-                  right.panel(active[positions[i]].b, column), right.row_length(), sum,
-                  kProductColumns, add);
+                  right.panel(b, column), right.row_length(b), sum.data, sum.row_length, add);
       add = true;
     }
-    if (!add) std::fill_n(sum, d * kProductColumns, 0.f);
+    if (!add)
+      for (int64_t i = 0; i < d; ++i) std::fill_n(sum.data + i * sum.row_length, columns, 0.f);
     store(column, columns);
   }
 }

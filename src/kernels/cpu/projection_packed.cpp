@@ -200,14 +200,12 @@ class Combine {
       return combine_heads_thin<T, T>(chosen_, x_, weight_, bias_, factor_, y_);
     const int64_t heads = heads_.size();
     packed_ = Array<T>(heads * tiles_ * panel_);
-    parallel_tasks(heads, [&](int64_t n, int64_t) {
-      const T* const of = weight_.of(heads_[n], d_);
-      for (int64_t tile = 0; tile < tiles_; ++tile) {
-        const int64_t column = tile * kOutColumns;
-        pack(d_, std::min(kOutColumns, width_ - column),
-             of + column * (weight_.turned ? weight_.ld : 1), weight_.ld, weight_.turned,
-             packed_.get() + (tile * heads + n) * panel_, kOutColumns);
-      }
+    // Tile by tile: the heads of a tile are neighbours in the weight's rows.
+    parallel_tasks(tiles_ * heads, [&](int64_t task, int64_t) {
+      const int64_t n = task % heads, column = task / heads * kOutColumns;
+      pack(d_, std::min(kOutColumns, width_ - column),
+           weight_.of(heads_[n], d_) + column * (weight_.turned ? weight_.ld : 1), weight_.ld,
+           weight_.turned, packed_.get() + task * panel_, kOutColumns);
     });
     const auto groups = alike();
     if (chosen_.batch * L_ < kShortRows * int64_t(groups.size()) && chosen_.batch > 1)
@@ -412,7 +410,9 @@ void outer_heads_packed(const ChosenHeads& chosen, const HeadRows<const T>& y,
     W* const to = weight.data ? weight.of(h, d) : nullptr;
     if (to)
       add_products<T>(
-          users, chosen.active, right, d, width, left, sum, [&](int64_t column, int64_t columns) {
+          users, chosen.active, right, d, width, left,
+          [&](int64_t) { return Panel{sum, kProductColumns}; },
+          [&](int64_t column, int64_t columns) {
             if (weight.turned) {
               transpose(d, columns, sum, kProductColumns, columns_of, d);
               convert_rows(columns, d, columns_of, d, nullptr, to + column * weight.ld, weight.ld);

@@ -242,6 +242,23 @@ def test_sums_are_rounded_as_torch_rounds_them():
     assert torch.equal(special.transpose(1, 2).isfinite().all((2, 3)), same)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [1, 70, 130])
+@pytest.mark.parametrize("kind", ["none", "ragged"])
+def test_gradients_of_rows_that_are_part_of_a_wider_tensor(dtype, length, kind):
+    """Backward multiplies floats where they lie: rows may be further apart than they are long."""
+    rand = Random(9, dtype)
+    wide = rand(3, length, 40)
+    weights = layer_weights(rand, 4, 8, 16)
+    index, count, weight = rand.selection(3, 4)
+    options = masks(rand, kind, 3, 4, length, length)
+    check(
+        lambda x, *rest, **named: ops.selected_self_attention(x[..., 8:24], *rest, **named),
+        lambda x, *rest, **named: oracle.self_attention(x[..., 8:24], *rest, **named),
+        [wide, *weights, weight], dtype, wide, *weights, 4, index, count, weight, **options,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("length", [0, 5, 32])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_are_written_in_full(dtype, length):
