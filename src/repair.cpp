@@ -56,10 +56,13 @@ class Reconstruction {
     Matrix a = xx;
     a.diagonal().array() += ridge * size;
     factor.compute(a);
+    if (factor.info() != Eigen::Success || a.rows() == 0) {
+      return factor.info() == Eigen::Success;
+    }
     // A pivot of the size of rounding errors is 0: the solution would be noise.
-    return factor.info() == Eigen::Success &&
-           factor.matrixLLT().diagonal().minCoeff() >
-               std::sqrt(std::numeric_limits<double>::epsilon() * size);
+    const double rounding = static_cast<double>(a.rows()) * a.diagonal().maxCoeff() *
+                            std::numeric_limits<double>::epsilon();
+    return factor.matrixLLT().diagonal().minCoeff() > std::sqrt(rounding);
   }
 
   /// The least of mean |y - W x|^2 + ridge size |W - start|^2 as W^T [E, D]; empty: singular.

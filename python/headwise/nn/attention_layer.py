@@ -112,6 +112,11 @@ class AttentionLayer(_Module, metaclass=abc.ABCMeta):
         dtype."""
 
     @property
+    def value_bias(self) -> Any:  # Tensor | None
+        """``[Hkv d]``: the bias of the values, a view of a parameter; None: they have none."""
+        return None
+
+    @property
     def head_groups(self) -> list[int]:
         """For each head the number of its group, ascending: heads of one group share keys and
         values. By default each is alone."""

@@ -174,6 +174,11 @@ class GroupedQueryAttention(AttentionLayer, nn.Module):
         return self.o_proj
 
     @property
+    def value_bias(self) -> Tensor | None:
+        check_read("v_proj", self.v_proj)
+        return self.v_proj.bias
+
+    @property
     def head_groups(self) -> list[int]:
         if self.key_value_heads is not None:
             return self.key_value_heads

@@ -153,6 +153,13 @@ class MultiheadAttention(AttentionLayer, nn.MultiheadAttention):
     def output_projection(self) -> nn.Module:
         return self.out_proj
 
+    @property
+    def value_bias(self) -> Tensor | None:
+        if self.in_proj_bias is None:
+            return None
+        with torch.enable_grad():  # the view then tells whether the parameter is trained
+            return self.in_proj_bias[2 * self.num_heads * self.head_dim :]
+
     def describe(self) -> dict[str, Any]:
         return {
             "embed_dim": self.embed_dim,

@@ -10,6 +10,7 @@ from headwise.pruning.bank import (
     plan_choices,
     refit_router,
 )
+from headwise.pruning.compensation import LayerCompensation, compensate
 from headwise.pruning.head_masks import HeadMask, head_mask, plan_from_mask, prune_heads
 from headwise.pruning.measured_headroom import Headroom, HeadroomRow, headroom
 from headwise.pruning.path import pruning_path
@@ -46,11 +47,13 @@ __all__ = [
     "HiddenPlan",
     "KwonResult",
     "LatencyTable",
+    "LayerCompensation",
     "LayerPlan",
     "LayerRepair",
     "PlanChoice",
     "Structure",
     "StructurePlan",
+    "compensate",
     "fisher_scores",
     "fit_bank",
     "following",

@@ -21,7 +21,7 @@ from headwise.io.progress import with_progress
 from headwise.nn.batches import batch_size, call_model
 from headwise.nn.layers import attention_layers
 from headwise.nn.proof import TOLERANCE, unchanged_on_error
-from headwise.pruning.replay import Replay, Site
+from headwise.pruning.replay import Replay, Seen, Site
 from headwise.pruning.structured.masks import masks_of
 
 __all__ = ["RIDGES", "LayerRepair", "repair"]
@@ -274,6 +274,26 @@ def catch_up(name: str, *replays: Replay) -> None:
             replay.finish(block - 1)
 
 
+def calibration_tokens(
+    student: Replay, teacher: Replay, name: str
+) -> Iterator[tuple[Seen, Seen, Tensor, int]]:
+    """What the site ``name`` of both sees in each call; which tokens count ``[B, L]`` (not padding,
+    and in the last block those that the output depends on); and the number of the first
+    sequence."""
+    last = student.blocks and student.block_of(name) == len(student.blocks) - 1
+    first = 0
+    for i in range(len(student.batches)):
+        read = teacher.read_tokens(i) if last else None
+        owns = student.run(name, i)
+        wholes = owns if teacher is student else teacher.run(name, i)
+        for seen, whole in zip(owns, wholes, strict=True):
+            valid = seen.valid
+            if read is not None and read.shape == valid.shape:
+                valid = valid & read
+            yield seen, whole, valid, first
+        first += len(valid)
+
+
 def output_moments(
     student: Replay, teacher: Replay, name: str, members: Tensor | None = None
 ) -> tuple[_Moments, _Moments | None]:
@@ -287,30 +307,20 @@ def output_moments(
         return fit, held_out
 
     own, rest = empty(), None if members is None else empty()
-    last = student.blocks and student.block_of(name) == len(student.blocks) - 1
-    sequences = 0
-    for i in range(len(student.batches)):
-        read = teacher.read_tokens(i) if last else None
-        owns = student.run(name, i)
-        wholes = owns if teacher is student else teacher.run(name, i)
-        for seen, whole in zip(owns, wholes, strict=True):
-            valid = seen.valid
-            if read is not None and read.shape == valid.shape:
-                valid = valid & read
-            held = torch.arange(sequences, sequences + len(valid)) % HELD_OUT == HELD_OUT - 1
-            parts = [(own[0], ~held), (own[1], held)]
-            if rest is not None and members is not None:
-                mine = members[sequences : sequences + len(valid)]
-                parts = [(moments, rows & mine) for moments, rows in parts]
-                parts += [(rest[0], ~held & ~mine), (rest[1], held & ~mine)]
-            for moments, rows in parts:
-                chosen = valid & rows.to(valid.device).view(-1, *[1] * (valid.dim() - 1))
-                try:
-                    targets = whole.outputs.to(seen.inputs.device)
-                    moments.add(seen.inputs[chosen], targets[chosen])
-                except ValueError as error:
-                    raise ValueError(f"activations of {layer_called(name)}: {error}") from None
-        sequences += len(valid)
+    for seen, whole, valid, first in calibration_tokens(student, teacher, name):
+        held = torch.arange(first, first + len(valid)) % HELD_OUT == HELD_OUT - 1
+        parts = [(own[0], ~held), (own[1], held)]
+        if rest is not None and members is not None:
+            mine = members[first : first + len(valid)]
+            parts = [(moments, rows & mine) for moments, rows in parts]
+            parts += [(rest[0], ~held & ~mine), (rest[1], held & ~mine)]
+        for moments, rows in parts:
+            chosen = valid & rows.to(valid.device).view(-1, *[1] * (valid.dim() - 1))
+            try:
+                targets = whole.outputs.to(seen.inputs.device)
+                moments.add(seen.inputs[chosen], targets[chosen])
+            except ValueError as error:
+                raise ValueError(f"activations of {layer_called(name)}: {error}") from None
     if sum(moments.tokens for moments in (*own, *(rest or ()))) == 0:
         raise ValueError(f"batches must have tokens that are not padding for {layer_called(name)}")
     if own[1].tokens == 0:
