@@ -11,6 +11,7 @@ from headwise.pruning.bank import (
     refit_router,
 )
 from headwise.pruning.compensation import LayerCompensation, compensate
+from headwise.pruning.divergence import divergence_scores
 from headwise.pruning.head_masks import HeadMask, head_mask, plan_from_mask, prune_heads
 from headwise.pruning.measured_headroom import Headroom, HeadroomRow, headroom
 from headwise.pruning.path import pruning_path
@@ -54,6 +55,7 @@ __all__ = [
     "Structure",
     "StructurePlan",
     "compensate",
+    "divergence_scores",
     "fisher_scores",
     "fit_bank",
     "following",
