@@ -53,6 +53,19 @@ def replaced(layers: Iterable[Any], name: str, value: Any) -> Iterator[None]:
             setattr(layer, name, own)
 
 
+@contextlib.contextmanager
+def without_gates(model: nn.Module) -> Iterator[nn.Module]:
+    """``model`` with all heads; afterwards its layers have their gates again."""
+    gates = [(layer, layer.gate) for layer in attention_layers(model).values()]
+    try:
+        for layer, _ in gates:
+            layer.gate = None
+        yield model
+    finally:
+        for layer, gate in gates:
+            layer.gate = gate
+
+
 class Instrumented:
     """The attention layers of a model inside :func:`instrument`.
 

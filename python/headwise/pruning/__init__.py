@@ -12,6 +12,7 @@ from headwise.pruning.bank import (
 )
 from headwise.pruning.compensation import LayerCompensation, compensate
 from headwise.pruning.divergence import divergence_scores
+from headwise.pruning.fitted_gates import GateFit, fit_gates
 from headwise.pruning.head_masks import HeadMask, head_mask, plan_from_mask, prune_heads
 from headwise.pruning.measured_headroom import Headroom, HeadroomRow, headroom
 from headwise.pruning.path import pruning_path
@@ -40,6 +41,7 @@ __all__ = [
     "BlockPlan",
     "CoFi",
     "FfnPlan",
+    "GateFit",
     "HeadMask",
     "HeadPlan",
     "HeadScores",
@@ -58,6 +60,7 @@ __all__ = [
     "divergence_scores",
     "fisher_scores",
     "fit_bank",
+    "fit_gates",
     "following",
     "head_mask",
     "headroom",

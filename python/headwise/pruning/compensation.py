@@ -16,6 +16,7 @@ from headwise.io.progress import with_progress
 from headwise.nn.attention_layer import AttentionLayer
 from headwise.nn.batches import call_model
 from headwise.nn.gate_proof import layer_outputs
+from headwise.nn.instrumenting import without_gates
 from headwise.nn.layers import attention_layers
 from headwise.nn.proof import Proof
 from headwise.nn.split_attention import SplitAttention
@@ -100,7 +101,7 @@ def compensate(
         )
     for name, layer in layers.items():
         _check(name, layer, bias)
-    with _without_gates(layers):
+    with without_gates(model):
         replay = Replay(model, batches, call_model if forward_fn is None else forward_fn)
         names = [name for name in replay.sites if name in layers]
         means = {}
@@ -147,18 +148,6 @@ def _is_held_at_zero(bias: Tensor, layer: AttentionLayer) -> bool:
     """Whether the conversion of a model without biases added it."""
     weight = layer.output_projection.weight
     return weight.requires_grad and not bias.requires_grad and not bool(bias.any())
-
-
-@contextlib.contextmanager
-def _without_gates(layers: dict[str, AttentionLayer]) -> Iterator[None]:
-    gates = {name: layer.gate for name, layer in layers.items()}
-    try:
-        for layer in layers.values():
-            layer.gate = None
-        yield
-    finally:
-        for name, layer in layers.items():
-            layer.gate = gates[name]
 
 
 @contextlib.contextmanager

@@ -59,24 +59,32 @@ def divergence_scores(
         ValueError: no batches, ``weight`` out of range, logits that are not floating ``[B, ...,
             C]`` or not finite, or that do not depend on the heads.
     """
-    if not 0.0 < weight < 1.0:
-        raise ValueError(f"weight must be in (0, 1), got {quoted(weight)}")
     forward = run_model if forward_fn is None else forward_fn
     model = converted(model)
     total: dict[str, Tensor] = {}
     count = 0
     for batch in with_progress(batches, "scoring heads", "batch", progress):
-        importance = _importance(model, batch, forward, weight)
-        size = torch.stack([one.abs().sum(1) for one in importance.values()]).sum(0)  # [B]
-        if not bool(size.isfinite().all()):
-            raise ValueError("forward_fn must return finite logits, got NaN or infinity")
-        for name, one in importance.items():
-            share = torch.where(size > 0, one.T / size, 0.0).sum(1)  # [H]
-            total[name] = total[name] + share if name in total else share
-        count += len(size)
+        shares = importance_shares(model, batch, forward, weight)
+        count += len(next(iter(shares.values())))
+        for name, share in shares.items():
+            own = share.sum(0)  # [H]
+            total[name] = total[name] + own if name in total else own
     if not count:
         raise ValueError("batches must not be empty: there is nothing to score heads on")
-    return HeadScores("divergence", {name: one / count for name, one in total.items()})
+    return HeadScores("divergence", {name: own / count for name, own in total.items()})
+
+
+def importance_shares(
+    model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Tensor], weight: float
+) -> dict[str, Tensor]:
+    """Layer name -> ``[B, H]``: :func:`divergence_scores` of each input; float64, on the CPU."""
+    if not 0.0 < weight < 1.0:
+        raise ValueError(f"weight must be in (0, 1), got {quoted(weight)}")
+    importance = _importance(model, batch, forward, weight)
+    size = torch.stack([own.abs().sum(1) for own in importance.values()]).sum(0)  # [B]
+    if not bool(size.isfinite().all()):
+        raise ValueError("forward_fn must return finite logits, got NaN or infinity")
+    return {name: torch.where(size > 0, own.T / size, 0.0).T for name, own in importance.items()}
 
 
 def _importance(
