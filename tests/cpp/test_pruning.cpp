@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "headwise/gates.h"
+#include "headwise/grouped_query_attention.h"
 #include "headwise/multihead_attention.h"
 
 namespace test_pruning {
@@ -119,6 +120,42 @@ TEST(Prune, RefusesWhatDoesNotFit) {
   EXPECT_EQ(refusal([&] { headwise::prune(layer, {"x", 4, {0}, {1.0}}); }),
             "layer 'x' has a gate that chooses for each input, among the heads it was trained "
             "with: build the layer without it first");
+}
+
+TEST(Prune, GroupsOfAStaticGate) {
+  using namespace headwise;
+  GroupedQueryAttention layer(
+      GroupedQueryAttentionOptions(12, 6)
+          .num_key_value_heads(3)
+          .gate(GroupGateOptions().gate(FixedGateOptions().heads(Heads{0, 2})))
+          .dtype(at::kDouble));
+  layer->eval();
+  const LayerPlan plan = plan_from_gate(layer, "x");
+  EXPECT_EQ(plan.heads, (Heads{0, 1, 4, 5}));
+  GroupedQueryAttention small = prune(layer, plan);
+  EXPECT_EQ(small->num_key_value_heads(), 2);
+  EXPECT_FALSE(small->options.key_value_heads() || small->is_training());
+  KeyValueCache whole, less;
+  const auto x = at::randn({2, 5, 12}, at::kDouble);
+  EXPECT_TRUE(at::allclose(std::get<0>(small->forward(x, {.cache = &less})),
+                           std::get<0>(layer->forward(x, {.cache = &whole})), 1e-12, 1e-12));
+  EXPECT_EQ(whole.k.size(1), 3);
+  EXPECT_EQ(less.k.size(1), 2);
+}
+
+TEST(Prune, RefusesGroupsThatDoNotFit) {
+  using namespace headwise;
+  GroupedQueryAttention layer(
+      GroupedQueryAttentionOptions(8, 4).num_key_value_heads(2).gate(BudgetGateOptions()));
+  EXPECT_EQ(refusal([&] { prune(layer, {"x", 3, {0}, {1.0}}); }),
+            "plan has 3 heads for layer 'x', which has 4");
+  EXPECT_EQ(refusal([&] { prune(layer, {"", 4, {0}, {1.0}}); }),
+            "the layer has a gate that chooses for each input, among the heads it was trained "
+            "with: build the layer without it first");
+  GroupedQueryAttention plain(GroupedQueryAttentionOptions(8, 4).num_key_value_heads(2));
+  EXPECT_EQ(refusal([&] { plan_from_gate(plain); }),
+            "the layer must have a gate to make a plan from");
+  EXPECT_NE(refusal([&] { prune(plain, {"x", 4, {1, 0}, {1.0, 1.0}}); }), "nothing");
 }
 
 }  // namespace test_pruning
