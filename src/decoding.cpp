@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "attention_masks.h"
+#include "ops/attention_ops.h"
 #include "ops/select_heads.h"
 
 namespace headwise {
@@ -119,10 +120,11 @@ at::Tensor hide_tokens(const at::Tensor& x, const std::optional<at::Tensor>& pad
 }
 
 std::optional<at::Tensor> slots_of(const at::Tensor& index, const at::Tensor& count) {
-  TORCH_CHECK_VALUE(index.dim() == 2 && count.dim() == 1,
-                    "index and count must have shapes [B, G] and [B], got ", index.sizes(), " and ",
-                    count.sizes());
-  if (index.numel() == 0 || count.numel() == 0) return std::nullopt;
+  ops::check_selection_mask(index, count);
+  if (index.is_cpu()) {
+    ops::check_selection_values(index, count, std::numeric_limits<int32_t>::max());
+  }
+  if (index.numel() == 0) return std::nullopt;
   const int64_t most = std::max<int64_t>(count.max().item<int64_t>(), 1);
   TORCH_CHECK_VALUE(most <= index.size(1), "count must be at most ", index.size(1), ", got ", most);
   if (most == index.size(1)) return std::nullopt;

@@ -55,7 +55,14 @@ METHODS: dict[str, Method] = {
             "static",
             repaired.repaired(repaired.removal_plan),
         ),
+        *_repaired(
+            "divergence-repaired",
+            "divergence, repaired",
+            "static",
+            repaired.repaired(repaired.divergence_plan),
+        ),
         *_repaired("bank", "bank of repaired plans", "dynamic", repaired.bank),
+        *_repaired("fitted-gates", "fitted gates", "dynamic", repaired.fitted),
         Method(
             "static-hard-concrete",
             "static hard concrete",
@@ -107,14 +114,21 @@ METHODS: dict[str, Method] = {
     )
 }
 
+_REPAIRED = (
+    "michel-repaired",
+    "removal-repaired",
+    "divergence-repaired",
+    "bank",
+    "fitted-gates",
+)
 #: The methods of "--methods NAME", if NAME is not a method.
 FAMILIES: dict[str, tuple[str, ...]] = {
     **{
         family: (f"{family}-posthoc", f"{family}-finetuned")
         for family in ("random", "michel", "michel-exact", "hies")
     },
-    "repaired": ("michel-repaired", "removal-repaired", "bank"),
-    "repaired-trained": ("michel-repaired-trained", "removal-repaired-trained", "bank-trained"),
+    "repaired": _REPAIRED,
+    "repaired-trained": tuple(f"{name}-trained" for name in _REPAIRED),
     "ablations": (
         "budget-gate",
         "budget-fixed",

@@ -12,6 +12,7 @@ from headwise.apps.compare.method import Outcome, Run
 from headwise.apps.compare.planned import Planner
 from headwise.apps.compare.workbench import Workbench
 from headwise.apps.tasks.examples import Examples
+from headwise.gates.optimizing import choosing_parameters
 
 #: The layer whose input the router reads: the embeddings, which are frozen, so that inputs
 #: follow the same plans before and after training.
@@ -76,6 +77,36 @@ def repaired(planner: Planner) -> Run:
         return Outcome(small, 0)
 
     return run
+
+
+def divergence_plan(bench: Workbench, keep: float) -> hw.HeadPlan:
+    """The heads that the dense model's predictions depend on most; no labels."""
+    if "divergence" not in bench.plans:
+        batches = mappings(calibration(bench), bench.device)
+        bench.plans["divergence"] = hw.pruning.divergence_scores(
+            bench.converted(), batches, forward_fn=forward, progress=False
+        )
+    return hw.plan(bench.plans["divergence"], keep=keep)
+
+
+def fitted(bench: Workbench, keep: float, steps: int) -> Outcome:
+    """Gates fitted to the frozen dense model on the inputs that plans are made from; they do not
+    train afterwards."""
+    gate = hw.HardConcreteGate(
+        keep=keep,
+        initial_keep=keep,
+        warmup=0.0,
+        input_dependent=True,
+        kept_weight="one",
+        static_until=0.0,
+        hard_from=0.0,
+    )
+    model = hw.convert(bench.converted(), gate)
+    batches = mappings(calibration(bench), bench.device)
+    fit = hw.pruning.fit_gates(model, batches, keep, forward_fn=forward, progress=False)
+    for parameter in choosing_parameters(model):
+        parameter.requires_grad_(False)
+    return Outcome(model, 0, {"ridge": fit.ridge, "explained": fit.explained})
 
 
 def bank(bench: Workbench, keep: float, steps: int) -> Outcome:

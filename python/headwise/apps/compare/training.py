@@ -76,8 +76,8 @@ def autocast(dtype: torch.dtype, device: torch.device) -> contextlib.AbstractCon
 
 
 def gate_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """The parameters that decide which heads run."""
-    return set(choosing_parameters(model))
+    """The trained parameters that decide which heads run."""
+    return {parameter for parameter in choosing_parameters(model) if parameter.requires_grad}
 
 
 def _groups(model: nn.Module, options: TrainingOptions) -> list[dict]:

@@ -121,6 +121,9 @@ def test_headroom_is_told_before_the_runs(results):
     by_method = {(run["method"], run["keep_target"]): run for run in results["runs"]}
     bank = by_method["bank", 0.5]
     assert bank["heads_mean"] == pytest.approx(0.5) and bank["plans"] == 4
+    fitted = by_method["fitted-gates", 0.5]
+    assert fitted["heads_mean"] == pytest.approx(0.5, abs=0.1) and "swapped_accuracy" in fitted
+    assert fitted["explained"] and max(fitted["explained"].values()) <= 1.0
 
 
 class _Page(HTMLParser):
