@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from headwise.convert.conversion import converted
 from headwise.gates.selection import Selection
+from headwise.io.checked import check_number
 from headwise.io.printable import quoted
 from headwise.io.progress import with_progress
 from headwise.nn.batches import run_model
@@ -78,6 +79,7 @@ def importance_shares(
     model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Tensor], weight: float
 ) -> dict[str, Tensor]:
     """Layer name -> ``[B, H]``: :func:`divergence_scores` of each input; float64, on the CPU."""
+    check_number("weight", weight)
     if not 0.0 < weight < 1.0:
         raise ValueError(f"weight must be in (0, 1), got {quoted(weight)}")
     importance = _importance(model, batch, forward, weight)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from headwise.gates.hard_concrete import HardConcreteGate
 from headwise.gates.selection import Selection
+from headwise.io.checked import check_number
 from headwise.io.printable import layer_called, quoted
 from headwise.io.progress import with_progress
 from headwise.nn.attention_layer import AttentionLayer
@@ -73,7 +74,7 @@ def fit_gates(
     1. For every calibration input, the importance of every head to the frozen model with all heads:
        the shares of :func:`headwise.pruning.divergence_scores`.
     2. Each layer's gate learns to predict them from its own input, by ridge regression:
-       :math:`\\log\\alpha = base + W z / \\sqrt D`, z the standardised mean of the tokens.
+       :math:`\log\alpha = base + W z / \sqrt D`, z the standardised mean of the tokens.
     3. One threshold for the whole model makes the inputs run the share ``keep`` of its heads on
        average. Inputs and layers differ.
     4. The output projections are repaired for the heads that now run (:func:`headwise.repair`), and
@@ -105,8 +106,11 @@ def fit_gates(
     batches = list(batches)
     if not batches:
         raise ValueError("batches must not be empty: there is nothing to fit gates to")
+    check_number("keep", keep)
     if not 0.0 < keep < 1.0:
         raise ValueError(f"keep must be in (0, 1), got {quoted(keep)}")
+    if not ridges or not all(ridge > 0.0 for ridge in ridges):
+        raise ValueError(f"ridges must be positive, at least one, got {quoted(list(ridges))}")
     forward = run_model if forward_fn is None else forward_fn
     layers = attention_layers(model)
     gates = {name: _checked(name, layer) for name, layer in layers.items()}
