@@ -46,10 +46,17 @@ def test_a_budget_outside_its_range_is_refused(capsys, budget):
     assert message.startswith("headwise compare: error: argument --keep: ")
 
 
-def test_an_unknown_method_names_the_known_ones(capsys, tmp_path):
-    message = fails(capsys, 2, "compare", "--methods", "michle", "--out", tmp_path)
-    assert message.startswith("headwise compare: unknown method 'michle'; the methods are random,")
-    assert "budget-gate" in message
+def test_an_unknown_method_names_those_like_it(capsys, tmp_path):
+    for name, meant in (
+        ("slepng", ", did you mean sleeping?"),
+        ("fitted_gates", ", did you mean fitted-gates or fitted-gates-trained?"),
+        ("xyzzy", ":"),
+    ):
+        message = fails(capsys, 2, "compare", "--methods", name, "--out", tmp_path)
+        assert message == (
+            f"headwise compare: unknown method '{name}'{meant} --list-methods prints what there is"
+        )
+    assert fails(capsys, 2, "compare", "--methods", "michle", "--out", tmp_path).count("michel")
 
 
 def test_unknown_task(capsys, tmp_path):

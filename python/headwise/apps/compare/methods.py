@@ -6,6 +6,8 @@ same teacher and, unless it is post-hoc, trains for the same number of steps.
 
 from __future__ import annotations
 
+import difflib
+
 from headwise.apps.compare import gated, planned, repaired, structured
 from headwise.apps.compare.method import Method, Outcome, Run, then_trained
 from headwise.apps.tasks.errors import UsageError
@@ -157,13 +159,16 @@ def resolve_methods(names: tuple[str, ...], model: OwnModel | None = None) -> tu
         model: that of a task without texts: families are without the methods of texts only.
 
     Raises:
-        UsageError: an unknown name (the text lists the known ones), or a method of texts only.
+        UsageError: an unknown name (the text has those like it), or a method of texts only.
     """
     found: list[str] = []
     for name in names:
         if name not in METHODS and name not in FAMILIES:
-            known = ", ".join([*FAMILIES, *METHODS])
-            raise UsageError(f"unknown method {quoted(name)}; the methods are {known}")
+            near = difflib.get_close_matches(name, [*FAMILIES, *METHODS])
+            meant = f", did you mean {' or '.join(near)}?" if near else ":"
+            raise UsageError(
+                f"unknown method {quoted(name)}{meant} --list-methods prints what there is"
+            )
         if name in METHODS and METHODS[name].texts_only and model is not None:
             raise UsageError(f"the method {name} is for text encoders, not for a {model.name}")
         family = FAMILIES.get(name, (name,))
