@@ -157,6 +157,7 @@ def repair(
     if members is not None:
         members = _checked(members, student)
     done: list[LayerRepair] = []
+    few: list[str] = []
     with _numbers_kept() as keep, unchanged_on_error(model), student.running(), teacher.running():
         for name in with_progress(names, "repairing", "layer", progress):
             catch_up(name, student, teacher)
@@ -171,6 +172,15 @@ def repair(
                 if verify:
                     _check(student, site, moments, before)
             done.append(found)
+            inputs = site.linear.weight.size(1)
+            if found.tokens < inputs:
+                few.append(f"{found.tokens} for {inputs} in {layer_called(name)}")
+    if few:
+        warnings.warn(
+            f"batches have fewer tokens than the projections of {len(few)} of {len(done)} layers "
+            f"have inputs ({few[0]}): the ridge holds those near their weights",
+            stacklevel=2,
+        )
     return done
 
 
@@ -354,12 +364,6 @@ def _set(
     fit, held_out = moments
     linear = site.linear
     tokens = fit.tokens + (held_out.tokens if held_out is not fit else 0)
-    if tokens < linear.weight.size(1):
-        warnings.warn(
-            f"batches have {tokens} tokens for {layer_called(site.name)}, fewer than its "
-            f"projection has inputs ({linear.weight.size(1)}): the ridge holds it near its weights",
-            stacklevel=3,
-        )
     start = linear.bias
     if start is not None and linear.weight.requires_grad and not start.requires_grad:
         start = None  # added by the conversion of a model without biases: it stays zero
