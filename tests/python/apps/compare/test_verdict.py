@@ -159,7 +159,9 @@ def test_the_front_is_what_no_other_beats_in_both():
     assert [e["method"] for e in front(twins)] == ["a"]
 
 
-@pytest.mark.parametrize("name", ["compare-reviews", "compare-mixed", "compare-digits", "compare-speech"])
+@pytest.mark.parametrize(
+    "name", ["compare-reviews", "compare-mixed", "compare-digits", "compare-speech"]
+)
 def test_stored_results_have_the_verdict_that_this_version_gives(name):
     result = json.loads((RESULTS / name / "results.json").read_text())
     assert result["verdicts"] == verdicts(result)
