@@ -128,7 +128,7 @@ def fit_gates(
             for name, own in importance_shares(model, batch, forward, weight).items():
                 importance[name].append(own)
         dense = copy.deepcopy(model) if repaired else None
-    with _gates_kept(gates):
+    with _kept(model, gates, dense):
         fit = _regress(features, importance, gates, ridges)
         share = _set_threshold(model, batches, forward, gates, keep)
         repairs: list[LayerRepair] = []
@@ -144,19 +144,25 @@ def _checked(name: str, layer: AttentionLayer) -> HardConcreteGate:
     gate = layer.gate
     if not isinstance(gate, HardConcreteGate) or not gate.input_dependent:
         has = "no gate" if gate is None else f"a {type(gate).__name__}"
+        if isinstance(gate, HardConcreteGate):
+            has = "a static one"
         raise ValueError(
-            f"{layer_called(name)} must have a HardConcreteGate(input_dependent=True), "
-            f"got {has if not isinstance(gate, HardConcreteGate) else 'a static one'}"
+            f"{layer_called(name)} must have a HardConcreteGate(input_dependent=True), got {has}"
         )
     return gate
 
 
 @contextlib.contextmanager
-def _gates_kept(gates: dict[str, HardConcreteGate]) -> Iterator[None]:
+def _kept(
+    model: nn.Module, gates: dict[str, HardConcreteGate], dense: nn.Module | None
+) -> Iterator[None]:
+    """Restores, after an error, the gates, and the weights if ``dense`` has them."""
     before = {name: copy.deepcopy(gate.state_dict()) for name, gate in gates.items()}
     try:
         yield
     except BaseException:
+        if dense is not None:
+            model.load_state_dict(dense.state_dict(), strict=False)
         for name, gate in gates.items():
             gate.load_state_dict(before[name])
         raise

@@ -6,7 +6,7 @@ import headwise as hw
 import pytest
 import torch
 from headwise.gates.model import gates
-from headwise.pruning import fit_gates
+from headwise.pruning import fit_gates, fitted_gates
 from torch import nn
 
 WIDTH, HEADS, KINDS = 24, 4, 2
@@ -169,3 +169,21 @@ def test_what_is_no_number_is_named():
         fit_gates(model, batches_of(1), keep="half")
     with pytest.raises(TypeError, match="weight must be"):
         fit_gates(model, batches_of(1), keep=0.5, weight=None)
+
+
+def test_an_error_after_the_repair_restores_the_weights(monkeypatch):
+    model, calls = Switch(gate=gated()), []
+    before = copy.deepcopy(model.state_dict())
+    own = fitted_gates._set_threshold
+
+    def failing(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise RuntimeError("stopped")
+        return own(*arguments)
+
+    monkeypatch.setattr(fitted_gates, "_set_threshold", failing)
+    with pytest.raises(RuntimeError, match="stopped"):
+        fit_gates(model, batches_of(), keep=0.25)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
