@@ -25,16 +25,16 @@ using at::Tensor;
 #define HEADWISE_UNPACK_SELF(in)                                                                \
   in.x, in.in_proj_weight, in.in_proj_bias, in.out_proj_weight, in.out_proj_bias, in.num_heads, \
       in.index, in.count, in.weight, HEADWISE_UNPACK(in.arguments)
-#define HEADWISE_UNPACK_MULTIHEAD(in)                                                           \
-  in.query, in.key, in.value, in.weights.q_weight, in.weights.k_weight, in.weights.v_weight,    \
-      in.weights.q_bias, in.weights.k_bias, in.weights.v_bias, in.weights.out_proj_weight,      \
-      in.weights.out_proj_bias, in.num_heads, in.index, in.count, in.weight, in.weights.bias_k, \
-      in.weights.bias_v, in.weights.add_zero_attn, HEADWISE_UNPACK(in.arguments)
-#define HEADWISE_UNPACK_ROUTED(in)                                                           \
+#define HEADWISE_UNPACK_GENERAL(in)                                                          \
   in.query, in.key, in.value, in.weights.q_weight, in.weights.k_weight, in.weights.v_weight, \
       in.weights.q_bias, in.weights.k_bias, in.weights.v_bias, in.weights.out_proj_weight,   \
-      in.weights.out_proj_bias, in.num_heads, in.chosen, in.weight, in.weights.bias_k,       \
-      in.weights.bias_v, in.weights.add_zero_attn, HEADWISE_UNPACK(in.arguments)
+      in.weights.out_proj_bias, in.num_heads
+#define HEADWISE_UNPACK_ADDED(in) \
+  in.weights.bias_k, in.weights.bias_v, in.weights.add_zero_attn, HEADWISE_UNPACK(in.arguments)
+#define HEADWISE_UNPACK_MULTIHEAD(in) \
+  HEADWISE_UNPACK_GENERAL(in), in.index, in.count, in.weight, HEADWISE_UNPACK_ADDED(in)
+#define HEADWISE_UNPACK_ROUTED(in) \
+  HEADWISE_UNPACK_GENERAL(in), in.chosen, in.weight, HEADWISE_UNPACK_ADDED(in)
 #define HEADWISE_UNPACK_CORE(in) \
   in.q, in.k, in.v, in.index, in.count, in.weight, HEADWISE_UNPACK(in.arguments)
 

@@ -139,17 +139,17 @@ void check_given(const Tensor& t, const char* name, c10::SymIntArrayRef sizes, a
 }
 
 void check_layer_backward(const Tensor& grad_output, const Tensor& query, const c10::SymInt& keys,
-                          const Tensor& out_weight, int64_t num_heads, const Tensor& index,
-                          const LayerSaved& saved) {
-  const auto type = query.scalar_type();
-  const auto batch = query.sym_size(0), queries = query.sym_size(1), slots = index.sym_size(1);
+                          const Tensor& out_weight, int64_t num_heads, const c10::SymInt& slots,
+                          const LayerSaved& saved, at::ScalarType type) {
+  const auto given = query.scalar_type();
+  const auto batch = query.sym_size(0), queries = query.sym_size(1);
   const auto width = num_heads ? out_weight.sym_size(1) / num_heads : c10::SymInt(0);
-  check_given(grad_output, "grad_output", {batch, queries, out_weight.sym_size(0)}, type, query);
+  check_given(grad_output, "grad_output", {batch, queries, out_weight.sym_size(0)}, given, query);
   check_given(saved.q, "q", {batch, slots, queries, width}, type, query);
   check_given(saved.k, "k", {batch, slots, keys, width}, type, query);
   check_given(saved.v, "v", {batch, slots, keys, width}, type, query);
   check_given(saved.context, "context", {batch, slots, queries, width}, type, query);
-  check_given(saved.lse, "lse", {batch, slots, queries}, lse_type(type), query);
+  check_given(saved.lse, "lse", {batch, slots, queries}, lse_type(given), query);
 }
 
 }  // namespace
@@ -296,32 +296,21 @@ void check_inputs(const OutputInputs& in) {
 void check_backward(const Tensor& grad_output, const SelfInputs& in, const LayerSaved& saved) {
   check_inputs(in);
   check_layer_backward(grad_output, in.x, in.x.sym_size(1), in.out_proj_weight, in.num_heads,
-                       in.index, saved);
+                       in.index.sym_size(1), saved, in.x.scalar_type());
 }
 
 void check_backward(const Tensor& grad_output, const MultiheadInputs& in, const LayerSaved& saved) {
   check_inputs(in);
-  const auto& w = in.weights;
-  check_layer_backward(grad_output, in.query,
-                       in.key.sym_size(1) + (w.bias_k.has_value() + w.add_zero_attn),
-                       w.out_proj_weight, in.num_heads, in.index, saved);
+  check_layer_backward(grad_output, in.query, in.key.sym_size(1) + added_rows(in.weights),
+                       in.weights.out_proj_weight, in.num_heads, in.index.sym_size(1), saved,
+                       in.query.scalar_type());
 }
 
 void check_backward(const Tensor& grad_output, const RoutedInputs& in, const LayerSaved& saved) {
   check_inputs(in);
-  const auto& w = in.weights;
-  const auto batch = in.query.sym_size(0), queries = in.query.sym_size(1),
-             keys = in.key.sym_size(1) + (w.bias_k.has_value() + w.add_zero_attn),
-             heads = c10::SymInt(in.num_heads),
-             width = in.num_heads ? w.q_weight.sym_size(0) / in.num_heads : c10::SymInt(0);
-  const auto given = in.query.scalar_type(), type = lse_type(given);
-  check_given(grad_output, "grad_output", {batch, queries, w.out_proj_weight.sym_size(0)}, given,
-              in.query);
-  check_given(saved.q, "q", {batch, heads, queries, width}, type, in.query);
-  check_given(saved.k, "k", {batch, heads, keys, width}, type, in.query);
-  check_given(saved.v, "v", {batch, heads, keys, width}, type, in.query);
-  check_given(saved.context, "context", {batch, heads, queries, width}, type, in.query);
-  check_given(saved.lse, "lse", {batch, heads, queries}, type, in.query);
+  check_layer_backward(grad_output, in.query, in.key.sym_size(1) + added_rows(in.weights),
+                       in.weights.out_proj_weight, in.num_heads, in.num_heads, saved,
+                       lse_type(in.query.scalar_type()));
 }
 
 void check_backward(const Tensor& grad_output, const CoreInputs& in, const Tensor& output,

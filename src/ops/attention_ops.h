@@ -37,21 +37,29 @@ using OptionalTensor = std::optional<at::Tensor>;
     }                                                                                         \
   }
 
-#define HEADWISE_MULTIHEAD_PARAMETERS                                                            \
-  const at::Tensor &query, const at::Tensor &key, const at::Tensor &value,                       \
-      const at::Tensor &q_weight, const at::Tensor &k_weight, const at::Tensor &v_weight,        \
-      const OptionalTensor &q_bias, const OptionalTensor &k_bias, const OptionalTensor &v_bias,  \
-      const at::Tensor &out_proj_weight, const OptionalTensor &out_proj_bias, int64_t num_heads, \
-      const at::Tensor &index, const at::Tensor &count, const at::Tensor &weight,                \
-      const OptionalTensor &bias_k, const OptionalTensor &bias_v, bool add_zero_attn,            \
+// The general form; what chooses the heads comes between its two halves.
+#define HEADWISE_GENERAL_PARAMETERS                                                             \
+  const at::Tensor &query, const at::Tensor &key, const at::Tensor &value,                      \
+      const at::Tensor &q_weight, const at::Tensor &k_weight, const at::Tensor &v_weight,       \
+      const OptionalTensor &q_bias, const OptionalTensor &k_bias, const OptionalTensor &v_bias, \
+      const at::Tensor &out_proj_weight, const OptionalTensor &out_proj_bias, int64_t num_heads
+#define HEADWISE_ADDED_PARAMETERS                                                 \
+  const OptionalTensor &bias_k, const OptionalTensor &bias_v, bool add_zero_attn, \
       HEADWISE_MASK_PARAMETERS
-#define HEADWISE_MULTIHEAD_INPUTS                                                               \
-  ::headwise::ops::MultiheadInputs {                                                            \
-    query, key, value, {q_weight,        k_weight,      v_weight, q_bias, k_bias,       v_bias, \
-                        out_proj_weight, out_proj_bias, bias_k,   bias_v, add_zero_attn},       \
-        num_heads, index, count, weight, {                                                      \
-      HEADWISE_MASK_ARGUMENTS                                                                   \
-    }                                                                                           \
+#define HEADWISE_WEIGHTS                                                                          \
+  ::headwise::ProjectionWeights {                                                                 \
+    q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, out_proj_weight, out_proj_bias, bias_k, \
+        bias_v, add_zero_attn                                                                     \
+  }
+
+#define HEADWISE_MULTIHEAD_PARAMETERS                                            \
+  HEADWISE_GENERAL_PARAMETERS, const at::Tensor &index, const at::Tensor &count, \
+      const at::Tensor &weight, HEADWISE_ADDED_PARAMETERS
+#define HEADWISE_MULTIHEAD_INPUTS                                           \
+  ::headwise::ops::MultiheadInputs {                                        \
+    query, key, value, HEADWISE_WEIGHTS, num_heads, index, count, weight, { \
+      HEADWISE_MASK_ARGUMENTS                                               \
+    }                                                                       \
   }
 
 #define HEADWISE_CORE_PARAMETERS                                                          \
@@ -144,6 +152,11 @@ void check_inputs(const CoreInputs& in);
 
 /// Values of a selection (index in range and ascending, count in range); reads memory: CPU only.
 void check_selection_values(const at::Tensor& index, const at::Tensor& count, int64_t num_heads);
+
+/// Rows that bias_k/bias_v and add_zero_attn add to the keys.
+inline int64_t added_rows(const ProjectionWeights& w) {
+  return w.bias_k.has_value() + w.add_zero_attn;
+}
 
 /// Accumulation type of lse: float64 for float64, else float32.
 at::ScalarType lse_type(at::ScalarType type);

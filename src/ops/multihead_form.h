@@ -5,11 +5,6 @@
 
 namespace headwise::ops {
 
-/// Rows that bias_k/bias_v and add_zero_attn add to the keys.
-inline int64_t added_rows(const ProjectionWeights& w) {
-  return w.bias_k.has_value() + w.add_zero_attn;
-}
-
 inline MultiheadInputs as_multihead(const SelfInputs& in) {
   const int64_t e = in.out_proj_weight.size(1);
   const auto rows = [&](const at::Tensor& t, int64_t n) { return t.narrow(0, n * e, e); };

@@ -5,20 +5,12 @@
 
 namespace headwise::ops {
 
-#define HEADWISE_ROUTED_PARAMETERS                                                               \
-  const at::Tensor &query, const at::Tensor &key, const at::Tensor &value,                       \
-      const at::Tensor &q_weight, const at::Tensor &k_weight, const at::Tensor &v_weight,        \
-      const OptionalTensor &q_bias, const OptionalTensor &k_bias, const OptionalTensor &v_bias,  \
-      const at::Tensor &out_proj_weight, const OptionalTensor &out_proj_bias, int64_t num_heads, \
-      const at::Tensor &chosen, const at::Tensor &weight, const OptionalTensor &bias_k,          \
-      const OptionalTensor &bias_v, bool add_zero_attn, HEADWISE_MASK_PARAMETERS
+#define HEADWISE_ROUTED_PARAMETERS                                                 \
+  HEADWISE_GENERAL_PARAMETERS, const at::Tensor &chosen, const at::Tensor &weight, \
+      HEADWISE_ADDED_PARAMETERS
 #define HEADWISE_ROUTED_INPUTS                                                                  \
   ::headwise::ops::RoutedInputs {                                                               \
-    query, key, value, {q_weight,        k_weight,      v_weight, q_bias, k_bias,       v_bias, \
-                        out_proj_weight, out_proj_bias, bias_k,   bias_v, add_zero_attn},       \
-        num_heads, chosen, weight, {                                                            \
-      HEADWISE_MASK_ARGUMENTS                                                                   \
-    }                                                                                           \
+    query, key, value, HEADWISE_WEIGHTS, num_heads, chosen, weight, { HEADWISE_MASK_ARGUMENTS } \
   }
 
 /// Inputs of routed_multihead_attention.

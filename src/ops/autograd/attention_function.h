@@ -1,33 +1,21 @@
 // The derivative of an attention operator, whichever inputs it has: forward keeps what backward
-// reads, backward is one operator. An operator's file gives, for its struct of inputs, visit(),
-// differentiable(), num_heads_of(), zero_row_of(), run_forward() and run_backward().
+// reads, backward is one operator.
 #pragma once
 
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <limits>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
-#include "ops/attention_ops.h"
+#include "ops/input_tensors.h"
 
 namespace headwise::ops {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-// Visits every tensor of the inputs, in one fixed order; f takes at::Tensor& or OptionalTensor&.
-template <typename F>
-void visit(AttentionArguments& a, const F& f) {
-  f(a.key_padding_mask), f(a.attn_mask), f(a.dropout_seed);
-}
-// The inputs that gradients are computed for, in the order in which the backward operators return
-// them.
-using Differentiable = std::vector<OptionalTensor>;
-inline OptionalTensor floating(const OptionalTensor& mask) {
-  return mask && mask->is_floating_point() ? mask : OptionalTensor();
-}
 
 template <typename Inputs>
 void save(AutogradContext* ctx, Inputs in, variable_list results) {
@@ -39,8 +27,8 @@ void save(AutogradContext* ctx, Inputs in, variable_list results) {
   data["is_causal"] = in.arguments.is_causal;
   data["dropout_p"] = in.arguments.dropout_p;
   data["scale"] = in.arguments.scale;
-  if (auto* value = num_heads_of(in)) data["num_heads"] = *value;
-  if (auto* value = zero_row_of(in)) data["add_zero_attn"] = *value;
+  if constexpr (requires { in.num_heads; }) data["num_heads"] = in.num_heads;
+  if constexpr (GeneralInputs<Inputs>) data["add_zero_attn"] = in.weights.add_zero_attn;
 }
 
 /// The inputs again, and the results that were saved after them.
@@ -63,30 +51,40 @@ Inputs load(AutogradContext* ctx, variable_list& results) {
   in.arguments.is_causal = data["is_causal"].toBool();
   in.arguments.dropout_p = data["dropout_p"].toDouble();
   in.arguments.scale = data["scale"].toOptional<double>();
-  if (auto* value = num_heads_of(in)) *value = data["num_heads"].toInt();
-  if (auto* value = zero_row_of(in)) *value = data["add_zero_attn"].toBool();
+  if constexpr (requires { in.num_heads; }) in.num_heads = data["num_heads"].toInt();
+  if constexpr (GeneralInputs<Inputs>) in.weights.add_zero_attn = data["add_zero_attn"].toBool();
   return in;
 }
 
-template <typename Inputs, int N>
-struct AttentionFunction : torch::autograd::Function<AttentionFunction<Inputs, N>> {
+template <typename Inputs>
+struct AttentionFunction : torch::autograd::Function<AttentionFunction<Inputs>> {
   // `tensors` are the differentiable inputs that were given: autograd sees those, in that order.
   static at::Tensor forward(AutogradContext* ctx, at::TensorList tensors, const Inputs& in) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    variable_list results;
-    at::Tensor output = run_forward(in, results);
-    save(ctx, in, std::move(results));
-    return output;
+    return std::apply(
+        [&](const at::Tensor& output, const auto&... results) {
+          if constexpr (std::is_same_v<Inputs, CoreInputs>)
+            save(ctx, in, {output, results...});
+          else
+            save(ctx, in, {results...});
+          return output;
+        },
+        call_forward(in));
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grad_outputs) {
-    variable_list results;
-    auto in = load<Inputs>(ctx, results);
+    variable_list r;
+    const auto in = load<Inputs>(ctx, r);
     const auto inputs = differentiable(in);
-    Needs<N> needs{};
+    Needs<std::tuple_size_v<decltype(differentiable(in))>> needs{};
     size_t edge = 0;
-    for (int i = 0; i < N; ++i) needs[i] = inputs[i] && ctx->needs_input_grad(edge++);
-    auto computed = run_backward(grad_outputs[0], in, results, needs);
+    for (size_t i = 0; i < needs.size(); ++i) needs[i] = inputs[i] && ctx->needs_input_grad(edge++);
+    const auto computed = [&] {
+      if constexpr (std::is_same_v<Inputs, CoreInputs>)
+        return call_backward(grad_outputs[0], in, r[0], r[1], r[2], needs);
+      else
+        return call_backward(grad_outputs[0], in, LayerSaved{r[0], r[1], r[2], r[3], r[4]}, needs);
+    }();
     variable_list gradients;
     std::apply(
         [&](const auto&... gradient) {
@@ -118,7 +116,7 @@ Inputs with_differentiable_masks(Inputs in) {
   return in;
 }
 
-template <int N, typename Inputs>
+template <typename Inputs>
 at::Tensor differentiate(const Inputs& given) {
   const auto in = with_differentiable_masks(given);
   variable_list tensors;
@@ -133,7 +131,7 @@ at::Tensor differentiate(const Inputs& given) {
     return call(in);
   }
   const at::TensorList list(tensors);
-  return AttentionFunction<Inputs, N>::apply(list, in);
+  return AttentionFunction<Inputs>::apply(list, in);
 }
 
 }  // namespace headwise::ops

@@ -3,9 +3,9 @@
 #include <torch/library.h>
 
 #include "kernels/cpu/layer.h"
-#include "ops/attention_ops.h"
 #include "ops/backward_checks.h"
 #include "ops/cpu/layer_call.h"
+#include "ops/input_tensors.h"
 
 namespace headwise::ops {
 namespace {
@@ -154,10 +154,8 @@ MultiheadBackward multihead_backward(const Tensor& grad_output, HEADWISE_MULTIHE
       in, query, saved, [&]<typename T, typename Acc>(LayerCall<T, Acc>& call) {
         const Gradients<Acc> make{query.options(), !runs_packed(call.layer)};
         kernels::LayerGradients<T, Acc> g;
-        const OptionalTensor inputs[] = {query,         key,    value,  q_weight, k_weight,
-                                         v_weight,      q_bias, k_bias, v_bias,   out_proj_weight,
-                                         out_proj_bias, weight, bias_k, bias_v};
-        std::array<Tensor, 14> results;
+        const auto inputs = differentiable(in);
+        std::array<Tensor, 15> results;
         const auto large = [&](int i, T*& to) {
           to = make.template large<T>(needs[i], inputs[i], results[i]);
         };
@@ -172,8 +170,8 @@ MultiheadBackward multihead_backward(const Tensor& grad_output, HEADWISE_MULTIHE
         const auto mask = make.mask(needs[14], attn_mask, g.mask);
         run_backward(call, saved, grad_output, g);
         for (int i = 0; i < 14; ++i) results[i] = make.result(results[i], inputs[i], needs[i]);
-        return MultiheadBackward(
-            std::tuple_cat(results, std::make_tuple(make.mask_result(mask, attn_mask))));
+        results[14] = make.mask_result(mask, attn_mask);
+        return MultiheadBackward(std::tuple_cat(results));
       });
 }
 

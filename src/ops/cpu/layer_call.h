@@ -72,7 +72,7 @@ struct LayerCall {
 
   LayerCall(const MultiheadInputs& in, bool compact)
       : masked(in.arguments, in.query, in.query.size(0), in.num_heads, in.query.size(1),
-               in.key.size(1), in.weights.bias_k.has_value() + in.weights.add_zero_attn,
+               in.key.size(1), added_rows(in.weights),
                head_width(in.weights.out_proj_weight, in.num_heads),
                head_width(in.weights.out_proj_weight, in.num_heads)),
         columns(in.index.size(1)) {

@@ -5,7 +5,7 @@
 #include <torch/library.h>
 
 #include "ops/cpu/layer_call.h"
-#include "ops/routed.h"
+#include "ops/input_tensors.h"
 
 namespace headwise::ops {
 namespace {
@@ -108,13 +108,11 @@ MultiheadBackward routed_backward(const Tensor& grad_output, HEADWISE_ROUTED_PAR
   return dispatch(query.scalar_type(), [&]<typename T>(T) -> MultiheadBackward {
     const Gradients<T> make{query.options()};
     kernels::LayerGradients<T> g;
-    const OptionalTensor inputs[] = {query,         key,    value,  q_weight, k_weight,
-                                     v_weight,      q_bias, k_bias, v_bias,   out_proj_weight,
-                                     out_proj_bias, weight, bias_k, bias_v};
+    const auto inputs = differentiable(in);
     T** pointers[] = {&g.query,    &g.key,         &g.value,  &g.q_weight, &g.k_weight,
                       &g.v_weight, &g.q_bias,      &g.k_bias, &g.v_bias,   &g.out_weight,
                       &g.out_bias, &g.head_weight, &g.bias_k, &g.bias_v};
-    std::array<Tensor, 14> results;
+    std::array<Tensor, 15> results;
     for (int i = 0; i < 14; ++i) *pointers[i] = make.make(needs[i], inputs[i], results[i]);
     const auto mask = make.mask(needs[14], attn_mask, g.mask);
     RoutedCall<T> call(in);
@@ -122,7 +120,8 @@ MultiheadBackward routed_backward(const Tensor& grad_output, HEADWISE_ROUTED_PAR
     kernels::routed_backward<T>(call.routed, call.call.workspace(saved),
                                 grad.template const_data_ptr<T>(), g);
     for (int i = 0; i < 14; ++i) results[i] = make.result(results[i], inputs[i], needs[i]);
-    return std::tuple_cat(results, std::make_tuple(make.mask_result(mask, attn_mask)));
+    results[14] = make.mask_result(mask, attn_mask);
+    return std::tuple_cat(results);
   });
 }
 

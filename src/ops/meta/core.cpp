@@ -11,7 +11,6 @@ namespace {
 
 using at::Tensor;
 using meta::empty;
-using meta::gradient;
 
 Tensor core(HEADWISE_CORE_PARAMETERS) {
   check_inputs(HEADWISE_CORE_INPUTS);
@@ -29,9 +28,9 @@ CoreForward core_forward(HEADWISE_CORE_PARAMETERS) {
 CoreBackward core_backward(const Tensor& grad_output, HEADWISE_CORE_PARAMETERS,
                            const Tensor& output, const Tensor& context, const Tensor& lse,
                            std::array<bool, 5> needs) {
-  check_backward(grad_output, HEADWISE_CORE_INPUTS, output, context, lse);
-  return {gradient(needs[0], q, q), gradient(needs[1], k, q), gradient(needs[2], v, q),
-          gradient(needs[3], weight, q), gradient(needs[4], attn_mask, q)};
+  const auto in = HEADWISE_CORE_INPUTS;
+  check_backward(grad_output, in, output, context, lse);
+  return meta::gradients(in, needs, q);
 }
 
 }  // namespace
