@@ -7,6 +7,7 @@ import headwise as hw
 import pytest
 import torch
 from headwise.gates import Gate, Selection
+from support.architectures import decoder_config
 from torch import nn
 
 transformers = pytest.importorskip("transformers")
@@ -37,13 +38,15 @@ class TokenGate(Gate):
 def build(kind="Llama", gate=None, **kwargs):
     torch.manual_seed(0)
     sizes = {
-        "vocab_size": 50, "hidden_size": EMBED, "num_hidden_layers": 2,
-        "num_attention_heads": HEADS, "num_key_value_heads": GROUPS, "intermediate_size": 32,
-        "max_position_embeddings": 64, "pad_token_id": 0, **kwargs,
-    }  # fmt: skip
+        "hidden_size": EMBED,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": GROUPS,
+        "intermediate_size": 32,
+        **kwargs,
+    }
     if kind == "GPT2":
         sizes.update(intermediate_size=None)
-    model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**sizes))
+    model = getattr(transformers, f"{kind}Model")(decoder_config(kind, **sizes))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3.0 if parameter.dim() > 1 else 1.0)

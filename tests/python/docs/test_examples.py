@@ -12,7 +12,7 @@ import headwise as hw
 import pytest
 import torch
 from headwise.io.safetensors_files import load_safetensors, save_safetensors
-from support.architectures import bert, padding_mask
+from support.architectures import bert, decoder_config, padding_mask
 from support.structures import random_plan
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -152,14 +152,8 @@ def test_cpp_says_what_is_wrong(tmp_path):
 def test_cpp_generates_what_python_does(kind, tmp_path):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
+    config = decoder_config(
         vocab_size=60,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=64,
         rope_parameters={"rope_type": "default", "rope_theta": 500.0},
         rms_norm_eps=1e-5,
         tie_word_embeddings=kind == "groups",

@@ -11,6 +11,7 @@ import textwrap
 import headwise as hw
 import pytest
 import torch
+from support.architectures import decoder_config
 from torch import nn
 from torch.nn import functional as F
 
@@ -62,20 +63,15 @@ def build(prefix="Llama", kind="ForCausalLM", **kwargs):
     sizes = {
         "vocab_size": VOCABULARY,
         "hidden_size": EMBED,
-        "num_hidden_layers": 2,
         "num_attention_heads": HEADS,
         "num_key_value_heads": GROUPS,
         "intermediate_size": 32,
-        "max_position_embeddings": 64,
-        "pad_token_id": 0,
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
     if prefix == "GPT2":
         sizes.update(intermediate_size=None, n_inner=32)
-    config = getattr(transformers, f"{prefix}Config")(
-        **{**sizes, **FAMILY.get(prefix, {}), **kwargs}
-    )
+    config = decoder_config(prefix, **{**sizes, **FAMILY.get(prefix, {}), **kwargs})
     kind = "ForMaskedLM" if prefix == "EuroBert" else kind
     kind = "LMHeadModel" if (prefix, kind) == ("GPT2", "ForCausalLM") else kind
     model = getattr(transformers, f"{prefix}{kind}")(config)

@@ -3,6 +3,7 @@
 import headwise as hw
 import pytest
 import torch
+from support.architectures import decoder_config
 
 D, H, GROUPS = 24, 6, 3
 
@@ -102,10 +103,7 @@ def test_what_is_no_cache_is_refused(cache):
 def small_llama():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-        num_attention_heads=8, num_key_value_heads=4,
-    )  # fmt: skip
+    config = decoder_config(num_hidden_layers=1)
     return hw.convert(transformers.LlamaForCausalLM(config).eval()), transformers
 
 

@@ -6,7 +6,7 @@ import headwise as hw
 import pytest
 import torch
 from headwise.pruning import divergence_scores
-from support.architectures import EMBED, HEADS
+from support.architectures import EMBED, HEADS, decoder_config
 from torch import nn
 from torch.nn import functional as F
 
@@ -115,14 +115,7 @@ def test_a_decoder_that_was_not_converted():
     import transformers
 
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=40,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
+    config = decoder_config(num_attention_heads=4, num_key_value_heads=2)
     model = transformers.LlamaForCausalLM(config).eval()
     batches = [{"input_ids": torch.randint(0, 40, (2, 9))} for _ in range(2)]
     scores = divergence_scores(model, batches)

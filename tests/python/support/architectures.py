@@ -225,6 +225,26 @@ def decoder(prefix: str, class_name: str, **kwargs) -> nn.Module:
     return small(prefix, class_name, num_key_value_heads=2, pad_token_id=0, **kwargs)
 
 
+def decoder_config(prefix: str = "Llama", **kwargs):
+    """A configuration of transformers: eight query heads, which share keys and values in pairs."""
+    import transformers
+
+    name = f"{prefix}TextConfig" if prefix == "Gemma3" else f"{prefix}Config"
+    return getattr(transformers, name)(
+        **{
+            "vocab_size": 50,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 64,
+            "pad_token_id": 0,
+            **kwargs,
+        }
+    )
+
+
 def decoder_inputs():
     """Padded on the left, as for generation."""
     return {"input_ids": torch.randint(3, 50, (3, 7)), "attention_mask": bert_mask().flip(1)}

@@ -11,6 +11,7 @@ from headwise.apps.cli import main
 from headwise.apps.tasks.errors import UsageError
 from headwise.apps.tasks.models import load_classifier, load_trained, model_folder
 from safetensors.torch import load_file, save_file
+from support.architectures import decoder_config
 from support.compare_fixtures import write_model
 
 
@@ -32,13 +33,10 @@ def configured(folder, **changes):
 
 def write_decoder(folder, head: bool):
     """A tiny Llama with the tokenizer of the tiny BERT, with its classification head or without."""
-    from transformers import LlamaConfig, LlamaForSequenceClassification, LlamaModel
+    from transformers import LlamaForSequenceClassification, LlamaModel
 
     write_model(folder)
-    config = LlamaConfig(
-        vocab_size=23, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, intermediate_size=64, max_position_embeddings=64, pad_token_id=0,
-    )  # fmt: skip
+    config = decoder_config(vocab_size=23)
     torch.manual_seed(0)
     (LlamaForSequenceClassification if head else LlamaModel)(config).save_pretrained(folder)
     return folder
