@@ -9,19 +9,16 @@
 //                          have a relevance, with ThresholdGate.
 // FOLDER/data.safetensors  "x.N" [B, L, D], "padding.N" bool [B, L], "labels.N" int64 [B]
 // FOLDER/found.json, FOLDER/found.safetensors    what is written
-#include <torch/torch.h>
-
 #include <cmath>
 #include <fstream>
-#include <iostream>
-#include <nlohmann/json.hpp>
 #include <string>
 
 #include "headwise/headwise.h"
+#include "parity.h"
 
 namespace {
 
-using Json = nlohmann::json;
+using parity::Json;
 
 struct Batch {
   at::Tensor x, padding, labels;
@@ -131,14 +128,5 @@ void run(const std::string& folder) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 2) {
-    std::cerr << "usage: analysis_parity FOLDER\n";
-    return 2;
-  }
-  try {
-    run(argv[1]);
-  } catch (const std::exception& error) {
-    std::cerr << error.what() << "\n";
-    return 1;
-  }
+  return parity::main(argc == 2, "analysis_parity FOLDER", [&] { run(argv[1]); });
 }

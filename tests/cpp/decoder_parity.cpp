@@ -13,71 +13,41 @@
 //                         "weight", "grad.NAME" for every parameter and "grad_x"; of the tokens up
 //                         to each of "ends" in turn, with a cache: "steps", "counts", "k", "v",
 //                         "slots"
-#include <torch/torch.h>
-
-#include <fstream>
-#include <iostream>
-#include <nlohmann/json.hpp>
-#include <optional>
-#include <string>
-
 #include "headwise/grouped_query_attention.h"
 #include "headwise/model.h"
 #include "headwise/pruning.h"
-#include "headwise/weights.h"
+#include "parity.h"
 
 namespace {
 
-using Json = nlohmann::json;
+using parity::Json;
 
 template <typename T>
 std::optional<T> get_optional(const Json& json, const char* key) {
   return json.at(key).is_null() ? std::nullopt : std::optional(json.at(key).get<T>());
 }
 
-headwise::GroupedQueryAttention build(const Json& json) {
-  auto options = headwise::GroupedQueryAttentionOptions(json.at("embed_dim").get<int64_t>(),
-                                                        json.at("num_heads").get<int64_t>())
-                     .num_key_value_heads(get_optional<int64_t>(json, "num_key_value_heads"))
-                     .head_dim(get_optional<int64_t>(json, "head_dim"))
-                     .dropout(json.at("dropout").get<double>())
-                     .bias(json.at("bias").get<bool>())
-                     .output_bias(get_optional<bool>(json, "output_bias"))
-                     .scale(get_optional<double>(json, "scale"))
-                     .qk_norm_eps(get_optional<double>(json, "qk_norm_eps"))
-                     .sliding_window(get_optional<int64_t>(json, "sliding_window"))
-                     .key_value_heads(get_optional<std::vector<int64_t>>(json, "key_value_heads"))
-                     .keep_selection(json.at("keep_selection").get<bool>())
-                     .dtype(at::kDouble);
-  if (!json.at("gate").is_null()) {
-    options.gate(headwise::gate_options_from_json(json.at("gate").dump()));
-  }
-  return headwise::GroupedQueryAttention(options);
+headwise::GroupedQueryAttentionOptions options_of(const Json& json) {
+  return headwise::GroupedQueryAttentionOptions(json.at("embed_dim").get<int64_t>(),
+                                                json.at("num_heads").get<int64_t>())
+      .num_key_value_heads(get_optional<int64_t>(json, "num_key_value_heads"))
+      .head_dim(get_optional<int64_t>(json, "head_dim"))
+      .dropout(json.at("dropout").get<double>())
+      .bias(json.at("bias").get<bool>())
+      .output_bias(get_optional<bool>(json, "output_bias"))
+      .scale(get_optional<double>(json, "scale"))
+      .qk_norm_eps(get_optional<double>(json, "qk_norm_eps"))
+      .sliding_window(get_optional<int64_t>(json, "sliding_window"))
+      .key_value_heads(get_optional<std::vector<int64_t>>(json, "key_value_heads"))
+      .keep_selection(json.at("keep_selection").get<bool>());
 }
 
 void run(const std::string& folder) {
-  std::ifstream stream(folder + "/layer.json");
-  const auto json = Json::parse(stream);
-  const auto file = headwise::load_safetensors(folder + "/input.safetensors");
-  auto layer = build(json);
-  headwise::link_gates(*layer);
-  auto state = layer->named_parameters();
-  for (const auto& item : layer->named_buffers()) state.insert(item.key(), item.value());
-  const std::string prefix = "state.";
-  size_t loaded = 0;
-  for (const auto& [name, tensor] : file.tensors) {
-    if (name.starts_with(prefix)) {
-      const torch::NoGradGuard no_grad;
-      state[name.substr(prefix.size())].copy_(tensor);
-      ++loaded;
-    }
-  }
-  TORCH_CHECK(loaded == state.size(), "the layer has ", state.size(), " tensors, the file ",
-              loaded);
-  const auto input = [&](const char* name) {
-    const auto found = file.tensors.find(name);
-    return found == file.tensors.end() ? at::Tensor() : found->second;
-  };
+  const auto json = parity::read_json(folder + "/layer.json");
+  const auto tensors = headwise::load_safetensors(folder + "/input.safetensors").tensors;
+  auto layer =
+      parity::build<headwise::GroupedQueryAttention>(options_of(json), json.at("gate"), tensors);
+  const auto input = [&](const char* name) { return parity::tensor(tensors, name); };
   const auto& call = json.at("call");
   if (const auto heads = get_optional<std::vector<int64_t>>(call, "heads")) {
     layer = headwise::prune(layer, {"", layer->options.num_heads(), *heads,
@@ -128,20 +98,8 @@ void run(const std::string& folder) {
   }
   torch::manual_seed(call.at("seed").get<int64_t>());
   const auto [output, weights] = layer->forward(x, arguments);
-  const auto penalty = headwise::penalty(*layer);
-  ((output * input("cotangent")).sum() + penalty).backward();
-  results["output"] = output.detach();
-  results["weights"] = weights.detach();
-  results["penalty"] = penalty.detach().to(at::kDouble);
+  parity::differentiate(layer, output, weights, input("cotangent"), selection, results);
   results["grad_x"] = x.grad().defined() ? x.grad() : at::zeros_like(x);
-  for (const auto& item : layer->named_parameters()) {
-    if (item.value().grad().defined()) results["grad." + item.key()] = item.value().grad();
-  }
-  if (selection) {
-    results["index"] = selection->index;
-    results["count"] = selection->count;
-    results["weight"] = selection->weight.detach();
-  }
   headwise::save_safetensors(folder + "/output.safetensors", results);
 }
 
@@ -160,23 +118,10 @@ void prune(headwise::Model& model, const headwise::HeadPlan& plan) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc < 2 || argc > 4) {
-    std::cerr << "usage: decoder_parity FOLDER | FROM TO [PLAN]\n";
-    return 2;
-  }
-  try {
-    if (argc > 2) {
-      auto model = headwise::load(argv[1]);
-      if (argc == 4) prune(model, headwise::HeadPlan::load(argv[3]));
-      headwise::save(model, argv[2]);
-    } else {
-      run(argv[1]);
-    }
-  } catch (const c10::Error& error) {
-    std::cerr << error.what_without_backtrace() << "\n";
-    return 1;
-  } catch (const std::exception& error) {
-    std::cerr << error.what() << "\n";
-    return 1;
-  }
+  return parity::main(2 <= argc && argc <= 4, "decoder_parity FOLDER | FROM TO [PLAN]", [&] {
+    if (argc == 2) return run(argv[1]);
+    auto model = headwise::load(argv[1]);
+    if (argc == 4) prune(model, headwise::HeadPlan::load(argv[3]));
+    headwise::save(model, argv[2]);
+  });
 }

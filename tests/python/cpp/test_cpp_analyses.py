@@ -1,14 +1,12 @@
 """The analyses and searches of the C++ API give Python's numbers: tests/cpp/analysis_parity.cpp."""
 
 import json
-import os
-import subprocess
 
 import headwise as hw
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.programs import find_program
+from support.programs import find_program, run_program
 from torch import nn
 
 PROGRAM = find_program("analysis_parity")
@@ -70,14 +68,7 @@ def problem(tmp_path_factory):
         },
         str(folder / "data.safetensors"),
     )
-    done = subprocess.run(
-        [str(PROGRAM), str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
+    run_program(PROGRAM, folder)
     found = json.loads((folder / "found.json").read_text())
     return models, batches, found, load_file(str(folder / "found.safetensors"))
 

@@ -1,14 +1,21 @@
 """``headwise::GroupedQueryAttention`` (C++) gives the numbers of Python's, and its folders."""
 
 import json
-import os
-import subprocess
 
 import headwise as hw
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from support.programs import find_program
+from safetensors.torch import load_file
+from support.architectures import decoder_config
+from support.programs import (
+    assert_written,
+    differentiated,
+    drop_state,
+    find_program,
+    random_layer,
+    run_program,
+    write_layer,
+)
 
 D, H, B, L = 24, 6, 3, 7
 ENDS = [4, 5, 7]  # the prompt, one token, and two at once
@@ -64,11 +71,7 @@ def compare(tmp_path, layer, gate, training, *, masked=False, padded=False, seen
     options = {**DEFAULTS, **LAYERS[layer]}
     torch.manual_seed(0)
     ours = hw.GroupedQueryAttention(D, H, **options, gate=GATES[gate], dtype=torch.float64)
-    with torch.no_grad():
-        for parameter in ours.parameters():
-            parameter.normal_(0.0, 0.5)
-    hw.link_gates(ours)
-    hw.anneal(ours, 0.8)
+    ours = random_layer(ours, 0.8)
     inputs = {"x": torch.randn(B, L, D, dtype=torch.float64), **rope(4)}
     inputs["cotangent"] = torch.randn_like(inputs["x"])
     if masked:
@@ -79,20 +82,13 @@ def compare(tmp_path, layer, gate, training, *, masked=False, padded=False, seen
         inputs["key_padding_mask"] = padding
     if seen is not None:
         inputs["seen"] = seen
-    state = {f"state.{name}": tensor for name, tensor in ours.state_dict().items()}
-    save_file({**inputs, **state}, str(tmp_path / "input.safetensors"))
-    config = None if GATES[gate] is None else ours.gate.config()
     scale = None if heads is None else [0.5 + i for i in range(len(heads))]
     call = {"training": training, "seed": 11, "ends": ENDS, "heads": heads, "scale": scale}
-    description = {"embed_dim": D, "num_heads": H, **options, "gate": config, "call": call}
-    (tmp_path / "layer.json").write_text(json.dumps(description))
-
+    if heads is not None and masked:
+        inputs["attn_mask"] = inputs["attn_mask"][:, heads]
+    write_layer(tmp_path, ours, inputs, **options, call=call)
     if heads is not None:
-        entry = hw.pruning.LayerPlan("", H, heads, scale)
-        ours = hw.prune(ours, hw.HeadPlan([entry]))
-        if masked:
-            inputs["attn_mask"] = inputs["attn_mask"][:, heads]
-            save_file({**inputs, **state}, str(tmp_path / "input.safetensors"))
+        ours = hw.prune(ours, hw.HeadPlan([hw.pruning.LayerPlan("", H, heads, scale)]))
     chosen = []
     ours._observers.append(lambda layer, selection, x, padding: chosen.append(selection))
     expected = cached_steps(ours.eval(), inputs)
@@ -115,20 +111,11 @@ def compare(tmp_path, layer, gate, training, *, masked=False, padded=False, seen
             attn_mask=inputs.get("attn_mask"),
             need_weights=True,
         )
-    penalty = hw.penalty(ours)
-    ((output * inputs["cotangent"]).sum() + penalty).backward()
-    expected |= {"output": output, "weights": weights, "penalty": penalty.double()}
+    selection = chosen[-1] if chosen else None
+    expected |= differentiated(ours, output, weights, inputs["cotangent"], selection)
     expected["grad_x"] = torch.zeros_like(x) if x.grad is None else x.grad
-    if chosen:
-        expected |= {name: getattr(chosen[-1], name) for name in ("index", "count", "weight")}
-    grads = {f"grad.{n}": p.grad for n, p in ours.named_parameters() if p.grad is not None}
-    got = run(tmp_path)
-    assert sorted(got) == sorted({**expected, **grads})
-    for name, tensor in {**expected, **grads}.items():
-        torch.testing.assert_close(
-            got[name], tensor.detach(), atol=1e-6, rtol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
-        )
-    return got
+    run(tmp_path)
+    return assert_written(tmp_path, expected)
 
 
 def cached_steps(layer, inputs):
@@ -149,18 +136,8 @@ def cached_steps(layer, inputs):
     return {"steps": torch.cat(steps, 1), "k": cache.k, "v": cache.v, **slots}
 
 
-def run(folder, *more, status=0):
-    done = subprocess.run(
-        [str(PROGRAM), str(folder), *map(str, more)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == status, done.stderr
-    if status or more:
-        return done.stderr
-    return load_file(str(folder / "output.safetensors"))
+def run(*arguments, status=0):
+    return run_program(PROGRAM, *arguments, status=status)
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -244,29 +221,15 @@ def test_python_reads_what_cpp_pruned(tmp_path, prefix, heads):
 def test_names_of_parameters(tmp_path):
     """The program refuses a state that is not, name by name, the layer's."""
     compare(tmp_path, "qwen3", "groups", False)
-    state = load_file(str(tmp_path / "input.safetensors"))
-    del state["state.gate.place"]
-    save_file(state, str(tmp_path / "input.safetensors"))
+    drop_state(tmp_path, "gate.place")
     assert "tensors, the file" in run(tmp_path, status=1)
 
 
 def causal_model(prefix):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    sizes = {
-        "vocab_size": 50,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 4,
-        "pad_token_id": 0,
-    }
-    if prefix.startswith("Cohere") or prefix == "Olmo2":
-        del sizes["head_dim"]
-    name = f"{prefix}TextConfig" if prefix == "Gemma3" else f"{prefix}Config"
-    config = getattr(transformers, name)(**sizes)
+    sizes = {} if prefix in ("Cohere", "Olmo2") else {"head_dim": 4}
+    config = decoder_config(prefix, **sizes)
     return getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
 
 

@@ -1,14 +1,17 @@
 """headwise::MultiheadAttention (C++) and headwise.MultiheadAttention give the same numbers."""
 
-import json
-import os
-import subprocess
-
 import headwise as hw
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from support.programs import find_program
+from support.programs import (
+    assert_written,
+    differentiated,
+    drop_state,
+    find_program,
+    random_layer,
+    run_program,
+    write_layer,
+)
 
 D, H = 24, 4
 
@@ -64,12 +67,7 @@ def compare(tmp_path, layer, gate, training, progress, *, is_causal=False, avera
     options = {**DEFAULTS, **LAYERS[layer]}
     torch.manual_seed(0)
     ours = hw.MultiheadAttention(D, H, **options, gate=GATES[gate], dtype=torch.float64)
-    with torch.no_grad():
-        for parameter in ours.parameters():
-            parameter.normal_(0.0, 0.5)
-    hw.link_gates(ours)
-    hw.anneal(ours, progress)
-    ours.train(training)
+    ours = random_layer(ours, progress).train(training)
     cross = options["kdim"] is not None
     shapes = {"query": (3, 5, D)}
     if cross:
@@ -83,24 +81,20 @@ def compare(tmp_path, layer, gate, training, progress, *, is_causal=False, avera
     inputs["key_padding_mask"] = padding
     inputs["attn_mask"] = torch.ones(5, keys, dtype=torch.bool).triu(1)
     inputs["cotangent"] = torch.randn_like(inputs["query"])
-    state = {f"state.{name}": tensor for name, tensor in ours.state_dict().items()}
-    save_file({**inputs, **state}, str(tmp_path / "input.safetensors"))
     call = {
         "training": training,
         "seed": 11,
         "is_causal": is_causal,
         "average_attn_weights": average,
     }
-    config = None if GATES[gate] is None else ours.gate.config()
-    description = {"embed_dim": D, "num_heads": H, **options, "gate": config, "call": call}
-    (tmp_path / "layer.json").write_text(json.dumps(description))
+    write_layer(tmp_path, ours, inputs, **options, call=call)
 
     # Python after the description is written: a training forward moves the running statistics.
     query = inputs["query"].clone().requires_grad_()
     key, value = (inputs["key"], inputs["value"]) if cross else (query, query)
-    expected = {}
+    chosen = []
     if gate != "none":
-        ours.gate.register_forward_hook(lambda m, a, selection: expected.update(s=selection))
+        ours.gate.register_forward_hook(lambda m, a, selection: chosen.append(selection))
     if gate == "none" and training:
         ours._probe = lambda module, probe: None  # headwise's own path: the same dropout draws
     torch.manual_seed(11)
@@ -113,33 +107,16 @@ def compare(tmp_path, layer, gate, training, progress, *, is_causal=False, avera
         average_attn_weights=average,
         is_causal=is_causal,
     )
-    penalty = hw.penalty(ours)
-    ((output * inputs["cotangent"]).sum() + penalty).backward()
-    chosen = expected["s"]._asdict() if expected else {}
+    found = differentiated(
+        ours, output, weights, inputs["cotangent"], chosen[-1] if chosen else None
+    )
     expected = {
-        "output": output,
-        "weights": weights,
-        "penalty": penalty.double(),
+        **found,
         "grad_query": query.grad,
-        **{name: chosen[name] for name in ("index", "count", "weight") if name in chosen},
-        **{f"grad.{n}": p.grad for n, p in ours.named_parameters() if p.grad is not None},
         **{f"buffer.{n}": b for n, b in ours.named_buffers() if n in ours.state_dict()},
     }
-
-    done = subprocess.run(
-        [str(PROGRAM), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    got = load_file(str(tmp_path / "output.safetensors"))
-    assert sorted(got) == sorted(expected)
-    for name, tensor in expected.items():
-        torch.testing.assert_close(
-            got[name], tensor.detach(), atol=1e-6, rtol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
-        )
+    run_program(PROGRAM, tmp_path)
+    assert_written(tmp_path, expected)
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -157,8 +134,5 @@ def test_layers(tmp_path, layer, gate):
 def test_names_of_parameters(tmp_path):
     """The program refuses a state that is not, name by name, the layer's."""
     compare(tmp_path, "plain", "budget", False, 1.0)
-    state = load_file(str(tmp_path / "input.safetensors"))
-    del state["state.gate.base"]
-    save_file(state, str(tmp_path / "input.safetensors"))
-    done = subprocess.run([str(PROGRAM), str(tmp_path)], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and "tensors, the file" in done.stderr
+    drop_state(tmp_path, "gate.base")
+    assert "tensors, the file" in run_program(PROGRAM, tmp_path, status=1)
