@@ -60,12 +60,7 @@ void layer_forward(const Layer<T>& layer, const LayerWorkspace<T>& w, T* output)
     const int64_t b = task / row_blocks, row = task % row_blocks * kRowBlock;
     const int64_t rows = std::min(kRowBlock, L - row), width = layer.out_width;
     T* y = output + (b * L + row) * width;
-    for (int64_t i = 0; i < rows; ++i) {
-      if (layer.out_bias)
-        std::copy_n(layer.out_bias, width, y + i * width);
-      else
-        std::fill_n(y + i * width, width, T(0));
-    }
+    fill_rows(layer.out_bias, rows, width, y);
     for (int64_t n = layer.first[b]; n < layer.first[b + 1]; ++n) {
       const auto& a = layer.active[n];
       gemm<T>(Transpose::no, Transpose::yes, rows, width, d,
@@ -145,22 +140,14 @@ void layer_backward(const Layer<T>& layer, const LayerWorkspace<const T>& w, con
     const int64_t h = task / 4;
     for (const int64_t n : positions[h]) {
       const auto& a = layer.active[n];
-      const int64_t length = shape.lengths[a.b];
-      auto add = [&](const Rows<const T>& x, int64_t rows, const T* grad, T* weight, T* bias) {
-        if (weight)
-          gemm<T>(Transpose::yes, Transpose::no, d, x.width, rows, 1, grad, d, x.at(a.b, 0), x.row,
-                  1, weight + h * d * x.width, x.width);
-        if (bias) add_column_sums(grad, rows, d, bias + h * d);
-      };
-      const T *dqn = dq + n * L * d, *dkn = dk + n * S * d, *dvn = dv + n * S * d;
       if (task % 4 == 0) {
-        add(layer.query, L, dqn, g.q_weight, g.q_bias);
+        const auto& x = layer.query;
+        add_weight_gradient(dq + n * L * d, L, d, h, x.at(a.b, 0), x.row, x.width, g.q_weight,
+                            g.q_bias);
       } else if (task % 4 == 1) {
-        add(layer.key, length, dkn, g.k_weight, g.k_bias);
-        if (g.bias_k) add_column_sums(dkn + length * d, 1, d, g.bias_k + h * d);
+        add_key_gradient(layer, a, dk + n * S * d, layer.key, g.k_weight, g.k_bias, g.bias_k);
       } else if (task % 4 == 2) {
-        add(layer.value, length, dvn, g.v_weight, g.v_bias);
-        if (g.bias_v) add_column_sums(dvn + length * d, 1, d, g.bias_v + h * d);
+        add_key_gradient(layer, a, dv + n * S * d, layer.value, g.v_weight, g.v_bias, g.bias_v);
       } else if (g.out_weight) {
         gemm<T>(Transpose::yes, Transpose::no, width, d, L,
                 layer.head_weight[a.b * shape.num_heads + h], grad_output + a.b * L * width, width,

@@ -257,13 +257,7 @@ class Forward {
   /// Tasks of one head and some of the sequences that chose it.
   void by_heads() const {
     const int64_t most = workers_ == 1 ? active_ : blocks(active_, 2 * kTasksPerWorker * workers_);
-    struct Task {
-      int64_t h, begin, end;
-    };
-    std::vector<Task> tasks;
-    for (int64_t h = 0; h < shape_.num_heads; ++h)
-      for (int64_t begin = 0, users = positions_[h].size(); begin < users; begin += most)
-        tasks.push_back({h, begin, std::min(users, begin + most)});
+    const auto tasks = head_tasks(positions_, most);
 
     const auto in = inputs();
     const bool self = is_self();

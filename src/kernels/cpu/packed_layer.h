@@ -60,6 +60,21 @@ inline std::vector<std::vector<int64_t>> by_head(const std::vector<ActiveHead>& 
   return by_place(active.size(), num_heads, [&](int64_t n) { return active[n].h; });
 }
 
+/// A head and some of the sequences that chose it: [begin, end) of its list in by_head().
+struct HeadTask {
+  int64_t h, begin, end;
+};
+
+/// Tasks of at most `most` sequences each.
+inline std::vector<HeadTask> head_tasks(const std::vector<std::vector<int64_t>>& positions,
+                                        int64_t most) {
+  std::vector<HeadTask> tasks;
+  for (size_t h = 0; h < positions.size(); ++h)
+    for (int64_t begin = 0, users = positions[h].size(); begin < users; begin += most)
+      tasks.push_back({int64_t(h), begin, std::min(users, begin + most)});
+  return tasks;
+}
+
 constexpr int64_t kProductColumns = 128;
 
 /// Matrices of equal sizes as right factors. bfloat16 is packed, in panels of kProductColumns

@@ -105,9 +105,6 @@ class Project {
   }
 
   void by_heads() const {
-    struct Task {
-      int64_t h, begin, end;  // of the sequences that chose the head
-    };
     const auto positions = by_head(chosen_.active, chosen_.num_heads);
     const int64_t together = kRowBlock / L_;
     int64_t most = chosen_.batch;
@@ -115,10 +112,7 @@ class Project {
       most = blocks(chosen_.active.size(), kTasksPerWorker * workers_);
       most = blocks(most, together) * together;  // whole matrices
     }
-    std::vector<Task> tasks;
-    for (int64_t h = 0; h < chosen_.num_heads; ++h)
-      for (int64_t begin = 0, end = positions[h].size(); begin < end; begin += most)
-        tasks.push_back({h, begin, std::min(end, begin + most)});
+    const auto tasks = head_tasks(positions, most);
     const auto is_thin = [&](int64_t h) {
       return !weight_.turned && int64_t(positions[h].size()) * L_ <= kThinRows;
     };

@@ -69,12 +69,7 @@ void routed_forward(const RoutedLayer<T>& routed, const LayerWorkspace<T>& w, T*
     const int64_t b = task / row_blocks, row = task % row_blocks * kRowBlock;
     const int64_t rows = std::min(kRowBlock, L - row);
     T* y = output + (b * L + row) * width;
-    for (int64_t i = 0; i < rows; ++i) {
-      if (layer.out_bias)
-        std::copy_n(layer.out_bias, width, y + i * width);
-      else
-        std::fill_n(y + i * width, width, T(0));
-    }
+    fill_rows(layer.out_bias, rows, width, y);
     for (int64_t n = layer.first[b]; n < layer.first[b + 1]; ++n) {
       const auto& a = layer.active[n];
       const auto [begin, end] = routed.within(n, row, rows);
@@ -174,28 +169,19 @@ void routed_backward(const RoutedLayer<T>& routed, const LayerWorkspace<const T>
     const int64_t h = task / 4, part = task % 4;
     for (const int64_t n : positions[h]) {
       const auto& a = layer.active[n];
-      const int64_t length = shape.lengths[a.b];
-      const auto add = [&](const Rows<const T>& x, const T* of, T* weight, T* bias, T* row_bias) {
-        if (weight)
-          gemm<T>(Transpose::yes, Transpose::no, d, x.width, length, 1, of, d, x.at(a.b, 0), x.row,
-                  1, weight + h * d * x.width, x.width);
-        if (bias) add_column_sums(of, length, d, bias + h * d);
-        if (row_bias) add_column_sums(of + length * d, 1, d, row_bias + h * d);
-      };
-      if (part == 1) add(layer.key, dk + n * S * d, g.k_weight, g.k_bias, g.bias_k);
-      if (part == 2) add(layer.value, dv + n * S * d, g.v_weight, g.v_bias, g.bias_v);
+      if (part == 1)
+        add_key_gradient(layer, a, dk + n * S * d, layer.key, g.k_weight, g.k_bias, g.bias_k);
+      if (part == 2)
+        add_key_gradient(layer, a, dv + n * S * d, layer.value, g.v_weight, g.v_bias, g.bias_v);
       if (part == 1 || part == 2) continue;
       const int64_t end = routed.begin[n + 1];
       for (int64_t row = routed.begin[n]; row < end; row += kRowBlock) {
         const int64_t rows = std::min(kRowBlock, end - row);
         if (part == 0) {
           const int64_t D = layer.query.width;
-          if (g.q_weight) {
-            gather_rows(layer.query, a.b, tokens + row, rows, rows_of[worker]);
-            gemm<T>(Transpose::yes, Transpose::no, d, D, rows, 1, dq + row * d, d, rows_of[worker],
-                    D, 1, g.q_weight + h * d * D, D);
-          }
-          if (g.q_bias) add_column_sums(dq + row * d, rows, d, g.q_bias + h * d);
+          if (g.q_weight) gather_rows(layer.query, a.b, tokens + row, rows, rows_of[worker]);
+          add_weight_gradient(dq + row * d, rows, d, h, rows_of[worker], D, D, g.q_weight,
+                              g.q_bias);
         } else if (g.out_weight) {
           gather_rows(grad, a.b, tokens + row, rows, rows_of[worker]);
           for (int64_t i = 0; i < rows; ++i) {

@@ -130,13 +130,7 @@ class RoutedForward {
   void by_heads() const {
     const auto positions = by_head(layer_.active, shape_.num_heads);
     const int64_t most = workers_ == 1 ? active_ : blocks(active_, 2 * kTasksPerWorker * workers_);
-    struct Task {
-      int64_t h, begin, end;
-    };
-    std::vector<Task> tasks;
-    for (int64_t h = 0; h < shape_.num_heads; ++h)
-      for (int64_t begin = 0, users = positions[h].size(); begin < users; begin += most)
-        tasks.push_back({h, begin, std::min(users, begin + most)});
+    const auto tasks = head_tasks(positions, most);
     const Scratch<T> keys(keys_size_, workers_);
     parallel_tasks(tasks.size(), [&](int64_t task, int64_t worker) {
       const auto [h, begin, end] = tasks[task];

@@ -152,26 +152,9 @@ MultiheadBackward multihead_backward(const Tensor& grad_output, HEADWISE_MULTIHE
   check_backward(grad_output, in, saved);
   return with_backward_call(
       in, query, saved, [&]<typename T, typename Acc>(LayerCall<T, Acc>& call) {
-        const Gradients<Acc> make{query.options(), !runs_packed(call.layer)};
-        kernels::LayerGradients<T, Acc> g;
-        const auto inputs = differentiable(in);
-        std::array<Tensor, 15> results;
-        const auto large = [&](int i, T*& to) {
-          to = make.template large<T>(needs[i], inputs[i], results[i]);
-        };
-        const auto zeros = [&](int i, Acc*& to) {
-          to = make.make(needs[i], inputs[i], results[i]);
-        };
-        large(0, g.query), large(1, g.key), large(2, g.value);
-        large(3, g.q_weight), large(4, g.k_weight), large(5, g.v_weight);
-        zeros(6, g.q_bias), zeros(7, g.k_bias), zeros(8, g.v_bias);
-        large(9, g.out_weight), zeros(10, g.out_bias), zeros(11, g.head_weight);
-        zeros(12, g.bias_k), zeros(13, g.bias_v);
-        const auto mask = make.mask(needs[14], attn_mask, g.mask);
-        run_backward(call, saved, grad_output, g);
-        for (int i = 0; i < 14; ++i) results[i] = make.result(results[i], inputs[i], needs[i]);
-        results[14] = make.mask_result(mask, attn_mask);
-        return MultiheadBackward(std::tuple_cat(results));
+        return general_gradients<T, Acc>(
+            in, !runs_packed(call.layer), needs,
+            [&](const auto& gradients) { run_backward(call, saved, grad_output, gradients); });
       });
 }
 

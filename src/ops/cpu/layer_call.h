@@ -3,12 +3,15 @@
 
 #include <ATen/ATen.h>
 
+#include <array>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "kernels/cpu/layer.h"
 #include "ops/attention_ops.h"
 #include "ops/cpu/attention_call.h"
+#include "ops/input_tensors.h"
 
 namespace headwise::ops {
 
@@ -117,5 +120,29 @@ struct LayerCall {
     layer.first = std::move(list.first);
   }
 };
+
+/// The gradients of the general form; `run(gradients)` calls the kernel that writes them.
+template <typename T, typename Acc, typename Inputs, typename Run>
+MultiheadBackward general_gradients(const Inputs& in, bool zeroed, std::array<bool, 15> needs,
+                                    const Run& run) {
+  const Gradients<Acc> make{in.query.options(), zeroed};
+  kernels::LayerGradients<T, Acc> g;
+  const auto inputs = differentiable(in);
+  std::array<Tensor, 15> results;
+  const auto large = [&](int i, T*& to) {
+    to = make.template large<T>(needs[i], inputs[i], results[i]);
+  };
+  const auto zeros = [&](int i, Acc*& to) { to = make.make(needs[i], inputs[i], results[i]); };
+  large(0, g.query), large(1, g.key), large(2, g.value);
+  large(3, g.q_weight), large(4, g.k_weight), large(5, g.v_weight);
+  zeros(6, g.q_bias), zeros(7, g.k_bias), zeros(8, g.v_bias);
+  large(9, g.out_weight), zeros(10, g.out_bias), zeros(11, g.head_weight);
+  zeros(12, g.bias_k), zeros(13, g.bias_v);
+  const auto mask = make.mask(needs[14], in.arguments.attn_mask, g.mask);
+  run(g);
+  for (int i = 0; i < 14; ++i) results[i] = make.result(results[i], inputs[i], needs[i]);
+  results[14] = make.mask_result(mask, in.arguments.attn_mask);
+  return std::tuple_cat(results);
+}
 
 }  // namespace headwise::ops

@@ -106,22 +106,12 @@ MultiheadBackward routed_backward(const Tensor& grad_output, HEADWISE_ROUTED_PAR
   const LayerSaved saved{q, k, v, context, lse};
   check_backward(grad_output, in, saved);
   return dispatch(query.scalar_type(), [&]<typename T>(T) -> MultiheadBackward {
-    const Gradients<T> make{query.options()};
-    kernels::LayerGradients<T> g;
-    const auto inputs = differentiable(in);
-    T** pointers[] = {&g.query,    &g.key,         &g.value,  &g.q_weight, &g.k_weight,
-                      &g.v_weight, &g.q_bias,      &g.k_bias, &g.v_bias,   &g.out_weight,
-                      &g.out_bias, &g.head_weight, &g.bias_k, &g.bias_v};
-    std::array<Tensor, 15> results;
-    for (int i = 0; i < 14; ++i) *pointers[i] = make.make(needs[i], inputs[i], results[i]);
-    const auto mask = make.mask(needs[14], attn_mask, g.mask);
     RoutedCall<T> call(in);
     const auto grad = grad_output.to(scalar_type_of<T>()).contiguous();
-    kernels::routed_backward<T>(call.routed, call.call.workspace(saved),
-                                grad.template const_data_ptr<T>(), g);
-    for (int i = 0; i < 14; ++i) results[i] = make.result(results[i], inputs[i], needs[i]);
-    results[14] = make.mask_result(mask, attn_mask);
-    return std::tuple_cat(results);
+    return general_gradients<T, T>(in, true, needs, [&](const auto& gradients) {
+      kernels::routed_backward<T>(call.routed, call.call.workspace(saved),
+                                  grad.template const_data_ptr<T>(), gradients);
+    });
   });
 }
 
