@@ -176,11 +176,11 @@ ConfidencePolicy::ConfidencePolicy(AttentionLayers layers, ConfidencePolicyOptio
     const at::Tensor scores = known(ranking_, name);
     const int64_t heads = layer->options.num_heads();
     TORCH_CHECK_VALUE(!scores.defined() || scores.numel() == heads, "ranking must have ", heads,
-                      " heads for layer '", name, "', got ", scores.numel());
+                      " heads for ", layer_called(name), ", got ", scores.numel());
     const bool silent =
         !layer->gate || dynamic_cast<const FixedGateImpl*>(layer->gate.get()) != nullptr;
-    TORCH_CHECK_VALUE(scores.defined() || !silent, "layer '", name,
-                      "' has no relevance of its own: ranking must have scores for it");
+    TORCH_CHECK_VALUE(scores.defined() || !silent, layer_called(name),
+                      " has no relevance of its own: ranking must have scores for it");
   }
 }
 
@@ -197,8 +197,8 @@ StageFunction ConfidencePolicy::stage_function(const PolicyBatch& batch) const {
         at::Tensor relevance = selection.relevance;  // [B, H]
         if (!relevance.defined()) {
           const at::Tensor scores = known(ranking_, name);
-          TORCH_CHECK_VALUE(scores.defined(), "layer '", name,
-                            "' has no relevance: ranking must have scores for it");
+          TORCH_CHECK_VALUE(scores.defined(), layer_called(name),
+                            " has no relevance: ranking must have scores for it");
           relevance = scores.to(selection.weight.options()).expand_as(selection.weight);
         }
         selection = widen_selection(selection, relevance, factor);

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "json.h"
+#include "shown.h"
 
 namespace headwise {
 namespace {
@@ -27,8 +28,8 @@ void accumulate(std::vector<double>& sums, const std::vector<double>& values) {
 }
 
 void check_finite(const std::string& layer, const at::Tensor& values, const char* what) {
-  TORCH_CHECK_VALUE(at::isfinite(values).all().item<bool>(), what, " of layer '", layer,
-                    "' must be finite, got NaN or infinity");
+  TORCH_CHECK_VALUE(at::isfinite(values).all().item<bool>(), what, " of ", layer_called(layer),
+                    " must be finite, got NaN or infinity");
 }
 
 std::vector<double> scaled_to_unit(const std::vector<double>& values, double low, double high) {
@@ -78,7 +79,7 @@ HeadScores HeadScores::from_json(const std::string& text) {
   for (const Json& entry : get_array(json, "layers", "scores")) {
     check_keys(entry, {"name", "values"}, "a layer of scores");
     scores.layers.push_back(get_string(entry, "name", "a layer of scores"));
-    scores.values.push_back(get_numbers(entry, "values", "layer '" + scores.layers.back() + "'"));
+    scores.values.push_back(get_numbers(entry, "values", layer_called(scores.layers.back())));
   }
   return scores;
 }
@@ -94,7 +95,7 @@ HeadScoreAccumulator::Layer& HeadScoreAccumulator::layer(const std::string& name
     order_.push_back(name);
     found->second.heads = heads;
   }
-  TORCH_CHECK_VALUE(found->second.heads == heads, "layer '", name, "' had ", found->second.heads,
+  TORCH_CHECK_VALUE(found->second.heads == heads, layer_called(name), " had ", found->second.heads,
                     " heads before, got ", heads);
   return found->second;
 }
@@ -163,8 +164,8 @@ HeadScores HeadScoreAccumulator::collect(const std::string& metric, Value value)
   HeadScores scores{metric, order_, {}};
   for (const std::string& name : order_) {
     const auto [sums, divisor] = value(layers_.at(name));
-    TORCH_CHECK_VALUE(divisor > 0, metric, " of layer '", name,
-                      "' has seen no data: no batch was added, or all of it is padding");
+    TORCH_CHECK_VALUE(divisor > 0, metric, " of ", layer_called(name),
+                      " has seen no data: no batch was added, or all of it is padding");
     auto& values = scores.values.emplace_back(sums);
     values.resize(layers_.at(name).heads, 0.0);
     for (double& v : values) v /= divisor;
@@ -218,8 +219,8 @@ HeadScores hies(const HeadScores& importance, const HeadScores& entropy, double 
   const auto entropy_n = min_max(entropy.values, scope);
   HeadScores scores{"hies", importance.layers, {}};
   for (size_t i = 0; i < importance_n.size(); ++i) {
-    TORCH_CHECK_VALUE(importance_n[i].size() == entropy_n[i].size(), "layer '",
-                      importance.layers[i], "' has ", importance_n[i].size(),
+    TORCH_CHECK_VALUE(importance_n[i].size() == entropy_n[i].size(),
+                      layer_called(importance.layers[i]), " has ", importance_n[i].size(),
                       " heads in importance and ", entropy_n[i].size(), " in entropy");
     auto& values = scores.values.emplace_back();
     for (size_t h = 0; h < importance_n[i].size(); ++h) {

@@ -15,6 +15,7 @@
 #include "headwise/version.h"
 #include "json.h"
 #include "model_entries.h"
+#include "shown.h"
 
 namespace headwise {
 namespace {
@@ -62,7 +63,7 @@ const auto& find_layer(const Layers& layers, const std::string& name) {
   for (const auto& [key, layer] : layers) {
     if (key == name) return layer;
   }
-  TORCH_CHECK_INDEX(false, "the model has no attention layer '", name, "'");
+  TORCH_CHECK_INDEX(false, "the model has no attention layer ", shown_name(name));
 }
 
 /// The gates of a layer that put heads to sleep, by the names that Python gives their layers.
@@ -99,7 +100,7 @@ void restore_moves(const Model& model, const Json& moves, const std::string& wha
     const int64_t head = as_integer(entry["head"], "head of " + what);
     const auto found = own.find(layer);
     TORCH_CHECK_VALUE(found != own.end() && head >= 0 && head < found->second.first->num_heads(),
-                      what, " names head ", head, " of layer ", shown_name(layer),
+                      what, " names head ", head, " of ", layer_called(layer),
                       ", which no SleepGate of the model has");
     found->second.second.push_back({as_integer(entry["step"], "step of " + what),
                                     entry["progress"].get<double>(), 0, head, event == "wakes",

@@ -104,7 +104,7 @@ void check_products(std::initializer_list<int64_t> sizes, int64_t heads, int64_t
   constexpr int64_t kMost = int64_t{1} << 31;
   bool fits = true;
   for (const int64_t size : sizes) fits = fits && size >= 0 && size < kMost;
-  TORCH_CHECK_VALUE(fits && heads * width < kMost, "sizes of layer ", shown_name(name),
+  TORCH_CHECK_VALUE(fits && heads * width < kMost, "sizes of ", layer_called(name),
                     " must be in 0..", kMost - 1);
 }
 
@@ -119,7 +119,7 @@ void check_gate_sizes(const Json& gate, const std::string& name, const NamedTens
     return named.first.starts_with(join(name, "gate.")) &&
            std::find(sizes.begin(), sizes.end(), hidden) != sizes.end();
   });
-  TORCH_CHECK_VALUE(found, kWeights, " has no tensor of the gate of ", shown_name(name),
+  TORCH_CHECK_VALUE(found, kWeights, " has no tensor of the gate of ", layer_called(name),
                     " with hidden_dim=", hidden);
 }
 

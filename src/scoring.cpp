@@ -131,8 +131,8 @@ HeadPlan narrowed(const HeadPlan& before, const HeadScores& scores, int64_t coun
     const LayerPlan& layer = before.layers()[i];
     TORCH_CHECK_VALUE(
         scores.layers[i] == layer.name && scores.values[i].size() == layer.heads.size(),
-        "scores must be of the ", layer.heads.size(), " heads left in layer '", layer.name,
-        "', got ", scores.values[i].size(), " of '", scores.layers[i], "'");
+        "scores must be of the ", layer.heads.size(), " heads left in ", layer_called(layer.name),
+        ", got ", scores.values[i].size(), " of '", scores.layers[i], "'");
   }
   const double ranked = static_cast<double>(before.heads_kept());
   TORCH_CHECK_VALUE(count >= 1 && count <= before.heads_kept(), "count must be in 1..",

@@ -7,6 +7,8 @@
 #include <nlohmann/json.hpp>
 #include <utility>
 
+#include "shown.h"
+
 namespace headwise {
 namespace {
 
@@ -33,11 +35,11 @@ void add_layer(const std::string& name, int64_t num_heads, const std::vector<Sel
       if (input == sets.inputs.size()) sets.inputs.emplace_back();
       sets.inputs[input].resize(words, 0);
       const int32_t chosen = count.const_data_ptr<int32_t>()[b];
-      TORCH_CHECK_VALUE(0 <= chosen && chosen <= num_heads, "count of layer '", name,
-                        "' must be between 0 and ", num_heads, ", got ", chosen);
+      TORCH_CHECK_VALUE(0 <= chosen && chosen <= num_heads, "count of ", layer_called(name),
+                        " must be between 0 and ", num_heads, ", got ", chosen);
       for (int32_t i = 0; i < chosen; ++i) {
-        TORCH_CHECK_VALUE(0 <= row[i] && row[i] < num_heads, "index of layer '", name,
-                          "' must be between 0 and ", num_heads - 1, ", got ", row[i]);
+        TORCH_CHECK_VALUE(0 <= row[i] && row[i] < num_heads, "index of ", layer_called(name),
+                          " must be between 0 and ", num_heads - 1, ", got ", row[i]);
         const int64_t bit = sets.heads + row[i];
         sets.inputs[input][bit / 64] |= uint64_t{1} << (bit % 64);
       }
@@ -150,8 +152,8 @@ void Trace::record(const std::string& layer, int64_t num_heads, const Selection&
   if (selection.budget.defined()) check_shape("budget", selection.budget, {batch});
 
   const auto found = layers_.find(layer);
-  TORCH_CHECK_VALUE(found == layers_.end() || found->second.num_heads == num_heads,
-                    "num_heads of layer '", layer, "' must stay ",
+  TORCH_CHECK_VALUE(found == layers_.end() || found->second.num_heads == num_heads, "num_heads of ",
+                    layer_called(layer), " must stay ",
                     found == layers_.end() ? num_heads : found->second.num_heads, ", got ",
                     num_heads);
   if (found == layers_.end()) order_.push_back(layer);
@@ -166,7 +168,7 @@ void Trace::record(const std::string& layer, int64_t num_heads, const Selection&
 
 const Trace::Layer& Trace::layer(const std::string& name) const {
   const auto found = layers_.find(name);
-  TORCH_CHECK_INDEX(found != layers_.end(), "no selection was recorded for layer '", name, "'");
+  TORCH_CHECK_INDEX(found != layers_.end(), "no selection was recorded for ", layer_called(name));
   return found->second;
 }
 

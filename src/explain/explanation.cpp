@@ -11,6 +11,7 @@
 #include "headwise/dense_attention.h"
 #include "headwise/explain.h"
 #include "probe_statistics.h"
+#include "shown.h"
 
 namespace headwise {
 namespace {
@@ -212,12 +213,12 @@ int64_t Explanation::num_heads() const {
 void Explanation::add_layer(const std::string& name, int64_t num_heads, const std::string& gate,
                             const NamedTensors& gate_tensors, const AttentionProbe& probe) {
   State& state = *state_;
-  TORCH_CHECK_VALUE(probe.q.dim() == 4 && probe.q.size(1) == num_heads, "q of layer '", name,
-                    "' must have shape [B, ", num_heads, ", L, d], got ", probe.q.sizes());
+  TORCH_CHECK_VALUE(probe.q.dim() == 4 && probe.q.size(1) == num_heads, "q of ", layer_called(name),
+                    " must have shape [B, ", num_heads, ", L, d], got ", probe.q.sizes());
   const int64_t batch = probe.q.size(0), length = probe.q.size(2);
   const int64_t keys = probe.k.size(2) - probe.added_keys;
   if (state.sites.empty()) state.start(batch);
-  TORCH_CHECK_VALUE(batch == num_inputs(), "layer '", name, "' must see ", num_inputs(),
+  TORCH_CHECK_VALUE(batch == num_inputs(), layer_called(name), " must see ", num_inputs(),
                     " inputs as the layers before it, got ", batch);
   const auto site = static_cast<int64_t>(state.sites.size());
   std::vector<bool> drawn(num_heads, state.options.all_maps());

@@ -12,6 +12,7 @@
 #include "ops/gates/budget.h"
 #include "ops/gates/hard_concrete.h"
 #include "ops/gates/penalty.h"
+#include "shown.h"
 
 namespace headwise {
 namespace {
@@ -165,8 +166,8 @@ void start_gates(torch::nn::Module& model, const std::map<std::string, at::Tenso
       name.resize(name.size() - 5);
     }
     const auto score = importance.find(name);
-    TORCH_CHECK_VALUE(score != importance.end(), "importance must have a score for layer '", name,
-                      "'");
+    TORCH_CHECK_VALUE(score != importance.end(), "importance must have a score for ",
+                      layer_called(name));
     gates.push_back(gate);
     layers.push_back(name);
     heads.push_back(gate->num_heads());

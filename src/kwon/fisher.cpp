@@ -6,20 +6,21 @@
 #include <numeric>
 
 #include "headwise/kwon.h"
+#include "shown.h"
 
 namespace headwise {
 
 using RowMatrix = Eigen::Matrix<double, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
 
 void FisherAccumulator::add(const std::string& layer, const at::Tensor& gradient) {
-  TORCH_CHECK_VALUE(gradient.dim() == 1, "gradient of layer '", layer,
-                    "' must have one number per unit, got shape ", gradient.sizes());
+  TORCH_CHECK_VALUE(gradient.dim() == 1, "gradient of ", layer_called(layer),
+                    " must have one number per unit, got shape ", gradient.sizes());
   const at::Tensor host = gradient.detach().to(at::kCPU, at::kDouble).contiguous();  // [U]
-  TORCH_CHECK_VALUE(at::isfinite(host).all().item<bool>(), "gradient of layer '", layer,
-                    "' must be finite, got NaN or infinity: is the loss?");
+  TORCH_CHECK_VALUE(at::isfinite(host).all().item<bool>(), "gradient of ", layer_called(layer),
+                    " must be finite, got NaN or infinity: is the loss?");
   auto& rows = rows_[layer];
   TORCH_CHECK_VALUE(rows.empty() || static_cast<int64_t>(rows.front().size()) == host.numel(),
-                    "gradient of layer '", layer, "' must have ",
+                    "gradient of ", layer_called(layer), " must have ",
                     rows.empty() ? 0 : rows.front().size(), " units, got ", host.numel());
   const double* values = host.const_data_ptr<double>();
   rows.emplace_back(values, values + host.numel());
@@ -27,7 +28,7 @@ void FisherAccumulator::add(const std::string& layer, const at::Tensor& gradient
 
 at::Tensor FisherAccumulator::gradients(const std::string& layer) const {
   const auto found = rows_.find(layer);
-  TORCH_CHECK_INDEX(found != rows_.end(), "nothing was added for layer '", layer, "'");
+  TORCH_CHECK_INDEX(found != rows_.end(), "nothing was added for ", layer_called(layer));
   const auto& rows = found->second;
   at::Tensor all = at::empty(
       {static_cast<int64_t>(rows.size()), static_cast<int64_t>(rows.front().size())}, at::kDouble);
@@ -38,7 +39,7 @@ at::Tensor FisherAccumulator::gradients(const std::string& layer) const {
 
 std::vector<double> FisherAccumulator::scores(const std::string& layer) const {
   const auto found = rows_.find(layer);
-  TORCH_CHECK_INDEX(found != rows_.end(), "nothing was added for layer '", layer, "'");
+  TORCH_CHECK_INDEX(found != rows_.end(), "nothing was added for ", layer_called(layer));
   std::vector<double> sums(found->second.front().size(), 0.0);
   for (const auto& row : found->second) {
     for (size_t i = 0; i < row.size(); ++i) sums[i] += row[i] * row[i];

@@ -20,7 +20,7 @@ constexpr int kVersion = 1;
 constexpr size_t kMaxFile = size_t{1} << 28;
 
 void check_layer(const LayerPlan& layer) {
-  const std::string what = "plan of layer " + shown(layer.name);
+  const std::string what = "plan of " + layer_called(layer.name);
   TORCH_CHECK_VALUE(layer.num_heads >= 0, "num_heads in ", what, " must not be negative, got ",
                     layer.num_heads);
   for (size_t i = 0; i < layer.heads.size(); ++i) {
@@ -60,7 +60,7 @@ std::vector<Ranked> ranked(const HeadScores& scores) {
     const auto& values = scores.values[layer];
     for (size_t head = 0; head < values.size(); ++head) {
       TORCH_CHECK_VALUE(std::isfinite(values[head]), "scores must be finite, got ", values[head],
-                        " for head ", head, " of layer ", shown(scores.layers[layer]));
+                        " for head ", head, " of ", layer_called(scores.layers[layer]));
       heads.push_back({sign * values[head], layer, static_cast<int64_t>(head)});
     }
   }
@@ -187,7 +187,7 @@ HeadPlan plan(const HeadScores& scores, double keep, int64_t min_heads_per_layer
     reserved[i] = std::min(min_heads_per_layer, heads);
     room[i] = of_model ? heads : kept_of(keep, heads);
     TORCH_CHECK_VALUE(reserved[i] <= room[i], "min_heads_per_layer=", min_heads_per_layer,
-                      " is more than keep=", keep, " leaves of layer ", shown(result[i].name),
+                      " is more than keep=", keep, " leaves of ", layer_called(result[i].name),
                       ", which is ", room[i]);
     total += heads;
     least += reserved[i];

@@ -48,7 +48,7 @@ TEST(Plan, JsonRoundTrip) {
   EXPECT_EQ(HeadPlan::from_json(plan.to_json()), plan);
   EXPECT_EQ(HeadPlan::from_json(plan.to_json(-1)), plan);
   EXPECT_EQ(refusal([] { HeadPlan({{"a", 4, {4}, {1.0}}}); }),
-            "heads in plan of layer \"a\" must be between 0 and 3, got 4");
+            "heads in plan of layer 'a' must be between 0 and 3, got 4");
   EXPECT_EQ(refusal([] { HeadPlan::from_json(R"({"format": "headwise.plan", "version": 1})"); }),
             "plan lacks the key \"metric\"");
 }

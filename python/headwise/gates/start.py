@@ -10,7 +10,7 @@ from torch import nn
 
 from headwise.gates.base import Gate
 from headwise.io.checked import check_number
-from headwise.io.printable import quoted
+from headwise.io.printable import layer_called, quoted
 
 
 @runtime_checkable
@@ -67,7 +67,7 @@ def start_gates(
     found = {name.removesuffix("gate").removesuffix("."): gate for name, gate in found.items()}
     for name in found:
         if name not in scores:
-            raise ValueError(f"importance must have a score for layer {name!r}")
+            raise ValueError(f"importance must have a score for {layer_called(name)}")
     starts = torch.ops.headwise.gate_starts(
         [scores[name] for name in found],
         list(found),

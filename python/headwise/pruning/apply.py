@@ -336,7 +336,7 @@ def _check(model: nn.Module, plan: HeadPlan) -> None:
     for entry in plan.layers:
         if entry.name not in layers:
             raise ValueError(
-                f"plan names layer '{entry.name}', which model does not have; "
+                f"plan names {layer_called(entry.name)}, which model does not have; "
                 f"it has {', '.join(map(repr, layers))}"
             )
         if entry.num_heads != layers[entry.name].num_heads:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from headwise.convert.conversion import converted
 from headwise.gates.selection import Selection
 from headwise.io.checked import check_number
-from headwise.io.printable import quoted
+from headwise.io.printable import layer_called, quoted
 from headwise.io.progress import with_progress
 from headwise.nn.batches import run_model
 from headwise.nn.instrumenting import instrument
@@ -121,7 +121,7 @@ def _importance(
         if size != len(whole):
             raise ValueError(
                 f"forward_fn must return one row of logits per sequence of each layer: got "
-                f"{len(whole)} rows, and a batch of {size} in layer '{name}'"
+                f"{len(whole)} rows, and a batch of {size} in {layer_called(name)}"
             )
     return {name: -one.double().cpu() for name, one in zip(names, found, strict=True)}
 

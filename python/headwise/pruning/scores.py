@@ -60,7 +60,7 @@ class HeadScores(Shown):
                 scores = torch.as_tensor(given, dtype=torch.float64)
             except (TypeError, ValueError, RuntimeError):
                 raise TypeError(
-                    f"values of layer '{name}' must be real numbers, got {quoted(given)}"
+                    f"values of {layer_called(name)} must be real numbers, got {quoted(given)}"
                 ) from None
             values[name] = scores.detach().cpu()
         for name, scores in values.items():

@@ -396,7 +396,7 @@ def _check_room(
     if not own:
         raise ValueError(
             f"{path_called(folder / WEIGHTS)} does not fit model ({type(model).__name__}): it "
-            f"has no tensor of layer {quoted(entry['name'])}"
+            f"has no tensor of {layer_called(entry['name'])}"
         )
     elements = sum(tensor.numel() for tensor in own)
     width = entry["num_heads"] * entry["head_dim"]
@@ -406,7 +406,7 @@ def _check_room(
         most = elements // max(rows.get(key, 1), 1) if width else 2**31 - 1
         if size > most:
             raise ValueError(
-                f"'{key}' of layer {quoted(entry['name'])} of "
+                f"'{key}' of {layer_called(entry['name'])} of "
                 f"{path_called(folder / DESCRIPTION)} is {quoted(size)}, which its tensors do "
                 "not have"
             )

@@ -14,6 +14,7 @@
 #include "ops/gates/schedule.h"
 #include "ops/gates/selection_ops.h"
 #include "recomputation.h"
+#include "shown.h"
 
 namespace headwise {
 namespace {
@@ -241,10 +242,11 @@ std::tuple<std::vector<at::Tensor>, std::vector<double>> gate_starts(
   std::vector<at::Tensor> scores;
   for (size_t i = 0; i < importance.size(); ++i) {
     const auto& score = importance[i];
-    TORCH_CHECK_VALUE(score.sizes() == at::IntArrayRef({num_heads[i]}), "importance of layer '",
-                      layers[i], "' must have ", num_heads[i], " heads, got ", score.sizes());
-    TORCH_CHECK_VALUE(at::isfinite(score).all().item<bool>(), "importance of layer '", layers[i],
-                      "' must be finite, got NaN or infinity");
+    TORCH_CHECK_VALUE(score.sizes() == at::IntArrayRef({num_heads[i]}), "importance of ",
+                      layer_called(layers[i]), " must have ", num_heads[i], " heads, got ",
+                      score.sizes());
+    TORCH_CHECK_VALUE(at::isfinite(score).all().item<bool>(), "importance of ",
+                      layer_called(layers[i]), " must be finite, got NaN or infinity");
     scores.push_back(score.to(at::kCPU, at::kDouble));
   }
   if (scores.empty()) return {};

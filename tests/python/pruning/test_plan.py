@@ -90,7 +90,7 @@ def test_keep_out_of_range(keep):
 def test_what_plan_refuses():
     scores = hw.HeadScores("m", {"a": [1.0, 2.0], "b": [1.0, 2.0]})
     nan = hw.HeadScores("m", {"a": [1.0, float("nan")]})
-    with pytest.raises(ValueError, match='finite, got nan for head 1 of layer "a"'):
+    with pytest.raises(ValueError, match="finite, got nan for head 1 of layer 'a'"):
         hw.plan(nan)
     with pytest.raises(ValueError, match="scope must be 'model' or 'layer', got 'net'"):
         hw.plan(scores, scope="net")
@@ -98,7 +98,7 @@ def test_what_plan_refuses():
         hw.plan(scores, min_heads_per_layer=-1)
     with pytest.raises(ValueError, match="=2 asks for 4 heads, more than .* leaves, which is 2"):
         hw.plan(scores, 0.5, min_heads_per_layer=2)
-    with pytest.raises(ValueError, match='=2 is more than .* leaves of layer "a", which is 1'):
+    with pytest.raises(ValueError, match="=2 is more than .* leaves of layer 'a', which is 1"):
         hw.plan(scores, 0.5, min_heads_per_layer=2, scope="layer")
     with pytest.raises(ValueError, match="at least one head, got none"):
         hw.plan(hw.HeadScores("m", {}))
@@ -160,7 +160,7 @@ def put(*path):
         (put("layers", 0, "x", 1), 'layer 0 of plan has an unknown key "x"'),
         (put("layers", 0, "name", 1), '"name" of layer 0 of plan must be a string'),
         (put("layers", 0, "name", "c"), 'must have different names, got "c" twice'),
-        (put("layers", 0, "num_heads", 3), 'heads in plan of layer "a" .* between 0 and 2, got 3'),
+        (put("layers", 0, "num_heads", 3), "heads in plan of layer 'a' .* between 0 and 2, got 3"),
         (put("layers", 0, "num_heads", -1), "must not be negative, got -1"),
         (put("layers", 0, "num_heads", 4.0), '"num_heads" .* must be integers, got 4.0'),
         (put("layers", 0, "heads", [3, 0]), "must be ascending and different, got 0 after 3"),
@@ -198,7 +198,7 @@ def test_what_is_no_plan(content, text):
 
 
 def test_scale_must_be_finite_and_files_must_exist(tmp_path):
-    with pytest.raises(ValueError, match='scale in plan of layer "a" must be finite, got inf'):
+    with pytest.raises(ValueError, match="scale in plan of layer 'a' must be finite, got inf"):
         hw.HeadPlan([hw.pruning.LayerPlan("a", 2, [0], [float("inf")])])
     with pytest.raises(FileNotFoundError):
         hw.HeadPlan.load(tmp_path / "none.json")
