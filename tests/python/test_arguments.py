@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 
 import headwise as hw
 import numpy as np
 import pytest
 import torch
+from headwise.apps.pages.page import page
 from headwise.convert import qkv
 from headwise.testing import check_architecture, check_gate
 from torch import nn
 
+explain = importlib.import_module("headwise.explain")  # hw.explain is the function
 X = torch.randn(3, 5, 32)
 
 
@@ -252,3 +255,123 @@ def test_a_card_names_no_folder_of_this_machine(tmp_path):
     assert str(tmp_path) not in hw.serialization.model_card(model)
     model.config._name_or_path = "someone/bert"
     assert 'base_model: "someone/bert"' in hw.serialization.model_card(model)
+
+
+LOADERS = {
+    "plan": hw.HeadPlan.load,
+    "structure plan": hw.pruning.StructurePlan.load,
+    "scores": hw.HeadScores.load,
+    "latency table": hw.pruning.LatencyTable.load,
+    "safetensors": hw.io.load_safetensors,
+    "conllu": explain.read_conllu,
+    "alignments": explain.read_alignments,
+    "page": page,
+}
+
+
+@pytest.mark.parametrize("load", LOADERS.values(), ids=LOADERS.keys())
+def test_a_loader_names_what_is_no_file(load, tmp_path):
+    with pytest.raises(IsADirectoryError, match=r"^path must be a file, got '.*', which is a fol"):
+        load(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="No such file or directory"):
+        load(tmp_path / "missing")
+    with pytest.raises(OSError, match="File name too long") as error:
+        load("x" * 5000)
+    assert len(str(error.value)) < 500
+    with pytest.raises(ValueError, match="path must not hold a null character"):
+        load("a\0b")
+    if load is not page:  # which takes documents too
+        with pytest.raises(TypeError, match="^path must be a path, got None"):
+            load(None)
+
+
+@pytest.mark.parametrize("name", ["plan", "structure plan", "scores", "latency table"])
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"[1]", b"{", b"null"])
+def test_a_loader_names_what_is_no_document(name, content, tmp_path):
+    (tmp_path / "file.json").write_bytes(content)
+    with pytest.raises(ValueError, match="must be a JSON object|not valid JSON|is not UTF-8 text"):
+        LOADERS[name](tmp_path / "file.json")
+
+
+def test_what_is_written_must_not_be_a_folder(tmp_path):
+    with pytest.raises(IsADirectoryError, match="^path must be a file, got"):
+        scores(encoder()).save(tmp_path)
+    with pytest.raises(TypeError, match="^path must be a path, got None"):
+        scores(encoder()).save(None)
+
+
+ON_BATCHES = {
+    "score_heads": lambda batches: hw.score_heads(encoder(), batches, loss_fn),
+    "ablate_heads": lambda batches: hw.analysis.ablate_heads(encoder(), batches, loss_fn),
+    "head_interactions": lambda batches: hw.analysis.head_interactions(encoder(), batches, loss_fn),
+    "head_similarity": lambda batches: hw.analysis.head_similarity(encoder(), batches, loss_fn),
+    "causal_heads": lambda batches: hw.analysis.causal_heads(encoder(), batches, loss_fn),
+    "lrp_scores": lambda batches: hw.analysis.lrp_scores(encoder(), batches, loss_fn),
+    "example_losses": lambda batches: hw.nn.example_losses(encoder(), batches, loss_fn),
+    "pruning_path": lambda batches: hw.pruning.pruning_path(encoder(), batches, loss_fn),
+    "fisher_scores": lambda batches: hw.pruning.fisher_scores(encoder(), batches, loss_fn),
+    "divergence_scores": lambda batches: hw.pruning.divergence_scores(encoder(), batches),
+    "repair_scores": lambda batches: hw.pruning.repair_scores(encoder(), batches),
+    "compensate": lambda batches: hw.pruning.compensate(encoder(), batches),
+    "repair": lambda batches: hw.repair(encoder(), batches, encoder()),
+    "plan_from_use": lambda batches: hw.pruning.plan_from_use(
+        encoder(hw.BudgetGate()), batches, loss_fn
+    ),
+    "fit_gates": lambda batches: hw.pruning.fit_gates(encoder(), batches, 0.5),
+    "fit_bank": lambda batches: hw.pruning.fit_bank(encoder(), batches, loss_fn, 0.5),
+    "headroom": lambda batches: hw.headroom(encoder(), batches, [X], loss_fn, loss_fn),
+    "head_roles": lambda batches: hw.head_roles(encoder(), batches),
+}
+
+
+@pytest.mark.parametrize("run", ON_BATCHES.values(), ids=ON_BATCHES.keys())
+def test_one_batch_is_no_list_of_batches(run):
+    with pytest.raises(TypeError, match="^batches must be a list of batches, got one mapping: put"):
+        run({"src": X})
+    for bad in (None, 3, "x"):
+        with pytest.raises(TypeError, match="^batches must be a list of batches or an iterator"):
+            run(bad)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "options", "kind", "message"),
+    [
+        (None, {}, TypeError, "inputs must be a mapping or tuple of tensors, a tensor, or texts"),
+        ([], {}, TypeError, "inputs must be a mapping or tuple of tensors, a tensor, or texts, go"),
+        ({}, {}, TypeError, "inputs must be a mapping or tuple of tensors, a tensor, or texts, go"),
+        (
+            X[:0],
+            {},
+            ValueError,
+            r"inputs must have at least one row and one token, got shape \[0, ",
+        ),
+        (X[:, :0], {}, ValueError, r"inputs must have at least one row and one token, got shape"),
+        (["a"], {}, ValueError, "inputs that are texts need tokenizer=, got None"),
+        (["a"], {"tokenizer": 5}, TypeError, "tokenizer must be a tokenizer of transformers, got"),
+        (X, {"maps": [3]}, ValueError, r"maps must be 'all', 'none' or \(site, head\) pairs, got"),
+        (X, {"maps": 5}, ValueError, r"maps must be 'all', 'none' or \(site, head\) pairs, got 5"),
+        (X, {"batch_size": "a"}, TypeError, "batch_size must be a whole number, got 'a'"),
+        (X, {"roles": {"format": "headwise.roles"}}, ValueError, "roles must be a whole document"),
+    ],
+)
+def test_explain_names_what_it_cannot_explain(inputs, options, kind, message):
+    with pytest.raises(kind, match=f"^{message}"):
+        hw.explain(encoder(), inputs, **options)
+
+
+def test_explain_needs_a_model():
+    with pytest.raises(TypeError, match="^model must be a torch.nn.Module, got NoneType"):
+        hw.explain(None, X)
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["a", "b"], "tokenizer must be a tokenizer of transformers, got None"),
+        ("ab", "texts must be a list of texts, got 'ab'"),
+        (None, "texts must be a list of texts, got None"),
+    ],
+)
+def test_explain_data_needs_texts_and_a_tokenizer(texts, message):
+    with pytest.raises(TypeError, match=f"^{message}"):
+        hw.explain_data(encoder(), texts, None)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from headwise.convert.conversion import converted
 from headwise.io.progress import with_progress
 from headwise.io.store import Store
+from headwise.nn.batches import batch_list
 from headwise.nn.instrumenting import instrument, scaled_heads
 from headwise.nn.intervention import (
     LossFunction,
@@ -149,7 +150,7 @@ def _ablate(
     progress,
 ) -> Ablation:
     model = converted(model)
-    batches = list(batches)
+    batches = batch_list(batches)
     measured = LossesByIntervention(metric, model, batches, loss_fn, journal)
     with instrument(model) as opened:
         scales = scaled_heads(opened)

@@ -14,7 +14,7 @@ from headwise.gates.model import gates
 from headwise.gates.selection import Selection
 from headwise.io.progress import progress_bar
 from headwise.nn.attention_layer import AttentionLayer
-from headwise.nn.batches import run_model
+from headwise.nn.batches import batch_list, run_model
 from headwise.nn.instrumenting import instrument
 from headwise.nn.intervention import ForwardFunction
 
@@ -63,7 +63,7 @@ def calibrate_threshold(
     found = [gate for gate in gates(model) if isinstance(gate, ThresholdGate)]
     if not found:
         raise ValueError(f"model ({type(model).__name__}) must have a ThresholdGate")
-    batches = list(batches)
+    batches = batch_list(batches)
     if not batches:
         raise ValueError("batches must not be empty")
     before = [gate.threshold.clone() for gate in found]

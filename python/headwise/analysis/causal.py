@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from headwise.convert.conversion import converted
 from headwise.io.progress import with_progress
 from headwise.io.store import Store
+from headwise.nn.batches import batch_list
 from headwise.nn.instrumenting import instrument, scaled_heads
 from headwise.nn.intervention import (
     LossFunction,
@@ -122,7 +123,7 @@ def causal_heads(
         if value < 1:
             raise ValueError(f"{name} must be positive, got {value}")
     model = converted(model)
-    batches = list(batches)
+    batches = batch_list(batches)
     if not batches:
         raise ValueError("batches must not be empty: there is nothing to fit gates on")
     settings = {} if journal is None else {

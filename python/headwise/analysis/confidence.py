@@ -18,7 +18,7 @@ from headwise import _C
 from headwise.gates import FixedGate
 from headwise.gates.selection import Selection
 from headwise.io.printable import layer_called
-from headwise.nn.batches import run_model, take_rows
+from headwise.nn.batches import batch_list, run_model, take_rows
 from headwise.nn.instrumenting import instrument
 from headwise.nn.layers import attention_layers
 from headwise.pruning.scores import HeadScores
@@ -174,7 +174,7 @@ class ConfidencePolicy:
             ValueError: no batches, ``loss`` or ``certainty`` out of range, or labels that are not
                 int64 ``[B]``.
         """
-        batches = list(batches)
+        batches = batch_list(batches)
         labels = [None if labels_fn is None else labels_fn(batch) for batch in batches]
         with self._opened() as runs_of:
             runs = [runs_of(batch) for batch in batches]

@@ -23,6 +23,7 @@ from headwise.gates.padding import is_padding
 from headwise.io.printable import quoted
 from headwise.io.progress import with_progress
 from headwise.nn.attention_layer import AttentionLayer, AttentionProbe
+from headwise.nn.batches import batch_list, check_batches
 from headwise.nn.instrumenting import instrument, scaled_heads
 from headwise.nn.intervention import LossFunction
 
@@ -82,7 +83,7 @@ def head_interactions(
         batches: input of ``loss_fn``; read once and kept.
         loss_fn: ``(model, batch) -> [B]``, one loss per example, the smaller the better.
         pairs: how many pairs to draw at random (all, if there are fewer), or the pairs.
-        within_layer: draw pairs of one layer only.
+        within_layer: only pairs of heads of one layer.
         seed: of the draw.
         journal: checkpoint file; an interrupted run resumes from it.
         progress: a progress bar on stderr; None: after two seconds, on a terminal.
@@ -92,7 +93,7 @@ def head_interactions(
             is not finite or not one per example, or one that no head changes.
     """
     model = converted(model)
-    batches = list(batches)
+    batches = batch_list(batches)
     measured = LossesByIntervention("head interactions", model, batches, loss_fn, journal)
     with instrument(model) as opened:
         scales = scaled_heads(opened)
@@ -159,6 +160,11 @@ def _pairs(
                 raise ValueError(
                     f"pairs must be of the model's heads (layer, head), got {quoted(head)}"
                 )
+        if within_layer and one[0] != other[0]:
+            raise ValueError(
+                "pairs must be of heads of one layer with within_layer=True, got "
+                f"{quoted((one, other))}"
+            )
         if one == other:
             raise ValueError(f"pairs must be of two different heads, got {quoted(one)} twice")
     return given
@@ -216,6 +222,7 @@ def head_similarity(
     """
     if max_tokens < 2:
         raise ValueError(f"max_tokens must be at least 2, got {max_tokens}")
+    check_batches(batches)
     model = converted(model)
     sample = _TokenSample(max_tokens, seed)
     with torch.no_grad(), instrument(model) as opened:

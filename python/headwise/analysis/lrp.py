@@ -32,6 +32,7 @@ from torch.overrides import TorchFunctionMode
 from headwise.convert.conversion import converted
 from headwise.io.progress import with_progress
 from headwise.nn.attention_layer import AttentionLayer, AttentionProbe
+from headwise.nn.batches import check_batches
 from headwise.nn.instrumenting import instrument
 from headwise.pruning.scores import HeadScores
 
@@ -82,6 +83,7 @@ def lrp_scores(
         ValueError: no batches, outputs that are not finite, or outputs that do not depend on the
             heads.
     """
+    check_batches(batches)
     model = converted(model)
     calls: list[tuple[str, Tensor]] = []  # [B, H, L, d], of the current batch
 

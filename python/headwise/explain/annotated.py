@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from headwise.explain.texts import check_length
+from headwise.explain.texts import check_length, check_tokenizer
+from headwise.io.files import checked_file
 from headwise.io.printable import printable, quoted
 
 #: (dependent, head, relation): positions of words in a sentence.
@@ -145,6 +146,7 @@ def annotate_texts(
     if not texts:
         raise ValueError("texts must not be empty")
     aligned = any(isinstance(text, AlignedPair) for text in texts)
+    check_tokenizer(tokenizer)
     check_length(tokenizer, max_length, pair=aligned)
     encoded = _encode(texts, tokenizer, max_length)
     order = sorted(range(len(texts)), key=lambda row: len(encoded[row].ids))
@@ -297,7 +299,7 @@ def _lines(path: str | Path) -> tuple[str, Iterator[tuple[int, str]]]:
     """
     where = printable(str(path), 300)
     try:
-        content = Path(path).read_bytes().decode("utf-8-sig")
+        content = checked_file("path", path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{where} is not UTF-8 text (byte {error.start})") from None
     lines = (line.removesuffix("\r") for line in content.split("\n"))

@@ -26,7 +26,7 @@ from headwise.explain.role_counts import count_roles, questions_for, to_device
 from headwise.explain.role_use import role_use
 from headwise.explain.roles import RoleThresholds, score_roles
 from headwise.explain.substitutes import joint_ablation as measure_joint_ablation
-from headwise.explain.texts import check_one_label, check_texts, longest
+from headwise.explain.texts import check_one_label, check_texts, check_tokenizer, longest
 from headwise.explain.use import (
     Use,
     chosen_heads,
@@ -114,13 +114,15 @@ def explain_data(
         A document of format ``headwise.use`` (docs/interpretability.md).
 
     Raises:
+        TypeError: ``texts`` are not texts, or ``tokenizer`` is not a tokenizer of transformers.
         ValueError: fewer than two texts, labels that do not fit, both sentences and alignments, a
             model without class scores or with several labels per text, or an option out of range.
         RuntimeError: another run is using ``folder``.
     """
+    check_texts("texts", texts)
     if len(texts) < 2:
         raise ValueError(f"texts must be at least two, got {len(texts)}")
-    check_texts("texts", texts)
+    check_tokenizer(tokenizer)
     check_one_label(getattr(model, "config", None))
     if labels is not None and len(labels) != len(texts):
         raise ValueError(f"labels must have one entry per text ({len(texts)}), got {len(labels)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from headwise.explain.texts import (
     tokens_cut,
     tokens_unknown,
 )
+from headwise.io.checked import check_whole_number
 from headwise.io.printable import quoted
 from headwise.io.progress import progress_bar
 from headwise.nn.batches import run_model, take_rows
@@ -88,14 +90,15 @@ def explain(
         The explanation, with everything in ``.document``.
 
     Raises:
-        TypeError: ``model`` is not a module.
-        ValueError: inputs that do not fit ``take``, no attention layer, ``effects=True`` for a
-            model without class scores, or an option out of range.
+        TypeError: ``model`` is not a module, ``inputs`` hold no tensors, or ``tokenizer`` is not
+            one of transformers.
+        ValueError: empty inputs, or ones that do not fit ``take``, no attention layer,
+            ``effects=True`` for a model without class scores, or an option out of range.
     """
+    check_whole_number("batch_size", batch_size)
     if batch_size <= 0:
         raise ValueError(f"batch_size must be positive, got {batch_size}")
-    if isinstance(maps, str) and maps not in ("all", "none"):
-        raise ValueError(f"maps must be 'all', 'none' or (site, head) pairs, got {quoted(maps)}")
+    places = [] if maps in ("all", "none") else _pairs_of(maps)
     model = own_copy(model)
     texts: list[str] = []
     if isinstance(inputs, str) or (
@@ -103,6 +106,7 @@ def explain(
     ):
         texts = [inputs] if isinstance(inputs, str) else list(inputs)
         inputs = encode_texts(model, texts, tokenizer, max_length)
+    _check_inputs(inputs, forward_fn is not None)
     cut = tokens_cut(inputs, texts, tokenizer) if texts else None
     unknown = tokens_unknown(inputs, tokenizer)
     if tokens is None:
@@ -112,7 +116,7 @@ def explain(
         pairs=pairs,
         steps=steps,
         all_maps=maps == "all",
-        maps=[] if isinstance(maps, str) else [(int(site), int(head)) for site, head in maps],
+        maps=places,
     )
     sites: list[str] = []
 
@@ -177,6 +181,41 @@ def explain(
     return Explanation(document)
 
 
+def _pairs_of(maps: Any) -> list[tuple[int, int]]:
+    """Checked (site, head) pairs."""
+    pairs: list[tuple[int, int]] = []
+    given: list[Any] = [None]
+    if isinstance(maps, Iterable) and not isinstance(maps, str):
+        given = list(maps)
+    for pair in given:
+        try:
+            site, head = (operator.index(number) for number in pair)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"maps must be 'all', 'none' or (site, head) pairs, got {quoted(maps)}"
+            ) from None
+        pairs.append((site, head))
+    return pairs
+
+
+def _check_inputs(inputs: Any, own_function: bool) -> None:
+    """Raises an error for inputs that no model runs; a ``forward_fn`` may take others."""
+    values: Any = [inputs]
+    if isinstance(inputs, Mapping | list | tuple):
+        values = list(inputs.values() if isinstance(inputs, Mapping) else inputs)
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    if not own_function and not tensors:
+        raise TypeError(
+            "inputs must be a mapping or tuple of tensors, a tensor, or texts, got "
+            f"{quoted(inputs)}"
+        )
+    for tensor in tensors:
+        if tensor.dim() and 0 in tensor.shape:
+            raise ValueError(
+                f"inputs must have at least one row and one token, got shape {list(tensor.shape)}"
+            )
+
+
 def _add_roles(document: dict[str, Any], roles: Mapping[str, Any]) -> None:
     """Adds the roles that were found over a data set to the heads of each input."""
     if not isinstance(roles, Mapping):
@@ -188,6 +227,8 @@ def _add_roles(document: dict[str, Any], roles: Mapping[str, Any]) -> None:
             "roles must be a document of format 'headwise.roles', got "
             f"{quoted(roles.get('format'))}"
         )
+    if "layers" not in roles:
+        raise ValueError("roles must be a whole document: it lacks 'layers'")
     for entry in document["inputs"]:
         shapes = [(layer["name"], layer["call"], layer["num_heads"]) for layer in entry["layers"]]
         given = [(layer["name"], layer["call"], layer["num_heads"]) for layer in roles["layers"]]

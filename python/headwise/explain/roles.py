@@ -20,6 +20,7 @@ from headwise.explain.use import number
 from headwise.io.fingerprint import fingerprint
 from headwise.io.printable import quoted
 from headwise.io.store import Store, locked
+from headwise.nn.batches import batch_list
 from headwise.nn.intervention import ForwardFunction
 
 _ops = torch.ops.headwise
@@ -132,7 +133,7 @@ def head_roles(
         RuntimeError: another run is using ``folder``.
     """
     thresholds = thresholds or RoleThresholds()
-    batches = list(batches)
+    batches = batch_list(batches)
     for batch in batches:
         if not isinstance(batch, AnnotatedBatch):
             raise TypeError(f"batches must hold AnnotatedBatch only, got {quoted(batch)}")

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from headwise.analysis.interaction import head_interactions, head_similarity
 from headwise.explain.use import linked_groups, number
+from headwise.nn.batches import batch_list
 from headwise.nn.layers import attention_layers
 
 _ops = torch.ops.headwise
@@ -53,7 +54,7 @@ def joint_ablation(
     layers = attention_layers(model)
     if not any(layer.num_heads > 1 for layer in layers.values()):
         return None
-    batches = list(batches)
+    batches = batch_list(batches)
     predicted = {id(batch): forward_fn(model, batch).argmax(1) for batch in batches}
 
     def loss_fn(model: nn.Module, batch: Any) -> Tensor:  # [B]

@@ -14,9 +14,11 @@ def check_texts(name: str, texts: Sequence[str]) -> None:
     """Raises an error for texts that no tokenizer accepts.
 
     Raises:
-        TypeError: something that is not a string.
+        TypeError: something that is not a list of strings.
         ValueError: an empty text, or one that UTF-8 cannot hold.
     """
+    if isinstance(texts, str | bytes | Mapping) or not isinstance(texts, Sequence):
+        raise TypeError(f"{name} must be a list of texts, got {quoted(texts)}")
     for position, text in enumerate(texts):
         if not isinstance(text, str):
             raise TypeError(f"{name} must be strings, got {type(text).__name__} at {position}")
@@ -54,6 +56,12 @@ def check_one_label(config: Any) -> None:
             "model must give each text one class, but its configuration says "
             f"problem_type={quoted(kind)} with num_labels={count}"
         )
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raises TypeError for what is not a tokenizer of transformers."""
+    if not (callable(tokenizer) and hasattr(tokenizer, "num_special_tokens_to_add")):
+        raise TypeError(f"tokenizer must be a tokenizer of transformers, got {quoted(tokenizer)}")
 
 
 def check_length(tokenizer: Any, max_length: int | None, *, pair: bool = False) -> None:
@@ -96,11 +104,13 @@ def encode_texts(
     """Texts as a padded batch on the model's device.
 
     Raises:
+        TypeError: ``tokenizer`` is something else.
         ValueError: no tokenizer, a text that is empty or invalid (half a surrogate pair), or no
             room for any of it.
     """
     if tokenizer is None:
-        raise ValueError("inputs that are texts need tokenizer=")
+        raise ValueError("inputs that are texts need tokenizer=, got None")
+    check_tokenizer(tokenizer)
     check_texts("inputs", texts)
     max_length = longest(getattr(model, "config", None), tokenizer, max_length)
     if max_length is not None:

@@ -9,9 +9,9 @@ from typing import Any
 
 from headwise import _C
 from headwise.io.checked import checked_path
-from headwise.io.printable import path_called
+from headwise.io.printable import path_called, printable
 
-__all__ = ["existing_folder", "write_atomic", "write_json"]
+__all__ = ["checked_file", "existing_folder", "read_text", "write_atomic", "write_json"]
 
 
 def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
@@ -25,7 +25,7 @@ def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
             else is left behind.
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
-    _C.write_atomic(os.fspath(path), data)
+    _C.write_atomic(os.fspath(checked_file("path", path)), data)
 
 
 def existing_folder(name: str, path: str | os.PathLike) -> Path:
@@ -45,6 +45,45 @@ def existing_folder(name: str, path: str | os.PathLike) -> Path:
             f"{name} must be a folder, got {path_called(path)}, which is not one"
         )
     return folder
+
+
+def checked_file(name: str, path: str | os.PathLike) -> Path:
+    """The file at ``path``, the value of the argument ``name``; it need not exist.
+
+    Raises:
+        TypeError: ``path`` is not a path.
+        ValueError: no file can have this name.
+        IsADirectoryError: it is a folder.
+    """
+    file = checked_path(name, path)
+    if not os.fspath(path):
+        raise ValueError(f"{name} must not be empty")
+    if "\0" in os.fspath(path):
+        raise ValueError(f"{name} must not hold a null character, got {path_called(path)}")
+    try:
+        folder = file.is_dir()
+    except OSError as error:  # a name that is too long
+        raise OSError(error.errno, error.strerror, printable(os.fspath(path), 200)) from None
+    if folder:
+        raise IsADirectoryError(
+            f"{name} must be a file, got {path_called(path)}, which is a folder"
+        )
+    return file
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """The text of the UTF-8 file at ``path``.
+
+    Raises:
+        TypeError: ``path`` is not a path.
+        ValueError: the file is not UTF-8.
+        OSError: it cannot be read; a folder is named as one.
+    """
+    data = checked_file("path", path).read_bytes()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path_called(path)} is not UTF-8 text (byte {error.start})") from None
 
 
 def write_json(path: str | os.PathLike, document: Any, indent: int | None = 1) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from headwise import _C
+from headwise.io.files import checked_file
 
 __all__ = ["load_safetensors", "read_safetensors_metadata", "save_safetensors"]
 
@@ -35,7 +36,7 @@ def save_safetensors(
             raise TypeError(
                 f"tensors must map names to tensors, got {type(tensor).__name__} at {name!r}"
             )
-    _C.save_safetensors(os.fspath(path), dict(tensors), dict(metadata or {}))
+    _C.save_safetensors(os.fspath(checked_file("path", path)), dict(tensors), dict(metadata or {}))
 
 
 def load_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
@@ -48,9 +49,9 @@ def load_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
         ValueError: the file breaks a rule of the format; the message names the tensor and the rule.
         OSError: it cannot be read.
     """
-    return _C.load_safetensors(os.fspath(path))
+    return _C.load_safetensors(os.fspath(checked_file("path", path)))
 
 
 def read_safetensors_metadata(path: str | os.PathLike) -> dict[str, str]:
     """The texts stored with the tensors of ``path``; the header is checked, no tensor is read."""
-    return _C.read_safetensors_metadata(os.fspath(path))
+    return _C.read_safetensors_metadata(os.fspath(checked_file("path", path)))

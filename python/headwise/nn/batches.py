@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+
+from headwise.io.printable import quoted
+
+
+def check_batches(batches: Any, name: str = "batches") -> None:
+    """Raises TypeError for what is no iterable of batches; a mapping would give its keys."""
+    if isinstance(batches, Mapping):
+        raise TypeError(f"{name} must be a list of batches, got one mapping: put it into a list")
+    if isinstance(batches, str | bytes) or not isinstance(batches, Iterable):
+        raise TypeError(f"{name} must be a list of batches or an iterator, got {quoted(batches)}")
+
+
+def batch_list(batches: Any, name: str = "batches") -> list[Any]:
+    """The batches of an iterable; see :func:`check_batches`."""
+    check_batches(batches, name)
+    return list(batches)
 
 
 def call_model(model: nn.Module, batch: Any) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from headwise.io.fingerprint import fingerprint
 from headwise.io.store import Store
+from headwise.nn.batches import check_batches
 from headwise.nn.instrumenting import evaluating
 
 __all__ = ["example_losses"]
@@ -30,6 +31,7 @@ def example_losses(
     Raises:
         ValueError: no batches, or a loss that is not a finite vector with one loss per example.
     """
+    check_batches(batches)
     found = []
     for batch in batches:
         loss = loss_fn(model, batch)

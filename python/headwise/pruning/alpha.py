@@ -10,6 +10,7 @@ from torch import nn
 
 from headwise.convert.conversion import converted
 from headwise.io.progress import with_progress
+from headwise.nn.batches import batch_list
 from headwise.nn.instrumenting import evaluating
 from headwise.nn.intervention import LossFunction, example_losses
 from headwise.pruning.apply import prune
@@ -74,7 +75,7 @@ def select_alpha(
     """
     if not alphas:
         raise ValueError("alphas must not be empty")
-    model, batches = converted(model), list(batches)
+    model, batches = converted(model), batch_list(batches)
     known: list[tuple[list, float]] = []  # (heads by layer, value)
     best: tuple[float, HeadScores, HeadPlan] | None = None
     values: dict[float, float] = {}

@@ -14,6 +14,7 @@ from headwise.gates import FixedGate, TokenSelection
 from headwise.io.printable import layer_called, quoted
 from headwise.io.progress import with_progress
 from headwise.nn.attention_layer import AttentionLayer
+from headwise.nn.batches import check_batches
 from headwise.nn.gate_proof import layer_outputs
 from headwise.nn.instrumenting import evaluating
 from headwise.nn.layers import (
@@ -233,6 +234,7 @@ def plan_from_use(
     Raises:
         ValueError: no layer has a gate, ``batches`` are empty, or ``keep`` is out of range.
     """
+    check_batches(batches)
     gated = [name for name, layer in attention_layers(model).items() if layer.gate is not None]
     if not gated:
         raise ValueError("model must have gates to make a plan from, got none")

@@ -18,7 +18,7 @@ from headwise.gates import BankGate, link_gates
 from headwise.gates.bank import FEATURES, router_features
 from headwise.io.printable import layer_called, quoted
 from headwise.io.progress import with_progress
-from headwise.nn.batches import batch_size, call_model, take_rows
+from headwise.nn.batches import batch_list, batch_size, call_model, check_batches, take_rows
 from headwise.nn.instrumenting import evaluating
 from headwise.nn.layers import attention_layers
 from headwise.nn.partial_forward import Stop
@@ -83,7 +83,7 @@ def fit_bank(
     batches: Iterable[Any],
     score_fn: Callable[[nn.Module, list[Any]], HeadScores],
     keep: float,
-    plans: int = 4,
+    plans: int | None = None,
     *,
     clusters: Sequence[int] | Tensor | None = None,
     names: Sequence[str] | None = None,
@@ -113,7 +113,8 @@ def fit_bank(
         score_fn: ``(model, batches) -> scores``, for example ``lambda model, batches:
             hw.score_heads(model, batches, loss_fn)["michel"]``.
         keep: the share of the heads that each plan keeps, in (0, 1].
-        plans: number of plans; ignored with ``clusters``.
+        plans: number of plans; default: 4, or one for each cluster of ``clusters``, with which it
+            must not be given.
         clusters: int ``[N]``: the cluster of each input, counted from 0, in the batches' order.
         names: names of the plans.
         at: the attention layer that decides; 0 reads the embeddings.
@@ -126,9 +127,10 @@ def fit_bank(
 
     Raises:
         ValueError: no batches, fewer inputs than plans, a cluster without members, ``at`` that
-            leaves no layer, a layer that runs several times, or a model with gates.
+            leaves no layer, a layer that runs several times, a model with gates, or both ``plans``
+            and ``clusters``.
     """
-    batches = list(batches)
+    batches = batch_list(batches)
     if not batches:
         raise ValueError("batches must not be empty: there is nothing to fit a bank on")
     if router not in ("centroid", "softmax"):
@@ -208,6 +210,7 @@ def refit_router(
     Raises:
         ValueError: no bank, no batches, or clusters that do not fit the inputs and the plans.
     """
+    check_batches(batches)
     gate = _deciding(_gates(model))
     found: list[Tensor] = []
 
@@ -220,7 +223,7 @@ def refit_router(
     if not found:
         raise ValueError("batches must not be empty: there is nothing to fit a router on")
     seen = torch.cat(found).double().cpu()
-    where, count = _clusters(seen, 1, clusters, 0), len(gate.plans)
+    where, count = _clusters(seen, None, clusters, 0), len(gate.plans)
     sizes = torch.bincount(where, minlength=count)
     if len(sizes) != count or bool((sizes == 0).any()):
         raise ValueError(f"clusters must have inputs of each of the {count} plans and no others")
@@ -359,8 +362,15 @@ class _Reader(BankGate, configured=False):
         raise Stop
 
 
-def _clusters(seen: Tensor, plans: int, given: Sequence[int] | Tensor | None, seed: int) -> Tensor:
+def _clusters(
+    seen: Tensor, plans: int | None, given: Sequence[int] | Tensor | None, seed: int
+) -> Tensor:
     if given is not None:
+        if plans is not None:
+            raise ValueError(
+                "plans and clusters must not both be given: there is one plan for each cluster, "
+                f"got plans={quoted(plans)}"
+            )
         where = torch.as_tensor(given, dtype=torch.long).cpu()
         if where.shape != (len(seen),) or bool((where < 0).any()):
             raise ValueError(
@@ -368,6 +378,7 @@ def _clusters(seen: Tensor, plans: int, given: Sequence[int] | Tensor | None, se
                 f"got shape {tuple(where.shape)}"
             )
         return where
+    plans = 4 if plans is None else plans
     if isinstance(plans, bool) or not isinstance(plans, int) or plans < 1:
         raise ValueError(f"plans must be a positive number, got {quoted(plans)}")
     if plans > len(seen):

@@ -14,7 +14,7 @@ from headwise.gates.linears import check_read
 from headwise.io.printable import layer_called
 from headwise.io.progress import with_progress
 from headwise.nn.attention_layer import AttentionLayer
-from headwise.nn.batches import call_model
+from headwise.nn.batches import batch_list, call_model
 from headwise.nn.gate_proof import layer_outputs
 from headwise.nn.instrumenting import without_gates
 from headwise.nn.layers import attention_layers
@@ -90,7 +90,7 @@ def compensate(
             (attention sinks), found by ``verify``. ``model`` is then unchanged.
         TypeError: a projection is wrapped.
     """
-    batches = list(batches)
+    batches = batch_list(batches)
     if not batches:
         raise ValueError("batches must not be empty: there is nothing to take means of")
     layers = attention_layers(model)

@@ -14,7 +14,7 @@ from headwise.gates.selection import Selection
 from headwise.io.checked import check_number
 from headwise.io.printable import layer_called, quoted
 from headwise.io.progress import with_progress
-from headwise.nn.batches import run_model
+from headwise.nn.batches import check_batches, run_model
 from headwise.nn.instrumenting import instrument
 from headwise.pruning.scores import HeadScores
 
@@ -62,6 +62,7 @@ def divergence_scores(
             C]`` or not finite, or that do not depend on the heads.
     """
     forward = run_model if forward_fn is None else forward_fn
+    check_batches(batches)
     model = converted(model)
     total: dict[str, Tensor] = {}
     count = 0

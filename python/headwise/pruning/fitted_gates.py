@@ -18,7 +18,7 @@ from headwise.io.checked import check_number
 from headwise.io.printable import layer_called, quoted
 from headwise.io.progress import with_progress
 from headwise.nn.attention_layer import AttentionLayer
-from headwise.nn.batches import run_model
+from headwise.nn.batches import batch_list, run_model
 from headwise.nn.instrumenting import instrument, without_gates
 from headwise.nn.layers import attention_layers
 from headwise.pruning.divergence import importance_shares
@@ -103,7 +103,7 @@ def fit_gates(
             layer without such a gate or that runs more than once, or logits that are not finite or
             do not depend on the heads. The gates and weights of ``model`` are then as they were.
     """
-    batches = list(batches)
+    batches = batch_list(batches)
     if not batches:
         raise ValueError("batches must not be empty: there is nothing to fit gates to")
     check_number("keep", keep)

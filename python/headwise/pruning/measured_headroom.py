@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from headwise.convert.conversion import converted
 from headwise.io.display import Shown, new_axes
 from headwise.io.progress import with_progress
+from headwise.nn.batches import batch_list
 from headwise.nn.instrumenting import evaluating
 from headwise.nn.intervention import example_losses
 from headwise.pruning.bank import Bank, fit_bank, following, plan_choices
@@ -171,7 +172,7 @@ def headroom(
     value_fn: Callable[[nn.Module, Any], Tensor],
     *,
     keep: Sequence[float] = (0.5, 0.25, 0.125),
-    plans: int = 4,
+    plans: int | None = None,
     clusters: Sequence[int] | Tensor | None = None,
     held_out_clusters: Sequence[int] | Tensor | None = None,
     forward_fn: Callable[[nn.Module, Any], Any] | None = None,
@@ -194,7 +195,8 @@ def headroom(
         value_fn: ``(model, batch) -> [B]``: the quality, larger is better: 1 for a right answer, or
             minus the loss.
         keep: shares of the heads, in (0, 1].
-        plans: number of plans of a bank; ignored with ``clusters``.
+        plans: number of plans of a bank; default: 4, or one for each cluster of ``clusters``, with
+            which it must not be given.
         clusters: the domain or task of each calibration input; None: k-means.
         held_out_clusters: the same for each held-out input; None: its nearest cluster, so that the
             ceiling equals the router.
@@ -207,13 +209,13 @@ def headroom(
         ValueError: as :func:`headwise.pruning.fit_bank`; no held-out data, or values that are not
             one finite number for each input.
     """
-    batches, held_out = list(batches), list(held_out)
+    batches, held_out = batch_list(batches), batch_list(held_out, "held_out")
     if not held_out:
         raise ValueError("held_out must not be empty: there is nothing to compare models on")
     dense = converted(model)
     options = {"forward_fn": forward_fn, "seed": seed, "progress": False, **bank}
     base = _values(dense, held_out, value_fn)
-    rows, count = [], plans
+    rows, count = [], 0
     for share in with_progress(list(keep), "headroom", "share", progress):
         static = fit_bank(dense, batches, score_fn, share, 1, **options)
         several = fit_bank(dense, batches, score_fn, share, plans, clusters=clusters, **options)

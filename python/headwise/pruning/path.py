@@ -13,6 +13,7 @@ from headwise.convert.conversion import converted
 from headwise.io.printable import layer_called, quoted
 from headwise.io.progress import with_progress
 from headwise.io.store import Store
+from headwise.nn.batches import batch_list
 from headwise.nn.intervention import (
     LossFunction,
     check_journal_loss,
@@ -80,7 +81,7 @@ def pruning_path(
                 "prune by a plan of what gates choose (headwise.pruning.plan_from_use, or of "
                 "static ones headwise.plan_from_gates), or remove them (layer.set_gate(None))"
             )
-    batches = list(batches)
+    batches = batch_list(batches)
     settings: dict[str, Any] = {
         "keep": keep, "step": step, "exact": exact, "metric": metric,
         "min_heads_per_layer": min_heads_per_layer, **scoring,

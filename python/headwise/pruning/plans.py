@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from headwise import _C
 from headwise._C import HeadPlan, LayerPlan
 from headwise.io.display import Grid, shown
+from headwise.io.files import checked_file
 from headwise.io.printable import layer_called, quoted
 from headwise.pruning.scores import HeadScores
 
@@ -18,6 +20,21 @@ __all__ = ["HeadPlan", "LayerPlan", "plan"]
 
 for _type in (HeadPlan, LayerPlan):
     _type.__module__ = __name__  # where pickle finds it
+
+
+def loads_files(plan_type: Any) -> None:
+    """Makes the ``load`` of a type of the core name what is no file."""
+    load = plan_type.load
+
+    def load_file(path: str | os.PathLike) -> Any:
+        return load(checked_file("path", path))
+
+    load_file.__doc__, load_file.__name__ = load.__doc__, "load"
+    load_file.__qualname__ = f"{plan_type.__name__}.load"
+    plan_type.load = staticmethod(load_file)
+
+
+loads_files(HeadPlan)
 
 
 def scales(plan: HeadPlan) -> dict[str, list[float]]:

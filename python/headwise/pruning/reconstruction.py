@@ -18,7 +18,7 @@ from headwise.convert.conversion import converted
 from headwise.gates.linears import check_read
 from headwise.io.printable import layer_called
 from headwise.io.progress import with_progress
-from headwise.nn.batches import batch_size, call_model
+from headwise.nn.batches import batch_list, batch_size, call_model
 from headwise.nn.layers import attention_layers
 from headwise.nn.proof import TOLERANCE, unchanged_on_error
 from headwise.pruning.replay import Replay, Seen, Site
@@ -134,7 +134,7 @@ def repair(
         UserWarning: fewer tokens than a layer's projection has inputs: the ridge then holds it near
             the original weights.
     """
-    batches = list(batches)
+    batches = batch_list(batches)
     if not batches:
         raise ValueError("batches must not be empty: there is nothing to repair with")
     if not attention_layers(model):

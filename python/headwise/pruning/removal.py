@@ -12,7 +12,7 @@ from headwise import _C
 from headwise.convert.conversion import converted
 from headwise.io.printable import layer_called
 from headwise.io.progress import with_progress
-from headwise.nn.batches import call_model
+from headwise.nn.batches import batch_list, call_model
 from headwise.nn.layers import attention_layers
 from headwise.pruning.reconstruction import catch_up, output_moments
 from headwise.pruning.replay import Replay
@@ -57,7 +57,7 @@ def repair_scores(
         ValueError: no batches, activations that are NaN or infinite, or ``groups`` in a layer whose
             groups are of different sizes.
     """
-    batches = list(batches)
+    batches = batch_list(batches)
     if not batches:
         raise ValueError("batches must not be empty: there is nothing to score heads on")
     model = converted(model)

@@ -22,6 +22,7 @@ from headwise.io.display import Grid, Shown, per_head
 from headwise.io.printable import layer_called, quoted
 from headwise.io.progress import with_progress
 from headwise.nn.attention_layer import AttentionLayer, AttentionProbe
+from headwise.nn.batches import check_batches
 from headwise.nn.instrumenting import instrument
 
 __all__ = ["HeadScores", "hies", "score_heads"]
@@ -116,7 +117,15 @@ class HeadScores(Shown):
 
     @staticmethod
     def load(path: str | Path) -> HeadScores:
-        return HeadScores.from_json(Path(path).read_text(encoding="utf-8"))
+        """Of a file that :meth:`save` wrote.
+
+        Raises:
+            TypeError, OSError: ``path`` is not a file that can be read.
+            ValueError: the file holds something else.
+        """
+        from headwise.io.files import read_text
+
+        return HeadScores.from_json(read_text(path))
 
 
 def hies(
@@ -194,8 +203,7 @@ def score_heads(
                 f"metrics must be names, of {', '.join(METRICS)}, got {quoted(metric)}; your own "
                 f"score is a headwise.HeadScores, which needs no score_heads"
             )
-    if not isinstance(batches, Iterable):
-        raise TypeError(f"batches must be a list of batches or an iterator, got {quoted(batches)}")
+    check_batches(batches)
     if torch.is_inference_mode_enabled():
         raise RuntimeError("score_heads needs gradients: call it outside of torch.inference_mode")
     scorer = _C.HeadScorer(list(metrics), absolute, normalize, alpha, scope)

@@ -80,6 +80,13 @@ def test_pairs_of_one_layer():
     assert len(found.pairs) == 6 and all(one[0] == other[0] for one, other in found.pairs)
 
 
+def test_pairs_across_layers_are_refused_within_layers():
+    model, x = Planted([1.0], [2.0]), torch.ones(4, 1, dtype=torch.float64)
+    across = [(("layers.0", 0), ("layers.1", 0))]
+    with pytest.raises(ValueError, match="pairs must be of heads of one layer with within_layer"):
+        hw.analysis.head_interactions(model, [(x, None)], hinge, across, within_layer=True)
+
+
 def test_interaction_refusals():
     model, data = Planted([1.0, 2.0]), (torch.ones(2, 2).double(), torch.ones(2).double())
     cases = [

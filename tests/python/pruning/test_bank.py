@@ -36,6 +36,7 @@ def score(model, batches):
 
 
 def fitted(model, batches, keep=0.5, plans=2, **kwargs):
+    plans = None if "clusters" in kwargs else plans
     return hw.pruning.fit_bank(model, batches, score, keep, plans, **kwargs)
 
 
@@ -404,6 +405,8 @@ def test_banks_say_what_is_wrong():
         fitted(dense, batches, plans=0)
     with pytest.raises(ValueError, match="cluster 1 has no members: ask for fewer plans"):
         fitted(dense, batches, clusters=[0, 2, 0, 2, 0, 2])
+    with pytest.raises(ValueError, match="plans and clusters must not both be given: there is one"):
+        hw.pruning.fit_bank(dense, batches, score, 0.5, 2, clusters=kinds)
     with pytest.raises(ValueError, match="clusters must be a number for each of the 6 inputs"):
         fitted(dense, batches, clusters=[0, 1])
     with pytest.raises(ValueError, match="at must be one of the 2 attention layers, got 2"):

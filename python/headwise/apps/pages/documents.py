@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
+from headwise.io.files import read_text
 from headwise.io.printable import quoted
 
 #: Format of each document, and the field of :class:`Documents` that it fills.
@@ -79,10 +80,27 @@ def sort_documents(given: tuple[Any, ...]) -> Documents:
     return Documents(**found)
 
 
+@contextlib.contextmanager
+def complete_documents() -> Iterator[None]:
+    """A key that a page needs and a document lacks is one sentence: files of other versions differ.
+
+    Raises:
+        ValueError: a key is missing.
+    """
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(
+            f"documents must be of this version of headwise: one lacks {quoted(error.args[0])}; "
+            "run the command that wrote it again"
+        ) from error
+
+
 def _load(one: Any) -> dict[str, Any]:
     if isinstance(one, str | os.PathLike):
+        text = read_text(one)
         try:
-            one = json.loads(Path(one).read_text(encoding="utf-8"))
+            one = json.loads(text)
         except ValueError:
             raise ValueError(f"{os.fspath(one)} is not a JSON document") from None
     elif hasattr(one, "to_dict"):

@@ -116,7 +116,7 @@ def _tables(result: dict[str, Any]) -> list[dict[str, Any]]:
         found.append(
             {
                 "task": task["name"],
-                "title": f"All methods: {task['title']} ({size} {task['examples']})",
+                "title": f"All methods: {task['title']} ({size} {task.get('examples', 'texts')})",
                 "columns": columns,
                 "rows": [[group, *table.cells(e, dense)] for group, own in groups for e in own],
             }

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from headwise.apps.compare.verdict import verdicts
-from headwise.apps.pages.documents import Documents, sort_documents
+from headwise.apps.pages.documents import Documents, complete_documents, sort_documents
 from headwise.apps.pages.pack import pack, script_json
 from headwise.apps.pages.words import OVER_DATA, parts
 from headwise.io.files import write_atomic
@@ -37,7 +37,8 @@ def page(*documents: Any) -> str:
         TypeError, ValueError: no documents, two of a kind, or something else (by name).
         OSError: a file cannot be read.
     """
-    return _render(sort_documents(documents))
+    with complete_documents():
+        return _render(sort_documents(documents))
 
 
 def write_page(path: str | os.PathLike, *documents: Any) -> None:
@@ -70,7 +71,8 @@ def write_pngs(folder: str | os.PathLike, *documents: Any) -> list[Path]:
     """
     from headwise.apps.pages.figures import write_figures
 
-    return write_figures(Path(folder), sort_documents(documents))
+    with complete_documents():
+        return write_figures(Path(folder), sort_documents(documents))
 
 
 def _render(documents: Documents) -> str:

@@ -16,6 +16,7 @@ from headwise.convert import convert
 from headwise.gates.padding import is_padding
 from headwise.io.printable import quoted
 from headwise.io.progress import with_progress
+from headwise.nn.batches import batch_list
 from headwise.nn.instrumenting import instrument
 from headwise.nn.layers import attention_layers
 from headwise.pruning.plans import HeadPlan, LayerPlan
@@ -67,7 +68,7 @@ def fisher_scores(
         ValueError: no batches, a loss that is not finite or does not depend on the masks, or a
             model with gates.
     """
-    batches = list(batches)
+    batches = batch_list(batches)
     if not batches:
         raise ValueError("batches must not be empty: there is nothing to calibrate on")
     search = _Search(_own_copy(model), heads=True, ffn=True)
@@ -130,7 +131,7 @@ def kwon_prune(
         variant: step 4 as above, or "paper": as in the authors' code, which holds nothing out,
             weights all dimensions alike, regularises the normal equations with damp 1, fits an
             intercept next to the heads' scales, leaves the heads of the first layer alone and stops
-            at the first solution that fails. ``damp`` is then not used.
+            at the first solution that fails. ``damp`` must then not be given.
         tokens: length of a sequence, for counting MACs; default: the mean over ``batches``.
         latency_table: measured times; default: :func:`measure_latency` at the mean length.
         progress: a progress bar on stderr; None: after two seconds, on a terminal.
@@ -146,7 +147,7 @@ def kwon_prune(
     share = _check_limit(macs, latency)
     if not (heads or ffn):
         raise ValueError("heads and ffn must not both be False: there is nothing to prune")
-    batches = list(batches)
+    batches = batch_list(batches)
     if not batches:
         raise ValueError("batches must not be empty: there is nothing to calibrate on")
     if tuning_batches <= 0:
@@ -155,6 +156,11 @@ def kwon_prune(
         raise ValueError(f"variant must be 'headwise' or 'paper', got {quoted(variant)}")
     if damp is not None and not 0.0 <= damp < math.inf:
         raise ValueError(f"damp must be finite and not negative, got {damp}")
+    if damp is not None and (variant == "paper" or not tune):
+        why = "variant='paper', whose damp is 1" if tune else "tune=False, which tunes no scales"
+        raise ValueError(f"damp must not be given with {why}, got {damp}")
+    if latency_table is not None and latency is None:
+        raise ValueError("latency_table must be given with latency, not with macs")
     model = _own_copy(model)
     clock = _Clock()
     search = _Search(model, heads, ffn)
@@ -234,9 +240,10 @@ def _check_limit(macs: float | None, latency: float | None) -> float:
 
 def _own_copy(model: nn.Module) -> nn.Module:
     """A converted copy; raises an error for gates and masks."""
+    is_converted = bool(attention_layers(model))
     refuse_gates(model)
     model = copy.deepcopy(model)
-    return model if attention_layers(model) else convert(model)
+    return model if is_converted else convert(model)
 
 
 class _Clock:

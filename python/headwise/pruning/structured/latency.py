@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from headwise import _C
 from headwise._C import LatencyFit
-from headwise.io.files import write_json
+from headwise.io.files import read_text, write_json
 from headwise.io.printable import layer_called, quoted
 from headwise.io.progress import progress_bar
 from headwise.nn.multihead_attention import MultiheadAttention
@@ -95,6 +95,8 @@ class LatencyTable:
     def from_dict(document: Mapping[str, Any]) -> LatencyTable:
         """Raises ValueError: naming the key that is unknown, missing or wrong."""
         what = "latency table"
+        if not isinstance(document, Mapping):
+            raise ValueError(f"{what} must be a JSON object, got {quoted(document)}")
         if document.get("format") != _FORMAT or document.get("version") != _VERSION:
             raise ValueError(f"{what} must have format '{_FORMAT}' and version {_VERSION}")
         values = {key: value for key, value in document.items() if key not in ("format", "version")}
@@ -117,7 +119,18 @@ class LatencyTable:
 
     @staticmethod
     def load(path: str | Path) -> LatencyTable:
-        return LatencyTable.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        """Of a file that :meth:`save` wrote.
+
+        Raises:
+            TypeError, OSError: ``path`` is not a file that can be read.
+            ValueError: the file holds something else.
+        """
+        text = read_text(path)
+        try:
+            document = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"latency table is not valid JSON: {error}") from None
+        return LatencyTable.from_dict(document)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from typing import Any
 
 from headwise._C import BlockPlan, FfnPlan, HiddenPlan, StructurePlan
 from headwise.io.display import Grid, shown, table_html
-from headwise.pruning.plans import plan_grid
+from headwise.pruning.plans import loads_files, plan_grid
 
 __all__ = ["BlockPlan", "FfnPlan", "HiddenPlan", "StructurePlan"]
 
@@ -28,4 +28,5 @@ def _grid(plan: StructurePlan) -> Grid:
     return plan_grid(plan.heads)
 
 
+loads_files(StructurePlan)
 shown(StructurePlan, _records, _grid, html=lambda plan: table_html(_records(plan)))

@@ -203,6 +203,18 @@ def test_refuses_what_is_no_document(given, kind, message):
         page(*given)
 
 
+def test_results_of_an_older_version():
+    """Those of before images have no name for their examples."""
+    older = compared()
+    for task in older["tasks"]:
+        task.pop("examples", None)
+    assert Reader(page(older)).data()["compared"]["tables"][0]["title"].endswith(" test texts)")
+    del older["model"]["layers"]
+    message = "^documents must be of this version of headwise: one lacks 'layers'; run the command"
+    with pytest.raises(ValueError, match=message):
+        page(older)
+
+
 def test_refuses_a_file_that_is_not_json(tmp_path):
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(ValueError, match="x.json is not a JSON document$"):

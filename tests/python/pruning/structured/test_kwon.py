@@ -651,6 +651,16 @@ def test_times_are_measured():
         ({}, loss_fn, "give one of macs and latency, got macs=None and latency=None"),
         ({"macs": 0.5, "latency": 0.5}, loss_fn, "give one of macs and latency, got macs=0.5"),
         ({"macs": 0.5, "damp": -1.0}, loss_fn, "damp must be finite and not negative, got -1.0"),
+        (
+            {"macs": 0.5, "damp": 1.0, "variant": "paper"},
+            loss_fn,
+            "damp must not be given with variant='paper', whose damp is 1, got 1.0",
+        ),
+        (
+            {"macs": 0.5, "damp": 1.0, "tune": False},
+            loss_fn,
+            "damp must not be given with tune=False, which tunes no scales, got 1.0",
+        ),
         ({"macs": 0.0}, loss_fn, "macs must be in \\(0, 1\\], got 0.0"),
         ({"macs": 0.5, "heads": False, "ffn": False}, loss_fn, "heads and ffn must not both be"),
         (
