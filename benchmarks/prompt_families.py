@@ -333,8 +333,9 @@ def models(
         if kind == "bank":
             family = prompts.family if repaired else None
             bank = fit_bank(
-                dense, prompts.calibration, greedy, keep, len(FAMILIES), clusters=family, at=0,
-                router="softmax", forward_fn=forward, seed=seed, progress=False,
+                dense, prompts.calibration, greedy, keep, None if repaired else len(FAMILIES),
+                clusters=family, at=0, router="softmax", forward_fn=forward, seed=seed,
+                progress=False,
             )  # fmt: skip
             yield method, bank.model, {"routed": round(bank.routed, 3)}
             continue

@@ -142,10 +142,28 @@ void check_together(const BudgetGateOptions& o) {
   TORCH_CHECK_VALUE(o.min_budget() <= o.max_budget(),
                     "min_budget must not be above max_budget, got ",
                     shown_json(Json(o.min_budget())), " and ", shown_json(Json(o.max_budget())));
-  TORCH_CHECK_VALUE(
-      o.budget() || o.keep() == 1.0 || (o.min_budget() <= o.keep() && o.keep() <= o.max_budget()),
-      "keep must lie between min_budget=", shown_json(Json(o.min_budget())),
-      " and max_budget=", shown_json(Json(o.max_budget())), ", got ", shown_json(Json(o.keep())));
+  const BudgetGateOptions initial;
+  if (o.budget()) {
+    TORCH_CHECK_VALUE(o.keep() == initial.keep(),
+                      "keep and budget must not both be given, got keep=",
+                      shown_json(Json(o.keep())), " and budget=", shown_json(Json(*o.budget())));
+    TORCH_CHECK_VALUE(o.min_budget() == initial.min_budget() &&
+                          o.max_budget() == initial.max_budget() && !o.hidden_dim(),
+                      "min_budget, max_budget and hidden_dim belong to a predicted budget and must "
+                      "not be given with budget=",
+                      shown_json(Json(*o.budget())));
+    return;
+  }
+  TORCH_CHECK_VALUE(o.min_budget() <= o.keep() && o.keep() <= o.max_budget(),
+                    "keep must lie between min_budget=", shown_json(Json(o.min_budget())),
+                    " and max_budget=", shown_json(Json(o.max_budget())), ", got ",
+                    shown_json(Json(o.keep())));
+}
+
+void check_together(const SubsetGateOptions& o) {
+  TORCH_CHECK_VALUE(!o.k() || o.keep() == SubsetGateOptions().keep(),
+                    "k and keep must not both be given, got k=", o.k().value_or(0),
+                    " and keep=", shown_json(Json(o.keep())));
 }
 
 void check_together(const RequestedBudgetGateOptions& o) {
@@ -158,6 +176,10 @@ void check_together(const HardConcreteGateOptions& o) {
   TORCH_CHECK_VALUE(o.gamma() < 0.0 && o.zeta() > 1.0,
                     "gamma must be below 0 and zeta above 1, got ", shown_json(Json(o.gamma())),
                     " and ", shown_json(Json(o.zeta())));
+  TORCH_CHECK_VALUE(o.penalty() != "l0" || o.keep() == HardConcreteGateOptions().keep(),
+                    "keep must not be given with penalty='l0', which has no target: strength "
+                    "decides how many heads close, got keep=",
+                    shown_json(Json(o.keep())));
 }
 
 // --- JSON ---

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from headwise.gates.linears import check_read
-from headwise.gates.options import BINDING, TABLES, constructor, documented
+from headwise.gates.options import BINDING, TABLES, constructor, documented, without_defaults
 from headwise.gates.recomputation import Replay, recomputing
 from headwise.gates.selection import Selection
 from headwise.io.printable import quoted
@@ -115,6 +115,7 @@ class Gate(nn.Module):
             ValueError: the configuration does not fit the sizes.
         """
         options = {key: value for key, value in self.config().items() if key != "type"}
+        options = without_defaults(type(self).__name__, options)
         bound = type(self)(
             **options, embed_dim=embed_dim, num_heads=num_heads, device=device, dtype=dtype
         )
@@ -208,6 +209,9 @@ class Gate(nn.Module):
     #: ``run(layer, ...)`` and ``project(context, selection)`` (:class:`headwise.gates.BankGate`).
     projects = False
 
+    #: How it decides, in a sentence, for explanations of a gate that the core does not know.
+    how: str | None = None
+
     #: Whether it only passes on what another gate inside it chose: then that one is annealed,
     #: linked and penalised.
     wraps = False
@@ -263,7 +267,7 @@ def gate_from_config(config: Mapping[str, Any]) -> Gate:
     for key in sorted(accepted - set(options)):
         if parameters[key].default is inspect.Parameter.empty:
             raise ValueError(f"{name} must be given its option {key!r}")
-    return _GATES[name](**options)
+    return _GATES[name](**without_defaults(name, options))
 
 
 def inner_gate(gate: Any, of: str) -> Gate:

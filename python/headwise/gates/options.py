@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from headwise import _C
+from headwise.io.printable import quoted
 
 #: A gate's arguments for the sizes of its layer.
 BINDING = {
@@ -16,6 +17,13 @@ BINDING = {
     "dtype": "of the parameters.",
 }
 TABLES: dict[str, list[_C.OptionRow]] = dict(_C.gate_tables())
+#: Options of a gate that say the same thing in two ways: at most one may be given. The core
+#: compares their values; only a constructor knows that a default was given on purpose.
+ALTERNATIVES = {
+    "BudgetGate": ("keep", "budget"),
+    "FixedGate": ("heads", "scale"),
+    "SubsetGate": ("k", "keep"),
+}
 
 
 def checked(gate: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -26,6 +34,14 @@ def checked(gate: str, options: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: a value is out of its range, or an option is not one of the gate's.
     """
     return _C.gate_options(gate, dict(options))
+
+
+def without_defaults(gate: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a configuration, which has them all, without :data:`ALTERNATIVES` that have
+    their default: nobody gave those."""
+    defaults = {row.name: row.default for row in TABLES.get(gate, ())}
+    unset = [name for name in ALTERNATIVES.get(gate, ()) if options.get(name) == defaults[name]]
+    return {name: value for name, value in options.items() if name not in unset}
 
 
 def constructor(gate: str, init: Callable[..., None]) -> Callable[..., None]:
@@ -48,6 +64,12 @@ def constructor(gate: str, init: Callable[..., None]) -> Callable[..., None]:
             raise TypeError(f"{gate}: {error}; it has {known}") from None
         del given["self"]
         binding = {name: given.pop(name) for name in BINDING if name in given}
+        first, second = ALTERNATIVES.get(gate, ("", ""))
+        if given.get(first) is not None and given.get(second) is not None:
+            raise ValueError(
+                f"{first} and {second} must not both be given, got {first}="
+                f"{quoted(given[first])} and {second}={quoted(given[second])}"
+            )
         init(self, checked(gate, given), **binding)
 
     __init__.__signature__ = signature  # type: ignore[attr-defined]

@@ -309,6 +309,17 @@ def test_prune_finds_heads_itself(tmp_path, tiny_texts, capsys):
         (["--keep", "0.5"], "--keep scores heads on labelled texts, so it needs --data FILE"),
         (["--plan", "p", "--exact"], "--exact is a way of finding heads, so it needs --keep, not"),
         (["--plan", "p", "--method", "kwon"], "--method is a way of finding heads, so it needs"),
+        (["--plan", "p", "--metric", "hies"], "--metric is a way of finding heads, so it needs"),
+        (["--gates", "--data", "d.csv"], "--data is a way of finding heads, so it needs --keep"),
+        (
+            ["--keep", "0.5", "--data", "d.csv", "--method", "kwon", "--metric", "hies"],
+            "--metric belongs to --method ranking",
+        ),
+        (
+            ["--keep", "0.5", "--data", "d.csv", "--metric", "use", "--exact"],
+            "--exact is of a search that scores heads in steps, so it cannot be used with --metric",
+        ),
+        (["--keep", "0.5", "--data", "d.csv", "--step", "0.2"], "--step needs --exact"),
         (["--latency", "0.5"], "--latency needs --method kwon"),
         (
             ["--latency", "0.5", "--keep", "0.5", "--method", "kwon"],
@@ -325,6 +336,11 @@ def test_prune_needs_a_plan_or_texts(tmp_path, tiny_model, capsys, arguments, co
         capsys, 2, "prune", "--model", tiny_model, "--out", tmp_path / "small", *arguments
     )
     assert message.startswith(f"headwise prune: {complaint}")
+
+
+def test_compare_refuses_columns_of_a_bundled_task(tmp_path, capsys):
+    message = fails(capsys, 2, "compare", "--task", "reviews", "--group", "film", "--out", tmp_path)
+    assert message == ("headwise compare: --group names a column of own data, so it needs --data\n")
 
 
 def test_prune_finds_heads_and_neurons_without_training(tmp_path, tiny_texts, capsys):

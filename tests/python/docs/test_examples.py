@@ -104,7 +104,7 @@ def test_cpp_logits_equal_python(kind, tmp_path):
     torch.manual_seed(0)
     gates = {
         "no gate": None,
-        "BudgetGate": hw.BudgetGate(keep=0.5, budget=0.5),
+        "BudgetGate": hw.BudgetGate(budget=0.5),
         "HardConcreteGate": hw.HardConcreteGate(input_dependent=True),
         "pruned": None,
         "structure": None,

@@ -419,7 +419,40 @@ def test_input_that_is_not_finite(value):
             "gamma must be below 0 and zeta above 1, got -0.1 and 1.0",
         ),
         (lambda: hw.RandomGate(0), "keep must be in (0, 1], got 0.0"),
-        (lambda: hw.FixedGate([0], scale=[1.0]), "heads and scale must not both be given"),
+        (
+            lambda: hw.FixedGate([0], scale=[1.0]),
+            "heads and scale must not both be given, got heads=[0] and scale=[1.0]",
+        ),
+        (
+            lambda: hw.BudgetGate(keep=0.5, budget=0.25),  # 0.5 is the default
+            "keep and budget must not both be given, got keep=0.5 and budget=0.25",
+        ),
+        (
+            lambda: hw.gates.gate_from_config({"type": "BudgetGate", "keep": 0.3, "budget": 0.25}),
+            "keep and budget must not both be given, got keep=0.3 and budget=0.25",
+        ),
+        (
+            lambda: hw.BudgetGate(budget=0.25, max_budget=0.5),
+            "min_budget, max_budget and hidden_dim belong to a predicted budget and must not be "
+            "given with budget=0.25",
+        ),
+        (
+            lambda: hw.BudgetGate(keep=1.0, max_budget=0.5),
+            "keep must lie between min_budget=0.1 and max_budget=0.5, got 1.0",
+        ),
+        (
+            lambda: hw.SubsetGate(3, keep=0.5),
+            "k and keep must not both be given, got k=3 and keep=0.5",
+        ),
+        (
+            lambda: hw.SharedHeadsGate({"type": "SubsetGate", "k": 3, "keep": 0.25}),
+            "k and keep must not both be given, got k=3 and keep=0.25",
+        ),
+        (
+            lambda: hw.HardConcreteGate(keep=0.25, penalty="l0"),
+            "keep must not be given with penalty='l0', which has no target: strength decides how "
+            "many heads close, got keep=0.25",
+        ),
         (lambda: hw.FixedGate([7]).bind(D, H), "heads must be in 0..5, got 7"),
         (lambda: hw.FixedGate([1, 1]).bind(D, H), "heads must not name a head twice, got 1 again"),
         (lambda: hw.FixedGate(scale=[1.0]).bind(D, H), "scale must have 6 values, got 1"),
@@ -434,6 +467,16 @@ def test_errors(build, message):
     with pytest.raises(ValueError) as error:
         build()
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    "gate",
+    [hw.BudgetGate(budget=0.25), hw.SubsetGate(3), hw.SubsetGate(keep=0.5)],
+)
+def test_a_configuration_may_name_the_defaults_of_alternatives(gate):
+    """It has all options, also those that the given ones replace."""
+    assert hw.gates.gate_from_config(gate.config()).config() == gate.config()
+    assert gate.bind(D, H).config() == gate.config()
 
 
 @pytest.mark.parametrize(

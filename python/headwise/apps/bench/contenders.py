@@ -93,7 +93,7 @@ def dense(x: Tensor, w: Weights, mask: Tensor | None = None) -> Tensor:
 def random_gate(share: float) -> hw.BudgetGate:
     """A gate that runs this share of the heads; :func:`randomise` makes its choice random."""
     # A target below 1 keeps the gate working even if every head runs.
-    return hw.BudgetGate(keep=min(share, 0.99), budget=share, execution="selected")
+    return hw.BudgetGate(budget=share, execution="selected")
 
 
 @torch.no_grad()

@@ -159,6 +159,10 @@ def run(options: argparse.Namespace) -> None:
         return
     if options.data is not None and options.tasks:
         raise UsageError("give --data or --task, not both")
+    if options.data is None:
+        for name, default in (("text", "text"), ("label", "label"), ("group", None)):
+            if getattr(options, name) != default:
+                raise UsageError(f"--{name} names a column of own data, so it needs --data")
     need_packages("compare", ("matplotlib", "jinja2", "plotly"), "compare")
     if options.metric != ACCURACY:
         need_packages(f"--metric {options.metric}", ("sklearn",), "compare")

@@ -44,7 +44,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
         metavar="SHARE",
         help="instead of --plan: the share of heads to keep (kwon: of multiply-accumulates)",
     )
-    parser.add_argument(
+    method = parser.add_argument(
         "--method",
         choices=("ranking", "kwon"),
         default="ranking",
@@ -63,25 +63,31 @@ def add_parser(commands) -> argparse.ArgumentParser:
         help="instead of --plan: the heads that the model's gates choose, if these are the same "
         "for every input",
     )
-    parser.add_argument(
+    metric = parser.add_argument(
         "--metric",
         choices=(*ONE_PASS, USE),
         default="michel",
         help="what --keep ranks by (michel); use: how often the model's gates run a head over the "
         "texts, for a model whose gates choose for every input; the gates are removed",
     )
-    parser.add_argument(
+    exact = parser.add_argument(
         "--exact", action="store_true", help="score the remaining heads again after every step"
     )
-    parser.add_argument(
+    step = parser.add_argument(
         "--step",
         type=share,
         default=0.1,
         metavar="SHARE",
         help="share of all heads that a step of --exact removes (default: 0.1)",
     )
-    add_texts(parser, required=False)
+    texts, kept = add_texts(parser, required=False)
     add_common(parser, out=None)
+    parser.set_defaults(
+        of_search=[method, metric, exact, step, *texts, kept],
+        of_ranking=[metric, exact, step, kept],
+        of_steps=[exact, step, kept],
+        step_option=step,
+    )
     return parser
 
 
@@ -197,22 +203,34 @@ def _check(options: argparse.Namespace) -> None:
         raise UsageError("prune needs one of --plan FILE, --keep SHARE and --gates")
     if found and options.data is None:
         raise UsageError("--keep scores heads on labelled texts, so it needs --data FILE")
-    if options.plan is not None and options.method != "ranking":
-        raise UsageError("--method is a way of finding heads, so it needs --keep, not --plan")
-    if options.gates and options.method != "ranking":
-        raise UsageError("--method is a way of finding heads, so it needs --keep, not --gates")
-    if options.method != "ranking" and options.exact:
-        raise UsageError("--exact belongs to --method ranking")
-    if options.exact and options.metric == USE:
-        raise UsageError(
-            "--exact scores heads again after every step, so it cannot be used with --metric use"
-        )
-    if options.plan is not None and options.exact:
-        raise UsageError("--exact is a way of finding heads, so it needs --keep, not --plan")
+    if not found:
+        asked = "--plan" if options.plan is not None else "--gates"
+        for name in _given(options, options.of_search):
+            raise UsageError(f"{name} is a way of finding heads, so it needs --keep, not {asked}")
+    if options.method != "ranking":
+        for name in _given(options, options.of_ranking):
+            raise UsageError(f"{name} belongs to --method ranking")
+    if options.metric == USE:
+        for name in _given(options, options.of_steps):
+            raise UsageError(
+                f"{name} is of a search that scores heads in steps, so it cannot be used with "
+                "--metric use"
+            )
+    if not options.exact and _given(options, [options.step_option]):
+        raise UsageError("--step needs --exact")
     if options.plan is not None and not options.plan.is_file():
         raise UsageError(f"there is no plan {options.plan}")
     writable_file(options.json)
     writable_file(options.out.parent / "out" if not options.out.exists() else None)
+
+
+def _given(options: argparse.Namespace, actions: list[argparse.Action]) -> list[str]:
+    """Which of these options have another value than their default."""
+    return [
+        action.option_strings[0]
+        for action in actions
+        if getattr(options, action.dest) != action.default
+    ]
 
 
 def _load_plan(path: Path):

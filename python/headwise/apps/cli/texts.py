@@ -12,29 +12,33 @@ from headwise.apps.cli.common import add_labels_are, positive
 from headwise.apps.tasks.errors import UsageError
 
 
-def add_texts(parser: argparse.ArgumentParser, required: bool) -> None:
-    """The options for the texts and their number."""
-    parser.add_argument(
-        "--data",
-        type=Path,
-        required=required,
-        metavar="FILE",
-        help="labelled texts: .csv or .jsonl",
-    )
-    parser.add_argument("--text", default="text", metavar="COLUMN", help="default: text")
-    parser.add_argument("--label", default="label", metavar="COLUMN", help="default: label")
-    add_labels_are(parser)
-    parser.add_argument(
-        "--limit", type=positive, default=512, metavar="N", help="texts (default: 512)"
-    )
-    parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="default: 32")
-    parser.add_argument("--max-length", type=positive, default=128, metavar="N", help="tokens")
-    parser.add_argument(
+def add_texts(
+    parser: argparse.ArgumentParser, required: bool
+) -> tuple[list[argparse.Action], argparse.Action]:
+    """The options for the texts and their number, and the one for a search's finished steps."""
+    add = parser.add_argument
+    texts = [
+        add(
+            "--data",
+            type=Path,
+            required=required,
+            metavar="FILE",
+            help="labelled texts: .csv or .jsonl",
+        ),
+        add("--text", default="text", metavar="COLUMN", help="default: text"),
+        add("--label", default="label", metavar="COLUMN", help="default: label"),
+        add_labels_are(parser),
+        add("--limit", type=positive, default=512, metavar="N", help="texts (default: 512)"),
+        add("--batch-size", type=positive, default=32, metavar="N", help="default: 32"),
+        add("--max-length", type=positive, default=128, metavar="N", help="tokens"),
+    ]
+    journal = add(
         "--journal",
         type=Path,
         metavar="DIR",
         help="save the finished steps of long searches there; the same command resumes from them",
     )
+    return texts, journal
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,6 @@ def bank(bench: Workbench, keep: float, steps: int) -> Outcome:
         mappings(examples, bench.device),
         removal,
         keep,
-        PLANS,
         at=_AT,
         forward_fn=forward,
         seed=bench.seed,
@@ -129,7 +128,9 @@ def bank(bench: Workbench, keep: float, steps: int) -> Outcome:
 
 def _grouping(domains: Tensor | None) -> dict:
     """Domains are separated by a linear classifier; clusters by the nearest centroid."""
-    return {"clusters": domains, "router": "centroid" if domains is None else "softmax"}
+    if domains is None:
+        return {"plans": PLANS, "router": "centroid"}
+    return {"clusters": domains, "router": "softmax"}
 
 
 def measure_headroom(bench: Workbench) -> dict:
@@ -159,7 +160,6 @@ def _headroom(bench: Workbench) -> hw.pruning.Headroom:
         removal,
         right,
         keep=[share for share in bench.settings.keep if share < 1.0] or [0.5],
-        plans=PLANS,
         held_out_clusters=domains_in_order(held_out),
         forward_fn=forward,
         seed=bench.seed,
