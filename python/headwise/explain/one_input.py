@@ -21,6 +21,7 @@ from headwise.explain.texts import (
     tokens_cut,
     tokens_unknown,
 )
+from headwise.gates.bank import BankGate
 from headwise.io.checked import check_whole_number
 from headwise.io.printable import quoted
 from headwise.io.progress import progress_bar
@@ -28,6 +29,7 @@ from headwise.nn.batches import run_model, take_rows
 from headwise.nn.instrumenting import evaluating
 from headwise.nn.intervention import ForwardFunction
 from headwise.nn.layers import attention_layers
+from headwise.pruning.bank import plan_choices
 
 Take = Callable[[Any, Tensor], Any]
 
@@ -170,6 +172,8 @@ def explain(
     for place, entry in enumerate(document["inputs"]):
         entry["tokens_cut"] = None if cut is None else cut[place]
         entry["tokens_unknown"] = None if unknown is None else unknown[place]
+    _add_gates(document, model)
+    _add_plans(document, model, inputs, forward_fn)
     document["model"] = {
         "class": type(model).__name__,
         "layers": len(dict.fromkeys(sites)),
@@ -214,6 +218,40 @@ def _check_inputs(inputs: Any, own_function: bool) -> None:
             raise ValueError(
                 f"inputs must have at least one row and one token, got shape {list(tensor.shape)}"
             )
+
+
+def _add_gates(document: dict[str, Any], model: nn.Module) -> None:
+    """Adds how gates decide that only Python knows."""
+    gates = {name: layer.gate for name, layer in attention_layers(model).items()}
+    for entry in document["inputs"]:
+        for layer in entry["layers"]:
+            gate = gates.get(layer["name"])
+            if gate is not None and gate.how is not None:
+                layer["gate"]["how"] = gate.how
+
+
+def _add_plans(
+    document: dict[str, Any], model: nn.Module, inputs: Any, forward_fn: ForwardFunction
+) -> None:
+    """Adds the plan of a bank that each input follows, and how clearly its router chose it."""
+    layers = attention_layers(model)
+    banked = [name for name, layer in layers.items() if isinstance(layer.gate, BankGate)]
+    for entry in document["inputs"]:
+        entry["plan"] = None
+    if not banked:
+        return
+    gate = layers[banked[0]].gate
+    chosen = plan_choices(model, inputs, forward_fn=forward_fn)
+    for entry, choice in zip(document["inputs"], chosen, strict=True):
+        entry["plan"] = {
+            "plan": choice.plan,
+            "name": choice.name,
+            "plans": list(gate.names),
+            "scores": choice.scores,
+            "next_plan": choice.next_plan,
+            "margin": None if choice.next_plan is None else choice.margin,
+            "decided_in": banked[gate.at],
+        }
 
 
 def _add_roles(document: dict[str, Any], roles: Mapping[str, Any]) -> None:

@@ -18,6 +18,8 @@ def summarise(entry: dict[str, Any]) -> str:
     ways = {layer["gate"].get("how") for layer in entry["layers"]}
     if len(ways) == 1 and None not in ways:
         sentences.extend(ways)
+    if entry.get("plan") is not None:
+        sentences.append(_plan_told(entry["plan"]))
     if entry.get("tokens_cut"):
         kept = entry["layers"][0]["queries"] if entry["layers"] else 0
         sentences.append(
@@ -65,6 +67,17 @@ def summarise(entry: dict[str, Any]) -> str:
             "when toggled alone."
         )
     return " ".join(sentences)
+
+
+def _plan_told(plan: dict[str, Any]) -> str:
+    """Which plan of a bank an input follows, and how far the next one was."""
+    if plan["next_plan"] is None:
+        return f"It follows the bank's only plan, {plan['name']!r}."
+    following = plan["plans"][plan["next_plan"]]
+    return (
+        f"It follows plan {plan['name']!r}, one of {len(plan['plans'])}: the router scores it "
+        f"{_told(plan['margin'])} above the next, {following!r}."
+    )
 
 
 def _told(value: float) -> str:

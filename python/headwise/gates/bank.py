@@ -221,6 +221,16 @@ class BankGate(ScopedGate, Gate, configured=True):
         self.router_weight.copy_(weight)
         self.router_bias.copy_(bias)
 
+    @property
+    def how(self) -> str:  # type: ignore[override]
+        if len(self.plans) == 1:
+            return "A bank with one plan: the same heads run for every input."
+        return (
+            f"A bank of {len(self.plans)} plans: the input of attention layer {self.at} decides "
+            "which one an input follows from there on"
+            + (", and layers before it run the same heads for every input." if self.at else ".")
+        )
+
     def scope_key(self) -> str:
         return f"BankGate {len(self.plans)} {self.at} {self.features} {self.names}"
 

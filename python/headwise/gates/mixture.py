@@ -113,6 +113,14 @@ class MixtureOfHeadsGate(Gate, configured=True):
     def routes_tokens(self) -> bool:  # type: ignore[override]
         return self.routing == "token"
 
+    @property
+    def how(self) -> str:  # type: ignore[override]
+        shared = len(self._options["shared"])
+        return (
+            f"{shared} {'head runs' if shared == 1 else 'heads run'} for every input; of the "
+            "others, those that a learned router scores highest for the mean of its tokens."
+        )
+
     def _prepare(self) -> None:
         self.balance = None
 

@@ -68,6 +68,7 @@ class PlanChoice:
         next_plan: the second-best plan; None: the bank has one plan.
         margin: by how much the second plan's score is lower; 0 if there is none.
         heads: of each layer, by name, the heads that run.
+        scores: of all plans, by the router.
     """
 
     plan: int
@@ -76,6 +77,7 @@ class PlanChoice:
     next_plan: int | None
     margin: float
     heads: dict[str, list[int]]
+    scores: list[float]
 
 
 def fit_bank(
@@ -263,6 +265,7 @@ def plan_choices(
                 second,
                 margin,
                 {name: own.plans[order[0]] for name, own in gates.items()},
+                row.tolist(),
             )
         )
     return choices

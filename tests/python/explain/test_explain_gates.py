@@ -253,3 +253,68 @@ def test_a_static_hard_concrete_gate_wrapped_and_a_gate_of_ones_own():
     gate = hw.explain(model, bert_inputs(), effects=False).inputs[0]["layers"][0]["gate"]
     assert gate["how"] == ("A custom gate, Own: its relevance is known, but not how it "
                            "is computed.")  # fmt: skip
+
+
+def banked(names, at=1):
+    """A classifier with a bank whose router is random."""
+    torch.manual_seed(5)
+    model = hw.convert(bert("BertForSequenceClassification", num_labels=3))
+    for layer in hw.attention_layers(model).values():
+        plans = [[number % 4, 3] if number % 4 < 3 else [0, 1] for number in range(len(names))]
+        layer.set_gate(hw.gates.BankGate(plans, at=at, names=names))
+        layer.gate.router_weight.normal_()
+    return hw.link_gates(model.eval())
+
+
+def test_an_input_of_a_bank_is_told_its_plan():
+    model, inputs = banked(["mails", "chats", "code"]), bert_inputs()
+    result = hw.explain(model, inputs)
+    deciding = list(hw.attention_layers(model).values())[1].gate
+    seen = []
+    with (
+        torch.no_grad(),
+        deciding.register_forward_hook(
+            lambda gate, args, output: seen.append(gate.scores(*args[:2]))
+        ),
+    ):
+        model(**inputs)
+    best = seen[0].double().topk(2).values  # [B, 2]
+    for row, entry in enumerate(result.inputs):
+        plan = entry["plan"]
+        assert plan["plans"] == ["mails", "chats", "code"]
+        assert plan["name"] == plan["plans"][plan["plan"]] and plan["next_plan"] != plan["plan"]
+        torch.testing.assert_close(plan["scores"], seen[0][row].tolist())
+        assert plan["margin"] == pytest.approx((best[row, 0] - best[row, 1]).item(), abs=1e-5)
+        on = [head["head"] for head in entry["layers"][1]["heads"] if head["on"]]
+        assert on == deciding.plans[plan["plan"]]
+        following = plan["plans"][plan["next_plan"]]
+        assert (
+            f"It follows plan '{plan['name']}', one of 3: the router scores it "
+            in result.summary(row)
+        )
+        assert f"above the next, '{following}'." in result.summary(row)
+        assert "custom gate" not in result.summary(row)
+        assert all(
+            layer["gate"]["how"].startswith("A bank of 3 plans: the input of attention layer 1")
+            for layer in entry["layers"]
+        )
+
+
+def test_a_bank_with_one_plan_has_no_next():
+    result = hw.explain(banked(["all"], at=0), bert_inputs())
+    plan = result.inputs[0]["plan"]
+    assert plan["margin"] is plan["next_plan"] is None
+    assert "It follows the bank's only plan, 'all'." in result.summary()
+
+
+def test_other_gates_have_no_plan_and_python_gates_are_named():
+    model = hw.convert(
+        bert("BertForSequenceClassification", num_labels=3),
+        hw.MixtureOfHeadsGate(keep=0.5, shared=1, routing="sequence"),
+    )
+    entry = hw.explain(model, bert_inputs()).inputs[0]
+    assert entry["plan"] is None
+    assert entry["layers"][0]["gate"]["how"] == (
+        "1 head runs for every input; of the others, those that a learned router scores highest "
+        "for the mean of its tokens."
+    )
