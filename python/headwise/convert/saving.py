@@ -72,7 +72,9 @@ class SavePretrained:
         raise ValueError(
             f"save_pretrained cannot write this model so that {type(model).__name__}."
             f"from_pretrained reads it: {reason}. Use headwise.save(model, dir) and "
-            f"headwise.load(dir); with a Trainer, add headwise.serialization.trainer.GateCallback()"
+            f"headwise.load(dir), or of a pruned model headwise.serialization."
+            f"save_for_transformers(model, dir); with a Trainer, add "
+            f"headwise.serialization.trainer.GateCallback()"
         )
 
 
@@ -85,6 +87,18 @@ def save_as_the_original(model: nn.Module) -> None:
         if isinstance(part, transformers.PreTrainedModel) and attention_layers(part):
             if not isinstance(vars(part).get("save_pretrained"), SavePretrained):
                 vars(part)["save_pretrained"] = SavePretrained(part)
+
+
+def original_state(model: nn.Module) -> dict[str, Tensor] | str:
+    """The state with the names of the original class; or, as text, why there is none."""
+    state = dict(model.state_dict())
+    return _give_original_names(model, state) or state
+
+
+def unlike_the_original(model: nn.Module, state: dict[str, Tensor]) -> str | None:
+    """Why the original class cannot read ``state``, whatever its configuration; None if it can."""
+    sizes = _sizes(model, state)
+    return sizes if isinstance(sizes, str) else None
 
 
 def _give_original_names(model: nn.Module, state: dict[str, Tensor]) -> str | None:

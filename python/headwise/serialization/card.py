@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -95,13 +97,23 @@ def write_card(dir: str | os.PathLike, model: nn.Module, **about: Any) -> None:
     folder = existing_folder("dir", dir)
     text = model_card(model, **about)
     if not (folder / "headwise.json").is_file():
-        kind = type(model).__name__
+        kind, options = _reader(folder, model)
         text = text.replace("library_name: headwise", "library_name: transformers")
         text = text.replace(
             'import headwise as hw\n\nmodel = hw.load("PATH")',
-            f'from transformers import {kind}\n\nmodel = {kind}.from_pretrained("PATH")',
+            f'from transformers import {kind}\n\nmodel = {kind}.from_pretrained("PATH"{options})',
         )
     write_atomic(folder / CARD, text)
+
+
+def _reader(folder: Path, model: nn.Module) -> tuple[str, str]:
+    """The class whose ``from_pretrained`` reads the folder, and further arguments of it."""
+    with contextlib.suppress(OSError, ValueError):
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        if kinds := list(config.get("auto_map", ())):  # the folder has code
+            # AutoModel reads every base model; a task's own class says more.
+            return kinds[-1], ", trust_remote_code=True"
+    return type(model).__name__, ""
 
 
 def _name_on_the_hub(model: nn.Module) -> str | None:
