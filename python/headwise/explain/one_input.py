@@ -235,12 +235,12 @@ def _add_plans(
 ) -> None:
     """Adds the plan of a bank that each input follows, and how clearly its router chose it."""
     layers = attention_layers(model)
-    banked = [name for name, layer in layers.items() if isinstance(layer.gate, BankGate)]
+    gates = {n: own.gate for n, own in layers.items() if isinstance(own.gate, BankGate)}
     for entry in document["inputs"]:
         entry["plan"] = None
-    if not banked:
+    if not gates:
         return
-    gate = layers[banked[0]].gate
+    gate = next(iter(gates.values()))
     chosen = plan_choices(model, inputs, forward_fn=forward_fn)
     for entry, choice in zip(document["inputs"], chosen, strict=True):
         entry["plan"] = {
@@ -250,7 +250,7 @@ def _add_plans(
             "scores": choice.scores,
             "next_plan": choice.next_plan,
             "margin": None if choice.next_plan is None else choice.margin,
-            "decided_in": banked[gate.at],
+            "decided_in": list(gates)[gate.at],
         }
 
 

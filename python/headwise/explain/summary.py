@@ -70,7 +70,7 @@ def summarise(entry: dict[str, Any]) -> str:
 
 
 def _plan_told(plan: dict[str, Any]) -> str:
-    """Which plan of a bank an input follows, and how far the next one was."""
+    """The plan of a bank that the input follows, and how far the next one was."""
     if plan["next_plan"] is None:
         return f"It follows the bank's only plan, {plan['name']!r}."
     following = plan["plans"][plan["next_plan"]]

@@ -227,7 +227,7 @@ class BankGate(ScopedGate, Gate, configured=True):
             return "A bank with one plan: the same heads run for every input."
         return (
             f"A bank of {len(self.plans)} plans: the input of attention layer {self.at} decides "
-            "which one an input follows from there on"
+            "which plan the input follows from there on"
             + (", and layers before it run the same heads for every input." if self.at else ".")
         )
 

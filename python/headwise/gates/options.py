@@ -38,7 +38,7 @@ def checked(gate: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 def without_defaults(gate: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a configuration, which has them all, without :data:`ALTERNATIVES` that have
-    their default: nobody gave those."""
+    their default: those were not given."""
     defaults = {row.name: row.default for row in TABLES.get(gate, ())}
     unset = [name for name in ALTERNATIVES.get(gate, ()) if options.get(name) == defaults[name]]
     return {name: value for name, value in options.items() if name not in unset}

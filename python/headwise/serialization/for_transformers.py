@@ -310,12 +310,12 @@ def _check(model: Any, folder: Path, name: str) -> None:
                 f"({printable(str(error).splitlines()[0], 200)})"
             ) from None
     tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 2e-2
-    error = (actual.double() - expected.double()).abs().max().item()
+    apart = (actual.double() - expected.double()).abs().max().item()
     most = max(1.0, expected.double().abs().max().item())
-    if not error <= tolerance * most:
+    if not apart <= tolerance * most:
         raise ValueError(
             "save_for_transformers cannot write this model: read again, it computes something else "
-            f"(its outputs differ by {error:.1e})"
+            f"(its outputs differ by {apart:.1e})"
         )
 
 

@@ -67,7 +67,7 @@ def test_a_pruned_bert_is_read_fine_tuned_and_saved_without_headwise(tmp_path):
     small = pruned(ROWS["BertForSequenceClassification"])
     plan = hw.plan(hw.HeadScores("mine", {n: [0.0] for n in hw.attention_layers(small)}), 1.0)
     folder = tmp_path / "small"
-    card = {"metrics": {"accuracy": 0.82}, "plan": plan, "base_model": "somebody/bert"}
+    card = {"metrics": {"accuracy": 0.82}, "plan": plan, "base_model": "alice/bert"}
     assert save_for_transformers(small, folder, card=card)
     inputs = {"input_ids": torch.randint(1, 50, (3, 6))}
     inputs["attention_mask"] = torch.ones(3, 6, dtype=torch.long)
@@ -86,7 +86,7 @@ def test_a_pruned_bert_is_read_fine_tuned_and_saved_without_headwise(tmp_path):
         'AutoModelForSequenceClassification.from_pretrained("PATH", trust_remote_code=True)'
         in readme
     )
-    for told in ("| accuracy | 0.82 |", 'base_model: "somebody/bert"', "pruned by `mine`"):
+    for told in ("| accuracy | 0.82 |", 'base_model: "alice/bert"', "pruned by `mine`"):
         assert told in readme
     assert (folder / "modeling_pruned.py").read_text().count("\n") < 40
     # Without trust in the code the sizes do not fit, which transformers says.
