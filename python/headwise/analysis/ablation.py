@@ -8,7 +8,7 @@ chance. ``keep_one_head`` tests whether a layer needs more than one head at all.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +58,40 @@ class Ablation:
         ]
 
 
+def all_but(heads: int, head: int) -> Tensor:
+    """The factors of a layer's heads that remove one, ``[H]``."""
+    factors = torch.ones(heads)
+    factors[head] = 0.0
+    return factors
+
+
+def only(heads: int, head: int) -> Tensor:
+    """The factors of a layer's heads that leave one, ``[H]``."""
+    return 1.0 - all_but(heads, head)
+
+
+def each_head(
+    scales: dict[str, Tensor],
+    factors: Callable[[int, int], Tensor],
+    title: str,
+    progress: bool | None = None,
+) -> Iterator[tuple[str, int]]:
+    """Every (layer, head) of the model; while the caller measures it, the layer's heads have the
+    factors.
+
+    Args:
+        scales: of :func:`headwise.nn.instrumenting.scaled_heads`.
+        factors: (heads of the layer, head) -> ``[H]``, such as :func:`all_but`.
+        title: of the progress bar.
+    """
+    heads = [(name, head) for name, scale in scales.items() for head in range(len(scale))]
+    for name, head in with_progress(heads, title, "head", progress):
+        whole = scales[name]
+        scales[name] = factors(len(whole), head).to(whole)
+        yield name, head
+        scales[name] = whole
+
+
 def ablate_heads(
     model: nn.Module,
     batches: Iterable[Any],
@@ -95,11 +129,6 @@ def ablate_heads(
             head changes; a journal of another model, of other data or of another search.
     """
 
-    def all_but(heads: int, head: int) -> Tensor:
-        factors = torch.ones(heads)
-        factors[head] = 0.0
-        return factors
-
     return _ablate(
         "ablation", all_but, 1.0, model, batches, loss_fn,
         resamples, confidence_level, seed, journal, progress,
@@ -124,11 +153,6 @@ def keep_one_head(
     layer, so the best head of a layer has the largest score; near 0, it could replace the whole
     layer. Arguments, interval, p-value and errors as in :func:`ablate_heads`.
     """
-
-    def only(heads: int, head: int) -> Tensor:
-        factors = torch.zeros(heads)
-        factors[head] = 1.0
-        return factors
 
     return _ablate(
         "all-but-one", only, -1.0, model, batches, loss_fn,
@@ -155,13 +179,10 @@ def _ablate(
     with instrument(model) as opened:
         scales = scaled_heads(opened)
         full = measured.full()  # [N]
-        heads = [(name, head) for name, scale in scales.items() for head in range(len(scale))]
-        losses = []
-        for name, head in with_progress(heads, metric, "head", progress):
-            whole = scales[name]
-            scales[name] = factors(len(whole), head).to(whole)
-            losses.append(measured(f"{name}/{head}"))
-            scales[name] = whole
+        losses = [
+            measured(f"{name}/{head}")
+            for name, head in each_head(scales, factors, metric, progress)
+        ]
     if not losses:
         raise ValueError("model must have heads, got attention layers without any")
     difference = sign * (torch.stack(losses) - full)  # [heads, N]

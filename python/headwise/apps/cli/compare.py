@@ -20,8 +20,9 @@ from headwise.apps.cli.common import (
     writable_file,
 )
 from headwise.apps.compare.metrics import METRICS
-from headwise.apps.compare.settings import ACCURACY
+from headwise.apps.compare.settings import ACCURACY, BLEU
 from headwise.apps.tasks.errors import UsageError
+from headwise.apps.tasks.own_models import OwnModel, Translator
 from headwise.apps.tasks.registry import BUNDLED, DEFAULT_TASK, model_of
 
 DESCRIPTION = """\
@@ -101,8 +102,8 @@ def add_parser(commands) -> argparse.ArgumentParser:
     how.add_argument(
         "--metric",
         choices=(ACCURACY, *METRICS),
-        default=ACCURACY,
-        help="what methods are compared by, beside accuracy: macro F1, Matthews correlation",
+        help="what methods are compared by, beside accuracy: macro F1, Matthews correlation, or of "
+        "translations BLEU (default: accuracy; of translations bleu)",
     )
     add_energy(how)
     how.add_argument("--list-methods", action="store_true", help="print the methods and stop")
@@ -126,12 +127,15 @@ def settings_of(options: argparse.Namespace):
     size = "quick" if options.quick else "full" if options.full else "default"
     model = model_of(options.tasks or (DEFAULT_TASK,), options.data)
     settings = preset(size, options.seed).for_model(model)
-    if model is not None and options.max_length is not None:
+    if isinstance(model, Translator):
+        if options.energy:
+            raise UsageError(f"--energy is for encoders, not for a {model.name}")
+    elif model is not None and options.max_length is not None:
         raise UsageError(f"--max-length is of texts; the inputs of a {model.name} have one size")
     standard = {"quick": QUICK_METHODS, "default": DEFAULT_METHODS, "full": FULL_METHODS}[size]
     changes: dict = {
         "energy": energy_windows(options),
-        "metric": options.metric,
+        "metric": _metric(options.metric, model),
         "methods": resolve_methods(tuple(options.methods or standard), model),
     }
     if options.keep:
@@ -149,6 +153,16 @@ def settings_of(options: argparse.Namespace):
     return replace(settings, training=training, **changes)
 
 
+def _metric(wanted: str | None, model: OwnModel | None) -> str:
+    translates = isinstance(model, Translator)
+    if wanted is None:
+        return BLEU if translates else ACCURACY
+    if translates != (wanted == BLEU):
+        what = "translations are compared by bleu" if translates else "bleu is of translations"
+        raise UsageError(f"{what}: leave out --metric {wanted}")
+    return wanted
+
+
 def run(options: argparse.Namespace) -> None:
     from headwise.apps.cli.common import need_packages, own_folder, writable_folder
     from headwise.apps.compare.methods import METHODS
@@ -164,9 +178,10 @@ def run(options: argparse.Namespace) -> None:
             if getattr(options, name) != default:
                 raise UsageError(f"--{name} names a column of own data, so it needs --data")
     need_packages("compare", ("matplotlib", "jinja2", "plotly"), "compare")
-    if options.metric != ACCURACY:
-        need_packages(f"--metric {options.metric}", ("sklearn",), "compare")
     settings = settings_of(options)
+    if settings.metric != ACCURACY:
+        package = METRICS[settings.metric].package
+        need_packages(f"--metric {settings.metric}", (package,), "compare")
     writable_file(options.json)
     writable_folder(options.out)
     device = use_device(options.device)

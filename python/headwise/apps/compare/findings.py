@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from headwise.apps.compare import metrics
+from headwise.apps.compare import heads_of_kinds, metrics
 from headwise.apps.compare.calibration import TOLERANCE
 from headwise.apps.compare.statistics import mean_interval, paired_difference
 from headwise.apps.compare.verdict import shape_text
@@ -78,6 +78,11 @@ def summarise(runs: Sequence[dict]) -> list[dict]:
                 }
                 for i, domain in enumerate(group[0]["domains"])
             ]
+        if "heads_by_attention" in group[0]:
+            shares = [run["heads_by_attention"] for run in group]
+            entry["heads_by_attention"] = {
+                kind: statistics.fmean(own[kind] for own in shares) for kind in shares[0]
+            }
         # A method that prunes more than heads has its budget in something else.
         entry["whole_model"] = "share_kept" in group[0]
         kept = [run.get("share_kept", run["heads_mean"]) for run in group]
@@ -243,6 +248,8 @@ def sentences(result: dict) -> list[str]:
     found += _domain_sentences(summary)
     found += _time_sentences(summary)
     found += _energy_sentences(summary)
+    for attention in result.get("attention", ()):
+        found += heads_of_kinds.sentences(attention)
     missed = [e for e in summary if e["missed"]]
     for e in missed:
         found.append(

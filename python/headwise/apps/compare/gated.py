@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import headwise as hw
 from headwise.apps.compare.calibration import calibrate
-from headwise.apps.compare.method import Outcome, Run
+from headwise.apps.compare.method import Outcome, Run, kept_heads
 from headwise.apps.compare.selections import predict_and_record
 from headwise.apps.compare.workbench import Workbench
 from headwise.gates.optimizing import choosing_parameters
@@ -50,7 +50,7 @@ def static(
     """
 
     def run(bench: Workbench, keep: float, steps: int) -> Outcome:
-        model = _start(bench, hw.convert(bench.converted(), prototype(keep)), keep)
+        model = _start(bench, bench.gated(prototype(keep)), keep)
         batches = bench.batches()
         searching = round(until * steps)
         share = searching / steps if steps else 1.0
@@ -68,9 +68,11 @@ def static(
         moves = hw.gates.head_moves(model)
         for layer in layers.values():
             layer.set_gate(None)
-        model = hw.prune(model, hw.plan(hw.HeadScores("gates", values), keep=keep))
+        plan = hw.plan(hw.HeadScores("gates", values), keep=keep)
+        model = hw.prune(model, plan)
         bench.finetune(model, batches, steps - searching, rate_span=(share, 1.0))
-        return Outcome(model, steps, {"moves": moves} if moves else {})
+        notes = kept_heads(plan)
+        return Outcome(model, steps, notes | {"moves": moves} if moves else notes)
 
     return run
 
@@ -79,7 +81,7 @@ def dynamic(prototype: Callable[[Workbench, float], hw.Gate]) -> Run:
     """Gates that see the input train with the model, and are then calibrated to the budget."""
 
     def run(bench: Workbench, keep: float, steps: int) -> Outcome:
-        model = _start(bench, hw.convert(bench.converted(), prototype(bench, keep)), keep)
+        model = _start(bench, bench.gated(prototype(bench, keep)), keep)
         bench.finetune(model, bench.batches(), steps)
         held_out = bench.validation.take(512)
 
@@ -107,7 +109,7 @@ def requested(bench: Workbench, keep: float, steps: int) -> Outcome:
         gate = hw.RequestedBudgetGate(
             min_budget=0.15, noise_scale=0.0, static_until=0.0, hard_from=0.3
         )
-        trained = _start(bench, hw.convert(bench.converted(), gate), 0.5)
+        trained = _start(bench, bench.gated(gate), 0.5)
         bench.finetune(trained, bench.batches(), steps)
         bench.plans["requested"] = trained
     model = copy.deepcopy(trained)

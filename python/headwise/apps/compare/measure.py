@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import headwise as hw
 from headwise.apps.compare.selections import HeadUse
+from headwise.apps.compare.translating import generate
 from headwise.apps.energy.counters import Meter, NotMeasured
 from headwise.apps.energy.windows import Windows, Work, head_bytes
 from headwise.apps.energy.windows import measure as measure_energy
@@ -55,11 +56,28 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
+#: How a model runs on a batch.
+Call = Callable[[nn.Module, dict[str, Tensor]], object]
+
+#: Tokens of each translation whose time is measured: lengths of their own would compare texts.
+_TRANSLATED = 16
+
+
+def call(model: nn.Module, inputs: dict[str, Tensor]) -> object:
+    return model(**inputs)
+
+
+def translate(model: nn.Module, inputs: dict[str, Tensor]) -> object:
+    """Translations with the same number of tokens."""
+    return generate(model, inputs, least=_TRANSLATED, most=_TRANSLATED)
+
+
 @torch.no_grad()
 def interleaved_seconds(
     models: Sequence[nn.Module],
     inputs: Sequence[dict[str, Tensor]],
     device: torch.device,
+    run: Call = call,
     *,
     budget_s: float = 1.5,
     least: int = 5,
@@ -73,7 +91,7 @@ def interleaved_seconds(
     for model in models:
         model.eval()
         for batch in inputs[:2]:
-            model(**batch)
+            run(model, batch)
     seconds: list[list[float]] = [[] for _ in models]
     start = time.perf_counter()
     for turn in range(most):
@@ -82,7 +100,7 @@ def interleaved_seconds(
         batch = inputs[turn % len(inputs)]
         for model, found in zip(models, seconds, strict=True):
             began = _now(device)
-            model(**batch)
+            run(model, batch)
             found.append(_now(device) - began)
     return seconds
 
@@ -94,6 +112,7 @@ def latency(
     shapes: Sequence[Shape],
     device: torch.device,
     budget_s: float = 1.5,
+    run: Call = call,
 ) -> list[dict]:
     """Median milliseconds of ``model`` and of ``dense`` for each shape, measured alternately.
 
@@ -105,7 +124,7 @@ def latency(
     found = []
     for shape in shapes:
         inputs = inputs_of(examples, shape, device, count=4)
-        base, own = interleaved_seconds([dense, model], inputs, device, budget_s=budget_s)
+        base, own = interleaved_seconds([dense, model], inputs, device, run, budget_s=budget_s)
         ratios = sorted(b / a for a, b in zip(base, own, strict=True))
         found.append(
             {

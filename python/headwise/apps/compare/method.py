@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
+import headwise as hw
 from headwise.apps.compare.workbench import Workbench
 
 
@@ -17,6 +18,11 @@ class Outcome:
     model: nn.Module
     train_steps: int
     notes: dict = field(default_factory=dict)
+
+
+def kept_heads(plan: hw.HeadPlan) -> dict:
+    """The note about a plan in a run's record: layer -> its heads that stay."""
+    return {"kept": {layer.name: list(layer.heads) for layer in plan.layers}}
 
 
 Run = Callable[[Workbench, float, int], Outcome]
@@ -44,6 +50,7 @@ class Method:
         trains: whether it trains for ``steps`` steps (post-hoc methods do not).
         run: (workbench, share of heads, steps) -> outcome.
         texts_only: whether it knows the layers of text encoders alone.
+        encoders_only: why it cannot be applied to an encoder-decoder; None: it can.
     """
 
     name: str
@@ -52,3 +59,4 @@ class Method:
     trains: bool
     run: Run
     texts_only: bool = False
+    encoders_only: str | None = None

@@ -11,7 +11,7 @@ import difflib
 from headwise.apps.compare import gated, planned, repaired, structured
 from headwise.apps.compare.method import Method, Outcome, Run, then_trained
 from headwise.apps.tasks.errors import UsageError
-from headwise.apps.tasks.own_models import OwnModel
+from headwise.apps.tasks.own_models import OwnModel, Translator
 from headwise.io.printable import quoted
 
 __all__ = ["METHODS", "Method", "Outcome", "resolve_methods"]
@@ -106,12 +106,26 @@ METHODS: dict[str, Method] = {
         Method("requested-budget", "one model, any budget", "dynamic", True, gated.requested),
         _dynamic("adavit", "AdaViT gate", gated.adavit_gate),
         _dynamic("shared-heads", "BudgetGate, one head shared", gated.shared_heads_gate),
-        Method("threshold", "HDP threshold", "dynamic", False, gated.threshold),
+        Method(
+            "threshold",
+            "HDP threshold",
+            "dynamic",
+            False,
+            gated.threshold,
+            encoders_only="reads queries and keys of every head, which a cache does not have",
+        ),
         _dynamic("budget-fixed", "BudgetGate, fixed budget", gated.fixed_budget_gate),
         _dynamic("budget-unannealed", "BudgetGate, no annealing", gated.unannealed_gate),
         _dynamic("budget-random", "random heads per text", gated.random_gate),
         _dynamic("budget-full", "BudgetGate, full budget", gated.full_budget_gate, kind="dense"),
-        Method("kwon", "Kwon 2022", "static", False, structured.kwon),
+        Method(
+            "kwon",
+            "Kwon 2022",
+            "static",
+            False,
+            structured.kwon,
+            encoders_only="counts the operations of one sequence",
+        ),
         Method("cofi", "CoFi", "static", True, structured.cofi, texts_only=True),
     )
 }
@@ -152,14 +166,22 @@ DEFAULT_METHODS = (
 FULL_METHODS = ("dense-continued", *DEFAULT_METHODS)
 
 
+def _suits(method: Method, model: OwnModel | None) -> bool:
+    """Whether the method can be applied to a task's own model; None: a text encoder."""
+    if model is None:
+        return True
+    return not method.texts_only and not (method.encoders_only and isinstance(model, Translator))
+
+
 def resolve_methods(names: tuple[str, ...], model: OwnModel | None = None) -> tuple[str, ...]:
     """Names of methods, families spelled out, each once.
 
     Args:
-        model: that of a task without texts: families are without the methods of texts only.
+        model: a task's own: families are without the methods that it cannot have.
 
     Raises:
-        UsageError: an unknown name (the text has those like it), or a method of texts only.
+        UsageError: an unknown name (the text has those like it), or a method that the model
+            cannot have.
     """
     found: list[str] = []
     for name in names:
@@ -171,6 +193,9 @@ def resolve_methods(names: tuple[str, ...], model: OwnModel | None = None) -> tu
             )
         if name in METHODS and METHODS[name].texts_only and model is not None:
             raise UsageError(f"the method {name} is for text encoders, not for a {model.name}")
-        family = FAMILIES.get(name, (name,))
-        found += [own for own in family if model is None or not METHODS[own].texts_only]
+        if name in METHODS and METHODS[name].encoders_only and isinstance(model, Translator):
+            raise UsageError(
+                f"the method {name} is not for a {model.name}: it {METHODS[name].encoders_only}"
+            )
+        found += [own for own in FAMILIES.get(name, (name,)) if _suits(METHODS[own], model)]
     return tuple(dict.fromkeys(found))

@@ -1,4 +1,4 @@
-"""Metrics of a classifier beside accuracy, by scikit-learn."""
+"""Metrics beside accuracy: of a classifier by scikit-learn, of a translator by sacrebleu."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from headwise.analysis import metric_difference
+from headwise.apps.compare.settings import BLEU
 from headwise.apps.compare.statistics import mean_interval
+from headwise.apps.compare.translating import bleu_of
 
 #: Draws of a bootstrap; each computes the metric twice for every seed.
 RESAMPLES = 500
@@ -22,12 +24,15 @@ class Metric:
     Attributes:
         name: as in ``--metric``.
         title: in tables and sentences.
-        of: (predicted classes [n], right ones [n]) -> the metric, at most 1.
+        of: (answers [n, ...], right ones [n, ...]) -> the metric, at most 1. Answers are the
+            predicted classes; of texts :func:`headwise.apps.compare.translating.bleu_counts`.
+        package: what computes it.
     """
 
     name: str
     title: str
     of: Callable[[Tensor, Tensor], float]
+    package: str = "sklearn"
 
     def mean(self, predicted: Tensor, labels: Tensor) -> float:
         """The mean over the models of ``predicted``, [n, models]."""
@@ -47,12 +52,17 @@ def _matthews(predicted: Tensor, labels: Tensor) -> float:
     return float(matthews_corrcoef(labels.numpy(), predicted.numpy()))
 
 
+def _bleu(counts: Tensor, right: Tensor) -> float:
+    return min(1.0, bleu_of(counts) / 100)
+
+
 #: Without accuracy, which every study has.
 METRICS = {
     metric.name: metric
     for metric in (
         Metric("f1", "macro F1", _macro_f1),
         Metric("matthews", "Matthews correlation", _matthews),
+        Metric(BLEU, "BLEU", _bleu, "sacrebleu"),
     )
 }
 
@@ -60,7 +70,7 @@ METRICS = {
 def recorded(
     name: str, validation: Tensor, validation_labels: Tensor, test: Tensor, labels: Tensor
 ) -> dict:
-    """The metric in a run's record, from the predicted classes of both parts, [N]."""
+    """The metric in a run's record, from the answers of both parts and the right ones."""
     metric = METRICS[name]
     return {
         "name": name,
@@ -95,8 +105,8 @@ def summarised(runs: Sequence[dict]) -> dict:
 
 
 def predictions(runs: Sequence[dict]) -> tuple[Tensor, Tensor]:
-    """Predicted classes of some runs [N, runs], and the right ones [N]."""
-    predicted = torch.tensor([run["metric"]["predicted"] for run in runs]).T
+    """The answers of some runs [N, runs, ...], and the right ones [N, ...]."""
+    predicted = torch.tensor([run["metric"]["predicted"] for run in runs]).transpose(0, 1)
     return predicted, torch.tensor(runs[0]["metric"]["labels"])
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 import headwise as hw
-from headwise.apps.compare.method import Outcome, Run
+from headwise.apps.compare.method import Outcome, Run, kept_heads
 from headwise.apps.compare.workbench import Workbench
 
 #: Shares of importance to try for hies, from entropy alone to importance alone; validation inputs
@@ -69,7 +69,8 @@ Planner = Callable[[Workbench, float], "hw.HeadPlan"]
 
 def post_hoc(planner: Planner) -> Run:
     def run(bench: Workbench, keep: float, steps: int) -> Outcome:
-        return Outcome(hw.prune(bench.converted(), planner(bench, keep)), 0)
+        plan = planner(bench, keep)
+        return Outcome(hw.prune(bench.converted(), plan), 0, kept_heads(plan))
 
     return run
 

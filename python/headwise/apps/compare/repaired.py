@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import headwise as hw
-from headwise.apps.compare.method import Outcome, Run
+from headwise.apps.compare.method import Outcome, Run, kept_heads
 from headwise.apps.compare.planned import Planner
+from headwise.apps.compare.training import graded, logits_of
 from headwise.apps.compare.workbench import Workbench
-from headwise.apps.tasks.examples import Examples
+from headwise.apps.tasks.examples import IGNORED, Examples
 from headwise.gates.optimizing import choosing_parameters
 
 #: The layer whose input the router reads: the embeddings, which are frozen, so that inputs
@@ -35,13 +35,15 @@ def mappings(examples: Examples, device: torch.device, batch_size: int = 32) -> 
 
 
 def forward(model: nn.Module, batch: Mapping) -> Tensor:
-    """Logits [B, C] in float32: least squares are solved for what the model computes exactly."""
+    """Logits [B, C] in float32: least squares are solved for what the model computes exactly.
+
+    Of tokens [B, T, C], with zeros for padding: it depends on no head.
+    """
     inputs = {name: value for name, value in batch.items() if name != LABELS}
-    return model(**inputs).logits
-
-
-def losses(model: nn.Module, batch: Mapping) -> Tensor:
-    return F.cross_entropy(forward(model, batch), batch[LABELS], reduction="none")
+    logits = logits_of(model, inputs)
+    if logits.dim() == 2:
+        return logits
+    return logits.masked_fill((batch[LABELS] == IGNORED)[..., None], 0.0)
 
 
 def removal(model: nn.Module, batches: list[Mapping]) -> hw.HeadScores:
@@ -74,7 +76,7 @@ def repaired(planner: Planner) -> Run:
         batches = mappings(calibration(bench), bench.device)
         plan = planner(bench, keep)
         small = hw.prune(bench.converted(), plan, repair=batches, forward_fn=forward)
-        return Outcome(small, 0)
+        return Outcome(small, 0, kept_heads(plan))
 
     return run
 
@@ -101,7 +103,7 @@ def fitted(bench: Workbench, keep: float, steps: int) -> Outcome:
         static_until=0.0,
         hard_from=0.0,
     )
-    model = hw.convert(bench.converted(), gate)
+    model = bench.gated(gate)
     batches = mappings(calibration(bench), bench.device)
     fit = hw.pruning.fit_gates(model, batches, keep, forward_fn=forward, progress=False)
     for parameter in choosing_parameters(model):
@@ -151,7 +153,7 @@ def _headroom(bench: Workbench) -> hw.pruning.Headroom:
     held_out = bench.validation.take(1000)
 
     def right(model: nn.Module, batch: Mapping) -> Tensor:
-        return (forward(model, batch).argmax(1) == batch[LABELS]).double()
+        return graded(forward(model, batch), batch[LABELS])[:, 0].double()
 
     return hw.headroom(
         bench.converted(),

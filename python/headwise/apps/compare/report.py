@@ -29,7 +29,7 @@ def public(result: dict) -> dict:
         if "metric" in run:
             run["metric"] = {k: run["metric"][k] for k in ("name", "value", "validation")}
     order = ["environment", "runs", "verdicts", "findings", "summary", "comparisons"]
-    order += ["headroom", "tasks", "model", "settings"]
+    order += ["headroom", "attention", "tasks", "model", "settings"]
     shown = {**result, "runs": runs}
     return {key: shown[key] for key in order if key in shown}
 

@@ -55,7 +55,8 @@ class HeadUse:
 def predict_and_record(
     model: nn.Module, examples: Examples, dense_layers: dict[str, int], **options
 ) -> tuple[Tensor, HeadUse]:
-    """Logits [N, C] of a converted model, and the heads that each input ran.
+    """What :func:`headwise.apps.compare.training.predict` reads of a converted model, and the heads
+    that each input ran.
 
     Args:
         dense_layers: name and number of heads of each attention layer before any pruning.
@@ -81,7 +82,7 @@ def predict_and_record(
             chosen[batch.rows] = torch.cat(parts, 1) > 0
 
         opened.observe(observe)
-        logits = predict(model, examples, after_batch=collect, **options)
+        found = predict(model, examples, after_batch=collect, **options)
     if present != dense_layers:  # pruned: removed heads were never chosen
         parts, start = [], 0
         for name, heads in dense_layers.items():
@@ -91,7 +92,7 @@ def predict_and_record(
             start += kept
             parts.append(part)
         chosen = torch.cat(parts, 1)
-    return logits, HeadUse(chosen, tuple(dense_layers.values()))
+    return found, HeadUse(chosen, tuple(dense_layers.values()))
 
 
 @contextlib.contextmanager

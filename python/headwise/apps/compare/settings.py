@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from sys import maxsize
 
 from headwise.apps.compare.training import TrainingOptions
 from headwise.apps.energy.windows import Windows
 from headwise.apps.tasks.errors import UsageError
-from headwise.apps.tasks.own_models import OwnModel
+from headwise.apps.tasks.own_models import OwnModel, Translator
 from headwise.apps.tasks.shapes import Shape
 from headwise.io.printable import quoted
 
 ACCURACY = "accuracy"
+#: What models that translate are compared by.
+BLEU = "bleu"
 
 
 @dataclass(frozen=True)
@@ -74,13 +77,21 @@ class Settings:
         the pretrained text encoder."""
         if model is None:
             return self
-        return replace(
+        found = replace(
             self,
             dense_steps=model.dense_steps,
             dense_learning_rate=model.dense_learning_rate,
             # So small a model is slower in bfloat16.
             training=replace(self.training, learning_rate=model.learning_rate, precision="float32"),
             from_scratch=True,
+        )
+        if not isinstance(model, Translator):
+            return found
+        return replace(
+            found,
+            metric=BLEU,
+            validation_limit=min(self.validation_limit or maxsize, model.validation_limit),
+            test_limit=min(self.test_limit or maxsize, model.test_limit),
         )
 
 

@@ -82,10 +82,10 @@ def _train(bench: Workbench, cofi: hw.pruning.CoFi, batches, searching: int, ste
             step / steps, options.warmup
         )
         batch = next(batches)
-        rows, batch = batch.rows, batch.to(bench.device)
+        targets = bench.teacher(batch)
+        batch = batch.to(bench.device)
         with autocast(dtype, bench.device):
             output = cofi(**batch.inputs)
-        targets = bench.teacher[rows].to(bench.device)
         loss = loss_of(output.logits.float(), batch.labels, targets, options)
         loss = loss + cofi.layer_loss().float() + cofi.penalty()
         optimiser.zero_grad(set_to_none=True)

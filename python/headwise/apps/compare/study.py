@@ -14,7 +14,8 @@ from safetensors.torch import save as to_safetensors
 from torch import nn
 
 import headwise as hw
-from headwise.apps.compare import measure, metrics
+from headwise.apps.compare import heads_of_kinds, measure, metrics, translating
+from headwise.apps.compare.encoder_decoder import by_attention, mac_ratios
 from headwise.apps.compare.methods import METHODS, Outcome
 from headwise.apps.compare.progress import Progress
 from headwise.apps.compare.repaired import measure_headroom
@@ -24,12 +25,12 @@ from headwise.apps.compare.selections import (
     predict_and_record,
     swapped,
 )
-from headwise.apps.compare.settings import ACCURACY, Settings, Source
-from headwise.apps.compare.statistics import wilson_interval
-from headwise.apps.compare.training import accuracy, finetune, predict
+from headwise.apps.compare.settings import ACCURACY, BLEU, Settings, Source
+from headwise.apps.compare.statistics import paired_difference, wilson_interval
+from headwise.apps.compare.training import finetune, graded, predict
 from headwise.apps.compare.workbench import Workbench, dense_options
 from headwise.apps.energy.counters import meter_of
-from headwise.apps.tasks.examples import Examples
+from headwise.apps.tasks.examples import Examples, PairExamples
 from headwise.apps.tasks.origins import origin_of
 from headwise.apps.tasks.registry import load_data, load_task
 from headwise.apps.tasks.tasks import Task, split
@@ -103,7 +104,7 @@ class Study:
         self.keep_models = keep_models
         # All invalid input is found before any training.
         self.tasks = self._load_tasks()
-        self.origin = origin_of(self.tasks, source.model)
+        self.origin = origin_of(self.tasks, source.model, settings.seeds[0])
         length = self.origin.max_length(settings.max_length)
         shapes = tuple(dict.fromkeys(self.origin.shape(shape) for shape in settings.shapes))
         self.settings = replace(settings, max_length=length, shapes=shapes)
@@ -124,7 +125,9 @@ class Study:
         return {
             "record": RECORD,
             "split_seed": self.settings.seeds[0],
-            "data": fingerprint([task.inputs, task.labels, task.groups, task.classes]),
+            "data": fingerprint(
+                [task.inputs, task.targets or task.labels, task.groups, task.classes]
+            ),
             "model": self.origin.digest,
             "settings": settings,
             "device": str(self.device),
@@ -142,6 +145,7 @@ class Study:
         ]
         self.progress.start(sum(len(runs) for _, _, runs, _ in work))
         headroom: list[dict] = []
+        attention: list[dict] = []
         for task, seed, runs, key in work:
             name = f"{short_name(task.name)}-{seed}"
             store = Store.in_folder(self.out / "runs", name, key)
@@ -170,6 +174,8 @@ class Study:
                 else:
                     self.progress.taken_over(run.name, found[run])
                 records.append(found[run])
+            if self.settings.metric == BLEU and seed == self.settings.seeds[0]:
+                attention.append(self._attention(task, seed, key, name, bench))
         return {
             "environment": measure.environment(self.device, self.threads)
             | {"seeds": list(self.settings.seeds)},
@@ -177,17 +183,24 @@ class Study:
             "tasks": [self._describe(task) for task in self.tasks],
             "runs": records,
             "headroom": headroom,
+            **({"attention": attention} if attention else {}),
             "model": self._describe_model(),
         }
 
+    def _attention(self, task: Task, seed: int, key: dict, name: str, bench: Any) -> dict:
+        """What each head of the dense model is worth and does, measured or from an earlier
+        study."""
+        store = Store.in_folder(self.out / "runs", f"{name}-attention", key)
+        found = store.get("attention")
+        if found is None:
+            bench = bench or self._workbench(task, seed, key)
+            self.progress.stage(f"{task.name}: every head alone, and all others")
+            found = heads_of_kinds.measure(bench)
+            store.add("attention", found)
+        return found
+
     def _describe_model(self) -> dict:
-        config = self.origin.config(self.tasks[0])
-        return {
-            "name": self.origin.name,
-            "layers": config.num_hidden_layers,
-            "heads": config.num_hidden_layers * config.num_attention_heads,
-            "width": config.hidden_size,
-        }
+        return {"name": self.origin.name, **self.origin.size(self.tasks[0])}
 
     def _parts(self, task: Task) -> tuple[Examples, Examples, Examples]:
         parts, settings = split(task, self.settings.seeds[0]), self.settings
@@ -237,7 +250,7 @@ class Study:
     def _dense(self, task: Task, seed: int, key: dict, train: Examples) -> nn.Module:
         """The dense model, trained or from an interrupted study."""
         torch.manual_seed(seed)
-        model = self.origin.classifier(task).to(self.device)
+        model = self.origin.model(task).to(self.device)
         path = self.out / "runs" / f"{short_name(task.name)}-{seed}-dense.safetensors"
         checked = fingerprint(key)
         with contextlib.suppress(Exception):  # if anything is wrong with it: train again
@@ -255,7 +268,8 @@ class Study:
             after_step=self.progress.step,
         )
         self.progress.end_training()
-        state = {name: value.contiguous() for name, value in model.state_dict().items()}
+        # Copies: safetensors refuses tensors that share memory, such as tied embeddings.
+        state = {name: value.clone().contiguous() for name, value in model.state_dict().items()}
         write_atomic(path, to_safetensors(state, metadata={"key": checked}))
         return model
 
@@ -302,18 +316,19 @@ class Study:
             "device": self.device,
             "precision": self.settings.training.precision,
         }
-        validation = predict(model, bench.validation, **options)
-        logits, use = predict_and_record(model, bench.test, bench.dense_layers, **options)
-        right = logits.argmax(1) == bench.test.labels  # [N]
+        options["read"] = graded
+        validation = predict(model, bench.validation, **options)  # [N, 2]
+        test, use = predict_and_record(model, bench.test, bench.dense_layers, **options)
+        right = test[:, 0].double()
         summary = use.summary()
         control = {}
         if is_dynamic(model):
             with swapped(model):
                 other = predict(model, bench.test, **options)
-            control["swapped_accuracy"] = accuracy(other, bench.test.labels)
+            control["swapped_accuracy"] = _mean(other)
         times = measure.latency(
             bench.dense, timed, bench.test, self.settings.shapes, self.device,
-            self.settings.latency_s,
+            self.settings.latency_s, measure.translate if bench.translates else measure.call,
         )  # fmt: skip
         further = {}
         if self.settings.energy is not None:
@@ -321,26 +336,35 @@ class Study:
         if self.settings.metric != ACCURACY:
             further["metric"] = metrics.recorded(
                 self.settings.metric,
-                validation.argmax(1),
-                bench.validation.labels,
-                logits.argmax(1),
-                bench.test.labels,
+                *self._answers(model, bench.validation, validation),
+                *self._answers(model, bench.test, test),
             )
         return {
             "heads_mean": summary.pop("heads_mean"),
-            "accuracy": accuracy(logits, bench.test.labels),
+            "accuracy": _mean(test),
             "latency_ms": times[0]["ms"],
             "latency_ratio_to_dense": times[0]["ratio"],
             **_mac_ratios(bench, model, use),
             **summary,
             **control,
-            "accuracy_interval": list(wilson_interval(int(right.sum()), len(right))),
-            "validation_accuracy": accuracy(validation, bench.validation.labels),
+            "accuracy_interval": list(_interval(right, bench.translates)),
+            "validation_accuracy": _mean(validation),
             **_by_domain(bench.test, right, use),
             "latency": times,
             **further,
-            "correct": "".join("1" if value else "0" for value in right.tolist()),
+            **(by_attention(bench.converted(), use) if bench.translates else {}),
+            "correct": right.tolist()
+            if bench.translates
+            else "".join("1" if value else "0" for value in right.tolist()),
         }
+
+    def _answers(
+        self, model: nn.Module, examples: Examples, read: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the metric reads of the model, and the right answers, [N, ...]."""
+        if isinstance(examples, PairExamples):
+            return translating.answers(model, examples, self.device)
+        return read[:, 1].long(), examples.labels
 
     def _energy(self, bench: Workbench, model: nn.Module) -> dict:
         """Energy of ``model`` and of the dense model, in alternating windows."""
@@ -356,6 +380,19 @@ class Study:
             meter_of(self.device),
             windows,
         )
+
+
+def _mean(read: torch.Tensor) -> float:
+    """The mean share of right labels, of what :func:`headwise.apps.compare.training.graded` reads
+    of all inputs."""
+    return read[:, 0].double().mean().item()
+
+
+def _interval(right: torch.Tensor, shares: bool) -> tuple[float, float]:
+    """95% interval of the accuracy, from each input's [N]: Wilson, or of shares a bootstrap."""
+    if shares:
+        return paired_difference(right, torch.zeros_like(right))[1:]
+    return wilson_interval(int(right.sum()), len(right))
 
 
 def _by_domain(test: Examples, right: torch.Tensor, use: HeadUse) -> dict:
@@ -378,6 +415,8 @@ def _by_domain(test: Examples, right: torch.Tensor, use: HeadUse) -> dict:
 
 
 def _mac_ratios(bench: Workbench, model: nn.Module, use: HeadUse) -> dict:
+    if isinstance(bench.test, PairExamples):
+        return mac_ratios(bench.converted(), model, use, bench.test)
     lengths = torch.tensor(bench.test.lengths)
     everything = replace(use, chosen=torch.ones_like(use.chosen))
     dense = measure.macs(bench.dense.config, everything, lengths)

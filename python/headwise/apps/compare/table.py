@@ -5,6 +5,8 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
+from headwise.apps.compare.heads_of_kinds import WORTH, ablation_rows, roles_of, stay_rows
+
 COLUMNS = (
     ("method", "how the heads are chosen"),
     ("accuracy", "on the test, with its 95% interval"),
@@ -121,6 +123,25 @@ def _aligned(header: Sequence[str], rows: Sequence[list[str] | str]) -> list[str
     return [top, "-" * len(top), *(row if isinstance(row, str) else line(row) for row in rows)]
 
 
+def _attention(found: dict, runs: Sequence[dict]) -> list[str]:
+    """Two tables: what each head is worth, and which stay."""
+    heads = [str(head) for head in range(max(len(o["only"]) for o in found["layers"]))]
+    seed = runs[0]["seed"]
+    stay = stay_rows(found, [run for run in runs if run["seed"] == seed])
+    kinds = ["encoder", "decoder", "cross"]
+    return [
+        f"BLEU without each head, {found['messages']} messages, dense {found['bleu']:.1f}; sure: "
+        "losses with p < 0.01; one alone: with the best head of the layer only",
+        "",
+        *_aligned(["layer", *heads, *WORTH], ablation_rows(found)),
+        "",
+        "heads that stay, by kind and by their role in the dense model",
+        "",
+        *_aligned(["plan", "BLEU", *kinds, *roles_of(found)], stay),
+        "",
+    ]
+
+
 def render(result: dict, width: int = 100) -> str:
     """The whole study as text: the verdict, tables, then the findings."""
     lines: list[str] = []
@@ -154,6 +175,9 @@ def render(result: dict, width: int = 100) -> str:
                     rows.append(["  " + row[0], *row[1:]])
             lines += ["accuracy and share of heads (h) of each domain", ""]
             lines += [*_aligned(domains, rows), ""]
+        for found in result.get("attention", ()):
+            if found["task"] == task["name"]:
+                lines += _attention(found, result["runs"])
     lines += ["What was found", ""]
     for sentence in result["findings"]:
         lines += textwrap.wrap(sentence, width, initial_indent="- ", subsequent_indent="  ")

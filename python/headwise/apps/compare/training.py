@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import headwise as hw
-from headwise.apps.tasks.examples import Batch, Examples
+from headwise.apps.tasks.examples import IGNORED, Batch, Examples
 from headwise.gates.optimizing import choosing_parameters
 
 
@@ -103,15 +103,58 @@ def loss_of(
     """Cross entropy with the labels, mixed with the divergence from the teacher.
 
     Args:
-        logits: [B, C].
-        labels: int64 [B].
-        teacher: [B, C], the teacher's logits for the same inputs, or None.
+        logits: [B, C], or [B, T, C] of tokens.
+        labels: int64 [B] or [B, T]; tokens labelled ``IGNORED`` do not count, others equally.
+        teacher: of the shape of logits, the teacher's for the same inputs, or None.
     """
+    known = labels.flatten() != IGNORED
+    logits, labels = logits.flatten(0, -2)[known], labels.flatten()[known]
     hard = F.cross_entropy(logits, labels)
     if teacher is None or options.distillation == 0:
         return hard
+    teacher = teacher.flatten(0, -2)[known]
     soft = torch.ops.headwise.distillation_loss(logits, teacher, options.temperature)
     return (1 - options.distillation) * hard + options.distillation * soft
+
+
+def losses_of(logits: Tensor, labels: Tensor) -> Tensor:
+    """The cross entropy of each input, [B]; of several tokens the mean. Shapes as in
+    :func:`loss_of`."""
+    losses = F.cross_entropy(
+        logits.flatten(0, -2), labels.flatten(), reduction="none", ignore_index=IGNORED
+    ).view(labels.shape)
+    if labels.dim() == 1:
+        return losses
+    return losses.sum(1) / (labels != IGNORED).sum(1)
+
+
+def graded(logits: Tensor, labels: Tensor) -> Tensor:
+    """What a model makes of each input, [B, 2]: the share of its labels (its tokens) that are
+    predicted, and the predicted class (of its first token). Shapes as in :func:`loss_of`."""
+    predicted = logits.argmax(-1)
+    known = labels != IGNORED
+    right = ((predicted == labels) & known).float()
+    if labels.dim() == 1:
+        return torch.stack([right, predicted.float()], 1)
+    return torch.stack([right.sum(1) / known.sum(1), predicted[:, 0].float()], 1)
+
+
+def has_gates(model: nn.Module) -> bool:
+    return any(isinstance(module, hw.Gate) for module in model.modules())
+
+
+def logits_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The logits of a model's call.
+
+    Gates of a decoder see its first token alone, as they do in generation with
+    ``keep_selection=True``: whole targets would tell them what is to be predicted.
+    """
+    with (
+        hw.gates_see(model, 1)
+        if "decoder_input_ids" in inputs and has_gates(model)
+        else contextlib.nullcontext()
+    ):
+        return model(**inputs).logits
 
 
 def freeze_embeddings(model: nn.Module) -> None:
@@ -139,7 +182,7 @@ def finetune(
     options: TrainingOptions,
     *,
     device: torch.device,
-    teacher: Tensor | None = None,
+    teacher: Callable[[Batch], Tensor] | None = None,
     gate_span: tuple[float, float] = (0.0, 1.0),
     rate_span: tuple[float, float] = (0.0, 1.0),
     after_step: Callable[[], None] = lambda: None,
@@ -148,7 +191,7 @@ def finetune(
 
     Args:
         batches: an endless supply.
-        teacher: [N, C], the dense model's logits for every training example, or None.
+        teacher: batch -> the dense model's logits, on the device; None: there is no teacher.
         gate_span: the part of annealing that these steps cover, for methods that train in two
             phases.
         rate_span: the part of the learning rates' schedule that these steps cover.
@@ -166,20 +209,21 @@ def finetune(
     # fused: one pass over the parameters of a group instead of a dozen small operations each.
     optimiser = torch.optim.AdamW(groups, fused=True)
     base = [group["lr"] for group in optimiser.param_groups]
-    gates = gate_parameters(model)
+    gates, gated = gate_parameters(model), has_gates(model)
     weights = [p for p in model.parameters() if p.requires_grad and p not in gates]
     model.train()
     for step in range(steps):
         share = step / max(1, steps - 1)
-        hw.anneal(model, gate_span[0] + (gate_span[1] - gate_span[0]) * share)
+        if gated:
+            hw.anneal(model, gate_span[0] + (gate_span[1] - gate_span[0]) * share)
         progress = rate_span[0] + (rate_span[1] - rate_span[0]) * step / steps
         for group, rate in zip(optimiser.param_groups, base, strict=True):
             group["lr"] = rate * learning_rate_factor(progress, options.warmup)
         batch = next(batches)
-        rows, batch = batch.rows, batch.to(device)
+        target = None if teacher is None else teacher(batch)
+        batch = batch.to(device)
         with autocast(dtype, device):
-            logits = model(**batch.inputs).logits.float()  # [B, C]
-        target = None if teacher is None else teacher[rows].to(device)
+            logits = logits_of(model, batch.inputs).float()  # [B, C] or [B, T, C]
         loss = loss_of(logits, batch.labels, target, options)
         if gates:
             loss = loss + hw.penalty(model)
@@ -201,25 +245,27 @@ def predict(
     device: torch.device,
     precision: str = "auto",
     batch_size: int = 64,
+    read: Callable[[Tensor, Tensor], Tensor] = lambda logits, labels: logits,
     after_batch: Callable[[Batch], None] = lambda batch: None,
 ) -> Tensor:
-    """Logits [N, C] of a model in evaluation mode, float32, on the CPU."""
+    """What ``read`` makes of the logits of a model in evaluation mode, [N, ...], float32, on the
+    CPU.
+
+    Args:
+        read: (logits, labels) -> [B, ...]; default: the logits, [B, C].
+    """
     dtype = precision_of(precision, device)
     model.eval()
     found: Tensor | None = None
     for batch in examples.in_order(batch_size):
         moved = batch.to(device)
         with autocast(dtype, device):
-            logits = model(**moved.inputs).logits
+            logits = logits_of(model, moved.inputs)
+        own = read(logits.float(), moved.labels).cpu()
         if found is None:
-            found = torch.empty(len(examples), logits.size(1))
-        found[batch.rows] = logits.float().cpu()
+            found = torch.empty(len(examples), *own.shape[1:])
+        found[batch.rows] = own
         after_batch(batch)
     if found is None:
         raise ValueError("examples must not be empty")
     return found
-
-
-def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Share of rows whose largest logit is the label's."""
-    return (logits.argmax(1) == labels).double().mean().item()

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import headwise as hw
 from headwise.apps.compare.settings import Settings
@@ -17,10 +16,13 @@ from headwise.apps.compare.training import (
     TrainingOptions,
     autocast,
     finetune,
+    graded,
+    logits_of,
+    losses_of,
     precision_of,
     predict,
 )
-from headwise.apps.tasks.examples import Batch, Examples
+from headwise.apps.tasks.examples import Batch, Examples, PairExamples
 from headwise.nn.layers import attention_layers
 
 
@@ -30,8 +32,6 @@ class Workbench:
 
     Attributes:
         dense: the transformers model, trained on the task; never changed.
-        teacher: [N, C], its logits for the training examples that the steps will show; the rest
-            is not a number.
         plans: plans that several methods share.
         seed: of this run's training; the data's split does not depend on it.
         step_done: called after every training step, of any method.
@@ -51,12 +51,27 @@ class Workbench:
     _scores: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.teacher = self._ask_teacher()
+        # Logits of whole vocabularies are too many to keep.
+        self._taught = None if self.translates else self._ask_teacher()
         self.dense_layers = {
             name: layer.num_heads for name, layer in attention_layers(self.converted()).items()
         }
 
+    @property
+    def translates(self) -> bool:
+        """Whether the model makes texts of texts."""
+        return isinstance(self.train, PairExamples)
+
+    @torch.no_grad()
+    def teacher(self, batch: Batch) -> Tensor:
+        """The dense model's logits for a training batch of :meth:`batches`."""
+        if self._taught is not None:
+            return self._taught[batch.rows].to(self.device)
+        return self.forward(self.dense.eval(), batch)
+
     def _ask_teacher(self) -> Tensor:
+        """[N, C], the dense model's logits for the training examples that the steps will show; the
+        rest is not a number."""
         # Every method sees the same batches, so only their inputs are needed.
         batches = self.batches()
         shown = torch.cat([next(batches).rows for _ in range(self.settings.steps)]).unique()
@@ -79,6 +94,11 @@ class Workbench:
         """A copy of the dense model whose attention is headwise's, without gates."""
         return hw.convert(copy.deepcopy(self.dense))
 
+    def gated(self, gate: hw.Gate) -> nn.Module:
+        """The same with ``gate`` in every layer. A decoder's choose by its first token, for the
+        whole text."""
+        return hw.convert(self.converted(), gate, keep_selection=self.translates or None)
+
     def batches(self, seed_offset: int = 0) -> Iterator[Batch]:
         """Endless training batches: the same for every method of a seed."""
         return self.train.shuffled(
@@ -99,16 +119,14 @@ class Workbench:
         )
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Logits [B, C], in the precision of training."""
+        """Logits [B, C], or of tokens [B, T, C], in the precision of training."""
         batch = batch.to(self.device)
         with autocast(precision_of(self.settings.training.precision, self.device), self.device):
-            output = model(**batch.inputs)
-        return output.logits.float()
+            return logits_of(model, batch.inputs).float()
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """The loss of each input, [B]."""
-        labels = batch.labels.to(self.device)
-        return F.cross_entropy(self.forward(model, batch), labels, reduction="none")
+        return losses_of(self.forward(model, batch), batch.labels.to(self.device))
 
     def scoring_batches(self) -> Iterator[Batch]:
         """The training inputs that heads are scored on, once."""
@@ -133,9 +151,9 @@ class Workbench:
         return self._scores[absolute]
 
     def errors(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Whether the prediction for each input is wrong, [B]: 0.0 or 1.0."""
-        wrong = self.forward(model, batch).argmax(1) != batch.labels.to(self.device)
-        return wrong.float()
+        """Whether the prediction for each input is wrong, [B]: 0.0 or 1.0; of several tokens the
+        share of wrong ones."""
+        return 1.0 - graded(self.forward(model, batch), batch.labels.to(self.device))[:, 0]
 
 
 def dense_options(settings: Settings) -> TrainingOptions:

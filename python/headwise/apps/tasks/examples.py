@@ -6,7 +6,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ class Batch:
     Attributes:
         rows: int64 [B], positions in the :class:`Examples` that the batch was drawn from.
         inputs: the model's keyword arguments, each [B, ...].
-        labels: int64 [B].
+        labels: int64 [B]; of texts that are to be generated [B, T], with ``IGNORED`` after each.
     """
 
     rows: Tensor
@@ -34,6 +34,9 @@ class Batch:
         inputs = {name: value.to(device) for name, value in self.inputs.items()}
         return Batch(self.rows, inputs, self.labels.to(device))
 
+
+#: The label of padding.
+IGNORED = -100
 
 Own = TypeVar("Own", bound="Examples")
 
@@ -94,7 +97,11 @@ class Examples(ABC):
     def batch(self, rows: Sequence[int]) -> Batch:
         """The given rows."""
         index = torch.tensor(list(rows), dtype=torch.long)
-        return Batch(index, self.collate(rows), self.labels[index])
+        return Batch(index, self.collate(rows), self.labels_of(rows))
+
+    def labels_of(self, rows: Sequence[int]) -> Tensor:
+        """The labels of the given rows, as a batch has them."""
+        return self.labels[list(rows)]
 
     def in_order(self, batch_size: int) -> Iterator[Batch]:
         """Every example once, shortest first, so that padding is rare."""
@@ -169,13 +176,7 @@ class TextExamples(Examples):
         )
 
     def collate(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        length = max(len(self.ids[row]) for row in rows)
-        input_ids = torch.full((len(rows), length), self.pad, dtype=torch.long)  # [B, L]
-        attention_mask = torch.zeros(len(rows), length, dtype=torch.long)  # [B, L], 1 = token
-        for position, row in enumerate(rows):
-            tokens = torch.tensor(self.ids[row], dtype=torch.long)
-            input_ids[position, : len(tokens)] = tokens
-            attention_mask[position, : len(tokens)] = 1
+        input_ids, attention_mask = padded([self.ids[row] for row in rows], self.pad)
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
     def of_length(self, rows: Sequence[int], length: int) -> dict[str, Tensor]:
@@ -189,6 +190,77 @@ class TextExamples(Examples):
             texts.append(tokens[:length])
         ids = torch.tensor(texts)  # [B, L]
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def padded(texts: Sequence[Sequence[int]], filler: int) -> tuple[Tensor, Tensor]:
+    """Tokens [B, L], int64, with ``filler`` after each text; and int64 [B, L], 1 = a token."""
+    length = max(map(len, texts))
+    ids = torch.full((len(texts), length), filler, dtype=torch.long)
+    mask = torch.zeros(len(texts), length, dtype=torch.long)
+    for position, text in enumerate(texts):
+        ids[position, : len(text)] = torch.tensor(text, dtype=torch.long)
+        mask[position, : len(text)] = 1
+    return ids, mask
+
+
+class PairExamples(Examples):
+    """Tokenised texts and what they are to become; both end in a token of their own.
+
+    In a batch the decoder gets the target behind ``pad``, with which generation begins, and without
+    its end.
+
+    Attributes:
+        sources, targets: token numbers of each row.
+        pad: the token that fills a batch.
+        tokenizer: of both.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Sequence[int]],
+        targets: Sequence[Sequence[int]],
+        pad: int,
+        tokenizer: Any,
+    ):
+        super().__init__([0] * len(sources))
+        self.sources, self.targets = list(sources), list(targets)
+        self.pad, self.tokenizer = pad, tokenizer
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of both texts together."""
+        return [len(s) + len(t) for s, t in zip(self.sources, self.targets, strict=True)]
+
+    def positions_of(self, inputs: dict[str, Tensor]) -> Tensor:
+        return inputs["attention_mask"].sum(1) + inputs["decoder_attention_mask"].sum(1)
+
+    def rows(self, rows: Sequence[int]) -> PairExamples:
+        rows = list(rows)
+        return PairExamples(
+            [self.sources[row] for row in rows],
+            [self.targets[row] for row in rows],
+            self.pad,
+            self.tokenizer,
+        )
+
+    def collate(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        source, source_mask = padded([self.sources[row] for row in rows], self.pad)
+        target, target_mask = padded(
+            [[self.pad, *self.targets[row][:-1]] for row in rows], self.pad
+        )
+        return {
+            "input_ids": source,
+            "attention_mask": source_mask,
+            "decoder_input_ids": target,
+            "decoder_attention_mask": target_mask,
+        }
+
+    def labels_of(self, rows: Sequence[int]) -> Tensor:
+        return padded([self.targets[row] for row in rows], IGNORED)[0]
+
+    def texts(self) -> list[str]:
+        """The targets."""
+        return self.tokenizer.batch_decode(self.targets, skip_special_tokens=True)
 
 
 class TensorExamples(Examples):

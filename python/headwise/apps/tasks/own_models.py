@@ -11,7 +11,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-#: The size of both: 4 layers of 6 heads.
+#: The size of the classifiers: 4 layers of 6 heads.
 _SIZE: dict[str, Any] = {
     "hidden_size": 96,
     "num_hidden_layers": 4,
@@ -26,29 +26,54 @@ _SIZE: dict[str, Any] = {
 _PATCHES = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OwnModel:
-    """How a task makes its model.
+    """A model that learns a task from nothing.
 
     Attributes:
         name: in results.
-        argument: of the model, for its input.
-        config: (inputs [N, ...], classes) -> the configuration, of transformers.
-        build: configuration -> the classifier, with random weights.
-        positions: configuration -> positions of an input, the classification token included.
         dense_steps: in which the dense model learns the task.
         dense_learning_rate: in these steps.
         learning_rate: of every method after them.
     """
 
     name: str
+    dense_steps: int
+    dense_learning_rate: float
+    learning_rate: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classifier(OwnModel):
+    """Of inputs of one size.
+
+    Attributes:
+        argument: of the model, for its input.
+        config: (inputs [N, ...], classes) -> the configuration, of transformers.
+        build: configuration -> the classifier, with random weights.
+        positions: configuration -> positions of an input, the classification token included.
+    """
+
     argument: str
     config: Callable[[Tensor, int], PretrainedConfig]
     build: Callable[[Any], nn.Module]
     positions: Callable[[Any], int]
-    dense_steps: int
-    dense_learning_rate: float
-    learning_rate: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Translator(OwnModel):
+    """Of texts to texts.
+
+    Attributes:
+        config: (tokens of the vocabulary, padding, end) -> the configuration, of transformers.
+        build: configuration -> the encoder-decoder, with random weights.
+        validation_limit, test_limit: messages at most: every run translates them.
+    """
+
+    config: Callable[[int, int, int], PretrainedConfig]
+    build: Callable[[Any], nn.Module]
+    validation_limit: int
+    test_limit: int
 
 
 def patch_size(side: int) -> int | None:
@@ -81,8 +106,15 @@ def _vit_positions(config: Any) -> int:
 
 
 #: Square images [N, channels, side, side], in at most 4 x 4 patches.
-VIT = OwnModel(
-    "small ViT", "pixel_values", _vit_config, _build_vit, _vit_positions, 2000, 2e-3, 3e-4
+VIT = Classifier(
+    name="small ViT",
+    argument="pixel_values",
+    config=_vit_config,
+    build=_build_vit,
+    positions=_vit_positions,
+    dense_steps=2000,
+    dense_learning_rate=2e-3,
+    learning_rate=3e-4,
 )
 
 
@@ -110,6 +142,58 @@ def _ast_positions(config: Any) -> int:
 
 
 #: Spectrograms [N, frames, mel bands], in patches of 8 x 8 (Gong et al., Interspeech 2021).
-AST = OwnModel(
-    "small AST", "input_values", _ast_config, _build_ast, _ast_positions, 2500, 2e-3, 3e-4
+AST = Classifier(
+    name="small AST",
+    argument="input_values",
+    config=_ast_config,
+    build=_build_ast,
+    positions=_ast_positions,
+    dense_steps=2500,
+    dense_learning_rate=2e-3,
+    learning_rate=3e-4,
+)
+
+
+def _marian_config(vocabulary: int, pad: int, end: int) -> PretrainedConfig:
+    from transformers import MarianConfig
+
+    sizes: dict[str, Any] = {
+        f"{part}_{what}": size
+        for part in ("encoder", "decoder")
+        for what, size in (("layers", 3), ("attention_heads", 8), ("ffn_dim", 256))
+    }
+    return MarianConfig(
+        vocab_size=vocabulary,
+        d_model=128,
+        dropout=0.1,
+        attention_dropout=0.0,
+        activation_dropout=0.0,
+        max_position_embeddings=128,
+        pad_token_id=pad,
+        eos_token_id=end,
+        forced_eos_token_id=None,
+        decoder_start_token_id=pad,
+        use_cache=False,
+        **sizes | {"attn_implementation": "sdpa"},
+    )
+
+
+def _build_marian(config: Any) -> nn.Module:
+    from transformers import MarianMTModel
+
+    return MarianMTModel(config)
+
+
+#: The architecture of Marian (Junczys-Dowmunt et al., ACL 2018), with 3 layers of 8 heads on
+#: each side: 24 heads of the encoder, 24 of the decoder's self-attention and 24 of its
+#: cross-attention.
+MARIAN = Translator(
+    name="small Marian",
+    config=_marian_config,
+    build=_build_marian,
+    dense_steps=3000,
+    dense_learning_rate=1.5e-3,
+    learning_rate=3e-4,
+    validation_limit=300,
+    test_limit=600,
 )

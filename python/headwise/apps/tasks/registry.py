@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from headwise.apps.tasks import corpora, images, speech
+from headwise.apps.tasks import corpora, images, speech, translation
 from headwise.apps.tasks.errors import UsageError
-from headwise.apps.tasks.own_models import AST, VIT, OwnModel
+from headwise.apps.tasks.own_models import AST, MARIAN, VIT, OwnModel
 from headwise.apps.tasks.tasks import Task, task_from_file
 from headwise.io.printable import quoted
 
@@ -41,6 +41,7 @@ BUNDLED: dict[str, Bundled] = {
     },
     "digits": Bundled(images.digits, VIT),
     "speech": Bundled(speech.speech, AST),
+    "translation": Bundled(translation.translation, MARIAN),
 }
 
 

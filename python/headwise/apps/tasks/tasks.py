@@ -31,7 +31,8 @@ class Task:
         inputs: one per row: strings; of images and sounds, what the model takes, [N, ...].
         labels: class number of each row, an index into ``classes``.
         groups: rows of one group (a document, a film) are never on two sides of a split.
-        classes: names of the classes.
+        classes: names of the classes; empty if the answers are texts.
+        targets: the right text for each row, if the answers are texts (all labels are then 0).
         domains: names of the tasks, if several are combined; else empty.
         domain_of: number of each row's domain, an index into ``domains``.
         example: what an input is called.
@@ -44,6 +45,7 @@ class Task:
     labels: tuple[int, ...]
     groups: tuple[str, ...]
     classes: tuple[str, ...]
+    targets: tuple[str, ...] = ()
     domains: tuple[str, ...] = ()
     domain_of: tuple[int, ...] = ()
     example: str = "text"

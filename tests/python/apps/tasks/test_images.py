@@ -82,7 +82,7 @@ def test_the_small_vit_takes_the_examples_and_has_the_positions_it_says(tmp_path
     origin = Untrained(VIT, task)
     examples = origin.examples(task, [3, 5, 4], 48)
     assert examples.labels.tolist() == [0, 2, 1] and examples.lengths == [17] * 3
-    model = origin.classifier(task).eval()
+    model = origin.model(task).eval()
     batch = examples.rows([2, 0]).batch([0, 1])
     with torch.no_grad():
         found = model(**batch.inputs, output_hidden_states=True)

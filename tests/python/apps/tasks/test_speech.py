@@ -76,7 +76,7 @@ def test_the_task_keeps_a_speakers_clips_together(monkeypatch):
     assert set(Counter(task.labels).values()) == {2} and len(task.classes) == 20
     origin = Untrained(AST, task)
     examples = origin.examples(task, range(4), 48)
-    model = origin.classifier(task).eval()
+    model = origin.model(task).eval()
     with torch.no_grad():
         found = model(**examples.collate([0, 1]), output_hidden_states=True)
     assert found.logits.shape == (2, 20) and found.hidden_states[0].size(1) == examples.lengths[0]
