@@ -165,20 +165,21 @@ def per_head(values: Mapping[str, Tensor | Sequence[Any]], key: str) -> list[dic
     ]
 
 
+def signed_colours() -> Any:
+    """The colours of matplotlib for values below and above 0, as tables and pages have them."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    below, above = (tuple(part / 255 for part in colour) for colour in (_BELOW, _ABOVE))
+    return LinearSegmentedColormap.from_list("headwise", [below, (1.0, 1.0, 1.0), above])
+
+
 def draw(grid: Grid, ax: Axes | None) -> Axes:
     """See :meth:`Shown.plot`."""
     if not grid.rows or not grid.columns:
         raise ValueError("plot has nothing to draw: there are no heads")
     size = (max(4.0, 0.5 * len(grid.columns) + 2.0), max(1.6, 0.32 * len(grid.rows) + 1.1))
     ax = new_axes(ax, size)
-    from matplotlib.colors import LinearSegmentedColormap
-
-    def share(colour: tuple[int, int, int]) -> tuple[float, ...]:
-        return tuple(part / 255 for part in colour)
-
-    white, limit = (1.0, 1.0, 1.0), grid.largest
-    shades = [share(_BELOW), white, share(_ABOVE)]
-    colours = LinearSegmentedColormap.from_list("headwise", shades)
+    limit = grid.largest
     width = len(grid.columns)
     cells = [
         [math.nan if value is None else value for value in row] + [math.nan] * (width - len(row))
@@ -186,7 +187,7 @@ def draw(grid: Grid, ax: Axes | None) -> Axes:
     ]
     signed = any(value < 0 for row in cells for value in row)
     ax.set_facecolor("#e4e4e4")  # cells without a number
-    image = ax.imshow(cells, cmap=colours, vmin=-limit, vmax=limit, aspect="auto")
+    image = ax.imshow(cells, cmap=signed_colours(), vmin=-limit, vmax=limit, aspect="auto")
     if grid.numbers:
         ax.figure.colorbar(image, ax=ax).ax.set_ylim(-limit if signed else 0.0, limit)
     ax.set_xticks(range(width), grid.columns)

@@ -246,6 +246,13 @@ def latency_figure(result: dict) -> Figure:
     return figure
 
 
+def _at_least(axes, span: float) -> None:
+    """A scale of at least ``span`` points: less than a point of accuracy must not look large."""
+    low, high = axes.get_ylim()
+    missing = max(0.0, span - (high - low)) / 2
+    axes.set_ylim(low - missing, high + missing)
+
+
 def headroom_figure(result: dict) -> Figure:
     """A panel for each task: the accuracy of one plan, and of plans by the input, untrained."""
     rooms = [room for room in result["headroom"] if room["rows"]]
@@ -260,11 +267,15 @@ def headroom_figure(result: dict) -> Figure:
     for axes, room in zip(panels, rooms, strict=False):
         _dense_line(axes, 100 * room["dense"])
         rows = sorted(room["rows"], key=lambda row: row["keep"])
-        x = [100 * row["keep"] for row in rows]
-        for label, key, kind, dashes in lines:
+        for place, (label, key, kind, dashes) in enumerate(lines):
+            # Beside each other: equal values would hide one another.
+            x = [100 * row["keep"] + 1.2 * (place - 1.5) for row in rows]
             style = _style("budget" if kind == "dynamic" else kind, kind)
             style |= {"linestyle": dashes, "linewidth": 1.8}
+            if key == "ceiling":
+                style["fillstyle"] = "none"
             axes.plot(x, [100 * row[key] for row in rows], label=label, **style)
+        _at_least(axes, 5.0)
         axes.set_title(room["task"], color=_INK, fontsize=11, parse_math=False)
     _legend(figure, panels[0], 5)
     return figure

@@ -320,7 +320,7 @@ function headGrid(parent, label, select) {
                 class: cell.on ? "on" : "off",
                 "aria-label": cell.tip.replace(/\n/g, ", ")
               },
-              make("span", {class: "mark"}, cell.mark), make("span", {}, cell.text));
+              make("span", {class: "mark"}, cell.mark), make("span", {class: "value"}, cell.text));
           shade(td, cell.strength);
           return td;
         });

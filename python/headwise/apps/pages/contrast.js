@@ -54,8 +54,8 @@ function startHeadline(parent, inputs) {
     }));
     odd.sort((a, b) => Math.abs(b.often - b.head.on) - Math.abs(a.often - a.head.on));
     note.textContent = !usual ?
-        "One row per layer; filled: ran." :
-        `One row per layer; filled: ran; ringed: not as usual for the ${usual.whom}. ` +
+        "Layer by layer; filled: ran." :
+        `Layer by layer; filled: ran; ringed: not as usual for the ${usual.whom}. ` +
             `${plural(always, "head")} of them ${always === 1 ? "runs" : "run"} whatever the ` +
             "input says.";
     reasons.replaceChildren(...odd.slice(0, 5).map(({layer, head, often}) => {
@@ -109,16 +109,17 @@ function startSideBySide(parent, inputs) {
                 "Heads that ran for one of the two",
                 [
                   ["head", null, "text"], ["ran for", null, "text"],
-                  ["margin A", measures.margin[1]], ["margin B", measures.margin[1]],
                   ["spoke for it", "shares in the relevance, where it ran", "text"],
-                  ["spoke against it", "shares in the relevance, where it slept", "text"]
+                  ["spoke against it", "shares in the relevance, where it slept", "text"],
+                  ["margin A", measures.margin[1]], ["margin B", measures.margin[1]]
                 ],
                 differ.map(({site, heads}) => {
                   const ran = heads[0].on ? 0 : 1;
                   return [
-                    headName(site, heads[0].head), "AB"[ran], signed(heads[0].margin, 2),
-                    signed(heads[1].margin, 2), strongest(both[ran], heads[ran], 1) || missing,
-                    strongest(both[1 - ran], heads[1 - ran], -1) || missing
+                    headName(site, heads[0].head), "AB"[ran],
+                    strongest(both[ran], heads[ran], 1) || missing,
+                    strongest(both[1 - ran], heads[1 - ran], -1) || missing,
+                    signed(heads[0].margin, 2), signed(heads[1].margin, 2)
                   ];
                 })) :
             make("p", {class: "muted"}, "The same heads ran for both."));

@@ -230,9 +230,11 @@ function startUse(parent, found) {
     own.replaceChildren(table(
         `${headName(state.site, state.head)} by predicted class`,
         [["class", null, "text"], ["texts"], ["runs for"]],
-        classes.map(
-            (one,
-             place) => [one, found.data.predicted[place], percent(head().by_class[place], 1)])));
+        classes
+            .map(
+                (one, place) =>
+                    [one, found.data.predicted[place], percent(head().by_class[place], 1)])
+            .filter(([, texts]) => texts)));
   }
   // The head that tells most about the class is the first to look at.
   const bits = use.layers.flatMap(
@@ -243,7 +245,9 @@ function startUse(parent, found) {
   show();
 
   const groups = use.by_length;
-  if (groups.length > 1) {
+  const means = groups.map((group) => group.heads_mean);
+  // The same number for every length is no figure.
+  if (groups.length > 1 && Math.max(...means) - Math.min(...means) >= .05) {
     const names = groups.map((group) => `${group.from} to ${group.to}`);
     figure(
         parent, "Heads by length",
@@ -252,7 +256,7 @@ function startUse(parent, found) {
           traces: [{
             type: "bar",
             x: names,
-            y: groups.map((group) => group.heads_mean),
+            y: means,
             text: groups.map((group) => number(group.heads_mean, 1)),
             marker: {color: colour("accent")}
           }],
@@ -269,13 +273,15 @@ function startUse(parent, found) {
   }
   if (roles) startRoles(parent, roles);
   if (found.role_use.length) {
+    const told = found.role_use.filter((row) => row.q !== null && row.q < .05).length;
     parent.append(
         make("h3", {}, "Role and use together"),
         make(
             "p", {class: "muted"},
-            "Are heads with a role used differently from the others? q is the false " +
-                "discovery rate over this table."));
-    parent.append(table(
+            "Are heads with a role used differently from the others? " +
+                (told ? `In ${told} of ${found.role_use.length} ways` : "Not measurably") +
+                ", at a false discovery rate q of 5% over this table."));
+    const together = () => table(
         "Role and use together",
         [
           ["role", null, "text"],
@@ -290,7 +296,9 @@ function startUse(parent, found) {
             (row) =>
                 [row.role, row.property, row.heads, number(row.mean), row.others,
                  number(row.mean_of_others), signed(row.correlation, 2), number(row.p),
-                 number(row.q)])));
+                 number(row.q)]));
+    if (told) parent.append(together());
+    else foldedTable(parent, "Table: role and use together", together);
   }
   foldedTable(
       parent, "Table: heads that run together, or apart",

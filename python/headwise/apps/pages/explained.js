@@ -158,7 +158,7 @@ function startExplained(parent, inputs) {
   const tokenTitle = make("h4", {}, "Tokens by their share");
   const tokenNote = make("p", {class: "muted"});
   const tokens = make("ol", {class: "tokens", "aria-label": "Tokens with their share"});
-  panel.append(tokenTitle);
+  if (kinds.length) panel.append(tokenTitle);
   if (kinds.length > 1) {
     const tokenControls = make("div", {class: "controls"});
     panel.append(tokenControls);
@@ -169,7 +169,7 @@ function startExplained(parent, inputs) {
   } else if (kinds.length) {
     state.tokens = kinds[0][0];
   }
-  panel.append(tokenNote, tokens);
+  if (kinds.length) panel.append(tokenNote, tokens);
 
   const mapTitle = make("h4", {}, "Attention map");
   const mapNote = make("p", {class: "muted"});
@@ -191,9 +191,10 @@ function startExplained(parent, inputs) {
 
   function showInput(place) {
     state.input = place;
-    // The head that matters most is the first to look at.
-    const ranked =
-        each((one, own) => [Math.abs(own.effect ?? own.relevance ?? 0), one.site, own.head]);
+    // The head that matters most is the first to look at; where none is known to, one that ran.
+    const ranked = each(
+        (one, own) =>
+            [Math.abs(own.effect ?? own.relevance ?? (own.on ? 1 : 0)), one.site, own.head]);
     ranked.sort((a, b) => b[0] - a[0]);
     [, state.site, state.head] = ranked[0] ?? [0, 0, 0];
     text.textContent = entry().text ?? `input ${place + 1}`;
@@ -295,11 +296,12 @@ function startExplained(parent, inputs) {
         "roles",
         roles ?
             roles.map((role) => `${roleName(role)} (${percent(role.share)})`).join(", ") || "none" :
-            "not asked for"
+            missing
       ],
     ];
+    const told = rows.filter(([, value]) => value !== missing);
     facts.replaceChildren(
-        ...rows.flatMap(([term, value]) => [make("dt", {}, term), make("dd", {}, value)]));
+        ...told.flatMap(([term, value]) => [make("dt", {}, term), make("dd", {}, value)]));
     pairs.replaceChildren(
         own.pairs.length ?
             table(

@@ -15,6 +15,7 @@ matplotlib.use("Agg")
 from matplotlib.figure import Figure  # noqa: E402
 
 from headwise.apps.pages.documents import Documents  # noqa: E402
+from headwise.io.display import signed_colours  # noqa: E402
 from headwise.io.files import write_atomic  # noqa: E402
 
 _ON, _OFF = "#1f66c1", "#b4430f"
@@ -94,7 +95,7 @@ def _token(entry: dict[str, Any], place: int) -> str:
     return _text(tokens[place]) if place < len(tokens) else f"token {place}"
 
 
-def _grid(axes, layers: list[list[float | None]], low: float, high: float, colours: str):
+def _grid(axes, layers: list[list[float | None]], low: float, high: float, colours: Any):
     """Layers from top to bottom; unknown values and missing heads are white."""
     import numpy as np
 
@@ -121,7 +122,9 @@ def _heads(entry: dict[str, Any]) -> Figure:
     most = max((abs(v) for row in values for v in row if v is not None), default=0.0) or 1.0
     figure = _figure(2.5 + 0.5 * max(map(len, values)), 1.6 + 0.42 * len(values))
     axes = figure.subplots()
-    image = _grid(axes, values, -most, most, "PuOr")
+    signed = any(v < 0 for row in values for v in row if v is not None)
+    colours = signed_colours() if signed else "Blues"
+    image = _grid(axes, values, -most if signed else 0.0, most, colours)
     figure.colorbar(image, label=title)
     for site, row in enumerate(heads):
         for head in row:

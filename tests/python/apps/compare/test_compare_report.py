@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from headwise.apps.compare import findings, measure, progress, table
-from headwise.apps.compare.figures import latency_figure
+from headwise.apps.compare.figures import headroom_figure, latency_figure
 from headwise.apps.tasks.examples import TextExamples
 from headwise.apps.tasks.shapes import Shape
 
@@ -125,3 +125,15 @@ def test_progress_without_a_terminal_is_lines(monkeypatch):
     )
     progress.Progress(show=False).stage("nothing")
     assert sys.stderr.getvalue() == said
+
+
+def test_headroom_shows_equal_values_and_no_noise():
+    """One budget, half a point apart: every mark is seen, and the scale is not the noise's."""
+    row = {"keep": 0.5, "static": 0.504, "routed": 0.504, "ceiling": 0.504, "swapped": 0.5}
+    room = {"task": "t", "dense": 0.508, "rows": [row], "sentences": []}
+    axes = headroom_figure({"headroom": [room]}).axes[0]
+    marks = [line for line in axes.get_lines() if line.get_label() != "dense"]
+    places = {(round(float(m.get_xdata()[0]), 3), float(m.get_ydata()[0])) for m in marks}
+    assert len(marks) == len(places) == 4
+    low, high = axes.get_ylim()
+    assert high - low >= 4.99

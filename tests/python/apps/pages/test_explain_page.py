@@ -377,6 +377,73 @@ def test_it_works_in_a_browser(whole, tmp_path):
     assert found["wide"]
 
 
+def test_what_is_not_known_has_no_place_in_a_browser(tmp_path):
+    """Heads without relevance, effect or shares: as under a bank of plans, or without a gate."""
+    document = explanation(["one"], gated=False)
+    for layer in document["inputs"][0]["layers"]:
+        for head in layer["heads"]:
+            head.update(effect=None, changes_prediction=None, on=head["head"] == 1, weight=0.0)
+    seen = browse(
+        page(document),
+        """
+        return {
+          terms: $$("#head dt").map((one) => one.textContent),
+          values: $$("#head dd").map((one) => one.textContent),
+          title: $("#head h3").textContent,
+          parts: $$("#head h4").map((one) => one.textContent),
+        };
+        """,
+        tmp_path,
+    )
+    assert seen["problems"] == []
+    found = seen["found"]
+    assert "relevance" not in found["terms"] and "–" not in found["values"]
+    assert found["title"] == "layer 0 head 1: ran"  # not one that slept
+    assert found["parts"] == ["Attention map"]
+
+
+def test_a_data_set_without_differences_shows_none_in_a_browser(tmp_path):
+    document = use(["a", "b"])
+    for row in document["role_use"]:
+        row["q"] = 0.6
+    for group in document["use"]["by_length"]:
+        group["heads_mean"] = 9.0
+    document["data"]["predicted"] = [2, 0]
+    seen = browse(
+        page(document),
+        """
+        return {
+          headings: $$("h3").map((one) => one.textContent),
+          notes: $$("p.muted").map((one) => one.textContent),
+          folded: $$("summary").map((one) => one.textContent),
+          classes: $$("table").find(
+            (one) => one.caption?.textContent.endsWith("by predicted class")).tBodies[0].rows.length,
+        };
+        """,
+        tmp_path,
+    )
+    assert seen["problems"] == []
+    found = seen["found"]
+    assert "Heads by length" not in found["headings"]
+    assert any("Not measurably, at a false discovery rate" in note for note in found["notes"])
+    assert "Table: role and use together" in found["folded"] and found["classes"] == 1
+
+
+def test_pictures_have_the_colours_of_the_page_and_no_empty_half():
+    from headwise.apps.pages import figures
+
+    document = explanation(["one"])["inputs"][0]
+    image = figures._heads(document).axes[0].images[0]
+    assert image.get_cmap().name == "headwise"
+    assert image.norm.vmin == -image.norm.vmax
+    document = explanation(["one"], gated=False)["inputs"][0]
+    for layer in document["layers"]:
+        for head in layer["heads"]:
+            head["effect"] = None
+    image = figures._heads(document).axes[0].images[0]
+    assert (image.norm.vmin, image.norm.vmax) == (0.0, 1.0)  # weights are not negative
+
+
 def test_two_inputs_side_by_side_in_a_browser(tmp_path):
     document = explanation(["one", "two", "three"])
     second = document["inputs"][1]["layers"][0]["heads"]
@@ -404,8 +471,8 @@ def test_two_inputs_side_by_side_in_a_browser(tmp_path):
     assert seen["problems"] == []
     found = seen["found"]
     assert found["row"] == [
-        ["layer 0 head 0", "A", "+0.50", "-0.50", "one (+0.40), t3 (+0.10)",
-         "two (-0.30), t2 (-0.10)"]
+        ["layer 0 head 0", "A", "one (+0.40), t3 (+0.10)", "two (-0.30), t2 (-0.10)", "+0.50",
+         "-0.50"]
     ]  # fmt: skip
     assert found["sentence"] == "3 heads ran for both; 1 only for A, 0 only for B."
     assert found["same"] == "4 heads ran for both; 0 only for A, 0 only for B."
