@@ -175,7 +175,9 @@ class _Counter:
         site = Site(self._place, name, call, layer.num_heads)
         self._place += 1
         if "self" not in self.answers:
-            kind = "encoder" if _parent(name) not in self._decoders else "decoder"
+            # Some know it; in T5 the two kinds of a decoder's attention have different parents.
+            decoder = getattr(layer, "is_decoder", _parent(name) in self._decoders)
+            kind = "decoder" if decoder else "encoder"
             self.answers[kind if probe.self_attention else "cross"].add(site, layer, probe)
         elif probe.self_attention:
             self.answers["self"].add(site, layer, probe)

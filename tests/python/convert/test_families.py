@@ -10,7 +10,16 @@ import pytest
 import torch
 from headwise.convert.registry import supported_classes
 from support.architectures import HEADS
-from support.families import FAMILIES, THREE, FirstHalf, generate, seq2seq, t5, table
+from support.families import (
+    FAMILIES,
+    THREE,
+    FirstHalf,
+    annotated,
+    generate,
+    seq2seq,
+    t5,
+    table,
+)
 from support.structures import make_plan
 
 transformers = pytest.importorskip("transformers")
@@ -25,12 +34,16 @@ OLDER = VERSION < (5, 9)
 
 @pytest.fixture(params=FAMILIES, ids=str)
 def row(request):
+    return family(request.param)
+
+
+def family(name):
     torch.manual_seed(0)
-    if request.param == "ModernBert" and VERSION < (5, 1):
+    if name == "ModernBert" and VERSION < (5, 1):
         pytest.skip("before transformers 5.1 ModernBERT has attention of another layout")
-    if request.param in ("Detr", "Qwen3Next") and VERSION < (5, 6):
+    if name in ("Detr", "Qwen3Next") and VERSION < (5, 6):
         pytest.skip("in older versions it has attention of another layout, or another cache")
-    return FAMILIES[request.param]
+    return FAMILIES[name]
 
 
 def close(actual, expected, tolerance=1e-5):
@@ -182,6 +195,43 @@ def test_attention_maps_are_collected(row):
             if "text_model_output" in name and "attention_mask" in inputs:
                 valid = inputs["attention_mask"].bool()
             close(a[valid], e[valid], 1e-4)
+
+
+EXPLAINED = [name for name, one in FAMILIES.items() if one.tokens is not None]
+
+
+@pytest.mark.parametrize("name", EXPLAINED)
+def test_what_heads_look_at(name):
+    """The entropy of each head is that of the original's attention, by kind of attention."""
+    row = family(name)
+    original, inputs = row.build(), row.inputs()
+    batch = annotated(row, inputs)
+    kinds = ["encoder"] * 2 + ["decoder", "cross"] * 2 if name in SEQ2SEQ else ["self"] * 2
+    model = hw.convert(copy.deepcopy(original))
+    found = hw.head_roles(model, [batch], forward_fn=lambda m, x: m(**x), progress=False)
+    assert [layer["attention"] for layer in found["layers"]] == kinds
+    original.set_attn_implementation("eager")
+    with torch.no_grad():  # only the converted model tells the heads of some apart
+        output = (model if row.mean_maps else original)(**inputs, output_attentions=True)
+    maps = [reach(output, key) for key in row.maps]
+    if not all(maps) and OLDER:
+        pytest.skip("this version of transformers does not collect the original's maps")
+    if name in SEQ2SEQ:
+        maps = [maps[0], [own for both in zip(maps[1], maps[2], strict=True) for own in both]]
+    for layer, weights in zip(found["layers"], (w for own in maps for w in own), strict=True):
+        valid = batch.valid if layer["attention"] in ("self", "encoder") else batch.target.valid
+        expected = relative_entropy(weights.double(), valid)  # [H]
+        close(torch.tensor([head["entropy"] for head in layer["heads"]]), expected.float(), 1e-3)
+
+
+def relative_entropy(weights, valid):
+    """[B, H, L, S] and the queries that count [B, L] -> the mean over inputs [H]."""
+    weights = weights / weights.sum(-1, keepdim=True)  # without the sink of gpt-oss
+    seen = (weights > 0).sum(-1)
+    entropy = -(weights * weights.clamp(min=1e-300).log()).sum(-1)
+    share = torch.where(seen > 1, entropy / seen.clamp(min=2).log(), 0.0)  # [B, H, L]
+    counts = valid[:, None] & torch.ones_like(seen, dtype=torch.bool)
+    return ((share * counts).sum(-1) / counts.sum(-1)).mean(0)
 
 
 CACHES = {

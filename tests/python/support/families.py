@@ -11,6 +11,7 @@ from typing import Any
 
 import headwise as hw
 import torch
+from headwise.explain import AnnotatedBatch
 from torch import Tensor, nn
 
 from support.architectures import EMBED, HEADS, padding_mask
@@ -31,6 +32,8 @@ class Family:
         generates: whether ``generate`` takes the same arguments.
         maps: the outputs that are attention maps.
         mean_maps: the original gives each head the mean of all.
+        tokens: arguments -> which tokens of the encoder's sequence are no padding, ``[B, L]``, for
+            :func:`headwise.head_roles`; None: it has several sequences.
     """
 
     models: str
@@ -43,6 +46,9 @@ class Family:
     mean_maps: bool = False
     #: Its padding, which is not compared.
     padding: Callable[[dict[str, Any]], Tensor | None] = field(default=lambda inputs: None)
+    tokens: Callable[[dict[str, Any]], Tensor] | None = field(
+        default=lambda inputs: inputs["attention_mask"] == 1
+    )
 
     def run(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         output = model(**inputs)
@@ -287,6 +293,10 @@ def speech_padding(inputs: dict[str, Any]) -> Tensor:
     return padding_mask([7, 3, 5])
 
 
+def speech_tokens(inputs: dict[str, Any]) -> Tensor:
+    return ~speech_padding(inputs)
+
+
 def _text_row(
     models: str, attention: str, build: Callable[[], nn.Module], **options: Any
 ) -> Family:
@@ -346,7 +356,8 @@ FAMILIES: dict[str, Family] = {
         }.items()
     },
     "Whisper": _seq2seq_row(
-        "Whisper", lambda: seq2seq("Whisper", **WHISPER), inputs=whisper_inputs
+        "Whisper", lambda: seq2seq("Whisper", **WHISPER), inputs=whisper_inputs,
+        tokens=lambda inputs: torch.ones(3, 6, dtype=torch.bool),
     ),
     "T5": _seq2seq_row("T5, Flan-T5", lambda: t5("T5")),
     "MT5": _seq2seq_row(
@@ -368,10 +379,12 @@ FAMILIES: dict[str, Family] = {
         ),
     ),
     "Wav2Vec2": _text_row(
-        "Wav2Vec2", "self", lambda: speech("Wav2Vec2"), inputs=speech_inputs, padding=speech_padding
+        "Wav2Vec2", "self", lambda: speech("Wav2Vec2"),
+        inputs=speech_inputs, padding=speech_padding, tokens=speech_tokens,
     ),
     "Hubert": _text_row(
-        "HuBERT", "self", lambda: speech("Hubert"), inputs=speech_inputs, padding=speech_padding
+        "HuBERT", "self", lambda: speech("Hubert"),
+        inputs=speech_inputs, padding=speech_padding, tokens=speech_tokens,
     ),
     "WavLM": _text_row(
         "WavLM",
@@ -379,6 +392,7 @@ FAMILIES: dict[str, Family] = {
         wavlm,
         inputs=speech_inputs,
         padding=speech_padding,
+        tokens=speech_tokens,
         mean_maps=True,
     ),
     "Detr": Family(
@@ -388,6 +402,7 @@ FAMILIES: dict[str, Family] = {
         lambda: {"pixel_values": torch.randn(2, 3, 32, 32), "pixel_mask": IMAGES},
         layers=6,
         maps=THREE,
+        tokens=None,
     ),
     "CLIP": _text_row(
         "CLIP",
@@ -397,6 +412,7 @@ FAMILIES: dict[str, Family] = {
         layers=4,
         maps=("text_model_output.attentions", "vision_model_output.attentions"),
         padding=lambda inputs: None,
+        tokens=None,
     ),
     "Siglip": _text_row(
         "SigLIP",
@@ -406,6 +422,7 @@ FAMILIES: dict[str, Family] = {
         layers=5,
         maps=("text_model_output.attentions", "vision_model_output.attentions"),
         padding=lambda inputs: None,
+        tokens=None,
     ),
     "OPT": _decoder_row("OPT", "OPT", ffn_dim=32, word_embed_proj_dim=EMBED),
     "GPTNeoX": _decoder_row("GPT-NeoX, Pythia", "GPTNeoX", "rotary of a part", rotary_pct=0.5),
@@ -479,16 +496,27 @@ class FirstHalf(hw.Gate):
         return hw.Selection(*torch.ops.headwise.select_nonzero(weight), weight)
 
 
+def annotated(row: Family, inputs: dict[str, Any]) -> AnnotatedBatch:
+    """The arguments, for questions about offsets, entropy and the first token."""
+    assert row.tokens is not None
+    target = None
+    if "decoder_input_ids" in inputs:
+        target = AnnotatedBatch(inputs=None, valid=~target_padding(inputs))
+    return AnnotatedBatch(inputs=inputs, valid=row.tokens(inputs), target=target)
+
+
 def table() -> str:
     """The table of docs/convert.md; ``PYTHONPATH=tests/python python -m support.families`` prints
     it."""
     rows = [
-        "| model of transformers 5 | attention | layers in the test | generates |",
-        "|---|---|---|---|",
+        "| model of transformers 5 | attention | layers in the test | generates | explained |",
+        "|---|---|---|---|---|",
     ]
     for row in FAMILIES.values():
         generates = "yes" if row.generates else ""
-        rows.append(f"| {row.models} | {row.attention} | {row.layers} | {generates} |")
+        explained = "" if row.tokens is None else "yes"
+        cells = (row.models, row.attention, row.layers, generates, explained)
+        rows.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(rows) + "\n"
 
 
