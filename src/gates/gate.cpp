@@ -150,18 +150,19 @@ void ScheduledGateImpl::reset_features() {
 }
 
 at::Tensor ScheduledGateImpl::features(const at::Tensor& x, const at::Tensor& key_padding_mask) {
-  const auto pooled = gate_features(x, optional(key_padding_mask));  // [B, D]
-  if (records()) {
-    update_statistics(feature_moments(pooled), feature_mean, feature_variance, feature_batches);
-    if (may_be_recomputed()) {
-      replay_->remember(pooled, {{feature_mean.clone(), feature_variance.clone()}});
-    }
-  } else if (is_training()) {
-    if (const auto* used = replay_->recall(pooled)) {
-      return standardize(pooled, used->tensors[0], used->tensors[1]);
-    }
+  const auto padding = optional(key_padding_mask);
+  auto mean = feature_mean, variance = feature_variance;
+  if (!is_training()) return standardize(gate_features(x, padding), mean, variance);
+  const bool repeated = recomputing();
+  if (repeated) {
+    if (const auto* used = replay_->recall(gate_features(x, padding)))
+      mean = used->tensors[0], variance = used->tensors[1];
   }
-  return standardize(pooled, feature_mean, feature_variance);
+  auto learnt = learn_features(x, padding, mean, variance, feature_batches);
+  if (!repeated && may_be_recomputed()) {
+    replay_->remember(gate_features(x, padding), {{mean.clone(), variance.clone()}});
+  }
+  return learnt;
 }
 
 at::Tensor ScheduledGateImpl::relevance_of(const at::Tensor& x, const at::Tensor& key_padding_mask,

@@ -28,6 +28,18 @@ HEADWISE_HOST_DEVICE C gelu(C x) {
   return x * static_cast<C>(0.5) * (C(1) + std::erf(x * static_cast<C>(0.70710678118654752440)));
 }
 
+/// gelu() and its derivative.
+template <typename C>
+struct Activation {
+  C value, slope;
+};
+template <typename C>
+HEADWISE_HOST_DEVICE Activation<C> gelu_with_slope(C x) {
+  const C below = C(0.5) * (C(1) + std::erf(x * static_cast<C>(0.70710678118654752440)));
+  const C density = static_cast<C>(0.39894228040143267794) * std::exp(x * x * C(-0.5));
+  return {x * below, below + x * density};
+}
+
 /// The budget of a logit: head_budget(). `start` is added at progress 0 and falls to 0 at `warmup`.
 template <typename C>
 HEADWISE_HOST_DEVICE C budget_of_logit(C logit, C progress, double warmup, double start,

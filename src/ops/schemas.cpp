@@ -203,24 +203,45 @@ TORCH_LIBRARY(headwise, m) {
       "update_statistics(Tensor moments, Tensor(a!) mean, Tensor(b!) variance, Tensor(c!) batches) "
       "-> ()");
   m.def("standardize(Tensor features, Tensor mean, Tensor variance) -> Tensor");
+  // x [B, L, D], mean and variance [D], batches [] -> the four above in one: [B, D]
+  m.def(
+      "learn_features(Tensor x, Tensor? key_padding_mask, Tensor(a!) mean, Tensor(b!) variance, "
+      "Tensor(c!) batches) -> Tensor");
   m.def(
       "gate_starts(Tensor[] importance, str[] layers, int[] num_heads, float keep, "
       "float sharpness) -> (Tensor[] relevance, float[] shares)");
   m.def("importance_start(Tensor importance, float keep, float sharpness) -> Tensor");
-  m.def(
-      "input_relevance(Tensor features, Tensor base, Tensor weight, Tensor progress, "
-      "bool training, float static_until) -> Tensor");
-  m.def(
-      "head_budget(Tensor features, Tensor hidden_weight, Tensor hidden_bias, Tensor out_weight, "
+  // Those with an underscore are the steps on a CPU, with what their derivatives read besides: the
+  // scale [] of the product; hidden [B, h] before its activation; slope [B, H] of weight by scores;
+  // share [B], see soft_top_k in src/kernels/gate_choice.h; the slope of `expected`.
+  const std::string relevance =
+      "(Tensor features, Tensor base, Tensor weight, Tensor progress, bool training, "
+      "float static_until) -> ";
+  def("input_relevance" + relevance + "Tensor");
+  def("_input_relevance" + relevance + "(Tensor relevance, Tensor scale)");
+  const std::string head_budget =
+      "(Tensor features, Tensor hidden_weight, Tensor hidden_bias, Tensor out_weight, "
       "Tensor out_bias, Tensor progress, bool training, float min_budget, float max_budget, "
-      "float keep, float initial_keep, float warmup, float static_until) "
-      "-> (Tensor budget, Tensor asked)");
+      "float keep, float initial_keep, float warmup, float static_until) -> ";
+  def("head_budget" + head_budget + "(Tensor budget, Tensor asked)");
+  def("_head_budget" + head_budget + "(Tensor budget, Tensor asked, Tensor hidden, Tensor scale)");
   m.def(
-      "budget_select(Tensor relevance, Tensor budget, Tensor progress, Tensor? noise, "
+      "_head_budget_backward(Tensor? grad_budget, Tensor? grad_asked, Tensor features, "
+      "Tensor out_weight, Tensor asked, Tensor hidden, Tensor scale, float min_budget, "
+      "float max_budget) -> (Tensor grad_hidden_weight, Tensor grad_hidden_bias, "
+      "Tensor grad_out_weight, Tensor grad_out_bias)");
+  const std::string chosen = "Tensor index, Tensor count, Tensor weight, Tensor expected_heads";
+  const std::string budget_select =
+      "(Tensor relevance, Tensor budget, Tensor progress, Tensor? noise, "
       "bool training, bool run_all, float temperature, float final_temperature, "
       "float noise_scale, float hard_from, bool straight_through, bool soft_weight, "
-      "int min_heads, str rounding) "
-      "-> (Tensor index, Tensor count, Tensor weight, Tensor expected_heads)");
+      "int min_heads, str rounding) -> (" +
+      chosen;
+  def("budget_select" + budget_select + ")");
+  def("_budget_select" + budget_select + ", Tensor slope, Tensor share)");
+  m.def(
+      "_choice_backward(Tensor? grad_weight, Tensor? grad_expected, Tensor slope, "
+      "Tensor? expected_slope, Tensor? share) -> (Tensor grad_scores, Tensor grad_budget)");
   m.def("static_relevance(Tensor base, Tensor x) -> Tensor");
   m.def("gumbel_noise(Tensor uniform) -> Tensor");
   m.def("relevance_entropy(Tensor relevance) -> Tensor");
@@ -231,10 +252,12 @@ TORCH_LIBRARY(headwise, m) {
   m.def(
       "hard_concrete_open(Tensor log_alpha, float beta=0.33, float gamma=-0.1, float zeta=1.1) "
       "-> Tensor");
-  m.def(
-      "hard_concrete_select(Tensor log_alpha, Tensor? uniform, Tensor progress, bool training, "
-      "bool run_all, float hard_from, float beta, float gamma, float zeta, bool weight_one) "
-      "-> (Tensor index, Tensor count, Tensor weight, Tensor expected_heads)");
+  const std::string hard_concrete_select =
+      "(Tensor log_alpha, Tensor? uniform, Tensor progress, bool training, "
+      "bool run_all, float hard_from, float beta, float gamma, float zeta, bool weight_one) -> (" +
+      chosen;
+  def("hard_concrete_select" + hard_concrete_select + ")");
+  def("_hard_concrete_select" + hard_concrete_select + ", Tensor slope, Tensor expected_slope)");
   m.def(
       "target_penalty(Tensor[] expected_heads, int[] num_heads, Tensor progress, float keep, "
       "float initial_keep, float warmup, float strength, str form, Tensor? multipliers=None) "
@@ -299,10 +322,12 @@ TORCH_LIBRARY(headwise, m) {
       "gates_penalty(Tensor[] expected_heads, int[] num_heads, str[] types, bool[] pooled, "
       "Tensor[] progress, float[] keep, float[] initial_keep, float[] warmup, float[] strength, "
       "str[] forms, Tensor?[] multipliers, Tensor?[] regularisers, Tensor[] others) -> Tensor");
-  m.def(
-      "gumbel_sigmoid_select(Tensor logits, Tensor? uniform, Tensor progress, bool training, "
-      "bool run_all, float hard_from, float temperature) "
-      "-> (Tensor index, Tensor count, Tensor weight, Tensor expected_heads)");
+  const std::string gumbel_sigmoid_select =
+      "(Tensor logits, Tensor? uniform, Tensor progress, bool training, "
+      "bool run_all, float hard_from, float temperature) -> (" +
+      chosen;
+  def("gumbel_sigmoid_select" + gumbel_sigmoid_select + ")");
+  def("_gumbel_sigmoid_select" + gumbel_sigmoid_select + ", Tensor slope)");
   m.def(
       "gumbel_sigmoid_regulariser(Tensor logits, Tensor weight, Tensor progress, float keep, "
       "float initial_keep, float warmup, float strength) -> Tensor");

@@ -24,6 +24,11 @@ def recomputing() -> bool:
     return not torch.compiler.is_compiling() and _C.recomputing()
 
 
+def may_be_recomputed() -> bool:
+    """Whether this forward may be repeated: saved-tensor hooks are set, or gradients are off."""
+    return not torch.compiler.is_compiling() and _C.may_be_recomputed()
+
+
 class Replay:
     """What recent training forwards of one gate used, for the forwards that repeat them.
 
@@ -39,7 +44,7 @@ class Replay:
         return (Replay, ())
 
     def remember(self, x: Tensor, used: Callable[[], tuple[Any, ...]]) -> None:
-        if not torch.compiler.is_compiling() and _C.may_be_recomputed():
+        if may_be_recomputed():
             self._kept.append((_mark(x), used()))
 
     def recall(self, x: Tensor) -> tuple[Any, ...] | None:

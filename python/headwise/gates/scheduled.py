@@ -7,7 +7,7 @@ from torch import Tensor
 
 from headwise.gates.base import Gate
 from headwise.gates.distributed import pooled
-from headwise.gates.recomputation import recomputing
+from headwise.gates.recomputation import may_be_recomputed, recomputing
 
 _ops = torch.ops.headwise
 
@@ -44,15 +44,24 @@ class ScheduledGate(Gate):
 
     def _features(self, x: Tensor, key_padding_mask: Tensor | None) -> Tensor:
         """``[B, D]``: the masked mean, standardised over the inputs seen in training."""
-        features = _ops.gate_features(x, key_padding_mask)
         statistics = (self.feature_mean, self.feature_variance)
-        if self.training and recomputing():
-            statistics = self._replay.recall(features) or statistics
-        elif self.training:
-            moments = pooled(_ops.feature_moments(features), self._groups)  # [2 D + 1]
+        if not self.training:
+            return _ops.standardize(_ops.gate_features(x, key_padding_mask), *statistics)
+        repeated = recomputing()
+        if repeated:
+            mark = _ops.gate_features(x, key_padding_mask)
+            statistics = self._replay.recall(mark) or statistics
+        if self._groups or torch.compiler.is_compiling():
+            features = _ops.gate_features(x, key_padding_mask)
+            moments = pooled(_ops.feature_moments(features), () if repeated else self._groups)
             _ops.update_statistics(moments, *statistics, self.feature_batches)
-            self._replay.remember(features, lambda: tuple(part.clone() for part in statistics))
-        return _ops.standardize(features, *statistics)
+            features = _ops.standardize(features, *statistics)
+        else:
+            features = _ops.learn_features(x, key_padding_mask, *statistics, self.feature_batches)
+        if not repeated and may_be_recomputed():
+            mark = _ops.gate_features(x, key_padding_mask)
+            self._replay.remember(mark, lambda: tuple(part.clone() for part in statistics))
+        return features
 
     @torch.no_grad()
     def _align(self) -> None:

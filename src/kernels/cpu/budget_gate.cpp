@@ -11,6 +11,7 @@
 #include "kernels/budget_gate.h"
 #include "kernels/cpu/packed_layer.h"
 #include "kernels/cpu/parallel.h"
+#include "kernels/cpu/pooled_input.h"
 #include "kernels/cpu/simd.h"
 #include "kernels/selection.h"
 
@@ -20,43 +21,9 @@ namespace {
 using c10::BFloat16;
 using c10::Half;
 
-constexpr int64_t kPooledRows = 256;  // tokens of a sequence that a task adds up
-constexpr int64_t kTogether = 8;      // sequences that share a reading of the parameters
-constexpr int kAdded = 8;             // rows added at a time
+constexpr int64_t kTogether = 8;  // sequences that share a reading of the parameters
 
 // Clones are of functions, so each type has its own; the template is inlined into them.
-
-template <int N, typename T>
-HEADWISE_INLINE void add_weighted(const T* const* x, const float* w, int64_t n, float* sums) {
-  int64_t c = 0;
-  for (; c + kLanes <= n; c += kLanes) {
-    Float16 sum, v;
-    load(sums + c, sum);
-    for (int i = 0; i < N; ++i) {
-      load(x[i] + c, v);
-      sum += v * w[i];
-    }
-    store(sums + c, sum);
-  }
-  for (; c < n; ++c)
-    for (int i = 0; i < N; ++i) sums[c] += value(x[i] + c) * w[i];
-}
-
-/// sums [n] += w[i] x[i] [n] over `rows` <= kAdded rows.
-#define HEADWISE_ADD_ROWS(T)                                                               \
-  HEADWISE_CLONES                                                                          \
-  void add_rows(const T* const* x, const float* w, int64_t rows, int64_t n, float* sums) { \
-    if (rows == kAdded) return add_weighted<kAdded>(x, w, n, sums);                        \
-    for (int64_t i = 0; i < rows; ++i) add_weighted<1>(x + i, w + i, n, sums);             \
-  }
-HEADWISE_ADD_ROWS(float)
-HEADWISE_ADD_ROWS(BFloat16)
-HEADWISE_ADD_ROWS(Half)
-#undef HEADWISE_ADD_ROWS
-void add_rows(const double* const* x, const double* w, int64_t rows, int64_t n, double* sums) {
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t c = 0; c < n; ++c) sums[c] += x[i][c] * w[i];
-}
 
 /// R rows of weights by S rows of features. Each product is summed in the same order, whatever its
 /// neighbours.
@@ -120,9 +87,9 @@ class Evaluation {
         D_(gate.width),
         H_(gate.heads),
         workers_(at::get_num_threads()),
-        splits_(std::max<int64_t>(1, blocks(gate.rows, kPooledRows))),
+        splits_(pooled_splits(gate.rows)),
         spread_(D_) {
-    for (int64_t c = 0; c < D_; ++c) spread_[c] = inverse_spread(g_.variance[c]);
+    inverse_spreads(g_.variance, D_, spread_.data());
   }
 
   void run() const {
@@ -130,7 +97,7 @@ class Evaluation {
     Scratch<C> partial(splits_ > 1 ? D_ + 1 : 0, g_.batch * splits_);
     if (splits_ > 1)
       parallel_tasks(g_.batch * splits_, [&](int64_t task, int64_t) {
-        pool(task / splits_, task % splits_, partial[task]);
+        pool(g_, task / splits_, task % splits_, partial[task]);
       });
     const int64_t together = std::clamp<int64_t>(blocks(g_.batch, workers_), int64_t{1}, kTogether);
     const int64_t most = std::max(H_, g_.hidden);
@@ -141,9 +108,9 @@ class Evaluation {
       for (int64_t s = 0; s < n; ++s) {
         C* const row = z + s * D_;
         if (splits_ == 1)
-          pool(begin + s, 0, row);
+          pool(g_, begin + s, 0, row);
         else
-          gather(partial, begin + s, row);
+          gather(partial, begin + s, splits_, D_, row);
         standardize(row);
       }
       decide(begin, n, z, answers[worker], most);
@@ -151,38 +118,6 @@ class Evaluation {
   }
 
  private:
-  /// The sums [D] over the tokens of one split, then how many they are.
-  void pool(int64_t b, int64_t split, C* sums) const {
-    std::fill_n(sums, D_ + 1, C(0));
-    const int64_t begin = split * kPooledRows, end = std::min(g_.rows, begin + kPooledRows);
-    const T* rows[kAdded];
-    C weights[kAdded], tokens = 0;
-    int64_t n = 0;
-    for (int64_t l = begin; l < end; ++l) {
-      const int64_t at = b * g_.mask_batch + l * g_.mask_row;
-      C weight = 1;
-      if (g_.padding) weight = g_.padding[at] ? C(0) : C(1);
-      if (g_.added) weight = std::exp(g_.added[at]);
-      if (weight == C(0)) continue;  // padding is not read
-      tokens += weight;
-      rows[n] = g_.x + b * g_.x_batch + l * g_.x_row;
-      weights[n] = weight;
-      if (++n < kAdded) continue;
-      add_rows(rows, weights, n, D_, sums);
-      n = 0;
-    }
-    add_rows(rows, weights, n, D_, sums);
-    sums[D_] = tokens;
-  }
-
-  void gather(const Scratch<C>& partial, int64_t b, C* sums) const {
-    std::fill_n(sums, D_ + 1, C(0));
-    for (int64_t split = 0; split < splits_; ++split) {
-      const C* const part = partial[b * splits_ + split];
-      for (int64_t c = 0; c <= D_; ++c) sums[c] += part[c];
-    }
-  }
-
   void standardize(C* row) const {
     const C inverse = inverse_tokens(row[D_]);
     for (int64_t c = 0; c < D_; ++c) row[c] = (row[c] * inverse - g_.mean[c]) * spread_[c];

@@ -3,20 +3,16 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
+
+#include "kernels/cpu/pooled_input.h"
 
 namespace headwise::kernels {
 
 /// T: the input, P: the parameters.
 template <typename T, typename P>
-struct BudgetGate {
-  using C = std::conditional_t<std::is_same_v<T, double>, double, float>;
-  int64_t batch, rows, width, heads, hidden;
-  const T* x;  ///< [B, L, D], elements of a row consecutive
-  int64_t x_batch, x_row;
-  const bool* padding = nullptr;  ///< [B, L], true: padding; or null
-  const C* added = nullptr;       ///< [B, L], a token counts exp(added), and 0 is padding; or null
-  int64_t mask_batch = 0, mask_row = 0;
+struct BudgetGate : PooledInput<T> {
+  using C = typename PooledInput<T>::C;
+  int64_t heads, hidden;
   const C *mean, *variance;                                  ///< [D]
   const P *base, *relevance_weight;                          ///< [H], [H, D]
   const P *hidden_weight = nullptr, *hidden_bias = nullptr;  ///< [h, D], [h]; null: no network,

@@ -11,6 +11,7 @@
 
 #include "headwise/selection.h"
 #include "kernels/cpu/budget_gate.h"
+#include "ops/cpu/pooled_input.h"
 #include "ops/gates/schedule.h"
 
 namespace headwise::ops {
@@ -54,24 +55,13 @@ GateResult run(HEADWISE_BUDGET_GATE_PARAMETERS) {
   const auto sums = x.options().dtype(c10::CppTypeToScalarType<C>::value);
   const auto whole = x.options().dtype(at::kInt);
   Gate g{};
-  g.batch = x.size(0), g.rows = x.size(1), g.width = x.size(2), g.heads = base.size(0);
+  std::vector<Tensor> kept;
+  kept.reserve(2);
+  read_input<T>(g, x, key_padding_mask, kept);
+  g.heads = base.size(0);
   auto index = at::empty({g.batch, g.heads}, whole), count = at::empty({g.batch}, whole);
   auto weight = at::empty({g.batch, g.heads}, x.options());
   auto relevance = at::empty({g.batch, g.heads}, sums), budgets = at::empty({g.batch}, sums);
-
-  const auto input = x.stride(2) == 1 || g.width == 1 ? x : x.contiguous();
-  g.x = input.template const_data_ptr<T>();
-  g.x_batch = input.stride(0), g.x_row = input.stride(1);
-  Tensor mask;
-  if (key_padding_mask) {
-    const bool boolean = key_padding_mask->scalar_type() == at::kBool;
-    mask = boolean ? *key_padding_mask : key_padding_mask->to(sums.dtype().toScalarType());
-    if (boolean)
-      g.padding = mask.const_data_ptr<bool>();
-    else
-      g.added = mask.template const_data_ptr<C>();
-    g.mask_batch = mask.stride(0), g.mask_row = mask.stride(1);
-  }
   const auto means = widened<C>(mean), variances = widened<C>(variance);
   g.mean = means.data(), g.variance = variances.data();
   Parameters parameters;

@@ -45,6 +45,14 @@ void update_statistics(const at::Tensor& moments, at::Tensor mean, at::Tensor va
 at::Tensor standardize(const at::Tensor& features, const at::Tensor& mean,
                        const at::Tensor& variance);
 
+/// gate_features() of x [B, L, D], learnt by update_statistics() and standardised with what was
+/// learnt -> [B, D]. `learn_features_composed` is the same by these operators, for other devices.
+at::Tensor learn_features(const at::Tensor& x, const std::optional<at::Tensor>& key_padding_mask,
+                          at::Tensor mean, at::Tensor variance, at::Tensor batches);
+at::Tensor learn_features_composed(const at::Tensor& x,
+                                   const std::optional<at::Tensor>& key_padding_mask,
+                                   at::Tensor mean, at::Tensor variance, at::Tensor batches);
+
 /// Initial relevance of gates, from the importance of all heads of a model [heads]: sharpness *
 /// (rank - (1 - keep)), rank in [0, 1]; the most important share `keep` is positive -> [heads].
 at::Tensor importance_start(const at::Tensor& importance, double keep, double sharpness);

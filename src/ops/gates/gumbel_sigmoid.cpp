@@ -5,15 +5,17 @@
 #include <torch/library.h>
 
 #include "headwise/selection.h"
+#include "ops/gates/fused.h"
 #include "ops/gates/schedule.h"
 #include "ops/gates/selection_ops.h"
 
 namespace headwise {
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gumbel_sigmoid_select(
+namespace {
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gumbel_sigmoid_by_operators(
     const at::Tensor& logits, const std::optional<at::Tensor>& uniform, const at::Tensor& progress,
     bool training, bool run_all, double hard_from, double temperature) {
-  TORCH_CHECK_VALUE(temperature > 0.0, "temperature must be positive, got ", temperature);
   const auto dtype = logits.scalar_type();
   auto raised = logits;
   if (training && uniform) {
@@ -37,6 +39,51 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gumbel_sigmoid_select
             at::full_like(count, num_heads), weight, expected};
   }
   return {index, count, weight, expected};
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gumbel_sigmoid_select(
+    const at::Tensor& logits, const std::optional<at::Tensor>& uniform, const at::Tensor& progress,
+    bool training, bool run_all, double hard_from, double temperature) {
+  TORCH_CHECK_VALUE(temperature > 0.0, "temperature must be positive, got ", temperature);
+  const auto compose = [=](const at::Tensor& scores, const at::Tensor& now) {
+    return gumbel_sigmoid_by_operators(scores, uniform, now, training, run_all, hard_from,
+                                       temperature);
+  };
+  const bool shaped = logits.dim() == 2 && (!uniform || uniform->sym_sizes() == logits.sym_sizes());
+  if (!shaped || !takes_numbers(logits) || !takes_progress(progress) ||
+      needs_gradient({or_undefined(uniform)}) || !fuses({logits, progress, or_undefined(uniform)}))
+    return compose(logits, progress);
+  using Signature = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
+      const at::Tensor&, const std::optional<at::Tensor>&, const at::Tensor&, bool, bool, double,
+      double);
+  const auto call = [&] {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    static const auto op = operator_handle<Signature>("headwise::_gumbel_sigmoid_select");
+    return op.call(logits, uniform, progress, training, run_all, hard_from, temperature);
+  };
+  if (!training || !needs_gradient({logits})) {
+    const auto [index, count, weight, expected, slope] = call();
+    return {index, count, weight, expected};
+  }
+  using Tensors = FusedStep::Tensors;
+  FusedStep step;
+  step.forward = [&call]() -> FusedStep::Results {
+    const auto [index, count, weight, expected, slope] = call();
+    return {{index, count, weight, expected}, {slope}};
+  };
+  step.backward = [](const Tensors& gradients, const Tensors&, const Tensors& saved) -> Tensors {
+    if (!gradients[2].defined() && !gradients[3].defined()) return {{}};
+    return {std::get<0>(choice_backward(gradients[2], gradients[3], saved[0], saved[0], {}))};
+  };
+  step.compose = [compose, now = progress.clone()](const Tensors& inputs) -> Tensors {
+    const auto [index, count, weight, expected] = compose(inputs[0], now);
+    return {{}, {}, weight, expected};
+  };
+  step.constant = {0, 1};
+  const auto outputs = run_differentiable({logits}, std::move(step));
+  return {outputs[0], outputs[1], outputs[2], outputs[3]};
 }
 
 at::Tensor gumbel_sigmoid_regulariser(const at::Tensor& logits, const at::Tensor& weight,

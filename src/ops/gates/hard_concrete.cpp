@@ -6,6 +6,7 @@
 
 #include <cmath>
 
+#include "ops/gates/fused.h"
 #include "ops/gates/schedule.h"
 #include "ops/gates/selection_ops.h"
 #include "shown.h"
@@ -30,7 +31,9 @@ at::Tensor hard_concrete_open(const at::Tensor& log_alpha, double beta, double g
   return at::sigmoid(log_alpha - beta * std::log(-gamma / zeta));
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> hard_concrete_select(
+namespace {
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> hard_concrete_by_operators(
     const at::Tensor& log_alpha, const std::optional<at::Tensor>& uniform,
     const at::Tensor& progress, bool training, bool run_all, double hard_from, double beta,
     double gamma, double zeta, bool weight_one) {
@@ -61,6 +64,58 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> hard_concrete_select(
             at::full_like(count, num_heads), weight, expected};
   }
   return {index, count, weight, expected};
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> hard_concrete_select(
+    const at::Tensor& log_alpha, const std::optional<at::Tensor>& uniform,
+    const at::Tensor& progress, bool training, bool run_all, double hard_from, double beta,
+    double gamma, double zeta, bool weight_one) {
+  const auto compose = [=](const at::Tensor& scores, const at::Tensor& now) {
+    return hard_concrete_by_operators(scores, uniform, now, training, run_all, hard_from, beta,
+                                      gamma, zeta, weight_one);
+  };
+  const bool shaped =
+      log_alpha.dim() == 2 && beta > 0.0 && gamma < 0.0 && zeta > 1.0 &&
+      (!uniform || (uniform->dim() == 2 && uniform->sym_size(1) == log_alpha.sym_size(1) &&
+                    (uniform->sym_size(0) == 1 || uniform->sym_size(0) == log_alpha.sym_size(0))));
+  if (!shaped || !takes_numbers(log_alpha) || !takes_progress(progress) ||
+      needs_gradient({or_undefined(uniform)}) ||
+      !fuses({log_alpha, progress, or_undefined(uniform)}))
+    return compose(log_alpha, progress);
+  using Signature =
+      std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
+          const at::Tensor&, const std::optional<at::Tensor>&, const at::Tensor&, bool, bool,
+          double, double, double, double, bool);
+  const auto call = [&] {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    static const auto op = operator_handle<Signature>("headwise::_hard_concrete_select");
+    return op.call(log_alpha, uniform, progress, training, run_all, hard_from, beta, gamma, zeta,
+                   weight_one);
+  };
+  if (!needs_gradient({log_alpha})) {
+    const auto [index, count, weight, expected, slope, expected_slope] = call();
+    return {index, count, weight, expected};
+  }
+  using Tensors = FusedStep::Tensors;
+  FusedStep step;
+  step.forward = [&call]() -> FusedStep::Results {
+    const auto [index, count, weight, expected, slope, expected_slope] = call();
+    return {{index, count, weight, expected}, {slope, expected_slope}};
+  };
+  step.backward = [](const Tensors& gradients, const Tensors&, const Tensors& saved) -> Tensors {
+    if (!gradients[2].defined() && !gradients[3].defined()) return {{}};
+    return {std::get<0>(choice_backward(gradients[2], gradients[3], saved[0], saved[1], {}))};
+  };
+  step.compose = [compose, now = progress.clone()](const Tensors& inputs) -> Tensors {
+    const auto [index, count, weight, expected] = compose(inputs[0], now);
+    return {{}, {}, weight, expected};
+  };
+  step.constant = {0, 1};
+  if (weight_one && !training) step.constant.push_back(2);
+  const auto outputs = run_differentiable({log_alpha}, std::move(step));
+  return {outputs[0], outputs[1], outputs[2], outputs[3]};
 }
 
 at::Tensor lagrangian(const at::Tensor& off, const at::Tensor& multipliers) {
