@@ -306,7 +306,7 @@ def test_prune_finds_heads_itself(tmp_path, tiny_texts, capsys):
             ["--keep", "0.5", "--plan", "p"],
             "prune needs one of --plan FILE, --keep SHARE and --gates",
         ),
-        (["--keep", "0.5"], "--keep scores heads on labelled texts, so it needs --data FILE"),
+        (["--keep", "0.5"], "--keep scores heads on labelled inputs, so it needs --data or --task"),
         (["--plan", "p", "--exact"], "--exact is a way of finding heads, so it needs --keep, not"),
         (["--plan", "p", "--method", "kwon"], "--method is a way of finding heads, so it needs"),
         (["--plan", "p", "--metric", "hies"], "--metric is a way of finding heads, so it needs"),
@@ -327,7 +327,7 @@ def test_prune_finds_heads_itself(tmp_path, tiny_texts, capsys):
         ),
         (
             ["--latency", "0.5", "--method", "kwon"],
-            "--keep scores heads on labelled texts, so it n",
+            "--keep scores heads on labelled inputs, so it n",
         ),
     ],
 )
@@ -340,7 +340,7 @@ def test_prune_needs_a_plan_or_texts(tmp_path, tiny_model, capsys, arguments, co
 
 def test_compare_refuses_columns_of_a_bundled_task(tmp_path, capsys):
     message = fails(capsys, 2, "compare", "--task", "reviews", "--group", "film", "--out", tmp_path)
-    assert message == ("headwise compare: --group names a column of own data, so it needs --data\n")
+    assert message == ("headwise compare: --group names a column of own data, so it needs --data")
 
 
 def test_prune_finds_heads_and_neurons_without_training(tmp_path, tiny_texts, capsys):

@@ -24,7 +24,7 @@ def say(text: str, file=None) -> None:
     print("\n".join(printable(line, 100_000) for line in text.split("\n")), file=file, flush=True)
 
 
-def _number(text: str, kind: Callable[[str], T], fits: Callable[[T], bool], rule: str) -> T:
+def number(text: str, kind: Callable[[str], T], fits: Callable[[T], bool], rule: str) -> T:
     try:
         value = kind(text)
     except ValueError:
@@ -37,20 +37,20 @@ def _number(text: str, kind: Callable[[str], T], fits: Callable[[T], bool], rule
 
 def share(text: str) -> float:
     """A share of the heads, above 0 and at most 1."""
-    return _number(text, float, lambda value: 0 < value <= 1, "above 0 and at most 1")
+    return number(text, float, lambda value: 0 < value <= 1, "above 0 and at most 1")
 
 
 def positive(text: str) -> int:
     """A positive whole number."""
-    return _number(text, int, lambda value: value > 0, "positive")
+    return number(text, int, lambda value: value > 0, "positive")
 
 
 def seed(text: str) -> int:
     """A whole number, not negative."""
-    return _number(text, int, lambda value: 0 <= value < 2**31, "between 0 and 2147483647")
+    return number(text, int, lambda value: 0 <= value < 2**31, "between 0 and 2147483647")
 
 
-def add_model(parser: argparse.ArgumentParser, what: str = "a fine-tuned text classifier") -> None:
+def add_model(parser: argparse.ArgumentParser, what: str = "a fine-tuned classifier") -> None:
     parser.add_argument(
         "--model",
         type=Path,
@@ -117,7 +117,7 @@ def window_seconds(text: str) -> float:
     from headwise.apps.energy.windows import LEAST_SECONDS
 
     fits = lambda value: LEAST_SECONDS <= value <= 3600  # noqa: E731
-    return _number(text, float, fits, "between 10 and 3600 seconds")
+    return number(text, float, fits, "between 10 and 3600 seconds")
 
 
 def energy_windows(options: argparse.Namespace):
@@ -182,9 +182,10 @@ def use_device(name: str):
     return device
 
 
-def loaded(options: argparse.Namespace):
+def loaded(options: argparse.Namespace, example: str | None = "text"):
     """The trained model that ``options`` name, in evaluation mode, and its device; sets the threads
-    and the seed.
+    and the seed. ``example``: what it classifies; see
+    :func:`headwise.apps.tasks.models.load_trained`.
 
     Raises:
         UsageError: there is no such device or model.
@@ -198,7 +199,7 @@ def loaded(options: argparse.Namespace):
     torch.manual_seed(options.seed)
     if not options.model.is_dir():
         raise UsageError(f"there is no model folder {options.model}")
-    return load_trained(options.model).to(device).eval(), device
+    return load_trained(options.model, example).to(device).eval(), device
 
 
 def writable_outputs(options: argparse.Namespace) -> None:

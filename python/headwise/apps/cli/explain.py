@@ -11,17 +11,21 @@ from headwise.apps.cli.common import (
     add_common,
     add_model,
     loaded,
+    number,
     positive,
     say,
     writable_outputs,
 )
+from headwise.apps.cli.texts import add_task, tensor_examples, tensor_task
 from headwise.apps.pages import options as page_options
 from headwise.apps.tasks.errors import UsageError
+from headwise.apps.tasks.registry import example_of
 from headwise.io.printable import printable, quoted
 
 DESCRIPTION = """\
-With --text: which heads of a trained text classifier run for each text, and why: relevance and its
-share by token, margins, what each head looks at, and the measured effect of toggling it.
+With --text, or --row for images and sounds: which heads of a trained classifier run, and why:
+relevance and its share by token or patch, margins, what each head looks at, and the measured effect
+of toggling it.
 With --data: what each head does over a data set and for which texts it runs, how stable that is,
 and whether the gates' ranking matches the heads' effect. With --out, finished parts of an
 interrupted run are saved there, and the same command resumes from them.
@@ -56,9 +60,19 @@ def add_parser(commands) -> argparse.ArgumentParser:
         metavar="TEXT",
         help="explain these texts; one that begins with a dash is given as --text=-TEXT",
     )
-    what.add_argument("--data", type=Path, metavar="FILE", help="a data set: .csv or .jsonl")
-    one = parser.add_argument_group("texts")
+    what.add_argument(
+        "--data", type=Path, metavar="FILE", help="a data set: .csv or .jsonl; images: .npz"
+    )
+    add_task(what)
+    one = parser.add_argument_group("texts, and images or sounds one by one")
     of_text = [
+        one.add_argument(
+            "--row",
+            nargs="+",
+            type=row,
+            metavar="N",
+            help="explain these images or sounds of --data FILE.npz or --task, counted from 0",
+        ),
         one.add_argument(
             "--roles", type=Path, metavar="FILE", help="JSON from --data: tell heads' roles"
         ),
@@ -96,7 +110,19 @@ def add_parser(commands) -> argparse.ArgumentParser:
     return parser
 
 
+def row(text: str) -> int:
+    """The number of an input, from 0."""
+    return number(text, int, lambda value: value >= 0, "0 or more")
+
+
 def run(options: argparse.Namespace) -> None:
+    if options.task is not None or example_of(None, options.data) != "text":
+        _explain_rows(options)
+        return
+    if options.row is not None:
+        raise UsageError(
+            "--row is of images and sounds (--data FILE.npz, --task); give texts by --text"
+        )
     kind, others = ("text", options.of_data) if options.data is None else ("data", options.of_text)
     for action in others:
         if getattr(options, action.dest) != action.default:
@@ -110,15 +136,9 @@ def run(options: argparse.Namespace) -> None:
 
 
 def explain_texts(options: argparse.Namespace) -> None:
-    import json
-
-    import headwise as hw
     from headwise.apps.tasks.models import load_tokenizer
-    from headwise.io.files import write_json
 
-    chosen = options.maps
-    if len(chosen) > 1 and any(isinstance(one, str) for one in chosen):
-        raise UsageError("--maps takes all, or none, or some LAYER:HEAD, not a mixture")
+    _check_maps(options)
     for place, text in enumerate(options.text):
         if not text.strip():
             raise UsageError("--text must not be empty")
@@ -130,6 +150,85 @@ def explain_texts(options: argparse.Namespace) -> None:
                 f"{error.start} of text {place}"
             ) from None
     writable_outputs(options)
+    roles = _roles(options)
+    model, _ = loaded(options)
+    tokenizer = load_tokenizer(options.model)
+    named = {"tokenizer": tokenizer, "max_length": options.max_length}
+    _told(options, _explained(options, model, options.text, roles, **named), roles)
+
+
+def _explain_rows(options: argparse.Namespace) -> None:
+    """Explains images or sounds, whose tokens are patches."""
+    example = example_of(options.task, options.data)
+    for action in options.of_data:
+        if getattr(options, action.dest) != action.default:
+            raise UsageError(f"{action.option_strings[0]} is of texts, not of {example}s")
+    if options.row is None:
+        raise UsageError(
+            f"{example}s are explained one by one, so it needs --row N: what heads do over a data "
+            "set is asked in questions about words"
+        )
+    page_options.check(options)
+    _check_maps(options)
+    writable_outputs(options)
+    roles = _roles(options)
+    model, device = loaded(options, example)
+    options.labels_are = None
+    task = tensor_task(options, model)
+    for place in options.row:
+        if place >= len(task):
+            raise UsageError(f"--row must be below {len(task)}, got {place}")
+    batch = tensor_examples(task, options.row, model).batch(range(len(options.row))).to(device)
+    pictures = [patches(task.example, values, model.config) for values in task.inputs[options.row]]
+    mark = "rc" if example == "image" else "bt"
+    names = [
+        [f"[{n}]" for n in range(own["first"])]
+        + [f"{mark[0]}{r}{mark[1]}{c}" for r in range(own["rows"]) for c in range(own["columns"])]
+        for own in pictures
+    ]
+    names = [["[CLS]", *own[1:]] for own in names]
+    labels = list(task.classes) if len(task.classes) == model.config.num_labels else None
+    result = _explained(options, model, batch.inputs, roles, tokens=names, labels=labels)
+    classes = {value: name for name, value in model.config.label2id.items()}
+    for entry, place, own, label in zip(
+        result.inputs, options.row, pictures, batch.labels.tolist(), strict=True
+    ):
+        entry["text"] = f"{example} {place} of {task.name}, labelled {classes[label]}"
+        entry["picture"] = own
+    _told(options, result, roles)
+
+
+def patches(example: str, values: Any, config: Any) -> dict[str, Any]:
+    """A picture of an input, and where its patches are: grey ``pixels`` in 0..255, ``rows`` and
+    ``columns`` of patches in reading order, of which the tokens before ``first`` are none."""
+    from torch.nn import functional as F
+
+    if example == "image":  # [C, side, side]
+        grey, first = values.mean(0), 1
+        size, stride = config.patch_size, config.patch_size
+        rows = columns = (grey.size(0) - size) // stride + 1
+    else:  # [frames, bands]: a row per band, low ones at the top
+        grey, first = values.T, 2
+        rows = (grey.size(0) - config.patch_size) // config.frequency_stride + 1
+        columns = (grey.size(1) - config.patch_size) // config.time_stride + 1
+    most = max(grey.shape)
+    if most > 128:
+        small = (max(1, grey.size(0) * 128 // most), max(1, grey.size(1) * 128 // most))
+        grey = F.adaptive_avg_pool2d(grey[None], small)[0]
+    low, high = grey.min(), grey.max()
+    pixels = ((grey - low) / (high - low).clamp(min=1e-6) * 255).round().int().tolist()
+    return {"rows": rows, "columns": columns, "first": first, "pixels": pixels}
+
+
+def _check_maps(options: argparse.Namespace) -> None:
+    if len(options.maps) > 1 and any(isinstance(one, str) for one in options.maps):
+        raise UsageError("--maps takes all, or none, or some LAYER:HEAD, not a mixture")
+
+
+def _roles(options: argparse.Namespace) -> Any:
+    """The document of --roles, or None."""
+    import json
+
     roles = None
     if options.roles is not None:
         try:
@@ -138,23 +237,34 @@ def explain_texts(options: argparse.Namespace) -> None:
             raise UsageError(f"there is no file {options.roles}") from None
         except (OSError, ValueError):
             raise UsageError(f"{options.roles} is not JSON from 'headwise explain'") from None
-    model, _ = loaded(options)
-    tokenizer = load_tokenizer(options.model)
+    return roles
+
+
+def _explained(options: argparse.Namespace, model, inputs: Any, roles: Any, **named: Any):
+    """``hw.explain`` with the options that all kinds of inputs have."""
+    import headwise as hw
+
+    chosen = options.maps
     try:
-        result = hw.explain(
+        return hw.explain(
             model,
-            options.text,
-            tokenizer=tokenizer,
+            inputs,
             maps=chosen[0] if isinstance(chosen[0], str) else chosen,
             roles=roles,
             pairs=options.pairs,
             steps=options.steps,
             effects=False if options.no_effects else None,
-            max_length=options.max_length,
             batch_size=options.batch_size,
+            **named,
         )
     except ValueError as error:
         raise UsageError(str(error).splitlines()[0]) from None
+
+
+def _told(options: argparse.Namespace, result, roles: Any) -> None:
+    """Prints and writes an explanation."""
+    from headwise.io.files import write_json
+
     for position, entry in enumerate(result.inputs):
         say(("\n" if position else "") + render(entry, result.summary(position)))
     if len(result.inputs) > 1:
@@ -198,8 +308,8 @@ def render(entry: dict[str, Any], summary: str, rows: int = 10) -> str:
 def render_differences(
     first: dict[str, Any], second: dict[str, Any], found: list[dict[str, Any]], rows: int = 10
 ) -> str:
-    """The first two texts side by side: the heads that ran for one of them only."""
-    title = f"{len(found)} of {first['heads']} heads ran for only one of the first two texts"
+    """The first two inputs side by side: the heads that ran for one of them only."""
+    title = f"{len(found)} of {first['heads']} heads ran for only one of the first two inputs"
     if not found:
         return title
     lines = [

@@ -15,8 +15,9 @@ from headwise.apps.cli.common import (
     writable_file,
 )
 from headwise.apps.cli.score import ONE_PASS
-from headwise.apps.cli.texts import LabelledTexts, add_texts, journal, labelled_texts
+from headwise.apps.cli.texts import LabelledTexts, add_texts, journal, labelled_texts, one_source
 from headwise.apps.tasks.errors import UsageError
+from headwise.apps.tasks.registry import example_of
 
 #: The metric that ranks heads by how often a model's gates run them.
 USE = "use"
@@ -27,11 +28,11 @@ def add_parser(commands) -> argparse.ArgumentParser:
         "prune",
         help="remove heads, or more, from a model",
         description="Removes the heads that a plan drops from the weights of a model, or with "
-        "--keep and --data those that matter least on labelled texts, and writes the smaller model "
-        "to --out (read it with headwise.load). --method kwon also removes neurons of the "
-        "feed-forward networks, and tunes the remaining weights.",
+        "--keep and --data those that matter least on labelled texts or images, and writes the "
+        "smaller model to --out (read it with headwise.load). --method kwon also removes neurons "
+        "of the feed-forward networks, and tunes the remaining weights.",
     )
-    add_model(parser, "a text classifier")
+    add_model(parser, "a classifier of texts, images or sounds")
     parser.add_argument(
         "--plan",
         type=Path,
@@ -80,7 +81,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
         metavar="SHARE",
         help="share of all heads that a step of --exact removes (default: 0.1)",
     )
-    texts, kept = add_texts(parser, required=False)
+    texts, kept = add_texts(parser)
     add_common(parser, out=None)
     parser.set_defaults(
         of_search=[method, metric, exact, step, *texts, kept],
@@ -93,12 +94,14 @@ def add_parser(commands) -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> None:
     import headwise as hw
-    from headwise.apps.tasks.models import load_tokenizer
+    from headwise.apps.tasks.models import CLASSIFIERS, load_tokenizer
     from headwise.io.files import write_json
 
     _check(options)
     plan = _load_plan(options.plan) if options.plan is not None else None
-    model, device = loaded(options)
+    found = options.data is not None or options.task is not None
+    model, device = loaded(options, example_of(options.task, options.data) if found else None)
+    of_texts = type(model).__name__.endswith(CLASSIFIERS["text"])
     _check_gates(options, model, plan)
     try:
         report: dict[str, Any] = {}
@@ -114,7 +117,8 @@ def run(options: argparse.Namespace) -> None:
             texts = labelled_texts(options, model, device)
             plan = _found(options, model, texts)
         small = hw.prune(model, plan) if small is None else small
-        hw.save(small, options.out, tokenizer=load_tokenizer(options.model))
+        tokenizer = load_tokenizer(options.model) if of_texts else None
+        hw.save(small, options.out, tokenizer=tokenizer)
         if options.plan is None:
             plan.save(options.out / "plan.json")
     except ValueError as error:
@@ -201,8 +205,10 @@ def _check(options: argparse.Namespace) -> None:
     found = options.keep is not None or options.latency is not None
     if (options.plan is not None) + found + options.gates != 1:
         raise UsageError("prune needs one of --plan FILE, --keep SHARE and --gates")
-    if found and options.data is None:
-        raise UsageError("--keep scores heads on labelled texts, so it needs --data FILE")
+    if found and options.data is None and options.task is None:
+        raise UsageError("--keep scores heads on labelled inputs, so it needs --data or --task")
+    if found:
+        one_source(options)
     if not found:
         asked = "--plan" if options.plan is not None else "--gates"
         for name in _given(options, options.of_search):

@@ -13,8 +13,9 @@ from headwise.apps.cli.common import (
     share,
     writable_outputs,
 )
-from headwise.apps.cli.texts import LabelledTexts, add_texts, journal, labelled_texts
+from headwise.apps.cli.texts import LabelledTexts, add_texts, journal, labelled_texts, one_source
 from headwise.apps.tasks.errors import UsageError
+from headwise.apps.tasks.registry import example_of
 
 #: From one pass over the texts.
 ONE_PASS = ("michel", "entropy", "attention_confidence", "hies")
@@ -27,12 +28,12 @@ DESCRIPTIVE = ("entropy", "attention_confidence")
 def add_parser(commands) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "score",
-        help="score the heads of a trained model on labelled texts",
-        description="Scores every attention head of a trained text classifier on labelled texts, "
-        "prints a table, and with --keep writes a plan for 'headwise prune'.",
+        help="score the heads of a trained model on labelled inputs",
+        description="Scores every attention head of a trained classifier on labelled texts, images "
+        "or sounds, prints a table, and with --keep writes a plan for 'headwise prune'.",
     )
     add_model(parser)
-    add_texts(parser, required=True)
+    add_texts(parser)
     parser.add_argument(
         "--metrics",
         nargs="+",
@@ -54,8 +55,9 @@ def run(options: argparse.Namespace) -> None:
 
     if options.keep is not None and options.out is None:
         raise UsageError("--keep writes plans, so it needs --out DIR")
+    one_source(options)
     writable_outputs(options)
-    model, device = loaded(options)
+    model, device = loaded(options, example_of(options.task, options.data))
     texts = labelled_texts(options, model, device)
     try:
         scores, details = _score(options, model, texts)
@@ -64,7 +66,7 @@ def run(options: argparse.Namespace) -> None:
     result: dict[str, Any] = {
         "model": str(options.model),
         "data": texts.name,
-        "texts": texts.count,
+        f"{texts.example}s": texts.count,
         "scores": {
             metric: {name: values.tolist() for name, values in found.values.items()}
             for metric, found in scores.items()

@@ -158,6 +158,7 @@ function startExplained(parent, inputs) {
   const tokenTitle = make("h4", {}, "Tokens by their share");
   const tokenNote = make("p", {class: "muted"});
   const tokens = make("ol", {class: "tokens", "aria-label": "Tokens with their share"});
+  const picture = make("canvas", {class: "picture", role: "img"});
   if (kinds.length) panel.append(tokenTitle);
   if (kinds.length > 1) {
     const tokenControls = make("div", {class: "controls"});
@@ -169,7 +170,7 @@ function startExplained(parent, inputs) {
   } else if (kinds.length) {
     state.tokens = kinds[0][0];
   }
-  if (kinds.length) panel.append(tokenNote, tokens);
+  if (kinds.length) panel.append(tokenNote, picture, tokens);
 
   const mapTitle = make("h4", {}, "Attention map");
   const mapNote = make("p", {class: "muted"});
@@ -317,6 +318,7 @@ function startExplained(parent, inputs) {
     const budget = layer().gate.budget?.attribution;
     const values = state.tokens === "budget" ? budget?.tokens : head().shares;
     tokens.replaceChildren();
+    picture.hidden = !values || !entry().picture;
     if (!values) {
       tokenNote.textContent =
           "Tokens have no share: this head is not chosen by a sum over the tokens.";
@@ -335,6 +337,8 @@ function startExplained(parent, inputs) {
     // Against what would change the choice: shares that are small beside the margin look so.
     const margin = state.tokens === "budget" ? 0 : Math.abs(head().margin ?? 0);
     const most = Math.max(largest(values), margin) || 1;
+    // Where in the picture, however much it is: the numbers below say that.
+    if (entry().picture) drawPicture(values, largest(values) || 1);
     // Two digits that say something, of the largest.
     const digits = Math.min(6, Math.max(2, 1 - Math.floor(Math.log10(most))));
     values.forEach((value, place) => {
@@ -343,6 +347,28 @@ function startExplained(parent, inputs) {
       shade(token, value / most);
       tokens.append(token);
     });
+  }
+
+  // The input with its patches coloured as their tokens are.
+  function drawPicture(values, most) {
+    const {pixels, rows, columns, first} = entry().picture;
+    const height = pixels.length, width = pixels[0].length;
+    const scale = Math.max(1, Math.floor(256 / Math.max(width, height)));
+    picture.width = width * scale;
+    picture.height = height * scale;
+    picture.setAttribute("aria-label", "The input, its patches coloured by their share");
+    const brush = picture.getContext("2d");
+    pixels.forEach((line, y) => line.forEach((grey, x) => {
+      brush.fillStyle = `rgb(${grey}, ${grey}, ${grey})`;
+      brush.fillRect(x * scale, y * scale, scale, scale);
+    }));
+    const wide = picture.width / columns, high = picture.height / rows;
+    values.slice(first).forEach((value, place) => {
+      brush.globalAlpha = .75 * Math.min(1, Math.abs(value) / most);
+      brush.fillStyle = colour(value < 0 ? "second" : "accent");
+      brush.fillRect((place % columns) * wide, Math.floor(place / columns) * high, wide, high);
+    });
+    brush.globalAlpha = 1;
   }
 
   async function showMap() {

@@ -73,6 +73,8 @@ def _drawings(documents: Documents) -> Iterator[tuple[str, Callable[[], Figure]]
                         f"input-{place}-tokens",
                         partial(_tokens, entry, layer, head),
                     )
+                    if entry.get("picture"):
+                        yield f"input-{place}-patches", partial(_patches, entry, layer, head)
                     break
             if any(h["effect"] is not None and h["relevance"] is not None for _, h in pairs):
                 yield f"input-{place}-effect", partial(_effect, pairs)
@@ -164,6 +166,29 @@ def _tokens(entry: dict[str, Any], layer: dict[str, Any], head: dict[str, Any]) 
     axes.invert_yaxis()
     axes.axvline(0, color="#1c2430", linewidth=0.8)
     axes.set_xlabel(f"share in the relevance of layer {layer['site']} head {head['head']}")
+    return figure
+
+
+def _patches(entry: dict[str, Any], layer: dict[str, Any], head: dict[str, Any]) -> Figure:
+    """The picture, and beside it the share of each patch in a head's relevance."""
+    own = entry["picture"]
+    shares = head["shares"][own["first"] :]
+    rows = [shares[r * own["columns"] : (r + 1) * own["columns"]] for r in range(own["rows"])]
+    most = max(map(abs, shares), default=0.0) or 1.0
+    figure = _figure(7.5, 3.4)
+    whole, told = figure.subplots(1, 2)
+    for axes in (whole, told):
+        axes.imshow(own["pixels"], cmap="gray", extent=(0, own["columns"], own["rows"], 0))
+        axes.set_xticks([])
+        axes.set_yticks([])
+    whole.set_title(_text(entry["text"] or "", 40), fontsize=10, parse_math=False)
+    extent = (0, own["columns"], own["rows"], 0)
+    image = told.imshow(
+        rows, cmap=signed_colours(), vmin=-most, vmax=most, alpha=0.7, extent=extent
+    )
+    figure.colorbar(image, ax=told, label="share in the relevance")
+    ran = "ran" if head["on"] else "slept"
+    told.set_title(f"layer {layer['site']} head {head['head']}, which {ran}", fontsize=10)
     return figure
 
 

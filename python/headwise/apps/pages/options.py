@@ -72,7 +72,8 @@ def write(options: argparse.Namespace, *documents: Any) -> None:
 
     shown = [*documents, *([options.compared] if options.compared is not None else [])]
     if "html" in options.format:
-        path = options.out / ("explanation.html" if options.data is None else "use.html")
+        one_by_one = options.data is None or options.row is not None
+        path = options.out / ("explanation.html" if one_by_one else "use.html")
         write_page(path, *shown)
         say(f"wrote {path}")
     if "png" in options.format:

@@ -211,13 +211,25 @@ def _lacking(folder: Path, model: nn.Module, missing: list[str], report: dict) -
     )
 
 
-def load_trained(folder: Path) -> nn.Module:
-    """A text classifier that was trained, with headwise's attention: a folder of transformers, or
-    one that :func:`headwise.save` wrote.
+#: What a classifier's inputs are called -> how its class's name ends.
+CLASSIFIERS = {
+    "text": "ForSequenceClassification",
+    "image": "ForImageClassification",
+    "clip": "ForAudioClassification",
+}
+
+
+def load_trained(folder: Path, example: str | None = "text") -> nn.Module:
+    """A classifier that was trained, with headwise's attention: a folder of transformers, or one
+    that :func:`headwise.save` wrote.
+
+    Args:
+        folder: of the model.
+        example: what it classifies: "text", "image" or "clip" (of sound); None: any of them.
 
     Raises:
         UsageError: it cannot be loaded, lacks a weight (a base model has no trained classification
-            head), is not a text classifier, or gives a text several labels or a number.
+            head), classifies something else, or gives an input several labels or a number.
     """
     import headwise as hw
 
@@ -234,9 +246,11 @@ def load_trained(folder: Path) -> nn.Module:
         except ValueError as error:
             lines = [line.strip() for line in str(error).splitlines()]
             raise UsageError(" ".join(lines[:2])) from None
-    if not type(model).__name__.endswith("ForSequenceClassification"):
+    endings = CLASSIFIERS.values() if example is None else [CLASSIFIERS[example]]
+    if not type(model).__name__.endswith(tuple(endings)):
+        what = {"text": "a text", "image": "an image", "clip": "a sound", None: "a"}[example]
         raise UsageError(
-            f"the model in {folder} is a {type(model).__name__}: a text classifier is needed"
+            f"the model in {folder} is a {type(model).__name__}: {what} classifier is needed"
         )
     try:
         check_one_label(model.config)
@@ -247,12 +261,15 @@ def load_trained(folder: Path) -> nn.Module:
 
 def _pretrained(folder: Path) -> nn.Module:
     """The classifier of transformers in the folder, all of whose weights are there."""
-    from transformers import AutoModelForSequenceClassification
+    import transformers
 
     model_folder(folder)
+    kinds = [str(kind) for kind in load_config(folder).architectures or ()]
+    ending = next((e for e in CLASSIFIERS.values() if any(k.endswith(e) for k in kinds)), None)
+    auto = getattr(transformers, f"AutoModel{ending or CLASSIFIERS['text']}")
     try:
         with _quiet_transformers():
-            model, report = AutoModelForSequenceClassification.from_pretrained(
+            model, report = auto.from_pretrained(
                 folder, dtype="float32", output_loading_info=True, **_LOCAL
             )
     except _UNLOADABLE as error:

@@ -128,7 +128,11 @@ class Untrained:
         )
 
     def model(self, task: Task) -> nn.Module:
-        return self._model.build(self.config(task))
+        model = self._model.build(self.config(task))
+        names = dict(enumerate(task.classes))
+        model.config.id2label = names
+        model.config.label2id = {name: number for number, name in names.items()}
+        return model
 
 
 class UntrainedTranslator:

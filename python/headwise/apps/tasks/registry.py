@@ -22,6 +22,8 @@ class Bundled:
 
 
 DEFAULT_TASK = "reviews"
+#: Those whose inputs are no texts, and that a trained classifier answers.
+OF_TENSORS = ("digits", "speech")
 
 BUNDLED: dict[str, Bundled] = {
     **{
@@ -78,6 +80,13 @@ def load_data(path: Path, text: str, label: str, group: str | None) -> Task:
             )
         return images.task_from_npz(path)
     return task_from_file(path, text, label, group)
+
+
+def example_of(task: str | None, data: Path | None) -> str:
+    """What an input of a task or a file is called: "text", "image" or "clip"."""
+    if task is not None:
+        return {"digits": "image", "speech": "clip"}[task]
+    return "image" if data is not None and _holds_images(data) else "text"
 
 
 def model_of(tasks: Sequence[str], data: Path | None) -> OwnModel | None:

@@ -416,8 +416,9 @@ def test_a_data_set_without_differences_shows_none_in_a_browser(tmp_path):
           headings: $$("h3").map((one) => one.textContent),
           notes: $$("p.muted").map((one) => one.textContent),
           folded: $$("summary").map((one) => one.textContent),
-          classes: $$("table").find(
-            (one) => one.caption?.textContent.endsWith("by predicted class")).tBodies[0].rows.length,
+          classes: $$("table")
+            .find((one) => one.caption?.textContent.endsWith("by predicted class"))
+            .tBodies[0].rows.length,
         };
         """,
         tmp_path,
@@ -559,12 +560,14 @@ def test_the_command_tells_the_first_two_texts_apart():
     first, second = document["inputs"]
     same = Explanation(document).differences()
     assert render_differences(first, second, same) == (
-        "0 of 6 heads ran for only one of the first two texts"
+        "0 of 6 heads ran for only one of the first two inputs"
     )
     first["layers"][1]["heads"][2].update(margin=0.25, shares=[0.5, 0.0, 0.0, 0.0])
     second["layers"][1]["heads"][2].update(on=False, margin=None, shares=[-0.5, 0.0, 0.0, 0.0])
     told = render_differences(first, second, Explanation(document).differences()).splitlines()
-    assert told[0].startswith("1 of 6 heads ran for only one of the first two texts: A, one; B, tw")
+    assert told[0].startswith(
+        "1 of 6 heads ran for only one of the first two inputs: A, one; B, tw"
+    )
     row = "    1    2        A    +0.250         -  one (+0.50); two\\x1b[2J (-0.50)"
     assert told[2] == row
     many = Explanation(document).differences() * 12
