@@ -62,7 +62,8 @@ def test_an_unknown_method_names_those_like_it(capsys, tmp_path):
 def test_unknown_task(capsys, tmp_path):
     assert fails(capsys, 2, "compare", "--task", "imdb", "--out", tmp_path) == (
         "headwise compare: task must be one of reviews, snippets, products, tweets, topics, "
-        "thesaurus, docstrings, mixed, mixed-domains, instructions, digits, speech, got 'imdb'"
+        "thesaurus, docstrings, mixed, mixed-domains, instructions, digits, speech, translation, "
+        "got 'imdb'"
     )
 
 
@@ -340,7 +341,7 @@ def test_prune_needs_a_plan_or_texts(tmp_path, tiny_model, capsys, arguments, co
 
 def test_compare_refuses_columns_of_a_bundled_task(tmp_path, capsys):
     message = fails(capsys, 2, "compare", "--task", "reviews", "--group", "film", "--out", tmp_path)
-    assert message == ("headwise compare: --group names a column of own data, so it needs --data")
+    assert message == "headwise compare: --group names a column of own data, so it needs --data"
 
 
 def test_prune_finds_heads_and_neurons_without_training(tmp_path, tiny_texts, capsys):

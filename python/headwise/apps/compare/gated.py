@@ -132,6 +132,8 @@ def threshold(bench: Workbench, keep: float, steps: int) -> Outcome:
 
 #: Of the dynamic gates: at the budget and by the input from the first step.
 _FROM_THE_START = {"warmup": 0.0, "static_until": 0.0, "strength": 20.0}
+#: Of BudgetGate.
+_BUDGET = {"noise_scale": 0.0, "temperature": 0.5, "hard_from": 0.3}
 
 
 def hard_concrete_gate(keep: float) -> hw.Gate:
@@ -151,14 +153,13 @@ def sleep_gate(keep: float) -> hw.Gate:
 
 def budget_gate(bench: Workbench, keep: float, **changes) -> hw.Gate:
     options = {
+        "keep": keep,
         "min_budget": min(0.1, keep / 2),
         "initial_keep": keep,
-        "noise_scale": 0.0,
-        "temperature": 0.5,
-        "hard_from": 0.3,
+        **_BUDGET,
         **_FROM_THE_START,
     }
-    return hw.BudgetGate(keep=keep, **{**options, **changes})
+    return hw.BudgetGate(**{**options, **changes})
 
 
 def dynamic_hard_concrete_gate(bench: Workbench, keep: float) -> hw.Gate:
@@ -187,7 +188,7 @@ def shared_heads_gate(bench: Workbench, keep: float) -> hw.Gate:
 
 def fixed_budget_gate(bench: Workbench, keep: float) -> hw.Gate:
     """BudgetFormer's ablation: every text the same number of heads, which ones by the text."""
-    return budget_gate(bench, keep, budget=keep)
+    return hw.BudgetGate(budget=keep, **_BUDGET, **_FROM_THE_START)
 
 
 def full_budget_gate(bench: Workbench, keep: float) -> hw.Gate:

@@ -14,23 +14,15 @@ from safetensors.torch import save as to_safetensors
 from torch import nn
 
 import headwise as hw
-from headwise.apps.compare import heads_of_kinds, measure, metrics, translating
-from headwise.apps.compare.encoder_decoder import by_attention, mac_ratios
+from headwise.apps.compare import heads_of_kinds, measure
 from headwise.apps.compare.methods import METHODS, Outcome
 from headwise.apps.compare.progress import Progress
+from headwise.apps.compare.records import measured
 from headwise.apps.compare.repaired import measure_headroom
-from headwise.apps.compare.selections import (
-    HeadUse,
-    is_dynamic,
-    predict_and_record,
-    swapped,
-)
-from headwise.apps.compare.settings import ACCURACY, BLEU, Settings, Source
-from headwise.apps.compare.statistics import paired_difference, wilson_interval
-from headwise.apps.compare.training import finetune, graded, predict
+from headwise.apps.compare.settings import BLEU, Settings, Source
+from headwise.apps.compare.training import finetune
 from headwise.apps.compare.workbench import Workbench, dense_options
-from headwise.apps.energy.counters import meter_of
-from headwise.apps.tasks.examples import Examples, PairExamples
+from headwise.apps.tasks.examples import Examples
 from headwise.apps.tasks.origins import origin_of
 from headwise.apps.tasks.registry import load_data, load_task
 from headwise.apps.tasks.tasks import Task, split
@@ -300,7 +292,7 @@ class Study:
             "method": run.method,
             "kind": kind,
             "keep_target": run.keep,
-            **self._measure(bench, outcome.model, timed),
+            **measured(bench, outcome.model, timed),
             "train_steps": outcome.train_steps,
             "seed": run.seed,
             "title": title,
@@ -310,121 +302,6 @@ class Study:
         if self.keep_models and run.method != DENSE:
             hw.save(outcome.model, self.out / "models" / run.name, tokenizer=self.origin.tokenizer)
         return record
-
-    def _measure(self, bench: Workbench, model: nn.Module, timed: nn.Module) -> dict:
-        options: dict[str, Any] = {
-            "device": self.device,
-            "precision": self.settings.training.precision,
-        }
-        options["read"] = graded
-        validation = predict(model, bench.validation, **options)  # [N, 2]
-        test, use = predict_and_record(model, bench.test, bench.dense_layers, **options)
-        right = test[:, 0].double()
-        summary = use.summary()
-        control = {}
-        if is_dynamic(model):
-            with swapped(model):
-                other = predict(model, bench.test, **options)
-            control["swapped_accuracy"] = _mean(other)
-        times = measure.latency(
-            bench.dense, timed, bench.test, self.settings.shapes, self.device,
-            self.settings.latency_s, measure.translate if bench.translates else measure.call,
-        )  # fmt: skip
-        further = {}
-        if self.settings.energy is not None:
-            further["energy"] = self._energy(bench, timed)
-        if self.settings.metric != ACCURACY:
-            further["metric"] = metrics.recorded(
-                self.settings.metric,
-                *self._answers(model, bench.validation, validation),
-                *self._answers(model, bench.test, test),
-            )
-        return {
-            "heads_mean": summary.pop("heads_mean"),
-            "accuracy": _mean(test),
-            "latency_ms": times[0]["ms"],
-            "latency_ratio_to_dense": times[0]["ratio"],
-            **_mac_ratios(bench, model, use),
-            **summary,
-            **control,
-            "accuracy_interval": list(_interval(right, bench.translates)),
-            "validation_accuracy": _mean(validation),
-            **_by_domain(bench.test, right, use),
-            "latency": times,
-            **further,
-            **(by_attention(bench.converted(), use) if bench.translates else {}),
-            "correct": right.tolist()
-            if bench.translates
-            else "".join("1" if value else "0" for value in right.tolist()),
-        }
-
-    def _answers(
-        self, model: nn.Module, examples: Examples, read: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the metric reads of the model, and the right answers, [N, ...]."""
-        if isinstance(examples, PairExamples):
-            return translating.answers(model, examples, self.device)
-        return read[:, 1].long(), examples.labels
-
-    def _energy(self, bench: Workbench, model: nn.Module) -> dict:
-        """Energy of ``model`` and of the dense model, in alternating windows."""
-        windows = self.settings.energy
-        assert windows is not None
-        return measure.energy(
-            bench.dense,
-            model,
-            bench.dense_layers,
-            bench.test,
-            self.settings.shapes[0],
-            self.device,
-            meter_of(self.device),
-            windows,
-        )
-
-
-def _mean(read: torch.Tensor) -> float:
-    """The mean share of right labels, of what :func:`headwise.apps.compare.training.graded` reads
-    of all inputs."""
-    return read[:, 0].double().mean().item()
-
-
-def _interval(right: torch.Tensor, shares: bool) -> tuple[float, float]:
-    """95% interval of the accuracy, from each input's [N]: Wilson, or of shares a bootstrap."""
-    if shares:
-        return paired_difference(right, torch.zeros_like(right))[1:]
-    return wilson_interval(int(right.sum()), len(right))
-
-
-def _by_domain(test: Examples, right: torch.Tensor, use: HeadUse) -> dict:
-    """Accuracy and head use of each domain, if the task has several."""
-    if test.domain_of is None:
-        return {}
-    found = []
-    for number, name in enumerate(test.domains):
-        own = test.domain_of == number  # [N]
-        part = replace(use, chosen=use.chosen[own]).summary()
-        found.append(
-            {
-                "name": name,
-                "texts": int(own.sum()),
-                "accuracy": right[own].double().mean().item(),
-                **{key: part[key] for key in ("heads_mean", "heads_std", "heads_by_layer")},
-            }
-        )
-    return {"domains": found}
-
-
-def _mac_ratios(bench: Workbench, model: nn.Module, use: HeadUse) -> dict:
-    if isinstance(bench.test, PairExamples):
-        return mac_ratios(bench.converted(), model, use, bench.test)
-    lengths = torch.tensor(bench.test.lengths)
-    everything = replace(use, chosen=torch.ones_like(use.chosen))
-    dense = measure.macs(bench.dense.config, everything, lengths)
-    own = measure.macs(bench.dense.config, use, lengths, model)
-    return {
-        "macs_ratio_to_dense": own.total / dense.total,
-        "attention_macs_ratio_to_dense": (own.attention + own.gates) / dense.attention,
-    }
 
 
 def _sample(rows, limit: int) -> list[int]:

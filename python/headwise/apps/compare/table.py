@@ -5,7 +5,14 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from headwise.apps.compare.heads_of_kinds import WORTH, ablation_rows, roles_of, stay_rows
+from headwise.apps.compare.heads_of_kinds import (
+    SIGNIFICANT,
+    WORTH,
+    ablation_rows,
+    roles_of,
+    stay_rows,
+)
+from headwise.explain.role_counts import KINDS
 
 COLUMNS = (
     ("method", "how the heads are chosen"),
@@ -123,23 +130,25 @@ def _aligned(header: Sequence[str], rows: Sequence[list[str] | str]) -> list[str
     return [top, "-" * len(top), *(row if isinstance(row, str) else line(row) for row in rows)]
 
 
-def _attention(found: dict, runs: Sequence[dict]) -> list[str]:
-    """Two tables: what each head is worth, and which stay."""
-    heads = [str(head) for head in range(max(len(o["only"]) for o in found["layers"]))]
-    seed = runs[0]["seed"]
-    stay = stay_rows(found, [run for run in runs if run["seed"] == seed])
-    kinds = ["encoder", "decoder", "cross"]
-    return [
-        f"BLEU without each head, {found['messages']} messages, dense {found['bleu']:.1f}; sure: "
-        "losses with p < 0.01; one alone: with the best head of the layer only",
-        "",
-        *_aligned(["layer", *heads, *WORTH], ablation_rows(found)),
-        "",
-        "heads that stay, by kind and by their role in the dense model",
-        "",
-        *_aligned(["plan", "BLEU", *kinds, *roles_of(found)], stay),
-        "",
-    ]
+def attention_tables(result: dict, task: str) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Of an encoder-decoder, (title, headings, rows): what each head is worth, and which stay."""
+    tables = []
+    for found in result.get("attention", ()):
+        if found["task"] != task:
+            continue
+        heads = [str(head) for head in range(max(len(o["only"]) for o in found["layers"]))]
+        title = (
+            f"Change of BLEU without each head ({found['messages']} messages, dense "
+            f"{found['bleu']:.1f}); sure: losses with p < {SIGNIFICANT}; one alone: with only the "
+            "best head of the layer"
+        )
+        tables.append((title, ["layer", *heads, *WORTH], ablation_rows(found)))
+        seed = result["runs"][0]["seed"]
+        first = [run for run in result["runs"] if run["seed"] == seed]
+        columns = ["plan", "BLEU", *KINDS, *roles_of(found)]
+        title = "Heads that stay, by kind of attention and by their role in the dense model"
+        tables.append((title, columns, stay_rows(found, first)))
+    return tables
 
 
 def render(result: dict, width: int = 100) -> str:
@@ -175,9 +184,8 @@ def render(result: dict, width: int = 100) -> str:
                     rows.append(["  " + row[0], *row[1:]])
             lines += ["accuracy and share of heads (h) of each domain", ""]
             lines += [*_aligned(domains, rows), ""]
-        for found in result.get("attention", ()):
-            if found["task"] == task["name"]:
-                lines += _attention(found, result["runs"])
+        for title, names, cells_of in attention_tables(result, task["name"]):
+            lines += [*textwrap.wrap(title, width), "", *_aligned(names, cells_of), ""]
     lines += ["What was found", ""]
     for sentence in result["findings"]:
         lines += textwrap.wrap(sentence, width, initial_indent="- ", subsequent_indent="  ")

@@ -130,6 +130,10 @@ def _tables(result: dict[str, Any]) -> list[dict[str, Any]]:
                     "rows": [[group, *table.domain_cells(e)] for group, own in groups for e in own],
                 }
             )
+        for title, headings, rows in table.attention_tables(result, task["name"]):
+            heading: list[list[Any]] = [[name, None, None] for name in headings]
+            heading[0][2] = "text"
+            found.append({"task": task["name"], "title": title, "columns": heading, "rows": rows})
     for room in result.get("headroom", []):
         names = ("keep", "static", "routed", "ceiling", "swapped")
         found.append(

@@ -83,7 +83,7 @@ def test_every_method_that_suits_runs(results):
     assert results["tasks"][0]["examples"] == "messages"
 
 
-def test_what_each_head_is_worth_is_in_the_results(results):
+def test_what_each_head_is_worth_is_in_the_results(finished, results):
     (found,) = results["attention"]
     assert found["messages"] == 2
     kinds = [layer["attention"] for layer in found["layers"]]
@@ -95,6 +95,8 @@ def test_what_each_head_is_worth_is_in_the_results(results):
     assert rows[0][0] == "dense" and rows[0][2:5] == ["24", "24", "24"]
     assert all(sum(map(int, row[2:5])) == 36 for row in rows[1:])
     assert len(heads_of_kinds.ablation_rows(found)) == 9
+    page = (finished / "index.html").read_text()
+    assert "Heads that stay, by kind of attention" in page and "Change of BLEU without" in page
     assert any("Without one head the dense model's BLEU" in s for s in results["findings"])
 
 
