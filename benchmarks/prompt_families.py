@@ -7,8 +7,8 @@ SmolLM2-135M reads the first half of each sequence as a prompt and is scored on 
 with the cache that the prompt filled. A bank picks its plan by the prompt and keeps it.
 Families: Python code (of torch), sums, lists of words, film reviews, news, tweets. One half of each
 family's texts calibrates and trains, the other is scored. All plans have the same number of query
-heads, and all but "michel" are repaired on the same tokens. With --steps, static and bank are then
-trained for the same number of steps on the same batches.
+heads, and all but those named by their score alone are repaired on the same tokens. With --steps,
+static and bank are then trained for the same number of steps on the same batches.
 
 Rows are kept in a .jsonl file beside --json as soon as they are measured, and not measured again.
 """
@@ -29,16 +29,17 @@ from pathlib import Path
 import headwise as hw
 import torch
 from headwise.apps.tasks.registry import load_task
+from headwise.convert.decoder import cache_word
 from headwise.io.files import write_json
 from headwise.pruning import fit_bank, following, plan_choices, repair_scores
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 LENGTH = 128  # tokens of a sequence; the first half is the prompt
 BATCH = 8
 LEARNING_RATE = 1e-4
-METHODS = ("michel", "michel-repaired", "greedy-repaired", "bank", "bank-by-family")
+KINDS = ("repaired", "bank", "bank-by-family")
 
 Batch = dict[str, Tensor]
 
@@ -47,7 +48,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N")
     parser.add_argument("--keep", nargs="+", type=float, default=[0.5], metavar="SHARE")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    methods = [*SCORES, *(f"{score}-{kind}" for score in SCORES for kind in KINDS)]
+    parser.add_argument("--methods", nargs="+", default=methods, choices=methods)
     parser.add_argument("--calibration", type=int, default=24, metavar="N", help="of each family")
     parser.add_argument("--test", type=int, default=32, metavar="N", help="of each family")
     parser.add_argument("--steps", type=int, default=0, metavar="N", help="trained after pruning")
@@ -218,9 +220,9 @@ def continuation_losses(model: nn.Module, ids: Tensor) -> Tensor:
     """[B]: mean loss of the second half of ids [B, LENGTH], read with the first half's cache."""
     half = LENGTH // 2
     with torch.autocast("cpu", torch.bfloat16):
-        prompt = model(input_ids=ids[:, :half], use_cache=True)
-        cache = prompt.past_key_values
-        rest = model(input_ids=ids[:, half:-1], past_key_values=cache, use_cache=True)
+        cache = {cache_word(model): DynamicCache()}
+        prompt = model(input_ids=ids[:, :half], **cache)
+        rest = model(input_ids=ids[:, half:-1], **cache)
     logits = torch.cat([prompt.logits[:, -1:], rest.logits], 1)
     return token_losses(logits, ids[:, half:]).mean(1)
 
@@ -281,7 +283,7 @@ def times(
             start = time.perf_counter()
             for family, rows in enumerate(prompts.test):
                 own = rows[:BATCH]
-                if name.startswith("bank"):
+                if "bank" in name:
                     bank_losses(model, own, torch.full((len(own),), family))
                 else:
                     continuation_losses(model, own)
@@ -323,26 +325,38 @@ def greedy(model: nn.Module, batches: list[Batch]) -> hw.HeadScores:
     return repair_scores(model, batches, forward_fn=forward, progress=False)
 
 
+def divergence(model: nn.Module, batches: list[Batch]) -> hw.HeadScores:
+    """Of the predictions of continuations."""
+
+    def continuations(model: nn.Module, batch: Batch) -> Tensor:
+        return forward(model, batch).logits[:, LENGTH // 2 :]
+
+    return hw.pruning.divergence_scores(model, batches, forward_fn=continuations, progress=False)
+
+
+SCORES = {"michel": michel, "greedy": greedy, "divergence": divergence}
+
+
 def models(
     dense: nn.Module, prompts: Prompts, seed: int, keep: float, methods: list[str]
 ) -> Iterator[tuple[str, nn.Module, dict]]:
     """(method, model, facts to record)"""
     scores: dict[str, hw.HeadScores] = {}
     for method in methods:
-        kind, _, repaired = method.partition("-")
-        if kind == "bank":
-            family = prompts.family if repaired else None
+        score, _, kind = method.partition("-")
+        if kind.startswith("bank"):
+            family = prompts.family if kind == "bank-by-family" else None
             bank = fit_bank(
-                dense, prompts.calibration, greedy, keep, None if repaired else len(FAMILIES),
-                clusters=family, at=0, router="softmax", forward_fn=forward, seed=seed,
-                progress=False,
+                dense, prompts.calibration, SCORES[score], keep,
+                len(FAMILIES) if family is None else None, clusters=family, at=0,
+                router="softmax", forward_fn=forward, seed=seed, progress=False,
             )  # fmt: skip
             yield method, bank.model, {"routed": round(bank.routed, 3)}
             continue
-        if kind not in scores:
-            scores[kind] = (michel if kind == "michel" else greedy)(dense, prompts.calibration)
-        small = hw.prune(dense, hw.plan(scores[kind], keep=keep))
-        if repaired:
+        if score not in scores:
+            scores[score] = SCORES[score](dense, prompts.calibration)
+        small = hw.prune(dense, hw.plan(scores[score], keep=keep))
+        if kind:
             hw.repair(small, prompts.calibration, dense, forward_fn=forward, progress=False)
         yield method, small, {}
 
@@ -362,7 +376,7 @@ def study(dense, tokenizer, seed: int, options: argparse.Namespace, rows: Rows) 
         for method, model, about in models(dense, prompts, seed, keep, left):
             about["seconds"] = round(time.time() - start)
             key = {"seed": seed, "method": method, "keep": keep}
-            bank = method.startswith("bank")
+            bank = "bank" in method
             if not rows.measured(**key, steps=0):
                 rows.add(**key, steps=0, **about, **measured(model, prompts, bank))
                 if bank:

@@ -56,12 +56,12 @@ def comparisons(rows: list[dict]) -> Iterator[dict]:
     rows = [row for row in rows if "losses" in row and row["method"] != "dense"]
     for row in rows:
         key = [row[name] for name in ("seed", "keep", "steps")]
-        if not row["method"].startswith("bank") or "another" in row["method"]:
+        if "bank" not in row["method"] or "another" in row["method"]:
             continue
         others = [
             other
             for other in rows
-            if not other["method"].startswith("bank")
+            if "bank" not in other["method"]
             and [other[name] for name in ("seed", "keep", "steps")] == key
         ]
         if not others:

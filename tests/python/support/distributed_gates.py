@@ -88,4 +88,5 @@ def run(rank, folder, how):
                     msg=lambda m, where=f"{name}, {n}": f"{where}: {m}",
                 )
     torch.save(found, f"{folder}/{how}.{rank}")
+    dist.barrier()  # no process leaves while gloo's threads of the other still talk to it
     dist.destroy_process_group()

@@ -45,10 +45,13 @@ class Step:
     ) -> None:
         from transformers import DynamicCache
 
+        from headwise.convert.decoder import cache_word
+
         self.model, self.token = model.eval(), token
+        self.word = cache_word(model)
         # A first token decides what a layer with keep_selection keeps; then the cache is filled.
         self.cache: Any = DynamicCache()
-        self.model(token, past_key_values=self.cache)
+        self.model(token, **{self.word: self.cache})
         self.held = []
         layers: list[Any] = list(self.cache.layers)
         for layer, whole in zip(layers, groups, strict=True):
@@ -60,7 +63,7 @@ class Step:
             layer.keys, layer.values = keys, values
 
     def __call__(self) -> Tensor:
-        return self.model(self.token, past_key_values=self.cache).logits
+        return self.model(self.token, **{self.word: self.cache}).logits
 
     @property
     def bytes(self) -> int:

@@ -46,9 +46,8 @@ def forward(model: nn.Module, batch: Mapping) -> Tensor:
     return logits.masked_fill((batch[LABELS] == IGNORED)[..., None], 0.0)
 
 
-def removal(model: nn.Module, batches: list[Mapping]) -> hw.HeadScores:
-    """The data for the plans of a bank."""
-    return hw.pruning.repair_scores(model, batches, forward_fn=forward, progress=False)
+def divergence(model: nn.Module, batches: list[Mapping]) -> hw.HeadScores:
+    return hw.pruning.divergence_scores(model, batches, forward_fn=forward, progress=False)
 
 
 def calibration(bench: Workbench) -> Examples:
@@ -67,7 +66,9 @@ def removal_plan(bench: Workbench, keep: float) -> hw.HeadPlan:
     """Heads are removed in the order in which the others, repaired, compensate for them best."""
     if "repair" not in bench.plans:
         batches = mappings(calibration(bench), bench.device)
-        bench.plans["repair"] = removal(bench.converted(), batches)
+        bench.plans["repair"] = hw.pruning.repair_scores(
+            bench.converted(), batches, forward_fn=forward, progress=False
+        )
     return hw.plan(bench.plans["repair"], keep=keep)
 
 
@@ -85,9 +86,7 @@ def divergence_plan(bench: Workbench, keep: float) -> hw.HeadPlan:
     """The heads that the dense model's predictions depend on most; no labels."""
     if "divergence" not in bench.plans:
         batches = mappings(calibration(bench), bench.device)
-        bench.plans["divergence"] = hw.pruning.divergence_scores(
-            bench.converted(), batches, forward_fn=forward, progress=False
-        )
+        bench.plans["divergence"] = divergence(bench.converted(), batches)
     return hw.plan(bench.plans["divergence"], keep=keep)
 
 
@@ -118,7 +117,7 @@ def bank(bench: Workbench, keep: float, steps: int) -> Outcome:
     found = hw.pruning.fit_bank(
         bench.converted(),
         mappings(examples, bench.device),
-        removal,
+        divergence,
         keep,
         at=_AT,
         forward_fn=forward,
@@ -129,10 +128,11 @@ def bank(bench: Workbench, keep: float, steps: int) -> Outcome:
 
 
 def _grouping(domains: Tensor | None) -> dict:
-    """Domains are separated by a linear classifier; clusters by the nearest centroid."""
+    """Domains are separated by a linear classifier, for which the maximum over tokens shows single
+    words; clusters by the nearest centroid."""
     if domains is None:
         return {"plans": PLANS, "router": "centroid"}
-    return {"clusters": domains, "router": "softmax"}
+    return {"clusters": domains, "router": "softmax", "features": ("mean", "max")}
 
 
 def measure_headroom(bench: Workbench) -> dict:
@@ -159,7 +159,7 @@ def _headroom(bench: Workbench) -> hw.pruning.Headroom:
         bench.converted(),
         mappings(calibrating, bench.device),
         mappings(held_out, bench.device),
-        removal,
+        divergence,
         right,
         keep=[share for share in bench.settings.keep if share < 1.0] or [0.5],
         held_out_clusters=domains_in_order(held_out),
