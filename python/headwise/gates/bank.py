@@ -100,8 +100,9 @@ class BankGate(ScopedGate, Gate, configured=True):
     :func:`headwise.pruning.fit_bank` creates such gates. Routing once, early, to one of a few
     masks: PuDDing (arXiv 2502.04348), IG-Pruning (arXiv 2511.02213).
 
-    In evaluation the sequences of a batch that follow one plan run together, as a dense layer of
-    that plan's heads, with weights packed once. With one plan the model computes the same as after
+    In evaluation a batch that follows one plan runs as a dense layer of that plan's heads, with
+    weights packed once. In a batch of several plans each sequence runs the heads of its own, out of
+    one layer that has the heads of all plans. With one plan the model computes the same as after
     :func:`headwise.prune` with ``repair``.
 
     Args:
@@ -175,7 +176,7 @@ class BankGate(ScopedGate, Gate, configured=True):
             device=device,
             dtype=dtype,
         )
-        self._packed: dict[int, _Packed] | None = None
+        self._packed: dict[int | None, _Packed] | None = None
 
     def config(self) -> dict[str, Any]:
         return {k: v for k, v in super().config().items() if k != "execution"}
@@ -189,6 +190,13 @@ class BankGate(ScopedGate, Gate, configured=True):
         index, number = torch.ops.headwise.select_nonzero(weight)
         self.register_buffer("_index", index, persistent=False)  # int32 [M, H]
         self.register_buffer("_count", number, persistent=False)  # int32 [M]
+        # Of the layer that has the heads of all plans, T of them: those of plan m are side by side.
+        sizes = torch.tensor([len(heads) for heads in self.plans])
+        merged = torch.eye(count).repeat_interleave(sizes, 1).to(weight)  # [M, T]
+        self.register_buffer("_merged_weight", merged, persistent=False)
+        index, number = torch.ops.headwise.select_nonzero(merged)
+        self.register_buffer("_merged_index", index, persistent=False)  # int32 [M, T]
+        self.register_buffer("_merged_count", number, persistent=False)  # int32 [M]
         width = len(self.features) * self.embed_dim
         like = {"device": device, "dtype": torch.float32}
         self.register_buffer("router_weight", torch.zeros(count, width, **like))
@@ -301,18 +309,40 @@ class BankGate(ScopedGate, Gate, configured=True):
 
     def packed(self, layer: nn.Module, plan: int) -> nn.Module:
         """``layer`` with only the heads of ``plan`` and its projection; made when needed."""
-        parameters = [p for name, p in layer.named_parameters() if not name.startswith("gate.")]
-        parameters += [self.weights[plan], self.biases[plan]]
-        made_from = tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in parameters)
-        if self._packed is None:
-            self._packed = {}
-        held = self._packed.get(plan)
-        if held is None or held.made_from != made_from:
-            entry = LayerPlan("", self.num_heads, self.plans[plan])
-            with torch.no_grad():
-                small = layer.pruned(entry)
+        own = [self.weights[plan], self.biases[plan]]
+
+        def pack() -> nn.Module:
+            small = layer.pruned(LayerPlan("", self.num_heads, self.plans[plan]))
             linear = small.output_projection
             linear.weight = nn.Parameter(self.weights[plan].detach(), requires_grad=False)
             linear.bias = nn.Parameter(self.biases[plan].detach(), requires_grad=False)
-            held = self._packed[plan] = _Packed(small.eval(), made_from)
+            return small
+
+        return self._made(plan, layer, own, pack)
+
+    def merged(self, layer: nn.Module) -> nn.Module:
+        """``layer`` with the heads of all plans, one plan after the other, and no bias in its
+        output projection: each plan has its own. Made when needed."""
+        smalls = [self.packed(layer, plan) for plan in range(len(self.plans))]
+        return self._made(None, layer, [*self.weights], lambda: layer.with_heads_of(smalls))
+
+    def merged_selection(self, selection: BankSelection) -> Selection:
+        """``selection`` among the heads of :meth:`merged`."""
+        own = (self._merged_index, self._merged_count, self._merged_weight)
+        index, count, weight = (part.index_select(0, selection.plan) for part in own)
+        return Selection(index, count, weight.to(selection.weight.dtype))
+
+    def _made(
+        self, key: int | None, layer: nn.Module, own: list[Tensor], make: Callable[[], nn.Module]
+    ) -> nn.Module:
+        """What was made for ``key`` from the weights of ``layer`` and ``own``, made again if they
+        have changed since."""
+        read = [p for name, p in layer.named_parameters() if not name.startswith("gate.")]
+        made_from = tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in (*read, *own))
+        if self._packed is None:
+            self._packed = {}
+        held = self._packed.get(key)
+        if held is None or held.made_from != made_from:
+            with torch.no_grad():
+                held = self._packed[key] = _Packed(make().eval(), made_from)
         return held.layer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -196,6 +196,28 @@ class MultiheadAttention(AttentionLayer, nn.MultiheadAttention):
             new = nn.Parameter(kept[name], requires_grad=old.requires_grad)
             setattr(module, name.rpartition(".")[2], new)
         return smaller.train(self.training)
+
+    def with_heads_of(self, layers: Sequence[MultiheadAttention]) -> MultiheadAttention:
+        """A layer like this one that has the heads of all ``layers``, one layer after the other,
+        and no bias in its output projection."""
+        count = sum(layer.num_heads for layer in layers)
+        whole = MultiheadAttention(**{**self.describe(), "num_heads": count}, device="meta")
+        query, key, value, *biases = zip(*(layer._projections() for layer in layers), strict=True)
+        joined: dict[str, Tensor] = {}
+        if whole._same_embed_dim:
+            joined["in_proj_weight"] = torch.cat([*query, *key, *value])
+        else:
+            for name, own in (("q", query), ("k", key), ("v", value)):
+                joined[f"{name}_proj_weight"] = torch.cat(own)
+        if whole.in_proj_bias is not None:
+            joined["in_proj_bias"] = torch.cat([part for own in biases for part in own])
+        for name, tensor in joined.items():
+            setattr(whole, name, nn.Parameter(tensor))
+        output = torch.cat([layer.out_proj.weight for layer in layers], 1)
+        width, size = output.size(1), output.size(0)
+        whole.out_proj = NonDynamicallyQuantizableLinear(width, size, bias=False, device="meta")
+        whole.out_proj.weight = nn.Parameter(output)
+        return whole
 
     def check_projections(self) -> None:
         """Raises TypeError if a projection whose weight is read computes more than its weight."""
@@ -444,12 +466,20 @@ class MultiheadAttention(AttentionLayer, nn.MultiheadAttention):
         """[B, H, L, d] -> [B, L, D]"""
         return _ops.combine_heads(context, weight, self.out_proj.weight, self.out_proj.bias)
 
-    def _run_bank(self, gate: Gate, inputs: AttentionInputs, selection: Selection) -> Tensor:
-        """The sequences of each plan together, by a dense layer of the plan's heads."""
+    def _run_bank(self, gate: Any, inputs: AttentionInputs, selection: Any) -> Tensor:
+        """A batch of one plan by a dense layer of the plan's heads, one of several by the layer
+        that has the heads of all plans."""
         if not gate.can_pack(self, selection):
             return self._run_all(inputs, selection, None)
         output: Any = None
-        for plan, rows in gate.groups(selection):
+        groups = gate.groups(selection)
+        if len(groups) > 1 and any(gate.plans) and not self._added_keys:
+            layer = gate.merged(self)
+            every = [head for heads in gate.plans for head in heads]
+            chosen = gate.merged_selection(selection)
+            y = layer._run_selected(inputs.part(None, every), chosen)
+            return y + torch.stack([*gate.biases])[selection.plan].to(y.dtype)[:, None]
+        for plan, rows in groups:
             layer, heads = gate.packed(self, plan), gate.plans[plan]
             y = layer._run_all(inputs.part(rows, heads), None, None)  # [b, L, D]
             if rows is None:

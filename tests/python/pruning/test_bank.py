@@ -109,6 +109,43 @@ def test_bank_computes_the_formula(mode):
             )
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bias": False},
+        {"kdim": 5, "vdim": 6},
+        {"head_dim": 3},
+        {"add_zero_attn": True},
+        {"dtype": torch.bfloat16},
+        {"dtype": torch.float64},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+@pytest.mark.parametrize("plans", [PLANS, [[], []], [[0, 1, 2, 3], [0, 1, 2, 3], [1]]])
+def test_mixed_batches_equal_every_head_masked(options, plans):
+    torch.manual_seed(0)
+    layer = hw.MultiheadAttention(EMBED, HEADS, batch_first=True, **options)
+    set_plans(layer, plans).eval()
+    dtype = layer.out_proj.weight.dtype
+    x, memory = torch.randn(7, 5, EMBED, dtype=dtype), torch.randn(7, 6, EMBED, dtype=dtype)
+    key, value = x, x
+    if "kdim" in options:
+        key, value = memory[..., :5], memory[..., :6]
+    mask = torch.rand(7 * HEADS, 5, key.size(1)) < 0.2
+    mask[..., 0] = False
+    call = {"attn_mask": mask, "need_weights": False}
+    layer.gate.forced = torch.arange(7) % len(plans)
+    with torch.no_grad():
+        y, _ = layer(x, key, value, **call)
+    masked, _ = layer(x, key, value, **call)  # gradients may flow: every head is computed
+    rtol, atol = (5e-2, 5e-2) if dtype == torch.bfloat16 else (1e-4, 1e-5)
+    torch.testing.assert_close(y, masked.detach(), rtol=rtol, atol=atol)
+    rest = layer.gate.biases if not any(plans) else ()
+    for row, plan in zip(y, layer.gate.forced, strict=True):
+        if len(rest):
+            assert torch.equal(row, rest[plan].expand_as(row))
+
+
 def test_router_features_leave_padding_out():
     x, padding = torch.randn(3, 5, 4), padding_mask([5, 2, 4])
     left = torch.stack([row.roll(int(p.sum()), 0) for row, p in zip(x, padding, strict=True)])
