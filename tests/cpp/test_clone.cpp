@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "checks.h"
 #include "headwise/multihead_attention.h"
 
 namespace test_clone {
@@ -58,16 +59,6 @@ std::vector<GateOptions> gates() {
 void fill_with_noise(torch::nn::Module& module) {
   torch::NoGradGuard no_grad;
   for (auto& parameter : module.parameters()) parameter.normal_();
-}
-
-template <typename Call>
-std::string error_of(Call&& call) {
-  try {
-    call();
-  } catch (const c10::Error& error) {
-    return error.what_without_backtrace();
-  }
-  return "no error";
 }
 
 std::string printed(const torch::nn::Module& module) {
@@ -178,7 +169,7 @@ TEST(Clone, GatesOfAModelDecideTogetherInItsClone) {
   // Alone, a copy of one of them is not linked to those of the model.
   const auto alone = std::dynamic_pointer_cast<MultiheadAttentionImpl>(net->layers[1]->clone());
   const auto x = torch::zeros({1, 1, kDim});
-  EXPECT_NE(error_of([&] { alone->gate->forward(x); }).find("call headwise::link_gates"),
+  EXPECT_NE(checks::error_of([&] { alone->gate->forward(x); }).find("call headwise::link_gates"),
             std::string::npos);
   EXPECT_EQ(chosen(clone_of(net)), before);
   alone->eval();
@@ -228,7 +219,9 @@ TEST(Clone, OfAGateThatCannotIsRefused) {
   };
   MultiheadAttention layer(kDim, kHeads);
   layer->gate = layer->register_module<GateImpl>("gate", std::make_shared<OwnGate>());
-  EXPECT_NE(error_of([&] { layer->clone(); }).find("clone() has not been implemented for OwnGate"),
+  EXPECT_NE(checks::error_of([&] {
+              layer->clone();
+            }).find("clone() has not been implemented for OwnGate"),
             std::string::npos);
 }
 

@@ -1,5 +1,6 @@
 // Gates and their options. The numbers are compared with Python's in
 // tests/python/cpp/test_cpp_parity.py.
+#include "checks.h"
 #include "headwise/gates.h"
 
 #include <ATen/Parallel.h>
@@ -13,16 +14,6 @@ namespace test_gates {
 using namespace headwise;
 
 constexpr int64_t kDim = 16, kHeads = 6;
-
-template <typename Call>
-std::string value_error(Call&& call) {
-  try {
-    call();
-  } catch (const c10::ValueError& error) {
-    return error.what_without_backtrace();
-  }
-  return "no ValueError";
-}
 
 std::vector<GateOptions> every_gate() {
   return {FixedGateOptions().heads(std::vector<int64_t>{0, 2}),
@@ -68,15 +59,11 @@ TEST(Gates, OptionsRoundTripThroughJson) {
     const auto json = gate_options_to_json(options);
     EXPECT_EQ(gate_options_to_json(gate_options_from_json(json)), json);
   }
-  EXPECT_EQ(value_error([] { gate_options_from_json(R"({"type":"RandomGate","colour":1})"); }),
+  EXPECT_EQ(checks::error_of<c10::ValueError>(
+                [] { gate_options_from_json(R"({"type":"RandomGate","colour":1})"); }),
             "RandomGate has no option 'colour'; it has keep, per_input, execution");
-  const auto type_error = [](const char* json) -> std::string {
-    try {
-      gate_options_from_json(json);
-    } catch (const c10::TypeError& error) {
-      return error.what_without_backtrace();
-    }
-    return "no TypeError";
+  const auto type_error = [](const char* json) {
+    return checks::error_of<c10::TypeError>([&] { gate_options_from_json(json); });
   };
   EXPECT_EQ(type_error(R"({"type":"BudgetGate","keep":"x"})"), "keep must be a number, got 'x'");
   EXPECT_EQ(type_error(R"({"type":"SubsetGate","k":true})"), "k must be a number, got True");
@@ -85,19 +72,23 @@ TEST(Gates, OptionsRoundTripThroughJson) {
         R"({"type":"SubsetGate","k":2.5})", R"({"type":"SubsetGate","k":99999999999999999999})",
         R"({"type":"FixedGate","heads":[-1]})", R"({"type":"FixedGate","heads":[1,1]})",
         R"({"type":"BudgetGate","keep":1e999})", R"({"type":"BudgetGate","strength":-1})"}) {
-    const auto text = value_error([&] { gate_options_from_json(json); });
-    EXPECT_NE(text, "no ValueError") << json;
+    const auto text = checks::error_of<c10::ValueError>([&] { gate_options_from_json(json); });
+    EXPECT_NE(text, "no error") << json;
     EXPECT_LT(text.size(), 500) << json;
   }
   std::string nested = R"({"type":"BudgetGate"})";
   for (int i = 0; i < 2000; ++i) nested = R"({"type":"SharedHeadsGate","gate":)" + nested + "}";
-  EXPECT_NE(value_error([&] { gate_options_from_json(nested); }).find("nested"), std::string::npos);
+  EXPECT_NE(
+      checks::error_of<c10::ValueError>([&] { gate_options_from_json(nested); }).find("nested"),
+      std::string::npos);
   EXPECT_EQ(
-      value_error([] { gate_options_from_json(R"({"type":"Other"})"); }),
+      checks::error_of<c10::ValueError>([] { gate_options_from_json(R"({"type":"Other"})"); }),
       "gate type must be one of BudgetGate, FixedGate, GroupGate, GumbelSigmoidGate, "
       "HardConcreteGate, RandomGate, RequestedBudgetGate, SharedHeadsGate, SleepGate, SubsetGate, "
       "ThresholdGate, got 'Other'");
-  EXPECT_NE(value_error([] { gate_options_from_json("{"); }).find("gate options must be JSON"),
+  EXPECT_NE(checks::error_of<c10::ValueError>([] {
+              gate_options_from_json("{");
+            }).find("gate options must be JSON"),
             std::string::npos);
 }
 
@@ -202,18 +193,22 @@ TEST(Gates, PenaltyOfMixedGatesIsOfThoseThatHaveOne) {
 }
 
 TEST(Gates, Errors) {
-  EXPECT_EQ(value_error([] { BudgetGate(BudgetGateOptions().keep(0.0), kDim, kHeads); }),
+  EXPECT_EQ(checks::error_of<c10::ValueError>(
+                [] { BudgetGate(BudgetGateOptions().keep(0.0), kDim, kHeads); }),
             "keep must be in (0, 1], got 0.0");
-  EXPECT_EQ(value_error([] { BudgetGate(BudgetGateOptions().noise("pink"), kDim, kHeads); }),
+  EXPECT_EQ(checks::error_of<c10::ValueError>(
+                [] { BudgetGate(BudgetGateOptions().noise("pink"), kDim, kHeads); }),
             "noise must be one of gumbel, normal, got 'pink'");
-  EXPECT_EQ(value_error([] { HardConcreteGate(HardConcreteGateOptions().beta(0), kDim, kHeads); }),
+  EXPECT_EQ(checks::error_of<c10::ValueError>(
+                [] { HardConcreteGate(HardConcreteGateOptions().beta(0), kDim, kHeads); }),
             "beta must be positive and finite, got 0.0");
-  EXPECT_EQ(value_error(
+  EXPECT_EQ(checks::error_of<c10::ValueError>(
                 [] { FixedGate(FixedGateOptions().heads(std::vector<int64_t>{7}), kDim, kHeads); }),
             "heads must be in 0..5, got 7");
-  EXPECT_EQ(value_error([] { RandomGate(RandomGateOptions(), kDim, kHeads)->anneal(2); }),
+  EXPECT_EQ(checks::error_of<c10::ValueError>(
+                [] { RandomGate(RandomGateOptions(), kDim, kHeads)->anneal(2); }),
             "progress must be between 0 and 1, got 2");
-  EXPECT_EQ(value_error([] {
+  EXPECT_EQ(checks::error_of<c10::ValueError>([] {
               FixedGate(FixedGateOptions(), kDim, kHeads)->forward(torch::randn({2, 3, 5}));
             }),
             "x must have shape [B, L, 16], got [2, 3, 5]");

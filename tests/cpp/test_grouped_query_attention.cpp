@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "checks.h"
 #include "headwise/grouped_query_attention.h"
 #include "oracle.h"
 
@@ -87,16 +88,6 @@ GroupedQueryAttention make(Options options, at::ScalarType dtype = at::kDouble) 
   }
   layer->eval();
   return layer;
-}
-
-template <typename Call>
-std::string error_of(Call&& call) {
-  try {
-    call();
-  } catch (const c10::Error& error) {
-    return error.what_without_backtrace();
-  }
-  return "no error";
 }
 
 class GroupedQuery : public testing::Test {
@@ -364,7 +355,7 @@ TEST_F(GroupedQuery, GatesSeeOnlySomeTokens) {
       layer->forward(x, {.key_padding_mask = padding});
       expect_close(relevance,
                    of(torch::tensor({{0, 1, 1, 0, 1, 1}, {1, 0, 1, 1, 1, 1}}).to(at::kBool)));
-      EXPECT_EQ(error_of([&] { layer->forward(x.slice(1, 1)); }),
+      EXPECT_EQ(checks::error_of([&] { layer->forward(x.slice(1, 1)); }),
                 "tokens of gates_see must have shape [2, 5], as the layer's input, got [2, 6]");
     }
     layer->forward(x, {.key_padding_mask = padding});
@@ -374,10 +365,10 @@ TEST_F(GroupedQuery, GatesSeeOnlySomeTokens) {
   layer->forward(x, {.key_padding_mask = padding});
   expect_close(relevance, all);
   const auto layers = grouped_layers(*model);
-  EXPECT_EQ(error_of([&] { gates_see(layers, 0); }), "tokens must be positive, got 0");
-  EXPECT_EQ(error_of([&] { gates_see(layers, at::ones({2, 6})); }),
+  EXPECT_EQ(checks::error_of([&] { gates_see(layers, 0); }), "tokens must be positive, got 0");
+  EXPECT_EQ(checks::error_of([&] { gates_see(layers, at::ones({2, 6})); }),
             "tokens must be boolean or a number, got Float");
-  EXPECT_EQ(error_of([&] { gates_see({}, 1); }), "layers must not be empty");
+  EXPECT_EQ(checks::error_of([&] { gates_see({}, 1); }), "layers must not be empty");
 }
 
 TEST_F(GroupedQuery, ClonesShareNothing) {
@@ -411,7 +402,7 @@ TEST_F(GroupedQuery, ClonesShareNothing) {
 TEST_F(GroupedQuery, SaysWhatIsWrong) {
   const Options base = Options(kDim, kHeads).num_key_value_heads(2);
   const auto refused = [](Options options) {
-    return error_of([&] { GroupedQueryAttention layer(options); });
+    return checks::error_of([&] { GroupedQueryAttention layer(options); });
   };
   EXPECT_EQ(refused(Options(base).num_key_value_heads(4)),
             "num_key_value_heads must divide num_heads=6, got 4");
@@ -435,16 +426,17 @@ TEST_F(GroupedQuery, SaysWhatIsWrong) {
             "GroupGate must be a layer's gate itself, not inside another gate: a layer knows its "
             "groups");
   EXPECT_EQ(refused(Options(base).gate(GroupGateOptions())), "gate must be given");
-  EXPECT_EQ(error_of([&] { GroupGateImpl(group, kDim, std::vector<int64_t>{0, 2}); }),
+  EXPECT_EQ(checks::error_of([&] { GroupGateImpl(group, kDim, std::vector<int64_t>{0, 2}); }),
             "groups must be ascending from 0 without gaps, got 2 for head 1");
 
   auto layer = make(Options(base).keep_selection(true).gate(RandomGateOptions()));
   const torch::NoGradGuard no_grad;
   const auto x = torch::randn({2, 3, kDim}, at::kDouble);
   const auto wrong = [&](GroupedQueryArguments call) {
-    return error_of([&] { layer->forward(x, call); });
+    return checks::error_of([&] { layer->forward(x, call); });
   };
-  EXPECT_EQ(error_of([&] { layer->forward(x[0]); }), "x must have shape [B, L, 12], got [3, 12]");
+  EXPECT_EQ(checks::error_of([&] { layer->forward(x[0]); }),
+            "x must have shape [B, L, 12], got [3, 12]");
   EXPECT_EQ(wrong({.cos = at::ones({1, 3, 2})}), "cos and sin must be given together, or neither");
   EXPECT_EQ(wrong({.cos = at::ones({1, 3, 4}), .sin = at::ones({1, 3, 4})}),
             "cos must have shape [2 or 1, 3, r] with one even r of at most 2, got [1, 3, 4]");
@@ -466,11 +458,11 @@ TEST_F(GroupedQuery, SaysWhatIsWrong) {
   EXPECT_EQ(wrong({.cache = &cache}),
             "cache has 4 tokens and no selection of heads for them: with keep_selection begin with "
             "an empty one");
-  EXPECT_EQ(error_of([&] { layer->forward(x.narrow(0, 0, 1), {.cache = &cache}); }),
+  EXPECT_EQ(checks::error_of([&] { layer->forward(x.narrow(0, 0, 1), {.cache = &cache}); }),
             "cache must hold 1 sequences, as x, got 2");
   EXPECT_EQ(cache.size(), 4);
-  EXPECT_EQ(error_of([&] { cache.crop(-1); }), "length must not be negative, got -1");
-  EXPECT_EQ(error_of([&] { layer->drop_bias("out"); }),
+  EXPECT_EQ(checks::error_of([&] { cache.crop(-1); }), "length must not be negative, got -1");
+  EXPECT_EQ(checks::error_of([&] { layer->drop_bias("out"); }),
             "projection must be q_proj, k_proj, v_proj or o_proj, got out");
 }
 

@@ -1,4 +1,5 @@
 // The module against torch::nn::MultiheadAttention and the oracle.
+#include "checks.h"
 #include "headwise/multihead_attention.h"
 
 #include <gtest/gtest.h>
@@ -188,25 +189,18 @@ TEST(MultiheadAttention, NoHeadsLeft) {
 }
 
 TEST(MultiheadAttention, Errors) {
-  const auto message = [](auto&& call) -> std::string {
-    try {
-      call();
-    } catch (const c10::Error& error) {
-      return error.what_without_backtrace();
-    }
-    return "no error";
-  };
-  EXPECT_EQ(message([] { MultiheadAttention(24, 5); }),
+  EXPECT_EQ(checks::error_of([] { MultiheadAttention(24, 5); }),
             "num_heads must divide embed_dim=24 (or head_dim be given), got 5");
   MultiheadAttention layer(MultiheadAttentionOptions(kDim, kHeads).batch_first(true));
   const auto x = torch::randn({2, 5, kDim});
-  EXPECT_EQ(message([&] { layer->forward(x.slice(2, 0, 10), x, x); }),
+  EXPECT_EQ(checks::error_of([&] { layer->forward(x.slice(2, 0, 10), x, x); }),
             "query must have 24 features, got 10");
-  EXPECT_EQ(message([&] { layer->forward(x, x, x, torch::zeros({2, 4}, at::kBool)); }),
+  EXPECT_EQ(checks::error_of([&] { layer->forward(x, x, x, torch::zeros({2, 4}, at::kBool)); }),
             "key_padding_mask must have shape [2, 5], got [2, 4]");
-  EXPECT_EQ(message([&] { layer->forward(x, x, x, {}, true, torch::zeros({5, 5}, at::kLong)); }),
-            "attn_mask must be boolean or floating, got Long");
-  EXPECT_EQ(message([&] { layer->forward(x, x, x, {}, true, {}, true, true); }),
+  EXPECT_EQ(
+      checks::error_of([&] { layer->forward(x, x, x, {}, true, torch::zeros({5, 5}, at::kLong)); }),
+      "attn_mask must be boolean or floating, got Long");
+  EXPECT_EQ(checks::error_of([&] { layer->forward(x, x, x, {}, true, {}, true, true); }),
             "is_causal is a hint about attn_mask, which must be given with it");
 }
 

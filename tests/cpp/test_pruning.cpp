@@ -1,3 +1,4 @@
+#include "checks.h"
 #include "headwise/pruning.h"
 
 #include <ATen/ATen.h>
@@ -18,16 +19,6 @@ using headwise::MultiheadAttention;
 using headwise::MultiheadAttentionOptions;
 using Heads = std::vector<int64_t>;
 
-template <typename Function>
-std::string refusal(Function function) {
-  try {
-    function();
-  } catch (const c10::ValueError& error) {
-    return error.what_without_backtrace();
-  }
-  return "nothing";
-}
-
 TEST(Plan, RanksGloballyAndByLayer) {
   const HeadScores scores{"m", {"a", "b"}, {{0.1, 0.9, 0.8, 0.7}, {0.2, 0.05, 0.7, 0.0}}};
   const HeadPlan global = headwise::plan(scores, 0.5);
@@ -47,9 +38,10 @@ TEST(Plan, JsonRoundTrip) {
   const HeadPlan plan({{"a", 4, {0, 3}, {1.0, 0.1}}, {"b", 2, {}, {}}}, "michel", R"({"k": [1]})");
   EXPECT_EQ(HeadPlan::from_json(plan.to_json()), plan);
   EXPECT_EQ(HeadPlan::from_json(plan.to_json(-1)), plan);
-  EXPECT_EQ(refusal([] { HeadPlan({{"a", 4, {4}, {1.0}}}); }),
+  EXPECT_EQ(checks::error_of<c10::ValueError>([] { HeadPlan({{"a", 4, {4}, {1.0}}}); }),
             "heads in plan of layer 'a' must be between 0 and 3, got 4");
-  EXPECT_EQ(refusal([] { HeadPlan::from_json(R"({"format": "headwise.plan", "version": 1})"); }),
+  EXPECT_EQ(checks::error_of<c10::ValueError>(
+                [] { HeadPlan::from_json(R"({"format": "headwise.plan", "version": 1})"); }),
             "plan lacks the key \"metric\"");
 }
 
@@ -106,20 +98,22 @@ TEST(Prune, ATrainedStaticGateIsCompacted) {
                            std::get<0>(layer->forward(x, x, x, {}, false)), 1e-12, 1e-12));
   MultiheadAttention dynamic(MultiheadAttentionOptions(8, 4).gate(
       headwise::HardConcreteGateOptions().input_dependent(true)));
-  EXPECT_EQ(refusal([&] { headwise::plan_from_gate(dynamic, "x"); }),
+  EXPECT_EQ(checks::error_of<c10::ValueError>([&] { headwise::plan_from_gate(dynamic, "x"); }),
             "layer 'x' has a gate whose choice depends on the input: no plan is equivalent to it");
   MultiheadAttention plain(MultiheadAttentionOptions(8, 4));
-  EXPECT_EQ(refusal([&] { headwise::plan_from_gate(plain, "x"); }),
+  EXPECT_EQ(checks::error_of<c10::ValueError>([&] { headwise::plan_from_gate(plain, "x"); }),
             "layer 'x' must have a gate to make a plan from");
 }
 
 TEST(Prune, RefusesWhatDoesNotFit) {
   MultiheadAttention layer(MultiheadAttentionOptions(8, 4).gate(headwise::BudgetGateOptions()));
-  EXPECT_EQ(refusal([&] { headwise::prune(layer, {"x", 3, {0}, {1.0}}); }),
-            "plan has 3 heads for layer 'x', which has 4");
-  EXPECT_EQ(refusal([&] { headwise::prune(layer, {"x", 4, {0}, {1.0}}); }),
-            "layer 'x' has a gate that chooses for each input, among the heads it was trained "
-            "with: build the layer without it first");
+  EXPECT_EQ(
+      checks::error_of<c10::ValueError>([&] { headwise::prune(layer, {"x", 3, {0}, {1.0}}); }),
+      "plan has 3 heads for layer 'x', which has 4");
+  EXPECT_EQ(
+      checks::error_of<c10::ValueError>([&] { headwise::prune(layer, {"x", 4, {0}, {1.0}}); }),
+      "layer 'x' has a gate that chooses for each input, among the heads it was trained "
+      "with: build the layer without it first");
 }
 
 TEST(Prune, GroupsOfAStaticGate) {
@@ -147,15 +141,16 @@ TEST(Prune, RefusesGroupsThatDoNotFit) {
   using namespace headwise;
   GroupedQueryAttention layer(
       GroupedQueryAttentionOptions(8, 4).num_key_value_heads(2).gate(BudgetGateOptions()));
-  EXPECT_EQ(refusal([&] { prune(layer, {"x", 3, {0}, {1.0}}); }),
+  EXPECT_EQ(checks::error_of<c10::ValueError>([&] { prune(layer, {"x", 3, {0}, {1.0}}); }),
             "plan has 3 heads for layer 'x', which has 4");
-  EXPECT_EQ(refusal([&] { prune(layer, {"", 4, {0}, {1.0}}); }),
+  EXPECT_EQ(checks::error_of<c10::ValueError>([&] { prune(layer, {"", 4, {0}, {1.0}}); }),
             "the layer has a gate that chooses for each input, among the heads it was trained "
             "with: build the layer without it first");
   GroupedQueryAttention plain(GroupedQueryAttentionOptions(8, 4).num_key_value_heads(2));
-  EXPECT_EQ(refusal([&] { plan_from_gate(plain); }),
+  EXPECT_EQ(checks::error_of<c10::ValueError>([&] { plan_from_gate(plain); }),
             "the layer must have a gate to make a plan from");
-  EXPECT_NE(refusal([&] { prune(plain, {"x", 4, {1, 0}, {1.0, 1.0}}); }), "nothing");
+  EXPECT_NE(checks::error_of<c10::ValueError>([&] { prune(plain, {"x", 4, {1, 0}, {1.0, 1.0}}); }),
+            "no error");
 }
 
 }  // namespace test_pruning

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "checks.h"
 #include "headwise/model.h"
 #include "headwise/multihead_attention.h"
 
@@ -46,21 +47,11 @@ struct Layers : torch::nn::Module {
   std::vector<Selection> chosen;  // in the last forward
 };
 
-template <typename Call>
-std::string error_of(Call&& call) {
-  try {
-    call();
-  } catch (const c10::Error& error) {
-    return error.what_without_backtrace();
-  }
-  return "no error";
-}
-
 TEST(ScopedGates, ExactlyKHeadsOfTheModel) {
   torch::manual_seed(0);
   Layers model{GateOptions(SubsetGateOptions().k(4))};
   const auto x = torch::randn({2, 5, kDim});
-  EXPECT_NE(error_of([&] { model.forward(x); }).find("call headwise::link_gates"),
+  EXPECT_NE(checks::error_of([&] { model.forward(x); }).find("call headwise::link_gates"),
             std::string::npos);
   link_gates(model);
   model.eval();
@@ -78,7 +69,7 @@ TEST(ScopedGates, ExactlyKHeadsOfTheModel) {
       EXPECT_TRUE(scores.grad().isfinite().all().item<bool>());
     }
   }
-  EXPECT_EQ(error_of([] {
+  EXPECT_EQ(checks::error_of([] {
               Layers wrong{GateOptions(SubsetGateOptions().k(7))};
               link_gates(wrong);
             }),
@@ -96,12 +87,12 @@ TEST(ScopedGates, StartFromARankingAndLoadLinked) {
   const auto x = torch::randn({2, 5, kDim});
   const auto y = model.forward(x);
   EXPECT_EQ(model.chosen[0].count[0].item<int64_t>(), 2);
-  EXPECT_EQ(error_of([&] { start_gates(model, {{"layer0", torch::ones({3})}}, 0.5); }),
+  EXPECT_EQ(checks::error_of([&] { start_gates(model, {{"layer0", torch::ones({3})}}, 0.5); }),
             "importance must have a score for layer 'layer1'");
   const auto nan = torch::full({3}, std::numeric_limits<double>::quiet_NaN());
-  EXPECT_EQ(
-      error_of([&] { start_gates(model, {{"layer0", torch::ones({3})}, {"layer1", nan}}, 0.5); }),
-      "importance of layer 'layer1' must be finite, got NaN or infinity");
+  EXPECT_EQ(checks::error_of(
+                [&] { start_gates(model, {{"layer0", torch::ones({3})}, {"layer1", nan}}, 0.5); }),
+            "importance of layer 'layer1' must be finite, got NaN or infinity");
 
   Model saved;
   for (int i = 0; i < 2; ++i) {
@@ -132,7 +123,8 @@ TEST(ScopedGates, RequestedBudget) {
   request_budget(model, torch::tensor({0.5, 1.0}));
   model.forward(x);
   EXPECT_TRUE(model.heads().equal(torch::tensor({3, 6}, at::kInt)));
-  EXPECT_EQ(error_of([&] { request_budget(model, 1.5); }), "budget must be in (0, 1], got 1.5");
+  EXPECT_EQ(checks::error_of([&] { request_budget(model, 1.5); }),
+            "budget must be in (0, 1], got 1.5");
 }
 
 TEST(ScopedGates, HeadsSleepAndWake) {
@@ -173,7 +165,7 @@ TEST(ScopedGates, ThresholdGateReadsQueriesAndKeys) {
   const auto x = torch::randn({2, 5, kDim});
   model.forward(x);
   EXPECT_TRUE(model.heads().eq(2).all().item<bool>());
-  EXPECT_NE(error_of([&] { model.layers[0]->gate->forward(x); }).find("queries and keys"),
+  EXPECT_NE(checks::error_of([&] { model.layers[0]->gate->forward(x); }).find("queries and keys"),
             std::string::npos);
 }
 

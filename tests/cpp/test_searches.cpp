@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "calibration.h"
+#include "checks.h"
 #include "headwise/headwise.h"
 
 namespace test_searches {
@@ -48,16 +49,6 @@ struct PlantedImpl : torch::nn::Module {
   torch::nn::ModuleList layers;
 };
 TORCH_MODULE(Planted);
-
-template <typename Function>
-std::string refusal(Function function) {
-  try {
-    function();
-  } catch (const c10::Error& error) {
-    return error.what_without_backtrace();
-  }
-  return "nothing";
-}
 
 const std::vector<std::vector<double>> kWeights{{3.0, 0.0, 1.0, -2.0}, {0.5, 4.0, 0.0, 0.25}};
 
@@ -146,23 +137,23 @@ TEST_F(Searches, ScoresAreTheDerivativesByGates) {
 }
 
 TEST_F(Searches, WhatIsRefusedLeavesTheLayersAlone) {
-  EXPECT_EQ(refusal([&] { headwise::score_heads(layers, 0, loss_fn); }),
+  EXPECT_EQ(checks::error_of([&] { headwise::score_heads(layers, 0, loss_fn); }),
             "batches must not be empty: there is nothing to score heads on");
-  EXPECT_EQ(refusal([&] { headwise::score_heads(layers, 1, loss_fn, {"size"}); }),
+  EXPECT_EQ(checks::error_of([&] { headwise::score_heads(layers, 1, loss_fn, {"size"}); }),
             "metrics must be of michel, entropy, attention_confidence, hies, got 'size'");
-  EXPECT_EQ(
-      refusal([&] { headwise::score_heads(layers, 1, [](int64_t) { return at::ones({4}); }); }),
-      "loss_fn must run the model: none of its attention layers was called");
-  EXPECT_EQ(
-      refusal([&] { headwise::score_heads(layers, 1, [](int64_t) { return at::Tensor(); }); }),
-      "loss_fn must return a floating tensor, one loss per example [B] or their mean, got no "
-      "tensor");
-  EXPECT_EQ(refusal([&] {
+  EXPECT_EQ(checks::error_of(
+                [&] { headwise::score_heads(layers, 1, [](int64_t) { return at::ones({4}); }); }),
+            "loss_fn must run the model: none of its attention layers was called");
+  EXPECT_EQ(checks::error_of(
+                [&] { headwise::score_heads(layers, 1, [](int64_t) { return at::Tensor(); }); }),
+            "loss_fn must return a floating tensor, one loss per example [B] or their mean, got no "
+            "tensor");
+  EXPECT_EQ(checks::error_of([&] {
               headwise::score_heads(layers, 1, [&](int64_t i) { return loss_fn(i) / 0.0; });
             }),
             "loss_fn must return a finite loss, got NaN or infinity");
   const auto flat = [this](int64_t batch) { return loss_fn(batch) * 0; };
-  EXPECT_EQ(refusal([&] { headwise::score_heads(layers, 3, flat); }),
+  EXPECT_EQ(checks::error_of([&] { headwise::score_heads(layers, 3, flat); }),
             "michel is zero for every head: the loss does not depend on the heads");
   EXPECT_THROW(headwise::score_heads(
                    layers, 3, [&](int64_t) -> at::Tensor { throw std::runtime_error("stop"); }),
@@ -181,7 +172,7 @@ TEST(Calibration, HalvingFindsTheNearest) {
     return headwise::GateUse{threshold < 2.5 ? 4 : 3, 4, 5.0};
   };
   EXPECT_EQ(headwise::find_threshold(run, 0.75), 2.5);
-  EXPECT_EQ(refusal([&] { headwise::find_threshold(run, 0.5); }),
+  EXPECT_EQ(checks::error_of([&] { headwise::find_threshold(run, 0.5); }),
             "keep=0.5 cannot be reached: the nearest share of heads is 0.7500 (threshold 2.5); "
             "min_heads of the gates allows no less");
 }
@@ -192,16 +183,16 @@ TEST(Calibration, AThresholdThatFailsIsPutBack) {
   auto* gate = dynamic_cast<headwise::ThresholdGateImpl*>(layers[0].second->gate.get());
   gate->threshold.fill_(0.7);
   const auto forward = [&] { model->forward(at::randn({4, 4}, at::kDouble)); };
-  EXPECT_NE(refusal([&] {
+  EXPECT_NE(checks::error_of([&] {
               headwise::calibrate_threshold(layers, forward, 0.25);
             }).find("keep=0.25 cannot be reached: the nearest share of heads is "),
             std::string::npos);
   EXPECT_NEAR(gate->threshold.item<double>(), 0.7, 1e-6);
   EXPECT_EQ(layers[0].second->gate.get(), gate);
-  EXPECT_EQ(refusal([&] { headwise::calibrate_threshold(layers, [] {}, 0.5); }),
+  EXPECT_EQ(checks::error_of([&] { headwise::calibrate_threshold(layers, [] {}, 0.5); }),
             "forward_fn must run the model on at least one input");
   Planted plain(kWeights);
-  EXPECT_EQ(refusal([&] {
+  EXPECT_EQ(checks::error_of([&] {
               headwise::calibrate_threshold(headwise::attention_layers(*plain), forward, 0.5);
             }),
             "layers must have a ThresholdGate, got none");
@@ -244,27 +235,27 @@ TEST_F(Policy, FitsAndRefuses) {
   EXPECT_EQ(fitted.accuracy, 1.0);  // of the widest stage's own predictions
   EXPECT_EQ(fitted.widest_heads, 8.0);
   EXPECT_EQ(fitted.pays(), fitted.heads < 8.0);
-  EXPECT_EQ(refusal([&] { policy.fit({}, 8.0); }),
+  EXPECT_EQ(checks::error_of([&] { policy.fit({}, 8.0); }),
             "batches must not be empty: there is nothing to fit a threshold on");
-  EXPECT_EQ(refusal([&] { headwise::ConfidencePolicy{layers}; }),
+  EXPECT_EQ(checks::error_of([&] { headwise::ConfidencePolicy{layers}; }),
             "layer 'layers.0' has no relevance of its own: ranking must have scores for it");
   const auto options = headwise::ConfidencePolicyOptions().ranking(ranking);
-  EXPECT_EQ(refusal([&] {
+  EXPECT_EQ(checks::error_of([&] {
               headwise::ConfidencePolicy(
                   layers, headwise::ConfidencePolicyOptions(options).factors({1, 1}));
             }),
             "factors must be positive and ascending, got [1, 1]");
-  EXPECT_EQ(refusal([&] {
+  EXPECT_EQ(checks::error_of([&] {
               headwise::ConfidencePolicy(layers,
                                          headwise::ConfidencePolicyOptions(options).measure("x"));
             }),
             "measure must be one of probability, margin, entropy, got 'x'");
   auto broken = batch;
   broken.forward_fn = [&](const at::Tensor& rows) { return batch.forward_fn(rows) / 0.0; };
-  EXPECT_EQ(refusal([&] { policy.predict(broken); }),
+  EXPECT_EQ(checks::error_of([&] { policy.predict(broken); }),
             "forward_fn must return finite logits, got NaN or infinity");
   broken.forward_fn = [&](const at::Tensor& rows) { return batch.forward_fn(rows).slice(1, 0, 1); };
-  EXPECT_EQ(refusal([&] { policy.predict(broken); }),
+  EXPECT_EQ(checks::error_of([&] { policy.predict(broken); }),
             "forward_fn must return logits [B, C] of at least 2 classes, got shape [12, 1]");
 }
 

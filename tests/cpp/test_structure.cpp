@@ -1,3 +1,4 @@
+#include "checks.h"
 #include "headwise/structure.h"
 
 #include <ATen/ATen.h>
@@ -15,16 +16,6 @@ using headwise::HiddenPlan;
 using headwise::NamedTensors;
 using headwise::StructurePlan;
 
-template <typename Function>
-std::string refusal(Function function) {
-  try {
-    function();
-  } catch (const c10::ValueError& error) {
-    return error.what_without_backtrace();
-  }
-  return "nothing";
-}
-
 StructurePlan example() {
   return StructurePlan(HeadPlan({{"a", 4, {0, 3}, {1.0, 0.5}}, {"b", 4, {}, {}}}),
                        {{"f", 6, {1, 2, 5}, {1.0, 0.1, 2.0}}}, {{"b", 0.0}, {"f", 1.5}},
@@ -39,8 +30,9 @@ TEST(StructurePlan, JsonRoundTrip) {
   EXPECT_EQ(plan.block_scale("x"), 1.0);
   const HeadPlan heads({{"a", 2, {1}, {1.0}}});
   EXPECT_EQ(StructurePlan::from_json(heads.to_json()), StructurePlan(heads));
-  EXPECT_EQ(refusal([] { StructurePlan::from_json(R"({"format": "x"})"); }),
-            "structure plan must have \"format\": \"headwise.structure\"");
+  EXPECT_EQ(
+      checks::error_of<c10::ValueError>([] { StructurePlan::from_json(R"({"format": "x"})"); }),
+      "structure plan must have \"format\": \"headwise.structure\"");
 }
 
 TEST(PruneFfn, ComputesWhatTheMaskedNetworkDoes) {
@@ -66,7 +58,7 @@ TEST(PruneFfn, ComputesWhatTheMaskedNetworkDoes) {
       EXPECT_TRUE(at::allclose(actual, expected, 1e-12, 1e-12));
     }
   }
-  EXPECT_EQ(refusal([&] { headwise::prune_ffn(p, {"f", 7, {}, {}}); }),
+  EXPECT_EQ(checks::error_of<c10::ValueError>([&] { headwise::prune_ffn(p, {"f", 7, {}, {}}); }),
             "linear1.bias must have size 7 in dimension 0, as the plan of feed-forward network 'f' "
             "says, got shape [6]");
 }

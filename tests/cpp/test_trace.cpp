@@ -1,9 +1,9 @@
+#include "checks.h"
 #include "headwise/trace.h"
 
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
-#include <functional>
 #include <nlohmann/json.hpp>
 #include <string>
 
@@ -19,15 +19,6 @@ Selection two_sequences() {
           at::tensor({1.0f, 0.0f, 0.5f, 0.0f, 0.0f, 0.0f, 2.0f, 0.0f}).view({2, 4}),
           at::arange(8, at::kFloat).view({2, 4}),
           {}};
-}
-
-std::string message(const std::function<void()>& call) {
-  try {
-    call();
-  } catch (const c10::Error& error) {
-    return error.what_without_backtrace();
-  }
-  return "nothing was thrown";
 }
 
 TEST(Trace, SummariesFollowTheirDefinitions) {
@@ -82,10 +73,11 @@ TEST(Trace, RefusesWhatDoesNotFit) {
   selection = two_sequences();
   EXPECT_THROW(trace.record("a", 5, selection), c10::ValueError);
   selection.budget = at::ones({3});
-  EXPECT_EQ(message([&] { trace.record("a", 4, selection); }),
+  EXPECT_EQ(checks::error_of([&] { trace.record("a", 4, selection); }),
             "budget must have shape [2], got [3]");
   EXPECT_THROW(trace.history("a"), c10::IndexError);
-  EXPECT_EQ(message([&] { trace.num_heads("a"); }), "no selection was recorded for layer 'a'");
+  EXPECT_EQ(checks::error_of([&] { trace.num_heads("a"); }),
+            "no selection was recorded for layer 'a'");
 }
 
 }  // namespace test_trace
