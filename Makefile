@@ -26,7 +26,7 @@ CMAKE_OPTIONS := -DHEADWISE_PYTHON=ON -DHEADWISE_TESTS=ON -DHEADWISE_EXAMPLES=ON
 
 .DEFAULT_GOAL := help
 .PHONY: help setup build extension test test-newest test-oldest demo locks lint bench docs gpu-check gpu-deps \
-  packaging ci clean distclean stubs types
+  packaging ci clean distclean stubs types tidy
 
 help:
 	@echo "make demo       compare static and dynamic head selection on a real model, in 5 minutes"
@@ -34,6 +34,7 @@ help:
 	@echo "make test-newest, make test-oldest: with the newest and the oldest packages that we support"
 	@echo "make build      set up .venv and compile the library, the extension and the tests"
 	@echo "make lint       clang-format, ruff, mypy and the word list, without changing anything"
+	@echo "make tidy       clang-tidy over the C++ sources, which takes minutes"
 	@echo "make locks      update the lock files requirements/*.txt to the newest allowed packages"
 	@echo "make bench      time layers, gates and a model; results in benchmarks/results/"
 	@echo "make packaging  build the library embedded in a project, and the wheel; each compiles it anew"
@@ -127,6 +128,9 @@ locks: $(STAMPS)/packages
 
 lint: $(STAMPS)/packages
 	@$(PY) tools/check.py build lint
+
+tidy: build/configured
+	@$(PY) tools/check.py build tidy $(FILES)
 
 bench: $(STAMPS)/data build
 	@HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(V)/bin/headwise bench layer train scaling gate entropy \

@@ -61,7 +61,7 @@ at::Tensor rotate_heads(const at::Tensor& heads, const at::Tensor& cos, const at
     other = at::cat(
         {-turned.narrow_symint(3, width / 2, width / 2), turned.narrow_symint(3, 0, width / 2)}, 3);
   }
-  const auto rotated = turned * cos.unsqueeze(1) + other * sin.unsqueeze(1);
+  auto rotated = turned * cos.unsqueeze(1) + other * sin.unsqueeze(1);
   if (whole) return rotated;
   return at::cat({rotated, heads.narrow_symint(3, width, all - width)}, 3);
 }

@@ -37,6 +37,7 @@ std::string brief(const std::string& path) {
 
 }  // namespace
 
+// NOLINTNEXTLINE(performance-unnecessary-value-param): one copy per error does not matter.
 FileError::FileError(int error, const std::string& action, std::string path)
     : std::system_error(error, std::generic_category(),
                         "cannot " + action + " " + shown_path(path)),

@@ -79,9 +79,7 @@ GroupedQueryAttentionImpl::GroupedQueryAttentionImpl(GroupedQueryAttentionOption
       *options.key_value_heads() == even_groups(heads, groups_)) {
     options.key_value_heads(std::nullopt);
   }
-  at::TensorOptions tensors;
-  if (options.device()) tensors = tensors.device(*options.device());
-  if (options.dtype()) tensors = tensors.dtype(*options.dtype());
+  const auto tensors = at::TensorOptions().device(options.device()).dtype(options.dtype());
   const auto linear = [&](const char* name, int64_t in, int64_t out, bool bias) {
     return register_module(name, make_linear(in, out, bias, tensors));
   };
@@ -326,7 +324,7 @@ at::Tensor GroupedQueryAttentionImpl::attend_chosen(at::Tensor q, at::Tensor k, 
     masks.dropout_seed = torch::randint(std::numeric_limits<int64_t>::max(), {1},
                                         q.options().dtype(at::kLong).requires_grad(false));
   }
-  const auto context = selected_attention(q, k, v, index, count, {}, masks);
+  auto context = selected_attention(q, k, v, index, count, {}, masks);
   if (!slots.defined()) return context;
   return spread_slots(context.unflatten(1, {-1, each}), slots, groups_).flatten(1, 2);
 }

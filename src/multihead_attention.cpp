@@ -34,9 +34,7 @@ MultiheadAttentionImpl::MultiheadAttentionImpl(MultiheadAttentionOptions options
   const auto kdim = options.kdim().value_or(embed_dim), vdim = options.vdim().value_or(embed_dim);
   same_embed_dim_ = kdim == embed_dim && vdim == embed_dim;
   const int64_t width = options.num_heads() * head_dim_;  // E
-  at::TensorOptions tensors;
-  if (options.device()) tensors = tensors.device(*options.device());
-  if (options.dtype()) tensors = tensors.dtype(*options.dtype());
+  const auto tensors = at::TensorOptions().device(options.device()).dtype(options.dtype());
 
   const auto parameter = [&](const char* name, at::IntArrayRef sizes) {
     return register_parameter(name, torch::empty(sizes, tensors));

@@ -24,7 +24,7 @@ bool has(const std::vector<std::string>& metrics, std::initializer_list<const ch
 }  // namespace
 
 HeadScorer::HeadScorer(std::vector<std::string> metrics, ScoreOptions options)
-    : metrics_(std::move(metrics)), options_(std::move(options)) {
+    : metrics_(std::move(metrics)), options_(options) {
   TORCH_CHECK_VALUE(!metrics_.empty(), "metrics must name at least one metric, got none");
   for (const std::string& metric : metrics_) {
     TORCH_CHECK_VALUE(has({metric}, {"michel", "entropy", "attention_confidence", "hies"}),

@@ -4,6 +4,9 @@
     check.py BUILD docs                        the examples and links of README.md and docs/; the
                                                site, in build/site
     check.py BUILD lint                        clang-format, ruff, mypy, tools/words.py
+    check.py BUILD tidy [FILE...]              clang-tidy over the library and the bindings, or over
+                                               what is compiled together with FILE; BUILD is
+                                               configured
     check.py BUILD packaging                   the embedded library and a wheel
     check.py BUILD all [UNTIL]                 test and lint; and a report, which counts for
                                                nothing, of the newest and the oldest packages,
@@ -17,12 +20,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -146,6 +152,55 @@ def check_format() -> Count:
     return once(run(tool("clang-format"), "--dry-run", "-Werror", *sources))
 
 
+def gcc_headers(command: str) -> str:
+    """The folder of omp.h, which clang-tidy lacks; it has the other headers itself."""
+    compiler = next(part for part in shlex.split(command) if not part.endswith("ccache"))
+    asked = (compiler, "-print-file-name=include")
+    return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def tidy_units(build: Path, files: list[str]) -> list[dict[str, str]]:
+    """The commands that compile the library and the bindings, or ``files`` of theirs: where sources
+    are compiled together, clang-tidy reads them together, since LibTorch's headers, which it would
+    read for each again, are most of its time."""
+    wanted = {str((ROOT / name).resolve()) for name in files}
+    units = []
+    for entry in json.loads((build / "compile_commands.json").read_text()):
+        source = Path(entry["file"])
+        output = os.path.relpath(Path(entry["directory"], entry["output"]), build)
+        if not output.startswith(("src/", "python/bindings/")) or "pch" in source.name:
+            continue
+        if source.suffix not in (".cpp", ".cxx"):
+            continue  # a kernel, for nvcc
+        together = re.findall(r'#include "(/.*)"', source.read_text())
+        if not wanted or wanted & {str(source), *together}:
+            # Without g++'s precompiled headers: every source includes what it uses.
+            command = re.sub(r"-Winvalid-pch|-include \S*cmake_pch\S*", "", entry["command"])
+            command += f" -idirafter {gcc_headers(command)}"
+            units.append({**entry, "command": command})
+    return units
+
+
+def check_tidy(build: Path, files: list[str]) -> Count:
+    units = tidy_units(build, files)
+    if not units and not files:
+        return once(False)
+    folder = build / "tidy"
+    folder.mkdir(exist_ok=True)
+    (folder / "compile_commands.json").write_text(json.dumps(units))
+
+    def check(unit: dict[str, str]) -> bool:
+        command = (tool("clang-tidy"), "-p", str(folder), "--quiet", unit["file"])
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            print(done.stdout, done.stderr, sep="", flush=True)
+        return done.returncode == 0
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        clean = list(pool.map(check, units))
+    return sum(clean), len(clean) - sum(clean), 0
+
+
 def check_ruff(*command: str) -> Count:
     folders = [folder for folder in PYTHON_FOLDERS if (ROOT / folder).is_dir()]
     return once(run(tool("ruff"), *command, *folders))
@@ -160,6 +215,8 @@ def checks(
         yield "ruff format", check_ruff("format", "--check")
         yield "words", once(run(sys.executable, "tools/words.py"))
         yield "types", once(run(tool("mypy"), "--python-executable", sys.executable))
+    if what == "tidy":
+        yield "clang-tidy", check_tidy(build, arguments)
     if what in ("test", "all"):
         yield "C++ tests", check_cpp(build, reports)
         yield "installed library", check_consumer(build, "find_package")

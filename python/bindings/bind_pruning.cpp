@@ -29,7 +29,7 @@ Raises:
 )";
 
 LayerPlan make_layer(const std::string& name, int64_t num_heads, std::vector<int64_t> heads,
-                     std::optional<std::vector<double>> scale) {
+                     const std::optional<std::vector<double>>& scale) {
   auto scales = scale.value_or(std::vector<double>(heads.size(), 1.0));
   return {name, num_heads, std::move(heads), std::move(scales)};
 }

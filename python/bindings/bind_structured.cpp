@@ -37,7 +37,7 @@ Raises:
         heads or neurons left.
 )";
 
-std::vector<double> scales(std::optional<std::vector<double>> scale, size_t count) {
+std::vector<double> scales(const std::optional<std::vector<double>>& scale, size_t count) {
   return scale.value_or(std::vector<double>(count, 1.0));
 }
 

@@ -109,7 +109,7 @@ std::vector<Standing> standings(const std::vector<std::optional<Contestant>>& si
       result.push_back(by_request(members, place, *site));
       continue;
     }
-    if (!scored.count(key)) scored[key] = by_score(members);
+    if (!scored.contains(key)) scored[key] = by_score(members);
     result.push_back(scored[key][place]);
   }
   return result;

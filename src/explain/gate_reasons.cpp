@@ -53,7 +53,7 @@ std::string rule_of(const std::string& type, const GateReasons& r) {
 /// of the others. Minus infinity: it runs whatever its relevance.
 at::Tensor cut_of_each(const at::Tensor& relevance, double threshold, int64_t least) {
   const int64_t heads = relevance.size(1);
-  const auto cut = at::full_like(relevance, threshold);
+  auto cut = at::full_like(relevance, threshold);
   if (least <= 0 || heads == 0) return cut;
   if (least >= heads) return cut.fill_(-std::numeric_limits<double>::infinity());
   const auto sorted = std::get<0>(relevance.sort(1, /*descending=*/true));  // [B, H]
@@ -118,7 +118,7 @@ void add_budget(const Json& config, const NamedTensors& tensors, const Attention
 NamedTensors within(const NamedTensors& tensors, const std::string& prefix) {
   NamedTensors found;
   for (const auto& [name, tensor] : tensors) {
-    if (name.rfind(prefix, 0) == 0) found[name.substr(prefix.size())] = tensor;
+    if (name.starts_with(prefix)) found[name.substr(prefix.size())] = tensor;
   }
   return found;
 }

@@ -24,7 +24,7 @@ OptionalTensor mask_of_rows(const OptionalTensor& attn_mask, bool is_causal, int
   if (!is_causal) return mask;
   const auto keys = at::arange(k.size(2), k.options().dtype(at::kLong));        // [S]
   const auto last = at::arange(row, row + rows, k.options().dtype(at::kLong));  // [rows]
-  const auto future = keys.unsqueeze(0).gt(last.unsqueeze(1));                  // [rows, S]
+  auto future = keys.unsqueeze(0).gt(last.unsqueeze(1));                        // [rows, S]
   if (!mask) return future;
   if (mask->scalar_type() == at::kBool) return mask->logical_or(future);
   return mask->masked_fill(future, -std::numeric_limits<double>::infinity());

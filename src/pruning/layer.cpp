@@ -79,7 +79,7 @@ MultiheadAttention prune(const MultiheadAttention& layer, const LayerPlan& plan)
   check_prunable(layer->options.num_heads(), layer->gate, plan);
   NamedTensors parameters;
   for (const auto& item : layer->named_parameters()) {
-    if (item.key().rfind("gate.", 0) != 0) parameters[item.key()] = item.value();
+    if (!item.key().starts_with("gate.")) parameters[item.key()] = item.value();
   }
   const NamedTensors kept = prune_projections(parameters, plan);
 
@@ -131,11 +131,11 @@ GroupedQueryAttention prune(const GroupedQueryAttention& layer, const LayerPlan&
   for (const auto& item : smaller->named_parameters()) {
     const auto& name = item.key();
     const auto old = layer->named_parameters()[name];
-    const bool of_queries = name.rfind("q_proj.", 0) == 0;
+    const bool of_queries = name.starts_with("q_proj.");
     at::Tensor kept = old;
     if (name == "o_proj.weight") {
       kept = output;
-    } else if (of_queries || name.rfind("k_proj.", 0) == 0 || name.rfind("v_proj.", 0) == 0) {
+    } else if (of_queries || name.starts_with("k_proj.") || name.starts_with("v_proj.")) {
       const auto rows = old.dim() == 2 ? old : old.unsqueeze(1);
       kept = prune_projections({{"q_proj_weight", rows}}, of_queries ? plan : shared)
                  .at("q_proj_weight")

@@ -58,7 +58,7 @@ StructurePlan::StructurePlan(HeadPlan heads, std::vector<FfnPlan> ffn,
     if (block.scale == 0.0) gone.insert(block.name);
   }
   const auto check_gone = [&](const std::string& name, size_t left, const char* kind) {
-    TORCH_CHECK_VALUE(left == 0 || gone.count(name) == 0, "block ", shown(name),
+    TORCH_CHECK_VALUE(left == 0 || !gone.contains(name), "block ", shown(name),
                       " has scale 0, so it must have no ", kind, " left, got ", left);
   };
   for (const FfnPlan& plan : ffn_) {

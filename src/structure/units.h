@@ -37,7 +37,7 @@ inline at::Tensor take_units(const at::Tensor& parameter, int64_t dim,
                              const std::vector<int64_t>& units,
                              const std::vector<double>* scale = nullptr) {
   const auto index = at::tensor(units, at::TensorOptions(at::kLong)).to(parameter.device());
-  const at::Tensor kept = parameter.index_select(dim, index);
+  at::Tensor kept = parameter.index_select(dim, index);
   if (scale == nullptr) return kept;
   std::vector<int64_t> shape(parameter.dim(), 1);
   shape[dim] = static_cast<int64_t>(units.size());

@@ -110,6 +110,7 @@ struct MaskedShape {
 /// float16 and bfloat16 are computed in float32.
 template <typename F>
 auto dispatch(at::ScalarType type, const F& f) {
+  // NOLINTNEXTLINE(bugprone-branch-clone): the types differ.
   return type == at::kDouble ? f(double()) : f(float());
 }
 

@@ -166,8 +166,8 @@ at::Tensor feature_moments(const at::Tensor& features) {
   return at::cat({count, rows.sum(0), rows.square().sum(0)});
 }
 
-void update_statistics(const at::Tensor& moments, at::Tensor mean, at::Tensor variance,
-                       at::Tensor batches) {
+void update_statistics(const at::Tensor& moments, const at::Tensor& mean,
+                       const at::Tensor& variance, const at::Tensor& batches) {
   if (recomputing()) return;
   const auto width = mean.sym_size(0);
   const auto dtype = mean.scalar_type();

@@ -36,8 +36,8 @@ at::Tensor feature_moments(const at::Tensor& features);
 /// average over the first 50 batches, an exponential one after. A batch that is empty or not finite
 /// changes nothing, nor does a forward that is repeated inside a backward (activation
 /// checkpointing).
-void update_statistics(const at::Tensor& moments, at::Tensor mean, at::Tensor variance,
-                       at::Tensor batches);
+void update_statistics(const at::Tensor& moments, const at::Tensor& mean,
+                       const at::Tensor& variance, const at::Tensor& batches);
 
 /// (features [B, D] - mean [D]) / sqrt(variance [D] + 1e-4). Over inputs, not over D: the mean of a
 /// layer's input is dominated by a vector that all inputs share, and a gate that depends on that is

@@ -23,7 +23,7 @@ at::Tensor allocate_budget(const at::Tensor& scores, const at::Tensor& tilts,
   const int64_t heads = scores.size(0);
   const auto rows = scores.to(dtype) + tilts.to(dtype) * (budget.unsqueeze(1) - 0.5);  // [R, N]
   const auto count = budget_count(budget, heads, 1, "round");                          // [R]
-  const auto hard = selection_mask(select_heads(rows.detach(), count), count, dtype);  // [R, N]
+  auto hard = selection_mask(select_heads(rows.detach(), count), count, dtype);        // [R, N]
   if (!training) {
     return hard;
   }

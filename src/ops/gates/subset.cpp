@@ -57,11 +57,11 @@ at::Tensor subset_weight(const at::Tensor& scores, const std::optional<at::Tenso
   const auto w = scores.to(at::kDouble);
   const auto row = w.detach().unsqueeze(0);  // [1, N]
   const auto count = at::full({1}, k, row.options().dtype(at::kInt));
-  const auto hard = selection_mask(select_heads(row, count), count, at::kDouble).squeeze(0);  // [N]
+  auto hard = selection_mask(select_heads(row, count), count, at::kDouble).squeeze(0);  // [N]
   if (!training) {
     return hard;
   }
-  const auto through = hard + (w - w.detach());
+  auto through = hard + (w - w.detach());
   if (!noise) {
     return through;
   }
