@@ -185,18 +185,19 @@ def check_tidy(build: Path, files: list[str]) -> Count:
     units = tidy_units(build, files)
     if not units and not files:
         return once(False)
-    folder = build / "tidy"
-    folder.mkdir(exist_ok=True)
-    (folder / "compile_commands.json").write_text(json.dumps(units))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
+    ):
+        Path(folder, "compile_commands.json").write_text(json.dumps(units))
 
-    def check(unit: dict[str, str]) -> bool:
-        command = (tool("clang-tidy"), "-p", str(folder), "--quiet", unit["file"])
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        if done.returncode:
-            print(done.stdout, done.stderr, sep="", flush=True)
-        return done.returncode == 0
+        def check(unit: dict[str, str]) -> bool:
+            command = (tool("clang-tidy"), "-p", folder, "--quiet", unit["file"])
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            if done.returncode:
+                print(done.stdout, done.stderr, sep="", flush=True)
+            return done.returncode == 0
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         clean = list(pool.map(check, units))
     return sum(clean), len(clean) - sum(clean), 0
 

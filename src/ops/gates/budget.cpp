@@ -196,6 +196,8 @@ at::Tensor standardize(const at::Tensor& features, const at::Tensor& mean,
   return (features - mean.to(dtype)) * (variance.to(dtype) + 1e-4).rsqrt();
 }
 
+// NOLINTBEGIN(performance-unnecessary-value-param): the signature of the operator, whose tensors
+// change.
 at::Tensor learn_features_composed(const at::Tensor& x,
                                    const std::optional<at::Tensor>& key_padding_mask,
                                    at::Tensor mean, at::Tensor variance, at::Tensor batches) {
@@ -211,6 +213,7 @@ at::Tensor learn_features(const at::Tensor& x, const std::optional<at::Tensor>& 
                                  at::Tensor, at::Tensor)>("headwise::learn_features");
   return op.call(x, key_padding_mask, mean, variance, batches);
 }
+// NOLINTEND(performance-unnecessary-value-param)
 
 at::Tensor input_relevance(const at::Tensor& features, const at::Tensor& base,
                            const at::Tensor& weight, const at::Tensor& progress, bool training,
