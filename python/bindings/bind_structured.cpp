@@ -45,8 +45,8 @@ void bind_parts(py::module_& m) {
   py::class_<FfnPlan>(m, "FfnPlan",
                       "The neurons of one feed-forward network that stay, and their scales.")
       .def(py::init([](const std::string& name, int64_t num_neurons, std::vector<int64_t> neurons,
-                       std::optional<std::vector<double>> scale) {
-             auto all = scales(std::move(scale), neurons.size());
+                       const std::optional<std::vector<double>>& scale) {
+             auto all = scales(scale, neurons.size());
              return FfnPlan{name, num_neurons, std::move(neurons), std::move(all)};
            }),
            py::arg("name"), py::arg("num_neurons"), py::arg("neurons"),
@@ -73,8 +73,8 @@ void bind_parts(py::module_& m) {
       });
   py::class_<HiddenPlan>(m, "HiddenPlan", "The dimensions of the residual stream that stay.")
       .def(py::init([](int64_t size, std::vector<int64_t> dimensions,
-                       std::optional<std::vector<double>> scale) {
-             auto all = scales(std::move(scale), dimensions.size());
+                       const std::optional<std::vector<double>>& scale) {
+             auto all = scales(scale, dimensions.size());
              return HiddenPlan{size, std::move(dimensions), std::move(all)};
            }),
            py::arg("size"), py::arg("dimensions"), py::arg("scale") = py::none())
