@@ -22,8 +22,8 @@ INK, MUTED, GRID, STATIC, DYNAMIC = "#1c2430", "#5b6675", "#e3e7ec", "#8d959f", 
 LINES = (
     ("michel-repaired", "static: michel, repaired", STATIC, ":", "o"),
     ("greedy-repaired", "static: greedy removal, repaired", "#2f7de1", "-", "o"),
-    ("bank-by-family", "by the prompt: bank of plans, repaired", DYNAMIC, "-", "D"),
-    ("bank-by-family, another plan", "the same with another family's plan", DYNAMIC, ":", "D"),
+    ("greedy-bank-by-family", "by the prompt: bank of plans, repaired", DYNAMIC, "-", "D"),
+    ("greedy-bank-by-family, another plan", "the same with another family's plan", DYNAMIC, ":", "D"),
 )
 
 
