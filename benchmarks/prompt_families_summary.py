@@ -23,7 +23,13 @@ LINES = (
     ("michel-repaired", "static: michel, repaired", STATIC, ":", "o"),
     ("greedy-repaired", "static: greedy removal, repaired", "#2f7de1", "-", "o"),
     ("greedy-bank-by-family", "by the prompt: bank of plans, repaired", DYNAMIC, "-", "D"),
-    ("greedy-bank-by-family, another plan", "the same with another family's plan", DYNAMIC, ":", "D"),
+    (
+        "greedy-bank-by-family, another plan",
+        "the same with another family's plan",
+        DYNAMIC,
+        ":",
+        "D",
+    ),
 )
 
 

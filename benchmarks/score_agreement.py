@@ -22,7 +22,7 @@ import headwise as hw
 import torch
 from headwise.apps.compare import measure
 from headwise.apps.compare.settings import preset
-from headwise.apps.compare.training import accuracy, finetune, predict
+from headwise.apps.compare.training import finetune, predict
 from headwise.apps.compare.workbench import dense_options
 from headwise.apps.tasks.examples import Batch, TextExamples, encode
 from headwise.apps.tasks.models import load_classifier, load_tokenizer, model_folder
@@ -96,7 +96,7 @@ def scores_of(
     record = store.get(name)
     if record is None:
         model = load(weights, len(task.classes))
-        right = accuracy(predict(model, texts, device=CPU, precision="float32"), texts.labels)
+        right = predict(model, texts, device=CPU, precision="float32")[:, 0].mean().item()
         model = hw.convert(model)
         found = {label: scores.to_json() for label, scores in score(model, texts).items()}
         record = {"about": {"accuracy": right, "texts": len(texts)}, "scores": found}

@@ -245,14 +245,15 @@ def predict(
     device: torch.device,
     precision: str = "auto",
     batch_size: int = 64,
-    read: Callable[[Tensor, Tensor], Tensor] = lambda logits, labels: logits,
+    read: Callable[[Tensor, Tensor], Tensor] = graded,
     after_batch: Callable[[Batch], None] = lambda batch: None,
 ) -> Tensor:
     """What ``read`` makes of the logits of a model in evaluation mode, [N, ...], float32, on the
     CPU.
 
     Args:
-        read: (logits, labels) -> [B, ...]; default: the logits, [B, C].
+        read: (logits, labels) -> [B, ...], of one shape in all batches, which logits of texts of
+            different lengths are not.
     """
     dtype = precision_of(precision, device)
     model.eval()

@@ -21,6 +21,7 @@ from headwise.apps.compare import (
     translating,
 )
 from headwise.apps.compare.methods import METHODS
+from headwise.apps.compare.selections import predict_and_record
 from headwise.apps.compare.training import graded, logits_of, loss_of, losses_of
 from headwise.apps.compare.workbench import Workbench
 from headwise.apps.tasks import registry, translation
@@ -219,6 +220,20 @@ def test_gates_do_not_see_what_is_to_be_generated(bench):
         found.append({name: _sets(own) for name, own in trace.selections.items()})
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(own, found[1][name]) for name, own in found[0].items())
+
+
+def test_batches_of_different_lengths_are_graded(bench):
+    model = METHODS["dynamic-hard-concrete"].run(bench, 0.5, 1).model
+    labels = [batch.labels for batch in bench.test.in_order(2)]
+    assert len({own.size(1) for own in labels}) > 1
+    graded, use = predict_and_record(
+        model, bench.test, bench.dense_layers, device=CPU, precision="float32", batch_size=2
+    )
+    whole, _ = predict_and_record(
+        model, bench.test, bench.dense_layers, device=CPU, precision="float32", batch_size=24
+    )
+    torch.testing.assert_close(graded, whole)
+    assert 0.0 < use.fractions().mean() <= 1.0
 
 
 def test_the_teacher_is_the_dense_model(bench):
