@@ -37,6 +37,17 @@ using OptionalTensor = std::optional<Tensor>;
 /// Contiguous and in this dtype.
 Tensor contiguous_as(const Tensor& t, at::ScalarType type) { return t.to(type).contiguous(); }
 
+void check_shape(const char* name, const Tensor& t, at::IntArrayRef shape) {
+  TORCH_CHECK_VALUE(t.sizes() == shape, name, " must have shape ", shape, ", got ", t.sizes());
+}
+void check_shape(const char* name, const OptionalTensor& t, at::IntArrayRef shape) {
+  if (t) check_shape(name, *t, shape);
+}
+/// The same, or no elements: not wanted.
+void check_wanted(const char* name, const OptionalTensor& t, at::IntArrayRef shape) {
+  if (t && t->numel() > 0) check_shape(name, *t, shape);
+}
+
 template <typename C>
 const C* data_or_null(const OptionalTensor& t) {
   return t && t->numel() > 0 ? t->const_data_ptr<C>() : nullptr;
@@ -208,6 +219,14 @@ std::tuple<Tensor, Tensor> choice_backward_cpu(const OptionalTensor& grad_weight
                     slope.sizes());
   const auto type = slope.scalar_type();
   const auto B = shaped.size(0), H = shaped.size(1);
+  check_shape("grad_expected", grad_expected, {B});
+  check_wanted("slope", slope, {B, H});
+  check_wanted("expected_slope", expected_slope, {B, H});
+  check_wanted("share", share, {B});
+  const auto slopes = slope.contiguous();
+  OptionalTensor expected_slopes, shares;
+  if (expected_slope) expected_slopes = contiguous_as(*expected_slope, type);
+  if (share) shares = contiguous_as(*share, type);
   OptionalTensor weight, expected;
   if (grad_weight) weight = contiguous_as(*grad_weight, type);
   if (grad_expected) expected = contiguous_as(*grad_expected, type);
@@ -216,8 +235,8 @@ std::tuple<Tensor, Tensor> choice_backward_cpu(const OptionalTensor& grad_weight
   HEADWISE_DISPATCH_SUMS(type, [&] {
     kernels::choice_backward<scalar_t>(
         {B, H, data_or_null<scalar_t>(weight), data_or_null<scalar_t>(expected),
-         data_or_null<scalar_t>(slope), data_or_null<scalar_t>(expected_slope),
-         data_or_null<scalar_t>(share), scores.template mutable_data_ptr<scalar_t>(),
+         data_or_null<scalar_t>(slopes), data_or_null<scalar_t>(expected_slopes),
+         data_or_null<scalar_t>(shares), scores.template mutable_data_ptr<scalar_t>(),
          writable_or_null<scalar_t>(budget)});
   });
   return {scores, budget};
@@ -246,7 +265,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> head_budget_cpu(
   const auto type = features.scalar_type();
   const Progress now(progress);
   const bool open = !training || now.reached(static_until);
+  TORCH_CHECK_VALUE(features.dim() == 2 && hidden_weight.dim() == 2,
+                    "features and hidden_weight must have shapes [B, F] and [h, F], got ",
+                    features.sizes(), " and ", hidden_weight.sizes());
   const auto B = features.size(0), hidden_units = hidden_weight.size(0);
+  check_shape("hidden_weight", hidden_weight, {hidden_units, features.size(1)});
+  check_shape("hidden_bias", hidden_bias, {hidden_units});
+  check_shape("out_weight", out_weight, {1, hidden_units});
+  TORCH_CHECK_VALUE(out_bias.numel() == 1, "out_bias must have one element, got shape ",
+                    out_bias.sizes());
   const double scale = 1.0 / std::sqrt(static_cast<double>(hidden_weight.size(1)));
   const auto hidden = at::addmm(hidden_bias.to(type), features, hidden_weight.to(type).t(), 1,
                                 scale);  // [B, h]
@@ -280,19 +307,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> head_budget_backward_cpu(
     double min_budget, double max_budget) {
   const WithoutAutocast exact;
   const auto type = features.scalar_type();
+  TORCH_CHECK_VALUE(features.dim() == 2 && hidden.dim() == 2,
+                    "features and hidden must have shapes [B, F] and [B, h], got ",
+                    features.sizes(), " and ", hidden.sizes());
   const auto B = hidden.size(0), units = hidden.size(1);
+  check_shape("features", features, {B, features.size(1)});
+  check_shape("out_weight", out_weight, {1, units});
+  check_shape("asked", asked, {B});
+  check_shape("grad_budget", grad_budget, {B});
+  check_shape("grad_asked", grad_asked, {B});
+  TORCH_CHECK_VALUE(scale.numel() == 1, "scale must have one element, got shape ", scale.sizes());
   const double factor = scale.item<double>();  // 0 while the network's answer is held back
   OptionalTensor from_budget, from_asked;
   if (grad_budget) from_budget = contiguous_as(*grad_budget, type);
   if (grad_asked) from_asked = contiguous_as(*grad_asked, type);
-  const auto out = contiguous_as(out_weight, type);
-  auto grad_hidden = at::empty_like(hidden);  // of the units before their activation
-  auto grad_out = at::zeros({1, units}, hidden.options());
-  auto grad_bias = at::zeros({1}, hidden.options());
+  const auto out = contiguous_as(out_weight, type), shares = contiguous_as(asked, type);
+  const auto inner = contiguous_as(hidden, type);
+  auto grad_hidden = at::empty_like(inner);  // of the units before their activation
+  auto grad_out = at::zeros({1, units}, inner.options());
+  auto grad_bias = at::zeros({1}, inner.options());
   HEADWISE_DISPATCH_SUMS(type, [&] {
     const auto low = static_cast<scalar_t>(min_budget), high = static_cast<scalar_t>(max_budget);
-    const auto* const values = asked.const_data_ptr<scalar_t>();
-    const auto* const before = hidden.const_data_ptr<scalar_t>();
+    const auto* const values = shares.const_data_ptr<scalar_t>();
+    const auto* const before = inner.const_data_ptr<scalar_t>();
     const auto* const weights = out.const_data_ptr<scalar_t>();
     auto* const to_hidden = grad_hidden.mutable_data_ptr<scalar_t>();
     auto* const to_out = grad_out.mutable_data_ptr<scalar_t>();

@@ -131,7 +131,7 @@ def test_a_model_of_both_penalties_has_the_default_strength_of_each():
 @pytest.mark.parametrize("shared", [[0], [2, 5], [0, 1, 2, 3, 4, 5], []])
 def test_shared_heads_always_run_and_the_others_are_the_inner_gate_s(shared):
     torch.manual_seed(0)
-    gate = hw.SharedHeadsGate(hw.BudgetGate(0.5, budget=0.5), shared=shared).bind(D, H).eval()
+    gate = hw.SharedHeadsGate(hw.BudgetGate(budget=0.5), shared=shared).bind(D, H).eval()
     with torch.no_grad():
         for parameter in gate.parameters():
             parameter.normal_()
