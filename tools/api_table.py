@@ -23,8 +23,8 @@ PAGE = ROOT / "docs" / "api.md"
 _APPLICATIONS = {"apps"}
 _HEAD = """# Which name exists in which language
 
-Written by `tools/api_table.py`; a test fails when it is out of date. The same name means the same
-thing in both languages, with the same defaults and numbers. Classes of options
+Written by `tools/api_table.py`; a test fails when it is out of date. A name does the same thing in
+both languages, with the same numbers; its signature follows the language. Classes of options
 (`BudgetGateOptions`) belong to their class and are not listed. `hw.convert` and `hw.explain` are
 functions: import names written `headwise.explain.X` with `from headwise.explain import X`.
 

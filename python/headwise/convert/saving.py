@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from headwise.io.files import write_json
 from headwise.io.printable import layer_called
 from headwise.io.safetensors_files import save_safetensors
 from headwise.nn.layers import attention_layers
@@ -205,4 +206,4 @@ def _write_checkpoint(model: nn.Module, state: dict[str, Tensor], folder: Path) 
     )
     config = json.loads(model.config.to_json_string())
     config.update(attn_implementation=UNREADABLE, transformers_weights=UNREADABLE)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "config.json", config, indent=2)

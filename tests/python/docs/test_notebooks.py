@@ -8,6 +8,7 @@ import pytest
 from support.notebooks import execute, read
 
 pytest.importorskip("transformers")
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[3]
 NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))

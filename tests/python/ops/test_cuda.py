@@ -24,9 +24,12 @@ from support.attention_statistics import DTYPES, KINDS, SHAPES, masks, plain
 from support.kernel_cases import *  # noqa: F403  (collected again, on the device)
 from support.operator_calls import CASES as TRACED
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="torch.cuda.is_available() is False: no CUDA device"
-)
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="torch.cuda.is_available() is False: no CUDA device"
+    ),
+]
 ops = torch.ops.headwise
 
 

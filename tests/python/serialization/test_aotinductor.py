@@ -17,7 +17,10 @@ from torch.utils.cpp_extension import include_paths
 
 transformers = pytest.importorskip("transformers")
 COMPILER = shutil.which("g++")
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="AOTInductor needs g++")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(COMPILER is None, reason="AOTInductor needs g++"),
+]
 
 ROOT = Path(__file__).parents[3]
 DYNAMIC = torch.export.Dim.DYNAMIC

@@ -32,6 +32,8 @@ from support.messages import message_pairs
 REFUSED = {"cofi", "threshold", "kwon"}
 CPU = torch.device("cpu")
 
+pytestmark = pytest.mark.slow
+
 
 def small_task():
     return translation.pair_task("pairs", "pairs", message_pairs(150))
