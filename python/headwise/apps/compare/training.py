@@ -252,7 +252,7 @@ def predict(
     CPU.
 
     Args:
-        read: (logits, labels) -> [B, ...], of one shape in all batches, which logits of texts of
+        read: (logits, labels) -> [B, ...], with the same shape in all batches, which logits of texts of
             different lengths are not.
     """
     dtype = precision_of(precision, device)
