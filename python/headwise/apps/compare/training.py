@@ -252,8 +252,8 @@ def predict(
     CPU.
 
     Args:
-        read: (logits, labels) -> [B, ...], with the same shape in all batches, which logits of texts of
-            different lengths are not.
+        read: (logits, labels) -> [B, ...]; the sizes after B are the same in all batches, which
+            those of logits of texts of different lengths are not.
     """
     dtype = precision_of(precision, device)
     model.eval()
