@@ -280,9 +280,10 @@ def _auto_classes(model: Any) -> list[str]:
     """The AutoModel classes that give the model's class for its configuration."""
     transformers: Any = sys.modules["transformers"]
     found = []
-    for name in dir(transformers):
+    # Other names import modules with effects: one of them turns transformers' log on.
+    for name in (own for own in dir(transformers) if own.startswith("AutoModel")):
         mapping = getattr(getattr(transformers, name, None), "_model_mapping", None)
-        if name.startswith("AutoModel") and mapping is not None:
+        if mapping is not None:
             with contextlib.suppress(KeyError):
                 classes = mapping[type(model.config)]
                 if type(model) in (classes if isinstance(classes, tuple) else (classes,)):

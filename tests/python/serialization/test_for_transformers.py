@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 
 import headwise as hw
 import pytest
@@ -108,6 +109,27 @@ def test_every_family_is_written_or_its_class_reads_it(row, tmp_path):
     assert not save_for_transformers(whole, tmp_path / "b")
     assert not (tmp_path / "b" / "modeling_pruned.py").exists()
     type(whole).from_pretrained(tmp_path / "b")
+
+
+QUIET = """
+    import sys, headwise as hw, transformers
+    config = transformers.BertConfig(
+        vocab_size=20, hidden_size=8, num_attention_heads=2, num_hidden_layers=2,
+        intermediate_size=8)
+    model = hw.convert(transformers.BertModel(config).eval())
+    entry = hw.pruning.LayerPlan("encoder.layer.0.attention.self.mha", 2, [1])
+    small = hw.prune(model, hw.HeadPlan([entry]))
+    before = transformers.logging.get_verbosity()
+    assert hw.serialization.save_for_transformers(small, sys.argv[1])
+    assert transformers.logging.get_verbosity() == before
+"""
+
+
+def test_nothing_else_of_transformers_is_imported(tmp_path):
+    """Some of its modules have effects: one turns on the log of the whole process."""
+    command = [sys.executable, "-c", textwrap.dedent(QUIET), str(tmp_path / "small")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_a_decoder_generates_without_headwise(tmp_path):
